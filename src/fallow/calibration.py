@@ -1,0 +1,166 @@
+"""From a model and a text to a plan: thresholds for a sparsity, a knob, or a stated loss."""
+
+import datetime
+import math
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from fallow.capture import Calibration
+from fallow.errors import UsageError
+from fallow.evaluation import run_window, window_losses
+from fallow.metrics import ppl_change_percent
+from fallow.model import Model
+from fallow.plan import Plan
+from fallow.progress import console, progress
+from fallow.rules import Rule, find_rule
+from fallow.text import Text, cut_windows, load_text, split_windows
+
+# P3's Algorithm 1 stops at 1e-3 in the cluster code.
+SEARCH_TOLERANCE = 1e-3
+
+
+class Calibrator:
+    """Calibration text cut in two: windows to fit thresholds on, and held-out ones to judge them.
+
+    Statistics are collected once and serve any number of plans.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        text: str | Path | Text | None = None,
+        *,
+        context: int = 1024,
+        windows: int = 8,
+        validation_windows: int = 4,
+    ) -> None:
+        self.model = model
+        self.text = load_text(text, "calibration")
+        total = windows + validation_windows
+        cut = cut_windows(self.text, model.tokenizer, context, total)
+        fit_windows, self.validation = split_windows(cut, [windows, validation_windows])
+        self.calibration = Calibration(model, fit_windows)
+        self._dense_losses: np.ndarray | None = None
+
+    def plan(
+        self,
+        rule: str,
+        *,
+        sparsity: float | None = None,
+        knob: float | None = None,
+        max_ppl_increase: float | None = None,
+        measure: bool = True,
+    ) -> Plan:
+        """Fits a rule. Exactly one target is given; `max_ppl_increase` is in percent.
+
+        `measure` records the sparsity and the PPL increase on the held-out calibration text.
+
+        Raises:
+            UsageError: unknown rule, no or several targets, a target out of range.
+        """
+        targets = (sparsity, knob, max_ppl_increase)
+        if sum(t is not None for t in targets) != 1:
+            raise UsageError("give exactly one of --sparsity, --knob and --max-ppl-increase")
+        rule_class = find_rule(rule)
+        if max_ppl_increase is not None:
+            fitted = self._search(rule_class, max_ppl_increase)
+        else:
+            fitted = rule_class.fit(self.calibration, sparsity=sparsity, knob=knob)
+        plan = self._make_plan(fitted)
+        plan.target_sparsity, plan.target_ppl_increase = sparsity, max_ppl_increase
+        if measure:
+            self._measure(plan)
+        return plan
+
+    def _search(self, rule_class: type[Rule], increase: float) -> Rule:
+        """P3's Algorithm 1 for any rule: bisection on PPL over held-out calibration windows.
+
+        Ends at the largest level found whose increase stays below the target.
+        """
+        if rule_class.search is None:
+            raise UsageError(f"rule {rule_class.name} has no knob to search; give --knob 0")
+        if not (math.isfinite(increase) and increase > 0):
+            raise UsageError(f"--max-ppl-increase {increase} is not a positive percentage")
+        low, high = 0.0, rule_class.search_limit
+        best = rule_class.fit(self.calibration, **{rule_class.search: 0.0})
+        steps = math.ceil(math.log2(high / SEARCH_TOLERANCE))
+        with progress(f"search {rule_class.name}", steps) as ticker:
+            for _ in range(steps):
+                middle = (low + high) / 2
+                fitted = rule_class.fit(self.calibration, **{rule_class.search: middle})
+                change = self._ppl_increase(self._make_plan(fitted))
+                console.print(
+                    f"{rule_class.name} at {rule_class.search} {middle:.4f}: PPL {change:+.2f} %",
+                    highlight=False,
+                )
+                if change < increase:
+                    low, best = middle, fitted
+                else:
+                    high = middle
+                ticker.advance()
+        return best
+
+    def _ppl_increase(self, plan: Plan) -> float:
+        if self._dense_losses is None:
+            self._dense_losses = window_losses(self.model, self.validation, None)
+        losses = window_losses(self.model, self.validation, plan)
+        return ppl_change_percent(losses, self._dense_losses)[0]
+
+    def _make_plan(self, rule: Rule) -> Plan:
+        return Plan(
+            model=self.model.name,
+            fingerprint=self.model.fingerprint,
+            rule=rule.name,
+            where=rule.where,
+            knob=rule.knob,
+            knob_name=rule.knob_name,
+            arrays=rule.arrays,
+            calibration_text=self.text.name,
+            calibration_sha256=self.text.sha256,
+            calibration_tokens=self.calibration.n_tokens,
+            dtype=self.model.dtype_name,
+            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+            fallow_version=version("fallow"),
+        )
+
+    def _measure(self, plan: Plan) -> None:
+        dense, sparse = [], []
+        with progress("held-out check", len(self.validation)) as ticker:
+            for window in self.validation:
+                d, s = run_window(self.model, window, [plan])
+                dense.append(d.loss)
+                sparse.append(s[0])
+                ticker.advance()
+        plan.achieved_sparsity = float(np.mean([r.cut_sparsity for r in sparse]))
+        losses = np.array([r.loss for r in sparse])
+        plan.achieved_ppl_increase = ppl_change_percent(losses, np.array(dense))[0]
+
+
+def calibrate(
+    model: Model,
+    rule: str,
+    *,
+    sparsity: float | None = None,
+    knob: float | None = None,
+    max_ppl_increase: float | None = None,
+    text: str | Path | Text | None = None,
+    context: int = 1024,
+    windows: int = 8,
+    validation_windows: int = 4,
+) -> Plan:
+    """A plan for `model` by `rule` at a target sparsity, a knob, or a largest PPL increase (%).
+
+    Thresholds are fitted on the first `windows` windows of the text, and judged on the next
+    `validation_windows`. None as text is the calibration half of the default text.
+
+    Raises:
+        FallowError: the text is too short, or the model computes NaN.
+        UsageError: unknown rule, no or several targets, a target out of range.
+    """
+    find_rule(rule)
+    calibrator = Calibrator(
+        model, text, context=context, windows=windows, validation_windows=validation_windows
+    )
+    return calibrator.plan(rule, sparsity=sparsity, knob=knob, max_ppl_increase=max_ppl_increase)

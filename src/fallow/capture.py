@@ -1,0 +1,149 @@
+"""What a dense model does on calibration text: the statistics that rules are fitted on."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fallow import _core
+from fallow.errors import FallowError
+from fallow.metrics import histogram_quantile
+from fallow.progress import progress
+from fallow.taps import Layer, attach
+
+# Tokens kept whole for searches that no histogram can answer (CETT, tail budget): 1024 tokens of
+# Qwen2.5-1.5B are 0.5 GB in bf16. TEAL's search runs each block some hundred times, on fewer.
+SAMPLE_TOKENS = 1024
+BLOCK_TOKENS = 256
+
+
+class Runnable(Protocol):
+    """What capturing needs of a model."""
+
+    layers: list[Layer]
+
+    def hidden(self, ids: np.ndarray) -> torch.Tensor: ...
+
+
+def n_threads() -> int:
+    return torch.get_num_threads()
+
+
+def as_floats(value: torch.Tensor) -> np.ndarray:
+    """A float32 numpy view (or copy) of a tensor, C-contiguous."""
+    return value.detach().float().contiguous().numpy()
+
+
+class Histograms:
+    """Magnitude histograms of one tap in every layer, (L, bins) uint64; exact, streaming."""
+
+    def __init__(self, tap: str, n_layers: int) -> None:
+        self.tap = tap
+        self.counts = np.zeros((n_layers, _core.HISTOGRAM_BINS), dtype=np.uint64)
+        self.zeros = np.zeros(n_layers, dtype=np.int64)  # exact zeros
+
+    def add(self, layer: int, value: torch.Tensor) -> None:
+        """Counts |value| (T, width).
+
+        Raises:
+            FallowError: NaN or infinity, naming tensor and layer.
+        """
+        flat = as_floats(value).reshape(-1)
+        zeros, non_finite = _core.add_magnitudes(flat, self.counts[layer], n_threads())
+        if non_finite:
+            raise non_finite_error(self.tap, layer, non_finite)
+        self.zeros[layer] += zeros
+
+    def quantile(self, layer: int, q: float) -> float:
+        """The q-th quantile of the layer's magnitudes; 0 at q = 0."""
+        return histogram_quantile(self.counts[layer], q)
+
+    def pooled_quantile(self, q: float) -> float:
+        """The q-th quantile of all layers' magnitudes together."""
+        return histogram_quantile(self.counts.sum(axis=0), q)
+
+
+def non_finite_error(tap: str, layer: int, count: int) -> FallowError:
+    return FallowError(
+        f"{count} NaN or infinite values in {tap} of layer {layer}; "
+        "try --dtype float32, or check the checkpoint"
+    )
+
+
+class Calibration:
+    """Statistics of a dense model over `windows` (n, context); each is collected when asked for."""
+
+    def __init__(self, model: Runnable, windows: np.ndarray) -> None:
+        self.model = model
+        self.windows = windows
+        self.cache: dict[str, Any] = {}  # for rules whose search is worth keeping (TEAL's path)
+
+    @property
+    def layers(self) -> list[Layer]:
+        return self.model.layers
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.windows.size)
+
+    @cached_property
+    def histograms(self) -> dict[str, Histograms]:
+        """Per tap; projections that share an input (q, k, v; gate, up) are counted once."""
+        layer = self.layers[0]
+        ffn = ["gate_pre", "gate_act", "ffn_out", *(["up"] if layer.gated else [])]
+        names = [*ffn, *dict.fromkeys(input_histogram(layer, p) for p in layer.projections)]
+        found = {name: Histograms(name, len(self.layers)) for name in names}
+        self._run("histograms", {name: h.add for name, h in found.items()})
+        return found
+
+    @cached_property
+    def inter(self) -> list[torch.Tensor]:
+        """`inter` of a strided sample of tokens, per layer (T', d_ff), as the model computes it."""
+        stride = max(1, -(-self.n_tokens // SAMPLE_TOKENS))
+        parts: list[list[torch.Tensor]] = [[] for _ in self.layers]
+
+        def keep(layer: int, value: torch.Tensor) -> None:
+            if not torch.isfinite(value).all():
+                raise non_finite_error("inter", layer, int((~torch.isfinite(value)).sum()))
+            parts[layer].append(value[::stride].clone())
+
+        self._run("activations", {"inter": keep})
+        return [torch.cat(p) for p in parts]
+
+    @cached_property
+    def block_inputs(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Arguments with which each decoder layer is called on the first tokens of the text."""
+        found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def keep(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append((args, kwargs))
+
+        with ExitStack() as stack:
+            for layer in self.layers:
+                handle = layer.block.register_forward_pre_hook(keep, with_kwargs=True)
+                stack.callback(handle.remove)
+            self.model.hidden(self.windows[:1, :BLOCK_TOKENS])
+        return found
+
+    def _run(self, what: str, taps: dict[str, Callable[..., Any]]) -> None:
+        with (
+            progress(f"calibration {what}", len(self.windows)) as ticker,
+            attach(self.layers, taps),
+        ):
+            for window in self.windows:
+                self.model.hidden(window[None])
+                ticker.advance()
+
+
+def input_histogram(layer: Layer, projection: str) -> str:
+    """The tap under which a projection's input is counted."""
+    if projection == "down_proj":
+        return "inter"
+    if projection in layer.ffn_inputs:
+        return next(iter(layer.ffn_inputs))
+    if projection == "o_proj":
+        return "o_proj"
+    return next(iter(layer.attention))

@@ -1,0 +1,344 @@
+"""A model as fallow sees it: transformers' implementation, its layers, its tokenizer."""
+
+import ctypes
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fallow.catalog import ALIASES, resolve
+from fallow.errors import FallowError, UsageError
+from fallow.models import Architecture, by_gguf_name, by_model_type
+from fallow.plan import Plan
+from fallow.rules import Rule, find_rule
+from fallow.taps import Layer, attach
+from fallow.tokenizer import TextTokenizer, tokenizer_from_gguf
+from fallow.weights import GgufFile, fingerprint, read_gguf, read_safetensors
+
+# Products of float32 that stay float32: 512 x 512 of N(0, 1) differ by less than this between
+# libraries, while bfloat16 inputs would differ by 1e-1.
+FLOAT32_ERROR = 1e-3
+
+
+def use_fastest_float32() -> None:
+    """Lets torch use oneDNN for float32 products where that is as exact as the default.
+
+    The default is MKL, which runs at half speed on AMD. oneDNN is reached by allowing bfloat16
+    inside float32 products; on processors without a matrix unit it computes in float32 all the
+    same (measured on EPYC 9005: KL to MKL's result 1e-9 nats), elsewhere the check here fails.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double()
+    matmul.fp32_precision = "bf16"
+    if float((nn.functional.linear(a, b.T) - exact).abs().max()) > FLOAT32_ERROR:
+        matmul.fp32_precision = "ieee"
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse large freed blocks instead of returning them to the kernel.
+
+    Every evaluation step frees and takes tensors of 6 to 256 MB; faulting their pages in again
+    took two thirds of the time (measured on SmolLM2: 3.6 against 1.0 s to compare four plans).
+    """
+    trim_threshold, mmap_threshold, limit = -1, -3, 1 << 30
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # another C library; slower, nothing else
+    mallopt(mmap_threshold, limit)
+    mallopt(trim_threshold, 2 * limit - 1)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# "auto" is float32 up to this many weights (4 GB), bfloat16 beyond.
+AUTO_FLOAT32_WEIGHTS = 1_000_000_000
+
+
+@dataclass
+class Model:
+    """A loaded model. `module` is transformers' own; nothing in it is patched or copied."""
+
+    name: str
+    module: nn.Module = field(repr=False)
+    tokenizer: TextTokenizer = field(repr=False)
+    architecture: Architecture = field(repr=False)
+    fingerprint: str
+    layers: list[Layer] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.module.eval().requires_grad_(False)
+        self.layers = self.architecture.find_layers(self.module)
+        self._head = self.module.get_output_embeddings()
+        if self.dtype != torch.float32:  # logits rounded to bf16 would add 1e-3 nats of noise to KL
+            head = nn.Linear(1, 1, bias=False)
+            head.weight = nn.Parameter(self._head.weight.detach().float(), requires_grad=False)
+            bias = self._head.bias
+            head.bias = None if bias is None else nn.Parameter(bias.detach().float(), False)
+            self._head = head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.layers[0].down_proj.in_features
+
+    def hidden(self, ids: np.ndarray) -> torch.Tensor:
+        """Final hidden states of token ids (B, T): (B, T, d_model), after the last norm."""
+        with torch.inference_mode():
+            tensor = torch.from_numpy(np.ascontiguousarray(ids))
+            return self.module.base_model(input_ids=tensor, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., vocabulary), float32, of final hidden states (..., d_model)."""
+        with torch.inference_mode():
+            return self._head(hidden.float())
+
+    def rule(self, plan: Plan) -> Rule:
+        """The plan's rule, ready for this model.
+
+        Raises:
+            FallowError: the plan is for another model, or an array does not fit it.
+        """
+        plan.check_model(self.fingerprint, self.name)
+        rule = find_rule(plan.rule)(plan.knob, plan.arrays)
+        for tap in rule.cuts(self.layers[0]):
+            array = plan.arrays.get(f"threshold.{tap}")
+            if array is not None and array.shape != (len(self.layers),):
+                raise FallowError(
+                    f"plan array threshold.{tap} has shape {array.shape}, "
+                    f"expected {(len(self.layers),)}; calibrate again"
+                )
+        return rule
+
+    @contextmanager
+    def sparse(self, plan: Plan | None) -> Iterator[None]:
+        """Runs the model with the plan's values set to zero inside the block; None: dense."""
+        with attach(self.layers, {} if plan is None else self.rule(plan).taps(self.layers)):
+            yield
+
+    def generate(
+        self,
+        prompt: str,
+        plan: Plan | None = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        chat: bool = False,
+    ) -> str:
+        """Continues a prompt, or answers it as a chat message, with the plan's neurons idle.
+
+        A reference: nothing is skipped, masked values are computed and set to zero.
+
+        Raises:
+            FallowError: the prompt is empty or longer than the model's context.
+        """
+        ids = self.tokenizer.chat(prompt) if chat else self.tokenizer.encode(prompt)
+        if self.tokenizer.add_bos and self.tokenizer.bos_id is not None and (
+            len(ids) == 0 or ids[0] != self.tokenizer.bos_id
+        ):
+            ids = np.concatenate([[self.tokenizer.bos_id], ids])
+        limit = self.module.config.max_position_embeddings
+        if len(ids) == 0:
+            raise FallowError("the prompt is empty; give some text")
+        if len(ids) + max_new_tokens > limit:
+            raise FallowError(
+                f"prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
+                f"context of {limit}; shorten the prompt"
+            )
+        torch.manual_seed(seed)
+        tensor = torch.from_numpy(ids)[None]
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature} if temperature > 0
+            else {"do_sample": False}
+        )
+        with torch.inference_mode(), self.sparse(plan):
+            output = self.module.generate(
+                tensor,
+                attention_mask=torch.ones_like(tensor),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(self.tokenizer.eos_ids) or None,
+                pad_token_id=self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else 0,
+                **sampling,
+            )
+        return self.tokenizer.decode(output[0, len(ids):])
+
+
+def load(model: str | Path | Model, dtype: str = "auto") -> Model:
+    """Loads a model: an alias, a Hugging Face folder, a .gguf file, or a hub id (org/name).
+
+    `dtype` is float32, bfloat16, float16, or auto: float32 up to 1e9 weights, bfloat16 beyond.
+
+    Raises:
+        FallowError: not found, not installed, truncated, or of an unknown architecture.
+        UsageError: unknown dtype.
+    """
+    if isinstance(model, Model):
+        return model
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    path = find_model(str(model))
+    name = str(model)
+    use_fastest_float32()
+    keep_freed_memory()
+    return _load_folder(name, path, dtype) if path.is_dir() else _load_gguf(name, path, dtype)
+
+
+def find_model(name: str) -> Path:
+    """The folder or file that a model's name stands for; hub ids are downloaded.
+
+    Raises:
+        FallowError: it is nowhere.
+    """
+    if name in ALIASES:
+        return resolve(ALIASES[name])
+    path = Path(name)
+    if path.exists():
+        return path
+    if name.endswith(".gguf") or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FallowError(
+            f"model {name} not found: no such file or folder, and no alias "
+            f"({', '.join(ALIASES)}); see: fallow models"
+        )
+    return _download(name)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FallowError(
+            f"cannot download {hub_id} from the hub ({reason}); check the id and the network, "
+            "or give a local folder or .gguf file"
+        ) from error
+
+
+def _torch_dtype(dtype: str, n_weights: int) -> torch.dtype:
+    if dtype == "auto":
+        dtype = "float32" if n_weights <= AUTO_FLOAT32_WEIGHTS else "bfloat16"
+    return DTYPES[dtype]
+
+
+def _load_gguf(name: str, path: Path, dtype: str) -> Model:
+    file = read_gguf(path)
+    architecture = by_gguf_name(file.architecture, f"GGUF {path}")
+    assert architecture.gguf_config is not None
+    n_weights = sum(int(np.prod(t.shape)) for t in file.tensors.values())
+    module = _empty_module(architecture, architecture.gguf_config(file))
+    _fill(module, architecture, file, _torch_dtype(dtype, n_weights))
+    return Model(name, module, tokenizer_from_gguf(file), architecture, fingerprint(file.tensors))
+
+
+def _empty_module(architecture: Architecture, config: dict[str, Any]) -> Any:
+    """The model without weights: parameters on the meta device, buffers computed."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    hf_class = getattr(transformers, architecture.hf_class)
+    with init_empty_weights(include_buffers=False):
+        return hf_class(hf_class.config_class(**config))
+
+
+def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.dtype) -> None:
+    expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    state: dict[str, torch.Tensor] = {}
+    for tensor in file.tensors.values():
+        hf_name = architecture.hf_name(tensor.name)
+        if hf_name is None:
+            raise FallowError(
+                f"GGUF {file.path} has a tensor {tensor.name} that {architecture.model_type} "
+                "models do not have"
+            )
+        values = tensor.dequantize()
+        for part, array in architecture.from_gguf(hf_name, values, module.config).items():
+            if expected.get(part, array.shape) != array.shape:
+                raise FallowError(
+                    f"GGUF {file.path}: tensor {tensor.name} gives {part} the shape "
+                    f"{array.shape}, expected {expected[part]}"
+                )
+            state[part] = torch.from_numpy(array).to(dtype)
+    unknown = sorted(set(state) - set(expected))
+    missing = sorted(set(expected) - set(state) - {"lm_head.weight"})
+    if unknown or missing:
+        raise FallowError(
+            f"GGUF {file.path} does not fit {architecture.model_type}: "
+            f"missing {missing[:3] or 'nothing'}, unexpected {unknown[:3] or 'nothing'}"
+        )
+    module.load_state_dict(state, assign=True, strict=False)
+    module.tie_weights()
+
+
+def _load_folder(name: str, folder: Path, dtype: str) -> Model:
+    import transformers
+
+    config_path = folder / "config.json"
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        model_type = config["model_type"]
+    except OSError as error:
+        raise FallowError(f"cannot read {config_path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise FallowError(f"{config_path} is not a model's config; download it again") from error
+    architecture = by_model_type(model_type, str(config_path))
+    tensors = {t.name: t for t in read_safetensors(folder)}
+    n_weights = sum(int(np.prod(t.shape)) for t in tensors.values())
+    hf_class = getattr(transformers, architecture.hf_class)
+    module, info = hf_class.from_pretrained(
+        folder,
+        dtype=_torch_dtype(dtype, n_weights),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        local_files_only=True,
+    )
+    _check_loading(folder, info)
+    return Model(name, module, _folder_tokenizer(folder), architecture, fingerprint(tensors))
+
+
+def _check_loading(folder: Path, info: dict[str, Any]) -> None:
+    if info["mismatched_keys"]:
+        key, found, expected = sorted(info["mismatched_keys"])[0]
+        raise FallowError(
+            f"{folder}: tensor {key} has the shape {tuple(found)}, expected {tuple(expected)}"
+        )
+    if info["missing_keys"]:
+        raise FallowError(f"{folder} lacks the tensors {', '.join(sorted(info['missing_keys'])[:3])}")
+
+
+def _folder_tokenizer(folder: Path) -> TextTokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        backend = tokenizer.backend_tokenizer
+    except (OSError, ValueError, AttributeError) as error:
+        raise FallowError(
+            f"{folder} has no usable tokenizer; add its tokenizer.json"
+        ) from error
+    bos = tokenizer.bos_token_id
+    eos = tokenizer.eos_token_id
+    return TextTokenizer(
+        backend,
+        bos_id=bos,
+        eos_ids=() if eos is None else (eos,),
+        add_bos=bos is not None and tokenizer("a").input_ids[:1] == [bos],
+        chat_template=tokenizer.chat_template,
+    )

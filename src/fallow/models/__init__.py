@@ -1,0 +1,35 @@
+"""Architectures, one file each. To add one, add a file with an `ARCHITECTURE` and name it here."""
+
+from importlib import import_module
+
+from fallow.errors import FallowError
+from fallow.models._base import Architecture
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi", "phi3", "opt")
+
+
+def architectures() -> list[Architecture]:
+    return [import_module(f"fallow.models.{name}").ARCHITECTURE for name in ARCHITECTURES]
+
+
+def by_model_type(model_type: str, where: str) -> Architecture:
+    """The architecture of a config.json's model_type. Raises FallowError naming the known ones."""
+    found = {a.model_type: a for a in architectures()}
+    return _pick(found, model_type, where)
+
+
+def by_gguf_name(name: str, where: str) -> Architecture:
+    """The architecture of a GGUF's general.architecture. Raises FallowError likewise."""
+    found = {a.gguf_name: a for a in architectures() if a.gguf_name is not None}
+    return _pick(found, name, where)
+
+
+def _pick(found: dict[str, Architecture], name: str, where: str) -> Architecture:
+    if name not in found:
+        raise FallowError(
+            f"unknown architecture {name!r} in {where}; known: {', '.join(sorted(found))}"
+        )
+    return found[name]
+
+
+__all__ = ["ARCHITECTURES", "Architecture", "architectures", "by_gguf_name", "by_model_type"]

@@ -1,0 +1,150 @@
+"""How one architecture is described: where its FFN is, and how GGUF names its parts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fallow.errors import FallowError
+from fallow.taps import Layer
+from fallow.weights import GgufFile
+
+# GGUF names of the llama family's tensors, per block and outside the blocks, against the
+# checkpoint's own. https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py
+LLAMA_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+LLAMA_GLOBAL = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LLAMA_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+
+Tensors = dict[str, np.ndarray]
+
+
+def keep(name: str, values: np.ndarray, config: Any) -> Tensors:
+    """The GGUF tensor is the checkpoint's own."""
+    return {name: values}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder architecture of transformers that fallow can look into.
+
+    Module paths are relative to a decoder layer. Exactly one of `gate_up_proj` (fused) and
+    `up_proj` is set; `gate_proj` is None for a fused or a non-gated FFN.
+    """
+
+    model_type: str  # config.json's
+    hf_class: str  # class in transformers
+    act: str = "mlp.act_fn"
+    gate_proj: str | None = "mlp.gate_proj"
+    up_proj: str | None = "mlp.up_proj"
+    gate_up_proj: str | None = None
+    down_proj: str = "mlp.down_proj"
+    attention: tuple[str, ...] = LLAMA_ATTENTION  # the last one is the output projection
+    layers: str = "model.layers"
+
+    # GGUF: None if llama.cpp has no such architecture.
+    gguf_name: str | None = None
+    gguf_block: dict[str, str] = field(default_factory=dict)
+    gguf_global: dict[str, str] = field(default_factory=lambda: LLAMA_GLOBAL)
+    gguf_config: Callable[[GgufFile], dict[str, Any]] | None = None
+    from_gguf: Callable[[str, np.ndarray, Any], Tensors] = keep
+
+    def find_layers(self, module: nn.Module) -> list[Layer]:
+        """The decoder layers of a loaded model."""
+        return [self._layer(block) for block in module.get_submodule(self.layers).children()]
+
+    def _layer(self, block: nn.Module) -> Layer:
+        def get(path: str | None) -> Any:
+            return None if path is None else block.get_submodule(path)
+
+        names = [path.rsplit(".", 1)[-1] for path in self.attention]
+        names[-1] = "o_proj"  # Phi-2 calls it dense, OPT out_proj
+        return Layer(
+            block=block,
+            act=get(self.act),
+            down_proj=get(self.down_proj),
+            gate_proj=get(self.gate_proj),
+            up_proj=get(self.up_proj),
+            gate_up_proj=get(self.gate_up_proj),
+            attention={name: get(path) for name, path in zip(names, self.attention, strict=True)},
+        )
+
+    def hf_name(self, gguf_name: str) -> str | None:
+        """`blk.3.ffn_gate.weight` -> `model.layers.3.mlp.gate_proj.weight`; None if unknown."""
+        stem, _, kind = gguf_name.rpartition(".")
+        if stem in self.gguf_global:
+            return f"{self.gguf_global[stem]}.{kind}"
+        prefix, _, rest = stem.partition(".")
+        index, _, part = rest.partition(".")
+        if prefix == "blk" and index.isdigit() and part in self.gguf_block:
+            return f"{self.layers}.{index}.{self.gguf_block[part]}.{kind}"
+        return None
+
+
+def llama_config(file: GgufFile) -> dict[str, Any]:
+    """transformers' config of a llama-like model from GGUF metadata."""
+    heads = file.get("{arch}.attention.head_count")
+    hidden = file.get("{arch}.embedding_length")
+    check_rope(file)
+    return {
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": file.get("{arch}.feed_forward_length"),
+        "num_hidden_layers": file.get("{arch}.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": file.get("{arch}.attention.head_count_kv", heads),
+        "head_dim": file.get("{arch}.attention.key_length", hidden // heads),
+        "rms_norm_eps": file.get("{arch}.attention.layer_norm_rms_epsilon"),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": file.get("{arch}.rope.freq_base", 10000.0),
+        },
+        "max_position_embeddings": file.get("{arch}.context_length"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": file.get("tokenizer.ggml.bos_token_id", None),
+        "eos_token_id": file.get("tokenizer.ggml.eos_token_id", None),
+        "pad_token_id": file.get("tokenizer.ggml.padding_token_id", None),
+    }
+
+
+def check_rope(file: GgufFile) -> None:
+    """Raises FallowError for stretched rotary embeddings, which would silently run wrongly."""
+    kind = file.get("{arch}.rope.scaling.type", "none")
+    if kind != "none" or any(name.startswith("rope_f") for name in file.tensors):
+        raise FallowError(
+            f"GGUF {file.path} uses RoPE scaling ({kind}), which is read from Hugging Face folders "
+            "only; give the model as a folder"
+        )
+
+
+def unpermute(values: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes the reordering of q and k rows in GGUF files of the llama family.
+
+    GGUF pairs neighbouring rows for RoPE, transformers row i with row i + head_dim / 2.
+    """
+    rows = values.shape[0]
+    paired = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
+    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)
+
+
+def unpermute_qk(name: str, values: np.ndarray, config: Any) -> Tensors:
+    if ".q_proj." in name:
+        values = unpermute(values, config.num_attention_heads)
+    elif ".k_proj." in name:
+        values = unpermute(values, config.num_key_value_heads)
+    return {name: values}

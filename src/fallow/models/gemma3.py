@@ -1,0 +1,42 @@
+"""Gemma 3 (text). GeGLU, sliding-window layers, norms before and after attention and FFN."""
+
+from typing import Any
+
+import numpy as np
+
+from fallow.models._base import LLAMA_BLOCK, Architecture, Tensors, llama_config
+from fallow.weights import GgufFile
+
+
+def _config(file: GgufFile) -> dict[str, Any]:
+    config = llama_config(file)
+    rope = config.pop("rope_parameters")
+    # The local layers' base is not in the file; it is 10,000 in every Gemma 3 (report, 2.1).
+    local = {"rope_type": "default", "rope_theta": file.get("gemma3.rope.freq_base_swa", 10000.0)}
+    return config | {
+        "rope_parameters": {"full_attention": rope, "sliding_attention": local},
+        "sliding_window": file.get("gemma3.attention.sliding_window"),
+        "query_pre_attn_scalar": config["head_dim"],
+    }
+
+
+def _from_gguf(name: str, values: np.ndarray, config: Any) -> Tensors:
+    # Gemma's norms multiply by 1 + weight; GGUF stores the sum.
+    return {name: values - 1 if "norm" in name else values}
+
+
+ARCHITECTURE = Architecture(
+    model_type="gemma3_text",
+    hf_class="Gemma3ForCausalLM",
+    gguf_name="gemma3",
+    gguf_block=LLAMA_BLOCK
+    | {
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    gguf_config=_config,
+    from_gguf=_from_gguf,
+)

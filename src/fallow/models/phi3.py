@@ -1,0 +1,31 @@
+"""Phi-3. SwiGLU with gate and up fused in one projection, and q, k, v in another."""
+
+from typing import Any
+
+from fallow.models._base import Architecture, llama_config
+from fallow.weights import GgufFile
+
+
+def _config(file: GgufFile) -> dict[str, Any]:
+    return llama_config(file) | {"sliding_window": file.get("phi3.attention.sliding_window", None)}
+
+
+ARCHITECTURE = Architecture(
+    model_type="phi3",
+    hf_class="Phi3ForCausalLM",
+    act="mlp.activation_fn",
+    gate_proj=None,
+    up_proj=None,
+    gate_up_proj="mlp.gate_up_proj",
+    attention=("self_attn.qkv_proj", "self_attn.o_proj"),
+    gguf_name="phi3",
+    gguf_block={
+        "attn_norm": "input_layernorm",
+        "attn_qkv": "self_attn.qkv_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_up": "mlp.gate_up_proj",
+        "ffn_down": "mlp.down_proj",
+    },
+    gguf_config=_config,
+)

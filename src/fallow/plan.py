@@ -1,0 +1,100 @@
+"""The plan: the one file between calibration and whatever runs the model."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fallow.errors import FallowError
+from fallow.files import atomic_path
+
+FORMAT = 1
+_METADATA_KEY = "fallow_plan"
+
+
+@dataclass
+class Plan:
+    """Which neurons may be left idle in one model, and how that was found.
+
+    `arrays` are the rule's: `threshold.{tap}` (L,) in units of the value it cuts, or the one
+    number of a per-token rule. The file is safetensors; everything else is JSON in its metadata.
+    """
+
+    model: str
+    fingerprint: str
+    rule: str
+    where: str
+    knob: float
+    knob_name: str
+    arrays: dict[str, np.ndarray] = field(repr=False)
+    target_sparsity: float | None = None
+    target_ppl_increase: float | None = None  # percent
+    achieved_sparsity: float | None = None  # of what the rule cuts, on held-out calibration text
+    achieved_ppl_increase: float | None = None  # percent, likewise
+    calibration_text: str = ""
+    calibration_sha256: str = ""
+    calibration_tokens: int = 0
+    dtype: str = ""
+    date: str = ""
+    fallow_version: str = ""
+    format: int = FORMAT
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Everything but the arrays."""
+        return {k: v for k, v in asdict(self).items() if k != "arrays"}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file whole or not at all. Raises FallowError if it cannot be written."""
+        text = json.dumps(self.metadata, allow_nan=False)
+        with atomic_path(path) as temporary:
+            save_file(self.arrays, temporary, metadata={_METADATA_KEY: text})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Reads a plan. Raises FallowError: missing, truncated, no plan, or a newer format."""
+        path = Path(path)
+        try:
+            with safe_open(path, framework="numpy") as file:
+                text = (file.metadata() or {}).get(_METADATA_KEY)
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except OSError as error:
+            reason = error.strerror or "no such file"
+            raise FallowError(f"cannot read plan {path}: {reason}") from error
+        except SafetensorError as error:
+            raise FallowError(
+                f"plan {path} is truncated or no safetensors file ({error}); calibrate again"
+            ) from error
+        if text is None:
+            raise FallowError(f"{path} is a safetensors file but no plan; make one with calibrate")
+        return cls._from_metadata(path, json.loads(text), arrays)
+
+    @classmethod
+    def _from_metadata(
+        cls, path: Path, metadata: dict[str, Any], arrays: dict[str, np.ndarray]
+    ) -> "Plan":
+        version = metadata.get("format")
+        if version != FORMAT:
+            raise FallowError(
+                f"plan {path} has format {version}, this fallow reads {FORMAT}; calibrate again"
+            )
+        known = {f.name for f in fields(cls)} - {"arrays"}
+        missing = {"model", "fingerprint", "rule", "where", "knob", "knob_name"} - set(metadata)
+        if missing:
+            raise FallowError(f"plan {path} lacks {', '.join(sorted(missing))}; calibrate again")
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise FallowError(f"plan {path}: array {name} has NaN or infinity; calibrate again")
+        return cls(arrays=arrays, **{k: v for k, v in metadata.items() if k in known})
+
+    def check_model(self, fingerprint: str, name: str) -> None:
+        """Raises FallowError if the plan was made for another model."""
+        if self.fingerprint != fingerprint:
+            raise FallowError(
+                f"this plan is for {self.model} (fingerprint {self.fingerprint}), not for {name} "
+                f"(fingerprint {fingerprint}); calibrate a plan for {name}"
+            )

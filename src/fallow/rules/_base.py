@@ -1,0 +1,135 @@
+"""What all rules share. A rule says which values may be set to zero; nothing else.
+
+One convention for ties, everywhere: a value is inactive iff its score is <= the threshold.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar, Self
+
+import numpy as np
+import torch
+
+from fallow import _core
+from fallow.capture import Calibration, as_floats, n_threads
+from fallow.errors import UsageError
+from fallow.taps import Layer, Tap
+
+Arrays = dict[str, np.ndarray]
+
+
+class Rule:
+    """A way to leave neurons (or inputs) idle, fitted to one model.
+
+    The class attributes document the rule; `fit` learns its arrays from calibration statistics;
+    `taps` applies it. `knob` is the one number that the paper of the rule turns.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    where: ClassVar[str]  # "inter": neurons; "input": inputs of projections
+    knob_name: ClassVar[str]  # with its range
+    known: ClassVar[str]  # when the choice is known, hence which weights it saves
+    search: ClassVar[str | None] = "sparsity"  # what a search for a loss turns
+    search_limit: ClassVar[float] = 1.0  # from 0 up to this
+
+    def __init__(self, knob: float, arrays: Arrays) -> None:
+        self.knob = knob
+        self.arrays = arrays
+
+    @classmethod
+    def fit(
+        cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
+    ) -> Self:
+        """Learns thresholds for a target sparsity of the tensors the rule cuts, or for a knob."""
+        raise NotImplementedError
+
+    @classmethod
+    def cuts(cls, layer: Layer) -> tuple[str, ...]:
+        """The taps whose values the rule sets to zero."""
+        raise NotImplementedError
+
+    def weight(self, layer: Layer, tap: str) -> torch.Tensor | None:
+        """Factor of the score per column, (width,) float32; None for the plain magnitude."""
+        return None
+
+    def threshold(
+        self, layer: int, tap: str, score: torch.Tensor
+    ) -> float | torch.Tensor:
+        """Scores (T, width) <= this are inactive: one number, or one per token (T, 1)."""
+        return float(self.arrays[f"threshold.{tap}"][layer])
+
+    def taps(self, layers: list[Layer]) -> dict[str, Tap]:
+        """The taps that apply the rule to a model with these layers."""
+
+        def make(tap: str) -> Tap:
+            weights = [self.weight(layer, tap) for layer in layers]
+
+            def cut(layer: int, value: torch.Tensor) -> torch.Tensor:
+                score = value.abs().float()
+                weight = weights[layer]
+                if weight is not None:
+                    score *= weight
+                inactive = score <= self.threshold(layer, tap, score)
+                return value.masked_fill(inactive, 0)
+
+            return cut
+
+        return {tap: make(tap) for tap in self.cuts(layers[0])}
+
+
+def check_sparsity(sparsity: float) -> float:
+    if not 0 <= sparsity < 1:
+        raise UsageError(f"sparsity {sparsity:g} is outside [0, 1); give a fraction such as 0.5")
+    return sparsity
+
+
+def one_of(
+    sparsity: float | None, knob: float | None, low: float, high: float, name: str
+) -> tuple[float | None, float | None]:
+    """Checks that exactly one of the two is given and is in range, and returns both."""
+    if (sparsity is None) == (knob is None):
+        raise UsageError("give exactly one of a target sparsity and a knob")
+    if sparsity is not None:
+        check_sparsity(sparsity)
+    if knob is not None and not low <= knob <= high:
+        raise UsageError(f"knob {knob} is outside [{low:g}, {high:g}], the range of {name}")
+    return sparsity, knob
+
+
+def layer_quantiles(calibration: Calibration, tap: str, q: float) -> np.ndarray:
+    """The q-th magnitude quantile of every layer, (L,) float32."""
+    histogram = calibration.histograms[tap]
+    values = [histogram.quantile(i, q) for i in range(len(calibration.layers))]
+    return np.array(values, dtype=np.float32)
+
+
+def per_token_topk(score: torch.Tensor, kept: float) -> torch.Tensor:
+    """Thresholds (T, 1) that leave round(kept * width) scores of each token above them."""
+    scores = as_floats(score)
+    found = np.empty(len(scores), dtype=np.float32)
+    _core.topk_thresholds(scores, round(kept * scores.shape[1]), found, n_threads())
+    return torch.from_numpy(found)[:, None]
+
+
+def per_token_tail(score: torch.Tensor, tau: float) -> torch.Tensor:
+    """Thresholds (T, 1): the largest with sum of score² below it <= tau² of the token's sum."""
+    scores = as_floats(score)
+    found = np.empty(len(scores), dtype=np.float32)
+    _core.tail_thresholds(scores, tau, found, n_threads())
+    return torch.from_numpy(found)[:, None]
+
+
+def scalar(name: str, value: float) -> Arrays:
+    return {name: np.array([value], dtype=np.float64)}
+
+
+def bisect(function: Callable[[float], float], target: float, tolerance: float = 1e-4) -> float:
+    """The largest v in [0, 1] with function(v) <= target, function rising, to `tolerance`."""
+    low, high = 0.0, 1.0
+    while high - low > tolerance:
+        middle = (low + high) / 2
+        if function(middle) <= target:
+            low = middle
+        else:
+            high = middle
+    return low

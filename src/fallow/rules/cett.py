@@ -1,0 +1,121 @@
+"""CETT: a threshold per layer such that the dropped neurons' summed output stays below a share."""
+
+from typing import Self
+
+import numpy as np
+import torch
+
+from fallow.capture import Calibration
+from fallow.rules._base import Rule, bisect, one_of
+from fallow.taps import Layer
+
+N_CANDIDATES = 65536
+HIGHEST_QUANTILE = 0.99  # P3's cap: no layer gets sparser than about 99 %
+
+
+class Cett(Rule):
+    """||n_i|| = |inter_i| ||down_proj[:, i]|| against one threshold per layer (P3 2.2, Eq. 3).
+
+    The threshold is the largest whose cumulative error of tail truncation
+    mean over tokens of ||Σ_D n_i|| / ||FFN(x)|| is at most the knob, the same in all layers.
+    """
+
+    name = "cett"
+    paper = "arXiv:2411.02335 2.2"
+    where = "inter"
+    knob_name = "CETT, [0, 1]"
+    known = "after gate and up: saves down_proj"
+    search = "knob"
+
+    @classmethod
+    def cuts(cls, layer: Layer) -> tuple[str, ...]:
+        return ("inter",)
+
+    @classmethod
+    def fit(
+        cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
+    ) -> Self:
+        sparsity, knob = one_of(sparsity, knob, 0, 1, cls.knob_name)
+        searches = _searches(calibration)
+        if sparsity is not None:
+            target = sparsity
+
+            def mean_sparsity(cett: float) -> float:
+                return float(np.mean([s.sparsity(s.threshold(cett)) for s in searches]))
+
+            knob = bisect(mean_sparsity, target, 1e-3)
+        assert knob is not None
+        thresholds = np.array([s.threshold(knob) for s in searches], dtype=np.float32)
+        return cls(knob, {"threshold.inter": thresholds})
+
+    def weight(self, layer: Layer, tap: str) -> torch.Tensor:
+        return layer.down_norm
+
+
+class CettSearch:
+    """Thresholds of one layer. `inter` (T, d_ff), `down_proj` (d_model, d_ff), norms (d_ff,).
+
+    Candidates are 65,536 even steps from the smallest score to the 0.99 quantile (METHODS 4.1).
+    Evaluated candidates are remembered, so that the next search starts from a narrow bracket.
+    """
+
+    def __init__(
+        self, inter: torch.Tensor, down_proj: torch.Tensor, down_norm: torch.Tensor
+    ) -> None:
+        self.inter, self.down_proj = inter, down_proj
+        self.score = inter.abs().float() * down_norm
+        sample = self.score.flatten()
+        sample = sample[:: max(1, sample.numel() // 1_000_000)]
+        self.lowest = float(self.score.min())
+        self.highest = float(torch.quantile(sample, HIGHEST_QUANTILE))
+        self.output_norm = (inter @ down_proj.T).float().norm(dim=1)
+        self.errors: dict[int, float] = {}
+
+    def candidate(self, index: int) -> float:
+        step = (self.highest - self.lowest) / (N_CANDIDATES - 1)
+        # float32, as the threshold is stored: what is searched is what is applied.
+        return float(np.float32(self.lowest + index * step))
+
+    def error(self, index: int) -> float:
+        """CETT when scores <= candidate(index) are dropped: per-token ratio first, then the mean.
+
+        A token whose FFN output is 0 loses nothing and counts 0.
+        """
+        if index not in self.errors:
+            dropped = self.inter.masked_fill(self.score > self.candidate(index), 0)
+            norm = (dropped @ self.down_proj.T).float().norm(dim=1)
+            ratio = torch.where(self.output_norm > 0, norm / self.output_norm, 0.0)
+            self.errors[index] = float(ratio.mean())
+        return self.errors[index]
+
+    def threshold(self, target: float) -> float:
+        """The largest candidate with error <= target, found by bisection; 0 if there is none.
+
+        Without that 0 the published code's index becomes -1 and wraps to the largest threshold
+        (METHODS 4.1).
+        """
+        low = max((i for i, e in self.errors.items() if e <= target), default=-1)
+        above = (i for i, e in self.errors.items() if e > target and i > low)
+        high = min(above, default=N_CANDIDATES)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.error(middle) <= target:
+                low = middle
+            else:
+                high = middle
+        return self.candidate(low) if low >= 0 else 0.0
+
+    def sparsity(self, threshold: float) -> float:
+        return float((self.score <= threshold).float().mean())
+
+
+def _searches(calibration: Calibration) -> list[CettSearch]:
+    if "cett" not in calibration.cache:
+        calibration.cache["cett"] = [
+            CettSearch(inter, layer.down_proj.weight.detach(), layer.down_norm)
+            for layer, inter in zip(calibration.layers, calibration.inter, strict=True)
+        ]
+    return calibration.cache["cett"]
+
+
+RULE = Cett

@@ -1,0 +1,54 @@
+"""Percentile thresholds of P1: one scalar per layer and projection output."""
+
+from typing import Self
+
+import numpy as np
+
+from fallow.capture import Calibration
+from fallow.metrics import histogram_quantile
+from fallow.rules._base import Rule, layer_quantiles, one_of
+from fallow.taps import Layer
+
+
+class Percentile(Rule):
+    """|A| of gate_proj, up_proj and down_proj outputs against the layer's own q-th percentile.
+
+    P1 Eqs. 1-7. The target q is the sparsity of each of the three outputs; that of `inter` is
+    higher (the union of two sets of zeros). Variant for a fused gate_up_proj (Phi-3): the gate
+    half alone is cut, at a joint percentile over gate and up values. Non-gated FFN: the
+    pre-activation and the output.
+    """
+
+    name = "percentile"
+    paper = "arXiv:2412.12178 II-D"
+    where = "inter"
+    knob_name = "q, percentile / 100 of each projection's output, [0, 1)"
+    known = "after gate and up: saves down_proj; zeros of the FFN output save nothing"
+
+    @classmethod
+    def cuts(cls, layer: Layer) -> tuple[str, ...]:
+        if layer.gate_up_proj is not None or not layer.gated:
+            return ("gate_pre", "ffn_out")
+        return ("gate_pre", "up", "ffn_out")
+
+    @classmethod
+    def fit(
+        cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
+    ) -> Self:
+        sparsity, knob = one_of(sparsity, knob, 0, 1, cls.knob_name)
+        q = sparsity if knob is None else knob
+        assert q is not None
+        layer = calibration.layers[0]
+        arrays = {f"threshold.{t}": layer_quantiles(calibration, t, q) for t in cls.cuts(layer)}
+        if layer.gate_up_proj is not None:
+            arrays["threshold.gate_pre"] = _joint_quantiles(calibration, q)
+        return cls(q, arrays)
+
+
+def _joint_quantiles(calibration: Calibration, q: float) -> np.ndarray:
+    gate, up = (calibration.histograms[tap].counts for tap in ("gate_pre", "up"))
+    values = [histogram_quantile(g + u, q) for g, u in zip(gate, up, strict=True)]
+    return np.array(values, dtype=np.float32)
+
+
+RULE = Percentile

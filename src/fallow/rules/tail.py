@@ -1,0 +1,52 @@
+"""Per-token tail budget: the smallest neurons that together stay below τ."""
+
+from typing import Self
+
+import torch
+
+from fallow.capture import Calibration
+from fallow.rules._base import Rule, bisect, one_of, per_token_tail, scalar
+from fallow.taps import Layer
+
+
+class Tail(Rule):
+    """Drops the smallest n_i while Σ_D ||n_i||² <= τ² Σ ||n_i||², n_i a neuron's output."""
+
+    name = "tail"
+    paper = "METHODS 4.3 (ours)"
+    where = "inter"
+    knob_name = "τ, share of the root of the summed squared neuron norms, [0, 1]"
+    known = "after gate and up: saves down_proj"
+    search = "knob"
+
+    @classmethod
+    def cuts(cls, layer: Layer) -> tuple[str, ...]:
+        return ("inter",)
+
+    @classmethod
+    def fit(
+        cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
+    ) -> Self:
+        sparsity, knob = one_of(sparsity, knob, 0, 1, cls.knob_name)
+        if sparsity is not None:
+            target = sparsity
+            knob = bisect(lambda tau: _mean_sparsity(calibration, tau), target, 1e-3)
+        assert knob is not None
+        return cls(knob, scalar("tau", knob))
+
+    def weight(self, layer: Layer, tap: str) -> torch.Tensor:
+        return layer.down_norm
+
+    def threshold(self, layer: int, tap: str, score: torch.Tensor) -> torch.Tensor:
+        return per_token_tail(score, float(self.arrays["tau"][0]))
+
+
+def _mean_sparsity(calibration: Calibration, tau: float) -> float:
+    total = 0.0
+    for layer, inter in zip(calibration.layers, calibration.inter, strict=True):
+        score = inter[::4].abs().float() * layer.down_norm
+        total += float((score <= per_token_tail(score, tau)).float().mean())
+    return total / len(calibration.layers)
+
+
+RULE = Tail

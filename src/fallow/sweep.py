@@ -1,0 +1,325 @@
+"""Sparsity against quality for many rules at once: resumable, one table, one figure."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fallow.calibration import Calibrator
+from fallow.errors import FallowError, UsageError
+from fallow.evaluation import SPARSITY_TAPS, WindowResult, run_window
+from fallow.files import atomic_path, write_json, write_text
+from fallow.metrics import perplexity, ppl_change_percent, standard_error
+from fallow.model import Model
+from fallow.plan import Plan
+from fallow.progress import console, progress
+from fallow.rules import find_rule
+from fallow.rules._base import check_sparsity
+from fallow.text import Text, check_no_leakage, cut_windows, load_text
+
+# Plans evaluated on a window before results are saved: what Ctrl-C can lose. The dense model runs
+# once per group.
+PLANS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rule at a target: a sparsity, or a largest PPL increase in percent."""
+
+    rule: str
+    sparsity: float | None = None
+    max_ppl_increase: float | None = None
+
+    @property
+    def key(self) -> str:
+        if self.sparsity is not None:
+            return f"{self.rule}-{self.sparsity:g}"
+        return f"{self.rule}-ppl{self.max_ppl_increase:g}"
+
+
+def make_rows(
+    rules: Sequence[str], sparsities: Sequence[float], ppl_increases: Sequence[float] = ()
+) -> list[Row]:
+    """Every rule at every target; relu, which has no knob, once.
+
+    Raises:
+        UsageError: unknown rule, sparsity outside [0, 1), or nothing asked for.
+    """
+    rows: list[Row] = []
+    for rule in rules:
+        searchable = find_rule(rule).search is not None
+        targets = sparsities if searchable else [0.0]
+        rows += [Row(rule, sparsity=check_sparsity(s)) for s in targets]
+        rows += [Row(rule, max_ppl_increase=p) for p in ppl_increases if searchable]
+    if not rows:
+        raise UsageError("nothing to do: give --rules and --sparsities or --max-ppl-increases")
+    return rows
+
+
+class Store:
+    """The folder of a run: plans, one result per (row, window) in `cells.jsonl`, and settings."""
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self._cells_path = self.folder / "cells.jsonl"
+        self._check_settings(settings)
+        self.cells = self._read_cells()
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        path = self.folder / "run.json"
+        if not path.exists():
+            write_json(path, settings)
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FallowError(f"{path} is damaged; choose another --output folder") from error
+        changed = [k for k, v in settings.items() if found.get(k) != v]
+        if changed:
+            raise UsageError(
+                f"{self.folder} holds a run with another {', '.join(changed)}; "
+                "choose another --output folder"
+            )
+
+    def _read_cells(self) -> dict[tuple[str, int], dict[str, Any]]:
+        if not self._cells_path.exists():
+            return {}
+        cells = {}
+        for line in self._cells_path.read_text(encoding="utf-8").splitlines():
+            try:
+                cell = json.loads(line)
+            except ValueError:
+                continue  # the last line of a run that was killed while writing
+            cells[cell["row"], cell["window"]] = cell
+        return cells
+
+    def add(self, cells: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(cell, allow_nan=False) + "\n" for cell in cells)
+        try:
+            with self._cells_path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise FallowError(f"cannot write {self._cells_path}: {error.strerror}") from error
+        self.cells.update({(cell["row"], cell["window"]): cell for cell in cells})
+
+    def plan_path(self, row: Row) -> Path:
+        return self.folder / "plans" / f"{row.key}.plan"
+
+
+def tradeoff(
+    model: Model,
+    rows: Sequence[Row],
+    output: str | Path,
+    *,
+    calibration_text: str | Path | Text | None = None,
+    text: str | Path | Text | None = None,
+    context: int = 1024,
+    windows: int | None = None,
+    calibration_windows: int = 8,
+    validation_windows: int = 4,
+    allow_leakage: bool = False,
+) -> list[dict[str, Any]]:
+    """Calibrates every row on one text and measures all of them on another, in the loop.
+
+    Finished work in `output` is kept and not done again; Ctrl-C leaves a table of the windows that
+    every row has. Writes `table.csv`, `table.json`, `tradeoff.png` and `tradeoff.svg`.
+
+    Raises:
+        UsageError: the folder holds a run with other settings, or both texts are the same.
+        FallowError: a text is too short, or the model computes NaN.
+    """
+    source = load_text(text, "evaluation")
+    calibration_source = load_text(calibration_text, "calibration")
+    check_no_leakage(calibration_source.sha256, source, allow_leakage)
+    cut = cut_windows(source, model.tokenizer, context, windows)
+    store = Store(
+        output,
+        {
+            "model": model.name,
+            "fingerprint": model.fingerprint,
+            "dtype": model.dtype_name,
+            "context": context,
+            "text_sha256": source.sha256,
+            "calibration_sha256": calibration_source.sha256,
+            "calibration_windows": calibration_windows,
+            "validation_windows": validation_windows,
+        },
+    )
+    try:
+        plans = _calibrate(
+            model, rows, store, calibration_source, context, calibration_windows, validation_windows
+        )
+        _measure(model, rows, plans, cut, store)
+    except KeyboardInterrupt:
+        console.print(f"stopped; finished work is in {output}, the same command continues it")
+        raise
+    finally:
+        table = summarise(rows, store.cells)
+        if table:
+            write_table(table, store.folder)
+    return table
+
+
+def _calibrate(
+    model: Model,
+    rows: Sequence[Row],
+    store: Store,
+    text: Text,
+    context: int,
+    windows: int,
+    validation_windows: int,
+) -> dict[str, Plan]:
+    plans: dict[str, Plan] = {}
+    calibrator = None
+    for row in rows:
+        path = store.plan_path(row)
+        if path.exists():
+            plans[row.key] = Plan.load(path)
+            continue
+        calibrator = calibrator or Calibrator(
+            model, text, context=context, windows=windows, validation_windows=validation_windows
+        )
+        if row.max_ppl_increase is None:
+            plan = calibrator.plan(row.rule, sparsity=row.sparsity, measure=False)
+        else:
+            plan = calibrator.plan(row.rule, max_ppl_increase=row.max_ppl_increase)
+        plan.save(path)
+        plans[row.key] = plan
+    return plans
+
+
+def _measure(
+    model: Model, rows: Sequence[Row], plans: dict[str, Plan], windows: np.ndarray, store: Store
+) -> None:
+    missing = [
+        [row for row in rows if (row.key, w) not in store.cells] for w in range(len(windows))
+    ]
+    with progress("measure", sum(map(len, missing))) as ticker:
+        for w, todo in enumerate(missing):
+            for start in range(0, len(todo), PLANS_AT_ONCE):
+                group = todo[start : start + PLANS_AT_ONCE]
+                dense, results = run_window(model, windows[w], [plans[r.key] for r in group])
+                store.add(
+                    [
+                        _cell(row, plans[row.key], w, dense, result)
+                        for row, result in zip(group, results, strict=True)
+                    ]
+                )
+                ticker.advance(len(group))
+
+
+def _cell(
+    row: Row, plan: Plan, window: int, dense: WindowResult, result: WindowResult
+) -> dict[str, Any]:
+    sparsity = {tap: round(float(f.mean()), 5) for tap, f in result.sparsity.items()}
+    return {
+        "row": row.key,
+        "window": window,
+        "knob": plan.knob,
+        "tokens": len(result.kl) + 1,
+        "dense_loss": dense.loss,
+        "loss": result.loss,
+        "kl": float(result.kl.mean()),
+        "top1": result.top1,
+        "cut_sparsity": round(result.cut_sparsity, 5),
+        "sparsity": sparsity,
+    }
+
+
+def summarise(
+    rows: Sequence[Row], cells: dict[tuple[str, int], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """One line per row over the windows that every row has; the dense model first."""
+    keys = [row.key for row in rows]
+    seen = {w for _, w in cells}
+    windows = sorted(w for w in seen if all((key, w) in cells for key in keys))
+    if not windows:
+        return []
+    dense_loss = np.array([cells[keys[0], w]["dense_loss"] for w in windows])
+    ppl, ppl_se = perplexity(dense_loss)
+    table = [{"rule": "dense", "ppl": ppl, "ppl_se": ppl_se, "windows": len(windows)}]
+    return table + [
+        _summarise_row(row, [cells[row.key, w] for w in windows], dense_loss) for row in rows
+    ]
+
+
+def _summarise_row(
+    row: Row, cells: list[dict[str, Any]], dense_loss: np.ndarray
+) -> dict[str, Any]:
+    def mean(values: list[float]) -> float:
+        return float(np.mean(values))
+
+    loss = np.array([c["loss"] for c in cells])
+    ppl, ppl_se = perplexity(loss)
+    change, change_se = ppl_change_percent(loss, dense_loss)
+    kl = np.array([c["kl"] for c in cells])
+    return {
+        "rule": row.rule,
+        "target_sparsity": row.sparsity,
+        "target_ppl_increase": row.max_ppl_increase,
+        "knob": cells[0]["knob"],
+        "achieved_sparsity": mean([c["cut_sparsity"] for c in cells]),
+        **{
+            f"sparsity_{tap}": mean([c["sparsity"][tap] for c in cells])
+            for tap in SPARSITY_TAPS
+            if tap in cells[0]["sparsity"]
+        },
+        "ppl": ppl,
+        "ppl_se": ppl_se,
+        "ppl_change_percent": change,
+        "ppl_change_se": change_se,
+        "kl_to_dense": float(kl.mean()),
+        "kl_se": standard_error(kl),
+        "top1_agreement": mean([c["top1"] for c in cells]),
+        "windows": len(cells),
+    }
+
+
+def write_table(table: list[dict[str, Any]], folder: Path) -> None:
+    """table.csv and table.json; the figure if there is more than the dense row."""
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    write_text(folder / "table.csv", out.getvalue())
+    write_json(folder / "table.json", table)
+    _draw(table, folder)
+
+
+def _draw(table: list[dict[str, Any]], folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    for rule in dict.fromkeys(row["rule"] for row in table[1:]):
+        points = sorted(
+            (r for r in table if r["rule"] == rule), key=lambda r: r["achieved_sparsity"]
+        )
+        x = [p["achieved_sparsity"] for p in points]
+        change_se = [p["ppl_change_se"] or 0 for p in points]
+        axes[0].errorbar(x, [p["ppl_change_percent"] for p in points], change_se, marker="o",
+                         markersize=3, capsize=2, label=rule)
+        axes[1].errorbar(x, [p["kl_to_dense"] for p in points],
+                         [p["kl_se"] or 0 for p in points], marker="o", markersize=3, capsize=2)
+    axes[0].axhline(1, color="grey", linewidth=0.8, linestyle=":")
+    axes[0].set_yscale("symlog", linthresh=1)
+    axes[0].set_ylabel("PPL change against dense, %")
+    axes[1].set_yscale("log")
+    axes[1].set_ylabel("KL to dense, nats/token")
+    for axis in axes:
+        axis.set_xlabel("achieved sparsity of what the rule cuts")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    for kind in ("png", "svg"):
+        with atomic_path(folder / f"tradeoff.{kind}") as temporary:
+            figure.savefig(temporary, format=kind, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,180 @@
+"""Text to token ids, from a GGUF's metadata or a Hugging Face folder. Needs no transformers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+)
+from tokenizers.models import BPE
+
+from fallow.errors import FallowError
+from fallow.weights import GgufFile
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A `tokenizers` tokenizer and what a model's metadata says about using it."""
+
+    backend: Tokenizer
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    add_bos: bool = False
+    chat_template: str | None = None
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Token ids, (T,) int64, without BOS. `special` allows control tokens in the text."""
+        self.backend.encode_special_tokens = not special
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return np.asarray(ids, dtype=np.int64)
+
+    def decode(self, ids: Any) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def chat(self, prompt: str) -> np.ndarray:
+        """Ids of a conversation with one user message, ready for the answer.
+
+        Raises:
+            FallowError: the model has no chat template.
+        """
+        if self.chat_template is None:
+            raise FallowError("this model has no chat template; prompt it with plain text")
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        text = environment.from_string(self.chat_template).render(
+            messages=[{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            bos_token=self._token(self.bos_id),
+            eos_token=self._token(self.eos_ids[0] if self.eos_ids else None),
+        )
+        return self.encode(text, special=True)
+
+    def _token(self, token_id: int | None) -> str:
+        return "" if token_id is None else self.backend.id_to_token(token_id) or ""
+
+
+# How text is cut before BPE merges it, by the name that llama.cpp gives the scheme
+# (tokenizer.ggml.pre). The patterns are those of the models' own tokenizer.json files.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PATTERNS = {
+    "default": (_GPT2,),
+    "gpt-2": (_GPT2,),
+    "phi-2": (_GPT2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "llama-bpe": (_LLAMA3,),
+    "qwen2": (_LLAMA3.replace("{1,3}", ""),),
+}
+
+# Kinds of token in tokenizer.ggml.token_type.
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+
+
+def tokenizer_from_gguf(file: GgufFile) -> TextTokenizer:
+    """The tokenizer stored in a GGUF file: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
+
+    Raises:
+        FallowError: another kind of tokenizer, or an unknown way to cut text before BPE.
+    """
+    kind = file.get("tokenizer.ggml.model")
+    tokens = file.get("tokenizer.ggml.tokens")
+    if kind == "gpt2":
+        backend = _byte_level_bpe(file, tokens)
+    elif kind == "llama":
+        backend = _sentencepiece_bpe(file, tokens)
+    else:
+        raise FallowError(
+            f"GGUF {file.path} has a tokenizer of kind {kind!r}; known kinds: gpt2, llama"
+        )
+    types = file.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [
+            AddedToken(token, special=special, normalized=False)
+            for token, type_ in zip(tokens, types, strict=True)
+            if type_ == wanted
+        ]
+        backend.add_special_tokens(added) if special else backend.add_tokens(added)
+    eos = {file.get(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot")}
+    return TextTokenizer(
+        backend,
+        bos_id=file.get("tokenizer.ggml.bos_token_id", None),
+        eos_ids=tuple(sorted(i for i in eos if i is not None)),
+        add_bos=bool(file.get("tokenizer.ggml.add_bos_token", kind == "llama")),
+        chat_template=file.get("tokenizer.chat_template", None),
+    )
+
+
+def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
+    scheme = file.get("tokenizer.ggml.pre", "default")
+    if scheme not in _PATTERNS:
+        raise FallowError(
+            f"GGUF {file.path} cuts text by the scheme {scheme!r}; known: {', '.join(_PATTERNS)}; "
+            "give the model as a Hugging Face folder instead"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges")]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(BPE(vocabulary, merges))  # type: ignore[arg-type]
+    if scheme == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    steps = [pre_tokenizers.Split(Regex(p), "isolated") for p in _PATTERNS[scheme]]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
+    scores = file.get("tokenizer.ggml.scores")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    unknown = file.get("tokenizer.ggml.unknown_token_id", None)
+    types = file.get("tokenizer.ggml.token_type")
+    backend = Tokenizer(
+        BPE(
+            vocabulary,
+            _merges_from_scores(tokens, scores, types),
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=any(t == _BYTE for t in types),
+        )
+    )
+    steps: list[Any] = [normalizers.Replace(" ", "▁")]
+    if file.get("tokenizer.ggml.add_space_prefix", True):
+        steps.insert(0, normalizers.Prepend("▁"))
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return backend
+
+
+def _merges_from_scores(
+    tokens: list[str], scores: list[float], types: list[int]
+) -> list[tuple[str, str]]:
+    """BPE merges of a SentencePiece vocabulary: every split of a token into two others.
+
+    SentencePiece merges the pair whose result scores best, so merges are ranked by the result's
+    score; of one result's splits the first by the parts' own ids comes first.
+    """
+    rank = {
+        token: (-score, i)
+        for i, (token, score, type_) in enumerate(zip(tokens, scores, types, strict=True))
+        if type_ not in (_UNKNOWN, _CONTROL, _BYTE)
+    }
+    merges = []
+    for token, order in rank.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in rank and right in rank:
+                merges.append((order, rank[left][1], rank[right][1], left, right))
+    merges.sort(key=lambda merge: merge[:3])
+    return [merge[3:] for merge in merges]

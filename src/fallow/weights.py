@@ -1,0 +1,198 @@
+"""Checkpoint files: GGUF and safetensors, read without torch."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fallow import _core
+from fallow.errors import FallowError
+
+N_THREADS = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, still in its stored bytes. `shape` is outermost first: (out, in)."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str  # "F32", "BF16", "Q4_K", ...
+    data: np.ndarray = field(repr=False)  # uint8, memory-mapped
+
+    def dequantize(self) -> np.ndarray:
+        """The tensor's values, float32 of `shape`."""
+        if self.type not in _core.FORMATS:
+            return self._dequantize_rare()
+        values = np.empty(int(np.prod(self.shape)), dtype=np.float32)
+        _core.dequantize(self.type, self.data, values, N_THREADS)
+        return values.reshape(self.shape)
+
+    def _dequantize_rare(self) -> np.ndarray:
+        import gguf
+
+        try:
+            kind = gguf.GGMLQuantizationType[self.type]
+            return gguf.dequantize(self.data, kind).reshape(self.shape).astype(np.float32)
+        except (KeyError, NotImplementedError) as error:
+            raise FallowError(
+                f"tensor {self.name} has type {self.type}, which cannot be decoded; "
+                "use a file quantised with Q4_0 to Q8_0, Q2_K to Q6_K, F16 or BF16"
+            ) from error
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file's metadata and tensors. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def architecture(self) -> str:
+        return self.get("general.architecture")
+
+    def get(self, key: str, default: Any = ...) -> Any:
+        """A metadata value; `{arch}` in the key stands for the architecture's name.
+
+        Raises:
+            FallowError: the key is missing and there is no default.
+        """
+        if "{arch}" in key:
+            key = key.format(arch=self.architecture)
+        if key in self.metadata:
+            return self.metadata[key]
+        if default is ...:
+            raise FallowError(f"GGUF {self.path} has no {key}; is it a language model?")
+        return default
+
+
+def read_gguf(path: str | Path) -> GgufFile:
+    """Opens a GGUF file (v2, v3); the tensors stay on disk until they are used.
+
+    Raises:
+        FallowError: missing, not GGUF, truncated or inconsistent.
+    """
+    path = Path(path)
+    data = _map_file(path, "GGUF")
+    try:
+        header = _core.gguf_header(data)
+    except ValueError as error:  # GgufError, or a name that is not UTF-8
+        raise FallowError(
+            f"GGUF {path} is not usable: {error}; download or convert it again"
+        ) from error
+    tensors = {
+        name: StoredTensor(name, tuple(shape), kind, data[offset : offset + n_bytes])
+        for name, shape, kind, offset, n_bytes in header["tensors"]
+    }
+    return GgufFile(path, header["fields"], tensors)
+
+
+def _map_file(path: Path, what: str) -> np.ndarray:
+    try:
+        if path.stat().st_size == 0:
+            raise FallowError(f"{what} {path} is empty (0 bytes); download or convert it again")
+        return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+    except OSError as error:
+        raise FallowError(f"cannot read {what} {path}: {error.strerror}") from error
+
+
+_SAFETENSORS_BITS = {"F32": 32, "F16": 16, "BF16": 16, "F64": 64, "I64": 64, "I32": 32, "U8": 8}
+
+
+def read_safetensors(folder: str | Path) -> Iterator[StoredTensor]:
+    """The tensors of a Hugging Face folder: model.safetensors, or the shards its index lists.
+
+    Raises:
+        FallowError: a file is missing, truncated or inconsistent.
+    """
+    for path in _safetensors_files(Path(folder)):
+        data = _map_file(path, "safetensors file")
+        header, start = _safetensors_header(path, data)
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            yield _safetensors_tensor(path, data, start, name, entry)
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if not index.exists():
+        if not single.exists():
+            raise FallowError(
+                f"{folder} has neither model.safetensors nor model.safetensors.index.json; "
+                "fallow reads safetensors and GGUF weights"
+            )
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise FallowError(f"{index} is not a safetensors index; download it again") from error
+    for name in names:
+        if not (folder / name).exists():
+            raise FallowError(f"shard {folder / name} listed in {index.name} is missing")
+    return [folder / name for name in names]
+
+
+def _safetensors_header(path: Path, data: np.ndarray) -> tuple[dict[str, Any], int]:
+    remedy = "download it again"
+    if len(data) < 8:
+        raise FallowError(f"safetensors file {path} is truncated ({len(data)} bytes); {remedy}")
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if length > len(data) - 8:
+        raise FallowError(
+            f"safetensors file {path} is truncated or no safetensors file: its header needs "
+            f"{length} bytes, {len(data) - 8} are there; {remedy}"
+        )
+    try:
+        header = json.loads(data[8 : 8 + length].tobytes())
+        assert isinstance(header, dict)
+    except (ValueError, AssertionError) as error:
+        raise FallowError(f"safetensors file {path} has a broken header; {remedy}") from error
+    return header, 8 + length
+
+
+def _safetensors_tensor(
+    path: Path, data: np.ndarray, start: int, name: str, entry: dict[str, Any]
+) -> StoredTensor:
+    try:
+        kind, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+        bits = _SAFETENSORS_BITS[kind]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FallowError(
+            f"safetensors file {path}: tensor {name} has an unsupported entry {entry}"
+        ) from error
+    if not 0 <= begin <= end <= len(data) - start:
+        raise FallowError(
+            f"safetensors file {path} is truncated: tensor {name} ends at byte {start + end}, "
+            f"the file has {len(data)}; download it again"
+        )
+    if (end - begin) * 8 != bits * int(np.prod(shape, dtype=np.int64)):
+        raise FallowError(
+            f"safetensors file {path}: tensor {name} of shape {shape} does not fill its bytes"
+        )
+    return StoredTensor(name, shape, kind, data[start + begin : start + end])
+
+
+def fingerprint(tensors: dict[str, StoredTensor]) -> str:
+    """Identifies a model by its weights: 16 hex digits.
+
+    SHA-256 over every tensor's name, shape, type and a sample of its bytes (4 KiB at the start and
+    one cache line per MiB), so that a fine-tuned copy differs and 1 GB takes milliseconds.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.shape} {tensor.type}\n".encode())
+        digest.update(tensor.data[:4096].tobytes())
+        for start in range(1 << 20, len(tensor.data), 1 << 20):
+            digest.update(tensor.data[start : start + 64].tobytes())
+    return digest.hexdigest()[:16]
