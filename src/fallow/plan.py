@@ -58,13 +58,14 @@ class Plan:
     def load(cls, path: str | Path) -> "Plan":
         """Reads a plan. Raises FallowError: missing, truncated, no plan, or a newer format."""
         path = Path(path)
+        if not path.is_file():
+            raise FallowError(f"cannot read plan {path}: no such file; check --plan")
         try:
             with safe_open(path, framework="numpy") as file:
                 text = (file.metadata() or {}).get(_METADATA_KEY)
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except OSError as error:
-            reason = error.strerror or "no such file"
-            raise FallowError(f"cannot read plan {path}: {reason}") from error
+            raise FallowError(f"cannot read plan {path}: {error.strerror or error}") from error
         except SafetensorError as error:
             raise FallowError(
                 f"plan {path} is truncated or no safetensors file ({error}); calibrate again"

@@ -20,7 +20,7 @@ from fallow.plan import Plan
 from fallow.progress import console, progress
 from fallow.rules import find_rule
 from fallow.rules._base import check_sparsity
-from fallow.text import Text, check_no_leakage, cut_windows, load_text
+from fallow.text import Text, check_no_leakage, load_text
 
 # Plans evaluated on a window before results are saved: what Ctrl-C can lose. The dense model runs
 # once per group.
@@ -89,23 +89,28 @@ class Store:
     def _read_cells(self) -> dict[tuple[str, int], dict[str, Any]]:
         if not self._cells_path.exists():
             return {}
+        text = self._cells_path.read_text(encoding="utf-8")
         cells = {}
-        for line in self._cells_path.read_text(encoding="utf-8").splitlines():
+        for line in text.splitlines():
             try:
                 cell = json.loads(line)
             except ValueError:
                 continue  # the last line of a run that was killed while writing
             cells[cell["row"], cell["window"]] = cell
+        if text and not text.endswith("\n"):
+            self._append("\n")
         return cells
 
     def add(self, cells: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(cell, allow_nan=False) + "\n" for cell in cells)
+        self._append("".join(json.dumps(cell, allow_nan=False) + "\n" for cell in cells))
+        self.cells.update({(cell["row"], cell["window"]): cell for cell in cells})
+
+    def _append(self, text: str) -> None:
         try:
             with self._cells_path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             raise FallowError(f"cannot write {self._cells_path}: {error.strerror}") from error
-        self.cells.update({(cell["row"], cell["window"]): cell for cell in cells})
 
     def plan_path(self, row: Row) -> Path:
         return self.folder / "plans" / f"{row.key}.plan"
@@ -136,7 +141,7 @@ def tradeoff(
     source = load_text(text, "evaluation")
     calibration_source = load_text(calibration_text, "calibration")
     check_no_leakage(calibration_source.sha256, source, allow_leakage)
-    cut = cut_windows(source, model.tokenizer, context, windows)
+    cut = model.windows(source, context, windows)
     store = Store(
         output,
         {
@@ -248,9 +253,7 @@ def summarise(
     ]
 
 
-def _summarise_row(
-    row: Row, cells: list[dict[str, Any]], dense_loss: np.ndarray
-) -> dict[str, Any]:
+def _summarise_row(row: Row, cells: list[dict[str, Any]], dense_loss: np.ndarray) -> dict[str, Any]:
     def mean(values: list[float]) -> float:
         return float(np.mean(values))
 
@@ -305,10 +308,23 @@ def _draw(table: list[dict[str, Any]], folder: Path) -> None:
         )
         x = [p["achieved_sparsity"] for p in points]
         change_se = [p["ppl_change_se"] or 0 for p in points]
-        axes[0].errorbar(x, [p["ppl_change_percent"] for p in points], change_se, marker="o",
-                         markersize=3, capsize=2, label=rule)
-        axes[1].errorbar(x, [p["kl_to_dense"] for p in points],
-                         [p["kl_se"] or 0 for p in points], marker="o", markersize=3, capsize=2)
+        axes[0].errorbar(
+            x,
+            [p["ppl_change_percent"] for p in points],
+            change_se,
+            marker="o",
+            markersize=3,
+            capsize=2,
+            label=rule,
+        )
+        axes[1].errorbar(
+            x,
+            [p["kl_to_dense"] for p in points],
+            [p["kl_se"] or 0 for p in points],
+            marker="o",
+            markersize=3,
+            capsize=2,
+        )
     axes[0].axhline(1, color="grey", linewidth=0.8, linestyle=":")
     axes[0].set_yscale("symlog", linthresh=1)
     axes[0].set_ylabel("PPL change against dense, %")

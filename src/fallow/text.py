@@ -16,9 +16,10 @@ Half = Literal["calibration", "evaluation"]
 class Encoder(Protocol):
     """What cutting text into windows needs of a tokenizer."""
 
-    bos_id: int | None
-    add_bos: bool
-
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def add_bos(self) -> bool: ...
     def encode(self, text: str) -> np.ndarray: ...
 
 
@@ -65,8 +66,16 @@ def load_text(source: str | Path | Text | None, half: Half) -> Text:
 def _default_text(half: Half) -> Text:
     from pydoc_data.topics import topics
 
-    first = 0 if half == "calibration" else 1
-    chosen = [topics[name] for name in sorted(topics)][first::2]
+    parity = 0 if half == "calibration" else 1
+    seen: set[str] = set()
+    chosen: list[str] = []
+    for index, name in enumerate(sorted(topics)):
+        for paragraph in topics[name].split("\n\n"):
+            # Topics quote each other: a paragraph counts only where it comes first.
+            key = " ".join(paragraph.split())
+            if key not in seen and index % 2 == parity:
+                chosen.append(paragraph)
+            seen.add(key)
     return Text(f"python-reference/{half}", "\n\n".join(chosen))
 
 

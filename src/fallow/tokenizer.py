@@ -1,6 +1,8 @@
 """Text to token ids, from a GGUF's metadata or a Hugging Face folder. Needs no transformers."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,7 @@ class TextTokenizer:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raise_exception
         text = environment.from_string(self.chat_template).render(
             messages=[{"role": "user", "content": prompt}],
             add_generation_prompt=True,
@@ -58,6 +61,56 @@ class TextTokenizer:
 
     def _token(self, token_id: int | None) -> str:
         return "" if token_id is None else self.backend.id_to_token(token_id) or ""
+
+
+def _raise_exception(message: str) -> None:
+    """What chat templates call for a conversation that they cannot express."""
+    raise FallowError(f"the model's chat template refuses the prompt: {message}")
+
+
+def tokenizer_from_folder(folder: Path) -> TextTokenizer:
+    """The tokenizer of a Hugging Face folder: tokenizer.json, and what lies beside it.
+
+    Raises:
+        FallowError: tokenizer.json or another file is missing or damaged.
+    """
+    try:
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise FallowError(f"{folder}/tokenizer.json is not usable: {error}") from error
+    config = _read_json(folder / "tokenizer_config.json")
+    bos_id = _special_id(backend, config.get("bos_token"))
+    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+    if eos is None:
+        eos = _special_id(backend, config.get("eos_token"))
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    template = folder / "chat_template.jinja"
+    return TextTokenizer(
+        backend,
+        bos_id=bos_id,
+        eos_ids=tuple(eos_ids),
+        # What the tokenizer itself does, whatever add_bos_token says.
+        add_bos=bos_id is not None and backend.encode("a").ids[:1] == [bos_id],
+        chat_template=template.read_text(encoding="utf-8")
+        if template.exists()
+        else config.get("chat_template"),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise FallowError(f"{path} is damaged; download it again") from error
+
+
+def _special_id(backend: Tokenizer, token: Any) -> int | None:
+    """The id of a special token, named by a string or by {"content": string}."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return None if token is None else backend.token_to_id(token)
 
 
 # How text is cut before BPE merges it, by the name that llama.cpp gives the scheme
@@ -126,7 +179,7 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
     backend = Tokenizer(BPE(vocabulary, merges))  # type: ignore[arg-type]
     if scheme == "qwen2":
         backend.normalizer = normalizers.NFC()
-    steps = [pre_tokenizers.Split(Regex(p), "isolated") for p in _PATTERNS[scheme]]
+    steps: list[Any] = [pre_tokenizers.Split(Regex(p), "isolated") for p in _PATTERNS[scheme]]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()

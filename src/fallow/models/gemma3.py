@@ -13,10 +13,13 @@ def _config(file: GgufFile) -> dict[str, Any]:
     rope = config.pop("rope_parameters")
     # The local layers' base is not in the file; it is 10,000 in every Gemma 3 (report, 2.1).
     local = {"rope_type": "default", "rope_theta": file.get("gemma3.rope.freq_base_swa", 10000.0)}
+    # Not in the file either: the 27B model (62 layers) alone scales by hidden / heads.
+    per_head = config["hidden_size"] // config["num_attention_heads"]
+    scale = per_head if config["num_hidden_layers"] == 62 else config["head_dim"]
     return config | {
         "rope_parameters": {"full_attention": rope, "sliding_attention": local},
         "sliding_window": file.get("gemma3.attention.sliding_window"),
-        "query_pre_attn_scalar": config["head_dim"],
+        "query_pre_attn_scalar": scale,
     }
 
 

@@ -6,7 +6,6 @@ ARCHITECTURE = Architecture(
     model_type="qwen3",
     hf_class="Qwen3ForCausalLM",
     gguf_name="qwen3",
-    gguf_block=LLAMA_BLOCK
-    | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
+    gguf_block=LLAMA_BLOCK | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
     gguf_config=llama_config,
 )

@@ -52,9 +52,7 @@ class Rule:
         """Factor of the score per column, (width,) float32; None for the plain magnitude."""
         return None
 
-    def threshold(
-        self, layer: int, tap: str, score: torch.Tensor
-    ) -> float | torch.Tensor:
+    def threshold(self, layer: int, tap: str, score: torch.Tensor) -> float | torch.Tensor:
         """Scores (T, width) <= this are inactive: one number, or one per token (T, 1)."""
         return float(self.arrays[f"threshold.{tap}"][layer])
 
@@ -92,7 +90,7 @@ def one_of(
     if sparsity is not None:
         check_sparsity(sparsity)
     if knob is not None and not low <= knob <= high:
-        raise UsageError(f"knob {knob} is outside [{low:g}, {high:g}], the range of {name}")
+        raise UsageError(f"knob {knob:g} is outside [{low:g}, {high:g}], the range of {name}")
     return sparsity, knob
 
 

@@ -92,8 +92,11 @@ class CettSearch:
         """The largest candidate with error <= target, found by bisection; 0 if there is none.
 
         Without that 0 the published code's index becomes -1 and wraps to the largest threshold
-        (METHODS 4.1).
+        (METHODS 4.1). A target of 0 is 0 too, though a ReLU model has candidates without error:
+        what is lossless on this text need not be on another.
         """
+        if target <= 0:
+            return 0.0
         low = max((i for i, e in self.errors.items() if e <= target), default=-1)
         above = (i for i, e in self.errors.items() if e > target and i > low)
         high = min(above, default=N_CANDIDATES)

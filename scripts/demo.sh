@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The whole chain on SmolLM2-135M: profile, calibrate at +1 % PPL, evaluate, compare rules, answer.
+# Usage: scripts/demo.sh FALLOW_COMMAND OUTPUT_FOLDER
+set -euo pipefail
+fallow=$1
+out=$2
+mkdir -p "$out"
+
+run() {
+    printf '\n$ fallow'
+    printf ' %q' "$@"
+    printf '\n'
+    "$fallow" "$@"
+}
+
+run models
+run profile smollm2 --windows 4 -o "$out/profile"
+run calibrate smollm2 --rule tail --max-ppl-increase 1 --windows 4 -o "$out/tail.plan"
+run evaluate smollm2 --plan "$out/tail.plan" --windows 8
+run tradeoff smollm2 --rules percentile,cats,topk,tail,cett,wina --sparsities 0.3,0.5 \
+    --windows 4 --calibration-windows 4 -o "$out/tradeoff"
+question='Why is the sky blue? Answer in one sentence.'
+run generate smollm2 "$question" --chat --max-new-tokens 48
+run generate smollm2 "$question" --chat --max-new-tokens 48 --plan "$out/tail.plan"
+
+printf '\nEverything is in %s:\n' "$(cd "$out" && pwd)"
+(cd "$out" && find . -type f | sort)

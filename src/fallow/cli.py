@@ -1,0 +1,513 @@
+"""The command line. Every command is a function here; the work is done elsewhere."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fallow.errors import FallowError, UsageError
+
+LAB_PACKAGES = ("torch", "transformers", "accelerate", "scipy", "matplotlib", "huggingface_hub")
+
+app = typer.Typer(
+    help="Activation sparsity for language models: measure, calibrate, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+plan_app = typer.Typer(
+    help="Look at plans, and make them from published thresholds.", no_args_is_help=True
+)
+app.add_typer(plan_app, name="plan")
+
+ModelArg = Annotated[
+    str,
+    typer.Argument(
+        help="An alias (see: fallow models), a Hugging Face folder, a .gguf file, "
+        "or a hub id such as org/name."
+    ),
+]
+TextOption = Annotated[
+    Path | None,
+    typer.Option("--text", help="UTF-8 text; default: half of the Python language reference."),
+]
+ContextOption = Annotated[int, typer.Option(help="Tokens per window.")]
+DtypeOption = Annotated[
+    str,
+    typer.Option(help="float32, bfloat16, float16; auto: float32 up to 1e9 weights."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="End stdout with one JSON document.")]
+LeakageOption = Annotated[
+    bool,
+    typer.Option("--allow-leakage", help="Evaluate on the calibration text all the same."),
+]
+
+
+def main() -> None:
+    """Entry point: one line for an error, exit code 2 for usage and 1 for the rest."""
+    try:
+        code = app(standalone_mode=False)
+    except FallowError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in LAB_PACKAGES:
+            raise
+        _fail(f"this command needs {error.name}; install it with: pip install 'fallow[lab]'", 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (typer.Exit, typer.Abort) as error:
+        sys.exit(getattr(error, "exit_code", 1))
+    except Exception as error:
+        # Typer's own usage errors, whose class is private to it.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        _fail(f"{message().rstrip('.')}; see: fallow --help", 2)
+    else:
+        sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _load(model: str, dtype: str) -> Any:
+    from fallow.model import load
+
+    return load(model, dtype)
+
+
+def _load_plan(path: Path | None) -> Any:
+    from fallow.plan import Plan
+
+    return None if path is None else Plan.load(path)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, allow_nan=False), flush=True)
+
+
+def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = Table()
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    print(title)
+    # A pipe has no width: give it enough for every column.
+    (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List the aliases, where their files are, and how to install them."""
+    from fallow.catalog import ALIASES, find_pieces, locate
+
+    found = []
+    for alias in ALIASES.values():
+        path = locate(alias)
+        found.append(
+            {
+                "alias": alias.name,
+                "description": alias.description,
+                "path": None if path is None else str(path),
+                "installed": find_pieces(alias) is not None,
+                "install": alias.install_command,
+                "sha256": alias.sha256,
+            }
+        )
+    if as_json:
+        _print_json(found)
+        return
+    for entry in found:
+        print(f"{entry['alias']}: {entry['description']}")
+        print(f"  {entry['path'] or 'not installed'}")
+        print(f"  {entry['install']}")
+
+
+@app.command()
+def rules(as_json: JsonOption = False) -> None:
+    """List the rules: what each cuts, when its choice is known, its knob and its paper."""
+    from fallow.rules import RULES, find_rule
+
+    found = [find_rule(name) for name in RULES]
+    if as_json:
+        keys = ("name", "where", "knob_name", "known", "paper")
+        _print_json([{k: getattr(r, k) for k in keys} for r in found])
+        return
+    _print_table(
+        "Rules",
+        ["rule", "where", "knob", "known", "paper"],
+        [[r.name, r.where, r.knob_name, r.known, r.paper] for r in found],
+    )
+
+
+@app.command()
+def profile(
+    model: ModelArg,
+    text: TextOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for profile.json and .npz.")
+    ] = None,
+    context: ContextOption = 1024,
+    windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 8,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure weights, activations and natural sparsity of the dense model, layer by layer."""
+    loaded = _load(model, dtype)
+    from fallow.profiling import profile as run
+
+    result = run(loaded, text, context=context, windows=windows)
+    if output is not None:
+        result.save(output)
+    if as_json:
+        _print_json(result.summary)
+        return
+    s = result.summary
+    _print_table(
+        f"{s['model']} ({s['architecture']}, {s['dtype']}), {s['tokens']} tokens of {s['text']}: "
+        f"natural sparsity of inter {s['natural_sparsity']:.2%}",
+        [
+            "layer",
+            "inter = 0",
+            "<= 1e-3",
+            "<= 1e-2",
+            "|gate_act| 50 %",
+            "|inter| 50 %",
+            "|inter| 99 %",
+            "dead",
+        ],
+        [
+            [
+                str(row["layer"]),
+                f"{row['zeros']['inter']:.2%}",
+                f"{row['inter_at_most']['0.001']:.2%}",
+                f"{row['inter_at_most']['0.01']:.2%}",
+                f"{row['activation_quantiles']['gate_act']['0.5']:.4f}",
+                f"{row['activation_quantiles']['inter']['0.5']:.4f}",
+                f"{row['activation_quantiles']['inter']['0.99']:.4f}",
+                str(row["dead_neurons"]),
+            ]
+            for row in s["layers"]
+        ],
+    )
+    if output is not None:
+        print(f"written: {output}/profile.json, {output}/profile.npz")
+
+
+@app.command()
+def calibrate(
+    model: ModelArg,
+    rule: Annotated[str, typer.Option(help="See: fallow rules.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write.")],
+    sparsity: Annotated[float | None, typer.Option(help="Target, [0, 1).")] = None,
+    knob: Annotated[float | None, typer.Option(help="The rule's own number.")] = None,
+    max_ppl_increase: Annotated[
+        float | None, typer.Option(help="Largest PPL increase, percent, on held-out text.")
+    ] = None,
+    text: TextOption = None,
+    context: ContextOption = 1024,
+    windows: Annotated[int, typer.Option(help="Windows that thresholds are fitted on.")] = 8,
+    validation_windows: Annotated[int, typer.Option(help="Held-out windows after those.")] = 4,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a rule to a sparsity, a knob or a largest loss, and write the plan."""
+    from fallow.rules import find_rule
+    from fallow.rules._base import check_sparsity
+
+    find_rule(rule)  # a wrong name costs no loading
+    if sum(target is not None for target in (sparsity, knob, max_ppl_increase)) != 1:
+        raise UsageError("give exactly one of --sparsity, --knob and --max-ppl-increase")
+    if sparsity is not None:
+        check_sparsity(sparsity)
+    loaded = _load(model, dtype)
+    from fallow.calibration import calibrate as run
+
+    plan = run(
+        loaded,
+        rule,
+        sparsity=sparsity,
+        knob=knob,
+        max_ppl_increase=max_ppl_increase,
+        text=text,
+        context=context,
+        windows=windows,
+        validation_windows=validation_windows,
+    )
+    plan.save(output)
+    if as_json:
+        _print_json({**plan.metadata, "path": str(output)})
+        return
+    _print_plan(plan, str(output))
+
+
+@app.command()
+def evaluate(
+    model: ModelArg,
+    plan: Annotated[Path | None, typer.Option(help="A plan; without one: the dense model.")] = None,
+    text: TextOption = None,
+    context: ContextOption = 1024,
+    windows: Annotated[int | None, typer.Option(help="The first N windows; default: all.")] = None,
+    task: Annotated[
+        list[Path] | None, typer.Option(help="Also score a task file (JSON lines); repeatable.")
+    ] = None,
+    task_items: Annotated[int | None, typer.Option(help="The first N items of each task.")] = None,
+    allow_leakage: LeakageOption = False,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity, KL to dense and achieved sparsity of a plan, on text it has not seen."""
+    loaded_plan = _load_plan(plan)
+    loaded = _load(model, dtype)
+    from fallow.evaluation import evaluate as run
+    from fallow.tasks import evaluate_task, load_task
+
+    for path in task or []:
+        load_task(path, task_items)  # a wrong file is reported before hours of work
+    result = run(
+        loaded, loaded_plan, text, context=context, windows=windows, allow_leakage=allow_leakage
+    ).to_json()
+    result["tasks"] = [evaluate_task(loaded, loaded_plan, p, task_items) for p in task or []]
+    if as_json:
+        _print_json(result)
+        return
+    _print_evaluation(result)
+
+
+def _plus_minus(value: float, error: float | None, digits: int) -> str:
+    spread = "" if error is None else f" ± {error:.{digits}f}"
+    return f"{value:.{digits}f}{spread}"
+
+
+def _print_evaluation(r: dict[str, Any]) -> None:
+    what = f"rule {r['rule']}, knob {r['knob']:.4g}" if r["rule"] else "dense"
+    kl = r["kl_to_dense"]
+    print(f"{r['model']} ({r['dtype']}), {what}")
+    print(f"{r['tokens']} tokens of {r['text']}, {r['windows']} windows of {r['context']}")
+    print(f"  PPL             {_plus_minus(r['ppl'], r['ppl_se'], 3)}")
+    if r["rule"]:
+        change = _plus_minus(r["ppl_change_percent"], r["ppl_change_se"], 2)
+        print(f"  against dense   {change} % (paired)")
+        print(
+            f"  KL to dense     {_plus_minus(kl['mean'], kl['se'], 4)} nats/token, "
+            f"p99 {kl['p99']:.3f}"
+        )
+        print(f"  top-1 agreement {r['top1_agreement']:.2%}")
+        print(f"  sparsity of what the rule cuts {r['achieved_sparsity']:.2%}")
+    rows = []
+    for tap, layers in r["sparsity_per_layer"].items():
+        mean = [layer["mean"] for layer in layers]
+        rows.append(
+            [
+                tap,
+                f"{r['sparsity_ratio'][tap]:.2%}",
+                f"{min(mean):.2%}",
+                f"{max(mean):.2%}",
+                f"{min(layer['p5'] for layer in layers):.2%}",
+                f"{max(layer['p95'] for layer in layers):.2%}",
+            ]
+        )
+    _print_table(
+        "Sparsity",
+        ["tensor", "mean", "lowest layer", "highest layer", "lowest p5 over tokens", "highest p95"],
+        rows,
+    )
+    for t in r["tasks"]:
+        accuracy = _plus_minus(100 * t["accuracy"], 100 * (t["accuracy_se"] or 0), 1)
+        change = _plus_minus(100 * t["change"], 100 * (t["change_se"] or 0), 1)
+        print(f"{t['task']}: {accuracy} % of {t['items']}, change against dense {change} points")
+
+
+@app.command()
+def tradeoff(
+    model: ModelArg,
+    rules: Annotated[
+        str, typer.Option(help="Comma-separated; see: fallow rules.")
+    ] = "percentile,cats,topk,tail,cett,teal,wina",
+    sparsities: Annotated[
+        str, typer.Option(help="Comma-separated targets, [0, 1).")
+    ] = "0.3,0.4,0.5,0.6,0.7",
+    max_ppl_increases: Annotated[
+        str, typer.Option(help="Comma-separated: also each rule's point of this PPL increase, %.")
+    ] = "",
+    text: TextOption = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="Text that thresholds are fitted on; not --text.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of tables, figures and finished work.")
+    ] = Path("tradeoff"),
+    context: ContextOption = 1024,
+    windows: Annotated[int | None, typer.Option(help="The first N windows; default: all.")] = None,
+    calibration_windows: Annotated[int, typer.Option(help="Windows thresholds use.")] = 8,
+    validation_windows: Annotated[int, typer.Option(help="Held-out windows of a search.")] = 4,
+    allow_leakage: LeakageOption = False,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """One table and one figure of PPL and KL against sparsity; stops and continues."""
+    from fallow.rules import find_rule
+
+    names = [name.strip() for name in rules.split(",") if name.strip()]
+    for name in names:
+        find_rule(name)
+    targets = _numbers("--sparsities", sparsities)
+    increases = _numbers("--max-ppl-increases", max_ppl_increases)
+    loaded = _load(model, dtype)
+    from fallow.sweep import make_rows
+    from fallow.sweep import tradeoff as run
+
+    table = run(
+        loaded,
+        make_rows(names, targets, increases),
+        output,
+        calibration_text=calibration_text,
+        text=text,
+        context=context,
+        windows=windows,
+        calibration_windows=calibration_windows,
+        validation_windows=validation_windows,
+        allow_leakage=allow_leakage,
+    )
+    if as_json:
+        _print_json({"output": str(output), "rows": table})
+        return
+    _print_tradeoff(table, output)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} is not a list of numbers such as 0.3,0.5") from error
+
+
+def _print_tradeoff(table: list[dict[str, Any]], output: Path) -> None:
+    dense = table[0]
+    rows = []
+    for r in table[1:]:
+        target = (
+            f"{r['target_sparsity']:.0%}"
+            if r["target_sparsity"] is not None
+            else f"+{r['target_ppl_increase']:g} % PPL"
+        )
+        rows.append(
+            [
+                r["rule"],
+                target,
+                f"{r['knob']:.4g}",
+                f"{r['achieved_sparsity']:.1%}",
+                f"{r['sparsity_inter']:.1%}",
+                f"{r['ppl']:.2f}",
+                _plus_minus(r["ppl_change_percent"], r["ppl_change_se"], 2),
+                _plus_minus(r["kl_to_dense"], r["kl_se"], 4),
+                f"{r['top1_agreement']:.1%}",
+            ]
+        )
+    _print_table(
+        f"Dense PPL {_plus_minus(dense['ppl'], dense['ppl_se'], 2)}, {dense['windows']} windows",
+        [
+            "rule",
+            "target",
+            "knob",
+            "achieved",
+            "S(inter)",
+            "PPL",
+            "PPL change %",
+            "KL nats/token",
+            "top-1",
+        ],
+        rows,
+    )
+    print(f"written: {output}/table.csv, table.json, tradeoff.png, tradeoff.svg")
+
+
+@app.command()
+def generate(
+    model: ModelArg,
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or to answer with --chat.")],
+    plan: Annotated[Path | None, typer.Option(help="A plan; without one: the dense model.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt with the plan's neurons set to zero (a reference: nothing is skipped)."""
+    loaded_plan = _load_plan(plan)
+    loaded = _load(model, dtype)
+    answer = loaded.generate(
+        prompt,
+        loaded_plan,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+    )
+    if as_json:
+        _print_json({"prompt": prompt, "text": answer})
+    else:
+        print(answer)
+
+
+@plan_app.command("show")
+def plan_show(
+    file: Annotated[Path, typer.Argument(help="A plan file.")], as_json: JsonOption = False
+) -> None:
+    """Print what a plan is for, how it was made, and its arrays."""
+    plan = _load_plan(file)
+    if as_json:
+        arrays = {name: array.tolist() for name, array in plan.arrays.items()}
+        _print_json({**plan.metadata, "arrays": arrays})
+        return
+    _print_plan(plan, str(file))
+
+
+@plan_app.command("import")
+def plan_import(
+    file: Annotated[Path, typer.Argument(help="Published thresholds, such as mistral-7b_50.json.")],
+    model: ModelArg,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write.")],
+    knob: Annotated[
+        float | None, typer.Option(help="Percentile / 100; default: from the file's name.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Make a percentile plan from a published threshold file."""
+    loaded = _load(model, dtype)
+    from fallow.published import import_thresholds
+
+    plan = import_thresholds(file, loaded, knob)
+    plan.save(output)
+    if as_json:
+        _print_json({**plan.metadata, "path": str(output)})
+        return
+    _print_plan(plan, str(output))
+
+
+def _print_plan(plan: Any, path: str) -> None:
+    print(f"plan {path}")
+    for name, value in plan.metadata.items():
+        if value is not None and value != "":
+            print(
+                f"  {name:22} {value:.6g}" if isinstance(value, float) else f"  {name:22} {value}"
+            )
+    for name, array in sorted(plan.arrays.items()):
+        print(f"  {name:22} {array.shape} from {array.min():.4g} to {array.max():.4g}")
+
+
+if __name__ == "__main__":
+    main()

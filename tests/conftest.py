@@ -1,0 +1,139 @@
+"""Tiny random models of every architecture, saved as Hugging Face folders. No downloads."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import fallow
+from fallow.models import ARCHITECTURES
+
+DATA = Path(os.environ.get("FALLOW_DATA", Path(__file__).parent.parent / "../shared/data"))
+
+VOCABULARY = 300
+# Odd widths wherever the architecture allows them.
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    # Large enough for activations to differ from token to token.
+    "initializer_range": 0.3,
+}
+CONFIGS = {
+    "llama": ("LlamaConfig", _COMMON),
+    "mistral": ("MistralConfig", _COMMON | {"sliding_window": 16}),
+    "qwen2": ("Qwen2Config", _COMMON),
+    "qwen3": ("Qwen3Config", _COMMON | {"head_dim": 8}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        _COMMON | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
+    ),
+    "phi": ("PhiConfig", _COMMON | {"num_attention_heads": 3, "num_key_value_heads": 3}),
+    "phi3": ("Phi3Config", _COMMON),
+    "opt": (
+        "OPTConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 24,
+            "word_embed_proj_dim": 24,
+            "ffn_dim": 37,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 1,
+            "init_std": 0.3,
+        },
+    ),
+}
+assert set(CONFIGS) == set(ARCHITECTURES)
+
+
+def make_folder(name: str, folder: Path, **changes: object) -> Path:
+    """Saves a tiny random model and its tokenizer."""
+    config_class, settings = CONFIGS[name]
+    config = getattr(transformers, config_class)(**(settings | changes))
+    torch.manual_seed(0)
+    module = transformers.AutoModelForCausalLM.from_config(config)
+    with (
+        torch.no_grad()
+    ):  # biases and norms start at 0 and 1, where an error in them would not show
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    module.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+
+
+TEXT = " ".join(f"neuron {i} rests while neuron {i * 7 % 31} works." for i in range(200))
+OTHER_TEXT = " ".join(f"the {i * 3 % 17}th gate lets {i} of them through;" for i in range(200))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: make_folder(name, root / name) for name in CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def tiny(folders: dict[str, Path]) -> dict[str, "fallow.Model"]:
+    """Loaded models, by architecture; not to be changed."""
+    return {name: fallow.load(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Calibration and evaluation text."""
+    root = tmp_path_factory.mktemp("texts")
+    (root / "calibration.txt").write_text(TEXT)
+    (root / "evaluation.txt").write_text(OTHER_TEXT)
+    return root / "calibration.txt", root / "evaluation.txt"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> "fallow.Model":
+    """The real SmolLM2-135M; `make test` installs its package."""
+    from fallow.catalog import ALIASES, find_pieces
+
+    alias = ALIASES["smollm2"]
+    if find_pieces(alias) is None:
+        pytest.skip(f"smollm2 is not installed: {alias.install_command}")
+    return fallow.load("smollm2")
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> tuple[Path, Path]:
+    """WikiText-2 validation (calibration) and raw test (evaluation) text."""
+    paths = DATA / "wikitext2" / "wiki.valid.detok.txt", DATA / "wikitext2" / "wiki.test.raw"
+    for path in paths:
+        if not path.exists():
+            pytest.skip(f"{path} is missing; set FALLOW_DATA")
+    return paths

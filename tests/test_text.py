@@ -1,0 +1,75 @@
+"""Texts and windows."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fallow.errors import FallowError, UsageError
+from fallow.text import Text, check_no_leakage, cut_windows, load_text, split_windows
+
+
+class Letters:
+    """One token per character."""
+
+    bos_id: int | None = 7
+    add_bos = False
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([ord(c) for c in text], dtype=np.int64)
+
+
+def test_default_halves_share_no_paragraph() -> None:
+    halves = [load_text(None, half).content for half in ("calibration", "evaluation")]
+    paragraphs = [{" ".join(p.split()) for p in h.split("\n\n")} for h in halves]
+    assert len(halves[0]) > 100_000
+    assert len(halves[1]) > 100_000
+    assert not paragraphs[0] & paragraphs[1]
+
+
+def test_windows_do_not_overlap_and_drop_the_rest() -> None:
+    windows = cut_windows(Text("t", "abcdefgh"), Letters(), 3)
+    assert windows.tolist() == [[97, 98, 99], [100, 101, 102]]
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_adds_it() -> None:
+    tokenizer = Letters()
+    tokenizer.add_bos = True
+    windows = cut_windows(Text("t", "abcdefgh"), tokenizer, 3, limit=2)
+    assert windows.tolist() == [[7, 97, 98], [7, 99, 100]]
+
+
+def test_errors(tmp_path: Path) -> None:
+    def message(content: bytes) -> str:
+        path = tmp_path / "t.txt"
+        path.write_bytes(content)
+        with pytest.raises(FallowError) as error:
+            load_text(path, "evaluation")
+        return str(error.value).replace(str(path), "T")
+
+    assert message(b" \n") == "text T is empty; give a file with text"
+    assert message(b"ab\xff") == (
+        "text T is not UTF-8 (byte 2); convert it, for example with iconv"
+    )
+    with pytest.raises(FallowError, match=r"cannot read text .*: No such file or directory"):
+        load_text(tmp_path / "missing", "evaluation")
+    with pytest.raises(FallowError) as error:
+        cut_windows(Text("T", "abc"), Letters(), 4)
+    assert str(error.value) == (
+        "text T has 3 tokens, less than one window of 4; "
+        "give a longer --text or a smaller --context"
+    )
+    with pytest.raises(UsageError, match="--windows 0 is too few"):
+        cut_windows(Text("T", "abc"), Letters(), 2, limit=0)
+    with pytest.raises(UsageError, match="--context 1 is too short"):
+        cut_windows(Text("T", "abc"), Letters(), 1)
+    with pytest.raises(FallowError, match="gives 2 windows, 3 are needed"):
+        split_windows(np.zeros((2, 4)), [1, 2])
+
+
+def test_leakage_is_refused_unless_allowed() -> None:
+    text = Text("T", "abc")
+    check_no_leakage("other", text, allow_leakage=False)
+    check_no_leakage(text.sha256, text, allow_leakage=True)
+    with pytest.raises(UsageError, match="is the text the plan was calibrated on"):
+        check_no_leakage(text.sha256, text, allow_leakage=False)
