@@ -287,7 +287,7 @@ def test_search_is_p3s_bisection(
 ) -> None:
     """On a known curve, PPL +10 v %, the search ends within 1e-3 below v = 0.3."""
     calibrator = calibrators["llama"]
-    monkeypatch.setattr(calibrator, "_ppl_increase", lambda plan: 10 * plan.knob)
+    monkeypatch.setattr(calibrator, "_ppl_increase", lambda plan, enough: 10 * plan.knob)
     monkeypatch.setattr(calibrator, "_measure", lambda plan: None)
     plan = calibrator.plan("tail", max_ppl_increase=3.0)
     assert 0.299 <= plan.knob < 0.3

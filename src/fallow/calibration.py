@@ -90,7 +90,7 @@ class Calibrator:
             for _ in range(steps):
                 middle = (low + high) / 2
                 fitted = rule_class.fit(self.calibration, **{rule_class.search: middle})
-                change = self._ppl_increase(self._make_plan(fitted))
+                change = self._ppl_increase(self._make_plan(fitted), increase)
                 console.print(
                     f"{rule_class.name} at {rule_class.search} {middle:.4f}: PPL {change:+.2f} %",
                     highlight=False,
@@ -102,11 +102,21 @@ class Calibrator:
                 ticker.advance()
         return best
 
-    def _ppl_increase(self, plan: Plan) -> float:
+    def _ppl_increase(self, plan: Plan, enough: float) -> float:
+        """PPL increase on the held-out windows, percent.
+
+        Stops at the window from which on it exceeds `enough` (percent) twice over even if the
+        rest cost nothing: a search asks only on which side of its target a plan lies.
+        """
         if self._dense_losses is None:
             self._dense_losses = window_losses(self.model, self.validation, None)
-        losses = window_losses(self.model, self.validation, plan)
-        return ppl_change_percent(losses, self._dense_losses)[0]
+        losses = self._dense_losses.copy()
+        for i in range(len(losses)):
+            losses[i] = window_losses(self.model, self.validation[i : i + 1], plan)[0]
+            increase = ppl_change_percent(losses, self._dense_losses)[0]
+            if increase > 2 * enough:
+                break
+        return increase
 
     def _make_plan(self, rule: Rule) -> Plan:
         return Plan(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fallow.errors import FallowError, UsageError
+from fallow.files import check_writable
 
 LAB_PACKAGES = ("torch", "transformers", "accelerate", "scipy", "matplotlib", "huggingface_hub")
 
@@ -164,6 +165,8 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Measure weights, activations and natural sparsity of the dense model, layer by layer."""
+    if output is not None:
+        check_writable(output / "profile.json")
     loaded = _load(model, dtype)
     from fallow.profiling import profile as run
 
@@ -231,6 +234,7 @@ def calibrate(
         raise UsageError("give exactly one of --sparsity, --knob and --max-ppl-increase")
     if sparsity is not None:
         check_sparsity(sparsity)
+    check_writable(output)
     loaded = _load(model, dtype)
     from fallow.calibration import calibrate as run
 
@@ -487,6 +491,7 @@ def plan_import(
     as_json: JsonOption = False,
 ) -> None:
     """Make a percentile plan from a published threshold file."""
+    check_writable(output)
     loaded = _load(model, dtype)
     from fallow.published import import_thresholds
 

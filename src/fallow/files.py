@@ -21,25 +21,44 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = None
     try:
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True)
-        # The suffix is kept because some writers (numpy, matplotlib) look at it.
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix
-        )
-        temporary = Path(name)
-        os.fchmod(handle, 0o666 & ~_umask())
-        os.close(handle)
-        yield temporary
-        os.replace(temporary, path)
+        with _explained(path):
+            _make_parent(path)
+            # The suffix is kept because some writers (numpy, matplotlib) look at it.
+            handle, name = tempfile.mkstemp(
+                dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix
+            )
+            temporary = Path(name)
+            os.fchmod(handle, 0o666 & ~_umask())
+            os.close(handle)
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises FallowError if `path` could not be written: called before long work, not after it."""
+    path = Path(path)
+    with _explained(path):
+        _make_parent(path)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         reason = "its folder is a file" if isinstance(error, FileExistsError) else error.strerror
         raise FallowError(
             f"cannot write {path}: {reason}; choose a folder with space and write permission"
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+
+
+def _make_parent(path: Path) -> None:
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True)
 
 
 def _umask() -> int:

@@ -125,6 +125,6 @@ def split_windows(windows: np.ndarray, parts: Sequence[int]) -> list[np.ndarray]
     if len(windows) < sum(parts):
         raise FallowError(
             f"the calibration text gives {len(windows)} windows, {sum(parts)} are needed; "
-            "give a longer --text or a smaller --context"
+            "give a longer --text, fewer windows or a smaller --context"
         )
     return [windows[sum(parts[:i]) : sum(parts[: i + 1])] for i in range(len(parts))]

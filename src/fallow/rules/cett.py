@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fallow.capture import Calibration
-from fallow.rules._base import Rule, bisect, one_of
+from fallow.rules._base import Rule, bisect, one_of, zero_where
 from fallow.taps import Layer
 
 N_CANDIDATES = 65536
@@ -82,7 +82,7 @@ class CettSearch:
         A token whose FFN output is 0 loses nothing and counts 0.
         """
         if index not in self.errors:
-            dropped = self.inter.masked_fill(self.score > self.candidate(index), 0)
+            dropped = zero_where(self.score > self.candidate(index), self.inter)
             norm = (dropped @ self.down_proj.T).float().norm(dim=1)
             ratio = torch.where(self.output_norm > 0, norm / self.output_norm, 0.0)
             self.errors[index] = float(ratio.mean())

@@ -8,7 +8,7 @@ import torch
 from fallow.capture import Calibration, input_histogram
 from fallow.errors import UsageError
 from fallow.progress import progress
-from fallow.rules._base import Rule, one_of
+from fallow.rules._base import Rule, one_of, zero_where
 from fallow.taps import Layer, attach
 
 # One step saves ALPHA of the block's weights, but adds at most LARGEST_STEP to one projection's
@@ -110,7 +110,7 @@ class GreedyPath:
         for name, s in zip(self.names, sparsity, strict=True):
             cut = histograms[input_histogram(self.layer, name)].quantile(self.index, float(s))
             if s > 0:
-                taps[name] = lambda _, value, cut=cut: value.masked_fill(value.abs() <= cut, 0)
+                taps[name] = lambda _, value, cut=cut: zero_where(value.abs() <= cut, value)
         with torch.inference_mode(), attach([self.layer], taps):
             output = self.layer.block(*self.args, **self.kwargs)
         output = output[0] if isinstance(output, tuple) else output
