@@ -143,7 +143,7 @@ class Calibrator:
                 dense.append(d.loss)
                 sparse.append(s[0])
                 ticker.advance()
-        plan.achieved_sparsity = float(np.mean([r.cut_sparsity for r in sparse]))
+        plan.achieved_sparsity = float(np.mean([r.achieved_sparsity for r in sparse]))
         losses = np.array([r.loss for r in sparse])
         plan.achieved_ppl_increase = ppl_change_percent(losses, np.array(dense))[0]
 

@@ -15,9 +15,10 @@ from fallow.progress import progress
 from fallow.taps import Layer, attach
 
 # Tokens kept whole for searches that no histogram can answer (CETT, tail budget): 1024 tokens of
-# Qwen2.5-1.5B are 0.5 GB in bf16. TEAL's search runs each block some hundred times, on fewer.
+# Qwen2.5-1.5B are 0.5 GB in bf16. TEAL's search runs each block some hundred times, on fewer:
+# the first tokens of the first windows.
 SAMPLE_TOKENS = 1024
-BLOCK_TOKENS = 256
+BLOCK_WINDOWS, BLOCK_TOKENS = 2, 128
 
 
 class Runnable(Protocol):
@@ -101,14 +102,20 @@ class Calibration:
 
     @cached_property
     def inter(self) -> list[torch.Tensor]:
-        """`inter` of a strided sample of tokens, per layer (T', d_ff), as the model computes it."""
-        stride = max(1, -(-self.n_tokens // SAMPLE_TOKENS))
+        """`inter` of an even sample of tokens, per layer (T', d_ff), as the model computes it."""
+        count = min(SAMPLE_TOKENS, self.n_tokens)
+        # From the middle of each stride: a window's first token is an attention sink with
+        # activations of its own kind, and must not be over-represented.
+        wanted = ((np.arange(count) + 0.5) * self.n_tokens / count).astype(np.int64)
         parts: list[list[torch.Tensor]] = [[] for _ in self.layers]
+        seen = [0] * len(self.layers)
 
         def keep(layer: int, value: torch.Tensor) -> None:
             if not torch.isfinite(value).all():
                 raise non_finite_error("inter", layer, int((~torch.isfinite(value)).sum()))
-            parts[layer].append(value[::stride].clone())
+            here = wanted[(wanted >= seen[layer]) & (wanted < seen[layer] + len(value))]
+            parts[layer].append(value[here - seen[layer]].clone())
+            seen[layer] += len(value)
 
         self._run("activations", {"inter": keep})
         return [torch.cat(p) for p in parts]
@@ -125,7 +132,7 @@ class Calibration:
             for layer in self.layers:
                 handle = layer.block.register_forward_pre_hook(keep, with_kwargs=True)
                 stack.callback(handle.remove)
-            self.model.hidden(self.windows[:1, :BLOCK_TOKENS])
+            self.model.hidden(self.windows[:BLOCK_WINDOWS, :BLOCK_TOKENS])
         return found
 
     def _run(self, what: str, taps: dict[str, Callable[..., Any]]) -> None:

@@ -32,7 +32,7 @@ class WindowResult:
     top1: float = 1.0  # share of predictions whose most likely token is the dense model's
     # Zero fractions per tap, (L, T); taps that the model lacks are absent.
     sparsity: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-    cut_sparsity: float = 0.0  # of the tensors the rule cuts, weighted by parameters
+    achieved_sparsity: float = 0.0  # of neurons, or of inputs weighted by parameters
 
 
 class SparsityMeter:
@@ -61,38 +61,41 @@ def _metered(model: Model, plan: Plan | None, meter: SparsityMeter) -> Iterator[
     """Applies the plan and counts zeros behind it."""
     layer = model.layers[0]
     taps = [t for t in SPARSITY_TAPS if t != "up" or layer.gated]
-    cuts = () if plan is None else model.rule(plan).cuts(layer)
+    cuts = model.rule(plan).cuts(layer) if plan is not None and plan.where == "input" else ()
     with model.sparse(plan), attach(model.layers, {t: meter.tap(t) for t in (*taps, *cuts)}):
         yield
 
 
 def run_window(
-    model: Model, window: np.ndarray, plans: Sequence[Plan | None], sparsity: bool = True
+    model: Model, window: np.ndarray, plans: Sequence[Plan | None]
 ) -> tuple[WindowResult, list[WindowResult]]:
     """One window (T,) through the dense model and through each plan.
 
     Raises:
         FallowError: NaN or infinity, naming tensor and layer.
     """
-    dense = _hidden(model, window, None)
-    hiddens, meters = [], []
-    for plan in plans:
-        meter = SparsityMeter(len(model.layers))
-        if sparsity:
-            with _metered(model, plan, meter):
-                hiddens.append(_hidden(model, window, plan))
-        else:
-            with model.sparse(plan):
-                hiddens.append(_hidden(model, window, plan))
-        meters.append(meter)
-    dense_result, results = _compare(model, window, dense, hiddens)
-    if sparsity:
-        for result, plan, meter in zip(results, plans, meters, strict=True):
-            _add_sparsity(model, result, plan, meter)
+    dense, dense_meter = _run_metered(model, window, None)
+    runs = [(dense, dense_meter) if p is None else _run_metered(model, window, p) for p in plans]
+    dense_result, results = _compare(model, window, dense, [hidden for hidden, _ in runs])
+    for result, plan, (_, meter) in zip(results, plans, runs, strict=True):
+        _add_sparsity(model, result, plan, meter)
     return dense_result, results
 
 
-def _hidden(model: Model, window: np.ndarray, plan: Plan | None) -> torch.Tensor:
+def _run_metered(
+    model: Model, window: np.ndarray, plan: Plan | None
+) -> tuple[torch.Tensor, SparsityMeter]:
+    meter = SparsityMeter(len(model.layers))
+    with _metered(model, plan, meter):
+        return final_hidden(model, window), meter
+
+
+def final_hidden(model: Model, window: np.ndarray) -> torch.Tensor:
+    """Final hidden states (T, d_model) of a window (T,), with whatever is attached to the model.
+
+    Raises:
+        FallowError: NaN or infinity, naming the first tensor and layer that has it.
+    """
     hidden = model.hidden(window[None])[0]
     if not torch.isfinite(hidden).all():
         raise _locate_non_finite(model, window)
@@ -158,11 +161,13 @@ def _add_sparsity(
     for tap in SPARSITY_TAPS:
         if tap != "up" or layer.gated:
             result.sparsity[tap] = meter.fractions(tap)
-    if plan is not None:
+    if plan is None or plan.where == "inter":
+        result.achieved_sparsity = float(result.sparsity["inter"].mean())
+    else:
         cuts = model.rule(plan).cuts(layer)
-        sizes = [layer.projections[c].weight.numel() if c in layer.projections else 1 for c in cuts]
-        means = [float(meter.fractions(c).mean()) for c in cuts]
-        result.cut_sparsity = float(np.average(means, weights=sizes))
+        sizes = [layer.projections[name].weight.numel() for name in cuts]
+        means = [float(meter.fractions(name).mean()) for name in cuts]
+        result.achieved_sparsity = float(np.average(means, weights=sizes))
 
 
 def window_losses(model: Model, windows: np.ndarray, plan: Plan | None) -> np.ndarray:
@@ -170,7 +175,7 @@ def window_losses(model: Model, windows: np.ndarray, plan: Plan | None) -> np.nd
     losses = []
     with model.sparse(plan):
         for window in windows:
-            hidden = _hidden(model, window, plan)
+            hidden = final_hidden(model, window)
             targets = torch.from_numpy(window[1:])
             step = _tokens_at_once(model, hidden)
             parts = [
@@ -196,7 +201,7 @@ class Evaluation:
     # Per tap and layer: mean over tokens, and the 5th and 95th percentile over tokens.
     sparsity_per_layer: dict[str, list[dict[str, float]]]
     target_sparsity: float | None
-    achieved_sparsity: float  # of what the rule cuts, weighted by parameters
+    achieved_sparsity: float  # of neurons, or for input rules of inputs, weighted by parameters
     rule: str | None
     knob: float | None
     model: str
@@ -278,7 +283,7 @@ def _summarise(
         tokens=int(windows.size),
         sparsity_per_layer={tap: _spread(f) for tap, f in fractions.items()},
         target_sparsity=None if plan is None else plan.target_sparsity,
-        achieved_sparsity=float(np.mean([r.cut_sparsity for r in sparse])),
+        achieved_sparsity=float(np.mean([r.achieved_sparsity for r in sparse])),
         rule=None if plan is None else plan.rule,
         knob=None if plan is None else plan.knob,
         model=model.name,

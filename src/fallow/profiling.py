@@ -116,7 +116,7 @@ def _summarise(
     values = neurons.tokens * model.intermediate_size  # (L,) values of inter
     fired = neurons.fired / neurons.tokens[:, None]
     in_top = neurons.in_top / neurons.tokens[:, None]
-    layers = []
+    layers: list[dict[str, Any]] = []
     for i in range(len(model.layers)):
         layers.append(
             {

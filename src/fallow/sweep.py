@@ -164,7 +164,7 @@ def tradeoff(
         console.print(f"stopped; finished work is in {output}, the same command continues it")
         raise
     finally:
-        table = summarise(rows, store.cells)
+        table = summarise(rows, store.cells, len(cut))
         if table:
             write_table(table, store.folder)
     return table
@@ -231,42 +231,40 @@ def _cell(
         "loss": result.loss,
         "kl": float(result.kl.mean()),
         "top1": result.top1,
-        "cut_sparsity": round(result.cut_sparsity, 5),
+        "achieved_sparsity": round(result.achieved_sparsity, 5),
         "sparsity": sparsity,
     }
 
 
 def summarise(
-    rows: Sequence[Row], cells: dict[tuple[str, int], dict[str, Any]]
+    rows: Sequence[Row], cells: dict[tuple[str, int], dict[str, Any]], n_windows: int
 ) -> list[dict[str, Any]]:
-    """One line per row over the windows that every row has; the dense model first."""
+    """One line per row over those windows that every row has; the dense model first."""
     keys = [row.key for row in rows]
-    seen = {w for _, w in cells}
-    windows = sorted(w for w in seen if all((key, w) in cells for key in keys))
+    windows = [w for w in range(n_windows) if all((key, w) in cells for key in keys)]
     if not windows:
         return []
     dense_loss = np.array([cells[keys[0], w]["dense_loss"] for w in windows])
     ppl, ppl_se = perplexity(dense_loss)
     table = [{"rule": "dense", "ppl": ppl, "ppl_se": ppl_se, "windows": len(windows)}]
-    return table + [
-        _summarise_row(row, [cells[row.key, w] for w in windows], dense_loss) for row in rows
-    ]
+    return table + [_summarise_row(row, [cells[row.key, w] for w in windows]) for row in rows]
 
 
-def _summarise_row(row: Row, cells: list[dict[str, Any]], dense_loss: np.ndarray) -> dict[str, Any]:
+def _summarise_row(row: Row, cells: list[dict[str, Any]]) -> dict[str, Any]:
     def mean(values: list[float]) -> float:
         return float(np.mean(values))
 
     loss = np.array([c["loss"] for c in cells])
     ppl, ppl_se = perplexity(loss)
-    change, change_se = ppl_change_percent(loss, dense_loss)
+    # Paired with the dense loss of the same run of the same window.
+    change, change_se = ppl_change_percent(loss, np.array([c["dense_loss"] for c in cells]))
     kl = np.array([c["kl"] for c in cells])
     return {
         "rule": row.rule,
         "target_sparsity": row.sparsity,
         "target_ppl_increase": row.max_ppl_increase,
         "knob": cells[0]["knob"],
-        "achieved_sparsity": mean([c["cut_sparsity"] for c in cells]),
+        "achieved_sparsity": mean([c["achieved_sparsity"] for c in cells]),
         **{
             f"sparsity_{tap}": mean([c["sparsity"][tap] for c in cells])
             for tap in SPARSITY_TAPS

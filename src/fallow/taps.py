@@ -118,9 +118,9 @@ def _register(layer: Layer, name: str, tap: Callable[[torch.Tensor], Any]) -> It
         half = 0 if name == "gate_pre" else 1
         yield layer.gate_up_proj.register_forward_hook(_half_hook(tap, half))
     else:
-        module = layer.gate_proj if name == "gate_pre" and layer.gated else layer.up_proj
-        assert module is not None
-        yield module.register_forward_hook(_output_hook(tap))
+        unfused = layer.gate_proj if name == "gate_pre" and layer.gated else layer.up_proj
+        assert unfused is not None
+        yield unfused.register_forward_hook(_output_hook(tap))
 
 
 def _apply(tap: Callable[[torch.Tensor], Any], value: torch.Tensor) -> torch.Tensor | None:

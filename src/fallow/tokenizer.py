@@ -176,7 +176,7 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
         )
     merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges")]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(BPE(vocabulary, merges))  # type: ignore[arg-type]
+    backend = Tokenizer(BPE(vocabulary, merges))
     if scheme == "qwen2":
         backend.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Split(Regex(p), "isolated") for p in _PATTERNS[scheme]]

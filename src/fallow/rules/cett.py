@@ -1,5 +1,6 @@
 """CETT: a threshold per layer such that the dropped neurons' summed output stays below a share."""
 
+import math
 from typing import Self
 
 import numpy as np
@@ -65,7 +66,10 @@ class CettSearch:
         self.inter, self.down_proj = inter, down_proj
         self.score = inter.abs().float() * down_norm
         sample = self.score.flatten()
-        sample = sample[:: max(1, sample.numel() // 1_000_000)]
+        stride = max(1, sample.numel() // 1_000_000)
+        while math.gcd(stride, inter.shape[1]) > 1:  # else some neurons would never be looked at
+            stride += 1
+        sample = sample[::stride]
         self.lowest = float(self.score.min())
         self.highest = float(torch.quantile(sample, HIGHEST_QUANTILE))
         self.output_norm = (inter @ down_proj.T).float().norm(dim=1)
@@ -97,9 +101,8 @@ class CettSearch:
         """
         if target <= 0:
             return 0.0
-        low = max((i for i, e in self.errors.items() if e <= target), default=-1)
-        above = (i for i, e in self.errors.items() if e > target and i > low)
-        high = min(above, default=N_CANDIDATES)
+        high = min((i for i, e in self.errors.items() if e > target), default=N_CANDIDATES)
+        low = max((i for i in self.errors if i < high), default=-1)
         while high - low > 1:
             middle = (low + high) // 2
             if self.error(middle) <= target:

@@ -22,8 +22,11 @@ class Teal(Rule):
     """|x_j| of every projection's input against a threshold per layer and projection.
 
     Block-wise greedy allocation (paper 4.3, Algorithm 1): from no sparsity, repeatedly raise the
-    projection whose step costs the least L2 error of the block's output per weight saved, until
+    projection whose step costs the least error of the block's output per weight saved, until
     the block reaches the target. Every block gets the same sparsity, weighted by parameters.
+    Two departures from the paper, which steps every projection by an equal share of the block and
+    compares plain errors: steps are capped, so errors are divided by what a step saves; and each
+    token's error is relative to its output, so that attention sinks do not decide alone.
     """
 
     name = "teal"
@@ -82,6 +85,11 @@ class GreedyPath:
             [np.interp(target, levels, [s[p] for s in self.steps]) for p in range(len(self.names))]
         )
 
+    def error(self, sparsity: np.ndarray) -> float:
+        """Mean over tokens of ||block output - dense|| / ||dense||."""
+        change = (self._run(sparsity) - self.dense).norm(dim=-1)
+        return float((change / self.dense.norm(dim=-1).clamp_min(1e-12)).mean())
+
     def _level(self, step: np.ndarray) -> float:
         return float(step @ self.share)
 
@@ -93,7 +101,7 @@ class GreedyPath:
                 continue
             trial = self.steps[-1].copy()
             trial[p] += step
-            error = float((self._run(trial) - self.dense).norm(dim=-1).mean())
+            error = self.error(trial)
             price = (error - self.last_error) / (step * self.share[p])
             if best is None or price < best[0]:
                 best = (price, error, trial)
@@ -110,7 +118,7 @@ class GreedyPath:
         for name, s in zip(self.names, sparsity, strict=True):
             cut = histograms[input_histogram(self.layer, name)].quantile(self.index, float(s))
             if s > 0:
-                taps[name] = lambda _, value, cut=cut: zero_where(value.abs() <= cut, value)
+                taps[name] = lambda _, value, cut=cut: zero_where(value.abs().float() <= cut, value)
         with torch.inference_mode(), attach([self.layer], taps):
             output = self.layer.block(*self.args, **self.kwargs)
         output = output[0] if isinstance(output, tuple) else output
