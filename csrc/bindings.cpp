@@ -38,7 +38,6 @@ nb::dict gguf_header(Bytes data) {
     tensors.append(nb::make_tuple(tensor.name, tensor.shape, find_format(tensor.type)->name,
                                   tensor.offset, tensor.n_bytes));
   nb::dict result;
-  result["version"] = header.version;
   result["fields"] = fields;
   result["tensors"] = tensors;
   return result;
@@ -89,7 +88,7 @@ NB_MODULE(_core, m) {
   m.attr("FORMATS") = formats;
 
   m.def("gguf_header", &gguf_header, "data"_a,
-        "Header of a GGUF file (uint8 array): version, fields, and tensors as tuples (name, shape "
+        "Header of a GGUF file (uint8 array): fields, and tensors as tuples (name, shape "
         "outermost first, type, byte offset, bytes). Raises GgufError.");
   m.def("dequantize", &dequantize_array, "type"_a, "src"_a, "dst"_a, "n_threads"_a = 1,
         "Decodes the blocks in src into dst (float32, flat).");

@@ -82,8 +82,11 @@ GgufField read_field(Cursor& in) {
   field.is_array = true;
   const auto item_type = in.read<uint32_t>("array type");
   const auto count = in.read<uint64_t>("array length");
-  // Every item takes at least one byte: a count beyond that is a lie, and is not allocated.
+  // Every item takes at least one byte: a count beyond that is a lie, and is not allocated. The
+  // largest arrays are vocabularies and merges, below a million.
   in.require(count, "array");
+  if (count > (1u << 24))
+    throw GgufError("metadata " + field.name + " has " + std::to_string(count) + " items");
   field.values.reserve(count);
   for (uint64_t i = 0; i < count; ++i) field.values.push_back(read_scalar(in, item_type));
   return field;

@@ -108,7 +108,7 @@ def test_profile(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Pat
     assert result.code == 0
     assert "natural sparsity of inter" in result.out
     assert (tmp_path / "p" / "profile.npz").exists()
-    assert run(*command, "--json").json["architecture"] == "opt"
+    assert run(*command, "-o", tmp_path / "p", "--json").json["architecture"] == "opt"
 
 
 def test_tradeoff(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path) -> None:
@@ -189,8 +189,8 @@ def test_usage_errors(run: Any, folders: dict[str, Path], texts: Texts, tmp_path
     model, out = folders["llama"], tmp_path / "p.plan"
     base = ("calibrate", model, "-o", out, "--rule")
     assert error(run(*base, "magic", "--sparsity", 0.5), 2) == (
-        "unknown rule 'magic'; known rules: percentile, cats, fat, topk, tail, cett, teal, wina, "
-        "relu"
+        "unknown rule 'magic'; known rules: cats, cett, fat, percentile, relu, tail, teal, topk, "
+        "wina"
     )
     assert error(run(*base, "topk", "--sparsity", 1.0), 2) == (
         "sparsity 1 is outside [0, 1); give a fraction such as 0.5"
@@ -199,6 +199,16 @@ def test_usage_errors(run: Any, folders: dict[str, Path], texts: Texts, tmp_path
         "give exactly one of --sparsity, --knob and --max-ppl-increase"
     )
     assert error(run("evaluate"), 2) == "Missing argument 'model'; see: fallow --help"
+    assert run().code == 2
+    assert run().err == ""
+    assert error(run(*base, "topk", "--sparsity", 0.5, "--windows", 0), 2) == (
+        "--windows 0 is too few; give at least 1"
+    )
+    fits = ("--text", texts[0], "--context", 32, "--windows", 1, "--validation-windows", 1)
+    assert error(run(*base, "tail", "--knob", 2, *fits), 2) == (
+        "knob 2 of rule tail is outside [0, 1]: τ, share of the root of the summed squared neuron "
+        "norms"
+    )
     assert "No such option" in error(run("evaluate", model, "--colour"), 2)
     assert "No such command 'dance'" in error(run("dance"), 2)
     assert error(run("tradeoff", model, "--sparsities", "a"), 2) == (

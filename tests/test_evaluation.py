@@ -122,7 +122,7 @@ def test_plan_of_another_model(
 
 
 def test_smollm2_dense_perplexity(smollm2: fallow.Model, wikitext: Texts) -> None:
-    """The first two windows; 23.24 on the first four was found independently (METHODS 5)."""
+    """23.24 on the first four windows was found independently (METHODS 5)."""
     result = fallow.evaluate(smollm2, None, wikitext[1], windows=4)
     assert result.ppl == pytest.approx(23.24, abs=0.01)
 

@@ -133,24 +133,19 @@ def write_gguf(name: str, model: fallow.Model, path: Path, **changes: Any) -> Pa
 
 
 def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
-    arch, config = model.architecture, model.module.config
+    """The weights under the names that the gguf package gives them."""
+    kinds = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[model.architecture.gguf_name or ""], 2)
     state = {k: v.float().numpy() for k, v in model.module.state_dict().items()}
-    if config.tie_word_embeddings:
+    if model.module.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    names = {}
-    for i in range(2):
-        for short, path in arch.gguf_block.items():
-            for kind in ("weight", "bias"):
-                names[f"{arch.layers}.{i}.{path}.{kind}"] = f"blk.{i}.{short}.{kind}"
-    for short, path in arch.gguf_global.items():
-        for kind in ("weight", "bias"):
-            names[f"{path}.{kind}"] = f"{short}.{kind}"
-    found = {}
     if name == "phi":  # the file fuses q, k and v
         for i in range(2):
             for kind in ("weight", "bias"):
-                parts = [state.pop(f"model.layers.{i}.self_attn.{x}_proj.{kind}") for x in "qkv"]
-                found[f"blk.{i}.attn_qkv.{kind}"] = np.concatenate(parts)
+                prefix = f"model.layers.{i}.self_attn"
+                parts = [state.pop(f"{prefix}.{x}_proj.{kind}") for x in "qkv"]
+                state[f"{prefix}.qkv_proj.{kind}"] = np.concatenate(parts)
+    found = {}
     for key, values in state.items():
         if name == "llama" and ".q_proj." in key:
             values = permute(values, 4)
@@ -158,7 +153,8 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
             values = permute(values, 2)
         if name == "gemma3" and "norm" in key:
             values = values + 1
-        found[names[key]] = values
+        found[names.get_name(key, try_suffixes=(".weight", ".bias"))] = values
+    assert None not in found
     return found
 
 
@@ -199,7 +195,7 @@ def test_missing_model() -> None:
 def test_hub_id_is_downloaded(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def snapshot_download(hub_id: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(hub_id: str, allow_patterns: list[str], **_: Any) -> str:
         asked.append((hub_id, allow_patterns))
         return str(folders["llama"])
 
@@ -260,6 +256,21 @@ def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
     assert message(tmp_path / "m.gguf") == (
         "unknown architecture 'mamba' in GGUF M; known: gemma3, llama, phi2, phi3, qwen2, qwen3"
     )
+
+
+def test_gguf_without_embeddings(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
+    path = write_gguf("llama", tiny["llama"], tmp_path / "m.gguf")
+    path.write_bytes(path.read_bytes().replace(b"token_embd.weight", b"token_embx.weight"))
+    assert message(path) == ("GGUF M has no token_embd.weight; is it one part of a split model?")
+
+
+def test_gguf_that_transformers_refuses(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
+    path = write_gguf("llama", tiny["llama"], tmp_path / "m.gguf")
+    key = b"llama.attention.head_count"
+    at = path.read_bytes().index(key) + len(key) + 4
+    data = path.read_bytes()
+    path.write_bytes(data[:at] + (5).to_bytes(4, "little") + data[at + 4 :])
+    assert message(path).startswith("transformers cannot build LlamaForCausalLM: ")
 
 
 @pytest.fixture
@@ -390,6 +401,8 @@ def test_generation_errors(tiny: dict[str, fallow.Model]) -> None:
         tiny["llama"].generate("")
     with pytest.raises(FallowError, match="exceed the model's context of 128"):
         tiny["llama"].generate("neuron " * 200)
+    with pytest.raises(UsageError, match="--max-new-tokens must be at least 1"):
+        tiny["llama"].generate("neuron", max_new_tokens=0)
     with pytest.raises(FallowError, match="no chat template"):
         tiny["llama"].generate("hello", chat=True)
 

@@ -67,7 +67,7 @@ def test_newer_format(tmp_path: Path) -> None:
 def test_nan_in_an_array(tmp_path: Path) -> None:
     make_plan(arrays={"threshold.inter": np.array([np.nan])}).save(tmp_path / "p")
     assert message(tmp_path / "p") == (
-        "plan P: array threshold.inter has NaN or infinity; calibrate again"
+        "plan P: array threshold.inter has NaN, infinity or a negative value; calibrate again"
     )
 
 
@@ -85,7 +85,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     path = tmp_path / "p.plan"
     path.write_text("before")
-    monkeypatch.setattr("fallow.plan.save_file", no_space)
+    monkeypatch.setattr(Path, "write_bytes", no_space)
     with pytest.raises(FallowError) as error:
         make_plan().save(path)
     assert str(error.value) == (
@@ -110,5 +110,15 @@ def test_plan_with_too_few_layers(tiny: dict[str, fallow.Model]) -> None:
     model = tiny["llama"]
     arrays = {"threshold.inter": np.zeros(1, dtype=np.float32)}
     plan = make_plan(fingerprint=model.fingerprint, arrays=arrays)
-    with pytest.raises(FallowError, match=r"has shape \(1,\), expected \(2,\)"), model.sparse(plan):
+    with pytest.raises(FallowError) as error, model.sparse(plan):
+        pass
+    assert str(error.value) == (
+        f"this plan's array threshold.inter has the shape (2,) for {model.name}, "
+        "the file has (1,); calibrate again"
+    )
+    plan = make_plan(fingerprint=model.fingerprint, rule="tail")
+    with pytest.raises(FallowError, match="the file has nothing"), model.sparse(plan):
+        pass
+    plan = make_plan(fingerprint=model.fingerprint, rule="magic")
+    with pytest.raises(FallowError, match="rule 'magic' is unknown"), model.sparse(plan):
         pass

@@ -33,27 +33,27 @@ def test_against_numpy(name: str, tiny: dict[str, fallow.Model], texts: Texts) -
         fired = (out_norm >= 1e-7).mean(axis=0)
         np.testing.assert_allclose(result.arrays["firing_frequency"][i], fired, atol=1e-6)
         assert row["dead_neurons"] == (fired < 1e-3).sum()
-        for text, value in row["activation_quantiles"]["inter"].items():
+        for text, value in row["magnitude_quantiles"]["inter"].items():
             exact = np.percentile(np.abs(inter), 100 * float(text))
             assert value == pytest.approx(exact, rel=2e-3, abs=1e-12)
         weight = layer.down_proj.weight.numpy()
         median = row["weight_quantiles"]["down_proj"]["0.5"]
         assert median == pytest.approx(np.median(np.abs(weight)), rel=2e-3)
-        counts = result.arrays["activation.inter"][i]
+        counts = result.arrays["magnitude.inter"][i]
         assert counts.sum() == inter.size
-        assert result.arrays["activation_cdf.inter"][i][-1] == 1
+        assert result.arrays["magnitude_cdf.inter"][i][-1] == 1
     natural = np.mean([(np.concatenate(s) == 0).mean() for s in stored])
     assert result.summary["natural_sparsity"] == pytest.approx(natural)
     assert (natural > 0.2) == (name == "opt")  # only ReLU is sparse by nature
     assert result.summary["dtype"] == "float32"
 
 
-def test_counts_do_not_depend_on_how_the_text_is_cut(
-    tiny: dict[str, fallow.Model], texts: Texts
-) -> None:
+def test_shared_inputs_are_counted_once(tiny: dict[str, fallow.Model], texts: Texts) -> None:
     result = fallow.profile(tiny["llama"], texts[1], context=32, windows=4)
-    assert result.arrays["activation.x"][0].sum() == 4 * 32 * 24  # x is counted once
-    assert len(result.arrays["edges"]) == result.arrays["activation.x"].shape[1] + 1
+    assert result.arrays["magnitude.x"][0].sum() == 4 * 32 * 24
+    assert result.arrays["magnitude.q_proj"][0].sum() == 4 * 32 * 24
+    assert result.arrays["magnitude.o_proj"][1].sum() == 4 * 32 * 24
+    assert len(result.arrays["edges"]) == result.arrays["magnitude.x"].shape[1] + 1
 
 
 def test_files(tiny: dict[str, fallow.Model], texts: Texts, tmp_path: Path) -> None:

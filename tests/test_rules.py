@@ -109,24 +109,59 @@ def test_sparsity_zero_is_dense_bit_for_bit(
 
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r != "relu"])
-@pytest.mark.parametrize("name", ["llama", "phi3", "opt"])
+@pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_target_sparsity_is_reached(
     name: str, rule: str, calibrators: dict[str, Calibrator]
 ) -> None:
-    plan = calibrators[name].plan(rule, sparsity=0.5)
-    assert plan.achieved_sparsity == pytest.approx(0.5, abs=0.12 if name != "opt" else 0.3)
+    """On held-out text; percentile's target is that of three outputs, S(inter) their union."""
+    found = calibrators[name].plan(rule, sparsity=0.5).achieved_sparsity
+    assert found is not None
+    if rule == "percentile" and name == "llama":
+        assert 0.65 < found < 0.85
+    elif rule in ("topk", "wina"):
+        assert found == pytest.approx(0.5, abs=0.02)  # rounding of k
+    else:
+        assert found == pytest.approx(0.5, abs=0.1)
 
 
-def test_ties_are_inactive_together(tiny: dict[str, fallow.Model]) -> None:
-    model = tiny["llama"]
-    rule = find_rule("topk")(0.5, {"kept": np.array([0.5])})
-    layer = model.layers[0]
-    value = (1 / layer.down_norm).repeat(2, 1)  # every score is 1, up to rounding
-    score = value * layer.down_norm
-    score.fill_(1.0)
-    threshold = rule.threshold(0, "inter", score)
-    assert torch.equal(threshold, torch.ones(2, 1))
-    assert bool((score <= threshold).all())
+def test_natural_zeros_count_as_sparsity(calibrators: dict[str, Calibrator]) -> None:
+    relu = calibrators["opt"].plan("relu", knob=0).achieved_sparsity
+    cats = calibrators["opt"].plan("cats", sparsity=0.7).achieved_sparsity
+    assert relu is not None
+    assert cats is not None
+    assert 0.3 < relu < cats
+    assert cats == pytest.approx(0.7, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_ties_are_inactive_together(name: str, folders: dict[str, Path]) -> None:
+    """Two neurons with the same weights are kept or dropped together by every neuron rule."""
+    model = fallow.load(folders[name])
+    for layer in model.layers:
+        for module in layer.ffn_inputs.values():
+            module.weight[1] = module.weight[0]
+            if module.bias is not None:
+                module.bias[1] = module.bias[0]
+        layer.down_proj.weight[:, 1] = layer.down_proj.weight[:, 0]
+    seen: list[np.ndarray] = []
+    for kept in np.linspace(0.1, 0.9, 9):
+        plan = Plan(
+            model=model.name,
+            fingerprint=model.fingerprint,
+            rule="topk",
+            where="inter",
+            knob=float(kept),
+            knob_name="",
+            arrays={"kept": np.array([kept])},
+        )
+        with (
+            model.sparse(plan),
+            attach(model.layers, {"inter": lambda _, v: seen.append((v != 0).numpy())}),
+        ):
+            model.hidden(IDS)
+    active = np.concatenate(seen)
+    np.testing.assert_array_equal(active[:, 0], active[:, 1])
+    assert 0 < active[:, 0].mean() < 1
 
 
 # Thresholds ------------------------------------------------------------------------------------
@@ -273,13 +308,23 @@ def test_teal_spares_what_the_block_needs_most(calibrators: dict[str, Calibrator
 def test_search_ends_below_the_target_and_close_to_it(
     rule: str, calibrators: dict[str, Calibrator]
 ) -> None:
+    """One tolerance further on, the target is missed."""
     calibrator = calibrators["llama"]
     plan = calibrator.plan(rule, max_ppl_increase=5.0)
     assert plan.target_ppl_increase == 5.0
     assert plan.achieved_ppl_increase is not None
     assert plan.achieved_ppl_increase < 5.0
-    assert plan.achieved_sparsity is not None
-    assert plan.achieved_sparsity > 0
+    assert plan.achieved_ppl_increase_se is not None
+    rule_class = find_rule(rule)
+    assert rule_class.search is not None
+    level = plan.knob if rule_class.search == "knob" or rule == "teal" else None
+    if rule in ("topk", "wina"):
+        level = 1 - plan.knob
+    step = rule_class.search_limit / 2**10
+    if level is not None and level + 2 * step < rule_class.search_limit:
+        beyond = calibrator.plan(rule, **{rule_class.search: level + 1.01 * step})
+        assert beyond.achieved_ppl_increase is not None
+        assert beyond.achieved_ppl_increase >= 5.0
 
 
 def test_search_is_p3s_bisection(
@@ -300,8 +345,8 @@ def test_unknown_rule() -> None:
     with pytest.raises(UsageError) as error:
         find_rule("magic")
     assert str(error.value) == (
-        "unknown rule 'magic'; known rules: percentile, cats, fat, topk, tail, cett, teal, wina, "
-        "relu"
+        "unknown rule 'magic'; known rules: cats, cett, fat, percentile, relu, tail, teal, topk, "
+        "wina"
     )
 
 
@@ -321,8 +366,10 @@ def test_targets_are_checked(calibrators: dict[str, Calibrator]) -> None:
     calibrator = calibrators["llama"]
     with pytest.raises(UsageError, match="exactly one of --sparsity, --knob and --max-ppl"):
         calibrator.plan("topk", sparsity=0.5, knob=0.5)
-    with pytest.raises(UsageError, match="knob 2 is outside"):
+    with pytest.raises(UsageError, match=r"knob 2 of rule tail is outside \[0, 1\]"):
         calibrator.plan("tail", knob=2.0)
+    with pytest.raises(UsageError, match=r"knob inf of rule fat is outside \[0, inf\]"):
+        calibrator.plan("fat", knob=float("inf"))
     with pytest.raises(UsageError, match="has no knob to search"):
         calibrator.plan("relu", max_ppl_increase=1.0)
     with pytest.raises(UsageError, match="--max-ppl-increase -1"):

@@ -80,7 +80,7 @@ def test_choices_are_scored_by_likelihood_per_byte(
     right = []
     for entry in entries:
         texts = [" " + choice for choice in entry["choices"]]
-        scores = [log_likelihood(model, entry["query"], t) / len(t.encode()) for t in texts]
+        scores = [log_likelihood(model, entry["query"], t) / (len(t.encode()) - 1) for t in texts]
         right.append(float(np.argmax(scores) == entry["gold"]))
     result = evaluate_task(model, None, write(tmp_path / "t.jsonl", *entries))
     assert result["accuracy"] == pytest.approx(np.mean(right))

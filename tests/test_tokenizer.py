@@ -66,6 +66,10 @@ def test_unknown_kinds() -> None:
     changes = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "odd"}
     with pytest.raises(FallowError, match="cuts text by the scheme 'odd'; known: default, gpt-2"):
         tokenizer_from_gguf(gguf_file(**changes))
+    with pytest.raises(FallowError, match="by the scheme 'missing'"):
+        tokenizer_from_gguf(gguf_file(**{"tokenizer.ggml.model": "gpt2"}))
+    with pytest.raises(FallowError, match="has 11 tokens but 1 token types"):
+        tokenizer_from_gguf(gguf_file(**{"tokenizer.ggml.token_type": [1]}))
 
 
 def test_chat(tmp_path: Path) -> None:
@@ -78,6 +82,26 @@ def test_chat(tmp_path: Path) -> None:
     refusing = TextTokenizer(plain.backend, chat_template="{{ raise_exception('no') }}")
     with pytest.raises(FallowError, match="chat template refuses the prompt: no"):
         refusing.chat("a")
+    with pytest.raises(FallowError, match="chat template does not work: "):
+        TextTokenizer(plain.backend, chat_template="{% if %}").chat("a")
+
+
+def test_llama3_keeps_whole_words(tiny: dict[str, fallow.Model]) -> None:
+    """A token that no merge reaches is taken whole, and BOS is added though the file is silent."""
+    vocabulary = tiny["llama"].tokenizer.backend.get_vocab()
+    tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), "zebra"]
+    file = gguf_file(
+        **{
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "llama-bpe",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [1] * len(tokens),
+            "tokenizer.ggml.merges": [],
+        }
+    )
+    tokenizer = tokenizer_from_gguf(file)
+    assert tokenizer.encode("zebra").tolist() == [len(tokens) - 1]
+    assert tokenizer.add_bos
 
 
 def test_folder(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """From a model and a text to a plan: thresholds for a sparsity, a knob, or a stated loss."""
 
-import datetime
 import math
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +34,9 @@ class Calibrator:
         windows: int = 8,
         validation_windows: int = 4,
     ) -> None:
+        for option, value in (("windows", windows), ("validation-windows", validation_windows)):
+            if value < 1:
+                raise UsageError(f"--{option} {value} is too few; give at least 1")
         self.model = model
         self.text = load_text(text, "calibration")
         total = windows + validation_windows
@@ -131,8 +132,6 @@ class Calibrator:
             calibration_sha256=self.text.sha256,
             calibration_tokens=self.calibration.n_tokens,
             dtype=self.model.dtype_name,
-            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-            fallow_version=version("fallow"),
         )
 
     def _measure(self, plan: Plan) -> None:
@@ -145,7 +144,9 @@ class Calibrator:
                 ticker.advance()
         plan.achieved_sparsity = float(np.mean([r.achieved_sparsity for r in sparse]))
         losses = np.array([r.loss for r in sparse])
-        plan.achieved_ppl_increase = ppl_change_percent(losses, np.array(dense))[0]
+        plan.achieved_ppl_increase, plan.achieved_ppl_increase_se = ppl_change_percent(
+            losses, np.array(dense)
+        )
 
 
 def calibrate(

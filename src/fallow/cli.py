@@ -71,6 +71,8 @@ def main() -> None:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
+        if not message():  # no arguments at all: the help was printed
+            sys.exit(2)
         _fail(f"{message().rstrip('.')}; see: fallow --help", 2)
     else:
         sys.exit(code or 0)
@@ -83,7 +85,9 @@ def _fail(message: str, code: int) -> None:
 
 def _load(model: str, dtype: str) -> Any:
     from fallow.model import load
+    from fallow.progress import console
 
+    console.print(f"loading {model}", highlight=False)
     return load(model, dtype)
 
 
@@ -157,22 +161,20 @@ def profile(
     model: ModelArg,
     text: TextOption = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for profile.json and .npz.")
-    ] = None,
+        Path, typer.Option("--output", "-o", help="Folder for profile.json and profile.npz.")
+    ] = Path("profile"),
     context: ContextOption = 1024,
     windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 8,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure weights, activations and natural sparsity of the dense model, layer by layer."""
-    if output is not None:
-        check_writable(output / "profile.json")
+    check_writable(output / "profile.json")
     loaded = _load(model, dtype)
     from fallow.profiling import profile as run
 
     result = run(loaded, text, context=context, windows=windows)
-    if output is not None:
-        result.save(output)
+    result.save(output)
     if as_json:
         _print_json(result.summary)
         return
@@ -188,6 +190,8 @@ def profile(
             "|gate_act| 50 %",
             "|inter| 50 %",
             "|inter| 99 %",
+            "|up weight| 50 %",
+            "|down weight| 50 %",
             "dead",
         ],
         [
@@ -196,16 +200,21 @@ def profile(
                 f"{row['zeros']['inter']:.2%}",
                 f"{row['inter_at_most']['0.001']:.2%}",
                 f"{row['inter_at_most']['0.01']:.2%}",
-                f"{row['activation_quantiles']['gate_act']['0.5']:.4f}",
-                f"{row['activation_quantiles']['inter']['0.5']:.4f}",
-                f"{row['activation_quantiles']['inter']['0.99']:.4f}",
+                f"{row['magnitude_quantiles']['gate_act']['0.5']:.4f}",
+                f"{row['magnitude_quantiles']['inter']['0.5']:.4f}",
+                f"{row['magnitude_quantiles']['inter']['0.99']:.4f}",
+                *(f"{_median_weight(row, name):.4f}" for name in ("up_proj", "down_proj")),
                 str(row["dead_neurons"]),
             ]
             for row in s["layers"]
         ],
     )
-    if output is not None:
-        print(f"written: {output}/profile.json, {output}/profile.npz")
+    print(f"written: {output}/profile.json, {output}/profile.npz")
+
+
+def _median_weight(row: dict[str, Any], name: str) -> float:
+    quantiles = row["weight_quantiles"]
+    return quantiles[name if name in quantiles else "gate_up_proj"]["0.5"]
 
 
 @app.command()
@@ -266,7 +275,9 @@ def evaluate(
     task: Annotated[
         list[Path] | None, typer.Option(help="Also score a task file (JSON lines); repeatable.")
     ] = None,
-    task_items: Annotated[int | None, typer.Option(help="The first N items of each task.")] = None,
+    task_items: Annotated[
+        int | None, typer.Option(min=1, help="The first N items of each task.")
+    ] = None,
     allow_leakage: LeakageOption = False,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -308,7 +319,7 @@ def _print_evaluation(r: dict[str, Any]) -> None:
             f"p99 {kl['p99']:.3f}"
         )
         print(f"  top-1 agreement {r['top1_agreement']:.2%}")
-        print(f"  sparsity of what the rule cuts {r['achieved_sparsity']:.2%}")
+        print(f"  sparsity achieved {r['achieved_sparsity']:.2%}")
     rows = []
     for tap, layers in r["sparsity_per_layer"].items():
         mean = [layer["mean"] for layer in layers]
@@ -361,20 +372,18 @@ def tradeoff(
     as_json: JsonOption = False,
 ) -> None:
     """One table and one figure of PPL and KL against sparsity; stops and continues."""
-    from fallow.rules import find_rule
-
-    names = [name.strip() for name in rules.split(",") if name.strip()]
-    for name in names:
-        find_rule(name)
+    names = list(dict.fromkeys(name.strip() for name in rules.split(",") if name.strip()))
     targets = _numbers("--sparsities", sparsities)
     increases = _numbers("--max-ppl-increases", max_ppl_increases)
-    loaded = _load(model, dtype)
     from fallow.sweep import make_rows
     from fallow.sweep import tradeoff as run
 
+    rows = make_rows(names, targets, increases)
+    loaded = _load(model, dtype)
+
     table = run(
         loaded,
-        make_rows(names, targets, increases),
+        rows,
         output,
         calibration_text=calibration_text,
         text=text,

@@ -17,7 +17,7 @@ from fallow.catalog import ALIASES, resolve
 from fallow.errors import FallowError, UsageError
 from fallow.models import Architecture, by_gguf_name, by_model_type
 from fallow.plan import Plan
-from fallow.rules import Rule, find_rule
+from fallow.rules import RULES, Rule, find_rule
 from fallow.taps import Layer, attach
 from fallow.text import Text, cut_windows
 from fallow.tokenizer import TextTokenizer, tokenizer_from_folder, tokenizer_from_gguf
@@ -138,15 +138,17 @@ class Model:
             FallowError: the plan is for another model, or an array does not fit it.
         """
         plan.check_model(self.fingerprint, self.name)
-        rule = find_rule(plan.rule)(plan.knob, plan.arrays)
-        for tap in rule.cuts(self.layers[0]):
-            array = plan.arrays.get(f"threshold.{tap}")
-            if array is not None and array.shape != (len(self.layers),):
+        if plan.rule not in RULES:
+            raise FallowError(f"this plan's rule {plan.rule!r} is unknown; update fallow")
+        rule_class = find_rule(plan.rule)
+        for name, shape in rule_class.shapes(self.layers).items():
+            found = plan.arrays[name].shape if name in plan.arrays else "nothing"
+            if found != shape:
                 raise FallowError(
-                    f"plan array threshold.{tap} has shape {array.shape}, "
-                    f"expected {(len(self.layers),)}; calibrate again"
+                    f"this plan's array {name} has the shape {shape} for {self.name}, "
+                    f"the file has {found}; calibrate again"
                 )
-        return rule
+        return rule_class(plan.knob, plan.arrays)
 
     @contextmanager
     def sparse(self, plan: Plan | None) -> Iterator[None]:
@@ -186,6 +188,8 @@ class Model:
                 f"prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
                 f"context of {limit}; shorten the prompt"
             )
+        if max_new_tokens < 1 or temperature < 0:
+            raise UsageError("--max-new-tokens must be at least 1 and --temperature at least 0")
         torch.manual_seed(seed)
         tensor = torch.from_numpy(ids)[None]
         sampling: dict[str, Any] = (
@@ -249,9 +253,10 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    copies = ["consolidated*", "*/*"]  # the same weights in another layout
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=copies))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FallowError(
@@ -282,8 +287,11 @@ def _empty_module(architecture: Architecture, config: dict[str, Any]) -> Any:
     from accelerate import init_empty_weights
 
     hf_class = getattr(transformers, architecture.hf_class)
-    with init_empty_weights(include_buffers=False):
-        return hf_class(hf_class.config_class(**config))
+    try:
+        with init_empty_weights(include_buffers=False):
+            return hf_class(hf_class.config_class(**config))
+    except Exception as error:  # whatever transformers makes of metadata it cannot use
+        raise FallowError(f"transformers cannot build {architecture.hf_class}: {error}") from error
 
 
 def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.dtype) -> None:
@@ -330,13 +338,16 @@ def _load_folder(name: str, folder: Path, dtype: str) -> Model:
     tensors = {t.name: t for t in read_safetensors(folder)}
     n_weights = sum(int(np.prod(t.shape)) for t in tensors.values())
     hf_class = getattr(transformers, architecture.hf_class)
-    module, info = hf_class.from_pretrained(
-        folder,
-        dtype=_torch_dtype(dtype, n_weights),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        local_files_only=True,
-    )
+    try:
+        module, info = hf_class.from_pretrained(
+            folder,
+            dtype=_torch_dtype(dtype, n_weights),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+        )
+    except Exception as error:  # whatever transformers makes of a config it cannot use
+        raise FallowError(f"transformers cannot load {folder}: {error}") from error
     _check_loading(folder, info)
     return Model(name, module, _load_tokenizer(folder), architecture, fingerprint(tensors))
 

@@ -1,19 +1,25 @@
 """The plan: the one file between calibration and whatever runs the model."""
 
+import datetime
 import json
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from fallow.errors import FallowError
 from fallow.files import atomic_path
 
 FORMAT = 1
 _METADATA_KEY = "fallow_plan"
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
 
 
 @dataclass
@@ -33,14 +39,18 @@ class Plan:
     arrays: dict[str, np.ndarray] = field(repr=False)
     target_sparsity: float | None = None
     target_ppl_increase: float | None = None  # percent
-    achieved_sparsity: float | None = None  # of what the rule cuts, on held-out calibration text
-    achieved_ppl_increase: float | None = None  # percent, likewise
+    # On held-out calibration text: sparsity of neurons, or of inputs weighted by parameters; PPL
+    # change in percent with its paired standard error. A search for a loss judged itself by the
+    # same windows, so that other text can be expected to lose a little more.
+    achieved_sparsity: float | None = None
+    achieved_ppl_increase: float | None = None
+    achieved_ppl_increase_se: float | None = None
     calibration_text: str = ""
     calibration_sha256: str = ""
     calibration_tokens: int = 0
     dtype: str = ""
-    date: str = ""
-    fallow_version: str = ""
+    date: str = field(default_factory=_today)
+    fallow_version: str = field(default_factory=lambda: version("fallow"))
     format: int = FORMAT
 
     @property
@@ -51,8 +61,9 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Writes the file whole or not at all. Raises FallowError if it cannot be written."""
         text = json.dumps(self.metadata, allow_nan=False)
+        content = save(self.arrays, metadata={_METADATA_KEY: text})
         with atomic_path(path) as temporary:
-            save_file(self.arrays, temporary, metadata={_METADATA_KEY: text})
+            temporary.write_bytes(content)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -72,7 +83,11 @@ class Plan:
             ) from error
         if text is None:
             raise FallowError(f"{path} is a safetensors file but no plan; make one with calibrate")
-        return cls._from_metadata(path, json.loads(text), arrays)
+        try:
+            metadata = dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise FallowError(f"plan {path} has damaged metadata; calibrate again") from error
+        return cls._from_metadata(path, metadata, arrays)
 
     @classmethod
     def _from_metadata(
@@ -88,8 +103,11 @@ class Plan:
         if missing:
             raise FallowError(f"plan {path} lacks {', '.join(sorted(missing))}; calibrate again")
         for name, array in arrays.items():
-            if not np.isfinite(array).all():
-                raise FallowError(f"plan {path}: array {name} has NaN or infinity; calibrate again")
+            if not (np.isfinite(array) & (array >= 0)).all():
+                raise FallowError(
+                    f"plan {path}: array {name} has NaN, infinity or a negative value; "
+                    "calibrate again"
+                )
         return cls(arrays=arrays, **{k: v for k, v in metadata.items() if k in known})
 
     def check_model(self, fingerprint: str, name: str) -> None:

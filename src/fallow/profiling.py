@@ -83,8 +83,9 @@ def profile(
     source = load_text(text, "evaluation")
     cut = model.windows(source, context, windows)
     layer = model.layers[0]
-    names = ["x", "gate_pre", "gate_act", *(["up"] if layer.gated else []), "inter", "ffn_out"]
-    # x is tapped at the first projection that reads it, so that it is counted once.
+    ffn = ["x", "gate_pre", "gate_act", *(["up"] if layer.gated else []), "inter", "ffn_out"]
+    # Inputs that several projections share are tapped at the first one: x, and that of q, k and v.
+    names = [*ffn, next(iter(layer.attention)), "o_proj"]
     tapped = {"x": next(iter(layer.ffn_inputs))}
     histograms = {name: Histograms(name, len(model.layers)) for name in names}
     neurons = _Neurons(model)
@@ -109,7 +110,7 @@ def _summarise(
     model: Model,
     text: Text,
     windows: np.ndarray,
-    activations: dict[str, Histograms],
+    magnitudes: dict[str, Histograms],
     weights: dict[str, Histograms],
     neurons: _Neurons,
 ) -> Profile:
@@ -122,7 +123,7 @@ def _summarise(
             {
                 "layer": i,
                 "zeros": {
-                    name: int(activations[name].zeros[i]) / int(activations[name].counts[i].sum())
+                    name: int(magnitudes[name].zeros[i]) / int(magnitudes[name].counts[i].sum())
                     for name in ("gate_act", "inter")
                 },
                 "inter_at_most": {
@@ -132,7 +133,7 @@ def _summarise(
                 "out_norm_below_1e-7": int(neurons.zero_out_norm[i]) / int(values[i]),
                 "dead_neurons": int((fired[i] < DEAD).sum()),
                 "rarely_in_top_half": int((in_top[i] < DEAD).sum()),
-                "activation_quantiles": _quantiles(activations, i),
+                "magnitude_quantiles": _quantiles(magnitudes, i),
                 "weight_quantiles": _quantiles(weights, i),
             }
         )
@@ -154,7 +155,7 @@ def _summarise(
         "firing_frequency": fired.astype(np.float32),
         "top_half_frequency": in_top.astype(np.float32),
     }
-    for kind, histograms in (("activation", activations), ("weight", weights)):
+    for kind, histograms in (("magnitude", magnitudes), ("weight", weights)):
         for name, h in histograms.items():
             counts = h.counts.reshape(len(h.counts), -1, _group()).sum(axis=2)
             arrays[f"{kind}.{name}"] = counts

@@ -19,7 +19,6 @@ console = Console(stderr=True)
 
 class Ticker(Protocol):
     def advance(self, steps: int = 1) -> None: ...
-    def describe(self, text: str) -> None: ...
 
 
 class _Bar:
@@ -29,9 +28,6 @@ class _Bar:
 
     def advance(self, steps: int = 1) -> None:
         self._bar.advance(self._task, steps)
-
-    def describe(self, text: str) -> None:
-        self._bar.update(self._task, description=text)
 
 
 class _Lines:
@@ -45,9 +41,6 @@ class _Lines:
         if self._total and self._done * 10 // self._total > self._tenth:
             self._tenth = self._done * 10 // self._total
             console.print(f"{self._text}: {self._done}/{self._total}", highlight=False)
-
-    def describe(self, text: str) -> None:
-        self._text = text
 
 
 @contextmanager

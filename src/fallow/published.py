@@ -64,6 +64,7 @@ def import_thresholds(path: str | Path, model: Model, knob: float | None = None)
         knob_name=rule.knob_name,
         arrays={f"threshold.{tap}": np.array(v, dtype=np.float32) for tap, v in found.items()},
         target_sparsity=knob,
+        dtype=model.dtype_name,
         calibration_text=f"WikiText-2 raw test, by the authors ({path.name})",
         calibration_sha256=WIKITEXT2_TEST_SHA256,
     )

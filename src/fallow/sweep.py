@@ -293,47 +293,50 @@ def write_table(table: list[dict[str, Any]], folder: Path) -> None:
     _draw(table, folder)
 
 
+# One column of panels per kind of sparsity: they are not the same quantity.
+_COLUMNS = {
+    "inter": "neuron sparsity S(inter)",
+    "input": "input sparsity of all projections",
+}
+
+
 def _draw(table: list[dict[str, Any]], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
-    for rule in dict.fromkeys(row["rule"] for row in table[1:]):
-        points = sorted(
-            (r for r in table if r["rule"] == rule), key=lambda r: r["achieved_sparsity"]
-        )
-        x = [p["achieved_sparsity"] for p in points]
-        change_se = [p["ppl_change_se"] or 0 for p in points]
-        axes[0].errorbar(
-            x,
-            [p["ppl_change_percent"] for p in points],
-            change_se,
-            marker="o",
-            markersize=3,
-            capsize=2,
-            label=rule,
-        )
-        axes[1].errorbar(
-            x,
-            [p["kl_to_dense"] for p in points],
-            [p["kl_se"] or 0 for p in points],
-            marker="o",
-            markersize=3,
-            capsize=2,
-        )
-    axes[0].axhline(1, color="grey", linewidth=0.8, linestyle=":")
-    axes[0].set_yscale("symlog", linthresh=1)
-    axes[0].set_ylabel("PPL change against dense, %")
-    axes[1].set_yscale("log")
-    axes[1].set_ylabel("KL to dense, nats/token")
-    for axis in axes:
-        axis.set_xlabel("achieved sparsity of what the rule cuts")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    present = [w for w in _COLUMNS if any(find_rule(r["rule"]).where == w for r in table[1:])]
+    figure, axes = plt.subplots(
+        2, len(present), figsize=(5.5 * len(present), 7), squeeze=False, sharey="row"
+    )
+    for column, where in enumerate(present):
+        top, bottom = axes[0, column], axes[1, column]
+        for rule in dict.fromkeys(r["rule"] for r in table[1:]):
+            if find_rule(rule).where == where:
+                _draw_rule(top, bottom, [r for r in table if r["rule"] == rule])
+        top.axhline(1, color="grey", linewidth=0.8, linestyle=":")  # +1 %
+        top.set_yscale("symlog", linthresh=1)
+        bottom.set_yscale("log")
+        bottom.set_xlabel(_COLUMNS[where])
+        for axis in (top, bottom):
+            axis.grid(alpha=0.3)
+        top.legend(fontsize=8)
+    axes[0, 0].set_ylabel("PPL change against dense, %")
+    axes[1, 0].set_ylabel("KL to dense, nats/token")
     figure.tight_layout()
     for kind in ("png", "svg"):
         with atomic_path(folder / f"tradeoff.{kind}") as temporary:
             figure.savefig(temporary, format=kind, dpi=150)
     plt.close(figure)
+
+
+def _draw_rule(top: Any, bottom: Any, rows: list[dict[str, Any]]) -> None:
+    rows = sorted(rows, key=lambda r: r["achieved_sparsity"])
+    x = [r["achieved_sparsity"] for r in rows]
+    style = {"marker": "o", "markersize": 3, "capsize": 2, "label": rows[0]["rule"]}
+    for axis, value, error in (
+        (top, "ppl_change_percent", "ppl_change_se"),
+        (bottom, "kl_to_dense", "kl_se"),
+    ):
+        axis.errorbar(x, [r[value] for r in rows], [r[error] or 0 for r in rows], **style)

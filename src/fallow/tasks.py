@@ -40,7 +40,7 @@ def load_task(path: str | Path, limit: int | None = None) -> list[Item]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise FallowError(f"cannot read task {path}: {error.strerror}; check --task") from error
     except UnicodeDecodeError as error:
@@ -82,8 +82,8 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """Accuracy of the dense model and under a plan on the same items, in [0, 1].
 
-    A choice's score is its log-likelihood divided by its length in bytes (acc_norm of the
-    lm-evaluation-harness). `change_se` is the standard error of the paired difference.
+    A choice's score is its log-likelihood divided by its length in bytes, its leading space left
+    out. `change_se` is the standard error of the paired difference.
     """
     items = load_task(path, limit)
     dense = _score(model, None, items, f"{Path(path).stem} dense")
@@ -108,7 +108,7 @@ def _score(model: Model, plan: Plan | None, items: list[Item], label: str) -> np
             if len(scored) == 1:
                 right[i] = scored[0][1]
             else:
-                lengths = [len(text.encode()) for _, text in item.pairs]
+                lengths = [len(text.encode()) - 1 for _, text in item.pairs]
                 score = [s[0] / n for s, n in zip(scored, lengths, strict=True)]
                 right[i] = float(np.argmax(score)) == item.gold
             ticker.advance()
@@ -145,6 +145,8 @@ def _batch(model: Model, encoded: list[tuple[np.ndarray, int]]) -> list[tuple[fl
     # Padded on the right, where causal attention never looks back from the text.
     ids = np.stack([np.pad(ids, (0, longest - len(ids))) for ids, _ in encoded])
     hidden = model.hidden(ids)
+    if not torch.isfinite(hidden).all():
+        raise FallowError("NaN or infinite values in the final hidden state; try --dtype float32")
     found = []
     for row, (own, n) in zip(hidden, encoded, strict=True):
         log_p = model.logits(row[len(own) - n - 1 : len(own) - 1]).log_softmax(-1)

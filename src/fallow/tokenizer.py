@@ -47,16 +47,22 @@ class TextTokenizer:
         """
         if self.chat_template is None:
             raise FallowError("this model has no chat template; prompt it with plain text")
+        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_exception
-        text = environment.from_string(self.chat_template).render(
-            messages=[{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            bos_token=self._token(self.bos_id),
-            eos_token=self._token(self.eos_ids[0] if self.eos_ids else None),
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
+        environment.globals["raise_exception"] = _raise_exception
+        try:
+            text = environment.from_string(self.chat_template).render(
+                messages=[{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                bos_token=self._token(self.bos_id),
+                eos_token=self._token(self.eos_ids[0] if self.eos_ids else None),
+            )
+        except TemplateError as error:
+            raise FallowError(f"the model's chat template does not work: {error}") from error
         return self.encode(text, special=True)
 
     def _token(self, token_id: int | None) -> str:
@@ -78,6 +84,8 @@ def tokenizer_from_folder(folder: Path) -> TextTokenizer:
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises nothing more specific
         raise FallowError(f"{folder}/tokenizer.json is not usable: {error}") from error
+    backend.no_truncation()  # a fine-tuning script may have left both in the file
+    backend.no_padding()
     config = _read_json(folder / "tokenizer_config.json")
     bos_id = _special_id(backend, config.get("bos_token"))
     eos = _read_json(folder / "generation_config.json").get("eos_token_id")
@@ -130,7 +138,7 @@ _PATTERNS = {
 }
 
 # Kinds of token in tokenizer.ggml.token_type.
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
 
 def tokenizer_from_gguf(file: GgufFile) -> TextTokenizer:
@@ -141,6 +149,9 @@ def tokenizer_from_gguf(file: GgufFile) -> TextTokenizer:
     """
     kind = file.get("tokenizer.ggml.model")
     tokens = file.get("tokenizer.ggml.tokens")
+    types = file.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    if len(types) != len(tokens):
+        raise FallowError(f"GGUF {file.path} has {len(tokens)} tokens but {len(types)} token types")
     if kind == "gpt2":
         backend = _byte_level_bpe(file, tokens)
     elif kind == "llama":
@@ -149,7 +160,6 @@ def tokenizer_from_gguf(file: GgufFile) -> TextTokenizer:
         raise FallowError(
             f"GGUF {file.path} has a tokenizer of kind {kind!r}; known kinds: gpt2, llama"
         )
-    types = file.get("tokenizer.ggml.token_type", [1] * len(tokens))
     for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [
             AddedToken(token, special=special, normalized=False)
@@ -162,13 +172,19 @@ def tokenizer_from_gguf(file: GgufFile) -> TextTokenizer:
         backend,
         bos_id=file.get("tokenizer.ggml.bos_token_id", None),
         eos_ids=tuple(sorted(i for i in eos if i is not None)),
-        add_bos=bool(file.get("tokenizer.ggml.add_bos_token", kind == "llama")),
+        add_bos=bool(file.get("tokenizer.ggml.add_bos_token", _adds_bos(file))),
         chat_template=file.get("tokenizer.chat_template", None),
     )
 
 
+def _adds_bos(file: GgufFile) -> bool:
+    """What llama.cpp does where the file does not say."""
+    scheme = file.get("tokenizer.ggml.pre", "")
+    return file.get("tokenizer.ggml.model") == "llama" or scheme == "llama-bpe"
+
+
 def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
-    scheme = file.get("tokenizer.ggml.pre", "default")
+    scheme = file.get("tokenizer.ggml.pre", "missing")  # files from before 2024 have none
     if scheme not in _PATTERNS:
         raise FallowError(
             f"GGUF {file.path} cuts text by the scheme {scheme!r}; known: {', '.join(_PATTERNS)}; "
@@ -176,7 +192,8 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
         )
     merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges")]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(BPE(vocabulary, merges))
+    # Llama 3 takes a whole word that is a token as it is, whatever its merges would give.
+    backend = Tokenizer(BPE(vocabulary, merges, ignore_merges=scheme == "llama-bpe"))
     if scheme == "qwen2":
         backend.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Split(Regex(p), "isolated") for p in _PATTERNS[scheme]]

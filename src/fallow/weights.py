@@ -152,9 +152,8 @@ def _safetensors_header(path: Path, data: np.ndarray) -> tuple[dict[str, Any], i
             f"{length} bytes, {len(data) - 8} are there; {remedy}"
         )
     try:
-        header = json.loads(data[8 : 8 + length].tobytes())
-        assert isinstance(header, dict)
-    except (ValueError, AssertionError) as error:
+        header = dict(json.loads(data[8 : 8 + length].tobytes()))
+    except (ValueError, TypeError) as error:
         raise FallowError(f"safetensors file {path} has a broken header; {remedy}") from error
     return header, 8 + length
 

@@ -1,11 +1,12 @@
-"""Architectures, one file each. To add one, add a file with an `ARCHITECTURE` and name it here."""
+"""Architectures, one file each. To add one, add a file with an `ARCHITECTURE`."""
 
 from importlib import import_module
+from pkgutil import iter_modules
 
 from fallow.errors import FallowError
 from fallow.models._base import Architecture
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi", "phi3", "opt")
+ARCHITECTURES = tuple(sorted(m.name for m in iter_modules(__path__) if m.name[0] != "_"))
 
 
 def architectures() -> list[Architecture]:

@@ -102,7 +102,7 @@ def llama_config(file: GgufFile) -> dict[str, Any]:
     hidden = file.get("{arch}.embedding_length")
     check_rope(file)
     return {
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "vocab_size": vocabulary_size(file),
         "hidden_size": hidden,
         "intermediate_size": file.get("{arch}.feed_forward_length"),
         "num_hidden_layers": file.get("{arch}.block_count"),
@@ -120,6 +120,15 @@ def llama_config(file: GgufFile) -> dict[str, Any]:
         "eos_token_id": file.get("tokenizer.ggml.eos_token_id", None),
         "pad_token_id": file.get("tokenizer.ggml.padding_token_id", None),
     }
+
+
+def vocabulary_size(file: GgufFile) -> int:
+    """Rows of the embedding. Raises FallowError if there is none."""
+    if "token_embd.weight" not in file.tensors:
+        raise FallowError(
+            f"GGUF {file.path} has no token_embd.weight; is it one part of a split model?"
+        )
+    return file.tensors["token_embd.weight"].shape[0]
 
 
 def check_rope(file: GgufFile) -> None:

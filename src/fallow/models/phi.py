@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from fallow.models._base import Architecture, Tensors, check_rope
+from fallow.models._base import Architecture, Tensors, check_rope, vocabulary_size
 from fallow.weights import GgufFile
 
 
@@ -13,7 +13,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
     hidden = file.get("phi2.embedding_length")
     check_rope(file)
     return {
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "vocab_size": vocabulary_size(file),
         "hidden_size": hidden,
         "intermediate_size": file.get("phi2.feed_forward_length"),
         "num_hidden_layers": file.get("phi2.block_count"),

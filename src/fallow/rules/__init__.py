@@ -1,11 +1,12 @@
-"""Rules, one file and one name each. To add one, add a file with a `RULE` and name it here."""
+"""Rules, one file and one name each. To add one, add a file with a `RULE`."""
 
 from importlib import import_module
+from pkgutil import iter_modules
 
 from fallow.errors import UsageError
 from fallow.rules._base import Arrays, Rule
 
-RULES = ("percentile", "cats", "fat", "topk", "tail", "cett", "teal", "wina", "relu")
+RULES = tuple(sorted(m.name for m in iter_modules(__path__) if m.name[0] != "_"))
 
 
 def find_rule(name: str) -> type[Rule]:

@@ -27,9 +27,10 @@ class Rule:
     name: ClassVar[str]
     paper: ClassVar[str]
     where: ClassVar[str]  # "inter": neurons; "input": inputs of projections
-    knob_name: ClassVar[str]  # with its range
+    knob_name: ClassVar[str]
+    knob_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     known: ClassVar[str]  # when the choice is known, hence which weights it saves
-    search: ClassVar[str | None] = "sparsity"  # what a search for a loss turns
+    search: ClassVar[str | None] = "sparsity"  # what a search for a loss turns; None: nothing
     search_limit: ClassVar[float] = 1.0  # from 0 up to this
 
     def __init__(self, knob: float, arrays: Arrays) -> None:
@@ -40,13 +41,41 @@ class Rule:
     def fit(
         cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
     ) -> Self:
-        """Learns thresholds for a target sparsity of the tensors the rule cuts, or for a knob."""
+        """Fits the rule to a target sparsity of the tensors it cuts, or to a knob.
+
+        Raises:
+            UsageError: not exactly one of the two, or out of range.
+        """
+        if knob is None:
+            if sparsity is None:
+                raise UsageError("give a target sparsity or a knob")
+            knob = cls.knob_for(calibration, check_sparsity(sparsity))
+        low, high = cls.knob_range
+        if not (low <= knob <= high and np.isfinite(knob)):
+            raise UsageError(
+                f"knob {knob:g} of rule {cls.name} is outside [{low:g}, {high:g}]: {cls.knob_name}"
+            )
+        return cls(knob, cls.learn(calibration, knob))
+
+    @classmethod
+    def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
+        """The knob that gives a sparsity of the tensors the rule cuts; by default that sparsity."""
+        return sparsity
+
+    @classmethod
+    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+        """The arrays that apply the rule at this knob."""
         raise NotImplementedError
 
     @classmethod
     def cuts(cls, layer: Layer) -> tuple[str, ...]:
         """The taps whose values the rule sets to zero."""
         raise NotImplementedError
+
+    @classmethod
+    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
+        """The arrays that a plan must have, by default a threshold per cut tap and layer."""
+        return {f"threshold.{tap}": (len(layers),) for tap in cls.cuts(layers[0])}
 
     def weight(self, layer: Layer, tap: str) -> torch.Tensor | None:
         """Factor of the score per column, (width,) float32; None for the plain magnitude."""
@@ -89,19 +118,6 @@ def check_sparsity(sparsity: float) -> float:
     return sparsity
 
 
-def one_of(
-    sparsity: float | None, knob: float | None, low: float, high: float, name: str
-) -> tuple[float | None, float | None]:
-    """Checks that exactly one of the two is given and is in range, and returns both."""
-    if (sparsity is None) == (knob is None):
-        raise UsageError("give exactly one of a target sparsity and a knob")
-    if sparsity is not None:
-        check_sparsity(sparsity)
-    if knob is not None and not low <= knob <= high:
-        raise UsageError(f"knob {knob:g} is outside [{low:g}, {high:g}], the range of {name}")
-    return sparsity, knob
-
-
 def layer_quantiles(calibration: Calibration, tap: str, q: float) -> np.ndarray:
     """The q-th magnitude quantile of every layer, (L,) float32."""
     histogram = calibration.histograms[tap]
@@ -129,7 +145,7 @@ def scalar(name: str, value: float) -> Arrays:
     return {name: np.array([value], dtype=np.float64)}
 
 
-def bisect(function: Callable[[float], float], target: float, tolerance: float = 1e-4) -> float:
+def bisect(function: Callable[[float], float], target: float, tolerance: float = 1e-3) -> float:
     """The largest v in [0, 1] with function(v) <= target, function rising, to `tolerance`."""
     low, high = 0.0, 1.0
     while high - low > tolerance:

@@ -1,13 +1,13 @@
 """CETT: a threshold per layer such that the dropped neurons' summed output stays below a share."""
 
 import math
-from typing import Self
 
 import numpy as np
 import torch
 
 from fallow.capture import Calibration
-from fallow.rules._base import Rule, bisect, one_of, zero_where
+from fallow.progress import progress
+from fallow.rules._base import Arrays, Rule, bisect, zero_where
 from fallow.taps import Layer
 
 N_CANDIDATES = 65536
@@ -24,7 +24,7 @@ class Cett(Rule):
     name = "cett"
     paper = "arXiv:2411.02335 2.2"
     where = "inter"
-    knob_name = "CETT, [0, 1]"
+    knob_name = "CETT, share of the FFN output's norm"
     known = "after gate and up: saves down_proj"
     search = "knob"
 
@@ -33,21 +33,24 @@ class Cett(Rule):
         return ("inter",)
 
     @classmethod
-    def fit(
-        cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
-    ) -> Self:
-        sparsity, knob = one_of(sparsity, knob, 0, 1, cls.knob_name)
+    def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
         searches = _searches(calibration)
-        if sparsity is not None:
-            target = sparsity
 
-            def mean_sparsity(cett: float) -> float:
-                return float(np.mean([s.sparsity(s.threshold(cett)) for s in searches]))
+        def mean_sparsity(cett: float) -> float:
+            return float(np.mean([s.sparsity(s.threshold(cett)) for s in searches]))
 
-            knob = bisect(mean_sparsity, target, 1e-3)
-        assert knob is not None
-        thresholds = np.array([s.threshold(knob) for s in searches], dtype=np.float32)
-        return cls(knob, {"threshold.inter": thresholds})
+        with progress("cett for a sparsity"):
+            return bisect(mean_sparsity, sparsity)
+
+    @classmethod
+    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+        searches = _searches(calibration)
+        thresholds = []
+        with progress("cett thresholds", len(searches)) as ticker:
+            for search in searches:
+                thresholds.append(search.threshold(knob))
+                ticker.advance()
+        return {"threshold.inter": np.array(thresholds, dtype=np.float32)}
 
     def weight(self, layer: Layer, tap: str) -> torch.Tensor:
         return layer.down_norm

@@ -1,11 +1,9 @@
 """FAT-ε: one fixed threshold on the gate's activation for all layers."""
 
-from typing import Self
-
 import numpy as np
 
 from fallow.capture import Calibration
-from fallow.rules._base import Rule, one_of
+from fallow.rules._base import Arrays, Rule
 from fallow.taps import Layer
 
 
@@ -15,7 +13,8 @@ class Fat(Rule):
     name = "fat"
     paper = "arXiv:2411.02335 4.1"
     where = "inter"
-    knob_name = "ε, in units of gate_act, [0, ∞)"
+    knob_name = "ε, in units of gate_act"
+    knob_range = (0.0, float("inf"))
     known = "after gate: saves up_proj and down_proj"
 
     @classmethod
@@ -23,15 +22,12 @@ class Fat(Rule):
         return ("gate_act",)
 
     @classmethod
-    def fit(
-        cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
-    ) -> Self:
-        sparsity, knob = one_of(sparsity, knob, 0, float("inf"), cls.knob_name)
-        if knob is None:
-            assert sparsity is not None
-            knob = calibration.histograms["gate_act"].pooled_quantile(sparsity)
-        thresholds = np.full(len(calibration.layers), knob, dtype=np.float32)
-        return cls(knob, {"threshold.gate_act": thresholds})
+    def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
+        return calibration.histograms["gate_act"].pooled_quantile(sparsity)
+
+    @classmethod
+    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+        return {"threshold.gate_act": np.full(len(calibration.layers), knob, dtype=np.float32)}
 
 
 RULE = Fat

@@ -1,12 +1,10 @@
 """Percentile thresholds of P1: one scalar per layer and projection output."""
 
-from typing import Self
-
 import numpy as np
 
 from fallow.capture import Calibration
 from fallow.metrics import histogram_quantile
-from fallow.rules._base import Rule, layer_quantiles, one_of
+from fallow.rules._base import Arrays, Rule, layer_quantiles
 from fallow.taps import Layer
 
 
@@ -22,7 +20,7 @@ class Percentile(Rule):
     name = "percentile"
     paper = "arXiv:2412.12178 II-D"
     where = "inter"
-    knob_name = "q, percentile / 100 of each projection's output, [0, 1)"
+    knob_name = "q, percentile / 100 of each projection's output"
     known = "after gate and up: saves down_proj; zeros of the FFN output save nothing"
 
     @classmethod
@@ -32,17 +30,12 @@ class Percentile(Rule):
         return ("gate_pre", "up", "ffn_out")
 
     @classmethod
-    def fit(
-        cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
-    ) -> Self:
-        sparsity, knob = one_of(sparsity, knob, 0, 1, cls.knob_name)
-        q = sparsity if knob is None else knob
-        assert q is not None
+    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
         layer = calibration.layers[0]
-        arrays = {f"threshold.{t}": layer_quantiles(calibration, t, q) for t in cls.cuts(layer)}
+        arrays = {f"threshold.{t}": layer_quantiles(calibration, t, knob) for t in cls.cuts(layer)}
         if layer.gate_up_proj is not None:
-            arrays["threshold.gate_pre"] = _joint_quantiles(calibration, q)
-        return cls(q, arrays)
+            arrays["threshold.gate_pre"] = _joint_quantiles(calibration, knob)
+        return arrays
 
 
 def _joint_quantiles(calibration: Calibration, q: float) -> np.ndarray:

@@ -1,12 +1,10 @@
 """The zero test: neurons whose gate activation is exactly 0."""
 
-from typing import Self
-
 import numpy as np
 
 from fallow.capture import Calibration
 from fallow.errors import UsageError
-from fallow.rules._base import Rule
+from fallow.rules._base import Arrays, Rule
 from fallow.taps import Layer
 
 
@@ -16,7 +14,8 @@ class Relu(Rule):
     name = "relu"
     paper = "arXiv:2411.02335 4.1 (straightforward ReLU)"
     where = "inter"
-    knob_name = "none"
+    knob_name = "none, give 0"
+    knob_range = (0.0, 0.0)
     known = "after gate: saves up_proj and down_proj"
     search = None
 
@@ -25,13 +24,14 @@ class Relu(Rule):
         return ("gate_act",)
 
     @classmethod
-    def fit(
-        cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
-    ) -> Self:
-        if sparsity or knob:
+    def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
+        if sparsity > 0:
             raise UsageError("rule relu has no knob: it cuts exact zeros; give --knob 0")
-        thresholds = np.zeros(len(calibration.layers), dtype=np.float32)
-        return cls(0.0, {"threshold.gate_act": thresholds})
+        return 0.0
+
+    @classmethod
+    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+        return {"threshold.gate_act": np.zeros(len(calibration.layers), dtype=np.float32)}
 
 
 RULE = Relu

@@ -1,11 +1,9 @@
 """Per-token tail budget: the smallest neurons that together stay below τ."""
 
-from typing import Self
-
 import torch
 
 from fallow.capture import Calibration
-from fallow.rules._base import Rule, bisect, one_of, per_token_tail, scalar
+from fallow.rules._base import Arrays, Rule, bisect, per_token_tail, scalar
 from fallow.taps import Layer
 
 
@@ -15,7 +13,7 @@ class Tail(Rule):
     name = "tail"
     paper = "METHODS 4.3 (ours)"
     where = "inter"
-    knob_name = "τ, share of the root of the summed squared neuron norms, [0, 1]"
+    knob_name = "τ, share of the root of the summed squared neuron norms"
     known = "after gate and up: saves down_proj"
     search = "knob"
 
@@ -24,15 +22,16 @@ class Tail(Rule):
         return ("inter",)
 
     @classmethod
-    def fit(
-        cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
-    ) -> Self:
-        sparsity, knob = one_of(sparsity, knob, 0, 1, cls.knob_name)
-        if sparsity is not None:
-            target = sparsity
-            knob = bisect(lambda tau: _mean_sparsity(calibration, tau), target, 1e-3)
-        assert knob is not None
-        return cls(knob, scalar("tau", knob))
+    def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
+        return bisect(lambda tau: _mean_sparsity(calibration, tau), sparsity)
+
+    @classmethod
+    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+        return scalar("tau", knob)
+
+    @classmethod
+    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
+        return {"tau": (1,)}
 
     def weight(self, layer: Layer, tap: str) -> torch.Tensor:
         return layer.down_norm

@@ -1,14 +1,13 @@
 """TEAL: magnitude thresholds on the inputs of all projections, allocated greedily per block."""
 
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 
 from fallow.capture import Calibration, input_histogram
-from fallow.errors import UsageError
 from fallow.progress import progress
-from fallow.rules._base import Rule, one_of, zero_where
+from fallow.rules._base import Arrays, Rule, zero_where
 from fallow.taps import Layer, attach
 
 # One step saves ALPHA of the block's weights, but adds at most LARGEST_STEP to one projection's
@@ -32,7 +31,8 @@ class Teal(Rule):
     name = "teal"
     paper = "arXiv:2408.14690"
     where = "input"
-    knob_name = "input sparsity of every block, weighted by parameters, [0, 0.95]"
+    knob_name = "input sparsity of every block, weighted by parameters"
+    knob_range = (0.0, HIGHEST)
     known = "before each projection: saves its columns"
     search_limit = HIGHEST
 
@@ -41,19 +41,12 @@ class Teal(Rule):
         return tuple(layer.projections)
 
     @classmethod
-    def fit(
-        cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
-    ) -> Self:
-        sparsity, knob = one_of(sparsity, knob, 0, HIGHEST, cls.knob_name)
-        target = sparsity if knob is None else knob
-        assert target is not None
-        if target > HIGHEST:
-            raise UsageError(f"rule teal reaches at most {HIGHEST} input sparsity, not {target}")
-        allocation = _allocate(calibration, target)  # (L, P)
+    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+        allocation = _allocate(calibration, knob)  # (L, P)
         arrays = {"sparsity": allocation.astype(np.float32)}
         for p, name in enumerate(cls.cuts(calibration.layers[0])):
             arrays[f"threshold.{name}"] = _input_thresholds(calibration, name, allocation[:, p])
-        return cls(target, arrays)
+        return arrays
 
 
 def _input_thresholds(calibration: Calibration, name: str, sparsity: np.ndarray) -> np.ndarray:

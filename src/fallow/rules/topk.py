@@ -1,11 +1,9 @@
 """Per-token top-k on the norm of each neuron's output: the oracle at equal budget."""
 
-from typing import Self
-
 import torch
 
 from fallow.capture import Calibration
-from fallow.rules._base import Rule, one_of, per_token_topk, scalar
+from fallow.rules._base import Arrays, Rule, per_token_topk, scalar
 from fallow.taps import Layer
 
 
@@ -15,7 +13,7 @@ class TopK(Rule):
     name = "topk"
     paper = "METHODS 4.3 (ours; arXiv:2411.02335 ranks |gate_act| per layer)"
     where = "inter"
-    knob_name = "k / d_ff kept per token, (0, 1]"
+    knob_name = "k / d_ff, the share kept per token"
     known = "after gate and up: saves down_proj"
 
     @classmethod
@@ -23,13 +21,16 @@ class TopK(Rule):
         return ("inter",)
 
     @classmethod
-    def fit(
-        cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
-    ) -> Self:
-        sparsity, knob = one_of(sparsity, knob, 0, 1, cls.knob_name)
-        kept = 1 - sparsity if sparsity is not None else knob
-        assert kept is not None
-        return cls(kept, scalar("kept", kept))
+    def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
+        return 1 - sparsity
+
+    @classmethod
+    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+        return scalar("kept", knob)
+
+    @classmethod
+    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
+        return {"kept": (1,)}
 
     def weight(self, layer: Layer, tap: str) -> torch.Tensor:
         return layer.down_norm
