@@ -172,6 +172,17 @@ def test_task(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path) 
     assert "task: " in run(*command).out
 
 
+def test_plan_import(run: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    layers = {"layer_0": 0.5, "layer_1": 0.25}
+    path = tmp_path / "published_30.json"
+    path.write_text(json.dumps(dict.fromkeys(("gate_proj", "up_proj", "down_proj"), layers)))
+    command = ("plan", "import", path, folders["mistral"], "-o", tmp_path / "p.plan")
+    result = run(*command, "--json").json
+    assert (result["rule"], result["knob"]) == ("percentile", 0.3)
+    assert result["date"]
+    assert "threshold.gate_pre" in run(*command).out
+
+
 # One line, what and where and the remedy, and an exit code ------------------------------------
 
 
@@ -279,6 +290,34 @@ def test_output_that_cannot_be_written(
         f"cannot write {tmp_path}/file/p.plan: its folder is a file; "
         "choose a folder with space and write permission"
     )
+
+
+def test_read_only_folder(run: Any, folders: dict[str, Path]) -> None:
+    command = ("calibrate", folders["llama"], "--rule", "relu", "--knob", 0, "-o", "/sys/p.plan")
+    line = error(run(*command), 1)
+    assert line.startswith("cannot write /sys/p.plan: ")
+    assert line.endswith("; choose a folder with space and write permission")
+
+
+def test_ctrl_c(
+    run: Any,
+    folders: dict[str, Path],
+    texts: Texts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fallow.sweep.run_window", interrupted)
+    result = run(
+        *("tradeoff", folders["llama"], "--rules", "topk", "--sparsities", 0.5),
+        *("--text", texts[1], "--calibration-text", texts[0], "--context", 32, "--windows", 1),
+        *("--calibration-windows", 1, "--validation-windows", 1, "-o", tmp_path / "t"),
+    )
+    assert error(result, 130) == "interrupted"
+    assert f"finished work is in {tmp_path / 't'}" in result.err.replace("\n", "")
+    assert (tmp_path / "t" / "plans" / "topk-0.5.plan").exists()
 
 
 def process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

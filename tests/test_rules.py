@@ -1,5 +1,6 @@
 """Every rule against a numpy statement of its formula, on every architecture; ties included."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,16 @@ def expected_active(
     return score > threshold
 
 
-def run_and_record(model: fallow.Model, plan: Plan) -> dict[str, list[Any]]:
+def run_and_record(
+    model: fallow.Model, plan: Plan, convert: Callable[[Any], Any] = lambda value: value
+) -> dict[str, list[Any]]:
     """(layer, value before, value after) of every tap that the plan's rule cuts."""
     rule = model.rule(plan)
     before: dict[str, list[Any]] = {tap: [] for tap in rule.cuts(model.layers[0])}
     after: dict[str, list[Any]] = {tap: [] for tap in before}
 
     def record(store: dict[str, list[Any]], tap: str) -> Any:
-        return lambda layer, value: store[tap].append((layer, value.numpy().copy()))
+        return lambda layer, value: store[tap].append((layer, convert(value).numpy().copy()))
 
     with (
         attach(model.layers, {tap: record(before, tap) for tap in before}),
@@ -162,6 +165,20 @@ def test_ties_are_inactive_together(name: str, folders: dict[str, Path]) -> None
     active = np.concatenate(seen)
     np.testing.assert_array_equal(active[:, 0], active[:, 1])
     assert 0 < active[:, 0].mean() < 1
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r != "relu"])
+def test_bfloat16(rule: str, folders: dict[str, Path], texts: tuple[Path, Path]) -> None:
+    """A bfloat16 model is calibrated and cut like any other; scores are float32."""
+    model = fallow.load(folders["qwen2"], dtype="bfloat16")
+    plan = fallow.calibrate(
+        model, rule, sparsity=0.5, text=texts[0], context=32, windows=2, validation_windows=1
+    )
+    assert plan.dtype == "bfloat16"
+    for tap, values in run_and_record(model, plan, torch.Tensor.float).items():
+        for index, before, after in values:
+            active = expected_active(plan, model.layers[index], index, tap, before)
+            np.testing.assert_array_equal(after, np.where(active, before, 0))
 
 
 # Thresholds ------------------------------------------------------------------------------------

@@ -111,6 +111,15 @@ def test_word_prediction(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
     assert evaluate_task(model, None, path)["accuracy"] == 0.5
 
 
+def test_nan_is_an_error_not_an_answer(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = fallow.load(folders["llama"])
+    assert model.layers[0].up_proj is not None
+    model.layers[0].up_proj.weight[0, 0] = float("nan")
+    path = write(tmp_path / "t.jsonl", {"query": "a", "choices": ["b", "c"], "gold": 0})
+    with pytest.raises(FallowError, match="NaN or infinite values in the final hidden state"):
+        evaluate_task(model, None, path)
+
+
 def test_sparse_is_paired_with_dense(
     tiny: dict[str, fallow.Model], texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
