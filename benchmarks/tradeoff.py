@@ -4,7 +4,7 @@ Thresholds come from the WikiText-2 validation text, all figures from the WikiTe
 in windows of 1024 tokens. Hours on two cores; a stopped run continues where it was:
 
     python benchmarks/tradeoff.py smollm2 gemma3 qwen2.5-1.5b
-    python benchmarks/tradeoff.py --report        # writes docs/results/tradeoff.md
+    python benchmarks/tradeoff.py --report        # writes docs/results/tradeoff.md and the README's table
 """
 
 import argparse
@@ -122,6 +122,47 @@ def report() -> str:
     return "\n".join(parts)
 
 
+def summary() -> str:
+    """The README's table: PPL change in percent of each rule, per model and target sparsity."""
+    tables = {
+        name: json.loads((RESULTS / name / "table.json").read_text())
+        for name in SETTINGS
+        if (RESULTS / name / "table.json").exists()
+    }
+    columns = [(name, target) for name in tables for target in (0.3, 0.5, 0.7)]
+    lines = [
+        "| rule | " + " | ".join(f"{name} {target:.0%}" for name, target in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for rule in RULES[:-1]:  # relu cuts nothing here
+        cells = []
+        for name, target in columns:
+            row = next(
+                r for r in tables[name][1:] if (r["rule"], r["target_sparsity"]) == (rule, target)
+            )
+            cells.append(f"{row['ppl_change_percent']:+.1f} ± {row['ppl_change_se']:.1f}")
+        lines.append(f"| `{rule}` | " + " | ".join(cells) + " |")
+    described = "; ".join(
+        f"{name}: PPL {table[0]['ppl']:.2f} ± {table[0]['ppl_se']:.2f}, "
+        f"{table[0]['windows']} windows of 1024, "
+        f"commit {json.loads((RESULTS / name / 'machine.json').read_text())['commits'][-1]}"
+        for name, table in tables.items()
+    )
+    where = json.loads((RESULTS / next(iter(tables)) / "machine.json").read_text())
+    return (
+        "\n".join(lines) + "\n\nPPL change in percent ± paired standard error, by target sparsity; "
+        "thresholds from WikiText-2 validation, measured on WikiText-2 raw test. Dense: "
+        f"{described}; {where['cpu']}, {where['threads']} threads, torch {where['torch']}."
+    )
+
+
+def update_readme() -> None:
+    path = ROOT / "README.md"
+    head, _, rest = path.read_text().partition("<!-- results -->")
+    _, _, tail = rest.partition("<!-- /results -->")
+    path.write_text(f"{head}<!-- results -->\n{summary()}\n<!-- /results -->{tail}")
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| rule | target | knob | achieved | S(x) | S(gate_act) | S(up) | S(inter) "
@@ -148,9 +189,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", choices=[*SETTINGS, []])
-    parser.add_argument("--report", action="store_true", help="write docs/results/tradeoff.md")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="write docs/results/tradeoff.md and the README's table",
+    )
     arguments = parser.parse_args()
     for model_name in arguments.models:
         run(model_name)
     if arguments.report:
         (ROOT / "docs" / "results" / "tradeoff.md").write_text(report())
+        update_readme()

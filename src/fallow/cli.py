@@ -15,6 +15,8 @@ from fallow.files import check_writable
 
 LAB_PACKAGES = ("torch", "transformers", "accelerate", "scipy", "matplotlib", "huggingface_hub")
 
+INTERRUPTED = 130  # what Typer makes of Ctrl-C: 128 + SIGINT, as in shells
+
 app = typer.Typer(
     help="Activation sparsity for language models: measure, calibrate, evaluate.",
     no_args_is_help=True,
@@ -55,8 +57,6 @@ def main() -> None:
         code = app(standalone_mode=False)
     except FallowError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in LAB_PACKAGES:
             raise
@@ -64,8 +64,6 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (typer.Exit, typer.Abort) as error:
-        sys.exit(getattr(error, "exit_code", 1))
     except Exception as error:
         # Typer's own usage errors, whose class is private to it.
         message = getattr(error, "format_message", None)
@@ -75,6 +73,8 @@ def main() -> None:
             sys.exit(2)
         _fail(f"{message().rstrip('.')}; see: fallow --help", 2)
     else:
+        if code == INTERRUPTED:
+            _fail("interrupted", INTERRUPTED)
         sys.exit(code or 0)
 
 
