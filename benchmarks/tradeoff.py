@@ -4,7 +4,7 @@ Thresholds come from the WikiText-2 validation text, all figures from the WikiTe
 in windows of 1024 tokens. Hours on two cores; a stopped run continues where it was:
 
     python benchmarks/tradeoff.py smollm2 gemma3 qwen2.5-1.5b
-    python benchmarks/tradeoff.py --report        # writes docs/results/tradeoff.md and the README's table
+    python benchmarks/tradeoff.py --report    # writes docs/results and the README's table
 """
 
 import argparse
