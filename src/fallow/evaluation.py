@@ -128,7 +128,7 @@ def _compare(
     loss = np.zeros((1 + len(sparse), n))
     kl = np.zeros((1 + len(sparse), n))
     same = np.ones((1 + len(sparse), n))
-    for start in range(0, n, step := _tokens_at_once(model, dense)):
+    for start in range(0, n, step := _tokens_at_once(model)):
         part = slice(start, min(start + step, n))
         log_p = model.logits(dense[part]).log_softmax(-1)
         p, best = log_p.exp(), log_p.argmax(-1)
@@ -145,9 +145,8 @@ def _compare(
     return results[0], results[1:]
 
 
-def _tokens_at_once(model: Model, hidden: torch.Tensor) -> int:
-    vocabulary = model.logits(hidden[:1]).shape[-1]
-    return max(1, LOGITS_AT_ONCE // vocabulary)
+def _tokens_at_once(model: Model) -> int:
+    return max(1, LOGITS_AT_ONCE // model.vocabulary_size)
 
 
 def _loss(log_q: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
@@ -177,7 +176,7 @@ def window_losses(model: Model, windows: np.ndarray, plan: Plan | None) -> np.nd
         for window in windows:
             hidden = final_hidden(model, window)
             targets = torch.from_numpy(window[1:])
-            step = _tokens_at_once(model, hidden)
+            step = _tokens_at_once(model)
             parts = [
                 _loss(model.logits(h).log_softmax(-1), t)
                 for h, t in zip(hidden[:-1].split(step), targets.split(step), strict=True)

@@ -105,6 +105,10 @@ class Model:
     def intermediate_size(self) -> int:
         return self.layers[0].down_proj.in_features
 
+    @property
+    def vocabulary_size(self) -> int:
+        return self._head_weight.shape[0]
+
     def windows(self, text: Text, context: int, limit: int | None = None) -> np.ndarray:
         """The text as windows of token ids, (n, context): see `cut_windows`.
 
