@@ -72,11 +72,11 @@ def record_machine(path: Path) -> None:
 
 INTRODUCTION = """# Sparsity against quality
 
-Every rule at several sparsities; a target of +1 % PPL is the point where the rule costs that much on
-held-out calibration text. Thresholds were fitted on the WikiText-2 validation text (8 windows; 4 more for the search),
-everything below was measured on the WikiText-2 raw test text, windows of 1024 tokens, the whole
-model in the loop. `benchmarks/tradeoff.py` does it; the result of every window is in
-`benchmarks/results/tradeoff`.
+Every rule at several sparsities; a target of +1 % PPL is the point where the rule costs that much
+on held-out calibration text. Thresholds were fitted on the WikiText-2 validation text (8 windows; 4
+more for a search), everything below was measured on the WikiText-2 raw test text, windows of 1024
+tokens, the whole model in the loop. `benchmarks/tradeoff.py` does it; the result of every window is
+in `benchmarks/results/tradeoff`.
 
 - **target** is a sparsity of what the rule cuts: neurons for `cats`, `fat`, `topk`, `tail`, `cett`;
   each of three outputs for `percentile`; the inputs of all seven projections, attention included,
