@@ -164,22 +164,20 @@ def update_readme() -> None:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
+    from fallow.sweep import target_label
+
     lines = [
         "| rule | target | knob | achieved | S(x) | S(gate_act) | S(up) | S(inter) "
         "| PPL change % | KL nats/token | top-1 |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        target = (
-            f"{row['target_sparsity']:.0%}"
-            if row["target_sparsity"] is not None
-            else f"+{row['target_ppl_increase']:g} % PPL"
-        )
         sparsity = " | ".join(
             f"{row.get(f'sparsity_{tap}', 0):.3f}" for tap in ("x", "gate_act", "up", "inter")
         )
         lines.append(
-            f"| {row['rule']} | {target} | {row['knob']:.4g} | {row['achieved_sparsity']:.3f} "
+            f"| {row['rule']} | {target_label(row)} | {row['knob']:.4g} "
+            f"| {row['achieved_sparsity']:.3f} "
             f"| {sparsity} | {row['ppl_change_percent']:+.2f} ± {row['ppl_change_se']:.2f} "
             f"| {row['kl_to_dense']:.4f} ± {row['kl_se']:.4f} | {row['top1_agreement']:.3f} |"
         )

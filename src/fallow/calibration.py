@@ -13,10 +13,22 @@ from fallow.model import Model
 from fallow.plan import Plan
 from fallow.progress import console, progress
 from fallow.rules import Rule, find_rule
+from fallow.rules._base import check_sparsity
 from fallow.text import Text, load_text, split_windows
 
 # P3's Algorithm 1 stops at 1e-3 in the cluster code.
 SEARCH_TOLERANCE = 1e-3
+
+
+def check_request(
+    rule: str, sparsity: float | None, knob: float | None, max_ppl_increase: float | None
+) -> None:
+    """Raises UsageError for what needs no model to be seen wrong: rule, targets, sparsity."""
+    find_rule(rule)
+    if sum(target is not None for target in (sparsity, knob, max_ppl_increase)) != 1:
+        raise UsageError("give exactly one of --sparsity, --knob and --max-ppl-increase")
+    if sparsity is not None:
+        check_sparsity(sparsity)
 
 
 class Calibrator:
@@ -61,9 +73,7 @@ class Calibrator:
         Raises:
             UsageError: unknown rule, no or several targets, a target out of range.
         """
-        targets = (sparsity, knob, max_ppl_increase)
-        if sum(t is not None for t in targets) != 1:
-            raise UsageError("give exactly one of --sparsity, --knob and --max-ppl-increase")
+        check_request(rule, sparsity, knob, max_ppl_increase)
         rule_class = find_rule(rule)
         if max_ppl_increase is not None:
             fitted = self._search(rule_class, max_ppl_increase)
@@ -170,7 +180,7 @@ def calibrate(
         FallowError: the text is too short, or the model computes NaN.
         UsageError: unknown rule, no or several targets, a target out of range.
     """
-    find_rule(rule)
+    check_request(rule, sparsity, knob, max_ppl_increase)
     calibrator = Calibrator(
         model, text, context=context, windows=windows, validation_windows=validation_windows
     )

@@ -235,18 +235,12 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Fit a rule to a sparsity, a knob or a largest loss, and write the plan."""
-    from fallow.rules import find_rule
-    from fallow.rules._base import check_sparsity
+    from fallow.calibration import calibrate as run
+    from fallow.calibration import check_request
 
-    find_rule(rule)  # a wrong name costs no loading
-    if sum(target is not None for target in (sparsity, knob, max_ppl_increase)) != 1:
-        raise UsageError("give exactly one of --sparsity, --knob and --max-ppl-increase")
-    if sparsity is not None:
-        check_sparsity(sparsity)
+    check_request(rule, sparsity, knob, max_ppl_increase)
     check_writable(output)
     loaded = _load(model, dtype)
-    from fallow.calibration import calibrate as run
-
     plan = run(
         loaded,
         rule,
@@ -258,11 +252,7 @@ def calibrate(
         windows=windows,
         validation_windows=validation_windows,
     )
-    plan.save(output)
-    if as_json:
-        _print_json({**plan.metadata, "path": str(output)})
-        return
-    _print_plan(plan, str(output))
+    _write_plan(plan, output, as_json)
 
 
 @app.command()
@@ -407,18 +397,15 @@ def _numbers(option: str, text: str) -> list[float]:
 
 
 def _print_tradeoff(table: list[dict[str, Any]], output: Path) -> None:
+    from fallow.sweep import target_label
+
     dense = table[0]
     rows = []
     for r in table[1:]:
-        target = (
-            f"{r['target_sparsity']:.0%}"
-            if r["target_sparsity"] is not None
-            else f"+{r['target_ppl_increase']:g} % PPL"
-        )
         rows.append(
             [
                 r["rule"],
-                target,
+                target_label(r),
                 f"{r['knob']:.4g}",
                 f"{r['achieved_sparsity']:.1%}",
                 f"{r['sparsity_inter']:.1%}",
@@ -505,6 +492,10 @@ def plan_import(
     from fallow.published import import_thresholds
 
     plan = import_thresholds(file, loaded, knob)
+    _write_plan(plan, output, as_json)
+
+
+def _write_plan(plan: Any, output: Path, as_json: bool) -> None:
     plan.save(output)
     if as_json:
         _print_json({**plan.metadata, "path": str(output)})

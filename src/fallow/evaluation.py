@@ -15,7 +15,7 @@ from fallow.metrics import perplexity, ppl_change_percent, standard_error
 from fallow.model import Model
 from fallow.plan import Plan
 from fallow.progress import progress
-from fallow.taps import FFN_TAPS, attach
+from fallow.taps import attach
 from fallow.text import Text, check_no_leakage, load_text
 
 # Logits of a whole window of Gemma-3 would take 1 GB; they are made for as many tokens at a time.
@@ -111,7 +111,7 @@ def _locate_non_finite(model: Model, window: np.ndarray) -> FallowError:
 
         return look
 
-    names = ["x", *(t for t in FFN_TAPS if t != "up" or model.layers[0].gated)]
+    names = ["x", *model.layers[0].ffn_taps]
     try:
         with attach(model.layers, {name: check(name) for name in names}):
             model.hidden(window[None])

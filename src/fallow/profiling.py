@@ -83,9 +83,8 @@ def profile(
     source = load_text(text, "evaluation")
     cut = model.windows(source, context, windows)
     layer = model.layers[0]
-    ffn = ["x", "gate_pre", "gate_act", *(["up"] if layer.gated else []), "inter", "ffn_out"]
     # Inputs that several projections share are tapped at the first one: x, and that of q, k and v.
-    names = [*ffn, next(iter(layer.attention)), "o_proj"]
+    names = ["x", *layer.ffn_taps, next(iter(layer.attention)), "o_proj"]
     tapped = {"x": next(iter(layer.ffn_inputs))}
     histograms = {name: Histograms(name, len(model.layers)) for name in names}
     neurons = _Neurons(model)

@@ -281,6 +281,13 @@ def _summarise_row(row: Row, cells: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def target_label(row: dict[str, Any]) -> str:
+    """A table row's target for readers: "50%" or "+1 % PPL"."""
+    if row["target_sparsity"] is not None:
+        return f"{row['target_sparsity']:.0%}"
+    return f"+{row['target_ppl_increase']:g} % PPL"
+
+
 def write_table(table: list[dict[str, Any]], folder: Path) -> None:
     """table.csv and table.json; the figure if there is more than the dense row."""
     columns = list(dict.fromkeys(key for row in table for key in row))

@@ -45,6 +45,11 @@ class Layer:
     def gated(self) -> bool:
         return self.gate_proj is not None or self.gate_up_proj is not None
 
+    @property
+    def ffn_taps(self) -> tuple[str, ...]:
+        """Those of FFN_TAPS that this FFN has: no `up` without a gate."""
+        return tuple(name for name in FFN_TAPS if name != "up" or self.gated)
+
     @cached_property
     def ffn_inputs(self) -> dict[str, nn.Linear]:
         """The projections that read the FFN's input x."""
@@ -78,8 +83,7 @@ def column_norm(projection: nn.Linear) -> torch.Tensor:
 
 def tap_names(layer: Layer) -> tuple[str, ...]:
     """The taps that this layer has."""
-    ffn = [name for name in FFN_TAPS if name != "up" or layer.gated]
-    return ("x", *ffn, *layer.projections)
+    return ("x", *layer.ffn_taps, *layer.projections)
 
 
 @contextmanager
