@@ -1,6 +1,6 @@
 """What a plan costs: perplexity, KL to dense, and the sparsity really reached, in the loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +76,12 @@ def run_window(
     """
     dense, dense_meter = _run_metered(model, window, None)
     runs = [(dense, dense_meter) if p is None else _run_metered(model, window, p) for p in plans]
-    dense_result, results = _compare(model, window, dense, [hidden for hidden, _ in runs])
+    dense_result, results = compare_logits(
+        window,
+        _logits_of(model, dense),
+        [_logits_of(model, hidden) for hidden, _ in runs],
+        model.vocabulary_size,
+    )
     for result, plan, (_, meter) in zip(results, plans, runs, strict=True):
         _add_sparsity(model, result, plan, meter)
     return dense_result, results
@@ -120,21 +125,30 @@ def _locate_non_finite(model: Model, window: np.ndarray) -> FallowError:
     return FallowError("NaN or infinite values in the final hidden state; try --dtype float32")
 
 
-def _compare(
-    model: Model, window: np.ndarray, dense: torch.Tensor, sparse: list[torch.Tensor]
+Logits = Callable[[slice], torch.Tensor]
+"""Logits (n, vocabulary) of some of a window's tokens."""
+
+
+def _logits_of(model: Model, hidden: torch.Tensor) -> Logits:
+    return lambda part: model.logits(hidden[part])
+
+
+def compare_logits(
+    window: np.ndarray, dense: Logits, sparse: list[Logits], vocabulary: int
 ) -> tuple[WindowResult, list[WindowResult]]:
+    """Loss of dense and sparse logits on a window (T,), KL and agreement of each sparse one."""
     targets = torch.from_numpy(window[1:])
     n = len(targets)
     loss = np.zeros((1 + len(sparse), n))
     kl = np.zeros((1 + len(sparse), n))
     same = np.ones((1 + len(sparse), n))
-    for start in range(0, n, step := _tokens_at_once(model)):
+    for start in range(0, n, step := _tokens_at_once(vocabulary)):
         part = slice(start, min(start + step, n))
-        log_p = model.logits(dense[part]).log_softmax(-1)
+        log_p = dense(part).log_softmax(-1)
         p, best = log_p.exp(), log_p.argmax(-1)
         loss[0, part] = _loss(log_p, targets[part])
-        for i, hidden in enumerate(sparse, start=1):
-            log_q = model.logits(hidden[part]).log_softmax(-1)
+        for i, logits in enumerate(sparse, start=1):
+            log_q = logits(part).log_softmax(-1)
             loss[i, part] = _loss(log_q, targets[part])
             same[i, part] = (log_q.argmax(-1) == best).numpy()
             kl[i, part] = torch.linalg.vecdot(p, log_p - log_q).numpy()
@@ -145,8 +159,8 @@ def _compare(
     return results[0], results[1:]
 
 
-def _tokens_at_once(model: Model) -> int:
-    return max(1, LOGITS_AT_ONCE // model.vocabulary_size)
+def _tokens_at_once(vocabulary: int) -> int:
+    return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
 def _loss(log_q: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
@@ -176,7 +190,7 @@ def window_losses(model: Model, windows: np.ndarray, plan: Plan | None) -> np.nd
         for window in windows:
             hidden = final_hidden(model, window)
             targets = torch.from_numpy(window[1:])
-            step = _tokens_at_once(model)
+            step = _tokens_at_once(model.vocabulary_size)
             parts = [
                 _loss(model.logits(h).log_softmax(-1), t)
                 for h, t in zip(hidden[:-1].split(step), targets.split(step), strict=True)
