@@ -119,15 +119,16 @@ struct KernelTest {
 };
 
 struct Quantized {
-  std::vector<int8_t> q;
+  std::vector<int8_t> high, low;
   std::vector<float> d, sum, sum16;
 
   Quantized(const Kernels& kernels, const float* x, size_t n)
-      : q(n), d(n / 32), sum(n / 32), sum16(n / 16) {
-    if (n % 32 == 0) kernels.quantize(x, n, q.data(), d.data(), sum.data(), sum16.data());
+      : high(n), low(n), d(n / 32), sum(n / 32), sum16(n / 16) {
+    if (n % 32 == 0)
+      kernels.quantize(x, n, high.data(), low.data(), d.data(), sum.data(), sum16.data());
   }
   Activation with(const float* x) const {
-    return {x, q.data(), d.data(), sum.data(), sum16.data()};
+    return {x, high.data(), low.data(), d.data(), sum.data(), sum16.data()};
   }
 };
 
@@ -157,26 +158,26 @@ void test_decode(const std::string& table, const std::string& type, Bytes w, Flo
 }
 
 // y (T, rows) for x (T, k), through the panels of prefill.
-void test_gemm(const std::string& table, const std::string& type, Bytes w, Rows x, WritableRows y) {
+void test_gemm(const std::string& table, const std::string& type, Bytes w, Rows x, WritableRows y,
+               bool half) {
   const KernelTest t(table, type, w, x.shape(1));
   if (y.shape(0) != x.shape(0) || y.shape(1) != t.rows) throw nb::value_error("y: wrong shape");
-  const size_t group = group_size(t.format.type), tokens = x.shape(0);
-  const Quantized quantized(t.kernels, x.data(), x.size());
-  std::vector<uint8_t> q(t.k * kPanel);
-  std::vector<float> s(t.k * kPanel), m(t.k * kPanel), row(t.k);
+  const size_t tokens = x.shape(0);
+  std::vector<float> rows(t.k * kPanel), panel(t.k * kPanel);
   for (size_t first = 0; first < t.rows; first += kPanel) {
     const size_t n = std::min(kPanel, t.rows - first);
-    const uint8_t* data = w.data() + first * t.row_bytes;
-    if (group > 0) {
-      t.kernels.pack_int8[t.format.type](data, t.row_bytes, n, t.k, q.data(), s.data(), m.data());
-      t.kernels.gemm_int8(q.data(), s.data(), m.data(), group, n, t.k, quantized.with(x.data()),
-                          tokens, y.data() + first, t.rows);
+    for (size_t r = 0; r < n; ++r)
+      t.kernels.decode(t.format.type, w.data() + (first + r) * t.row_bytes, t.k, &rows[r * t.k]);
+    float* to = y.data() + first;
+    if (half) {
+      if (!t.kernels.gemm_bf16 || t.k % 2 != 0) throw nb::value_error("no bfloat16 product");
+      std::vector<uint16_t> panel_half(t.k * kPanel), x_half(x.size());
+      t.kernels.panel_bf16(rows.data(), n, t.k, panel_half.data());
+      t.kernels.to_bf16(x.data(), x.size(), x_half.data());
+      t.kernels.gemm_bf16(panel_half.data(), n, t.k, x_half.data(), t.k, tokens, false, to, t.rows);
     } else {
-      for (size_t r = 0; r < n; ++r) {
-        t.kernels.decode(t.format.type, data + r * t.row_bytes, t.k, row.data());
-        for (size_t j = 0; j < t.k; ++j) s[j * kPanel + r] = row[j];
-      }
-      t.kernels.gemm_f32(s.data(), n, t.k, x.data(), t.k, tokens, false, y.data() + first, t.rows);
+      t.kernels.panel_f32(rows.data(), n, t.k, panel.data());
+      t.kernels.gemm_f32(panel.data(), n, t.k, x.data(), t.k, tokens, false, to, t.rows);
     }
   }
 }
@@ -349,7 +350,7 @@ NB_MODULE(_core, m) {
 
   std::vector<std::string> tables;
   for (const Kernels* table :
-       {&portable_kernels(), avx2_kernels(), avx512_kernels(), neon_kernels()})
+       {&portable_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels(), neon_kernels()})
     if (table) tables.emplace_back(table->name);
   m.attr("KERNELS") = tables;
   m.def("test_gemv_rows", &test_gemv_rows, "kernels"_a, "type"_a, "weights"_a, "x"_a,
@@ -357,7 +358,8 @@ NB_MODULE(_core, m) {
   m.def("test_axpy_rows", &test_axpy_rows, "kernels"_a, "type"_a, "weights"_a, "coefficient"_a,
         "rows"_a.none(), "y"_a);
   m.def("test_decode", &test_decode, "kernels"_a, "type"_a, "weights"_a, "y"_a);
-  m.def("test_gemm", &test_gemm, "kernels"_a, "type"_a, "weights"_a, "x"_a, "y"_a);
+  m.def("test_gemm", &test_gemm, "kernels"_a, "type"_a, "weights"_a, "x"_a, "y"_a,
+        "half"_a);
   m.def("test_activation", &test_activation, "kernels"_a, "name"_a, "x"_a);
 
   nb::list taps;

@@ -40,12 +40,10 @@ void add_to(float* y, const float* x, size_t n) {
 }  // namespace
 
 Engine::Input::Input(size_t tokens, size_t w)
-    : width(w), x(tokens * w), d(tokens * w / 32), sum(tokens * w / 32), sum16(tokens * w / 16),
-      q(tokens * w) {}
+    : width(w), x(tokens * w), d(w / 32), sum(w / 32), sum16(w / 16), high(w), low(w) {}
 
-Activation Engine::Input::at(size_t t) const {
-  return {x.data() + t * width, q.data() + t * width, d.data() + t * (width / 32),
-          sum.data() + t * (width / 32), sum16.data() + t * (width / 16)};
+Activation Engine::Input::activation() const {
+  return {x.data(), high.data(), low.data(), d.data(), sum.data(), sum16.data()};
 }
 
 Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint32_t context)
@@ -72,6 +70,11 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
   v_cache_.resize(k_cache_.size());
   active_.resize(config_.n_layers);
   const size_t widest = cut_input_.width;
+  if (kernels.gemm_bf16) {
+    for (Input* input : {&attn_input_, &o_input_, &ffn_input_, &cut_input_})
+      input->half.resize(input->x.size());
+    inter_half_.resize(block_ * d_ff);
+  }
   const size_t panel = std::max({widest * kPanel, kDownRows * 256, size_t{context} * kPanel,
                                  config_.head_dim * (kPanel + 1)});
   workers_.resize(static_cast<size_t>(n_threads));
@@ -80,9 +83,8 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
     w.magnitudes.resize(std::max(d_ff, widest));
     w.scores.resize(size_t{context} * std::min(block_, kTile));
     w.panel.resize(panel);
-    w.panel_q.resize(widest * kPanel);
-    w.panel_s.resize(widest / 16 * kPanel);
-    w.panel_m.resize(widest / 16 * kPanel);
+    w.rows.resize(std::max(widest * kPanel, size_t{2} * 256));
+    if (kernels.gemm_bf16) w.panel_half.resize(panel);
   }
 }
 
@@ -153,7 +155,7 @@ void Engine::attention(size_t l, size_t n) {
     attend_block(l, n);
   }
   clock.mark(timing_.attention);
-  quantize(o_input_, n);
+  prepare(o_input_, n);
   project(l, o_input_, n, {{layer.o_proj, layer.o_bias, branch_.data(), kOInput}});
   clock.mark(timing_.attention_proj);
   add_branch(layer.attn_post_norm, n);
@@ -306,7 +308,7 @@ void Engine::ffn(size_t l, size_t n) {
 void Engine::ffn_dense_one(size_t l, const Input& input) {
   const Layer& layer = model_.layers[l];
   const size_t hidden = config_.hidden_size, d_ff = config_.intermediate_size;
-  const Activation x = input.at(0);
+  const Activation x = input.activation();
   pool_.run([&](int worker) {
     const auto [begin, end] = share_of(d_ff, worker, pool_.size());
     const size_t n = end - begin;
@@ -364,10 +366,10 @@ void Engine::ffn_sparse_one(size_t l, Input& input) {
     std::copy_n(input.x.begin(), hidden, cut_input_.x.begin());
     cut_input_.width = hidden;
     apply(cut(l, kUpInput), cut_input_.x.data(), hidden, 0);
-    quantize(cut_input_, 1);
+    prepare(cut_input_, 1);
     up_input = &cut_input_;
   }
-  const Activation x = up_input->at(0);
+  const Activation x = up_input->activation();
   // inter of the rows that are left, compact: inter[i] belongs to neuron rows_[i].
   const auto finish_rows = [&](Share share) {
     const size_t n = share.end - share.begin;
@@ -477,24 +479,45 @@ void Engine::down_block(const Layer& layer, size_t n) {
   const Matrix& w = layer.down_proj_t;
   const size_t unit = hidden % 256 == 0 ? 256 : 32;  // columns; whole blocks of any format
   const size_t bytes = w.row_bytes * unit / hidden;  // of `unit` columns
+  const bool half = uses_bf16(w, d_ff);
+  if (half)
+    for_tokens(n, [&](size_t t, int) {
+      kernels_.to_bf16(gate_.data() + t * d_ff, d_ff, inter_half_.data() + t * d_ff);
+    });
   pool_.run([&](int worker) {
     Worker& scratch = workers_[static_cast<size_t>(worker)];
+    float *first = scratch.rows.data(), *second = first + 256, *panel = scratch.panel.data();
+    uint16_t* panel_half = scratch.panel_half.data();
     const Share share = share_of(pieces(hidden, unit), worker, pool_.size());
     for (size_t u = share.begin; u < share.end; ++u) {
       const size_t column = u * unit, width = std::min(unit, hidden - column);
+      const auto row_at = [&](size_t row) { return w.data + row * w.row_bytes + u * bytes; };
+      // The panel of columns [c, c + kPanel) starts at c * kDownRows.
       for (size_t row = 0; row < d_ff; row += kDownRows) {
         const size_t rows = std::min(kDownRows, d_ff - row);
-        float values[256];
-        for (size_t r = 0; r < rows; ++r) {
-          kernels_.decode(w.type, w.data + (row + r) * w.row_bytes + u * bytes, width, values);
-          for (size_t c = 0; c < width; c += kPanel)
-            std::copy_n(values + c, std::min(kPanel, width - c),
-                        scratch.panel.data() + (c * kDownRows + r * kPanel));
+        for (size_t r = 0; r < rows; r += half ? 2 : 1) {
+          kernels_.decode(w.type, row_at(row + r), width, first);
+          if (half) kernels_.decode(w.type, row_at(row + r + 1), width, second);
+          for (size_t c = 0; c < width; c += kPanel) {
+            const size_t there = std::min(kPanel, width - c), to = c * kDownRows + r * kPanel;
+            if (half) {
+              kernels_.pair_bf16(first + c, second + c, there, panel_half + to);
+            } else {
+              std::copy_n(first + c, there, panel + to);
+            }
+          }
         }
-        for (size_t c = 0; c < width; c += kPanel)
-          kernels_.gemm_f32(scratch.panel.data() + c * kDownRows, std::min(kPanel, width - c), rows,
-                            gate_.data() + row, d_ff, n, row > 0, branch_.data() + column + c,
-                            hidden);
+        for (size_t c = 0; c < width; c += kPanel) {
+          const size_t there = std::min(kPanel, width - c);
+          float* y = branch_.data() + column + c;
+          if (half) {
+            kernels_.gemm_bf16(panel_half + c * kDownRows, there, rows, inter_half_.data() + row,
+                               d_ff, n, row > 0, y, hidden);
+          } else {
+            kernels_.gemm_f32(panel + c * kDownRows, there, rows, gate_.data() + row, d_ff, n,
+                              row > 0, y, hidden);
+          }
+        }
       }
     }
   });
@@ -536,23 +559,27 @@ void Engine::normalize(const Norm& norm, const float* x, size_t width, float* y)
   if (norm.bias) add_to(y, norm.bias, width);
 }
 
-// input = norm(residual), quantised.
+// input = norm(residual)
 void Engine::normalize_into(const Norm& norm, size_t n, Input& input) {
   const size_t hidden = config_.hidden_size;
   for_tokens(n, [&](size_t t, int) {
     normalize(norm, residual_.data() + t * hidden, hidden, input.x.data() + t * hidden);
   });
-  quantize(input, n);
+  prepare(input, n);
 }
 
-void Engine::quantize(Input& input, size_t n) {
-  if (input.width % 32 != 0) return;  // then its weights are F32, F16 or BF16
-  for_tokens(n, [&](size_t t, int) {
-    kernels_.quantize(input.x.data() + t * input.width, input.width,
-                      input.q.data() + t * input.width, input.d.data() + t * (input.width / 32),
-                      input.sum.data() + t * (input.width / 32),
-                      input.sum16.data() + t * (input.width / 16));
-  });
+// What the products of this input need besides its float values.
+void Engine::prepare(Input& input, size_t n) {
+  if (n > 1) {
+    if (!kernels_.to_bf16) return;
+    for_tokens(n, [&](size_t t, int) {
+      kernels_.to_bf16(input.x.data() + t * input.width, input.width,
+                       input.half.data() + t * input.width);
+    });
+  } else if (input.width % 32 == 0) {  // otherwise its weights are F32, F16 or BF16
+    kernels_.quantize(input.x.data(), input.width, input.high.data(), input.low.data(),
+                      input.d.data(), input.sum.data(), input.sum16.data());
+  }
 }
 
 // All products of one input at once, or, where a plan cuts their inputs, one after another.
@@ -568,14 +595,14 @@ void Engine::project(size_t l, Input& input, size_t n, std::initializer_list<Pro
         std::copy_n(input.x.data() + t * input.width, input.width, x);
         apply(cut(l, p.input), x, input.width, worker);
       });
-      quantize(cut_input_, n);
+      prepare(cut_input_, n);
       multiply(cut_input_, n, &p, &p + 1);
     }
   }
 }
 
 void Engine::multiply(const Input& input, size_t n, const Product* begin, const Product* end) {
-  const Activation x = input.at(0);
+  const Activation x = input.activation();
   pool_.run([&](int worker) {
     for (const Product* p = begin; p != end; ++p) {
       if (n > 1) {
@@ -592,28 +619,29 @@ void Engine::multiply(const Input& input, size_t n, const Product* begin, const 
     for (const Product* p = begin; p != end; ++p) bytes_read_ += p->w.bytes();
 }
 
+// Whether prefill multiplies this matrix in bfloat16; `k` is the width of its panels.
+bool Engine::uses_bf16(const Matrix& w, size_t k) const {
+  return kernels_.gemm_bf16 && w.type != kF32 && w.type != kF16 && k % 2 == 0;
+}
+
 // One thread's panels of y (T, rows) = x W^T + bias.
 void Engine::multiply_block(const Input& input, size_t n, const Product& p, int worker) {
   Worker& scratch = workers_[static_cast<size_t>(worker)];
+  const size_t k = p.w.cols;
   const Share share = share_of(pieces(p.w.rows, kPanel), worker, pool_.size());
-  const size_t group = group_size(p.w.type);
   for (size_t panel = share.begin; panel < share.end; ++panel) {
     const size_t row = panel * kPanel, rows = std::min(kPanel, p.w.rows - row);
-    const uint8_t* data = p.w.data + row * p.w.row_bytes;
     float* y = p.y + row;
-    if (group > 0) {
-      kernels_.pack_int8[p.w.type](data, p.w.row_bytes, rows, p.w.cols, scratch.panel_q.data(),
-                                   scratch.panel_s.data(), scratch.panel_m.data());
-      kernels_.gemm_int8(scratch.panel_q.data(), scratch.panel_s.data(), scratch.panel_m.data(),
-                         group, rows, p.w.cols, input.at(0), n, y, p.w.rows);
+    for (size_t r = 0; r < rows; ++r)
+      kernels_.decode(p.w.type, p.w.data + (row + r) * p.w.row_bytes, k, scratch.rows.data() + r * k);
+    if (uses_bf16(p.w, k)) {
+      kernels_.panel_bf16(scratch.rows.data(), rows, k, scratch.panel_half.data());
+      kernels_.gemm_bf16(scratch.panel_half.data(), rows, k, input.half.data(), input.width, n,
+                         false, y, p.w.rows);
     } else {
-      float* values = scratch.magnitudes.data();
-      for (size_t r = 0; r < rows; ++r) {
-        kernels_.decode(p.w.type, data + r * p.w.row_bytes, p.w.cols, values);
-        for (size_t j = 0; j < p.w.cols; ++j) scratch.panel[j * kPanel + r] = values[j];
-      }
-      kernels_.gemm_f32(scratch.panel.data(), rows, p.w.cols, input.x.data(), input.width, n, false,
-                        y, p.w.rows);
+      kernels_.panel_f32(scratch.rows.data(), rows, k, scratch.panel.data());
+      kernels_.gemm_f32(scratch.panel.data(), rows, k, input.x.data(), input.width, n, false, y,
+                        p.w.rows);
     }
     if (p.bias)
       for (size_t t = 0; t < n; ++t) add_to(y + t * p.w.rows, p.bias + row, rows);

@@ -62,14 +62,15 @@ class Engine {
   void reset_stats();
 
  private:
-  // A block of tokens on its way into a product, (T, width): as float, and quantised if the width
-  // allows it.
+  // A block of tokens on its way into a product, (T, width): float, bfloat16 if prefill uses it,
+  // and a single token's integers.
   struct Input {
     size_t width = 0;
     std::vector<float> x, d, sum, sum16;
-    std::vector<int8_t> q;
+    std::vector<int8_t> high, low;
+    std::vector<uint16_t> half;
     Input(size_t tokens, size_t width);
-    Activation at(size_t token) const;
+    Activation activation() const;
   };
   struct Product {  // y (T, rows) = x W^T + bias
     const Matrix& w;
@@ -95,10 +96,11 @@ class Engine {
 
   void normalize(const Norm& norm, const float* x, size_t width, float* y) const;
   void normalize_into(const Norm& norm, size_t n, Input& input);
-  void quantize(Input& input, size_t n);
+  void prepare(Input& input, size_t n);
   void project(size_t layer, Input& input, size_t n, std::initializer_list<Product> products);
   void multiply(const Input& input, size_t n, const Product* begin, const Product* end);
   void multiply_block(const Input& input, size_t n, const Product& product, int worker);
+  bool uses_bf16(const Matrix& w, size_t k) const;
   void activate(float* x, size_t n) const;
   const Cut& cut(size_t layer, Tap tap) const;
   bool has_cut(size_t layer, std::initializer_list<Tap> taps) const;
@@ -118,6 +120,7 @@ class Engine {
   Input attn_input_, o_input_, ffn_input_, cut_input_;
   // (block, ...)
   std::vector<float> residual_, q_, k_, v_, branch_, gate_, up_, cos_, sin_;
+  std::vector<uint16_t> inter_half_;
   const float* turned_ = nullptr;  // whose angles cos_ and sin_ hold for this block
   std::vector<float> partial_;     // (threads, hidden): each thread's sum of down_proj_t rows
   std::vector<int32_t> rows_;      // neurons that are not zero, ascending
@@ -128,9 +131,8 @@ class Engine {
     RowSelector selector;
     std::vector<float> magnitudes;  // that a cut looks at
     std::vector<float> scores;      // attention
-    std::vector<float> panel;       // weights, keys or values as float
-    std::vector<uint8_t> panel_q;
-    std::vector<float> panel_s, panel_m;
+    std::vector<float> rows, panel;  // weights, keys or values as float
+    std::vector<uint16_t> panel_half;
   };
   std::vector<Worker> workers_;
 

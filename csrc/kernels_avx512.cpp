@@ -4,13 +4,9 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
-#include <immintrin.h>
-
 #include <type_traits>
 
-// The inner loops keep their sums in registers, which ends where a call is not inlined: gemv_rows
-// was 2.4 times slower when the compiler had its own way.
-#define FALLOW_INLINE inline __attribute__((always_inline))
+#include "avx512.h"
 
 namespace fallow {
 namespace {
@@ -289,9 +285,12 @@ FALLOW_INLINE void dot_span(const uint8_t* b, size_t at, const Activation& x, __
   const typename G::V scale = G::mul(s, d);
 #pragma GCC unroll 4
   for (int j = 0; j < chunks; ++j) {
-    const __m512i p = _mm512_dpbusd_epi32(_mm512_setzero_si512(), F::chunk(b, j),
-                                          load512(x.q + at + 64 * j));
-    acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(p), G::spread(scale, j), acc);
+    const __m512i w = F::chunk(b, j);
+    const __m512i high =
+        _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, load512(x.high + at + 64 * j));
+    const __m512i sum =
+        _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), w, load512(x.low + at + 64 * j));
+    acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), G::spread(scale, j), acc);
   }
 }
 
@@ -312,7 +311,8 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
     if constexpr (F::block == 32) {
       for (; at + 64 <= k; at += 64, b += 2 * F::bytes) dot_span<F, 1>(b, at, x, acc, accm);
       if (at < k) {
-        const Activation rest{nullptr, x.q + at, x.d + at / 32, x.sum + at / 32, x.sum16 + at / 16};
+        const Activation rest{nullptr,        x.high + at,     x.low + at,
+                              x.d + at / 32,  x.sum + at / 32, x.sum16 + at / 16};
         portable_kernels().gemv_rows[F::type](b, row_bytes, nullptr, 0, 1, 32, rest, &tail);
       }
     }
@@ -439,128 +439,18 @@ void axpy_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
                                           n, k - whole, coefficient, y + whole);
 }
 
-// out[c] = dword c of each of the 16 registers.
-FALLOW_INLINE void transpose16(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {  // lane l of r[4 q + i] holds dword 4 l + i of rows 4 q..4 q + 3
-    const __m512i a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x44);
-    const __m512i b = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xEE);
-    const __m512i c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x44);
-    const __m512i d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xEE);
-    t[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(a, c, 0xDD);
-    t[8 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(b, d, 0xDD);
-  }
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
-
-template <class F>
-void pack_int8(const uint8_t* w, size_t row_bytes, size_t n, size_t k, uint8_t* q, float* s,
-               float* m) {
-  using G = Groups<F::group>;
-  if (k % 64) {
-    portable_kernels().pack_int8[F::type](w, row_bytes, n, k, q, s, m);
-    return;
-  }
-  constexpr size_t span_bytes = kSpan / F::block * F::bytes;
-  for (size_t at = 0; at < k; at += kSpan) {
-    const uint8_t* b = w + at / kSpan * span_bytes;
-    const size_t chunks = k - at < kSpan ? (k - at) / 64 : 4, groups = chunks * 64 / F::group;
-    for (size_t r = 0; r < kPanel; ++r) {
-      float scale[16] = {}, minimum[16] = {};
-      if (r < n) {
-        typename G::V vs, vm;
-        F::groups(b + r * row_bytes, groups, vs, vm);
-        G::store(scale, vs, groups);
-        if constexpr (!F::has_min) vm = G::mul(vs, G::set1(static_cast<float>(F::offset)));
-        G::store(minimum, vm, groups);
-      }
-      for (size_t g = 0; g < groups; ++g) {
-        s[(at / F::group + g) * kPanel + r] = scale[g];
-        m[(at / F::group + g) * kPanel + r] = minimum[g];
-      }
+void panel_f32(const float* rows, size_t n, size_t k, float* panel) {
+  for (size_t j = 0; j < k; j += 16)
+    for (size_t half = 0; half < kPanel; half += 16) {
+      __m512i block[16];
+      for (size_t r = 0; r < 16; ++r)
+        block[r] = half + r < n
+                       ? _mm512_maskz_loadu_epi32(first_lanes(k - j), rows + (half + r) * k + j)
+                       : _mm512_setzero_si512();
+      transpose16(block);
+      for (size_t c = 0; c < 16 && j + c < k; ++c)
+        _mm512_storeu_si512(panel + (j + c) * kPanel + half, block[c]);
     }
-    for (size_t j = 0; j < chunks; ++j)
-      for (size_t half = 0; half < kPanel; half += 16) {
-        __m512i rows[16];
-        for (size_t r = 0; r < 16; ++r)
-          rows[r] = half + r < n ? F::chunk(b + (half + r) * row_bytes, static_cast<int>(j))
-                                 : _mm512_setzero_si512();
-        transpose16(rows);
-        for (size_t c = 0; c < 16; ++c)
-          _mm512_storeu_si512(q + ((at + 64 * j) / 4 + c) * kPanel * 4 + half * 4, rows[c]);
-      }
-  }
-}
-
-__mmask16 first_lanes(size_t n) {
-  return n >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << n) - 1);
-}
-
-// `tokens` columns of x against both halves of a panel.
-template <int tokens>
-void gemm_int8_tile(const uint8_t* q, const float* s, const float* m, size_t group, size_t n,
-                    size_t k, const int8_t* xq, const float* xd, const float* xsum, float* y,
-                    size_t stride) {
-  __m512 total[2][tokens];
-  for (int t = 0; t < tokens; ++t) total[0][t] = total[1][t] = _mm512_setzero_ps();
-  const size_t n_groups = k / group, n_scales = k / 32;
-  for (size_t g = 0; g < n_groups; ++g) {
-    __m512i sum[2][tokens];
-    for (int t = 0; t < tokens; ++t) sum[0][t] = sum[1][t] = _mm512_setzero_si512();
-    for (size_t c = g * group / 4; c < (g + 1) * group / 4; ++c) {
-      const __m512i low = load512(q + c * kPanel * 4), high = load512(q + c * kPanel * 4 + 64);
-#pragma GCC unroll 8
-      for (int t = 0; t < tokens; ++t) {
-        const __m512i v =
-            _mm512_set1_epi32(static_cast<int>(load_u32(
-                reinterpret_cast<const uint8_t*>(xq) + static_cast<size_t>(t) * k + 4 * c)));
-        sum[0][t] = _mm512_dpbusd_epi32(sum[0][t], low, v);
-        sum[1][t] = _mm512_dpbusd_epi32(sum[1][t], high, v);
-      }
-    }
-    const float *sg = s + g * kPanel, *mg = m + g * kPanel;
-#pragma GCC unroll 8
-    for (int t = 0; t < tokens; ++t) {
-      const __m512 d = _mm512_set1_ps(xd[static_cast<size_t>(t) * n_scales + g * group / 32]);
-      const __m512 e = _mm512_set1_ps(xsum[static_cast<size_t>(t) * n_groups + g]);
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(sg + 16 * h), d);
-        total[h][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[h][t]), scale, total[h][t]);
-        total[h][t] = _mm512_fnmadd_ps(_mm512_loadu_ps(mg + 16 * h), e, total[h][t]);
-      }
-    }
-  }
-  for (int t = 0; t < tokens; ++t) {
-    float* to = y + static_cast<size_t>(t) * stride;
-    _mm512_mask_storeu_ps(to, first_lanes(n), total[0][t]);
-    if (n > 16) _mm512_mask_storeu_ps(to + 16, first_lanes(n - 16), total[1][t]);
-  }
-}
-
-void gemm_int8(const uint8_t* q, const float* s, const float* m, size_t group, size_t n, size_t k,
-               const Activation& x, size_t tokens, float* y, size_t stride) {
-  const float* sums = group == 16 ? x.sum16 : x.sum;
-  const auto tile = [&](auto size, size_t t) {
-    gemm_int8_tile<decltype(size)::value>(q, s, m, group, n, k, x.q + t * k, x.d + t * (k / 32),
-                                          sums + t * (k / group), y + t * stride, stride);
-  };
-  size_t t = 0;
-  for (; t + 6 <= tokens; t += 6) tile(std::integral_constant<int, 6>{}, t);
-  for (; t + 2 <= tokens; t += 2) tile(std::integral_constant<int, 2>{}, t);
-  for (; t < tokens; ++t) tile(std::integral_constant<int, 1>{}, t);
 }
 
 template <int tokens>
@@ -738,19 +628,26 @@ void decode(uint32_t type, const uint8_t* row, size_t k, float* y) {
   }
 }
 
-void quantize(const float* x, size_t k, int8_t* q, float* d, float* sum, float* sum16) {
-  for (size_t b = 0; b < k / 32; ++b, x += 32, q += 32) {
-    const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+void quantize(const float* x, size_t k, int8_t* high, int8_t* low, float* d, float* sum,
+              float* sum16) {
+  constexpr float kLargest = 32512;  // see the portable twin
+  const __m512i half = _mm512_set1_epi32(128);
+  for (size_t b = 0; b < k / 32; ++b) {
+    const __m512 first = _mm512_loadu_ps(x + 32 * b), second = _mm512_loadu_ps(x + 32 * b + 16);
     const float largest =
-        _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-    d[b] = largest / 127;
-    const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127 / largest : 0.0f);
-    const __m512i ql = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
-    const __m512i qh = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(ql));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtepi32_epi8(qh));
-    sum16[2 * b] = d[b] * static_cast<float>(_mm512_reduce_add_epi32(ql));
-    sum16[2 * b + 1] = d[b] * static_cast<float>(_mm512_reduce_add_epi32(qh));
+        _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
+    d[b] = largest / kLargest;
+    const __m512 inverse = _mm512_set1_ps(largest > 0 ? kLargest / largest : 0.0f);
+    const __m512i values[2] = {_mm512_cvtps_epi32(_mm512_mul_ps(first, inverse)),
+                               _mm512_cvtps_epi32(_mm512_mul_ps(second, inverse))};
+    for (int h = 0; h < 2; ++h) {
+      const __m512i top = _mm512_srai_epi32(_mm512_add_epi32(values[h], half), 8);
+      const __m512i rest = _mm512_sub_epi32(values[h], _mm512_slli_epi32(top, 8));
+      const size_t at = 32 * b + 16 * static_cast<size_t>(h);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(high + at), _mm512_cvtepi32_epi8(top));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(low + at), _mm512_cvtepi32_epi8(rest));
+      sum16[at / 16] = d[b] * static_cast<float>(_mm512_reduce_add_epi32(values[h]));
+    }
     sum[b] = sum16[2 * b] + sum16[2 * b + 1];
   }
 }
@@ -813,7 +710,6 @@ template <class F>
 void add(Kernels& table) {
   table.gemv_rows[F::type] = gemv_rows<F>;
   table.axpy_rows[F::type] = axpy_rows<F>;
-  table.pack_int8[F::type] = pack_int8<F>;
 }
 
 template <class L>
@@ -838,7 +734,7 @@ Kernels make() {
   add_float<LBF16>(table, kBF16);
   table.decode = decode;
   table.quantize = quantize;
-  table.gemm_int8 = gemm_int8;
+  table.panel_f32 = panel_f32;
   table.gemm_f32 = gemm_f32;
   table.dot_f32 = dot_f32;
   table.dot_f16 = dot_f16;

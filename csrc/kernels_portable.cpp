@@ -23,8 +23,9 @@ float dot_row(const uint8_t* b, size_t k, const Activation& x) {
     for (size_t g = 0; g < F::block / F::group; ++g) {
       int32_t sum = 0, sum_x = 0;
       for (size_t i = g * F::group; i < (g + 1) * F::group; ++i) {
-        sum += (static_cast<int>(q[i]) - static_cast<int>(F::offset)) * x.q[base + i];
-        sum_x += x.q[base + i];
+        const int value = 256 * x.high[base + i] + x.low[base + i];
+        sum += (static_cast<int>(q[i]) - static_cast<int>(F::offset)) * value;
+        sum_x += value;
       }
       const float d = x.d[(base + g * F::group) / 32];
       total += s[g] * d * static_cast<float>(sum);
@@ -50,29 +51,6 @@ void axpy_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
     for (size_t base = 0; base < k; base += F::block, b += F::bytes) {
       decode_blocks<F>(b, 1, values);
       for (size_t j = 0; j < F::block; ++j) y[base + j] += coefficient[i] * values[j];
-    }
-  }
-}
-
-template <class F>
-void pack_int8(const uint8_t* w, size_t row_bytes, size_t n, size_t k, uint8_t* q, float* s,
-               float* m) {
-  std::memset(q, 0, k * kPanel);
-  std::memset(s, 0, k / F::group * kPanel * sizeof(float));
-  std::memset(m, 0, k / F::group * kPanel * sizeof(float));
-  for (size_t r = 0; r < n; ++r) {
-    const uint8_t* b = w + r * row_bytes;
-    for (size_t base = 0; base < k; base += F::block, b += F::bytes) {
-      uint8_t block[F::block];
-      float scale[F::block / F::group], minimum[F::block / F::group];
-      F::unpack(b, block, scale, minimum);
-      for (size_t i = 0; i < F::block; ++i)
-        q[((base + i) / 4 * kPanel + r) * 4 + (base + i) % 4] = block[i];
-      for (size_t g = 0; g < F::block / F::group; ++g) {
-        const size_t to = (base / F::group + g) * kPanel + r;
-        s[to] = scale[g];
-        m[to] = F::has_min ? minimum[g] : scale[g] * F::offset;
-      }
     }
   }
 }
@@ -139,17 +117,22 @@ void decode(uint32_t type, const uint8_t* row, size_t k, float* y) {
   }
 }
 
-void quantize(const float* x, size_t k, int8_t* q, float* d, float* sum, float* sum16) {
-  for (size_t b = 0; b < k / 32; ++b, x += 32, q += 32) {
+void quantize(const float* x, size_t k, int8_t* high, int8_t* low, float* d, float* sum,
+              float* sum16) {
+  // 127 * 256 and at most 127 below it: then `high` stays within 127.
+  constexpr float kLargest = 32512;
+  for (size_t b = 0; b < k / 32; ++b, x += 32, high += 32, low += 32) {
     float largest = 0;
     for (int i = 0; i < 32; ++i) largest = std::max(largest, std::fabs(x[i]));
-    d[b] = largest / 127;
-    const float inverse = largest > 0 ? 127 / largest : 0.0f;
+    d[b] = largest / kLargest;
+    const float inverse = largest > 0 ? kLargest / largest : 0.0f;
     for (int h = 0; h < 2; ++h) {
       int total = 0;
       for (int i = 16 * h; i < 16 * h + 16; ++i) {
-        q[i] = static_cast<int8_t>(std::nearbyint(x[i] * inverse));
-        total += q[i];
+        const int value = static_cast<int>(std::nearbyint(x[i] * inverse));
+        high[i] = static_cast<int8_t>((value + 128) >> 8);
+        low[i] = static_cast<int8_t>(value - 256 * high[i]);
+        total += value;
       }
       sum16[2 * b + h] = d[b] * static_cast<float>(total);
     }
@@ -157,22 +140,9 @@ void quantize(const float* x, size_t k, int8_t* q, float* d, float* sum, float* 
   }
 }
 
-void gemm_int8(const uint8_t* q, const float* s, const float* m, size_t group, size_t n, size_t k,
-               const Activation& x, size_t tokens, float* y, size_t stride) {
-  const float* sums = group == 16 ? x.sum16 : x.sum;
-  for (size_t t = 0; t < tokens; ++t)
-    for (size_t r = 0; r < n; ++r) {
-      float total = 0;
-      for (size_t g = 0; g < k / group; ++g) {
-        int32_t sum = 0;
-        for (size_t i = g * group; i < (g + 1) * group; ++i)
-          sum += q[(i / 4 * kPanel + r) * 4 + i % 4] * x.q[t * k + i];
-        const float d = x.d[t * (k / 32) + g * group / 32];
-        total += s[g * kPanel + r] * d * static_cast<float>(sum) -
-                 m[g * kPanel + r] * sums[t * (k / group) + g];
-      }
-      y[t * stride + r] = total;
-    }
+void panel_f32(const float* rows, size_t n, size_t k, float* panel) {
+  for (size_t j = 0; j < k; ++j)
+    for (size_t r = 0; r < kPanel; ++r) panel[j * kPanel + r] = r < n ? rows[r * k + j] : 0.0f;
 }
 
 void gemm_f32(const float* a, size_t n, size_t k, const float* x, size_t x_stride, size_t tokens,
@@ -232,7 +202,6 @@ template <class F>
 void add(Kernels& table) {
   table.gemv_rows[F::type] = gemv_rows<F>;
   table.axpy_rows[F::type] = axpy_rows<F>;
-  table.pack_int8[F::type] = pack_int8<F>;
 }
 
 template <class F>
@@ -259,7 +228,7 @@ Kernels make() {
   add_float<BF16>(table, kBF16);
   table.decode = decode;
   table.quantize = quantize;
-  table.gemm_int8 = gemm_int8;
+  table.panel_f32 = panel_f32;
   table.gemm_f32 = gemm_f32;
   table.dot_f32 = dot_f32;
   table.dot_f16 = dot_f16;
@@ -279,23 +248,15 @@ const Kernels& portable_kernels() {
   return table;
 }
 
-size_t group_size(uint32_t type) {
-  switch (type) {
-    case kQ4_0: case kQ4_1: case kQ5_0: case kQ5_1: case kQ8_0: case kQ4_K: case kQ5_K: return 32;
-    case kQ2_K: case kQ3_K: case kQ6_K: return 16;
-    default: return 0;
-  }
-}
-
 const Kernels& best_kernels() {
-  for (const Kernels* table : {avx512_kernels(), avx2_kernels(), neon_kernels()})
+  for (const Kernels* table : {avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(), neon_kernels()})
     if (table) return *table;
   return portable_kernels();
 }
 
 const Kernels* find_kernels(const char* name) {
   for (const Kernels* table :
-       {&portable_kernels(), avx2_kernels(), avx512_kernels(), neon_kernels()})
+       {&portable_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels(), neon_kernels()})
     if (table && std::strcmp(table->name, name) == 0) return table;
   return nullptr;
 }

@@ -77,7 +77,9 @@ class ThreadPool {
     left_.store(n_threads_ - 1, std::memory_order_relaxed);
     start();
     body(0);
-    while (left_.load(std::memory_order_acquire) > 0) pause();
+    // Yielding lets the others run where there are fewer processors than threads.
+    for (int i = 0; left_.load(std::memory_order_acquire) > 0; ++i)
+      i < kSpins ? pause() : std::this_thread::yield();
   }
 
  private:
