@@ -81,11 +81,31 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
   for (Worker& w : workers_) {
     w.selector = RowSelector(std::max(d_ff, widest));
     w.magnitudes.resize(std::max(d_ff, widest));
+    w.outliers.resize(model.layers[0].outliers.rows);
     w.scores.resize(size_t{context} * std::min(block_, kTile));
     w.panel.resize(panel);
     w.rows.resize(std::max(widest * kPanel, size_t{2} * 256));
     if (kernels.gemm_bf16) w.panel_half.resize(panel);
   }
+}
+
+template <class Body>
+void Engine::for_tokens(size_t n, const Body& body) {
+  if (n == 1) return body(0, 0);
+  pool_.run([&](int worker) {
+    const Share share = share_of(n, worker, pool_.size());
+    for (size_t t = share.begin; t < share.end; ++t) body(t, worker);
+  });
+}
+
+// y += what the outlier neurons put out; inter_of(neuron) is their inter.
+template <class InterOf>
+void Engine::add_outliers(const Layer& layer, const InterOf& inter_of, float* y, int worker) {
+  const Matrix& w = layer.outliers;
+  if (w.rows == 0) return;
+  float* inter = workers_[static_cast<size_t>(worker)].outliers.data();
+  for (size_t i = 0; i < w.rows; ++i) inter[i] = inter_of(layer.outlier_neurons[i]);
+  kernels_.axpy_rows[w.type](w.data, w.row_bytes, nullptr, 0, w.rows, w.cols, inter, y);
 }
 
 void Engine::set_cuts(std::vector<LayerCuts> cuts) { cuts_ = std::move(cuts); }
@@ -329,13 +349,11 @@ void Engine::ffn_dense_one(size_t l, const Input& input) {
     const Matrix& down = layer.down_proj_t;
     kernels_.axpy_rows[down.type](down.data, down.row_bytes, nullptr, begin, n, hidden, inter, y);
   });
-  for (size_t i = 0; i < hidden; ++i) {
-    float sum = 0;
-    for (size_t w = 0; w < workers_.size(); ++w) sum += partial_[w * hidden + i];
-    branch_[i] = sum;
-  }
+  sum_partials();
+  add_outliers(layer, [&](size_t neuron) { return gate_[neuron]; }, branch_.data(), 0);
   active_[l] += d_ff;
-  bytes_read_ += layer.gate_proj.bytes() + layer.up_proj.bytes() + layer.down_proj_t.bytes();
+  bytes_read_ += layer.gate_proj.bytes() + layer.up_proj.bytes() + layer.down_proj_t.bytes() +
+                 layer.outliers.bytes();
 }
 
 // As ffn_dense_one, but once a neuron is known to be zero its remaining rows are not read.
@@ -370,11 +388,12 @@ void Engine::ffn_sparse_one(size_t l, Input& input) {
     up_input = &cut_input_;
   }
   const Activation x = up_input->activation();
-  // inter of the rows that are left, compact: inter[i] belongs to neuron rows_[i].
+  // inter of the rows that are left, compact: compact[i] belongs to neuron rows_[i].
+  float* compact = config_.gated ? up : workers_[0].magnitudes.data();
   const auto finish_rows = [&](Share share) {
     const size_t n = share.end - share.begin;
     const int32_t* rows = rows_.data() + share.begin;
-    float* inter = config_.gated ? up + share.begin : workers_[0].magnitudes.data() + share.begin;
+    float* inter = compact + share.begin;
     if (config_.gated) {
       const Matrix& w = layer.up_proj;
       kernels_.gemv_rows[w.type](w.data, w.row_bytes, rows, 0, n, hidden, x, inter);
@@ -430,19 +449,31 @@ void Engine::ffn_sparse_one(size_t l, Input& input) {
     apply(cut(l, kDownInput), gate, d_ff, 0);
     collect_rows(gate);
     for (size_t i = 0; i < n_rows_; ++i) gate[i] = gate[rows_[i]];
+    compact = gate;
     clock.mark(timing_.select);
     pool_.run([&](int worker) {
       const Share share = share_of(n_rows_, worker, pool_.size());
       sum_rows(share, gate + share.begin, worker);
     });
   }
+  sum_partials();
+  add_outliers(layer, [&](size_t neuron) {
+    const auto end = rows_.begin() + static_cast<std::ptrdiff_t>(n_rows_);
+    const auto at = std::lower_bound(rows_.begin(), end, static_cast<int32_t>(neuron));
+    return at != end && static_cast<size_t>(*at) == neuron ? compact[at - rows_.begin()] : 0.0f;
+  }, branch_.data(), 0);
+  active_[l] += n_rows_;
+  bytes_read_ += n_rows_ * layer.down_proj_t.row_bytes + layer.outliers.bytes();
+}
+
+// The threads' sums of down_proj_t rows, in the order of the threads.
+void Engine::sum_partials() {
+  const size_t hidden = config_.hidden_size;
   for (size_t i = 0; i < hidden; ++i) {
     float sum = 0;
     for (size_t w = 0; w < workers_.size(); ++w) sum += partial_[w * hidden + i];
     branch_[i] = sum;
   }
-  active_[l] += n_rows_;
-  bytes_read_ += n_rows_ * layer.down_proj_t.row_bytes;
 }
 
 // Prefill is dense: some token of a block needs nearly every neuron. Cuts are applied as masks.
@@ -470,6 +501,10 @@ void Engine::ffn_block(size_t l, size_t n, Input& input) {
     apply(cut(l, kDownInput), inter, d_ff, worker);
   });
   down_block(layer, n);
+  for_tokens(n, [&](size_t t, int worker) {
+    add_outliers(layer, [&](size_t neuron) { return gate_[t * d_ff + neuron]; },
+                 branch_.data() + t * config_.hidden_size, worker);
+  });
 }
 
 // branch (T, hidden) = inter (T, d_ff) down_proj_t (d_ff, hidden). Every thread takes some columns,
@@ -695,15 +730,6 @@ void Engine::collect_rows(const float* values) {
     n += values[i] != 0;
   }
   n_rows_ = n;
-}
-
-template <class Body>
-void Engine::for_tokens(size_t n, const Body& body) {
-  if (n == 1) return body(0, 0);
-  pool_.run([&](int worker) {
-    const Share share = share_of(n, worker, pool_.size());
-    for (size_t t = share.begin; t < share.end; ++t) body(t, worker);
-  });
 }
 
 }  // namespace fallow

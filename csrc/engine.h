@@ -91,6 +91,9 @@ class Engine {
   void ffn_sparse_one(size_t layer, Input& input);
   void ffn_block(size_t layer, size_t n, Input& input);
   void down_block(const Layer& layer, size_t n);
+  template <class InterOf>
+  void add_outliers(const Layer& layer, const InterOf& inter_of, float* y, int worker);
+  void sum_partials();
   void add_branch(const Norm& post_norm, size_t n);
   void head(size_t n, bool all, float* logits);
 
@@ -129,6 +132,7 @@ class Engine {
 
   struct Worker {
     RowSelector selector;
+    std::vector<float> outliers;    // their inter
     std::vector<float> magnitudes;  // that a cut looks at
     std::vector<float> scores;      // attention
     std::vector<float> rows, panel;  // weights, keys or values as float

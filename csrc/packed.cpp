@@ -25,12 +25,10 @@ class Reader {
     return in_range(name, scalar(name), lowest, highest);
   }
 
-  // One count per layer.
   std::vector<uint32_t> counts(const std::string& name, uint64_t n, uint64_t highest) const {
     const GgufField& found = field(name);
     if (!found.is_array || found.values.size() != n)
-      throw PackedError(key(name) + " must have one value for each of the " + std::to_string(n) +
-                        " layers");
+      throw PackedError(key(name) + " must be an array of " + std::to_string(n) + " values");
     std::vector<uint32_t> values;
     for (const auto& value : found.values) values.push_back(in_range(name, value, 0, highest));
     return values;
@@ -215,8 +213,20 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
   const Config& c = model.config;
   const auto windows = in.counts("sliding_window", c.n_layers, kLargest);
   const auto ropes = in.counts("rope", c.n_layers, c.n_layers);
+  const uint32_t n_outliers = in.count("n_outliers", 0, c.intermediate_size);
+  const auto outliers = n_outliers > 0
+                            ? in.counts("outliers", uint64_t{c.n_layers} * n_outliers,
+                                        c.intermediate_size - 1)
+                            : std::vector<uint32_t>{};
   for (uint32_t i = 0; i < c.n_layers; ++i) {
     model.layers.push_back(read_layer(in, c, i));
+    if (n_outliers > 0) {
+      Layer& l = model.layers.back();
+      l.outliers = in.matrix("layers." + std::to_string(i) + ".outliers.weight", n_outliers,
+                             c.hidden_size);
+      const auto first = outliers.begin() + static_cast<std::ptrdiff_t>(i) * n_outliers;
+      l.outlier_neurons.assign(first, first + n_outliers);
+    }
     model.layers.back().sliding_window = windows[i];
     if (c.rotary_dim > 0)
       model.layers.back().inv_freq =

@@ -49,6 +49,10 @@ struct Layer {
   Matrix gate_proj, up_proj, down_proj_t;       // (d_ff, hidden) each
   const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
   const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
+  // Neurons so loud that rounding their output weights would cost more than that of all others:
+  // their rows are zero in down_proj_t and whole here.
+  Matrix outliers;                              // (n, hidden)
+  std::vector<uint32_t> outlier_neurons;        // (n,), ascending
   const float* down_norm = nullptr;             // (d_ff,): ||down_proj[:, i]|| of the source
   const float* inv_freq = nullptr;              // (rotary_dim / 2,)
   uint32_t sliding_window = 0;                  // tokens; 0: all
