@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <chrono>
 #include <optional>
 #include <tuple>
 
@@ -245,7 +246,7 @@ class BoundEngine {
   nb::dict stats() const {
     const Timing& t = engine_->timing();
     nb::dict result;
-    result["decoded"] = engine_->decoded();
+    result["tokens"] = engine_->tokens();
     result["bytes_read"] = engine_->bytes_read();
     result["active"] = engine_->active();
     nb::dict seconds;
@@ -280,6 +281,26 @@ class BoundEngine {
   const Kernels& kernels_;
   std::optional<Engine> engine_;
 };
+
+// Bytes per second at which n_threads threads read n_bytes of memory, once.
+double read_bandwidth(size_t n_bytes, int n_threads) {
+  if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
+  nb::gil_scoped_release release;
+  const Kernels& kernels = best_kernels();
+  const std::vector<float> data(n_bytes / sizeof(float), 1.0f);
+  std::vector<float> sums(static_cast<size_t>(n_threads));
+  ThreadPool pool(n_threads);
+  const auto read = [&](int worker) {
+    const Share share = share_of(data.size(), worker, n_threads);
+    sums[static_cast<size_t>(worker)] =
+        kernels.sum_squares(data.data() + share.begin, share.end - share.begin);
+  };
+  pool.run(read);
+  const auto start = std::chrono::steady_clock::now();
+  pool.run(read);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return static_cast<double>(n_bytes) / seconds.count();
+}
 
 nb::bytes quantize_k_array(const std::string& type, ConstFloats x, int n_threads) {
   const BlockFormat& format = format_of(type);
@@ -347,6 +368,9 @@ NB_MODULE(_core, m) {
 
   m.def("quantize_k", &quantize_k_array, "type"_a, "x"_a, "n_threads"_a = 1,
         "Blocks (bytes) of Q4_K, Q5_K or Q6_K that are close to x.");
+
+  m.def("read_bandwidth", &read_bandwidth, "n_bytes"_a, "n_threads"_a,
+        "Bytes per second at which that many threads read that much memory.");
 
   std::vector<std::string> tables;
   for (const Kernels* table :

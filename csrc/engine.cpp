@@ -111,7 +111,7 @@ void Engine::add_outliers(const Layer& layer, const InterOf& inter_of, float* y,
 void Engine::set_cuts(std::vector<LayerCuts> cuts) { cuts_ = std::move(cuts); }
 
 void Engine::reset_stats() {
-  decoded_ = bytes_read_ = 0;
+  tokens_ = bytes_read_ = 0;
   std::fill(active_.begin(), active_.end(), 0);
   timing_ = {};
 }
@@ -126,7 +126,7 @@ void Engine::forward(const int32_t* tokens, size_t n, bool all, float* logits) {
       head(size, false, logits);
     }
   }
-  if (n == 1) ++decoded_;
+  tokens_ += n;
 }
 
 // x = embedding; then, layer by layer, x += attention(norm(x)) and x += ffn(norm(x)).
@@ -231,13 +231,11 @@ void Engine::attend_one(size_t l) {
       const size_t base = (l * kv_heads + h / per_kv) * context_ * dim;
       const float* q = q_.data() + h * dim;
       float* out = o_input_.x.data() + h * dim;
-      for (size_t j = begin; j < end; ++j)
-        scores[j] =
-            kernels_.dot_f16(k_cache_.data() + base + j * dim, q, dim) * config_.attention_scale;
-      const float sum = kernels_.softmax_numerators(scores + begin, end - begin);
-      std::fill(out, out + dim, 0.0f);
-      for (size_t j = begin; j < end; ++j)
-        kernels_.axpy_f16(scores[j] / sum, v_cache_.data() + base + j * dim, dim, out);
+      const size_t first = base + begin * dim, n = end - begin;
+      kernels_.attend_scores(k_cache_.data() + first, q, n, dim, config_.attention_scale, scores);
+      const float sum = kernels_.softmax_numerators(scores, n);
+      kernels_.attend_values(v_cache_.data() + first, scores, n, dim, out);
+      for (size_t i = 0; i < dim; ++i) out[i] /= sum;
     }
   });
   bytes_read_ += (end - begin) * kv_heads * dim * 2 * sizeof(uint16_t);
@@ -499,7 +497,11 @@ void Engine::ffn_block(size_t l, size_t n, Input& input) {
     }
     apply(cut(l, kInter), inter, d_ff, worker);
     apply(cut(l, kDownInput), inter, d_ff, worker);
+    const auto count = static_cast<uint64_t>(std::count_if(
+        inter, inter + d_ff, [](float v) { return v != 0; }));
+    workers_[static_cast<size_t>(worker)].active += cuts_.empty() ? d_ff : count;
   });
+  for (Worker& w : workers_) active_[l] += std::exchange(w.active, 0);
   down_block(layer, n);
   for_tokens(n, [&](size_t t, int worker) {
     add_outliers(layer, [&](size_t neuron) { return gate_[t * d_ff + neuron]; },
@@ -717,7 +719,7 @@ void Engine::apply(const Cut& cut, float* x, size_t width, int worker) {
   }
   float threshold = static_cast<float>(cut.value);
   if (cut.by == Cut::By::kTopk)
-    threshold = w.selector.topk(
+    threshold = kernels_.topk_threshold(
         score, width, static_cast<size_t>(std::nearbyint(cut.value * static_cast<double>(width))));
   if (cut.by == Cut::By::kTail) threshold = w.selector.tail(score, width, cut.value);
   for (size_t i = 0; i < width; ++i) x[i] = score[i] <= threshold ? 0.0f : x[i];

@@ -53,9 +53,9 @@ class Engine {
   // Forgets the cache from this position on.
   void rewind(uint32_t position) { position_ = position; }
 
-  // Since the last reset_stats: tokens that were decoded one by one, neurons whose down_proj row
-  // was read per layer, summed over them, and bytes of weights and cache read by them.
-  uint64_t decoded() const { return decoded_; }
+  // Since the last reset_stats: tokens read; neurons with a non-zero inter per layer, summed over
+  // them; and bytes of weights and cache read by those that came one by one.
+  uint64_t tokens() const { return tokens_; }
   const std::vector<uint64_t>& active() const { return active_; }
   uint64_t bytes_read() const { return bytes_read_; }
   const Timing& timing() const { return timing_; }
@@ -132,6 +132,7 @@ class Engine {
 
   struct Worker {
     RowSelector selector;
+    uint64_t active = 0;            // neurons of this block
     std::vector<float> outliers;    // their inter
     std::vector<float> magnitudes;  // that a cut looks at
     std::vector<float> scores;      // attention
@@ -140,7 +141,7 @@ class Engine {
   };
   std::vector<Worker> workers_;
 
-  uint64_t decoded_ = 0, bytes_read_ = 0;
+  uint64_t tokens_ = 0, bytes_read_ = 0;
   std::vector<uint64_t> active_;
   Timing timing_;
 };

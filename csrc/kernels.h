@@ -65,13 +65,20 @@ struct Kernels {
   void (*gemm_bf16)(const uint16_t* panel, size_t n, size_t k, const uint16_t* x, size_t x_stride,
                     size_t tokens, bool add, float* y, size_t stride);
 
-  float (*dot_f32)(const float* a, const float* b, size_t n);
-  float (*dot_f16)(const uint16_t* a, const float* b, size_t n);
-  void (*axpy_f16)(float c, const uint16_t* a, size_t n, float* y);  // y += c * a
+  // One head of attention over n cached positions, rows of f16 (n, dim):
+  // scores[j] = scale * keys[j] . q
+  void (*attend_scores)(const uint16_t* keys, const float* q, size_t n, size_t dim, float scale,
+                        float* scores);
+  // out (dim,) = sum over j of weights[j] * values[j]
+  void (*attend_values)(const uint16_t* values, const float* weights, size_t n, size_t dim,
+                        float* out);
   void (*to_f16)(const float* x, size_t n, uint16_t* y);
   float (*sum_squares)(const float* x, size_t n);
   // In place: x = exp(x - max(x)); returns the sum.
   float (*softmax_numerators)(float* x, size_t n);
+  // The threshold that leaves the k largest of n magnitudes above it: the (n - k)-th smallest, 0 if
+  // k >= n.
+  float (*topk_threshold)(const float* magnitudes, size_t n, size_t k);
   void (*silu)(float* x, size_t n);
   void (*gelu_tanh)(float* x, size_t n);
 };

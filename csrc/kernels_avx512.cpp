@@ -550,16 +550,53 @@ void axpy_rows_float(const uint8_t* w, size_t row_bytes, const int32_t* rows, si
     axpy_float<L>(coefficient[i], w + row_of(rows, begin, i) * row_bytes, k, y);
 }
 
-float dot_f32(const float* a, const float* b, size_t n) {
-  return dot_float<L32>(reinterpret_cast<const uint8_t*>(a), b, n);
+float sum_squares(const float* x, size_t n) {
+  return dot_float<L32>(reinterpret_cast<const uint8_t*>(x), x, n);
 }
-float dot_f16(const uint16_t* a, const float* b, size_t n) {
-  return dot_float<LF16>(reinterpret_cast<const uint8_t*>(a), b, n);
+
+void attend_scores(const uint16_t* keys, const float* q, size_t n, size_t dim, float scale,
+                   float* scores) {
+  const auto dots = [&](auto count, size_t j) {  // positions [j, j + count), sharing loads of q
+    constexpr int positions = decltype(count)::value;
+    const auto* rows = reinterpret_cast<const uint8_t*>(keys + j * dim);
+    __m512 sum[positions] = {};
+    for (size_t i = 0; i < dim; i += 16) {
+      const __mmask16 lanes = first_lanes(dim - i);
+      const __m512 v = _mm512_maskz_loadu_ps(lanes, q + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < positions; ++r)
+        sum[r] = _mm512_fmadd_ps(LF16::load(rows + (static_cast<size_t>(r) * dim + i) * 2, lanes),
+                                 v, sum[r]);
+    }
+    for (int r = 0; r < positions; ++r)
+      scores[j + static_cast<size_t>(r)] = scale * _mm512_reduce_add_ps(sum[r]);
+  };
+  size_t j = 0;
+  for (; j + 4 <= n; j += 4) dots(std::integral_constant<int, 4>{}, j);
+  for (; j < n; ++j) dots(std::integral_constant<int, 1>{}, j);
 }
-void axpy_f16(float c, const uint16_t* a, size_t n, float* y) {
-  axpy_float<LF16>(c, reinterpret_cast<const uint8_t*>(a), n, y);
+
+void attend_values(const uint16_t* values, const float* weights, size_t n, size_t dim, float* out) {
+  const auto columns = [&](auto count, size_t i) {  // columns [i, i + 16 count) stay in registers
+    constexpr int registers = decltype(count)::value;
+    const __mmask16 last = first_lanes(dim - i - 16 * (registers - 1));
+    __m512 sum[registers] = {};
+    for (size_t j = 0; j < n; ++j) {
+      const auto* row = reinterpret_cast<const uint8_t*>(values + j * dim + i);
+      const __m512 weight = _mm512_set1_ps(weights[j]);
+#pragma GCC unroll 8
+      for (int r = 0; r < registers; ++r)
+        sum[r] = _mm512_fmadd_ps(LF16::load(row + 32 * r, r + 1 < registers ? 0xFFFF : last),
+                                 weight, sum[r]);
+    }
+    for (int r = 0; r < registers; ++r)
+      _mm512_mask_storeu_ps(out + i + 16 * r, r + 1 < registers ? 0xFFFF : last, sum[r]);
+  };
+  size_t i = 0;
+  for (; i + 128 <= dim; i += 128) columns(std::integral_constant<int, 8>{}, i);
+  for (; i + 64 <= dim; i += 64) columns(std::integral_constant<int, 4>{}, i);
+  for (; i < dim; i += 16) columns(std::integral_constant<int, 1>{}, i);
 }
-float sum_squares(const float* x, size_t n) { return dot_f32(x, x, n); }
 
 void to_f16(const float* x, size_t n, uint16_t* y) {
   for (size_t i = 0; i < n; i += 16) {
@@ -679,6 +716,32 @@ float softmax_numerators(float* x, size_t n) {
   return _mm512_reduce_add_ps(sum);
 }
 
+float topk_threshold(const float* magnitudes, size_t n, size_t k) {  // see the portable twin
+  if (k >= n) return 0.0f;
+  const __m512i positive = _mm512_set1_epi32(0x7FFFFFFF);
+  uint32_t low = 0, high = 0x7FFFFFFF;
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    const __m512i limit = _mm512_set1_epi32(static_cast<int>(middle));
+    size_t above = 0;
+    for (size_t i = 0; i < n; i += 16) {
+      const __mmask16 lanes = first_lanes(n - i);
+      const __m512i bits =
+          _mm512_and_si512(_mm512_maskz_loadu_epi32(lanes, magnitudes + i), positive);
+      above += static_cast<size_t>(
+          __builtin_popcount(_mm512_mask_cmpgt_epu32_mask(lanes, bits, limit)));
+    }
+    if (above <= k) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  float threshold;
+  __builtin_memcpy(&threshold, &low, sizeof threshold);
+  return threshold;
+}
+
 template <class Function>
 void in_place(float* x, size_t n, Function function) {
   for (size_t i = 0; i < n; i += 16) {
@@ -736,12 +799,12 @@ Kernels make() {
   table.quantize = quantize;
   table.panel_f32 = panel_f32;
   table.gemm_f32 = gemm_f32;
-  table.dot_f32 = dot_f32;
-  table.dot_f16 = dot_f16;
-  table.axpy_f16 = axpy_f16;
+  table.attend_scores = attend_scores;
+  table.attend_values = attend_values;
   table.to_f16 = to_f16;
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;
+  table.topk_threshold = topk_threshold;
   table.silu = silu;
   table.gelu_tanh = gelu_tanh;
   return table;

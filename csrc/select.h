@@ -8,13 +8,11 @@
 
 namespace fallow {
 
-// Finds the threshold of one token; keeps its scratch memory from one to the next.
+// Finds the tail threshold of one token; keeps its scratch memory from one to the next.
 class RowSelector {
  public:
   explicit RowSelector(size_t width = 0);
 
-  // Threshold that leaves the k largest of row[0, width) above it; 0 if k >= width.
-  float topk(const float* row, size_t width, size_t k);
   // Largest score whose tail stays within tau^2 of the row's sum of squares; 0 if there is none.
   float tail(const float* row, size_t width, double tau);
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from fallow import _core
 from fallow.errors import FallowError, UsageError
 from fallow.plan import Plan
+from fallow.text import Text, cut_windows
 from fallow.tokenizer import TextTokenizer
 from fallow.weights import GgufFile, read_gguf
 
@@ -78,7 +79,7 @@ class Engine:
     def __init__(
         self,
         path: str | Path,
-        plan: Plan | None | bool = None,
+        plan: Plan | bool | None = None,
         threads: int | None = None,
         *,
         context: int | None = None,
@@ -95,7 +96,7 @@ class Engine:
             raise UsageError(f"--threads {self.threads} is outside 1 to 1024")
         if context is not None and not 1 <= context <= longest:
             raise UsageError(
-                f"--context {context} is outside 1 to {longest}, the longest this model was made for"
+                f"--context {context} is outside 1 to {longest}, what this model was made for"
             )
         if kernels and kernels not in _core.KERNELS:
             raise UsageError(
@@ -108,8 +109,10 @@ class Engine:
             )
         except ValueError as error:
             raise FallowError(f"packed model {self.path}: {error}; pack it again") from error
-        self.plan = self._packed_plan() if plan is None or plan is True else plan or None
-        self.use_plan(self.plan)
+        if isinstance(plan, Plan):
+            self.use_plan(plan)
+        else:
+            self.use_plan(None if plan is False else self._packed_plan())
         self.last_logits: np.ndarray | None = None
 
     def _check_version(self) -> None:
@@ -154,9 +157,8 @@ class Engine:
         Raises:
             FallowError: the plan is for another model, or its arrays do not fit.
         """
-        cuts = [] if plan is None else self._cuts(plan)
-        self._core.set_cuts(cuts)
-        self.plan = plan
+        self._core.set_cuts([] if plan is None else self._cuts(plan))
+        self.plan: Plan | None = plan
 
     def _cuts(self, plan: Plan) -> list[tuple[int, int, int, float, np.ndarray | None]]:
         """The plan in the core's terms: (layer, tap, how, value, weights)."""
@@ -235,6 +237,19 @@ class Engine:
     def reset(self) -> None:
         """Forgets everything that was read."""
         self._core.rewind(0)
+
+    def windows(self, text: Text, context: int, limit: int | None = None) -> np.ndarray:
+        """The text as windows of token ids, (n, context): see `cut_windows`.
+
+        Raises:
+            FallowError: the text is shorter than one window.
+            UsageError: the context is longer than the cache, or no window is asked for.
+        """
+        if context > self.context:
+            raise UsageError(
+                f"--context {context} is longer than the {self.context} tokens this engine holds"
+            )
+        return cut_windows(text, self.tokenizer, context, limit)
 
     def forward(self, ids: Sequence[int] | np.ndarray, every: bool = False) -> np.ndarray:
         """Reads more tokens; logits (T, vocabulary) of all of them, or (1, vocabulary) of the last.
@@ -320,11 +335,11 @@ class Engine:
         self.stats = Stats(prompt_tokens=len(ids))
         start = time.perf_counter()
         self.reset()
-        self._core.reset_stats()
+        self.reset_stats()
         logits = self.forward(ids)[0]
         self.stats.ttft_ms = 1e3 * (time.perf_counter() - start)
         self.stats.prefill_tps = len(ids) / (self.stats.ttft_ms / 1e3)
-        self._core.reset_stats()
+        self.reset_stats()
         decode_start, ends = time.perf_counter(), set(self.tokenizer.eos_ids)
         new: list[int] = []
         text = ""
@@ -350,19 +365,35 @@ class Engine:
 
     def _finish(self, new_tokens: int, seconds: float) -> None:
         figures = self.core_stats()
-        decoded = figures["decoded"]
+        decoded = figures["tokens"]
         self.stats.new_tokens = new_tokens
         if decoded:
             self.stats.decode_tps = decoded / seconds
             self.stats.bytes_per_token = figures["bytes_read"] / decoded
             self.stats.gbps = figures["bytes_read"] / seconds / 1e9
-            width = decoded * self._core.intermediate_size
-            self.stats.sparsity_per_layer = [1 - n / width for n in figures["active"]]
+            self.stats.sparsity_per_layer = self.idle_neurons().tolist()
         self.stats.peak_rss_mb = peak_rss_mb()
         self.stats.logits_hash = self.logits_hash()
 
+    def reset_stats(self) -> None:
+        self._core.reset_stats()
+
+    def idle_neurons(self) -> np.ndarray:
+        """Share of neurons per layer, (L,), that were zero in the tokens since `reset_stats`."""
+        figures = self.core_stats()
+        width = max(1, figures["tokens"]) * self._core.intermediate_size
+        return 1 - np.array(figures["active"]) / width
+
+    @property
+    def dtype_name(self) -> str:
+        """The type of gate_proj or, without one, up_proj: what most weights are."""
+        for name in ("gate_proj", "up_proj"):
+            if (tensor := self.file.tensors.get(f"layers.0.{name}.weight")) is not None:
+                return tensor.type.lower()
+        return "unknown"
+
     def core_stats(self) -> dict[str, Any]:
-        """Counters of the core since the last answer began: see csrc/engine.h."""
+        """Counters of the core since `reset_stats`: see csrc/engine.h."""
         return self._core.stats()
 
     def logits_hash(self) -> str:

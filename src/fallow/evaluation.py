@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fallow.capture import non_finite_error
+from fallow.engine import Engine
 from fallow.errors import FallowError
 from fallow.metrics import perplexity, ppl_change_percent, standard_error
 from fallow.model import Model
@@ -78,8 +79,8 @@ def run_window(
     runs = [(dense, dense_meter) if p is None else _run_metered(model, window, p) for p in plans]
     dense_result, results = compare_logits(
         window,
-        _logits_of(model, dense),
-        [_logits_of(model, hidden) for hidden, _ in runs],
+        logits_of(model, dense),
+        [logits_of(model, hidden) for hidden, _ in runs],
         model.vocabulary_size,
     )
     for result, plan, (_, meter) in zip(results, plans, runs, strict=True):
@@ -129,7 +130,7 @@ Logits = Callable[[slice], torch.Tensor]
 """Logits (n, vocabulary) of some of a window's tokens."""
 
 
-def _logits_of(model: Model, hidden: torch.Tensor) -> Logits:
+def logits_of(model: Model, hidden: torch.Tensor) -> Logits:
     return lambda part: model.logits(hidden[part])
 
 
@@ -264,8 +265,67 @@ def evaluate(
     return _summarise(model, plan, source, cut, dense, sparse)
 
 
+def evaluate_engine(
+    engine: Engine,
+    plan: Plan | None = None,
+    text: str | Path | Text | None = None,
+    *,
+    context: int = 1024,
+    windows: int | None = None,
+    against: Engine | Model | None = None,
+    decode: bool = False,
+    allow_leakage: bool = False,
+) -> Evaluation:
+    """As `evaluate`, on a packed model and the engine that runs it.
+
+    Args:
+        against: what changes and KL are relative to, run dense; default: the engine itself.
+        decode: read token by token, as generation does, instead of in blocks: slower, and the
+            very arithmetic that decoding is timed with.
+
+    Raises:
+        FallowError, UsageError: as `evaluate`; also if `against` has another vocabulary.
+    """
+    source = load_text(text, "evaluation")
+    if plan is not None:
+        check_no_leakage(plan.calibration_sha256, source, allow_leakage)
+    cut = engine.windows(source, context, windows)
+    dense, sparse = [], []
+    with progress("evaluate", len(cut)) as ticker:
+        for window in cut:
+            baseline = _baseline_logits(against or engine, window, decode)
+            engine.use_plan(plan)
+            engine.reset_stats()
+            logits = _engine_logits(engine, window, decode)
+            if not np.isfinite(logits).all():
+                raise FallowError(f"{engine.path}: NaN or infinite logits; pack the model again")
+            d, results = compare_logits(
+                window, baseline, [torch.from_numpy(logits).__getitem__], logits.shape[1]
+            )
+            results[0].sparsity = {"inter": engine.idle_neurons()[:, None]}
+            results[0].achieved_sparsity = float(results[0].sparsity["inter"].mean())
+            dense.append(d)
+            sparse.append(results[0])
+            ticker.advance()
+    return _summarise(engine, plan, source, cut, dense, sparse)
+
+
+def _engine_logits(engine: Engine, window: np.ndarray, decode: bool) -> np.ndarray:
+    if not decode:
+        return engine.logits(window)
+    engine.reset()
+    return np.concatenate([engine.forward(window[i : i + 1]) for i in range(len(window))])
+
+
+def _baseline_logits(against: Engine | Model, window: np.ndarray, decode: bool) -> Logits:
+    if isinstance(against, Model):
+        return logits_of(against, final_hidden(against, window))
+    against.use_plan(None)
+    return torch.from_numpy(_engine_logits(against, window, decode)).__getitem__
+
+
 def _summarise(
-    model: Model,
+    model: Model | Engine,
     plan: Plan | None,
     text: Text,
     windows: np.ndarray,

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from fallow import _core
 from fallow.engine import PACKED_VERSION, Engine
 from fallow.errors import FallowError, UsageError
-from fallow.evaluation import compare_logits, final_hidden
+from fallow.evaluation import compare_logits, final_hidden, logits_of
 from fallow.files import atomic_path, check_writable
 from fallow.model import Model, find_model, load
 from fallow.plan import Plan
@@ -219,7 +218,7 @@ class _Source:
                 yield f"{here}.up_proj.weight", (f"{there}.{a.up_proj}.weight", None)
 
     @cached_property
-    def _embedding(self) -> nn.Module:
+    def _embedding(self) -> Any:
         return self.model.module.get_submodule(self.model.architecture.embed_tokens)
 
     @property
@@ -242,7 +241,7 @@ class _Source:
         if head.bias is not None:
             yield "lm_head.bias", _floats(head.bias)
         if a.embed_positions is not None:
-            table = module.get_submodule(a.embed_positions).weight
+            table: Any = module.get_submodule(a.embed_positions).weight
             rows = slice(a.first_position, a.first_position + self.context_length)
             yield "embed_positions", _floats(table[rows])
         for i, inv_freq in enumerate(self.ropes):
@@ -265,7 +264,10 @@ class _Source:
 
         context = min(CHECK_CONTEXT, model.module.config.max_position_embeddings)
         windows = model.windows(load_text(None, "calibration"), context, OUTLIER_WINDOWS)
-        with progress("outlier neurons", len(windows)) as ticker, attach(model.layers, {"inter": add}):
+        with (
+            progress("outlier neurons", len(windows)) as ticker,
+            attach(model.layers, {"inter": add}),
+        ):
             for window in windows:
                 model.hidden(window[None])
                 ticker.advance()
@@ -287,14 +289,17 @@ class _Source:
     def n_outliers(self, kind: str) -> int:
         return 0 if kind in ("F32", "F16", "BF16") else min(OUTLIERS, self.model.intermediate_size)
 
-    def _norm(self, name: str, norm: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
-        yield f"{name}.weight", _floats(norm.weight) + np.float32(self.model.architecture.norm_offset)
+    def _norm(self, name: str, norm: Any) -> Iterator[tuple[str, np.ndarray]]:
+        yield (
+            f"{name}.weight",
+            _floats(norm.weight) + np.float32(self.model.architecture.norm_offset),
+        )
         if getattr(norm, "bias", None) is not None:
             yield f"{name}.bias", _floats(norm.bias)
 
     def _biases(self, layer: Layer) -> Iterator[tuple[str, np.ndarray]]:
         sizes = [self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2]
-        split = {
+        split: dict[str, tuple[tuple[str, ...], Any]] = {
             "qkv_proj": (("q_proj", "k_proj", "v_proj"), np.cumsum(sizes)[:2]),
             "gate_up_proj": (("gate_proj", "up_proj"), [layer.down_proj.in_features]),
         }
@@ -382,7 +387,8 @@ class _Source:
     def attention_scale(self) -> float:
         for module in self.model.layers[0].block.modules():
             if hasattr(module, "scaling"):
-                return float(module.scaling)
+                scaling: Any = module.scaling
+                return float(scaling)
         raise FallowError(f"{self.model.name}: its attention has no scaling")
 
     def metadata(self) -> dict[str, Any]:
@@ -546,8 +552,8 @@ class _Reference:
         results = [
             compare_logits(
                 window,
-                lambda part, hidden=hidden: self.model.logits(hidden[part]),
-                [_rows(engine.logits(window))],
+                logits_of(self.model, hidden),
+                [torch.from_numpy(engine.logits(window)).__getitem__],
                 self.model.vocabulary_size,
             )
             for window, hidden in zip(self.windows, self.hidden, strict=True)
@@ -560,8 +566,3 @@ class _Reference:
             top1_agreement=float(np.mean([packed[0].top1 for _, packed in results])),
             tokens=int(self.windows.size),
         )
-
-
-def _rows(logits: np.ndarray) -> Any:
-    tensor = torch.from_numpy(logits)
-    return lambda part: tensor[part]

@@ -66,7 +66,7 @@ class TextTokenizer:
         return self.encode(text, special=True)
 
     def prompt(self, text: str, chat: bool = False) -> np.ndarray:
-        """Ids of a text to continue, or with `chat` to answer, with BOS where the model wants it."""
+        """Ids of a text to continue, or with `chat` to answer; BOS where the model wants it."""
         return self.with_bos(self.chat(text) if chat else self.encode(text))
 
     def with_bos(self, ids: np.ndarray) -> np.ndarray:

@@ -10,9 +10,9 @@ from fallow.taps import Layer
 
 
 class GateTopK(TopK):
-    """Keeps the k neurons with the largest |gate_act_i| E|up_i| ||down_proj[:, i]|| of each token.
+    """Keeps the k neurons with the largest |gate_act_i| E|up_i| ||down_proj[:, i]|| per token.
 
-    E|up_i| is the calibration mean: the expected norm of the neuron's output once its gate is known.
+    E|up_i| is the calibration mean, so that this is the output's expected norm for a known gate.
     """
 
     name = "gate_topk"
