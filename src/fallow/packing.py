@@ -161,6 +161,8 @@ class _Source:
             return ((quant or "q8_0").upper(),)
         if quant is not None:
             raise UsageError("--quant is for Hugging Face folders; a GGUF keeps its own types")
+        if self.config.hidden_size % 32:
+            return ("F16",)
         return DOWN_TYPES if self.config.hidden_size % 256 == 0 else DOWN_TYPES_NARROW
 
     def matrices(self, quant: str | None) -> dict[str, Matrix]:

@@ -1,4 +1,4 @@
-"""Per-token tail budget chosen before up_proj is read: the gate, weighted by what usually follows."""
+"""Per-token tail budget chosen before up_proj is read, by the weighted gate."""
 
 import torch
 
