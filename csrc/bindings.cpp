@@ -302,6 +302,63 @@ double read_bandwidth(size_t n_bytes, int n_threads) {
   return static_cast<double>(n_bytes) / seconds.count();
 }
 
+// Seconds that n_threads threads take for one pass over a matrix (rows, width) of a type: through
+// gemv_rows and axpy_rows, whole and with the listed rows alone, and for reading its bytes.
+nb::dict time_rows(const std::string& type, size_t rows, size_t width, Indices list,
+                   int n_threads) {
+  const Kernels& kernels = best_kernels();
+  const BlockFormat& format = format_of(type);
+  if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
+  if (rows == 0 || width == 0 || width % format.block_size != 0)
+    throw nb::value_error("width is not whole blocks");
+  for (size_t i = 0; i < list.size(); ++i)
+    if (list.data()[i] < 0 || static_cast<size_t>(list.data()[i]) >= rows)
+      throw nb::value_error("a row is outside the matrix");
+  const size_t row_bytes = width / format.block_size * format.block_bytes;
+  std::vector<uint8_t> weights(rows * row_bytes, 1);
+  std::vector<float> x(width, 0.5f), y(rows), coefficient(rows, 0.5f);
+  std::vector<float> sums(static_cast<size_t>(n_threads) * width);
+  std::vector<float> read(static_cast<size_t>(n_threads));
+  const Quantized quantized(kernels, x.data(), width);
+  const Activation activation = quantized.with(x.data());
+  ThreadPool pool(n_threads);
+  const auto seconds = [&](auto body) {
+    pool.run(body);
+    const auto start = std::chrono::steady_clock::now();
+    pool.run(body);
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  const auto gemv = [&](const int32_t* indices, size_t n) {
+    return seconds([&, indices, n](int worker) {
+      const Share s = share_of(n, worker, n_threads);
+      kernels.gemv_rows[format.type](weights.data(), row_bytes, indices ? indices + s.begin : nullptr,
+                                     indices ? 0 : s.begin, s.end - s.begin, width, activation,
+                                     y.data() + s.begin);
+    });
+  };
+  const auto axpy = [&](const int32_t* indices, size_t n) {
+    return seconds([&, indices, n](int worker) {
+      const Share s = share_of(n, worker, n_threads);
+      kernels.axpy_rows[format.type](weights.data(), row_bytes, indices ? indices + s.begin : nullptr,
+                                     indices ? 0 : s.begin, s.end - s.begin, width,
+                                     coefficient.data(),
+                                     sums.data() + static_cast<size_t>(worker) * width);
+    });
+  };
+  nb::dict result;
+  result["bytes"] = weights.size();
+  result["read"] = seconds([&](int worker) {
+    const Share s = share_of(weights.size() / sizeof(float), worker, n_threads);
+    read[static_cast<size_t>(worker)] = kernels.sum_squares(
+        reinterpret_cast<const float*>(weights.data()) + s.begin, s.end - s.begin);
+  });
+  result["gemv"] = gemv(nullptr, rows);
+  result["gemv_rows"] = gemv(list.data(), list.size());
+  result["axpy"] = axpy(nullptr, rows);
+  result["axpy_rows"] = axpy(list.data(), list.size());
+  return result;
+}
+
 nb::bytes quantize_k_array(const std::string& type, ConstFloats x, int n_threads) {
   const BlockFormat& format = format_of(type);
   if (x.size() % format.block_size != 0) throw nb::value_error("values are not whole blocks");
@@ -371,6 +428,9 @@ NB_MODULE(_core, m) {
 
   m.def("read_bandwidth", &read_bandwidth, "n_bytes"_a, "n_threads"_a,
         "Bytes per second at which that many threads read that much memory.");
+
+  m.def("time_rows", &time_rows, "type"_a, "rows"_a, "width"_a, "list"_a, "n_threads"_a,
+        "Seconds of one pass over a matrix: read, gemv, gemv_rows, axpy, axpy_rows.");
 
   std::vector<std::string> tables;
   for (const Kernels* table :

@@ -50,6 +50,9 @@ class Engine:
 
 def quantize_k(type: str, x: np.ndarray, n_threads: int = 1) -> bytes: ...
 def read_bandwidth(n_bytes: int, n_threads: int) -> float: ...
+def time_rows(
+    type: str, rows: int, width: int, list: np.ndarray, n_threads: int
+) -> dict[str, float]: ...
 def test_gemv_rows(
     kernels: str,
     type: str,

@@ -71,7 +71,7 @@ def bench(
         with progress("bench", runs) as ticker:
             for _ in range(runs):
                 stream.append(_core.read_bandwidth(_STREAM_BYTES, engine.threads) / 1e9)
-                ours.append(_run(engine, ids, prompt_tokens))
+                ours.append(run_once(engine, ids, prompt_tokens))
                 if baseline:
                     theirs.append(baseline.run())
                 ticker.advance()
@@ -81,7 +81,8 @@ def bench(
     return _summary(engine, ours, theirs, stream, against)
 
 
-def _run(engine: Engine, ids: np.ndarray, prompt_tokens: int) -> dict[str, float]:
+def run_once(engine: Engine, ids: np.ndarray, prompt_tokens: int) -> dict[str, float]:
+    """Figures of one prefill of ids[:prompt_tokens] and one decode of the rest."""
     engine.reset()
     start = time.perf_counter()
     engine.forward(ids[:prompt_tokens])
