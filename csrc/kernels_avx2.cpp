@@ -135,11 +135,16 @@ FALLOW_INLINE size_t row_of(const int32_t* rows, size_t begin, size_t i) {
   return rows ? static_cast<size_t>(rows[i]) : begin + i;
 }
 
-constexpr size_t kPrefetch = 4096;  // bytes ahead of the row in work
+constexpr size_t kPrefetch = 4096;  // bytes ahead of the work, at least
 
-FALLOW_INLINE void prefetch_row(const uint8_t* p, size_t n) {
+// Asks for the n bytes at p, a part of a later row, and moves on to the next part. Whole rows at
+// once would be more than the processor keeps in flight; rows of 5 KB then ran at 56 % of memory
+// speed.
+FALLOW_INLINE void prefetch(const uint8_t*& p, size_t n) {
+  if (!p) return;
   for (size_t i = 0; i < n; i += 64)
     _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+  p += n;
 }
 
 // One value for both halves of a chunk, or one for each where groups are 16.
@@ -188,10 +193,12 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
   const size_t ahead = kPrefetch / row_bytes + 1;
   for (size_t i = 0; i < n; ++i) {
     const uint8_t* b = w + row_of(rows, begin, i) * row_bytes;
-    if (i + ahead < n) prefetch_row(w + row_of(rows, begin, i + ahead) * row_bytes, row_bytes);
+    const uint8_t* later =
+        i + ahead < n ? w + row_of(rows, begin, i + ahead) * row_bytes : nullptr;
     __m256 acc = _mm256_setzero_ps();
     float minima = 0;
     for (size_t at = 0; at < k; at += F::block, b += F::bytes) {
+      prefetch(later, F::bytes);
       float s[groups], m[groups];
       F::groups(b, s, m);
       for (int g = 0; g < groups; ++g) {
@@ -281,16 +288,16 @@ void axpy_slab(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
   float minima[kSlab / F::group] = {};
   const size_t ahead = kPrefetch / row_bytes + 4;
   for (size_t i = 0; i < n; i += 4) {
-    const uint8_t* b[4];
+    const uint8_t *b[4], *later[4];
     float c[4];
     for (size_t r = 0; r < 4; ++r) {  // rows past the end are the last one with coefficient 0
       const bool there = i + r < n;
       b[r] = w + row_of(rows, begin, there ? i + r : n - 1) * row_bytes;
       c[r] = there ? coefficient[i + r] : 0.0f;
-      if (i + r + ahead < n)
-        prefetch_row(w + row_of(rows, begin, i + r + ahead) * row_bytes, k / F::block * F::bytes);
+      later[r] = i + r + ahead < n ? w + row_of(rows, begin, i + r + ahead) * row_bytes : nullptr;
     }
     for (size_t at = 0; at < k; at += F::block) {
+      for (auto& p : later) prefetch(p, F::bytes);
       axpy_block<F>(b, c, sums + at, minima + at / F::group);
       for (auto& p : b) p += F::bytes;
     }

@@ -253,10 +253,16 @@ struct V6_K : Q6_K {
   }
 };
 
-constexpr size_t kPrefetch = 4096;  // bytes ahead of the row in work
+constexpr size_t kPrefetch = 4096;  // bytes ahead of the work, at least
 
-FALLOW_INLINE void prefetch_row(const uint8_t* p, size_t n) {
-  for (size_t i = 0; i < n; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+// Asks for the n bytes at p, a part of a later row, and moves on to the next part. Whole rows at
+// once would be more than the processor keeps in flight; rows of 5 KB then ran at 56 % of memory
+// speed.
+FALLOW_INLINE void prefetch(const uint8_t*& p, size_t n) {
+  if (!p) return;
+  for (size_t i = 0; i < n; i += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+  p += n;
 }
 
 FALLOW_INLINE size_t row_of(const int32_t* rows, size_t begin, size_t i) {
@@ -302,13 +308,18 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
   const size_t ahead = kPrefetch / row_bytes + 1;
   for (size_t i = 0; i < n; ++i) {
     const uint8_t* b = w + row_of(rows, begin, i) * row_bytes;
-    if (i + ahead < n) prefetch_row(w + row_of(rows, begin, i + ahead) * row_bytes, row_bytes);
+    const uint8_t* later =
+        i + ahead < n ? w + row_of(rows, begin, i + ahead) * row_bytes : nullptr;
     __m512 acc = _mm512_setzero_ps();
     typename G::V accm = G::zero();
     size_t at = 0;
-    for (; at + kSpan <= k; at += kSpan, b += span_bytes) dot_span<F, 4>(b, at, x, acc, accm);
+    for (; at + kSpan <= k; at += kSpan, b += span_bytes) {
+      prefetch(later, span_bytes);
+      dot_span<F, 4>(b, at, x, acc, accm);
+    }
     float tail = 0;
     if constexpr (F::block == 32) {
+      prefetch(later, (k - at) / F::block * F::bytes);
       for (; at + 64 <= k; at += 64, b += 2 * F::bytes) dot_span<F, 1>(b, at, x, acc, accm);
       if (at < k) {
         const Activation rest{nullptr,        x.high + at,     x.low + at,
@@ -400,25 +411,27 @@ void axpy_slab(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
   alignas(64) float minima[kSlab / F::group] = {};
   const size_t ahead = kPrefetch / row_bytes + 4;
   for (size_t i = 0; i < n; i += 4) {
-    const uint8_t* b[4];
+    const uint8_t *b[4], *later[4];
     float c[4];
     for (size_t r = 0; r < 4; ++r) {  // rows past the end are the last one with coefficient 0
       const bool there = i + r < n;
       b[r] = w + row_of(rows, begin, there ? i + r : n - 1) * row_bytes;
       c[r] = there ? coefficient[i + r] : 0.0f;
-      if (i + r + ahead < n)
-        prefetch_row(w + row_of(rows, begin, i + r + ahead) * row_bytes, k / F::block * F::bytes);
+      later[r] = i + r + ahead < n ? w + row_of(rows, begin, i + r + ahead) * row_bytes : nullptr;
     }
     size_t at = 0;
     for (; at + kSpan <= k; at += kSpan) {
+      for (auto& p : later) prefetch(p, span_bytes);
       axpy_span<F, 4>(b, c, sums + at, minima + at / F::group);
       for (auto& p : b) p += span_bytes;
     }
-    if constexpr (F::block == 32)
+    if constexpr (F::block == 32) {
+      for (auto& p : later) prefetch(p, (k - at) / F::block * F::bytes);
       for (; at + 64 <= k; at += 64) {
         axpy_span<F, 1>(b, c, sums + at, minima + at / F::group);
         for (auto& p : b) p += 2 * F::bytes;
       }
+    }
   }
   for (size_t j = 0; j < k; ++j) {
     const size_t in = j % 64;
