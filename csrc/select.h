@@ -2,9 +2,28 @@
 // at the threshold are all inactive; this is the one place where ties are decided.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace fallow {
+
+// Finds the tail threshold of one token; keeps its scratch memory from one to the next.
+class RowSelector {
+ public:
+  explicit RowSelector(size_t width = 0);
+
+  // Largest score whose tail stays within tau^2 of the row's sum of squares; 0 if there is none.
+  float tail(const float* row, size_t width, double tau);
+
+ private:
+  bool count(const float* row, size_t width);
+  float gather(const float* row, size_t width, size_t bin);
+
+  std::vector<uint32_t> counts_;
+  std::vector<double> squares_;
+  std::vector<float> inside_;
+};
 
 // scores (rows, width), all >= 0, row-major -> thresholds (rows,).
 

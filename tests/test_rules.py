@@ -43,16 +43,19 @@ def expected_active(
         return magnitude > plan.arrays[f"threshold.{tap}"][index]
     if plan.rule == "relu":
         return value != 0
-    norm = column_norm(layer.projections[tap if tap in layer.projections else "down_proj"])
+    if plan.rule in ("gate_topk", "gate_tail"):
+        norm = plan.arrays["weight.gate_act"][index]
+    else:
+        norm = column_norm(layer.projections[tap if tap in layer.projections else "down_proj"])
     score = magnitude * norm
     if plan.rule == "cett":
         return score > plan.arrays["threshold.inter"][index]
     ordered = np.sort(score, axis=1)
-    if plan.rule in ("topk", "wina"):
+    if plan.rule in ("topk", "gate_topk", "wina"):
         dropped = value.shape[1] - round(plan.knob * value.shape[1])
         threshold = ordered[:, dropped - 1 : dropped] if dropped else np.zeros((len(value), 1))
         return score > threshold
-    assert plan.rule == "tail"
+    assert plan.rule in ("tail", "gate_tail")
     square = ordered.astype(np.float64) ** 2
     fits = square.cumsum(axis=1) <= plan.knob**2 * square.sum(axis=1, keepdims=True)
     threshold = np.where(fits, ordered, 0).max(axis=1, keepdims=True)
@@ -362,8 +365,8 @@ def test_unknown_rule() -> None:
     with pytest.raises(UsageError) as error:
         find_rule("magic")
     assert str(error.value) == (
-        "unknown rule 'magic'; known rules: cats, cett, fat, percentile, relu, tail, teal, topk, "
-        "wina"
+        "unknown rule 'magic'; known rules: cats, cett, fat, gate_tail, gate_topk, percentile, "
+        "relu, tail, teal, topk, wina"
     )
 
 
@@ -408,3 +411,22 @@ def test_nan_names_tensor_and_layer(folders: dict[str, Path], texts: tuple[Path,
         _ = Calibration(model, windows.calibration.windows).inter
     with pytest.raises(FallowError, match="NaN or infinite values in up of layer 1"):
         fallow.evaluate(model, text=texts[1], context=32, windows=1)
+
+
+def test_gate_weights(calibrators: dict[str, Calibrator]) -> None:
+    """E|up| ||down_proj[:, i]||, from the calibration windows themselves."""
+    for name in ("llama", "phi3", "opt"):
+        calibrator = calibrators[name]
+        model, windows = calibrator.model, calibrator.calibration.windows
+        total: dict[int, list[np.ndarray]] = {0: [], 1: []}
+
+        def keep(layer: int, value: torch.Tensor, total: Any = total) -> None:
+            total[layer].append(value.abs().double().numpy())
+
+        gated = model.layers[0].gated
+        with attach(model.layers, {"up": keep} if gated else {}):
+            model.hidden(windows)
+        weights = calibrator.plan("gate_topk", sparsity=0.5).arrays["weight.gate_act"]
+        for i, layer in enumerate(model.layers):
+            mean = np.concatenate(total[i]).mean(axis=0) if gated else 1.0
+            np.testing.assert_allclose(weights[i], mean * column_norm(layer.down_proj), rtol=1e-4)

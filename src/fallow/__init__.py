@@ -5,15 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fallow.calibration import calibrate
+    from fallow.engine import Engine
     from fallow.errors import FallowError, UsageError
     from fallow.evaluation import Evaluation, evaluate
     from fallow.model import Model, load
+    from fallow.packing import pack
     from fallow.plan import Plan
     from fallow.profiling import profile
     from fallow.sweep import tradeoff
 
 # Found when first used: importing fallow needs no torch.
 _PUBLIC = {
+    "Engine": "fallow.engine",
     "Evaluation": "fallow.evaluation",
     "FallowError": "fallow.errors",
     "Model": "fallow.model",
@@ -22,11 +25,13 @@ _PUBLIC = {
     "calibrate": "fallow.calibration",
     "evaluate": "fallow.evaluation",
     "load": "fallow.model",
+    "pack": "fallow.packing",
     "profile": "fallow.profiling",
     "tradeoff": "fallow.sweep",
 }
 
 __all__ = [
+    "Engine",
     "Evaluation",
     "FallowError",
     "Model",
@@ -35,6 +40,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "load",
+    "pack",
     "profile",
     "tradeoff",
 ]

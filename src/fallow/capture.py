@@ -103,6 +103,14 @@ class Calibration:
     @cached_property
     def inter(self) -> list[torch.Tensor]:
         """`inter` of an even sample of tokens, per layer (T', d_ff), as the model computes it."""
+        return self._sample("inter")
+
+    @cached_property
+    def gate_act(self) -> list[torch.Tensor]:
+        """`gate_act` of the same tokens."""
+        return self._sample("gate_act")
+
+    def _sample(self, tap: str) -> list[torch.Tensor]:
         count = min(SAMPLE_TOKENS, self.n_tokens)
         # From the middle of each stride: a window's first token is an attention sink with
         # activations of its own kind, and must not be over-represented.
@@ -112,13 +120,30 @@ class Calibration:
 
         def keep(layer: int, value: torch.Tensor) -> None:
             if not torch.isfinite(value).all():
-                raise non_finite_error("inter", layer, int((~torch.isfinite(value)).sum()))
+                raise non_finite_error(tap, layer, int((~torch.isfinite(value)).sum()))
             here = wanted[(wanted >= seen[layer]) & (wanted < seen[layer] + len(value))]
             parts[layer].append(value[here - seen[layer]].clone())
             seen[layer] += len(value)
 
-        self._run("activations", {"inter": keep})
+        self._run("activations", {tap: keep})
         return [torch.cat(p) for p in parts]
+
+    @cached_property
+    def mean_up(self) -> np.ndarray:
+        """E|up_i| of every neuron, (L, d_ff) float32; ones for an FFN without a gate."""
+        total = np.ones((len(self.layers), self.layers[0].down_proj.in_features))
+        if not self.layers[0].gated:
+            return total.astype(np.float32)
+        total[:] = 0
+
+        def add(layer: int, value: torch.Tensor) -> None:
+            total[layer] += value.abs().float().sum(dim=0).numpy()
+
+        self._run("mean up", {"up": add})
+        if not np.isfinite(total).all():
+            layer = int(np.argmax(~np.isfinite(total).all(axis=1)))
+            raise non_finite_error("up", layer, int((~np.isfinite(total[layer])).sum()))
+        return (total / self.n_tokens).astype(np.float32)
 
     @cached_property
     def block_inputs(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -35,6 +35,8 @@ ModelArg = Annotated[
         "or a hub id such as org/name."
     ),
 ]
+PackedArg = Annotated[Path, typer.Argument(help="A file that fallow pack wrote.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Default: all processors.")]
 TextOption = Annotated[
     Path | None,
     typer.Option("--text", help="UTF-8 text; default: half of the Python language reference."),
@@ -256,6 +258,95 @@ def calibrate(
 
 
 @app.command()
+def pack(
+    model: ModelArg,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The packed model to write.")],
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan to store in the file and use by default.")
+    ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            help="Type of all matrices of a Hugging Face folder: q8_0, q4_0, q4_k, bf16 …"
+        ),
+    ] = None,
+    down: Annotated[
+        str | None, typer.Option(help="Type of down_proj; default: the smallest that passes.")
+    ] = None,
+    text: TextOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model in the engine's form, checked against its source before it gets its name."""
+    check_writable(output)
+    loaded_plan = _load_plan(plan)
+    from fallow.packing import pack as run
+
+    check = run(model, output, plan=loaded_plan, quant=quant, down=down, text=text)
+    size = output.stat().st_size / 1e6
+    if as_json:
+        _print_json({"path": str(output), "mb": size, "self_check": vars(check)})
+        return
+    print(f"self-check against {model}: {check}")
+    print(f"written: {output}, {size:.0f} MB")
+
+
+@app.command()
+def bench(
+    file: PackedArg,
+    plan: Annotated[Path | None, typer.Option(help="A plan; default: the packed one.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Also time another engine: llama.cpp or openvino.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="The GGUF that the other engine reads.")
+    ] = None,
+    threads: ThreadsOption = None,
+    prompt_tokens: Annotated[int, typer.Option("-p", help="Tokens of prefill.")] = 512,
+    new_tokens: Annotated[int, typer.Option("-n", help="Tokens of decode.")] = 128,
+    runs: Annotated[int, typer.Option(help="Runs; medians are reported.")] = 5,
+    text: TextOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time prefill and decode, alternating with another engine if asked to."""
+    loaded_plan = _load_plan(plan)
+    from fallow.bench import bench as run
+
+    result = run(
+        file,
+        loaded_plan,
+        threads=threads,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        runs=runs,
+        against=against,
+        source=source,
+        text=text,
+    )
+    if as_json:
+        _print_json(result)
+        return
+    _print_bench(result)
+
+
+def _print_bench(r: dict[str, Any]) -> None:
+    print(f"{r['threads']} threads, {r['kernels']} kernels, medians of {r['runs']} runs")
+    print(f"  prefill  {r['prefill_tps']:.1f} tok/s (first token after {r['ttft_ms']:.0f} ms)")
+    print(
+        f"  decode   {r['decode_tps']:.2f} tok/s, {r['bytes_per_token'] / 1e6:.0f} MB/token, "
+        f"{r['gbps']:.1f} GB/s, {r['mbu']:.0%} of what {r['threads']} threads read"
+    )
+    print(f"  neurons idle {r['sparsity']:.1%}, outside products {r['overhead']:.1%} of decode")
+    print(f"  peak RSS {r['peak_rss_mb']:.0f} MB, file {r['file_mb']:.0f} MB")
+    if "baseline" in r:
+        for phase in ("prefill", "decode"):
+            low, high = r[f"{phase}_ratio_range"]
+            print(
+                f"  {phase} / {r['baseline']}: {r[f'{phase}_ratio']:.2f} "
+                f"({low:.2f} to {high:.2f}), which did {r[f'baseline_{phase}_tps']:.1f} tok/s"
+            )
+
+
+@app.command()
 def evaluate(
     model: ModelArg,
     plan: Annotated[Path | None, typer.Option(help="A plan; without one: the dense model.")] = None,
@@ -268,12 +359,30 @@ def evaluate(
     task_items: Annotated[
         int | None, typer.Option(min=1, help="The first N items of each task.")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="For a packed model: what changes are relative to; default: itself."),
+    ] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="For a packed model: read token by token.")
+    ] = False,
+    threads: ThreadsOption = None,
     allow_leakage: LeakageOption = False,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity, KL to dense and achieved sparsity of a plan, on text it has not seen."""
     loaded_plan = _load_plan(plan)
+    if _is_packed(model):
+        if task:
+            raise UsageError("--task needs the model itself, not a packed file")
+        _evaluate_packed(
+            model, loaded_plan, text, context, windows, against, decode, threads, allow_leakage,
+            dtype, as_json,
+        )  # fmt: skip
+        return
+    if against is not None or decode:
+        raise UsageError("--against and --decode are for packed models; make one with fallow pack")
     loaded = _load(model, dtype)
     from fallow.evaluation import evaluate as run
     from fallow.tasks import evaluate_task, load_task
@@ -288,6 +397,52 @@ def evaluate(
         _print_json(result)
         return
     _print_evaluation(result)
+
+
+def _is_packed(model: str) -> bool:
+    from fallow.engine import is_packed
+
+    return is_packed(model)
+
+
+def _evaluate_packed(
+    model: str,
+    plan: Any,
+    text: Path | None,
+    context: int,
+    windows: int | None,
+    against: str | None,
+    decode: bool,
+    threads: int | None,
+    allow_leakage: bool,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    from fallow.engine import Engine
+    from fallow.evaluation import evaluate_engine
+
+    engine = Engine(model, plan, threads, context=context)
+    other: Any = None
+    if against is not None:
+        packed = _is_packed(against)
+        other = (
+            Engine(against, threads=threads, context=context) if packed else _load(against, dtype)
+        )
+    result = evaluate_engine(
+        engine,
+        engine.plan,
+        text,
+        context=context,
+        windows=windows,
+        against=other,
+        decode=decode,
+        allow_leakage=allow_leakage,
+    ).to_json()
+    result["tasks"] = []
+    if as_json:
+        _print_json(result)
+    else:
+        _print_evaluation(result)
 
 
 def _plus_minus(value: float, error: float | None, digits: int) -> str:
@@ -435,18 +590,47 @@ def _print_tradeoff(table: list[dict[str, Any]], output: Path) -> None:
 
 @app.command()
 def generate(
-    model: ModelArg,
+    model: Annotated[
+        str, typer.Argument(help="A packed model, or any other: then nothing is skipped.")
+    ],
     prompt: Annotated[str, typer.Argument(help="Text to continue, or to answer with --chat.")],
     plan: Annotated[Path | None, typer.Option(help="A plan; without one: the dense model.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0: the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    top_p: Annotated[
+        float, typer.Option(help="Packed models: the likeliest tokens of this probability.")
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Packed models: that many likeliest tokens; 0: all.")
+    ] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Packed models: tokens this likely, relative to the likeliest.")
+    ] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Packed models: end before this text; repeatable.")
+    ] = None,
+    threads: ThreadsOption = None,
+    context: Annotated[
+        int | None, typer.Option(help="Packed models: tokens of cache; default: at most 4096.")
+    ] = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a prompt with the plan's neurons set to zero (a reference: nothing is skipped)."""
+    """Continue a prompt, with the plan's neurons skipped (packed model) or set to zero."""
     loaded_plan = _load_plan(plan)
+    if _is_packed(model):
+        from fallow.engine import Engine
+
+        engine = Engine(model, loaded_plan, threads, context=context)
+        pieces = engine.generate(
+            prompt, max_new_tokens, temperature, top_p, top_k, min_p, seed, stop or (), chat
+        )
+        _print_stream(engine, prompt, pieces, as_json)
+        return
+    if (top_p, top_k, min_p, stop, context) != (1.0, 0, 0.0, None, None):
+        raise UsageError("this option needs a packed model; make one with fallow pack")
     loaded = _load(model, dtype)
     answer = loaded.generate(
         prompt,
@@ -460,6 +644,31 @@ def generate(
         _print_json({"prompt": prompt, "text": answer})
     else:
         print(answer)
+
+
+def _print_stream(engine: Any, prompt: str, pieces: Any, as_json: bool) -> None:
+    from fallow.progress import console
+
+    text = ""
+    for piece in pieces:
+        text += piece
+        if not as_json:
+            print(piece, end="", flush=True)
+    stats = engine.stats
+    if as_json:
+        _print_json({"prompt": prompt, "text": text, "stats": stats.to_json()})
+        return
+    print()
+    console.print(
+        f"{stats.new_tokens} tokens, {stats.decode_tps:.1f} tok/s, "
+        f"{stats.bytes_per_token / 1e6:.0f} MB/token, first after {stats.ttft_ms:.0f} ms, "
+        f"{_mean(stats.sparsity_per_layer):.0%} of neurons idle",
+        highlight=False,
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 @plan_app.command("show")

@@ -1,6 +1,6 @@
 """What a plan costs: perplexity, KL to dense, and the sparsity really reached, in the loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fallow.capture import non_finite_error
+from fallow.engine import Engine
 from fallow.errors import FallowError
 from fallow.metrics import perplexity, ppl_change_percent, standard_error
 from fallow.model import Model
@@ -76,7 +77,12 @@ def run_window(
     """
     dense, dense_meter = _run_metered(model, window, None)
     runs = [(dense, dense_meter) if p is None else _run_metered(model, window, p) for p in plans]
-    dense_result, results = _compare(model, window, dense, [hidden for hidden, _ in runs])
+    dense_result, results = compare_logits(
+        window,
+        logits_of(model, dense),
+        [logits_of(model, hidden) for hidden, _ in runs],
+        model.vocabulary_size,
+    )
     for result, plan, (_, meter) in zip(results, plans, runs, strict=True):
         _add_sparsity(model, result, plan, meter)
     return dense_result, results
@@ -120,21 +126,30 @@ def _locate_non_finite(model: Model, window: np.ndarray) -> FallowError:
     return FallowError("NaN or infinite values in the final hidden state; try --dtype float32")
 
 
-def _compare(
-    model: Model, window: np.ndarray, dense: torch.Tensor, sparse: list[torch.Tensor]
+Logits = Callable[[slice], torch.Tensor]
+"""Logits (n, vocabulary) of some of a window's tokens."""
+
+
+def logits_of(model: Model, hidden: torch.Tensor) -> Logits:
+    return lambda part: model.logits(hidden[part])
+
+
+def compare_logits(
+    window: np.ndarray, dense: Logits, sparse: list[Logits], vocabulary: int
 ) -> tuple[WindowResult, list[WindowResult]]:
+    """Loss of dense and sparse logits on a window (T,), KL and agreement of each sparse one."""
     targets = torch.from_numpy(window[1:])
     n = len(targets)
     loss = np.zeros((1 + len(sparse), n))
     kl = np.zeros((1 + len(sparse), n))
     same = np.ones((1 + len(sparse), n))
-    for start in range(0, n, step := _tokens_at_once(model)):
+    for start in range(0, n, step := _tokens_at_once(vocabulary)):
         part = slice(start, min(start + step, n))
-        log_p = model.logits(dense[part]).log_softmax(-1)
+        log_p = dense(part).log_softmax(-1)
         p, best = log_p.exp(), log_p.argmax(-1)
         loss[0, part] = _loss(log_p, targets[part])
-        for i, hidden in enumerate(sparse, start=1):
-            log_q = model.logits(hidden[part]).log_softmax(-1)
+        for i, logits in enumerate(sparse, start=1):
+            log_q = logits(part).log_softmax(-1)
             loss[i, part] = _loss(log_q, targets[part])
             same[i, part] = (log_q.argmax(-1) == best).numpy()
             kl[i, part] = torch.linalg.vecdot(p, log_p - log_q).numpy()
@@ -145,8 +160,8 @@ def _compare(
     return results[0], results[1:]
 
 
-def _tokens_at_once(model: Model) -> int:
-    return max(1, LOGITS_AT_ONCE // model.vocabulary_size)
+def _tokens_at_once(vocabulary: int) -> int:
+    return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
 def _loss(log_q: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
@@ -176,7 +191,7 @@ def window_losses(model: Model, windows: np.ndarray, plan: Plan | None) -> np.nd
         for window in windows:
             hidden = final_hidden(model, window)
             targets = torch.from_numpy(window[1:])
-            step = _tokens_at_once(model)
+            step = _tokens_at_once(model.vocabulary_size)
             parts = [
                 _loss(model.logits(h).log_softmax(-1), t)
                 for h, t in zip(hidden[:-1].split(step), targets.split(step), strict=True)
@@ -250,8 +265,67 @@ def evaluate(
     return _summarise(model, plan, source, cut, dense, sparse)
 
 
+def evaluate_engine(
+    engine: Engine,
+    plan: Plan | None = None,
+    text: str | Path | Text | None = None,
+    *,
+    context: int = 1024,
+    windows: int | None = None,
+    against: Engine | Model | None = None,
+    decode: bool = False,
+    allow_leakage: bool = False,
+) -> Evaluation:
+    """As `evaluate`, on a packed model and the engine that runs it.
+
+    Args:
+        against: what changes and KL are relative to, run dense; default: the engine itself.
+        decode: read token by token, as generation does, instead of in blocks: slower, and the
+            very arithmetic that decoding is timed with.
+
+    Raises:
+        FallowError, UsageError: as `evaluate`; also if `against` has another vocabulary.
+    """
+    source = load_text(text, "evaluation")
+    if plan is not None:
+        check_no_leakage(plan.calibration_sha256, source, allow_leakage)
+    cut = engine.windows(source, context, windows)
+    dense, sparse = [], []
+    with progress("evaluate", len(cut)) as ticker:
+        for window in cut:
+            baseline = _baseline_logits(against or engine, window, decode)
+            engine.use_plan(plan)
+            engine.reset_stats()
+            logits = _engine_logits(engine, window, decode)
+            if not np.isfinite(logits).all():
+                raise FallowError(f"{engine.path}: NaN or infinite logits; pack the model again")
+            d, results = compare_logits(
+                window, baseline, [torch.from_numpy(logits).__getitem__], logits.shape[1]
+            )
+            results[0].sparsity = {"inter": engine.idle_neurons()[:, None]}
+            results[0].achieved_sparsity = float(results[0].sparsity["inter"].mean())
+            dense.append(d)
+            sparse.append(results[0])
+            ticker.advance()
+    return _summarise(engine, plan, source, cut, dense, sparse)
+
+
+def _engine_logits(engine: Engine, window: np.ndarray, decode: bool) -> np.ndarray:
+    if not decode:
+        return engine.logits(window)
+    engine.reset()
+    return np.concatenate([engine.forward(window[i : i + 1]) for i in range(len(window))])
+
+
+def _baseline_logits(against: Engine | Model, window: np.ndarray, decode: bool) -> Logits:
+    if isinstance(against, Model):
+        return logits_of(against, final_hidden(against, window))
+    against.use_plan(None)
+    return torch.from_numpy(_engine_logits(against, window, decode)).__getitem__
+
+
 def _summarise(
-    model: Model,
+    model: Model | Engine,
     plan: Plan | None,
     text: Text,
     windows: np.ndarray,

@@ -177,13 +177,7 @@ class Model:
         Raises:
             FallowError: the prompt is empty or longer than the model's context.
         """
-        ids = self.tokenizer.chat(prompt) if chat else self.tokenizer.encode(prompt)
-        if (
-            self.tokenizer.add_bos
-            and self.tokenizer.bos_id is not None
-            and (len(ids) == 0 or ids[0] != self.tokenizer.bos_id)
-        ):
-            ids = np.concatenate([[self.tokenizer.bos_id], ids])
+        ids = self.tokenizer.prompt(prompt, chat)
         limit = self.module.config.max_position_embeddings
         if len(ids) == 0:
             raise FallowError("the prompt is empty; give some text")

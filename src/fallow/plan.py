@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -60,10 +61,22 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Writes the file whole or not at all. Raises FallowError if it cannot be written."""
-        text = json.dumps(self.metadata, allow_nan=False)
-        content = save(self.arrays, metadata={_METADATA_KEY: text})
+        content = self.to_bytes()
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        text = json.dumps(self.metadata, allow_nan=False)
+        return save(self.arrays, metadata={_METADATA_KEY: text})
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> "Plan":
+        """The plan of a file's content; `where` names it in errors. Raises as `load` does."""
+        with tempfile.NamedTemporaryFile(suffix=".plan") as file:
+            file.write(content)
+            file.flush()
+            return cls.load(file.name)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":

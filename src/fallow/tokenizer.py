@@ -65,6 +65,16 @@ class TextTokenizer:
             raise FallowError(f"the model's chat template does not work: {error}") from error
         return self.encode(text, special=True)
 
+    def prompt(self, text: str, chat: bool = False) -> np.ndarray:
+        """Ids of a text to continue, or with `chat` to answer; BOS where the model wants it."""
+        return self.with_bos(self.chat(text) if chat else self.encode(text))
+
+    def with_bos(self, ids: np.ndarray) -> np.ndarray:
+        """The ids with BOS in front, if the model wants one and it is not there."""
+        if not self.add_bos or self.bos_id is None or (len(ids) and ids[0] == self.bos_id):
+            return ids
+        return np.concatenate([[self.bos_id], ids])
+
     def _token(self, token_id: int | None) -> str:
         return "" if token_id is None else self.backend.id_to_token(token_id) or ""
 

@@ -29,6 +29,7 @@ LLAMA_GLOBAL = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
+LLAMA_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 LLAMA_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 
 Tensors = dict[str, np.ndarray]
@@ -56,6 +57,18 @@ class Architecture:
     down_proj: str = "mlp.down_proj"
     attention: tuple[str, ...] = LLAMA_ATTENTION  # the last one is the output projection
     layers: str = "model.layers"
+
+    # What the engine needs besides: its names of the norms against paths in a layer, and the rest.
+    norms: dict[str, str] = field(default_factory=lambda: LLAMA_NORMS)
+    norm_offset: float = 0.0  # added to the norms' weights
+    final_norm: str = "model.norm"
+    embed_tokens: str = "model.embed_tokens"
+    embed_positions: str | None = None
+    first_position: int = 0  # rows of embed_positions before that of position 0
+    rotary: str | None = "model.rotary_emb"
+    layer_norm: bool = False  # LayerNorm; otherwise RMSNorm
+    parallel: bool = False  # attention and FFN read the same norm
+    check: Callable[[Any], str | None] = lambda config: None  # what of a config cannot be packed
 
     # GGUF: None if llama.cpp has no such architecture.
     gguf_name: str | None = None

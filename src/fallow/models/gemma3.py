@@ -31,6 +31,15 @@ def _from_gguf(name: str, values: np.ndarray, config: Any) -> Tensors:
 ARCHITECTURE = Architecture(
     model_type="gemma3_text",
     hf_class="Gemma3ForCausalLM",
+    norms={
+        "attn_norm": "input_layernorm",
+        "attn_post_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "ffn_post_norm": "post_feedforward_layernorm",
+        "q_norm": "self_attn.q_norm",
+        "k_norm": "self_attn.k_norm",
+    },
+    norm_offset=1.0,  # as in _from_gguf
     gguf_name="gemma3",
     gguf_block=LLAMA_BLOCK
     | {

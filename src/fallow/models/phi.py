@@ -40,9 +40,18 @@ def _from_gguf(name: str, values: np.ndarray, config: Any) -> Tensors:
     return {name.replace("qkv", x): part for x, part in zip("qkv", parts, strict=True)}
 
 
+def _check(config: Any) -> str | None:
+    return "normed queries and keys (qk_layernorm)" if config.qk_layernorm else None
+
+
 ARCHITECTURE = Architecture(
     model_type="phi",
     hf_class="PhiForCausalLM",
+    norms={"attn_norm": "input_layernorm"},
+    final_norm="model.final_layernorm",
+    layer_norm=True,
+    parallel=True,
+    check=_check,
     act="mlp.activation_fn",
     gate_proj=None,
     up_proj="mlp.fc1",

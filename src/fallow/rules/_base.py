@@ -77,8 +77,8 @@ class Rule:
         """The arrays that a plan must have, by default a threshold per cut tap and layer."""
         return {f"threshold.{tap}": (len(layers),) for tap in cls.cuts(layers[0])}
 
-    def weight(self, layer: Layer, tap: str) -> torch.Tensor | None:
-        """Factor of the score per column, (width,) float32; None for the plain magnitude."""
+    def weight(self, index: int, layer: Layer, tap: str) -> torch.Tensor | None:
+        """Factor of layer `index`'s score per column, (width,) float32; None: plain magnitude."""
         return None
 
     def threshold(self, layer: int, tap: str, score: torch.Tensor) -> float | torch.Tensor:
@@ -89,7 +89,7 @@ class Rule:
         """The taps that apply the rule to a model with these layers."""
 
         def make(tap: str) -> Tap:
-            weights = [self.weight(layer, tap) for layer in layers]
+            weights = [self.weight(i, layer, tap) for i, layer in enumerate(layers)]
 
             def cut(layer: int, value: torch.Tensor) -> torch.Tensor:
                 score = value.abs().float()

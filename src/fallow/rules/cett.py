@@ -52,7 +52,7 @@ class Cett(Rule):
                 ticker.advance()
         return {"threshold.inter": np.array(thresholds, dtype=np.float32)}
 
-    def weight(self, layer: Layer, tap: str) -> torch.Tensor:
+    def weight(self, index: int, layer: Layer, tap: str) -> torch.Tensor:
         return layer.down_norm
 
 

@@ -32,7 +32,7 @@ class TopK(Rule):
     def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
         return {"kept": (1,)}
 
-    def weight(self, layer: Layer, tap: str) -> torch.Tensor:
+    def weight(self, index: int, layer: Layer, tap: str) -> torch.Tensor:
         return layer.down_norm
 
     def threshold(self, layer: int, tap: str, score: torch.Tensor) -> torch.Tensor:

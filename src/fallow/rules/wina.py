@@ -19,7 +19,7 @@ class Wina(TopK):
     def cuts(cls, layer: Layer) -> tuple[str, ...]:
         return tuple(layer.projections)
 
-    def weight(self, layer: Layer, tap: str) -> torch.Tensor:
+    def weight(self, index: int, layer: Layer, tap: str) -> torch.Tensor:
         return layer.input_norms[tap]
 
 

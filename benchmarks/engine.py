@@ -1,0 +1,216 @@
+"""Speed of the engine against llama.cpp and OpenVINO, of skipping, and of the kernels.
+
+Everything is compared inside one run, alternating; ratios and medians are reported. Each timed
+configuration comes with its PPL and KL on WikiText-2 raw test text; plans are fitted on the
+validation text. Needs llama-cpp-python==0.3.36, and openvino-genai for its column:
+
+    python benchmarks/engine.py smollm2 gemma3 qwen2.5-1.5b
+    python benchmarks/engine.py --report      # writes docs/results/engine.md
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tradeoff import DATA, ROOT, record_machine
+
+RESULTS = ROOT / "benchmarks" / "results" / "engine"
+TEST, VALIDATION = DATA / "wikitext2" / "wiki.test.raw", DATA / "wikitext2" / "wiki.valid.detok.txt"
+RULES = {"gate_topk": 0.5, "topk": 0.5}
+THREADS, PROMPT, NEW, RUNS, WINDOWS = 2, 512, 128, 5, 4
+KERNELS = [("Q4_K", 1536), ("Q6_K", 1536), ("Q4_K", 8960), ("Q6_K", 8960)]
+MATRIX_BYTES = 400e6
+
+
+def run(name: str) -> None:
+    import fallow
+    from fallow.bench import bench
+    from fallow.catalog import ALIASES, resolve
+    from fallow.evaluation import evaluate_engine
+
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    record_machine(folder / "machine.json")
+    packed, source = folder / "packed.gguf", resolve(ALIASES[name])
+    check = fallow.pack(name, packed)
+    plans = {rule: make_plan(name, rule, s, folder) for rule, s in RULES.items()}
+    result: dict[str, Any] = {"self_check": vars(check), "file_mb": packed.stat().st_size / 1e6}
+    result["source_mb"] = source.stat().st_size / 1e6
+    options: dict[str, Any] = {"threads": THREADS, "prompt_tokens": PROMPT, "new_tokens": NEW}
+    result["dense"] = bench(
+        packed, runs=RUNS, text=TEST, against="llama.cpp", source=source, **options
+    )
+    try:
+        result["openvino"] = bench(
+            packed, runs=3, text=TEST, against="openvino", source=source, **options
+        )
+    except fallow.FallowError as error:
+        result["openvino"] = str(error)
+    result["sparse"] = skipping(packed, plans)
+    engine = fallow.Engine(packed, threads=THREADS, context=1024)
+    quality = {
+        rule: evaluate_engine(engine, plan, TEST, context=1024, windows=WINDOWS).to_json()
+        for rule, plan in ({"dense": None} | plans).items()
+    }
+    keys = ("ppl", "ppl_se", "ppl_change_percent", "ppl_change_se", "kl_to_dense")
+    result["quality"] = {rule: {k: q[k] for k in keys} for rule, q in quality.items()}
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    packed.unlink()
+
+
+def make_plan(name: str, rule: str, sparsity: float, folder: Path) -> Any:
+    import fallow
+
+    path = folder / f"{rule}.plan"
+    if not path.exists():
+        plan = fallow.calibrate(fallow.load(name), rule, sparsity=sparsity, text=VALIDATION)
+        plan.save(path)
+    return fallow.Plan.load(path)
+
+
+def skipping(packed: Path, plans: dict[str, Any]) -> dict[str, Any]:
+    """Decode with each plan and without, in turn."""
+    from fallow import Engine
+    from fallow.bench import run_once
+    from fallow.text import load_text
+
+    engine = Engine(packed, threads=THREADS, context=PROMPT + NEW)
+    ids = engine.tokenizer.with_bos(engine.tokenizer.encode(load_text(TEST, "evaluation").content))
+    ids = ids[: PROMPT + NEW]
+    runs: dict[str, list[dict[str, float]]] = {"dense": [], **{rule: [] for rule in plans}}
+    for _ in range(RUNS):
+        for rule, found in runs.items():
+            engine.use_plan(plans.get(rule))
+            found.append(run_once(engine, ids, PROMPT))
+    result = {}
+    for rule, found in runs.items():
+        ratios = [
+            a["decode_tps"] / b["decode_tps"] for a, b in zip(found, runs["dense"], strict=True)
+        ]
+        medians = {k: statistics.median(r[k] for r in found) for k in found[0]}
+        result[rule] = medians | {"ratio": statistics.median(ratios), "ratios": ratios}
+    return result
+
+
+def kernels() -> list[dict[str, Any]]:
+    """Products over matrices far larger than the caches, whole and at 50 % random rows."""
+    from fallow import _core
+
+    rng, rows = np.random.default_rng(0), []
+    for kind, width in KERNELS:
+        block, n_bytes = _core.FORMATS[kind]
+        n = int(MATRIX_BYTES // (width // block * n_bytes))
+        half = np.sort(rng.permutation(n)[: n // 2]).astype(np.int32)
+        runs = [_core.time_rows(kind, n, width, half, THREADS) for _ in range(9)]
+        ratio = {
+            "gemv / read": ("read", "gemv"),
+            "axpy / read": ("read", "axpy"),
+            "gemv_rows / gemv": ("gemv_rows", "gemv"),
+            "axpy_rows / axpy": ("axpy_rows", "axpy"),
+        }
+        rows.append(
+            {
+                "type": kind,
+                "width": width,
+                "gbps": statistics.median(r["bytes"] / r["read"] / 1e9 for r in runs),
+            }
+            | {k: statistics.median(r[a] / r[b] for r in runs) for k, (a, b) in ratio.items()}
+        )
+    return rows
+
+
+INTRODUCTION = """# The engine's speed
+
+Two threads; prefill of 512 tokens, decode of the 128 after them, the same text on both sides.
+Ratios are medians over alternating runs in one process pair; absolute figures move with the
+machine's other tenants. Baseline: llama-cpp-python 0.3.36 on the GGUF that was packed. `python
+benchmarks/engine.py` does it; every run is in `benchmarks/results/engine`.
+"""
+
+
+def report() -> str:
+    parts = [INTRODUCTION]
+    for path in sorted(RESULTS.glob("*/result.json")):
+        r, where = (
+            json.loads(path.read_text()),
+            json.loads((path.parent / "machine.json").read_text()),
+        )
+        d, q = r["dense"], r["quality"]
+        openvino = r["openvino"]
+        lines = [
+            f"## {path.parent.name}\n",
+            f"{where['cpu']}, {where['threads']} threads, commits {', '.join(where['commits'])}; "
+            f"{d['kernels']} kernels. Packed {r['file_mb']:.0f} MB from {r['source_mb']:.0f} MB; "
+            f"self-check KL {r['self_check']['kl']:.5f} nats, "
+            f"PPL {r['self_check']['ppl_change_percent']:+.3f} %.\n",
+            "| | ours | llama.cpp | ratio (lowest to highest) |",
+            "|---|---|---|---|",
+        ]
+        for phase in ("prefill", "decode"):
+            low, high = d[f"{phase}_ratio_range"]
+            lines.append(
+                f"| {phase}, tok/s | {d[f'{phase}_tps']:.1f} | {d[f'baseline_{phase}_tps']:.1f} | "
+                f"**{d[f'{phase}_ratio']:.2f}** ({low:.2f} to {high:.2f}) |"
+            )
+        if isinstance(openvino, dict):
+            lines.append(
+                f"\nAgainst OpenVINO GenAI: prefill {openvino['prefill_ratio']:.2f}, decode "
+                f"{openvino['decode_ratio']:.2f}."
+            )
+        else:
+            lines.append(f"\nOpenVINO GenAI: {openvino}.")
+        lines.append(
+            f"\nDecode reads {d['bytes_per_token'] / 1e6:.0f} MB per token at "
+            f"{d['gbps']:.1f} GB/s, {d['mbu']:.0%} of what two threads read here; outside the products with weights it "
+            f"spends {d['overhead']:.1%}; peak RSS {d['peak_rss_mb']:.0f} MB.\n"
+        )
+        lines += [
+            "| decode | tok/s | / dense | MB/token | neurons idle | PPL | change % | KL |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for rule, s in r["sparse"].items():
+            x = q[rule]
+            error = f" ± {x['ppl_change_se']:.2f}" if x["ppl_change_se"] else ""
+            lines.append(
+                f"| {rule} | {s['decode_tps']:.1f} | {s['ratio']:.2f} "
+                f"({min(s['ratios']):.2f} to {max(s['ratios']):.2f}) | "
+                f"{s['bytes_per_token'] / 1e6:.0f} | {s['sparsity']:.1%} | {x['ppl']:.2f} | "
+                f"{x['ppl_change_percent']:+.2f}{error} | {x['kl_to_dense']['mean']:.4f} |"
+            )
+        parts.append("\n".join(lines) + "\n")
+    path = RESULTS / "kernels.json"
+    if path.exists():
+        columns = ("gemv / read", "axpy / read", "gemv_rows / gemv", "axpy_rows / axpy")
+        parts.append(
+            "## Kernels\n\nA matrix of 400 MB; speed as a share of plain reading by the same "
+            "threads, and the time of a random half of the rows against all.\n\n"
+            f"| type | row width | read, GB/s | {' | '.join(columns)} |\n"
+            "|---|---|---|---|---|---|---|\n"
+            + "\n".join(
+                f"| {k['type']} | {k['width']} | {k['gbps']:.1f} | {k[columns[0]]:.0%} | "
+                f"{k[columns[1]]:.0%} | {k[columns[2]]:.2f} | {k[columns[3]]:.2f} |"
+                for k in json.loads(path.read_text())
+            )
+            + "\n"
+        )
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        run(name)
+    if arguments.models:
+        (RESULTS / "kernels.json").write_text(json.dumps(kernels(), indent=1) + "\n")
+    (ROOT / "docs" / "results" / "engine.md").write_text(report())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,737 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <utility>
+
+namespace fallow {
+namespace {
+
+// Tokens of a block of prefill: enough to pay for unpacking the weights, few enough that the
+// buffers of a 1.5B model stay below 40 MB.
+constexpr size_t kBlock = 256;
+// Tokens and positions that one piece of prefill attention covers.
+constexpr size_t kTile = 64;
+// Rows of down_proj_t that are decoded at once in prefill.
+constexpr size_t kDownRows = 128;
+
+// Adds the time since the last mark to a sum.
+class Clock {
+ public:
+  void mark(double& sum) {
+    const auto now = std::chrono::steady_clock::now();
+    sum += std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+size_t pieces(size_t n, size_t size) { return (n + size - 1) / size; }
+
+void add_to(float* y, const float* x, size_t n) {
+  for (size_t i = 0; i < n; ++i) y[i] += x[i];
+}
+
+}  // namespace
+
+Engine::Input::Input(size_t tokens, size_t w)
+    : width(w), x(tokens * w), d(w / 32), sum(w / 32), sum16(w / 16), high(w), low(w) {}
+
+Activation Engine::Input::activation() const {
+  return {x.data(), high.data(), low.data(), d.data(), sum.data(), sum16.data()};
+}
+
+Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint32_t context)
+    : model_(model), config_(model.config), kernels_(kernels), pool_(n_threads), context_(context),
+      block_(std::min<size_t>(kBlock, context)),
+      attn_input_(block_, config_.hidden_size),
+      o_input_(block_, size_t{config_.n_heads} * config_.head_dim),
+      ffn_input_(block_, config_.hidden_size),
+      cut_input_(block_, std::max(attn_input_.width, o_input_.width)) {
+  const size_t hidden = config_.hidden_size, d_ff = config_.intermediate_size;
+  const size_t kv = size_t{config_.n_kv_heads} * config_.head_dim;
+  residual_.resize(block_ * hidden);
+  branch_.resize(block_ * hidden);
+  q_.resize(block_ * o_input_.width);
+  k_.resize(block_ * kv);
+  v_.resize(block_ * kv);
+  gate_.resize(block_ * d_ff);
+  if (config_.gated) up_.resize(block_ * d_ff);
+  cos_.resize(block_ * config_.rotary_dim / 2);
+  sin_.resize(cos_.size());
+  partial_.resize(static_cast<size_t>(n_threads) * hidden);
+  rows_.resize(d_ff);
+  k_cache_.resize(config_.n_layers * kv * context);
+  v_cache_.resize(k_cache_.size());
+  active_.resize(config_.n_layers);
+  const size_t widest = cut_input_.width;
+  if (kernels.gemm_bf16) {
+    for (Input* input : {&attn_input_, &o_input_, &ffn_input_, &cut_input_})
+      input->half.resize(input->x.size());
+    inter_half_.resize(block_ * d_ff);
+  }
+  const size_t panel = std::max({widest * kPanel, kDownRows * 256, size_t{context} * kPanel,
+                                 config_.head_dim * (kPanel + 1)});
+  workers_.resize(static_cast<size_t>(n_threads));
+  for (Worker& w : workers_) {
+    w.selector = RowSelector(std::max(d_ff, widest));
+    w.magnitudes.resize(std::max(d_ff, widest));
+    w.outliers.resize(model.layers[0].outliers.rows);
+    w.scores.resize(size_t{context} * std::min(block_, kTile));
+    w.panel.resize(panel);
+    w.rows.resize(std::max(widest * kPanel, size_t{2} * 256));
+    if (kernels.gemm_bf16) w.panel_half.resize(panel);
+  }
+}
+
+template <class Body>
+void Engine::for_tokens(size_t n, const Body& body) {
+  if (n == 1) return body(0, 0);
+  pool_.run([&](int worker) {
+    const Share share = share_of(n, worker, pool_.size());
+    for (size_t t = share.begin; t < share.end; ++t) body(t, worker);
+  });
+}
+
+// y += what the outlier neurons put out; inter_of(neuron) is their inter.
+template <class InterOf>
+void Engine::add_outliers(const Layer& layer, const InterOf& inter_of, float* y, int worker) {
+  const Matrix& w = layer.outliers;
+  if (w.rows == 0) return;
+  float* inter = workers_[static_cast<size_t>(worker)].outliers.data();
+  for (size_t i = 0; i < w.rows; ++i) inter[i] = inter_of(layer.outlier_neurons[i]);
+  kernels_.axpy_rows[w.type](w.data, w.row_bytes, nullptr, 0, w.rows, w.cols, inter, y);
+}
+
+void Engine::set_cuts(std::vector<LayerCuts> cuts) { cuts_ = std::move(cuts); }
+
+void Engine::reset_stats() {
+  tokens_ = bytes_read_ = 0;
+  std::fill(active_.begin(), active_.end(), 0);
+  timing_ = {};
+}
+
+void Engine::forward(const int32_t* tokens, size_t n, bool all, float* logits) {
+  for (size_t start = 0; start < n; start += block_) {
+    const size_t size = std::min(block_, n - start);
+    block(tokens + start, size);
+    if (all) {
+      head(size, true, logits + start * config_.vocab_size);
+    } else if (start + size == n) {
+      head(size, false, logits);
+    }
+  }
+  tokens_ += n;
+}
+
+// x = embedding; then, layer by layer, x += attention(norm(x)) and x += ffn(norm(x)).
+void Engine::block(const int32_t* tokens, size_t n) {
+  Clock clock;
+  turned_ = nullptr;
+  embed(tokens, n);
+  clock.mark(timing_.other);
+  for (size_t l = 0; l < config_.n_layers; ++l) {
+    attention(l, n);
+    ffn(l, n);
+  }
+  position_ += static_cast<uint32_t>(n);
+}
+
+void Engine::embed(const int32_t* tokens, size_t n) {
+  const size_t hidden = config_.hidden_size;
+  const Matrix& table = model_.embed_tokens;
+  for (size_t t = 0; t < n; ++t) {
+    float* x = residual_.data() + t * hidden;
+    kernels_.decode(table.type, table.data + static_cast<size_t>(tokens[t]) * table.row_bytes,
+                    hidden, x);
+    for (size_t i = 0; i < hidden; ++i) x[i] *= config_.embedding_scale;
+    if (model_.embed_positions)
+      add_to(x, model_.embed_positions + (position_ + t) * hidden, hidden);
+  }
+}
+
+// q, k, v = norm(x) W^T; rope; softmax(q k^T) v W_o^T.
+void Engine::attention(size_t l, size_t n) {
+  const Layer& layer = model_.layers[l];
+  Clock clock;
+  normalize_into(layer.attn_norm, n, attn_input_);
+  clock.mark(timing_.other);
+  project(l, attn_input_, n,
+          {{layer.q_proj, layer.q_bias, q_.data(), kQInput},
+           {layer.k_proj, layer.k_bias, k_.data(), kKInput},
+           {layer.v_proj, layer.v_bias, v_.data(), kVInput}});
+  clock.mark(timing_.attention_proj);
+  rotate(layer, layer.q_norm, config_.n_heads, n, q_.data());
+  rotate(layer, layer.k_norm, config_.n_kv_heads, n, k_.data());
+  store_cache(l, n);
+  if (n == 1) {
+    attend_one(l);
+  } else {
+    attend_block(l, n);
+  }
+  clock.mark(timing_.attention);
+  prepare(o_input_, n);
+  project(l, o_input_, n, {{layer.o_proj, layer.o_bias, branch_.data(), kOInput}});
+  clock.mark(timing_.attention_proj);
+  add_branch(layer.attn_post_norm, n);
+  clock.mark(timing_.other);
+}
+
+// Norm of q or k if the model has one, then rotary embedding of its leading dimensions: dimension i
+// turns with i + rotary_dim / 2.
+void Engine::rotate(const Layer& layer, const Norm& norm, size_t heads, size_t n, float* x) {
+  const size_t dim = config_.head_dim, half = config_.rotary_dim / 2;
+  if (half > 0 && turned_ != layer.inv_freq) {
+    for (size_t t = 0; t < n; ++t)
+      for (size_t i = 0; i < half; ++i) {
+        const float angle = static_cast<float>(position_ + t) * layer.inv_freq[i];
+        cos_[t * half + i] = std::cos(angle) * config_.rope_scale;
+        sin_[t * half + i] = std::sin(angle) * config_.rope_scale;
+      }
+    turned_ = layer.inv_freq;
+  }
+  for_tokens(n, [&](size_t t, int) {
+    const float *c = cos_.data() + t * half, *s = sin_.data() + t * half;
+    for (size_t h = 0; h < heads; ++h) {
+      float* head = x + (t * heads + h) * dim;
+      if (norm.weight) normalize(norm, head, dim, head);
+      for (size_t i = 0; i < half; ++i) {
+        const float a = head[i], b = head[i + half];
+        head[i] = a * c[i] - b * s[i];
+        head[i + half] = b * c[i] + a * s[i];
+      }
+    }
+  });
+}
+
+void Engine::store_cache(size_t l, size_t n) {
+  const size_t dim = config_.head_dim, heads = config_.n_kv_heads;
+  for (size_t t = 0; t < n; ++t)
+    for (size_t h = 0; h < heads; ++h) {
+      const size_t to = ((l * heads + h) * context_ + position_ + t) * dim;
+      kernels_.to_f16(k_.data() + (t * heads + h) * dim, dim, k_cache_.data() + to);
+      kernels_.to_f16(v_.data() + (t * heads + h) * dim, dim, v_cache_.data() + to);
+    }
+}
+
+void Engine::attend_one(size_t l) {
+  const size_t dim = config_.head_dim, kv_heads = config_.n_kv_heads;
+  const size_t per_kv = config_.n_heads / kv_heads, end = position_ + 1;
+  const uint32_t window = model_.layers[l].sliding_window;
+  const size_t begin = window && end > window ? end - window : 0;
+  pool_.run([&](int worker) {
+    float* scores = workers_[static_cast<size_t>(worker)].scores.data();
+    const Share share = share_of(config_.n_heads, worker, pool_.size());
+    for (size_t h = share.begin; h < share.end; ++h) {
+      const size_t base = (l * kv_heads + h / per_kv) * context_ * dim;
+      const float* q = q_.data() + h * dim;
+      float* out = o_input_.x.data() + h * dim;
+      const size_t first = base + begin * dim, n = end - begin;
+      kernels_.attend_scores(k_cache_.data() + first, q, n, dim, config_.attention_scale, scores);
+      const float sum = kernels_.softmax_numerators(scores, n);
+      kernels_.attend_values(v_cache_.data() + first, scores, n, dim, out);
+      for (size_t i = 0; i < dim; ++i) out[i] /= sum;
+    }
+  });
+  bytes_read_ += (end - begin) * kv_heads * dim * 2 * sizeof(uint16_t);
+}
+
+// As attend_one for every token of the block, in tiles of tokens and heads: scores = Q K^T and
+// out = P V as two small products.
+void Engine::attend_block(size_t l, size_t n) {
+  const size_t dim = config_.head_dim, kv_heads = config_.n_kv_heads, heads = config_.n_heads;
+  const size_t per_kv = heads / kv_heads, width = o_input_.width;
+  const size_t window = model_.layers[l].sliding_window;
+  const size_t tiles = pieces(n, kTile);
+  const auto first_of = [&](size_t position) {
+    return window && position + 1 > window ? position + 1 - window : 0;
+  };
+  pool_.run([&](int worker) {
+    Worker& w = workers_[static_cast<size_t>(worker)];
+    // Late tiles see more positions, so they are dealt out in turn.
+    for (size_t job = static_cast<size_t>(worker); job < heads * tiles;
+         job += static_cast<size_t>(pool_.size())) {
+      const size_t h = job % heads, t0 = job / heads * kTile, count = std::min(kTile, n - t0);
+      const size_t begin = first_of(position_ + t0), end = position_ + t0 + count;
+      const size_t base = (l * kv_heads + h / per_kv) * context_ * dim, span = end - begin;
+      float *scores = w.scores.data(), *panel = w.panel.data();
+      for (size_t j = begin; j < end; j += kPanel) {
+        const size_t there = std::min(kPanel, end - j);
+        float* row = panel + dim * kPanel;
+        for (size_t r = 0; r < there; ++r) {
+          kernels_.decode(kF16, reinterpret_cast<const uint8_t*>(k_cache_.data() + base +
+                                                                 (j + r) * dim), dim, row);
+          for (size_t i = 0; i < dim; ++i) panel[i * kPanel + r] = row[i];
+        }
+        kernels_.gemm_f32(panel, there, dim, q_.data() + t0 * width + h * dim, width, count, false,
+                          scores + (j - begin), span);
+      }
+      float sums[kTile];
+      for (size_t t = 0; t < count; ++t) {
+        float* row = scores + t * span;
+        const size_t low = first_of(position_ + t0 + t) - begin;
+        const size_t high = position_ + t0 + t + 1 - begin;
+        for (size_t j = low; j < high; ++j) row[j] *= config_.attention_scale;
+        sums[t] = kernels_.softmax_numerators(row + low, high - low);
+        std::fill(row, row + low, 0.0f);
+        std::fill(row + high, row + span, 0.0f);
+      }
+      for (size_t i = 0; i < dim; i += kPanel) {
+        const size_t there = std::min(kPanel, dim - i);
+        for (size_t j = 0; j < span; ++j)
+          kernels_.decode(kF16, reinterpret_cast<const uint8_t*>(v_cache_.data() + base +
+                                                                 (begin + j) * dim + i),
+                          there, panel + j * kPanel);
+        kernels_.gemm_f32(panel, there, span, scores, span, count, false,
+                          o_input_.x.data() + t0 * width + h * dim + i, width);
+      }
+      for (size_t t = 0; t < count; ++t)
+        for (size_t i = 0; i < dim; ++i) o_input_.x[(t0 + t) * width + h * dim + i] /= sums[t];
+    }
+  });
+}
+
+// inter = act(x W_gate^T) * (x W_up^T); out = inter W_down^T, a sum of rows of down_proj_t.
+void Engine::ffn(size_t l, size_t n) {
+  const Layer& layer = model_.layers[l];
+  Clock clock;
+  Input& input = config_.parallel ? attn_input_ : ffn_input_;
+  if (!config_.parallel) normalize_into(layer.ffn_norm, n, input);
+  clock.mark(timing_.other);
+  const double selecting = timing_.select;
+  if (n > 1) {
+    ffn_block(l, n, input);
+  } else if (has_cut(l, {kGateInput, kUpInput, kGatePre, kGateAct, kUp, kInter, kDownInput})) {
+    ffn_sparse_one(l, input);
+  } else {
+    ffn_dense_one(l, input);
+  }
+  for_tokens(n, [&](size_t t, int worker) {
+    float* y = branch_.data() + t * config_.hidden_size;
+    if (layer.down_bias) add_to(y, layer.down_bias, config_.hidden_size);
+    apply(cut(l, kFfnOut), y, config_.hidden_size, worker);
+  });
+  clock.mark(timing_.ffn);
+  timing_.ffn -= timing_.select - selecting;
+  add_branch(layer.ffn_post_norm, n);
+  clock.mark(timing_.other);
+}
+
+// Every thread takes a range of neurons from gate_proj to its own sum of down_proj_t rows.
+void Engine::ffn_dense_one(size_t l, const Input& input) {
+  const Layer& layer = model_.layers[l];
+  const size_t hidden = config_.hidden_size, d_ff = config_.intermediate_size;
+  const Activation x = input.activation();
+  pool_.run([&](int worker) {
+    const auto [begin, end] = share_of(d_ff, worker, pool_.size());
+    const size_t n = end - begin;
+    float *inter = gate_.data() + begin, *y = partial_.data() + static_cast<size_t>(worker) * hidden;
+    const Matrix& first = config_.gated ? layer.gate_proj : layer.up_proj;
+    const float* bias = config_.gated ? layer.gate_bias : layer.up_bias;
+    kernels_.gemv_rows[first.type](first.data, first.row_bytes, nullptr, begin, n, hidden, x, inter);
+    if (bias) add_to(inter, bias + begin, n);
+    activate(inter, n);
+    if (config_.gated) {
+      const Matrix& w = layer.up_proj;
+      float* up = up_.data() + begin;
+      kernels_.gemv_rows[w.type](w.data, w.row_bytes, nullptr, begin, n, hidden, x, up);
+      if (layer.up_bias) add_to(up, layer.up_bias + begin, n);
+      for (size_t i = 0; i < n; ++i) inter[i] *= up[i];
+    }
+    std::fill(y, y + hidden, 0.0f);
+    const Matrix& down = layer.down_proj_t;
+    kernels_.axpy_rows[down.type](down.data, down.row_bytes, nullptr, begin, n, hidden, inter, y);
+  });
+  sum_partials();
+  add_outliers(layer, [&](size_t neuron) { return gate_[neuron]; }, branch_.data(), 0);
+  active_[l] += d_ff;
+  bytes_read_ += layer.gate_proj.bytes() + layer.up_proj.bytes() + layer.down_proj_t.bytes() +
+                 layer.outliers.bytes();
+}
+
+// As ffn_dense_one, but once a neuron is known to be zero its remaining rows are not read.
+void Engine::ffn_sparse_one(size_t l, Input& input) {
+  const Layer& layer = model_.layers[l];
+  const size_t hidden = config_.hidden_size, d_ff = config_.intermediate_size;
+  float *gate = gate_.data(), *up = up_.data();
+  if (config_.gated) {
+    project(l, input, 1, {{layer.gate_proj, layer.gate_bias, gate, kGateInput}});
+  } else {
+    project(l, input, 1, {{layer.up_proj, layer.up_bias, gate, kUpInput}});
+  }
+  Clock clock;
+  apply(cut(l, kGatePre), gate, d_ff, 0);
+  activate(gate, d_ff);
+  apply(cut(l, kGateAct), gate, d_ff, 0);
+  const bool late = has_cut(l, {kUp, kInter, kDownInput});
+  if (has_cut(l, {kGatePre, kGateAct})) {
+    collect_rows(gate);
+  } else {
+    std::iota(rows_.begin(), rows_.end(), 0);
+    n_rows_ = d_ff;
+  }
+  clock.mark(timing_.select);
+
+  const Input* up_input = &input;
+  if (config_.gated && has_cut(l, {kUpInput})) {
+    std::copy_n(input.x.begin(), hidden, cut_input_.x.begin());
+    cut_input_.width = hidden;
+    apply(cut(l, kUpInput), cut_input_.x.data(), hidden, 0);
+    prepare(cut_input_, 1);
+    up_input = &cut_input_;
+  }
+  const Activation x = up_input->activation();
+  // inter of the rows that are left, compact: compact[i] belongs to neuron rows_[i].
+  float* compact = config_.gated ? up : workers_[0].magnitudes.data();
+  const auto finish_rows = [&](Share share) {
+    const size_t n = share.end - share.begin;
+    const int32_t* rows = rows_.data() + share.begin;
+    float* inter = compact + share.begin;
+    if (config_.gated) {
+      const Matrix& w = layer.up_proj;
+      kernels_.gemv_rows[w.type](w.data, w.row_bytes, rows, 0, n, hidden, x, inter);
+      for (size_t i = 0; i < n; ++i) {
+        const auto row = static_cast<size_t>(rows[i]);
+        inter[i] = gate[row] * (inter[i] + (layer.up_bias ? layer.up_bias[row] : 0.0f));
+      }
+    } else {
+      for (size_t i = 0; i < n; ++i) inter[i] = gate[rows[i]];
+    }
+    return inter;
+  };
+  const auto sum_rows = [&](Share share, const float* inter, int worker) {
+    float* y = partial_.data() + static_cast<size_t>(worker) * hidden;
+    std::fill(y, y + hidden, 0.0f);
+    const Matrix& down = layer.down_proj_t;
+    kernels_.axpy_rows[down.type](down.data, down.row_bytes, rows_.data() + share.begin, 0,
+                                  share.end - share.begin, hidden, inter, y);
+  };
+  if (config_.gated) bytes_read_ += n_rows_ * layer.up_proj.row_bytes;
+  if (!late) {
+    pool_.run([&](int worker) {
+      const Share share = share_of(n_rows_, worker, pool_.size());
+      sum_rows(share, finish_rows(share), worker);
+    });
+  } else {
+    if (config_.gated) {
+      pool_.run([&](int worker) {
+        const Share share = share_of(n_rows_, worker, pool_.size());
+        if (!has_cut(l, {kUp})) {
+          finish_rows(share);
+          return;
+        }
+        const Matrix& w = layer.up_proj;
+        const int32_t* rows = rows_.data() + share.begin;
+        float* values = up + share.begin;
+        kernels_.gemv_rows[w.type](w.data, w.row_bytes, rows, 0, share.end - share.begin, hidden, x,
+                                   values);
+        if (layer.up_bias)
+          for (size_t i = 0; i < share.end - share.begin; ++i) values[i] += layer.up_bias[rows[i]];
+      });
+      // Back to one value per neuron, from the last one on since up is compact at its front.
+      for (size_t i = n_rows_, at = d_ff; at-- > 0;)
+        up[at] = i > 0 && static_cast<size_t>(rows_[i - 1]) == at ? up[--i] : 0.0f;
+      if (has_cut(l, {kUp})) {
+        apply(cut(l, kUp), up, d_ff, 0);
+        for (size_t i = 0; i < d_ff; ++i) up[i] *= gate[i];
+      }
+      std::swap(gate, up);
+    }
+    clock = Clock();
+    apply(cut(l, kInter), gate, d_ff, 0);
+    apply(cut(l, kDownInput), gate, d_ff, 0);
+    collect_rows(gate);
+    for (size_t i = 0; i < n_rows_; ++i) gate[i] = gate[rows_[i]];
+    compact = gate;
+    clock.mark(timing_.select);
+    pool_.run([&](int worker) {
+      const Share share = share_of(n_rows_, worker, pool_.size());
+      sum_rows(share, gate + share.begin, worker);
+    });
+  }
+  sum_partials();
+  add_outliers(layer, [&](size_t neuron) {
+    const auto end = rows_.begin() + static_cast<std::ptrdiff_t>(n_rows_);
+    const auto at = std::lower_bound(rows_.begin(), end, static_cast<int32_t>(neuron));
+    return at != end && static_cast<size_t>(*at) == neuron ? compact[at - rows_.begin()] : 0.0f;
+  }, branch_.data(), 0);
+  active_[l] += n_rows_;
+  bytes_read_ += n_rows_ * layer.down_proj_t.row_bytes + layer.outliers.bytes();
+}
+
+// The threads' sums of down_proj_t rows, in the order of the threads.
+void Engine::sum_partials() {
+  const size_t hidden = config_.hidden_size;
+  for (size_t i = 0; i < hidden; ++i) {
+    float sum = 0;
+    for (size_t w = 0; w < workers_.size(); ++w) sum += partial_[w * hidden + i];
+    branch_[i] = sum;
+  }
+}
+
+// Prefill is dense: some token of a block needs nearly every neuron. Cuts are applied as masks.
+void Engine::ffn_block(size_t l, size_t n, Input& input) {
+  const Layer& layer = model_.layers[l];
+  const size_t d_ff = config_.intermediate_size;
+  if (config_.gated) {
+    project(l, input, n,
+            {{layer.gate_proj, layer.gate_bias, gate_.data(), kGateInput},
+             {layer.up_proj, layer.up_bias, up_.data(), kUpInput}});
+  } else {
+    project(l, input, n, {{layer.up_proj, layer.up_bias, gate_.data(), kUpInput}});
+  }
+  for_tokens(n, [&](size_t t, int worker) {
+    float* inter = gate_.data() + t * d_ff;
+    apply(cut(l, kGatePre), inter, d_ff, worker);
+    activate(inter, d_ff);
+    apply(cut(l, kGateAct), inter, d_ff, worker);
+    if (config_.gated) {
+      float* up = up_.data() + t * d_ff;
+      apply(cut(l, kUp), up, d_ff, worker);
+      for (size_t i = 0; i < d_ff; ++i) inter[i] *= up[i];
+    }
+    apply(cut(l, kInter), inter, d_ff, worker);
+    apply(cut(l, kDownInput), inter, d_ff, worker);
+    const auto count = static_cast<uint64_t>(std::count_if(
+        inter, inter + d_ff, [](float v) { return v != 0; }));
+    workers_[static_cast<size_t>(worker)].active += cuts_.empty() ? d_ff : count;
+  });
+  for (Worker& w : workers_) active_[l] += std::exchange(w.active, 0);
+  down_block(layer, n);
+  for_tokens(n, [&](size_t t, int worker) {
+    add_outliers(layer, [&](size_t neuron) { return gate_[t * d_ff + neuron]; },
+                 branch_.data() + t * config_.hidden_size, worker);
+  });
+}
+
+// branch (T, hidden) = inter (T, d_ff) down_proj_t (d_ff, hidden). Every thread takes some columns,
+// decodes them for a few rows at a time, and adds their part for all tokens.
+void Engine::down_block(const Layer& layer, size_t n) {
+  const size_t hidden = config_.hidden_size, d_ff = config_.intermediate_size;
+  const Matrix& w = layer.down_proj_t;
+  const size_t unit = hidden % 256 == 0 ? 256 : 32;  // columns; whole blocks of any format
+  const size_t bytes = w.row_bytes * unit / hidden;  // of `unit` columns
+  const bool half = uses_bf16(w, d_ff);
+  if (half)
+    for_tokens(n, [&](size_t t, int) {
+      kernels_.to_bf16(gate_.data() + t * d_ff, d_ff, inter_half_.data() + t * d_ff);
+    });
+  pool_.run([&](int worker) {
+    Worker& scratch = workers_[static_cast<size_t>(worker)];
+    float *first = scratch.rows.data(), *second = first + 256, *panel = scratch.panel.data();
+    uint16_t* panel_half = scratch.panel_half.data();
+    const Share share = share_of(pieces(hidden, unit), worker, pool_.size());
+    for (size_t u = share.begin; u < share.end; ++u) {
+      const size_t column = u * unit, width = std::min(unit, hidden - column);
+      const auto row_at = [&](size_t row) { return w.data + row * w.row_bytes + u * bytes; };
+      // The panel of columns [c, c + kPanel) starts at c * kDownRows.
+      for (size_t row = 0; row < d_ff; row += kDownRows) {
+        const size_t rows = std::min(kDownRows, d_ff - row);
+        for (size_t r = 0; r < rows; r += half ? 2 : 1) {
+          kernels_.decode(w.type, row_at(row + r), width, first);
+          if (half) kernels_.decode(w.type, row_at(row + r + 1), width, second);
+          for (size_t c = 0; c < width; c += kPanel) {
+            const size_t there = std::min(kPanel, width - c), to = c * kDownRows + r * kPanel;
+            if (half) {
+              kernels_.pair_bf16(first + c, second + c, there, panel_half + to);
+            } else {
+              std::copy_n(first + c, there, panel + to);
+            }
+          }
+        }
+        for (size_t c = 0; c < width; c += kPanel) {
+          const size_t there = std::min(kPanel, width - c);
+          float* y = branch_.data() + column + c;
+          if (half) {
+            kernels_.gemm_bf16(panel_half + c * kDownRows, there, rows, inter_half_.data() + row,
+                               d_ff, n, row > 0, y, hidden);
+          } else {
+            kernels_.gemm_f32(panel + c * kDownRows, there, rows, gate_.data() + row, d_ff, n,
+                              row > 0, y, hidden);
+          }
+        }
+      }
+    }
+  });
+}
+
+// residual += norm(branch)
+void Engine::add_branch(const Norm& post_norm, size_t n) {
+  const size_t hidden = config_.hidden_size;
+  for_tokens(n, [&](size_t t, int) {
+    float* y = branch_.data() + t * hidden;
+    if (post_norm.weight) normalize(post_norm, y, hidden, y);
+    add_to(residual_.data() + t * hidden, y, hidden);
+  });
+}
+
+void Engine::head(size_t n, bool all, float* logits) {
+  Clock clock;
+  const size_t hidden = config_.hidden_size, first = all ? 0 : n - 1, count = n - first;
+  if (first > 0)
+    std::copy_n(residual_.begin() + static_cast<std::ptrdiff_t>(first * hidden), hidden,
+                residual_.begin());
+  normalize_into(model_.norm, count, ffn_input_);
+  const Product product{model_.lm_head, model_.lm_head_bias, logits, kTaps};
+  multiply(ffn_input_, count, &product, &product + 1);
+  clock.mark(timing_.head);
+}
+
+void Engine::normalize(const Norm& norm, const float* x, size_t width, float* y) const {
+  const float n = static_cast<float>(width);
+  float mean = 0;
+  if (config_.layer_norm) {
+    for (size_t i = 0; i < width; ++i) mean += x[i];
+    mean /= n;
+    for (size_t i = 0; i < width; ++i) y[i] = x[i] - mean;
+    x = y;
+  }
+  const float scale = 1 / std::sqrt(kernels_.sum_squares(x, width) / n + config_.norm_eps);
+  for (size_t i = 0; i < width; ++i) y[i] = x[i] * scale * norm.weight[i];
+  if (norm.bias) add_to(y, norm.bias, width);
+}
+
+// input = norm(residual)
+void Engine::normalize_into(const Norm& norm, size_t n, Input& input) {
+  const size_t hidden = config_.hidden_size;
+  for_tokens(n, [&](size_t t, int) {
+    normalize(norm, residual_.data() + t * hidden, hidden, input.x.data() + t * hidden);
+  });
+  prepare(input, n);
+}
+
+// What the products of this input need besides its float values.
+void Engine::prepare(Input& input, size_t n) {
+  if (n > 1) {
+    if (!kernels_.to_bf16) return;
+    for_tokens(n, [&](size_t t, int) {
+      kernels_.to_bf16(input.x.data() + t * input.width, input.width,
+                       input.half.data() + t * input.width);
+    });
+  } else if (input.width % 32 == 0) {  // otherwise its weights are F32, F16 or BF16
+    kernels_.quantize(input.x.data(), input.width, input.high.data(), input.low.data(),
+                      input.d.data(), input.sum.data(), input.sum16.data());
+  }
+}
+
+// All products of one input at once, or, where a plan cuts their inputs, one after another.
+void Engine::project(size_t l, Input& input, size_t n, std::initializer_list<Product> products) {
+  if (std::none_of(products.begin(), products.end(),
+                   [&](const Product& p) { return has_cut(l, {p.input}); })) {
+    multiply(input, n, products.begin(), products.end());
+  } else {
+    cut_input_.width = input.width;
+    for (const Product& p : products) {
+      for_tokens(n, [&](size_t t, int worker) {
+        float* x = cut_input_.x.data() + t * input.width;
+        std::copy_n(input.x.data() + t * input.width, input.width, x);
+        apply(cut(l, p.input), x, input.width, worker);
+      });
+      prepare(cut_input_, n);
+      multiply(cut_input_, n, &p, &p + 1);
+    }
+  }
+}
+
+void Engine::multiply(const Input& input, size_t n, const Product* begin, const Product* end) {
+  const Activation x = input.activation();
+  pool_.run([&](int worker) {
+    for (const Product* p = begin; p != end; ++p) {
+      if (n > 1) {
+        multiply_block(input, n, *p, worker);
+        continue;
+      }
+      const auto [first, last] = share_of(p->w.rows, worker, pool_.size());
+      kernels_.gemv_rows[p->w.type](p->w.data, p->w.row_bytes, nullptr, first, last - first,
+                                    p->w.cols, x, p->y + first);
+      if (p->bias) add_to(p->y + first, p->bias + first, last - first);
+    }
+  });
+  if (n == 1)
+    for (const Product* p = begin; p != end; ++p) bytes_read_ += p->w.bytes();
+}
+
+// Whether prefill multiplies this matrix in bfloat16; `k` is the width of its panels.
+bool Engine::uses_bf16(const Matrix& w, size_t k) const {
+  return kernels_.gemm_bf16 && w.type != kF32 && w.type != kF16 && k % 2 == 0;
+}
+
+// One thread's panels of y (T, rows) = x W^T + bias.
+void Engine::multiply_block(const Input& input, size_t n, const Product& p, int worker) {
+  Worker& scratch = workers_[static_cast<size_t>(worker)];
+  const size_t k = p.w.cols;
+  const Share share = share_of(pieces(p.w.rows, kPanel), worker, pool_.size());
+  for (size_t panel = share.begin; panel < share.end; ++panel) {
+    const size_t row = panel * kPanel, rows = std::min(kPanel, p.w.rows - row);
+    float* y = p.y + row;
+    for (size_t r = 0; r < rows; ++r)
+      kernels_.decode(p.w.type, p.w.data + (row + r) * p.w.row_bytes, k, scratch.rows.data() + r * k);
+    if (uses_bf16(p.w, k)) {
+      kernels_.panel_bf16(scratch.rows.data(), rows, k, scratch.panel_half.data());
+      kernels_.gemm_bf16(scratch.panel_half.data(), rows, k, input.half.data(), input.width, n,
+                         false, y, p.w.rows);
+    } else {
+      kernels_.panel_f32(scratch.rows.data(), rows, k, scratch.panel.data());
+      kernels_.gemm_f32(scratch.panel.data(), rows, k, input.x.data(), input.width, n, false, y,
+                        p.w.rows);
+    }
+    if (p.bias)
+      for (size_t t = 0; t < n; ++t) add_to(y + t * p.w.rows, p.bias + row, rows);
+  }
+}
+
+void Engine::activate(float* x, size_t n) const {
+  switch (config_.act) {
+    case Act::kSilu: return kernels_.silu(x, n);
+    case Act::kGeluTanh: return kernels_.gelu_tanh(x, n);
+    case Act::kGelu:
+      for (size_t i = 0; i < n; ++i) x[i] *= 0.5f * (1 + std::erf(x[i] * 0.70710678f));
+      return;
+    case Act::kRelu:
+      for (size_t i = 0; i < n; ++i) x[i] = std::max(x[i], 0.0f);
+      return;
+  }
+}
+
+const Cut& Engine::cut(size_t layer, Tap tap) const {
+  static const Cut kNone;
+  return cuts_.empty() || tap == kTaps ? kNone : cuts_[layer][tap];
+}
+
+bool Engine::has_cut(size_t layer, std::initializer_list<Tap> taps) const {
+  return std::any_of(taps.begin(), taps.end(),
+                     [&](Tap tap) { return cut(layer, tap).by != Cut::By::kNothing; });
+}
+
+void Engine::apply(const Cut& cut, float* x, size_t width, int worker) {
+  if (cut.by == Cut::By::kNothing) return;
+  Worker& w = workers_[static_cast<size_t>(worker)];
+  float* score = w.magnitudes.data();
+  if (cut.weight.empty()) {
+    for (size_t i = 0; i < width; ++i) score[i] = std::fabs(x[i]);
+  } else {
+    for (size_t i = 0; i < width; ++i) score[i] = std::fabs(x[i]) * cut.weight[i];
+  }
+  float threshold = static_cast<float>(cut.value);
+  if (cut.by == Cut::By::kTopk)
+    threshold = kernels_.topk_threshold(
+        score, width, static_cast<size_t>(std::nearbyint(cut.value * static_cast<double>(width))));
+  if (cut.by == Cut::By::kTail) threshold = w.selector.tail(score, width, cut.value);
+  for (size_t i = 0; i < width; ++i) x[i] = score[i] <= threshold ? 0.0f : x[i];
+}
+
+void Engine::collect_rows(const float* values) {
+  size_t n = 0;
+  for (size_t i = 0; i < config_.intermediate_size; ++i) {
+    rows_[n] = static_cast<int32_t>(i);
+    n += values[i] != 0;
+  }
+  n_rows_ = n;
+}
+
+}  // namespace fallow

@@ -1,0 +1,149 @@
+// Runs a packed model: one token at a time (decode) or in blocks (prefill), with the neurons that a
+// plan leaves idle skipped. Config and weights (packed.h) are borrowed; the run state is owned.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <vector>
+
+#include "kernels.h"
+#include "packed.h"
+#include "parallel.h"
+#include "select.h"
+
+namespace fallow {
+
+// Places where a plan may set values to zero, in the order of the computation.
+enum Tap {
+  kQInput, kKInput, kVInput, kOInput, kGateInput, kUpInput,
+  kGatePre, kGateAct, kUp, kInter, kDownInput, kFfnOut, kTaps,
+};
+
+// Values v_i of one layer and token with |v_i| * weight_i <= threshold become zero. The threshold
+// is fixed, or that of the k largest scores, or that of a tail of tau^2 of the squared scores.
+struct Cut {
+  enum class By { kNothing, kThreshold, kTopk, kTail };
+  By by = By::kNothing;
+  double value = 0;            // the threshold, k as a share of the width, or tau
+  std::vector<float> weight;   // empty: all ones
+};
+
+using LayerCuts = std::array<Cut, kTaps>;
+
+// Seconds spent since the last reset, by what they were spent on.
+struct Timing {
+  double attention_proj = 0, attention = 0, ffn = 0, select = 0, head = 0, other = 0;
+};
+
+class Engine {
+ public:
+  // `context` tokens of cache; the model must outlive the engine.
+  Engine(const Packed& model, const Kernels& kernels, int n_threads, uint32_t context);
+
+  // Empty: dense. Otherwise one entry per layer.
+  void set_cuts(std::vector<LayerCuts> cuts);
+
+  // Appends n tokens to the cache. logits (n, vocab) if `all`, else those of the last token.
+  // The caller checks ids and that position() + n <= context().
+  void forward(const int32_t* tokens, size_t n, bool all, float* logits);
+
+  uint32_t position() const { return position_; }
+  uint32_t context() const { return context_; }
+  // Forgets the cache from this position on.
+  void rewind(uint32_t position) { position_ = position; }
+
+  // Since the last reset_stats: tokens read; neurons with a non-zero inter per layer, summed over
+  // them; and bytes of weights and cache read by those that came one by one.
+  uint64_t tokens() const { return tokens_; }
+  const std::vector<uint64_t>& active() const { return active_; }
+  uint64_t bytes_read() const { return bytes_read_; }
+  const Timing& timing() const { return timing_; }
+  void reset_stats();
+
+ private:
+  // A block of tokens on its way into a product, (T, width): float, bfloat16 if prefill uses it,
+  // and a single token's integers.
+  struct Input {
+    size_t width = 0;
+    std::vector<float> x, d, sum, sum16;
+    std::vector<int8_t> high, low;
+    std::vector<uint16_t> half;
+    Input(size_t tokens, size_t width);
+    Activation activation() const;
+  };
+  struct Product {  // y (T, rows) = x W^T + bias
+    const Matrix& w;
+    const float* bias;
+    float* y;
+    Tap input;
+  };
+
+  void block(const int32_t* tokens, size_t n);
+  void embed(const int32_t* tokens, size_t n);
+  void attention(size_t layer, size_t n);
+  void attend_one(size_t layer);
+  void attend_block(size_t layer, size_t n);
+  void rotate(const Layer& layer, const Norm& norm, size_t heads, size_t n, float* x);
+  void store_cache(size_t layer, size_t n);
+  void ffn(size_t layer, size_t n);
+  void ffn_dense_one(size_t layer, const Input& input);
+  void ffn_sparse_one(size_t layer, Input& input);
+  void ffn_block(size_t layer, size_t n, Input& input);
+  void down_block(const Layer& layer, size_t n);
+  template <class InterOf>
+  void add_outliers(const Layer& layer, const InterOf& inter_of, float* y, int worker);
+  void sum_partials();
+  void add_branch(const Norm& post_norm, size_t n);
+  void head(size_t n, bool all, float* logits);
+
+  void normalize(const Norm& norm, const float* x, size_t width, float* y) const;
+  void normalize_into(const Norm& norm, size_t n, Input& input);
+  void prepare(Input& input, size_t n);
+  void project(size_t layer, Input& input, size_t n, std::initializer_list<Product> products);
+  void multiply(const Input& input, size_t n, const Product* begin, const Product* end);
+  void multiply_block(const Input& input, size_t n, const Product& product, int worker);
+  bool uses_bf16(const Matrix& w, size_t k) const;
+  void activate(float* x, size_t n) const;
+  const Cut& cut(size_t layer, Tap tap) const;
+  bool has_cut(size_t layer, std::initializer_list<Tap> taps) const;
+  void apply(const Cut& cut, float* x, size_t width, int worker);
+  void collect_rows(const float* values);
+  template <class Body>
+  void for_tokens(size_t n, const Body& body);
+
+  const Packed& model_;
+  const Config& config_;
+  const Kernels& kernels_;
+  ThreadPool pool_;
+  uint32_t context_, position_ = 0;
+  size_t block_;  // tokens per block of prefill
+  std::vector<LayerCuts> cuts_;
+
+  Input attn_input_, o_input_, ffn_input_, cut_input_;
+  // (block, ...)
+  std::vector<float> residual_, q_, k_, v_, branch_, gate_, up_, cos_, sin_;
+  std::vector<uint16_t> inter_half_;
+  const float* turned_ = nullptr;  // whose angles cos_ and sin_ hold for this block
+  std::vector<float> partial_;     // (threads, hidden): each thread's sum of down_proj_t rows
+  std::vector<int32_t> rows_;      // neurons that are not zero, ascending
+  size_t n_rows_ = 0;
+  std::vector<uint16_t> k_cache_, v_cache_;  // f16 (layers, kv_heads, context, head_dim)
+
+  struct Worker {
+    RowSelector selector;
+    uint64_t active = 0;            // neurons of this block
+    std::vector<float> outliers;    // their inter
+    std::vector<float> magnitudes;  // that a cut looks at
+    std::vector<float> scores;      // attention
+    std::vector<float> rows, panel;  // weights, keys or values as float
+    std::vector<uint16_t> panel_half;
+  };
+  std::vector<Worker> workers_;
+
+  uint64_t tokens_ = 0, bytes_read_ = 0;
+  std::vector<uint64_t> active_;
+  Timing timing_;
+};
+
+}  // namespace fallow

@@ -1,0 +1,548 @@
+// AVX2 with FMA and F16C: what x86 without AVX-512 runs. Compiled with those flags and called only
+// where the processor has them; see kernels_avx512.cpp.
+#include "kernels.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+#include <immintrin.h>
+
+#include <type_traits>
+
+#define FALLOW_INLINE inline __attribute__((always_inline))
+
+namespace fallow {
+namespace {
+
+// Weights are unpacked 32 at a time, in order, into one register.
+constexpr size_t kChunk = 32;
+
+FALLOW_INLINE __m256i load256(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+FALLOW_INLINE __m128i load128(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+
+FALLOW_INLINE float sum_lanes(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+FALLOW_INLINE float load_half(const uint8_t* p) { return _cvtsh_ss(load_u16(p)); }
+
+// 16 bytes: low nibbles, then high nibbles.
+FALLOW_INLINE __m256i nibble_block(const uint8_t* p) {
+  const __m128i v = load128(p);
+  const __m256i both =
+      _mm256_inserti128_si256(_mm256_castsi128_si256(v), _mm_srli_epi16(v, 4), 1);
+  return _mm256_and_si256(both, _mm256_set1_epi8(15));
+}
+
+// 16 in every byte whose bit is set.
+FALLOW_INLINE __m256i sixteens(uint32_t bits) {
+  const __m256i spread = _mm256_shuffle_epi8(
+      _mm256_set1_epi32(static_cast<int>(bits)),
+      _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0));
+  const __m256i wanted = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ULL));
+  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, wanted), wanted);
+  return _mm256_and_si256(set, _mm256_set1_epi8(16));
+}
+
+// chunk(b, j): columns [32 j, 32 j + 32) of a block. groups(b, s, m): its scales and minima.
+struct W4_0 : Q4_0 {
+  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int) { return nibble_block(b + 2); }
+  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float*) { s[0] = load_half(b); }
+};
+struct W4_1 : Q4_1 {
+  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int) { return nibble_block(b + 4); }
+  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float* m) {
+    s[0] = load_half(b);
+    m[0] = -load_half(b + 2);
+  }
+};
+struct W5_0 : Q5_0 {
+  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int) {
+    return _mm256_or_si256(nibble_block(b + 6), sixteens(load_u32(b + 2)));
+  }
+  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float*) { s[0] = load_half(b); }
+};
+struct W5_1 : Q5_1 {
+  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int) {
+    return _mm256_or_si256(nibble_block(b + 8), sixteens(load_u32(b + 4)));
+  }
+  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float* m) {
+    s[0] = load_half(b);
+    m[0] = -load_half(b + 2);
+  }
+};
+struct W8_0 : Q8_0 {
+  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int) {
+    return _mm256_xor_si256(load256(b + 2), _mm256_set1_epi8(static_cast<char>(128)));
+  }
+  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float*) { s[0] = load_half(b); }
+};
+
+FALLOW_INLINE void k_groups(const uint8_t* b, float* s, float* m) {
+  const uint32_t a = load_u32(b + 4), c = load_u32(b + 8), e = load_u32(b + 12);
+  const uint32_t s_high = (e & 0x0F0F0F0F) | (a >> 2 & 0x30303030);
+  const uint32_t m_high = (e >> 4 & 0x0F0F0F0F) | (c >> 2 & 0x30303030);
+  const __m128i scales = _mm_set_epi32(static_cast<int>(m_high), static_cast<int>(c & 0x3F3F3F3F),
+                                       static_cast<int>(s_high), static_cast<int>(a & 0x3F3F3F3F));
+  const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(scales));
+  const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(scales, 8)));
+  _mm256_storeu_ps(s, _mm256_mul_ps(low, _mm256_set1_ps(load_half(b))));
+  _mm256_storeu_ps(m, _mm256_mul_ps(high, _mm256_set1_ps(load_half(b + 2))));
+}
+
+FALLOW_INLINE __m256i k_nibbles(const uint8_t* p, int j) {
+  __m256i v = load256(p + 32 * (j / 2));
+  if (j % 2) v = _mm256_srli_epi16(v, 4);
+  return _mm256_and_si256(v, _mm256_set1_epi8(15));
+}
+
+struct W4_K : Q4_K {
+  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int j) { return k_nibbles(b + 16, j); }
+  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float* m) { k_groups(b, s, m); }
+};
+struct W5_K : Q5_K {
+  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int j) {
+    const __m256i bit = _mm256_set1_epi8(static_cast<char>(1 << j));
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(load256(b + 16), bit), bit);
+    return _mm256_or_si256(k_nibbles(b + 48, j), _mm256_and_si256(set, _mm256_set1_epi8(16)));
+  }
+  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float* m) { k_groups(b, s, m); }
+};
+struct W6_K : Q6_K {
+  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int j) {
+    const int half = j / 4, part = j % 4;
+    __m256i low = load256(b + 64 * half + 32 * (part % 2));
+    if (part / 2) low = _mm256_srli_epi16(low, 4);
+    const __m256i top = _mm256_srl_epi16(load256(b + 128 + 32 * half), _mm_cvtsi32_si128(2 * part));
+    const __m256i high = _mm256_slli_epi16(_mm256_and_si256(top, _mm256_set1_epi8(3)), 4);
+    return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(15)), high);
+  }
+  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float*) {
+    const __m256 d = _mm256_set1_ps(load_half(b + 208));
+    const __m128i scales = load128(b + 192);
+    _mm256_storeu_ps(s, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(scales)), d));
+    const __m256i rest = _mm256_cvtepi8_epi32(_mm_srli_si128(scales, 8));
+    _mm256_storeu_ps(s + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(rest), d));
+  }
+};
+
+FALLOW_INLINE size_t row_of(const int32_t* rows, size_t begin, size_t i) {
+  return rows ? static_cast<size_t>(rows[i]) : begin + i;
+}
+
+constexpr size_t kPrefetch = 4096;  // bytes ahead of the work, at least
+
+// Asks for the n bytes at p, a part of a later row, and moves on to the next part. Whole rows at
+// once would be more than the processor keeps in flight; rows of 5 KB then ran at 56 % of memory
+// speed.
+FALLOW_INLINE void prefetch(const uint8_t*& p, size_t n) {
+  if (!p) return;
+  for (size_t i = 0; i < n; i += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+  p += n;
+}
+
+// One value for both halves of a chunk, or one for each where groups are 16.
+template <class F>
+FALLOW_INLINE __m256 spread(const float* groups, int chunk) {
+  if constexpr (F::group == 32) return _mm256_set1_ps(groups[chunk]);
+  return _mm256_set_m128(_mm_set1_ps(groups[2 * chunk + 1]), _mm_set1_ps(groups[2 * chunk]));
+}
+
+// Eight sums of four products of a chunk with x at a column, both planes. Products of a byte pair
+// stay within 16 bits for up to 6 bits (63 * 128 * 2); 8-bit weights meet whole 16-bit values.
+template <class F>
+FALLOW_INLINE __m256i dot4(const uint8_t* b, int j, const Activation& x, size_t column) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  if constexpr (F::type == kQ8_0) {
+    const auto half = [&](size_t at) {
+      const __m256i w = _mm256_cvtepi8_epi16(load128(b + 2 + at));
+      const __m256i high = _mm256_cvtepi8_epi16(load128(x.high + column + at));
+      const __m256i low = _mm256_cvtepi8_epi16(load128(x.low + column + at));
+      return _mm256_madd_epi16(w, _mm256_add_epi16(_mm256_slli_epi16(high, 8), low));
+    };
+    return _mm256_add_epi32(half(0), half(16));
+  } else {
+    const __m256i q = F::chunk(b, j);
+    const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(q, load256(x.high + column)), ones);
+    const __m256i low = _mm256_madd_epi16(_mm256_maddubs_epi16(q, load256(x.low + column)), ones);
+    return _mm256_add_epi32(_mm256_slli_epi32(high, 8), low);
+  }
+}
+
+// Weights around zero: q less the offset, or less the middle of the range of formats with minima.
+template <class F>
+constexpr int kCentre = !F::has_min ? static_cast<int>(F::offset)
+                        : F::type == kQ4_1 || F::type == kQ4_K ? 8 : 16;
+
+template <class F>
+FALLOW_INLINE __m256i centred(const uint8_t* b, int j) {
+  return _mm256_sub_epi8(F::chunk(b, j), _mm256_set1_epi8(static_cast<char>(kCentre<F>)));
+}
+
+template <class F>
+void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+               size_t k, const Activation& x, float* y) {
+  constexpr int chunks = F::block / kChunk, groups = F::block / F::group;
+  const float* sums = F::group == 16 ? x.sum16 : x.sum;
+  const size_t ahead = kPrefetch / row_bytes + 1;
+  for (size_t i = 0; i < n; ++i) {
+    const uint8_t* b = w + row_of(rows, begin, i) * row_bytes;
+    const uint8_t* later =
+        i + ahead < n ? w + row_of(rows, begin, i + ahead) * row_bytes : nullptr;
+    __m256 acc = _mm256_setzero_ps();
+    float minima = 0;
+    for (size_t at = 0; at < k; at += F::block, b += F::bytes) {
+      prefetch(later, F::bytes);
+      float s[groups], m[groups];
+      F::groups(b, s, m);
+      for (int g = 0; g < groups; ++g) {
+        const size_t group = at / F::group + static_cast<size_t>(g);
+        if constexpr (F::has_min) {
+          minima += m[g] * sums[group];
+        } else if constexpr (F::type != kQ8_0) {
+          minima += F::offset * s[g] * sums[group];
+        }
+        s[g] *= x.d[group * F::group / 32];
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < chunks; ++j) {
+        const __m256i sum = dot4<F>(b, j, x, at + kChunk * static_cast<size_t>(j));
+        acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), spread<F>(s, j), acc);
+      }
+    }
+    y[i] = sum_lanes(acc) - minima;
+  }
+}
+
+// Columns are summed in slabs, so that sums and minima stay in the first cache.
+constexpr size_t kSlab = 4096;
+
+// sums += four rows of one block times their coefficients. Within 32 columns the order is that of
+// byte interleaving: lane l of register i holds columns 16 l + 4 i + (0..3).
+template <class F>
+FALLOW_INLINE void axpy_block(const uint8_t* const* b, const float* c, float* sums, float* minima) {
+  constexpr int chunks = F::block / kChunk, groups = F::block / F::group;
+  float s[4][groups], scale[groups];
+  int8_t q[4][groups];  // c * s with one scale for the four rows
+  for (int r = 0; r < 4; ++r) {
+    float m[groups];
+    F::groups(b[r], s[r], m);
+    for (int g = 0; g < groups; ++g) {
+      if constexpr (F::has_min) minima[g] += c[r] * (m[g] - kCentre<F> * s[r][g]);
+      s[r][g] *= c[r];
+    }
+  }
+  for (int g = 0; g < groups; ++g) {
+    float largest = 0;
+    for (int r = 0; r < 4; ++r) {
+      const float magnitude = __builtin_fabsf(s[r][g]);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const float inverse = largest > 0 ? 127 / largest : 0.0f;
+    scale[g] = largest / 127;
+    for (int r = 0; r < 4; ++r)
+      q[r][g] = static_cast<int8_t>(_mm_cvtss_si32(_mm_set_ss(s[r][g] * inverse)));
+  }
+  const auto spread_bytes = [&](int r, int j) {
+    if constexpr (F::group == 32) return _mm256_set1_epi8(q[r][j]);
+    return _mm256_set_m128i(_mm_set1_epi8(q[r][2 * j + 1]), _mm_set1_epi8(q[r][2 * j]));
+  };
+#pragma GCC unroll 2
+  for (int j = 0; j < chunks; ++j) {
+    __m256i w[4], size[4];  // weights with the sign of their coefficient, and its magnitude
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const __m256i coefficient = spread_bytes(r, j);
+      w[r] = _mm256_sign_epi8(centred<F>(b[r], j), coefficient);
+      size[r] = _mm256_abs_epi8(coefficient);
+    }
+    const __m256 factor = spread<F>(scale, j);
+    const __m256i size01 = _mm256_unpacklo_epi8(size[0], size[1]);
+    const __m256i size23 = _mm256_unpacklo_epi8(size[2], size[3]);
+    const auto add = [&](__m256i w01, __m256i w23, float* to) {
+      const __m256i p01 = _mm256_maddubs_epi16(size01, w01);
+      const __m256i p23 = _mm256_maddubs_epi16(size23, w23);
+      const __m256i ones = _mm256_set1_epi16(1);
+      const __m256i low = _mm256_madd_epi16(_mm256_unpacklo_epi16(p01, p23), ones);
+      const __m256i high = _mm256_madd_epi16(_mm256_unpackhi_epi16(p01, p23), ones);
+      _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(low), factor, _mm256_loadu_ps(to)));
+      _mm256_storeu_ps(
+          to + 8, _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), factor, _mm256_loadu_ps(to + 8)));
+    };
+    float* to = sums + kChunk * static_cast<size_t>(j);
+    add(_mm256_unpacklo_epi8(w[0], w[1]), _mm256_unpacklo_epi8(w[2], w[3]), to);
+    add(_mm256_unpackhi_epi8(w[0], w[1]), _mm256_unpackhi_epi8(w[2], w[3]), to + 16);
+  }
+}
+
+template <class F>
+void axpy_slab(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+               size_t k, const float* coefficient, float* y) {
+  alignas(32) float sums[kSlab] = {};
+  float minima[kSlab / F::group] = {};
+  const size_t ahead = kPrefetch / row_bytes + 4;
+  for (size_t i = 0; i < n; i += 4) {
+    const uint8_t *b[4], *later[4];
+    float c[4];
+    for (size_t r = 0; r < 4; ++r) {  // rows past the end are the last one with coefficient 0
+      const bool there = i + r < n;
+      b[r] = w + row_of(rows, begin, there ? i + r : n - 1) * row_bytes;
+      c[r] = there ? coefficient[i + r] : 0.0f;
+      later[r] = i + r + ahead < n ? w + row_of(rows, begin, i + r + ahead) * row_bytes : nullptr;
+    }
+    for (size_t at = 0; at < k; at += F::block) {
+      for (auto& p : later) prefetch(p, F::bytes);
+      axpy_block<F>(b, c, sums + at, minima + at / F::group);
+      for (auto& p : b) p += F::bytes;
+    }
+  }
+  for (size_t j = 0; j < k; ++j) {
+    const size_t in = j % kChunk;
+    y[j] += sums[j - in + in / 4 % 4 * 8 + in / 16 * 4 + in % 4] - minima[j / F::group];
+  }
+}
+
+template <class F>
+void axpy_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+               size_t k, const float* coefficient, float* y) {
+  if (n == 0) return;
+  for (size_t at = 0; at < k; at += kSlab)
+    axpy_slab<F>(w + at / F::block * F::bytes, row_bytes, rows, begin, n,
+                 k - at < kSlab ? k - at : kSlab, coefficient, y + at);
+}
+
+// Eight weights of a float row as float32; the last ones of a row come one at a time.
+struct L32 {
+  static constexpr size_t bytes = 4;
+  static FALLOW_INLINE __m256 load(const uint8_t* p) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
+  }
+  static FALLOW_INLINE float one(const uint8_t* p) { return std::bit_cast<float>(load_u32(p)); }
+};
+struct LF16 {
+  static constexpr size_t bytes = 2;
+  static FALLOW_INLINE __m256 load(const uint8_t* p) { return _mm256_cvtph_ps(load128(p)); }
+  static FALLOW_INLINE float one(const uint8_t* p) { return load_half(p); }
+};
+struct LBF16 {
+  static constexpr size_t bytes = 2;
+  static FALLOW_INLINE __m256 load(const uint8_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p)), 16));
+  }
+  static FALLOW_INLINE float one(const uint8_t* p) { return load_bf16(p); }
+};
+
+template <class L>
+FALLOW_INLINE float dot_float(const uint8_t* a, const float* x, size_t n) {
+  __m256 sum[4] = {};
+  size_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    for (size_t j = 0; j < 4; ++j)
+      sum[j] = _mm256_fmadd_ps(L::load(a + (i + 8 * j) * L::bytes), _mm256_loadu_ps(x + i + 8 * j),
+                               sum[j]);
+  for (; i + 8 <= n; i += 8)
+    sum[0] = _mm256_fmadd_ps(L::load(a + i * L::bytes), _mm256_loadu_ps(x + i), sum[0]);
+  float total = sum_lanes(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]),
+                                        _mm256_add_ps(sum[2], sum[3])));
+  for (; i < n; ++i) total += L::one(a + i * L::bytes) * x[i];
+  return total;
+}
+
+template <class L>
+FALLOW_INLINE void axpy_float(float c, const uint8_t* a, size_t n, float* y) {
+  const __m256 factor = _mm256_set1_ps(c);
+  size_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(y + i,
+                     _mm256_fmadd_ps(factor, L::load(a + i * L::bytes), _mm256_loadu_ps(y + i)));
+  for (; i < n; ++i) y[i] += c * L::one(a + i * L::bytes);
+}
+
+template <class L>
+void gemv_rows_float(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin,
+                     size_t n, size_t k, const Activation& x, float* y) {
+  for (size_t i = 0; i < n; ++i)
+    y[i] = dot_float<L>(w + row_of(rows, begin, i) * row_bytes, x.x, k);
+}
+
+template <class L>
+void axpy_rows_float(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin,
+                     size_t n, size_t k, const float* coefficient, float* y) {
+  for (size_t i = 0; i < n; ++i)
+    axpy_float<L>(coefficient[i], w + row_of(rows, begin, i) * row_bytes, k, y);
+}
+
+float sum_squares(const float* x, size_t n) {
+  return dot_float<L32>(reinterpret_cast<const uint8_t*>(x), x, n);
+}
+
+void attend_scores(const uint16_t* keys, const float* q, size_t n, size_t dim, float scale,
+                   float* scores) {
+  for (size_t j = 0; j < n; ++j)
+    scores[j] = scale * dot_float<LF16>(reinterpret_cast<const uint8_t*>(keys + j * dim), q, dim);
+}
+
+void attend_values(const uint16_t* values, const float* weights, size_t n, size_t dim, float* out) {
+  for (size_t i = 0; i < dim; ++i) out[i] = 0;
+  for (size_t j = 0; j < n; ++j)
+    axpy_float<LF16>(weights[j], reinterpret_cast<const uint8_t*>(values + j * dim), dim, out);
+}
+
+void to_f16(const float* x, size_t n, uint16_t* y) {
+  size_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i < n; ++i) y[i] = _cvtss_sh(x[i], _MM_FROUND_TO_NEAREST_INT);
+}
+
+// Four registers of a panel times `tokens` columns of x.
+template <int tokens>
+FALLOW_INLINE void gemm_tile(const float* panel, size_t n, size_t k, const float* x,
+                             size_t x_stride, bool add, float* y, size_t stride) {
+  __m256 sum[tokens][4];
+  for (int t = 0; t < tokens; ++t)
+    for (int h = 0; h < 4; ++h) sum[t][h] = _mm256_setzero_ps();
+  for (size_t j = 0; j < k; ++j) {
+    const float* a = panel + j * kPanel;
+#pragma GCC unroll 3
+    for (int t = 0; t < tokens; ++t) {
+      const __m256 v = _mm256_set1_ps(x[static_cast<size_t>(t) * x_stride + j]);
+#pragma GCC unroll 4
+      for (int h = 0; h < 4; ++h)
+        sum[t][h] = _mm256_fmadd_ps(_mm256_loadu_ps(a + 8 * h), v, sum[t][h]);
+    }
+  }
+  for (int t = 0; t < tokens; ++t) {
+    float values[kPanel], *to = y + static_cast<size_t>(t) * stride;
+    for (int h = 0; h < 4; ++h) _mm256_storeu_ps(values + 8 * h, sum[t][h]);
+    for (size_t r = 0; r < n; ++r) to[r] = add ? to[r] + values[r] : values[r];
+  }
+}
+
+void gemm_f32(const float* panel, size_t n, size_t k, const float* x, size_t x_stride,
+              size_t tokens, bool add, float* y, size_t stride) {
+  size_t t = 0;
+  for (; t + 3 <= tokens; t += 3)
+    gemm_tile<3>(panel, n, k, x + t * x_stride, x_stride, add, y + t * stride, stride);
+  for (; t < tokens; ++t)
+    gemm_tile<1>(panel, n, k, x + t * x_stride, x_stride, add, y + t * stride, stride);
+}
+
+// e^x as in kernels_avx512.cpp; 2^n in two steps, so that results below 2^-126 are right.
+FALLOW_INLINE __m256 exp256(__m256 x) {
+  x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-103.0f)), _mm256_set1_ps(88.7f));
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+  __m256 p = _mm256_set1_ps(1.0f / 720);
+  constexpr float kTerms[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (float c : kTerms) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c));
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+  const auto power = [](__m256i e) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+  };
+  return _mm256_mul_ps(_mm256_mul_ps(p, power(half)), power(_mm256_sub_epi32(whole, half)));
+}
+
+// Applies a function of eight values to n, the last ones padded with zeros.
+template <class Function>
+FALLOW_INLINE void in_place(float* x, size_t n, Function function) {
+  size_t i = 0;
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(x + i, function(_mm256_loadu_ps(x + i)));
+  if (i == n) return;
+  float rest[8] = {};
+  for (size_t j = i; j < n; ++j) rest[j - i] = x[j];
+  _mm256_storeu_ps(rest, function(_mm256_loadu_ps(rest)));
+  for (size_t j = i; j < n; ++j) x[j] = rest[j - i];
+}
+
+float softmax_numerators(float* x, size_t n) {
+  float largest = x[0], sum = 0;
+  for (size_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  const __m256 top = _mm256_set1_ps(largest);
+  in_place(x, n, [&](__m256 v) { return exp256(_mm256_sub_ps(v, top)); });
+  for (size_t i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+
+FALLOW_INLINE __m256 sigmoid_times(__m256 x, __m256 z) {
+  const __m256 e = exp256(_mm256_sub_ps(_mm256_setzero_ps(), z));
+  return _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1), e));
+}
+
+void silu(float* x, size_t n) {
+  in_place(x, n, [](__m256 v) { return sigmoid_times(v, v); });
+}
+
+void gelu_tanh(float* x, size_t n) {
+  in_place(x, n, [](__m256 v) {
+    const __m256 cube = _mm256_mul_ps(_mm256_mul_ps(v, v), v);
+    const __m256 z = _mm256_fmadd_ps(cube, _mm256_set1_ps(0.044715f), v);
+    return sigmoid_times(v, _mm256_mul_ps(z, _mm256_set1_ps(2 * 0.7978845608f)));
+  });
+}
+
+template <class F>
+void add(Kernels& table) {
+  table.gemv_rows[F::type] = gemv_rows<F>;
+  table.axpy_rows[F::type] = axpy_rows<F>;
+}
+
+template <class L>
+void add_float(Kernels& table, uint32_t type) {
+  table.gemv_rows[type] = gemv_rows_float<L>;
+  table.axpy_rows[type] = axpy_rows_float<L>;
+}
+
+Kernels make() {
+  Kernels table = portable_kernels();  // what is not below stays scalar
+  table.name = "avx2";
+  add<W4_0>(table);
+  add<W4_1>(table);
+  add<W5_0>(table);
+  add<W5_1>(table);
+  add<W8_0>(table);
+  add<W4_K>(table);
+  add<W5_K>(table);
+  add<W6_K>(table);
+  add_float<L32>(table, kF32);
+  add_float<LF16>(table, kF16);
+  add_float<LBF16>(table, kBF16);
+  table.gemm_f32 = gemm_f32;
+  table.attend_scores = attend_scores;
+  table.attend_values = attend_values;
+  table.to_f16 = to_f16;
+  table.sum_squares = sum_squares;
+  table.softmax_numerators = softmax_numerators;
+  table.silu = silu;
+  table.gelu_tanh = gelu_tanh;
+  return table;
+}
+
+}  // namespace
+
+const Kernels* avx2_kernels() {
+  static const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                           __builtin_cpu_supports("f16c");
+  if (!runs) return nullptr;
+  static const Kernels table = make();
+  return &table;
+}
+
+}  // namespace fallow
+
+#else
+
+namespace fallow {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace fallow
+
+#endif

@@ -1,0 +1,847 @@
+// AVX-512 with VNNI. Compiled with those flags and called only where the processor has them, so
+// nothing here may be an inline function that other files share, apart from the formats' scalars.
+#include "kernels.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+#include <type_traits>
+
+#include "avx512.h"
+
+namespace fallow {
+namespace {
+
+// Weights are unpacked 64 at a time, in order, into one register. Four such chunks make a
+// "span" of 256 columns: one block of the K formats, eight blocks of the others.
+constexpr size_t kSpan = 256;
+
+alignas(64) constexpr int32_t kLanes32[4][16] = {
+    {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1},
+    {2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3},
+    {4, 4, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5, 5, 5, 5, 5},
+    {6, 6, 6, 6, 6, 6, 6, 6, 7, 7, 7, 7, 7, 7, 7, 7}};
+alignas(64) constexpr int32_t kLanes16[4][16] = {
+    {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3},
+    {4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7},
+    {8, 8, 8, 8, 9, 9, 9, 9, 10, 10, 10, 10, 11, 11, 11, 11},
+    {12, 12, 12, 12, 13, 13, 13, 13, 14, 14, 14, 14, 15, 15, 15, 15}};
+
+__m512i load512(const void* p) { return _mm512_loadu_si512(p); }
+__m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+__m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+// Per-group values of one span: 8 floats for groups of 32, 16 for groups of 16.
+template <size_t group>
+struct Groups;
+
+template <>
+struct Groups<32> {
+  using V = __m256;
+  static V zero() { return _mm256_setzero_ps(); }
+  static V load(const float* p, size_t n) {
+    return n == 8 ? _mm256_loadu_ps(p)
+                  : _mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << n) - 1), p);
+  }
+  static void store(float* p, V v, size_t n) {
+    _mm256_mask_storeu_ps(p, static_cast<__mmask8>((1u << n) - 1), v);
+  }
+  static V set1(float v) { return _mm256_set1_ps(v); }
+  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V max_abs(V a, V b) {
+    return _mm256_max_ps(a, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), b));
+  }
+  static V div(V a, V b) {  // 0 where b is 0
+    return _mm256_maskz_div_ps(_mm256_cmp_ps_mask(b, zero(), _CMP_NEQ_OQ), a, b);
+  }
+  static float sum(V v) { return _mm512_reduce_add_ps(_mm512_zextps256_ps512(v)); }
+  using I = __m256i;
+  static I round(V v) { return _mm256_cvtps_epi32(v); }
+  static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I minus_times(I a, int n) {
+    return _mm256_mullo_epi32(a, _mm256_set1_epi32(-n));
+  }
+  // The low bytes of a, b, c, d side by side.
+  static I bytes(I a, I b, I c, I d) {
+    const I low = _mm256_set1_epi32(255);
+    a = _mm256_or_si256(_mm256_and_si256(a, low), _mm256_slli_epi32(_mm256_and_si256(b, low), 8));
+    c = _mm256_or_si256(_mm256_slli_epi32(_mm256_and_si256(c, low), 16), _mm256_slli_epi32(d, 24));
+    return _mm256_or_si256(a, c);
+  }
+  static __m512 spread(V v, int chunk) {
+    return _mm512_permutexvar_ps(load512(kLanes32[chunk]), _mm512_castps256_ps512(v));
+  }
+  static __m512i spread(I v, int chunk) {
+    return _mm512_permutexvar_epi32(load512(kLanes32[chunk]), _mm512_castsi256_si512(v));
+  }
+};
+
+template <>
+struct Groups<16> {
+  using V = __m512;
+  static V zero() { return _mm512_setzero_ps(); }
+  static V load(const float* p, size_t n) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  }
+  static void store(float* p, V v, size_t n) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+  }
+  static V set1(float v) { return _mm512_set1_ps(v); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V max_abs(V a, V b) { return _mm512_max_ps(a, _mm512_abs_ps(b)); }
+  static V div(V a, V b) {
+    return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(b, zero(), _CMP_NEQ_OQ), a, b);
+  }
+  static float sum(V v) { return _mm512_reduce_add_ps(v); }
+  using I = __m512i;
+  static I round(V v) { return _mm512_cvtps_epi32(v); }
+  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I minus_times(I a, int n) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(-n)); }
+  static I bytes(I a, I b, I c, I d) {
+    const I low = _mm512_set1_epi32(255);
+    a = _mm512_or_si512(_mm512_and_si512(a, low), _mm512_slli_epi32(_mm512_and_si512(b, low), 8));
+    c = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(c, low), 16), _mm512_slli_epi32(d, 24));
+    return _mm512_or_si512(a, c);
+  }
+  static __m512 spread(V v, int chunk) {
+    return _mm512_permutexvar_ps(load512(kLanes16[chunk]), v);
+  }
+  static __m512i spread(I v, int chunk) {
+    return _mm512_permutexvar_epi32(load512(kLanes16[chunk]), v);
+  }
+};
+
+// The f16 at the start of each of n <= 8 blocks, and the one after it.
+template <class F>
+FALLOW_INLINE void load_halves(const uint8_t* b, size_t n, __m256& first, __m256& second) {
+  const auto at = [&](size_t i) { return static_cast<int>(load_u32(b + i * F::bytes)); };
+  __m256i words;
+  if (n == 8) {
+    words = _mm256_set_epi32(at(7), at(6), at(5), at(4), at(3), at(2), at(1), at(0));
+  } else {
+    alignas(32) int32_t some[8] = {};
+    for (size_t i = 0; i < n; ++i) some[i] = at(i);
+    words = _mm256_load_si256(reinterpret_cast<const __m256i*>(some));
+  }
+  first = _mm256_cvtph_ps(_mm256_cvtepi32_epi16(words));
+  second = _mm256_cvtph_ps(_mm256_cvtepi32_epi16(_mm256_srli_epi32(words, 16)));
+}
+
+// 16 bytes of each of two blocks: nibbles of the first in the low half, of the second in the high.
+FALLOW_INLINE __m512i two_nibble_blocks(const uint8_t* first, const uint8_t* second) {
+  __m512i v = _mm512_broadcast_i32x4(load128(first));
+  v = _mm512_mask_broadcast_i32x4(v, 0xFF00, load128(second));
+  const __m512i shift = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
+  return _mm512_and_si512(_mm512_srlv_epi64(v, shift), _mm512_set1_epi8(15));
+}
+
+// 32 bytes: low nibbles in the low half, high nibbles in the high half.
+FALLOW_INLINE __m512i nibble_run(const uint8_t* p) {
+  const __m512i v = _mm512_broadcast_i64x4(load256(p));
+  const __m512i shift = _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0);
+  return _mm512_and_si512(_mm512_srlv_epi64(v, shift), _mm512_set1_epi8(15));
+}
+
+FALLOW_INLINE __m512i add_16_where(__m512i v, uint64_t bits) {
+  return _mm512_mask_add_epi8(v, bits, v, _mm512_set1_epi8(16));
+}
+
+FALLOW_INLINE uint64_t two_words(const uint8_t* first, const uint8_t* second) {
+  return load_u32(first) | static_cast<uint64_t>(load_u32(second)) << 32;
+}
+
+// chunk(b, j): columns [64 j, 64 j + 64) of a span; groups(b, n, s, m): its scales and minima,
+// n groups of them; for formats without minima m is left alone.
+struct V4_0 : Q4_0 {
+  static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
+    b += 2 * j * bytes;
+    return two_nibble_blocks(b + 2, b + bytes + 2);
+  }
+  static FALLOW_INLINE void groups(const uint8_t* b, size_t n, __m256& s, __m256&) {
+    __m256 unused;
+    load_halves<Q4_0>(b, n, s, unused);
+  }
+};
+struct V4_1 : Q4_1 {
+  static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
+    b += 2 * j * bytes;
+    return two_nibble_blocks(b + 4, b + bytes + 4);
+  }
+  static FALLOW_INLINE void groups(const uint8_t* b, size_t n, __m256& s, __m256& m) {
+    load_halves<Q4_1>(b, n, s, m);
+    m = _mm256_xor_ps(m, _mm256_set1_ps(-0.0f));
+  }
+};
+struct V5_0 : Q5_0 {
+  static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
+    b += 2 * j * bytes;
+    return add_16_where(two_nibble_blocks(b + 6, b + bytes + 6),
+                        two_words(b + 2, b + bytes + 2));
+  }
+  static FALLOW_INLINE void groups(const uint8_t* b, size_t n, __m256& s, __m256&) {
+    __m256 unused;
+    load_halves<Q5_0>(b, n, s, unused);
+  }
+};
+struct V5_1 : Q5_1 {
+  static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
+    b += 2 * j * bytes;
+    return add_16_where(two_nibble_blocks(b + 8, b + bytes + 8),
+                        two_words(b + 4, b + bytes + 4));
+  }
+  static FALLOW_INLINE void groups(const uint8_t* b, size_t n, __m256& s, __m256& m) {
+    load_halves<Q5_1>(b, n, s, m);
+    m = _mm256_xor_ps(m, _mm256_set1_ps(-0.0f));
+  }
+};
+struct V8_0 : Q8_0 {
+  static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
+    b += 2 * j * bytes;
+    const __m512i v = _mm512_inserti64x4(_mm512_castsi256_si512(load256(b + 2)),
+                                         load256(b + bytes + 2), 1);
+    return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(128)));
+  }
+  static FALLOW_INLINE void groups(const uint8_t* b, size_t n, __m256& s, __m256&) {
+    __m256 unused;
+    load_halves<Q8_0>(b, n, s, unused);
+  }
+};
+
+// d, dmin and the packed scales of Q4_K and Q5_K.
+FALLOW_INLINE void k_groups(const uint8_t* b, __m256& s, __m256& m) {
+  const uint32_t a = load_u32(b + 4), c = load_u32(b + 8), e = load_u32(b + 12);
+  const uint32_t s_high = (e & 0x0F0F0F0F) | (a >> 2 & 0x30303030);
+  const uint32_t m_high = (e >> 4 & 0x0F0F0F0F) | (c >> 2 & 0x30303030);
+  const __m128i scales = _mm_set_epi32(static_cast<int>(m_high), static_cast<int>(c & 0x3F3F3F3F),
+                                       static_cast<int>(s_high), static_cast<int>(a & 0x3F3F3F3F));
+  const __m512 all = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(scales));
+  const __m128 halves = _mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int>(load_u32(b))));
+  s = _mm256_mul_ps(_mm512_castps512_ps256(all), _mm256_broadcastss_ps(halves));
+  m = _mm256_mul_ps(_mm512_extractf32x8_ps(all, 1),
+                    _mm256_broadcastss_ps(_mm_movehdup_ps(halves)));
+}
+
+struct V4_K : Q4_K {
+  static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) { return nibble_run(b + 16 + 32 * j); }
+  static FALLOW_INLINE void groups(const uint8_t* b, size_t, __m256& s, __m256& m) { k_groups(b, s, m); }
+};
+struct V5_K : Q5_K {
+  static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
+    const __m512i high = _mm512_broadcast_i64x4(load256(b + 16));
+    const __m512i bit = _mm512_inserti64x4(_mm512_set1_epi8(static_cast<char>(1 << (2 * j))),
+                                           _mm256_set1_epi8(static_cast<char>(2 << (2 * j))), 1);
+    return add_16_where(nibble_run(b + 48 + 32 * j), _mm512_test_epi8_mask(high, bit));
+  }
+  static FALLOW_INLINE void groups(const uint8_t* b, size_t, __m256& s, __m256& m) { k_groups(b, s, m); }
+};
+struct V6_K : Q6_K {
+  static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
+    __m512i low = load512(b + 64 * (j / 2));
+    if (j % 2) low = _mm512_srli_epi16(low, 4);
+    low = _mm512_and_si512(low, _mm512_set1_epi8(15));
+    const __m512i top = _mm512_broadcast_i64x4(load256(b + 128 + 32 * (j / 2)));
+    // Two bits at 0 and 2 (even chunks) or 4 and 6 (odd ones) go to bits 4 and 5.
+    const __m512i shift = j % 2 ? _mm512_set_epi64(2, 2, 2, 2, 0, 0, 0, 0)
+                                : _mm512_set_epi64(2, 2, 2, 2, 4, 4, 4, 4);
+    const __m512i moved = j % 2 ? _mm512_srlv_epi64(top, shift) : _mm512_sllv_epi64(top, shift);
+    return _mm512_or_si512(low, _mm512_and_si512(moved, _mm512_set1_epi8(0x30)));
+  }
+  static FALLOW_INLINE void groups(const uint8_t* b, size_t, __m512& s, __m512&) {
+    const __m512 d = _mm512_set1_ps(_cvtsh_ss(load_u16(b + 208)));
+    s = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load128(b + 192))), d);
+  }
+};
+
+constexpr size_t kPrefetch = 4096;  // bytes ahead of the work, at least
+
+// Asks for the n bytes at p, a part of a later row, and moves on to the next part. Whole rows at
+// once would be more than the processor keeps in flight; rows of 5 KB then ran at 56 % of memory
+// speed.
+FALLOW_INLINE void prefetch(const uint8_t*& p, size_t n) {
+  if (!p) return;
+  for (size_t i = 0; i < n; i += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+  p += n;
+}
+
+FALLOW_INLINE size_t row_of(const int32_t* rows, size_t begin, size_t i) {
+  return rows ? static_cast<size_t>(rows[i]) : begin + i;
+}
+
+// Adds `chunks` * 64 columns of a row, from column `at`, to acc and accm; the dot product is
+// sum(acc) - sum(accm), the latter times the offset for formats without minima.
+template <class F, int chunks>
+FALLOW_INLINE void dot_span(const uint8_t* b, size_t at, const Activation& x, __m512& acc,
+              typename Groups<F::group>::V& accm) {
+  using G = Groups<F::group>;
+  constexpr size_t n = chunks * 64 / F::group;
+  typename G::V s, m;
+  F::groups(b, n, s, m);
+  const typename G::V sums = G::load((F::group == 16 ? x.sum16 : x.sum) + at / F::group, n);
+  accm = G::fma(F::has_min ? m : s, sums, accm);
+  typename G::V d;
+  if constexpr (F::group == 32) {
+    d = G::load(x.d + at / 32, n);
+  } else {
+    const __m512i twice =
+        _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    d = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(x.d + at / 32)));
+  }
+  const typename G::V scale = G::mul(s, d);
+#pragma GCC unroll 4
+  for (int j = 0; j < chunks; ++j) {
+    const __m512i w = F::chunk(b, j);
+    const __m512i high =
+        _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, load512(x.high + at + 64 * j));
+    const __m512i sum =
+        _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), w, load512(x.low + at + 64 * j));
+    acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), G::spread(scale, j), acc);
+  }
+}
+
+template <class F>
+void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+               size_t k, const Activation& x, float* y) {
+  using G = Groups<F::group>;
+  constexpr size_t span_bytes = kSpan / F::block * F::bytes;
+  const size_t ahead = kPrefetch / row_bytes + 1;
+  for (size_t i = 0; i < n; ++i) {
+    const uint8_t* b = w + row_of(rows, begin, i) * row_bytes;
+    const uint8_t* later =
+        i + ahead < n ? w + row_of(rows, begin, i + ahead) * row_bytes : nullptr;
+    __m512 acc = _mm512_setzero_ps();
+    typename G::V accm = G::zero();
+    size_t at = 0;
+    for (; at + kSpan <= k; at += kSpan, b += span_bytes) {
+      prefetch(later, span_bytes);
+      dot_span<F, 4>(b, at, x, acc, accm);
+    }
+    float tail = 0;
+    if constexpr (F::block == 32) {
+      prefetch(later, (k - at) / F::block * F::bytes);
+      for (; at + 64 <= k; at += 64, b += 2 * F::bytes) dot_span<F, 1>(b, at, x, acc, accm);
+      if (at < k) {
+        const Activation rest{nullptr,        x.high + at,     x.low + at,
+                              x.d + at / 32,  x.sum + at / 32, x.sum16 + at / 16};
+        portable_kernels().gemv_rows[F::type](b, row_bytes, nullptr, 0, 1, 32, rest, &tail);
+      }
+    }
+    const float minima = G::sum(accm) * (F::has_min ? 1.0f : static_cast<float>(F::offset));
+    y[i] = _mm512_reduce_add_ps(acc) - minima + tail;
+  }
+}
+
+// Columns are summed in slabs, so that sums and minima stay in the first cache.
+constexpr size_t kSlab = 4096;
+
+// The quantised coefficients of four rows in one span.
+template <class F>
+struct Coefficients {
+  using G = Groups<F::group>;
+  typename G::I bytes;   // four int8 per group, one of each row
+  typename G::I start;   // what their offsets add up to, negative
+  typename G::V scale;   // of the integers
+};
+
+// c[r] * s of four rows as int8 with one scale per group. The error is that of int8 activations,
+// but relative to the largest of four products instead of 32. Minima are summed exactly.
+template <class F>
+FALLOW_INLINE Coefficients<F> prepare(const uint8_t* const* b, const float* c, size_t n, float* minima) {
+  using G = Groups<F::group>;
+  constexpr int centre = F::has_min ? (F::type == kQ4_1 || F::type == kQ4_K ? 8 : 16)
+                                    : static_cast<int>(F::offset);
+  typename G::V product[4], largest = G::zero(), minimum = G::zero();
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    typename G::V s, m;
+    F::groups(b[r], n, s, m);
+    product[r] = G::mul(s, G::set1(c[r]));
+    largest = G::max_abs(largest, product[r]);
+    if constexpr (F::has_min) {  // w = s (q - centre) - (m - centre s)
+      minimum = G::fma(m, G::set1(c[r]), minimum);
+      minimum = G::fma(product[r], G::set1(-static_cast<float>(centre)), minimum);
+    }
+  }
+  const typename G::V inverse = G::div(G::set1(127.0f), largest);
+  typename G::I q[4], sum;
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) q[r] = G::round(G::mul(product[r], inverse));
+  sum = G::add(G::add(q[0], q[1]), G::add(q[2], q[3]));
+  if constexpr (F::has_min) {
+    const typename G::V before = G::load(minima, n);
+    G::store(minima, G::fma(minimum, G::set1(1.0f), before), n);
+  }
+  return {G::bytes(q[0], q[1], q[2], q[3]), G::minus_times(sum, centre),
+          G::mul(largest, G::set1(1 / 127.0f))};
+}
+
+// sums (chunks * 64,) += four rows times their coefficients. Within 64 columns the order is that of
+// byte interleaving: lane l of register i holds columns 16 l + 4 i + (0..3).
+template <class F, int chunks>
+FALLOW_INLINE void axpy_span(const uint8_t* const* b, const float* c, float* sums, float* minima) {
+  using G = Groups<F::group>;
+  const Coefficients<F> coefficients = prepare<F>(b, c, chunks * 64 / F::group, minima);
+#pragma GCC unroll 4
+  for (int j = 0; j < chunks; ++j) {
+    const __m512i start = G::spread(coefficients.start, j);
+    const __m512i bytes = G::spread(coefficients.bytes, j);
+    const __m512 scale = G::spread(coefficients.scale, j);
+    const __m512i r0 = F::chunk(b[0], j), r1 = F::chunk(b[1], j);
+    const __m512i r2 = F::chunk(b[2], j), r3 = F::chunk(b[3], j);
+    const __m512i low01 = _mm512_unpacklo_epi8(r0, r1), low23 = _mm512_unpacklo_epi8(r2, r3);
+    const __m512i high01 = _mm512_unpackhi_epi8(r0, r1), high23 = _mm512_unpackhi_epi8(r2, r3);
+    const __m512i columns[4] = {
+        _mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+        _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      float* to = sums + 64 * j + 16 * i;
+      const __m512 p = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, columns[i], bytes));
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(p, scale, _mm512_loadu_ps(to)));
+    }
+  }
+}
+
+template <class F>
+void axpy_slab(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+               size_t k, const float* coefficient, float* y) {
+  constexpr size_t span_bytes = kSpan / F::block * F::bytes;
+  alignas(64) float sums[kSlab] = {};
+  alignas(64) float minima[kSlab / F::group] = {};
+  const size_t ahead = kPrefetch / row_bytes + 4;
+  for (size_t i = 0; i < n; i += 4) {
+    const uint8_t *b[4], *later[4];
+    float c[4];
+    for (size_t r = 0; r < 4; ++r) {  // rows past the end are the last one with coefficient 0
+      const bool there = i + r < n;
+      b[r] = w + row_of(rows, begin, there ? i + r : n - 1) * row_bytes;
+      c[r] = there ? coefficient[i + r] : 0.0f;
+      later[r] = i + r + ahead < n ? w + row_of(rows, begin, i + r + ahead) * row_bytes : nullptr;
+    }
+    size_t at = 0;
+    for (; at + kSpan <= k; at += kSpan) {
+      for (auto& p : later) prefetch(p, span_bytes);
+      axpy_span<F, 4>(b, c, sums + at, minima + at / F::group);
+      for (auto& p : b) p += span_bytes;
+    }
+    if constexpr (F::block == 32) {
+      for (auto& p : later) prefetch(p, (k - at) / F::block * F::bytes);
+      for (; at + 64 <= k; at += 64) {
+        axpy_span<F, 1>(b, c, sums + at, minima + at / F::group);
+        for (auto& p : b) p += 2 * F::bytes;
+      }
+    }
+  }
+  for (size_t j = 0; j < k; ++j) {
+    const size_t in = j % 64;
+    y[j] += sums[j - in + in / 4 % 4 * 16 + in / 16 * 4 + in % 4] - minima[j / F::group];
+  }
+}
+
+template <class F>
+void axpy_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+               size_t k, const float* coefficient, float* y) {
+  if (n == 0) return;
+  const size_t whole = k - k % 64;
+  for (size_t at = 0; at < whole; at += kSlab)
+    axpy_slab<F>(w + at / F::block * F::bytes, row_bytes, rows, begin, n,
+                 whole - at < kSlab ? whole - at : kSlab, coefficient, y + at);
+  if (whole < k)
+    portable_kernels().axpy_rows[F::type](w + whole / F::block * F::bytes, row_bytes, rows, begin,
+                                          n, k - whole, coefficient, y + whole);
+}
+
+void panel_f32(const float* rows, size_t n, size_t k, float* panel) {
+  for (size_t j = 0; j < k; j += 16)
+    for (size_t half = 0; half < kPanel; half += 16) {
+      __m512i block[16];
+      for (size_t r = 0; r < 16; ++r)
+        block[r] = half + r < n
+                       ? _mm512_maskz_loadu_epi32(first_lanes(k - j), rows + (half + r) * k + j)
+                       : _mm512_setzero_si512();
+      transpose16(block);
+      for (size_t c = 0; c < 16 && j + c < k; ++c)
+        _mm512_storeu_si512(panel + (j + c) * kPanel + half, block[c]);
+    }
+}
+
+template <int tokens>
+void gemm_f32_tile(const float* a, size_t n, size_t k, const float* x, size_t x_stride, bool add,
+                   float* y, size_t stride) {
+  __m512 sum[2][tokens];
+  for (int t = 0; t < tokens; ++t) sum[0][t] = sum[1][t] = _mm512_setzero_ps();
+  for (size_t j = 0; j < k; ++j) {
+    const __m512 low = _mm512_loadu_ps(a + j * kPanel), high = _mm512_loadu_ps(a + j * kPanel + 16);
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; ++t) {
+      const __m512 v = _mm512_set1_ps(x[static_cast<size_t>(t) * x_stride + j]);
+      sum[0][t] = _mm512_fmadd_ps(low, v, sum[0][t]);
+      sum[1][t] = _mm512_fmadd_ps(high, v, sum[1][t]);
+    }
+  }
+  for (int t = 0; t < tokens; ++t)
+    for (int h = 0; h < 2; ++h) {
+      if (static_cast<size_t>(16 * h) >= n) break;
+      const __mmask16 lanes = first_lanes(n - 16 * h);
+      float* to = y + static_cast<size_t>(t) * stride + 16 * h;
+      if (add) sum[h][t] = _mm512_add_ps(sum[h][t], _mm512_maskz_loadu_ps(lanes, to));
+      _mm512_mask_storeu_ps(to, lanes, sum[h][t]);
+    }
+}
+
+void gemm_f32(const float* a, size_t n, size_t k, const float* x, size_t x_stride, size_t tokens,
+              bool add, float* y, size_t stride) {
+  const auto tile = [&](auto size, size_t t) {
+    gemm_f32_tile<decltype(size)::value>(a, n, k, x + t * x_stride, x_stride, add, y + t * stride,
+                                         stride);
+  };
+  size_t t = 0;
+  for (; t + 12 <= tokens; t += 12) tile(std::integral_constant<int, 12>{}, t);
+  for (; t + 4 <= tokens; t += 4) tile(std::integral_constant<int, 4>{}, t);
+  for (; t < tokens; ++t) tile(std::integral_constant<int, 1>{}, t);
+}
+
+// 16 weights of a float row as float32.
+struct L32 {
+  static constexpr size_t bytes = 4;
+  static __m512 load(const uint8_t* p, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
+};
+struct LF16 {
+  static constexpr size_t bytes = 2;
+  static __m512 load(const uint8_t* p, __mmask16 lanes) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p));
+  }
+};
+struct LBF16 {
+  static constexpr size_t bytes = 2;
+  static __m512 load(const uint8_t* p, __mmask16 lanes) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16));
+  }
+};
+
+template <class L>
+float dot_float(const uint8_t* a, const float* x, size_t n) {
+  __m512 sum[4] = {};
+  size_t i = 0;
+  for (; i + 64 <= n; i += 64)
+    for (int j = 0; j < 4; ++j)
+      sum[j] = _mm512_fmadd_ps(L::load(a + (i + 16 * j) * L::bytes, 0xFFFF),
+                               _mm512_loadu_ps(x + i + 16 * j), sum[j]);
+  for (; i < n; i += 16) {
+    const __mmask16 lanes = first_lanes(n - i);
+    sum[0] = _mm512_fmadd_ps(L::load(a + i * L::bytes, lanes), _mm512_maskz_loadu_ps(lanes, x + i),
+                             sum[0]);
+  }
+  return _mm512_reduce_add_ps(
+      _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+}
+
+template <class L>
+void axpy_float(float c, const uint8_t* a, size_t n, float* y) {
+  const __m512 factor = _mm512_set1_ps(c);
+  for (size_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = first_lanes(n - i);
+    const __m512 before = _mm512_maskz_loadu_ps(lanes, y + i);
+    _mm512_mask_storeu_ps(y + i, lanes,
+                          _mm512_fmadd_ps(factor, L::load(a + i * L::bytes, lanes), before));
+  }
+}
+
+template <class L>
+void gemv_rows_float(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin,
+                     size_t n, size_t k, const Activation& x, float* y) {
+  for (size_t i = 0; i < n; ++i)
+    y[i] = dot_float<L>(w + row_of(rows, begin, i) * row_bytes, x.x, k);
+}
+
+template <class L>
+void axpy_rows_float(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin,
+                     size_t n, size_t k, const float* coefficient, float* y) {
+  for (size_t i = 0; i < n; ++i)
+    axpy_float<L>(coefficient[i], w + row_of(rows, begin, i) * row_bytes, k, y);
+}
+
+float sum_squares(const float* x, size_t n) {
+  return dot_float<L32>(reinterpret_cast<const uint8_t*>(x), x, n);
+}
+
+void attend_scores(const uint16_t* keys, const float* q, size_t n, size_t dim, float scale,
+                   float* scores) {
+  const auto dots = [&](auto count, size_t j) {  // positions [j, j + count), sharing loads of q
+    constexpr int positions = decltype(count)::value;
+    const auto* rows = reinterpret_cast<const uint8_t*>(keys + j * dim);
+    __m512 sum[positions] = {};
+    for (size_t i = 0; i < dim; i += 16) {
+      const __mmask16 lanes = first_lanes(dim - i);
+      const __m512 v = _mm512_maskz_loadu_ps(lanes, q + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < positions; ++r)
+        sum[r] = _mm512_fmadd_ps(LF16::load(rows + (static_cast<size_t>(r) * dim + i) * 2, lanes),
+                                 v, sum[r]);
+    }
+    for (int r = 0; r < positions; ++r)
+      scores[j + static_cast<size_t>(r)] = scale * _mm512_reduce_add_ps(sum[r]);
+  };
+  size_t j = 0;
+  for (; j + 4 <= n; j += 4) dots(std::integral_constant<int, 4>{}, j);
+  for (; j < n; ++j) dots(std::integral_constant<int, 1>{}, j);
+}
+
+void attend_values(const uint16_t* values, const float* weights, size_t n, size_t dim, float* out) {
+  const auto columns = [&](auto count, size_t i) {  // columns [i, i + 16 count) stay in registers
+    constexpr int registers = decltype(count)::value;
+    const __mmask16 last = first_lanes(dim - i - 16 * (registers - 1));
+    __m512 sum[registers] = {};
+    for (size_t j = 0; j < n; ++j) {
+      const auto* row = reinterpret_cast<const uint8_t*>(values + j * dim + i);
+      const __m512 weight = _mm512_set1_ps(weights[j]);
+#pragma GCC unroll 8
+      for (int r = 0; r < registers; ++r)
+        sum[r] = _mm512_fmadd_ps(LF16::load(row + 32 * r, r + 1 < registers ? 0xFFFF : last),
+                                 weight, sum[r]);
+    }
+    for (int r = 0; r < registers; ++r)
+      _mm512_mask_storeu_ps(out + i + 16 * r, r + 1 < registers ? 0xFFFF : last, sum[r]);
+  };
+  size_t i = 0;
+  for (; i + 128 <= dim; i += 128) columns(std::integral_constant<int, 8>{}, i);
+  for (; i + 64 <= dim; i += 64) columns(std::integral_constant<int, 4>{}, i);
+  for (; i < dim; i += 16) columns(std::integral_constant<int, 1>{}, i);
+}
+
+void to_f16(const float* x, size_t n, uint16_t* y) {
+  for (size_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = first_lanes(n - i);
+    _mm256_mask_storeu_epi16(y + i, lanes,
+                             _mm512_cvtps_ph(_mm512_maskz_loadu_ps(lanes, x + i),
+                                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}
+
+template <class F>
+void decode_blocks_512(const uint8_t* b, size_t k, float* y) {
+  using G = Groups<F::group>;
+  size_t at = 0;
+  const auto span = [&](auto count) {
+    constexpr int chunks = decltype(count)::value;
+    typename G::V s, m;
+    F::groups(b, chunks * 64 / F::group, s, m);
+    if constexpr (!F::has_min) m = G::mul(s, G::set1(static_cast<float>(F::offset)));
+    for (int j = 0; j < chunks; ++j) {
+      const __m512i q = F::chunk(b, j);
+      alignas(64) uint8_t bytes[64];
+      alignas(64) float scale[16], minimum[16];
+      _mm512_store_si512(bytes, q);
+      _mm512_store_ps(scale, G::spread(s, j));
+      _mm512_store_ps(minimum, G::spread(m, j));
+      for (int i = 0; i < 4; ++i) {  // 16 columns share lanes 4 i..4 i + 3 of the spread
+        const __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load128(bytes + 16 * i)));
+        _mm512_storeu_ps(y + at + 64 * j + 16 * i,
+                         _mm512_fmsub_ps(v, _mm512_set1_ps(scale[4 * i]),
+                                         _mm512_set1_ps(minimum[4 * i])));
+      }
+    }
+    at += 64 * chunks;
+    b += 64 * chunks / F::block * F::bytes;
+  };
+  while (at + kSpan <= k) span(std::integral_constant<int, 4>{});
+  if constexpr (F::block == 32) {
+    while (at + 64 <= k) span(std::integral_constant<int, 1>{});
+    if (at < k) portable_kernels().decode(F::type, b, k - at, y + at);
+  }
+}
+
+template <class L>
+void decode_float(const uint8_t* row, size_t k, float* y) {
+  for (size_t i = 0; i < k; i += 16) {
+    const __mmask16 lanes = first_lanes(k - i);
+    _mm512_mask_storeu_ps(y + i, lanes, L::load(row + i * L::bytes, lanes));
+  }
+}
+
+void decode(uint32_t type, const uint8_t* row, size_t k, float* y) {
+  switch (type) {
+    case kF32: return decode_float<L32>(row, k, y);
+    case kF16: return decode_float<LF16>(row, k, y);
+    case kBF16: return decode_float<LBF16>(row, k, y);
+    case kQ4_0: return decode_blocks_512<V4_0>(row, k, y);
+    case kQ4_1: return decode_blocks_512<V4_1>(row, k, y);
+    case kQ5_0: return decode_blocks_512<V5_0>(row, k, y);
+    case kQ5_1: return decode_blocks_512<V5_1>(row, k, y);
+    case kQ8_0: return decode_blocks_512<V8_0>(row, k, y);
+    case kQ4_K: return decode_blocks_512<V4_K>(row, k, y);
+    case kQ5_K: return decode_blocks_512<V5_K>(row, k, y);
+    case kQ6_K: return decode_blocks_512<V6_K>(row, k, y);
+    default: return portable_kernels().decode(type, row, k, y);
+  }
+}
+
+void quantize(const float* x, size_t k, int8_t* high, int8_t* low, float* d, float* sum,
+              float* sum16) {
+  constexpr float kLargest = 32512;  // see the portable twin
+  const __m512i half = _mm512_set1_epi32(128);
+  for (size_t b = 0; b < k / 32; ++b) {
+    const __m512 first = _mm512_loadu_ps(x + 32 * b), second = _mm512_loadu_ps(x + 32 * b + 16);
+    const float largest =
+        _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
+    d[b] = largest / kLargest;
+    const __m512 inverse = _mm512_set1_ps(largest > 0 ? kLargest / largest : 0.0f);
+    const __m512i values[2] = {_mm512_cvtps_epi32(_mm512_mul_ps(first, inverse)),
+                               _mm512_cvtps_epi32(_mm512_mul_ps(second, inverse))};
+    for (int h = 0; h < 2; ++h) {
+      const __m512i top = _mm512_srai_epi32(_mm512_add_epi32(values[h], half), 8);
+      const __m512i rest = _mm512_sub_epi32(values[h], _mm512_slli_epi32(top, 8));
+      const size_t at = 32 * b + 16 * static_cast<size_t>(h);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(high + at), _mm512_cvtepi32_epi8(top));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(low + at), _mm512_cvtepi32_epi8(rest));
+      sum16[at / 16] = d[b] * static_cast<float>(_mm512_reduce_add_epi32(values[h]));
+    }
+    sum[b] = sum16[2 * b] + sum16[2 * b + 1];
+  }
+}
+
+// e^x to 2 ulp: x = n ln 2 + r, a polynomial of degree 6 for e^r (|r| <= ln 2 / 2), times 2^n.
+FALLOW_INLINE __m512 exp512(__m512 x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-103.0f)), _mm512_set1_ps(88.7f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.0f / 720);
+  constexpr float kTerms[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (float c : kTerms) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, n);
+}
+
+float softmax_numerators(float* x, size_t n) {
+  __m512 largest = _mm512_set1_ps(x[0]), sum = _mm512_setzero_ps();
+  for (size_t i = 0; i < n; i += 16)
+    largest = _mm512_mask_max_ps(largest, first_lanes(n - i), largest,
+                                 _mm512_maskz_loadu_ps(first_lanes(n - i), x + i));
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  for (size_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = first_lanes(n - i);
+    const __m512 e = exp512(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, x + i), top));
+    _mm512_mask_storeu_ps(x + i, lanes, e);
+    sum = _mm512_mask_add_ps(sum, lanes, sum, e);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+float topk_threshold(const float* magnitudes, size_t n, size_t k) {  // see the portable twin
+  if (k >= n) return 0.0f;
+  const __m512i positive = _mm512_set1_epi32(0x7FFFFFFF);
+  uint32_t low = 0, high = 0x7FFFFFFF;
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    const __m512i limit = _mm512_set1_epi32(static_cast<int>(middle));
+    size_t above = 0;
+    for (size_t i = 0; i < n; i += 16) {
+      const __mmask16 lanes = first_lanes(n - i);
+      const __m512i bits =
+          _mm512_and_si512(_mm512_maskz_loadu_epi32(lanes, magnitudes + i), positive);
+      above += static_cast<size_t>(
+          __builtin_popcount(_mm512_mask_cmpgt_epu32_mask(lanes, bits, limit)));
+    }
+    if (above <= k) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  float threshold;
+  __builtin_memcpy(&threshold, &low, sizeof threshold);
+  return threshold;
+}
+
+template <class Function>
+void in_place(float* x, size_t n, Function function) {
+  for (size_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = first_lanes(n - i);
+    _mm512_mask_storeu_ps(x + i, lanes, function(_mm512_maskz_loadu_ps(lanes, x + i)));
+  }
+}
+
+// x / (1 + e^-x)
+FALLOW_INLINE __m512 sigmoid_times(__m512 x, __m512 z) {
+  const __m512 e = exp512(_mm512_sub_ps(_mm512_setzero_ps(), z));
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), e));
+}
+
+void silu(float* x, size_t n) {
+  in_place(x, n, [](__m512 v) { return sigmoid_times(v, v); });
+}
+
+// 0.5 x (1 + tanh z) = x / (1 + e^(-2 z))
+void gelu_tanh(float* x, size_t n) {
+  in_place(x, n, [](__m512 v) {
+    const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(v, v), v);
+    const __m512 z = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), v);
+    return sigmoid_times(v, _mm512_mul_ps(z, _mm512_set1_ps(2 * 0.7978845608f)));
+  });
+}
+
+template <class F>
+void add(Kernels& table) {
+  table.gemv_rows[F::type] = gemv_rows<F>;
+  table.axpy_rows[F::type] = axpy_rows<F>;
+}
+
+template <class L>
+void add_float(Kernels& table, uint32_t type) {
+  table.gemv_rows[type] = gemv_rows_float<L>;
+  table.axpy_rows[type] = axpy_rows_float<L>;
+}
+
+Kernels make() {
+  Kernels table = portable_kernels();  // Q2_K and Q3_K stay scalar
+  table.name = "avx512";
+  add<V4_0>(table);
+  add<V4_1>(table);
+  add<V5_0>(table);
+  add<V5_1>(table);
+  add<V8_0>(table);
+  add<V4_K>(table);
+  add<V5_K>(table);
+  add<V6_K>(table);
+  add_float<L32>(table, kF32);
+  add_float<LF16>(table, kF16);
+  add_float<LBF16>(table, kBF16);
+  table.decode = decode;
+  table.quantize = quantize;
+  table.panel_f32 = panel_f32;
+  table.gemm_f32 = gemm_f32;
+  table.attend_scores = attend_scores;
+  table.attend_values = attend_values;
+  table.to_f16 = to_f16;
+  table.sum_squares = sum_squares;
+  table.softmax_numerators = softmax_numerators;
+  table.topk_threshold = topk_threshold;
+  table.silu = silu;
+  table.gelu_tanh = gelu_tanh;
+  return table;
+}
+
+}  // namespace
+
+const Kernels* avx512_kernels() {
+  static const bool runs = __builtin_cpu_supports("avx512f") &&
+                           __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512vl") &&
+                           __builtin_cpu_supports("avx512dq") &&
+                           __builtin_cpu_supports("avx512vnni");
+  if (!runs) return nullptr;
+  static const Kernels table = make();
+  return &table;
+}
+
+}  // namespace fallow
+
+#else
+
+namespace fallow {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace fallow
+
+#endif

@@ -1,0 +1,191 @@
+"""Speed of a packed model, and of other engines on the same weights, in alternating runs.
+
+Decode reads every weight that is not skipped once per token, so it is bound by memory: tokens per
+second times bytes per token cannot exceed what the machine reads per second. Prefill is bound by
+arithmetic. Absolute figures depend on the machine's other tenants; ratios within one run do not.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fallow import _core
+from fallow.engine import Engine, peak_rss_mb
+from fallow.errors import FallowError, UsageError
+from fallow.plan import Plan
+from fallow.progress import progress
+from fallow.text import load_text
+
+BASELINES = {"llama.cpp": "llama_cpp", "openvino": "openvino_genai"}
+_STREAM_BYTES = 1 << 28  # far beyond any cache here
+
+
+def bench(
+    path: str | Path,
+    plan: Plan | None = None,
+    *,
+    threads: int | None = None,
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    runs: int = 5,
+    against: str | None = None,
+    source: str | Path | None = None,
+    text: str | Path | None = None,
+) -> dict[str, Any]:
+    """Times prefill of a text's first tokens and decode of the following ones, fed as they are.
+
+    Args:
+        against: "llama.cpp" or "openvino"; needs `source`, the GGUF that both read.
+
+    Returns:
+        Medians over the runs, all runs under `all`; with `against` the baseline's and the ratios.
+
+    Raises:
+        UsageError: unknown baseline, no source, sizes out of range.
+        FallowError: the baseline is not installed or fails; the text is too short.
+    """
+    if against is not None and against not in BASELINES:
+        raise UsageError(f"unknown baseline {against!r}; known: {', '.join(BASELINES)}")
+    if (against is None) != (source is None):
+        raise UsageError("--against and --source, the GGUF it reads, belong together")
+    if prompt_tokens < 2 or new_tokens < 1 or runs < 1:
+        raise UsageError("give at least -p 2, -n 1 and --runs 1")
+    engine = Engine(path, plan, threads, context=prompt_tokens + new_tokens)
+    ids = engine.tokenizer.with_bos(engine.tokenizer.encode(load_text(text, "evaluation").content))
+    if len(ids) < prompt_tokens + new_tokens:
+        raise FallowError(
+            f"the text has {len(ids)} tokens, -p and -n need {prompt_tokens + new_tokens}"
+        )
+    ids = ids[: prompt_tokens + new_tokens]
+    baseline = _Baseline(against, source, engine.threads, ids, prompt_tokens) if against else None
+    ours: list[dict[str, float]] = []
+    theirs: list[dict[str, float]] = []
+    stream: list[float] = []
+    try:
+        with progress("bench", runs) as ticker:
+            for _ in range(runs):
+                stream.append(_core.read_bandwidth(_STREAM_BYTES, engine.threads) / 1e9)
+                ours.append(run_once(engine, ids, prompt_tokens))
+                if baseline:
+                    theirs.append(baseline.run())
+                ticker.advance()
+    finally:
+        if baseline:
+            baseline.close()
+    return _summary(engine, ours, theirs, stream, against)
+
+
+def run_once(engine: Engine, ids: np.ndarray, prompt_tokens: int) -> dict[str, float]:
+    """Figures of one prefill of ids[:prompt_tokens] and one decode of the rest."""
+    engine.reset()
+    start = time.perf_counter()
+    engine.forward(ids[:prompt_tokens])
+    prefill = time.perf_counter() - start
+    engine.reset_stats()
+    start = time.perf_counter()
+    for i in range(prompt_tokens, len(ids)):
+        engine.forward(ids[i : i + 1])
+    decode = time.perf_counter() - start
+    figures, n = engine.core_stats(), len(ids) - prompt_tokens
+    products = sum(figures["seconds"][k] for k in ("attention_proj", "ffn", "head"))
+    return {
+        "prefill_tps": prompt_tokens / prefill,
+        "ttft_ms": 1e3 * prefill,
+        "decode_tps": n / decode,
+        "bytes_per_token": figures["bytes_read"] / n,
+        "gbps": figures["bytes_read"] / decode / 1e9,
+        # Of decode, outside the products with weights: attention, selection, norms, Python.
+        "overhead": 1 - products / decode,
+        "sparsity": float(engine.idle_neurons().mean()),
+        **{f"ms_{k}": 1e3 * v / n for k, v in figures["seconds"].items()},
+    }
+
+
+def _summary(
+    engine: Engine,
+    ours: list[dict[str, float]],
+    theirs: list[dict[str, float]],
+    stream: list[float],
+    against: str | None,
+) -> dict[str, Any]:
+    result: dict[str, Any] = {k: statistics.median(r[k] for r in ours) for k in ours[0]}
+    result["stream_gbps"] = statistics.median(stream)
+    result["mbu"] = statistics.median(r["gbps"] / s for r, s in zip(ours, stream, strict=True))
+    result["sparsity_per_layer"] = engine.idle_neurons().tolist()
+    result["peak_rss_mb"] = peak_rss_mb()
+    result["file_mb"] = engine.path.stat().st_size / 1e6
+    result["logits_hash"] = engine.logits_hash()
+    result["threads"] = engine.threads
+    result["kernels"] = engine.kernels
+    result["runs"] = len(ours)
+    result["all"] = {"engine": ours}
+    if theirs:
+        result["baseline"] = against
+        result["all"]["baseline"] = theirs
+        for key in ("prefill_tps", "decode_tps"):
+            result[f"baseline_{key}"] = statistics.median(r[key] for r in theirs)
+            ratios = [a[key] / b[key] for a, b in zip(ours, theirs, strict=True)]
+            name = key.replace("_tps", "_ratio")
+            result[name] = statistics.median(ratios)
+            result[f"{name}_range"] = [min(ratios), max(ratios)]
+    return result
+
+
+class _Baseline:
+    """Another engine in a process of its own, so that its memory and threads are not ours."""
+
+    def __init__(
+        self, name: str, source: str | Path | None, threads: int, ids: np.ndarray, prompt: int
+    ) -> None:
+        from importlib.util import find_spec
+
+        package = BASELINES[name]
+        if find_spec(package) is None:
+            raise FallowError(
+                f"{name} is not installed; install it with: pip install {package.replace('_', '-')}"
+                f"{'-python' if package == 'llama_cpp' else ''}"
+            )
+        assert source is not None
+        if not Path(source).is_file():
+            raise FallowError(f"--source {source} not found; give the GGUF that was packed")
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fallow.baselines", name, str(source), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._ask({"ids": ids.tolist(), "prompt_tokens": prompt})
+
+    def run(self) -> dict[str, float]:
+        return self._ask({"run": True})
+
+    def _ask(self, message: dict[str, Any]) -> dict[str, float]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended; the empty answer says so
+        while line := self._process.stdout.readline():
+            if line.startswith("{"):
+                answer = json.loads(line)
+                if "error" in answer:
+                    raise FallowError(f"{self.name} failed: {answer['error']}")
+                return answer
+        raise FallowError(f"{self.name} ended unexpectedly; does it run this model by itself?")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()

@@ -1,0 +1,488 @@
+"""Runs packed models with the compiled core: no torch, no transformers."""
+
+import os
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from fallow import _core
+from fallow.errors import FallowError, UsageError
+from fallow.plan import Plan
+from fallow.text import Text, cut_windows
+from fallow.tokenizer import TextTokenizer
+from fallow.weights import GgufFile, read_gguf
+
+PACKED_VERSION = 1
+DEFAULT_CONTEXT = 4096
+
+# How the core finds a cut's threshold: csrc/engine.h, Cut::By.
+_THRESHOLD, _TOPK, _TAIL = 1, 2, 3
+# Rules that rank by the norm of a neuron's output.
+_BY_OUTPUT_NORM = ("topk", "tail", "cett")
+# The engine's projections that a fused one of the checkpoint stands for.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether a file is a GGUF that `fallow pack` made; False for anything else."""
+    path = Path(path)
+    if not path.is_file() or path.suffix == ".plan":
+        return False
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            return False
+    return "fallow.version" in read_gguf(path).metadata
+
+
+@dataclass
+class Stats:
+    """One answer's figures. Prefill and decode are never merged."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    ttft_ms: float = 0.0  # from the call to the first token
+    prefill_tps: float = 0.0  # tokens per second
+    decode_tps: float = 0.0
+    bytes_per_token: float = 0.0  # weights and cache read per decoded token
+    gbps: float = 0.0  # those bytes per second, 1e9
+    sparsity_per_layer: list[float] = field(default_factory=list)  # neurons idle while decoding
+    peak_rss_mb: float = 0.0
+    logits_hash: str = ""  # of the last token's logits
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class Engine:
+    """A packed model, ready to run. See `generate`, `logits`, `score`.
+
+    Args:
+        path: a file that `fallow pack` wrote.
+        plan: which neurons may be idle; default: the plan packed with the model, if any.
+            `plan=False` ignores that one.
+        threads: default: all processors.
+        context: tokens that the cache holds; default: the model's own, at most 4096.
+        kernels: "portable", "avx2", "avx512" or "neon"; default: the fastest that runs here.
+
+    Raises:
+        FallowError: no packed model, damaged, or the plan is for another model.
+        UsageError: threads, context or kernels out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        plan: Plan | bool | None = None,
+        threads: int | None = None,
+        *,
+        context: int | None = None,
+        kernels: str = "",
+    ) -> None:
+        self.path = Path(path)
+        self.file = read_gguf(self.path)
+        self._check_version()
+        self.name = str(self.file.get("fallow.model", self.path.name))
+        self.fingerprint = str(self.file.get("fallow.fingerprint", ""))
+        self.threads = threads if threads is not None else os.cpu_count() or 1
+        longest = self._count("fallow.context_length")
+        if self.threads < 1 or self.threads > 1024:
+            raise UsageError(f"--threads {self.threads} is outside 1 to 1024")
+        if context is not None and not 1 <= context <= longest:
+            raise UsageError(
+                f"--context {context} is outside 1 to {longest}, what this model was made for"
+            )
+        if kernels and kernels not in _core.KERNELS:
+            raise UsageError(
+                f"kernels {kernels!r} do not run here; known: {', '.join(_core.KERNELS)}"
+            )
+        data = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
+        try:
+            self._core = _core.Engine(
+                data, kernels, self.threads, context or min(longest, DEFAULT_CONTEXT)
+            )
+        except ValueError as error:
+            raise FallowError(f"packed model {self.path}: {error}; pack it again") from error
+        if isinstance(plan, Plan):
+            self.use_plan(plan)
+        else:
+            self.use_plan(None if plan is False else self._packed_plan())
+        self.last_logits: np.ndarray | None = None
+
+    def _check_version(self) -> None:
+        version = self.file.metadata.get("fallow.version")
+        if version is None:
+            raise FallowError(
+                f"{self.path} is a GGUF file but not a packed model; make one with: "
+                f"fallow pack {self.path} -o packed.gguf"
+            )
+        if version != PACKED_VERSION:
+            raise FallowError(
+                f"{self.path} was packed in format {version}, this fallow runs {PACKED_VERSION}; "
+                "pack it again"
+            )
+
+    def _count(self, key: str) -> int:
+        value = self.file.get(key)
+        if not isinstance(value, int) or value < 1:
+            raise FallowError(f"packed model {self.path}: {key} is {value!r}; pack it again")
+        return value
+
+    def _packed_plan(self) -> Plan | None:
+        stored = self.file.metadata.get("fallow.plan")
+        return None if stored is None else Plan.from_bytes(bytes(stored), f"in {self.path}")
+
+    @property
+    def context(self) -> int:
+        return self._core.context
+
+    @property
+    def kernels(self) -> str:
+        """Which instruction set's kernels run."""
+        return self._core.kernels
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        return _tokenizer(self.file)
+
+    def use_plan(self, plan: Plan | None) -> None:
+        """Switches to another plan, or to the dense model, from the next token on.
+
+        Raises:
+            FallowError: the plan is for another model, or its arrays do not fit.
+        """
+        self._core.set_cuts([] if plan is None else self._cuts(plan))
+        self.plan: Plan | None = plan
+
+    def _cuts(self, plan: Plan) -> list[tuple[int, int, int, float, np.ndarray | None]]:
+        """The plan in the core's terms: (layer, tap, how, value, weights)."""
+        plan.check_model(self.fingerprint, self.name)
+        n_layers, cuts = self._core.n_layers, []
+        for name, array in sorted(plan.arrays.items()):
+            if not name.startswith("threshold."):
+                continue
+            tap = name.removeprefix("threshold.")
+            self._check_array(plan, name, array, (n_layers,))
+            for part in _FUSED.get(tap, (tap,)):
+                for layer, value in enumerate(array):
+                    if value > 0 or plan.rule == "relu":  # 0 would skip only what is 0 anyway
+                        weight = self._weight(plan, layer, part)
+                        cuts.append((layer, self._tap(part), _THRESHOLD, float(value), weight))
+        per_token = {"kept": (_TOPK, lambda v: v < 1), "tau": (_TAIL, lambda v: v > 0)}
+        for name, (how, cuts_something) in per_token.items():
+            if name not in plan.arrays:
+                continue
+            self._check_array(plan, name, plan.arrays[name], (1,))
+            value = float(plan.arrays[name][0])
+            if cuts_something(value):
+                for layer in range(n_layers):
+                    for tap in self._taps_of(plan):
+                        weight = self._weight(plan, layer, tap)
+                        cuts.append((layer, self._tap(tap), how, value, weight))
+        return cuts
+
+    def _check_array(
+        self, plan: Plan, name: str, array: np.ndarray, shape: tuple[int, ...]
+    ) -> None:
+        if array.shape != shape:
+            raise FallowError(
+                f"this plan's array {name} has the shape {array.shape}, {self.name} needs {shape}; "
+                "calibrate again"
+            )
+
+    @staticmethod
+    def _tap(name: str) -> int:
+        if name not in _core.TAPS:
+            raise FallowError(f"this plan cuts {name!r}, which the engine cannot; calibrate again")
+        return _core.TAPS.index(name)
+
+    def _taps_of(self, plan: Plan) -> tuple[str, ...]:
+        if plan.where == "input":
+            gate = ("gate_proj",) if self.file.get("fallow.gated") else ()
+            return ("q_proj", "k_proj", "v_proj", "o_proj", *gate, "up_proj", "down_proj")
+        return ("gate_act",) if "weight.gate_act" in plan.arrays else ("inter",)
+
+    def _weight(self, plan: Plan, layer: int, tap: str) -> np.ndarray | None:
+        """What multiplies magnitudes before they are compared; None: nothing."""
+        if tap == "gate_act" and "weight.gate_act" in plan.arrays:
+            array = plan.arrays["weight.gate_act"]
+            self._check_array(
+                plan, "weight.gate_act", array, (self._core.n_layers, self._core.intermediate_size)
+            )
+            return np.ascontiguousarray(array[layer], dtype=np.float32)
+        if tap == "inter" and plan.rule in _BY_OUTPUT_NORM:
+            return np.asarray(self._core.down_norm(layer), dtype=np.float32)
+        if plan.rule == "wina":
+            return self._column_norms(layer, tap)
+        return None
+
+    def _column_norms(self, layer: int, tap: str) -> np.ndarray:
+        """||W[:, j]|| of a projection, or of the fused one that it is a part of, (in,)."""
+        if tap == "down_proj":
+            return np.asarray(self._core.down_norm(layer), dtype=np.float32)
+        fused = self.file.get("fallow.fused", False)
+        parts = next((p for p in _FUSED.values() if fused and tap in p), (tap,))
+        squares = 0.0
+        for part in parts:
+            values = self.file.tensors[f"layers.{layer}.{part}.weight"].dequantize()
+            squares = squares + np.square(values).sum(axis=0, dtype=np.float64)
+        return np.sqrt(squares).astype(np.float32)
+
+    def reset(self) -> None:
+        """Forgets everything that was read."""
+        self._core.rewind(0)
+
+    def windows(self, text: Text, context: int, limit: int | None = None) -> np.ndarray:
+        """The text as windows of token ids, (n, context): see `cut_windows`.
+
+        Raises:
+            FallowError: the text is shorter than one window.
+            UsageError: the context is longer than the cache, or no window is asked for.
+        """
+        if context > self.context:
+            raise UsageError(
+                f"--context {context} is longer than the {self.context} tokens this engine holds"
+            )
+        return cut_windows(text, self.tokenizer, context, limit)
+
+    def forward(self, ids: Sequence[int] | np.ndarray, every: bool = False) -> np.ndarray:
+        """Reads more tokens; logits (T, vocabulary) of all of them, or (1, vocabulary) of the last.
+
+        Raises:
+            FallowError: an id outside the vocabulary, no ids, or the context is full.
+        """
+        tokens = self._check_ids(ids)
+        logits = np.empty((len(tokens) if every else 1, self._core.vocab_size), dtype=np.float32)
+        self._core.forward(tokens, every, logits)
+        self.last_logits = logits[-1]
+        return logits
+
+    def _check_ids(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        tokens = np.asarray(ids)
+        if tokens.ndim != 1 or len(tokens) == 0:
+            raise FallowError("there are no tokens to read; give some text")
+        bad = tokens[(tokens < 0) | (tokens >= self._core.vocab_size)]
+        if len(bad):
+            raise FallowError(
+                f"token id {bad[0]} is outside the vocabulary of {self._core.vocab_size}"
+            )
+        if len(tokens) > self.context - self._core.position:
+            raise FallowError(
+                f"{len(tokens)} tokens after {self._core.position} exceed the context of "
+                f"{self.context}; shorten the prompt or raise --context"
+            )
+        return np.ascontiguousarray(tokens, dtype=np.int32)
+
+    def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Logits (T, vocabulary), float32, of a text (T,) read from the start."""
+        self.reset()
+        return self.forward(ids, every=True)
+
+    def score(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Log-probability (T - 1,) of each token of a text after the first, nats."""
+        logits = self.logits(ids)[:-1]
+        top = logits.max(axis=1)
+        total = np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64))
+        chosen = logits[np.arange(len(logits)), np.asarray(ids)[1:]]
+        return chosen.astype(np.float64) - top - total
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | np.ndarray,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        chat: bool = False,
+    ) -> Iterator[str]:
+        """Streams the continuation of a prompt, or with `chat` the answer to it, piece by piece.
+
+        `stats` holds the figures when the stream ends. Reads from the start; ends at an end token,
+        before a `stop` text, or after `max_tokens`.
+
+        Raises:
+            FallowError: the prompt is empty or longer than the context.
+            UsageError: a sampling option out of range.
+        """
+        sampler = Sampler(temperature, top_p, top_k, min_p, seed)
+        if max_tokens < 1:
+            raise UsageError("--max-new-tokens must be at least 1")
+        ids = self._prompt_ids(prompt, chat)
+        if len(ids) + max_tokens > self.context:
+            raise FallowError(
+                f"prompt of {len(ids)} tokens and {max_tokens} new ones exceed the context of "
+                f"{self.context}; shorten the prompt or raise --context"
+            )
+        return self._stream(ids, max_tokens, sampler, tuple(stop))
+
+    def _prompt_ids(self, prompt: str | Sequence[int] | np.ndarray, chat: bool) -> np.ndarray:
+        if isinstance(prompt, str):
+            return self.tokenizer.prompt(prompt, chat)
+        return np.asarray(prompt)
+
+    def _stream(
+        self, ids: np.ndarray, max_tokens: int, sampler: "Sampler", stop: tuple[str, ...]
+    ) -> Iterator[str]:
+        self.stats = Stats(prompt_tokens=len(ids))
+        start = time.perf_counter()
+        self.reset()
+        self.reset_stats()
+        logits = self.forward(ids)[0]
+        self.stats.ttft_ms = 1e3 * (time.perf_counter() - start)
+        self.stats.prefill_tps = len(ids) / (self.stats.ttft_ms / 1e3)
+        self.reset_stats()
+        decode_start, ends = time.perf_counter(), set(self.tokenizer.eos_ids)
+        new: list[int] = []
+        text = ""
+        while True:
+            token = sampler.pick(logits)
+            if token in ends:
+                break
+            new.append(token)
+            whole = self.tokenizer.decode(new)
+            cut = min((i for s in stop if (i := whole.find(s)) >= 0), default=-1)
+            done = cut >= 0 or len(new) == max_tokens
+            if cut >= 0:
+                whole = whole[:cut]
+            # A token may end inside a character; what may still change is held back.
+            held = 0 if done else max(_unfinished(whole), _stop_begun(whole, stop))
+            if len(whole) - held > len(text):
+                yield whole[len(text) : len(whole) - held]
+                text = whole[: len(whole) - held]
+            if done:
+                break
+            logits = self.forward([token])[0]
+        self._finish(len(new), time.perf_counter() - decode_start)
+
+    def _finish(self, new_tokens: int, seconds: float) -> None:
+        figures = self.core_stats()
+        decoded = figures["tokens"]
+        self.stats.new_tokens = new_tokens
+        if decoded:
+            self.stats.decode_tps = decoded / seconds
+            self.stats.bytes_per_token = figures["bytes_read"] / decoded
+            self.stats.gbps = figures["bytes_read"] / seconds / 1e9
+            self.stats.sparsity_per_layer = self.idle_neurons().tolist()
+        self.stats.peak_rss_mb = peak_rss_mb()
+        self.stats.logits_hash = self.logits_hash()
+
+    def reset_stats(self) -> None:
+        self._core.reset_stats()
+
+    def idle_neurons(self) -> np.ndarray:
+        """Share of neurons per layer, (L,), that were zero in the tokens since `reset_stats`."""
+        figures = self.core_stats()
+        width = max(1, figures["tokens"]) * self._core.intermediate_size
+        return 1 - np.array(figures["active"]) / width
+
+    @property
+    def dtype_name(self) -> str:
+        """The type of gate_proj or, without one, up_proj: what most weights are."""
+        for name in ("gate_proj", "up_proj"):
+            if (tensor := self.file.tensors.get(f"layers.0.{name}.weight")) is not None:
+                return tensor.type.lower()
+        return "unknown"
+
+    def core_stats(self) -> dict[str, Any]:
+        """Counters of the core since `reset_stats`: see csrc/engine.h."""
+        return self._core.stats()
+
+    def logits_hash(self) -> str:
+        """16 hex digits of the last token's logits: equal runs have equal hashes."""
+        import hashlib
+
+        return (
+            ""
+            if self.last_logits is None
+            else hashlib.sha256(self.last_logits.tobytes()).hexdigest()[:16]
+        )
+
+
+@dataclass
+class Sampler:
+    """Picks the next token. Filters apply in the order top_k, top_p, min_p."""
+
+    temperature: float = 0.0  # 0: the most likely token
+    top_p: float = 1.0  # the smallest set of tokens with this probability
+    top_k: int = 0  # that many tokens; 0: all
+    min_p: float = 0.0  # tokens at least this likely, relative to the likeliest
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature {self.temperature:g} must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p {self.top_p:g} is outside (0, 1]")
+        if self.top_k < 0:
+            raise UsageError(f"top_k {self.top_k} must be at least 0")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min_p {self.min_p:g} is outside [0, 1]")
+        self._random = np.random.default_rng(self.seed)
+
+    def pick(self, logits: np.ndarray) -> int:
+        """A token id from logits (vocabulary,).
+
+        Raises:
+            FallowError: NaN among them.
+        """
+        best = int(np.argmax(logits))  # NaN counts as the largest
+        if np.isnan(logits[best]):
+            raise FallowError("the model's logits are NaN; check the file with: fallow evaluate")
+        if self.temperature == 0:
+            return best
+        order = np.argsort(-logits, kind="stable")
+        if self.top_k:
+            order = order[: self.top_k]
+        scaled = logits[order].astype(np.float64) / self.temperature
+        p = np.exp(scaled - scaled[0])
+        p /= p.sum()
+        keep = max(1, int(np.searchsorted(np.cumsum(p), self.top_p)) + 1)
+        keep = min(keep, max(1, int((p >= self.min_p * p[0]).sum())))
+        p = p[:keep] / p[:keep].sum()
+        return int(self._random.choice(order[:keep], p=p))
+
+
+def _unfinished(text: str) -> int:
+    """Characters at the end that a later byte may complete."""
+    return len(text) - len(text.rstrip("\ufffd"))
+
+
+def _stop_begun(text: str, stop: tuple[str, ...]) -> int:
+    """The longest end of the text that may be the beginning of a stop text."""
+    longest = 0
+    for s in stop:
+        for n in range(min(len(s) - 1, len(text)), longest, -1):
+            if text.endswith(s[:n]):
+                longest = n
+                break
+    return longest
+
+
+def peak_rss_mb() -> float:
+    """The process's largest resident memory so far, mapped files included, 1e6 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _tokenizer(file: GgufFile) -> TextTokenizer:
+    try:
+        backend = Tokenizer.from_str(file.get("tokenizer.huggingface.json"))
+    except FallowError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise FallowError(f"packed model {file.path} has a damaged tokenizer: {error}") from error
+    return TextTokenizer(
+        backend,
+        bos_id=file.get("tokenizer.ggml.bos_token_id", None),
+        eos_ids=tuple(file.get("fallow.eos_token_ids", ())),
+        add_bos=bool(file.get("tokenizer.ggml.add_bos_token", False)),
+        chat_template=file.get("tokenizer.chat_template", None),
+    )

@@ -1,0 +1,374 @@
+"""The engine against transformers, on every architecture and rule, and on the real SmolLM2."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fallow
+from conftest import VOCABULARY
+from fallow import _core
+from fallow.calibration import Calibrator
+from fallow.engine import Engine, Sampler, is_packed
+from fallow.errors import FallowError, UsageError
+from fallow.evaluation import evaluate_engine
+from fallow.models import ARCHITECTURES
+from fallow.packing import pack
+from fallow.plan import Plan
+from fallow.rules import RULES
+from fallow.weights import read_gguf
+from test_models import GGUF_NAMES, write_gguf
+
+IDS = np.random.default_rng(1).integers(2, VOCABULARY, 100)
+# The cache is f16, so keys and values are rounded to 2^-11; of logits up to 8 that leaves this.
+ERROR = 0.03
+
+
+@pytest.fixture(scope="session")
+def packed(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every tiny model as a packed file of F32 weights."""
+    root = tmp_path_factory.mktemp("packed")
+    for name, folder in folders.items():
+        pack(folder, root / f"{name}.gguf", quant="f32")
+    return {name: root / f"{name}.gguf" for name in folders}
+
+
+@pytest.fixture(scope="module")
+def calibrators(tiny: dict[str, fallow.Model], texts: tuple[Path, Path]) -> dict[str, Calibrator]:
+    return {
+        name: Calibrator(model, texts[0], context=32, windows=4, validation_windows=2)
+        for name, model in tiny.items()
+    }
+
+
+def reference(model: fallow.Model, plan: Plan | None = None) -> np.ndarray:
+    with model.sparse(plan):
+        return model.logits(model.hidden(IDS[None])[0]).numpy()
+
+
+def one_by_one(engine: Engine) -> np.ndarray:
+    engine.reset()
+    return np.concatenate([engine.forward(IDS[i : i + 1]) for i in range(len(IDS))])
+
+
+@pytest.mark.parametrize("kernels", _core.KERNELS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_those_of_transformers(
+    name: str, kernels: str, tiny: dict[str, fallow.Model], packed: dict[str, Path]
+) -> None:
+    expected = reference(tiny[name])
+    engine = Engine(packed[name], threads=2, kernels=kernels)
+    assert engine.kernels == kernels
+    assert np.abs(engine.logits(IDS) - expected).max() < ERROR
+    assert np.abs(one_by_one(engine) - expected).max() < ERROR
+    engine.reset()  # blocks that start in the middle of the sliding window
+    parts = [engine.forward(part, every=True) for part in np.split(IDS, [30, 31, 77])]
+    assert np.abs(np.concatenate(parts) - expected).max() < ERROR
+
+
+@pytest.mark.parametrize("name", GGUF_NAMES)
+def test_packing_a_gguf(name: str, tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
+    source = write_gguf(name, tiny[name], tmp_path / "m.gguf")
+    check = pack(source, tmp_path / "packed.gguf")
+    assert check.passed
+    logits = Engine(tmp_path / "packed.gguf").logits(IDS)
+    assert np.abs(logits - reference(tiny[name])).max() < 2 * ERROR  # down_proj is F16
+    kept = read_gguf(tmp_path / "packed.gguf").tensors
+    assert {kept[f"layers.0.{p}.weight"].type for p in ("q_proj", "up_proj")} == {"F32"}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_run_is_deterministic(threads: int, packed: dict[str, Path]) -> None:
+    runs = [one_by_one(Engine(packed["llama"], threads=threads)) for _ in range(2)]
+    np.testing.assert_array_equal(runs[0], runs[1])
+
+
+def make_plan(calibrator: Calibrator, rule: str, sparsity: float) -> Plan:
+    if rule == "relu":
+        return calibrator.plan(rule, knob=0.0)
+    return calibrator.plan(rule, sparsity=sparsity)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_plans_are_those_of_the_reference(
+    name: str,
+    rule: str,
+    tiny: dict[str, fallow.Model],
+    packed: dict[str, Path],
+    calibrators: dict[str, Calibrator],
+) -> None:
+    plan = make_plan(calibrators[name], rule, 0.5)
+    expected = reference(tiny[name], plan)
+    engine = Engine(packed[name], plan, threads=2)
+    for found in (engine.logits(IDS), one_by_one(engine)):
+        # Where a score lies at its threshold, rounding decides, and all later tokens see it: the
+        # first ones are compared.
+        error = np.abs(found - expected).max(axis=1)[:16]
+        assert np.quantile(error, 0.25) < ERROR
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r != "relu"])
+def test_the_same_neurons_are_chosen(
+    rule: str,
+    tiny: dict[str, fallow.Model],
+    packed: dict[str, Path],
+    calibrators: dict[str, Calibrator],
+) -> None:
+    plan = make_plan(calibrators["llama"], rule, 0.5)
+    engine = Engine(packed["llama"], plan, threads=2)
+    one_by_one(engine)
+    decoded = engine.idle_neurons()
+    engine.reset_stats()
+    engine.logits(IDS)
+    np.testing.assert_allclose(engine.idle_neurons(), decoded, atol=2e-3)
+    idle: list[list[float]] = [[], []]
+    tap: Any = lambda layer, value: idle[layer].append(float((value == 0).float().mean()))  # noqa: E731
+    from fallow.taps import attach
+
+    model = tiny["llama"]
+    with model.sparse(plan), attach(model.layers, {"inter": tap}):
+        model.hidden(IDS[None])
+    np.testing.assert_allclose(decoded, np.mean(idle, axis=1), atol=5e-3)
+    assert (decoded > 0.2).all() == (plan.where == "inter" or rule in ("teal", "wina"))
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r != "relu"])
+def test_sparsity_0_is_dense(
+    rule: str, packed: dict[str, Path], calibrators: dict[str, Calibrator]
+) -> None:
+    engine = Engine(packed["qwen2"], threads=2)
+    dense = one_by_one(engine), engine.logits(IDS)
+    plan = make_plan(calibrators["qwen2"], rule, 0.0)
+    for other in (plan, dataclasses.replace(plan, arrays={})):  # an empty plan, too
+        engine.use_plan(other)
+        np.testing.assert_array_equal(one_by_one(engine), dense[0])
+        np.testing.assert_array_equal(engine.logits(IDS), dense[1])
+
+
+def test_skipped_neurons_are_not_read(
+    packed: dict[str, Path], calibrators: dict[str, Calibrator]
+) -> None:
+    read = {}
+    for sparsity in (0.0, 0.5, 0.9):
+        plan = make_plan(calibrators["llama"], "gate_topk", sparsity)
+        engine = Engine(packed["llama"], plan)
+        engine.forward(IDS[:1])
+        read[sparsity] = engine.core_stats()["bytes_read"]
+    width, d_ff, layers = 24, 37, 2
+    for sparsity, kept in ((0.5, 18), (0.9, 4)):  # round(0.5 * 37), round(0.1 * 37)
+        saved = layers * 2 * (d_ff - kept) * width * 4  # rows of up_proj and down_proj_t, F32
+        assert read[0.0] - read[sparsity] == saved
+
+
+def test_score(packed: dict[str, Path], tiny: dict[str, fallow.Model]) -> None:
+    log_p = torch.from_numpy(reference(tiny["llama"])).log_softmax(-1)
+    expected = log_p[:-1].gather(1, torch.from_numpy(IDS[1:])[:, None])[:, 0].numpy()
+    np.testing.assert_allclose(Engine(packed["llama"]).score(IDS), expected, atol=ERROR)
+
+
+def test_generation(packed: dict[str, Path], tiny: dict[str, fallow.Model]) -> None:
+    engine = Engine(packed["gemma3"], threads=2)
+    pieces = list(engine.generate("neuron 3 rests", max_tokens=24))
+    assert "".join(pieces) == tiny["gemma3"].generate("neuron 3 rests", max_new_tokens=24)
+    stats = engine.stats
+    assert stats.new_tokens <= 24
+    assert stats.prompt_tokens == len(engine.tokenizer.prompt("neuron 3 rests"))
+    assert len(stats.sparsity_per_layer) == 2
+    assert len(stats.logits_hash) == 16
+    assert min(stats.decode_tps, stats.prefill_tps, stats.bytes_per_token, stats.peak_rss_mb) > 0
+
+
+def test_sampling_follows_its_seed(packed: dict[str, Path]) -> None:
+    engine = Engine(packed["llama"])
+    options = {"max_tokens": 20, "temperature": 1.5, "top_p": 0.9, "top_k": 50}
+    texts = ["".join(engine.generate("neuron", seed=seed, **options)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_stop_ends_before_its_text(packed: dict[str, Path]) -> None:
+    engine = Engine(packed["llama"])
+    whole = "".join(engine.generate("neuron", max_tokens=30))
+    stop = whole[10:13]
+    pieces = list(engine.generate("neuron", max_tokens=30, stop=[stop]))
+    assert "".join(pieces) == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"temperature": 1.0}, {0, 1, 2, 3}),
+        ({"temperature": 1.0, "top_k": 2}, {0, 1}),
+        ({"temperature": 1.0, "top_p": 0.6}, {0, 1}),  # 0.5 and 0.3
+        ({"temperature": 1.0, "min_p": 0.3}, {0, 1}),  # 0.3 / 0.5, but 0.15 / 0.5 is just 0.3
+        ({"temperature": 0.0}, {0}),
+    ],
+)
+def test_sampler(options: dict[str, Any], kept: set[int]) -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.145, 0.055])).astype(np.float32)
+    sampler = Sampler(**options)
+    assert {sampler.pick(logits) for _ in range(300)} == kept
+
+
+def test_nan_logits_are_an_error() -> None:
+    with pytest.raises(FallowError, match="logits are NaN"):
+        Sampler().pick(np.array([0, np.nan], dtype=np.float32))
+
+
+def test_evaluation_on_the_engine(
+    packed: dict[str, Path],
+    tiny: dict[str, fallow.Model],
+    calibrators: dict[str, Calibrator],
+    texts: tuple[Path, Path],
+) -> None:
+    plan = make_plan(calibrators["qwen3"], "topk", 0.5)
+    engine = Engine(packed["qwen3"], context=64)
+    found = evaluate_engine(engine, plan, texts[1], context=64, windows=3)
+    expected = fallow.evaluate(tiny["qwen3"], plan, texts[1], context=64, windows=3)
+    assert found.ppl == pytest.approx(expected.ppl, rel=0.01)
+    assert found.ppl_change_percent == pytest.approx(expected.ppl_change_percent, abs=1)
+    assert found.achieved_sparsity == pytest.approx(expected.achieved_sparsity, abs=0.01)
+    decoded = evaluate_engine(engine, plan, texts[1], context=64, windows=3, decode=True)
+    assert decoded.ppl == pytest.approx(found.ppl, rel=0.01)
+    against = evaluate_engine(engine, None, texts[1], context=64, windows=3, against=tiny["qwen3"])
+    assert against.kl_to_dense["mean"] == pytest.approx(0, abs=1e-4)
+    with pytest.raises(UsageError, match="is the text the plan was calibrated on"):
+        evaluate_engine(engine, plan, texts[0], context=64)
+
+
+def test_a_packed_plan_is_used(
+    folders: dict[str, Path], calibrators: dict[str, Calibrator], tmp_path: Path
+) -> None:
+    plan = make_plan(calibrators["llama"], "cats", 0.5)
+    pack(folders["llama"], tmp_path / "m.gguf", quant="f32", plan=plan)
+    with_plan, without = Engine(tmp_path / "m.gguf"), Engine(tmp_path / "m.gguf", plan=False)
+    assert with_plan.plan is not None
+    assert with_plan.plan.rule == "cats"
+    assert without.plan is None
+    assert (with_plan.logits(IDS) != without.logits(IDS)).any()
+
+
+def test_tokenizer_survives(packed: dict[str, Path], tiny: dict[str, fallow.Model]) -> None:
+    text = "neuron 7 rests; the 3rd gate — «works»"
+    ids = tiny["llama"].tokenizer.encode(text)
+    found = Engine(packed["llama"]).tokenizer
+    np.testing.assert_array_equal(found.encode(text), ids)
+    assert found.decode(ids) == text
+    assert found.eos_ids == tiny["llama"].tokenizer.eos_ids
+
+
+def fails(kind: type[Exception], call: Any) -> str:
+    with pytest.raises(kind) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_wrong_use(
+    packed: dict[str, Path], tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+) -> None:
+    path = packed["llama"]
+    engine = Engine(path, context=16)
+    assert "threads 0 is outside" in fails(UsageError, lambda: Engine(path, threads=0))
+    assert "--context 999 is outside 1 to 128" in fails(
+        UsageError, lambda: Engine(path, context=999)
+    )
+    assert "known: portable" in fails(UsageError, lambda: Engine(path, kernels="mmx"))
+    assert "exceed the context of 16" in fails(FallowError, lambda: engine.logits(IDS))
+    assert "exceed the context of 16" in fails(FallowError, lambda: engine.generate("neuron " * 20))
+    assert "token id 300 is outside the vocabulary of 300" in fails(
+        FallowError, lambda: engine.forward([300])
+    )
+    assert "token id -1" in fails(FallowError, lambda: engine.forward([-1]))
+    assert "no tokens to read" in fails(FallowError, lambda: engine.forward([]))
+    assert "top_p 0 is outside" in fails(UsageError, lambda: engine.generate("neuron", top_p=0))
+    other = make_plan(calibrators["qwen2"], "topk", 0.5)
+    assert "not for llama" in fails(FallowError, lambda: Engine(path, other))
+    plan = make_plan(calibrators["llama"], "cats", 0.5)
+    short = dataclasses.replace(plan, arrays={"threshold.gate_act": np.zeros(1, np.float32)})
+    assert "has the shape (1,)" in fails(FallowError, lambda: Engine(path, short))
+    assert "unknown type 'q9'" in fails(
+        UsageError, lambda: pack(tiny["llama"], "x.gguf", quant="q9")
+    )
+    assert "not whole blocks of 32" in fails(
+        FallowError, lambda: pack(tiny["llama"], "x.gguf", quant="q8_0")
+    )
+    assert not Path("x.gguf").exists()
+
+
+def test_files_that_are_not_packed(
+    packed: dict[str, Path], tiny: dict[str, fallow.Model], tmp_path: Path
+) -> None:
+    plain = write_gguf("llama", tiny["llama"], tmp_path / "plain.gguf")
+    assert is_packed(packed["llama"])
+    assert not is_packed(plain)
+    assert not is_packed("smollm2")
+    assert "not a packed model; make one with" in fails(FallowError, lambda: Engine(plain))
+    assert "cannot read GGUF" in fails(FallowError, lambda: Engine(tmp_path / "none.gguf"))
+    (tmp_path / "text.gguf").write_text("neurons at rest, and more of them")
+    assert "not a GGUF file" in fails(FallowError, lambda: Engine(tmp_path / "text.gguf"))
+
+
+def test_truncated_at_any_byte(packed: dict[str, Path], tmp_path: Path) -> None:
+    content = packed["phi"].read_bytes()
+    rng = np.random.default_rng(0)
+    used = len(content) - 4096  # the last tensor is padded to whole pages
+    cuts = {0, 1, 4, 23, used, *rng.integers(0, used, 60).tolist()}
+    for cut in sorted(cuts):
+        path = tmp_path / f"{cut}.gguf"
+        path.write_bytes(content[:cut])
+        assert str(path) in fails(FallowError, lambda path=path: Engine(path))
+
+
+def test_mutated_headers_never_crash(packed: dict[str, Path]) -> None:
+    """20,000 files with random changes in their headers load or raise, and nothing else."""
+    rng = np.random.default_rng(0)
+    outcomes = {"loaded": 0, "refused": 0}
+    for name in ("llama", "opt"):
+        original = np.frombuffer(packed[name].read_bytes(), dtype=np.uint8)
+        start = min(
+            t.data.__array_interface__["data"][0] for t in read_gguf(packed[name]).tensors.values()
+        )
+        base = read_gguf(packed[name])
+        header = start - _map_start(base)
+        # The tokenizer's text is most of the header, and of no interest here.
+        tail = bytes(original[:header]).rindex(b"tokenizer.huggingface.json")
+        interesting = np.r_[0:tail, tail + 27 : tail + 47, _tensor_table(original, header)]
+        for _ in range(10_000):
+            data = original.copy()
+            at = rng.choice(interesting, rng.integers(1, 4))
+            data[at] = rng.choice([0, 1, 127, 128, 255, *rng.integers(0, 256, 3)], len(at))
+            try:
+                _core.Engine(data, "", 1, 4)
+            except ValueError:
+                outcomes["refused"] += 1
+            else:
+                outcomes["loaded"] += 1
+    assert outcomes["refused"] > 5000
+    assert outcomes["loaded"] > 1000  # most changes hit names that nobody reads
+
+
+def _map_start(file: Any) -> int:
+    tensor = next(iter(file.tensors.values()))
+    return tensor.data.base.__array_interface__["data"][0]
+
+
+def _tensor_table(original: np.ndarray, header: int) -> np.ndarray:
+    first = bytes(original[:header]).index(b"norm.weight")
+    return np.arange(first - 8, header)
+
+
+def test_smollm2_is_its_reference(
+    smollm2: fallow.Model, wikitext: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """2,000 tokens of WikiText: KL <= 0.002 nats and top-1 agreement >= 98 %."""
+    check = pack("smollm2", tmp_path / "m.gguf")
+    assert check.passed
+    engine = Engine(tmp_path / "m.gguf", context=500)
+    found = evaluate_engine(engine, None, wikitext[1], context=500, windows=4, against=smollm2)
+    assert found.kl_to_dense["mean"] <= 0.002
+    assert found.top1_agreement >= 0.98
+    assert abs(found.ppl_change_percent) < 0.2

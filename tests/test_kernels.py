@@ -1,0 +1,160 @@
+"""Every kernel table against numpy and the portable twin, every quantisation type."""
+
+import gguf
+import numpy as np
+import pytest
+
+from fallow import _core
+from fallow.packing import dequantize, quantize
+
+FLOAT_TYPES = ("F32", "F16", "BF16")
+BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+K_TYPES = ("Q4_K", "Q5_K", "Q6_K")
+TYPES = FLOAT_TYPES + BLOCK_TYPES + K_TYPES
+ROWS = (1, 7, 8, 31, 32, 33)
+TABLES = _core.KERNELS
+
+
+def widths(kind: str) -> tuple[int, ...]:
+    if kind in K_TYPES:
+        return (256, 1536)
+    return (32, 96, 576, 1536) if kind in BLOCK_TYPES else (1, 7, 31, 33, 576)
+
+
+CASES = [(t, kind, width) for t in TABLES for kind in TYPES for width in widths(kind)]
+
+
+def make(kind: str, rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stored bytes (flat), and the values they stand for, (rows, width)."""
+    rng = np.random.default_rng([rows, width])
+    values = rng.standard_normal((rows, width)).astype(np.float32)
+    if kind == "F32":
+        return values.view(np.uint8).reshape(-1), values
+    matrix = quantize(values, kind)
+    return np.ascontiguousarray(matrix.data).reshape(-1), dequantize(matrix)
+
+
+def choose(rows: int, sparsity: float) -> np.ndarray:
+    """Ascending rows, `sparsity` of them left out."""
+    order = np.random.default_rng(rows).permutation(rows)
+    return np.sort(order[: round(rows * (1 - sparsity))]).astype(np.int32)
+
+
+def close(found: np.ndarray, expected: np.ndarray, error: float, scale: float) -> None:
+    assert np.abs(found - expected).max(initial=0) <= error * scale
+
+
+@pytest.mark.parametrize(("table", "kind", "width"), CASES)
+def test_gemv_rows(table: str, kind: str, width: int) -> None:
+    x = np.random.default_rng(0).standard_normal(width).astype(np.float32)
+    for rows in ROWS:
+        data, values = make(kind, rows, width)
+        expected = values.astype(np.float64) @ x
+        # 16-bit activations: at most 2^-16 of the largest of 32 values each.
+        scale = np.abs(values).sum(axis=1).max() * np.abs(x).max()
+        y = np.empty(rows, dtype=np.float32)
+        _core.test_gemv_rows(table, kind, data, x, None, y)
+        close(y, expected, 3e-5, scale)
+        for sparsity in (0, 0.5, 1):
+            chosen = choose(rows, sparsity)
+            some = np.empty(len(chosen), dtype=np.float32)
+            _core.test_gemv_rows(table, kind, data, x, chosen, some)
+            np.testing.assert_array_equal(some, y[chosen])  # a row does not depend on the others
+
+
+@pytest.mark.parametrize(("table", "kind", "width"), CASES)
+def test_axpy_rows(table: str, kind: str, width: int) -> None:
+    for rows in ROWS:
+        data, values = make(kind, rows, width)
+        coefficient = np.random.default_rng(2).standard_normal(rows).astype(np.float32)
+        for sparsity in (0, 0.5, 1):
+            chosen = choose(rows, sparsity)
+            y = np.ones(width, dtype=np.float32)
+            _core.test_axpy_rows(table, kind, data, coefficient[chosen], chosen, y)
+            expected = 1 + coefficient[chosen].astype(np.float64) @ values[chosen]
+            # 8-bit coefficients, one scale for four rows: 1/254 of the largest of four products.
+            error = 1e-5 if kind in FLOAT_TYPES or table == "portable" else 1 / 254
+            close(y, expected, error, max(1, 4 * np.abs(coefficient).max() * np.abs(values).max()))
+        whole = np.zeros(width, dtype=np.float32)
+        _core.test_axpy_rows(table, kind, data, coefficient, None, whole)
+        listed = np.zeros(width, dtype=np.float32)
+        every = np.arange(rows, dtype=np.int32)
+        _core.test_axpy_rows(table, kind, data, coefficient, every, listed)
+        np.testing.assert_array_equal(whole, listed)
+
+
+@pytest.mark.parametrize(("table", "kind", "width"), CASES)
+def test_decode(table: str, kind: str, width: int) -> None:
+    data, values = make(kind, 1, width)
+    y = np.empty(width, dtype=np.float32)
+    _core.test_decode(table, kind, data, y)
+    np.testing.assert_allclose(y, values[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("table", "kind", "width"), CASES)
+@pytest.mark.parametrize("half", [False, True])
+def test_gemm(table: str, kind: str, width: int, half: bool) -> None:
+    if half and (table != "avx512_bf16" or width % 2):
+        pytest.skip("no bfloat16 product here")
+    for rows in ROWS:
+        for tokens in (1, 5, 13):
+            data, values = make(kind, rows, width)
+            x = np.random.default_rng(tokens).standard_normal((tokens, width)).astype(np.float32)
+            y = np.empty((tokens, rows), dtype=np.float32)
+            _core.test_gemm(table, kind, data, x, y, half)
+            expected = x.astype(np.float64) @ values.T
+            close(y, expected, 2**-7 if half else 1e-5, np.abs(values).max() * np.sqrt(width) * 4)
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K"])
+def test_types_without_a_quantiser_decode_as_gguf_does(kind: str) -> None:
+    block, n_bytes = _core.FORMATS[kind]
+    data = np.random.default_rng(4).integers(0, 60, (3, 2 * n_bytes)).astype(np.uint8)
+    expected = gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
+    x = np.random.default_rng(5).standard_normal(2 * block).astype(np.float32)
+    for table in TABLES:
+        y = np.empty(3, dtype=np.float32)
+        _core.test_gemv_rows(table, kind, data.reshape(-1), x, None, y)
+        scale = np.abs(expected).sum(axis=1).max() * np.abs(x).max()
+        close(y, expected.astype(np.float64) @ x, 3e-5, scale)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("size", [1, 7, 8, 31, 32, 33, 576])
+def test_activation_functions(table: str, size: int) -> None:
+    x = (8 * np.random.default_rng(size).standard_normal(size)).astype(np.float32)
+    wide = x.astype(np.float64)
+    inner = np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)
+    exponentials = np.exp(wide - wide.max())
+    expected = {
+        "silu": wide / (1 + np.exp(-wide)),
+        "gelu_tanh": 0.5 * wide * (1 + np.tanh(inner)),
+        "softmax": exponentials / exponentials.sum(),
+    }
+    for name, values in expected.items():
+        y = x.copy()
+        _core.test_activation(table, name, y)
+        np.testing.assert_allclose(y, values, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", K_TYPES)
+def test_our_quantisers_are_close(kind: str) -> None:
+    values = np.random.default_rng(3).standard_normal((16, 512)).astype(np.float32)
+    values[3] = 0
+    matrix = quantize(values, kind)
+    stored = gguf.dequantize(matrix.data, gguf.GGMLQuantizationType[kind])
+    np.testing.assert_array_equal(stored, dequantize(matrix))  # gguf reads what we write
+    assert (stored[3] == 0).all()
+    # Of normal values with 4, 5 and 6 bits; a uniform grid over +-2.5 sigma would do no better.
+    limit = {"Q4_K": 0.08, "Q5_K": 0.04, "Q6_K": 0.022}[kind]
+    rest = np.delete(np.arange(16), 3)
+    error = np.sqrt(np.mean((stored[rest] - values[rest]) ** 2))
+    assert error < limit
+
+
+def test_topk_thresholds_leave_k() -> None:
+    scores = np.abs(np.random.default_rng(6).standard_normal((5, 101))).astype(np.float32)
+    for k in (0, 1, 50, 100, 101):
+        found = np.empty(5, dtype=np.float32)
+        _core.topk_thresholds(scores, k, found)
+        assert ((scores > found[:, None]).sum(axis=1) == k).all()

@@ -1,0 +1,46 @@
+"""Several threads through every part of the engine, for ThreadSanitizer: see scripts/sanitize.sh.
+
+python tests/threads.py pack FOLDER   # tiny models; needs torch
+python tests/threads.py run FOLDER    # runs them without it
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fallow.engine import Engine
+from fallow.plan import Plan
+
+
+def pack(folder: Path) -> None:
+    from conftest import CONFIGS, make_folder
+    from fallow.packing import pack
+
+    for name in CONFIGS:
+        make_folder(name, folder / name)
+        pack(folder / name, folder / f"{name}.gguf", quant="f32")
+
+
+def run(folder: Path) -> None:
+    ids = np.random.default_rng(1).integers(2, 300, 100)
+    plans = {
+        "cats": {"threshold.gate_act": np.full(2, 0.1, dtype=np.float32)},
+        "topk": {"kept": np.array([0.5])},
+        "tail": {"tau": np.array([0.2])},
+    }
+    for path in sorted(folder.glob("*.gguf")):
+        engine = Engine(path, threads=3)
+        for rule, arrays in [("dense", {}), *plans.items()]:
+            engine.use_plan(
+                Plan(path.stem, engine.fingerprint, rule, "inter", 0.0, "", arrays=arrays)
+            )
+            engine.logits(ids)  # prefill
+            for token in ids[:20]:
+                engine.reset()
+                engine.forward([token])  # decode
+        print(path.stem)
+
+
+if __name__ == "__main__":
+    {"pack": pack, "run": run}[sys.argv[1]](Path(sys.argv[2]))
