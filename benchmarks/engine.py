@@ -208,6 +208,36 @@ def report() -> str:
     return "\n".join(parts)
 
 
+def summary() -> str:
+    """The README's table: ratios to llama.cpp, of the dense model and with each plan."""
+    lines = [
+        "| | prefill | decode | decode, `gate_topk` 50 % | decode, `topk` 50 % |",
+        "|---|---|---|---|---|",
+    ]
+    commits: list[str] = []
+    for path in sorted(RESULTS.glob("*/result.json")):
+        r, where = (
+            json.loads(path.read_text()),
+            json.loads((path.parent / "machine.json").read_text()),
+        )
+        commits += where["commits"]
+        d = r["dense"]
+        cells = [f"**{d[f'{phase}_ratio']:.2f}**" for phase in ("prefill", "decode")]
+        for rule in RULES:
+            ratio = d["decode_ratio"] * r["sparse"][rule]["ratio"]
+            change = r["quality"][rule]
+            cells.append(
+                f"{ratio:.2f} at {change['ppl_change_percent']:+.1f} "
+                f"± {change['ppl_change_se']:.1f} % PPL"
+            )
+        lines.append(f"| {path.parent.name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + (
+        "\n\nSpeed over llama.cpp's on the same GGUF; with a plan, that of dense decode times the "
+        f"plan's over dense. {where['cpu']}, {THREADS} threads, "
+        f"commit {', '.join(dict.fromkeys(commits))}."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
@@ -218,6 +248,10 @@ def main() -> None:
     if arguments.models:
         (RESULTS / "kernels.json").write_text(json.dumps(kernels(), indent=1) + "\n")
     (ROOT / "docs" / "results" / "engine.md").write_text(report())
+    readme = ROOT / "README.md"
+    head, _, rest = readme.read_text().partition("<!-- engine -->")
+    _, _, tail = rest.partition("<!-- /engine -->")
+    readme.write_text(f"{head}<!-- engine -->\n{summary()}\n<!-- /engine -->{tail}")
 
 
 if __name__ == "__main__":
