@@ -12,9 +12,8 @@ trap 'rm -rf "$work"' EXIT
 build() {
     "$python" -m venv "$work/$1"
     echo "$packages" > "$work/$1/lib/$(basename "$(dirname "$packages")")/site-packages/others.pth"
-    PATH="$(dirname "$python"):$PATH" "$work/$1/bin/python" -m pip install --quiet \
-        --no-build-isolation --no-deps -C cmake.define.FALLOW_SANITIZE="$2" \
-        -C build-dir="$work/build-$1" .
+    "$work/$1/bin/python" -m pip install --quiet --no-deps \
+        -C cmake.define.FALLOW_SANITIZE="$2" -C build-dir="$work/build-$1" .
 }
 library() { gcc -print-file-name="lib$1.so"; }
 
