@@ -25,7 +25,7 @@ from fallow.plan import Plan
 from fallow.progress import console, progress
 from fallow.taps import Layer, attach
 from fallow.text import Text, load_text
-from fallow.weights import read_gguf
+from fallow.weights import StoredTensor, read_gguf
 
 # What a packed dense model may differ from its source, per token of the self-check.
 LARGEST_KL = 0.002  # nats
@@ -462,10 +462,8 @@ def quantize(values: np.ndarray, kind: str) -> Matrix:
 
 def dequantize(matrix: Matrix) -> np.ndarray:
     """Float32 values (rows, cols) of a matrix."""
-    values = np.empty(matrix.shape, dtype=np.float32)
     data = np.ascontiguousarray(matrix.data).reshape(-1)
-    _core.dequantize(matrix.type, data, values.reshape(-1), os.cpu_count() or 1)
-    return values
+    return StoredTensor("matrix", matrix.shape, matrix.type, data).dequantize()
 
 
 def _write(

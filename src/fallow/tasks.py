@@ -130,9 +130,9 @@ def _encode(model: Model, context: str, text: str) -> tuple[np.ndarray, int]:
     tokenizer = model.tokenizer
     whole = tokenizer.encode(context + text)
     n_context = min(len(tokenizer.encode(context)), len(whole) - 1)
-    if tokenizer.add_bos and tokenizer.bos_id is not None:
-        whole = np.concatenate([[tokenizer.bos_id], whole])
-        n_context += 1
+    n_context -= len(whole)
+    whole = tokenizer.with_bos(whole)
+    n_context += len(whole)
     if n_context < 1:
         raise FallowError("a task item has an empty context and the model has no BOS token")
     room = model.module.config.max_position_embeddings

@@ -23,7 +23,13 @@ class Tail(Rule):
 
     @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
-        return bisect(lambda tau: _mean_sparsity(calibration, tau), sparsity)
+        values, weights = cls.sample(calibration)
+        return bisect(lambda tau: _mean_sparsity(values, weights, tau), sparsity)
+
+    @classmethod
+    def sample(cls, calibration: Calibration) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Per layer the calibration values (T', d_ff) that are cut, and their weights (d_ff,)."""
+        return calibration.inter, [layer.down_norm for layer in calibration.layers]
 
     @classmethod
     def learn(cls, calibration: Calibration, knob: float) -> Arrays:
@@ -40,12 +46,12 @@ class Tail(Rule):
         return per_token_tail(score, float(self.arrays["tau"][0]))
 
 
-def _mean_sparsity(calibration: Calibration, tau: float) -> float:
+def _mean_sparsity(values: list[torch.Tensor], weights: list[torch.Tensor], tau: float) -> float:
     total = 0.0
-    for layer, inter in zip(calibration.layers, calibration.inter, strict=True):
-        score = inter[::4].abs().float() * layer.down_norm
+    for value, weight in zip(values, weights, strict=True):
+        score = value[::4].abs().float() * weight
         total += float((score <= per_token_tail(score, tau)).float().mean())
-    return total / len(calibration.layers)
+    return total / len(values)
 
 
 RULE = Tail
