@@ -208,18 +208,23 @@ struct V8_0 : Q8_0 {
   }
 };
 
-// d, dmin and the packed scales of Q4_K and Q5_K.
+// d, dmin and the packed scales of Q4_K and Q5_K: four bytes each of a (scales 0..3), c (minima
+// 0..3) and e (the low bits of the others, whose high bits are on top of a and c).
 FALLOW_INLINE void k_groups(const uint8_t* b, __m256& s, __m256& m) {
-  const uint32_t a = load_u32(b + 4), c = load_u32(b + 8), e = load_u32(b + 12);
-  const uint32_t s_high = (e & 0x0F0F0F0F) | (a >> 2 & 0x30303030);
-  const uint32_t m_high = (e >> 4 & 0x0F0F0F0F) | (c >> 2 & 0x30303030);
-  const __m128i scales = _mm_set_epi32(static_cast<int>(m_high), static_cast<int>(c & 0x3F3F3F3F),
-                                       static_cast<int>(s_high), static_cast<int>(a & 0x3F3F3F3F));
+  const __m128i v = load128(b);
+  const __m128i aece =
+      _mm_srlv_epi32(_mm_shuffle_epi32(v, _MM_SHUFFLE(3, 2, 3, 1)), _mm_set_epi32(4, 0, 0, 0));
+  const __m128i low = _mm_and_si128(
+      aece, _mm_set_epi32(0x0F0F0F0F, 0x3F3F3F3F, 0x0F0F0F0F, 0x3F3F3F3F));
+  const __m128i aacc = _mm_srli_epi32(_mm_shuffle_epi32(v, _MM_SHUFFLE(2, 2, 1, 1)), 2);
+  const __m128i high = _mm_set_epi32(0x30303030, 0, 0x30303030, 0);
+  const __m128i scales = _mm_ternarylogic_epi32(low, aacc, high, 0xF8);  // low | (aacc & high)
   const __m512 all = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(scales));
-  const __m128 halves = _mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int>(load_u32(b))));
-  s = _mm256_mul_ps(_mm512_castps512_ps256(all), _mm256_broadcastss_ps(halves));
-  m = _mm256_mul_ps(_mm512_extractf32x8_ps(all, 1),
-                    _mm256_broadcastss_ps(_mm_movehdup_ps(halves)));
+  const __m512i first_and_second = _mm512_set_epi64(0x100000001, 0x100000001, 0x100000001, 0x100000001, 0, 0, 0, 0);
+  const __m512 halves = _mm512_permutexvar_ps(first_and_second, _mm512_castps256_ps512(_mm256_cvtph_ps(v)));
+  const __m512 scaled = _mm512_mul_ps(all, halves);
+  s = _mm512_castps512_ps256(scaled);
+  m = _mm512_extractf32x8_ps(scaled, 1);
 }
 
 struct V4_K : Q4_K {
@@ -270,10 +275,11 @@ FALLOW_INLINE size_t row_of(const int32_t* rows, size_t begin, size_t i) {
 }
 
 // Adds `chunks` * 64 columns of a row, from column `at`, to acc and accm; the dot product is
-// sum(acc) - sum(accm), the latter times the offset for formats without minima.
+// sum(acc) - sum(accm), the latter times the offset for formats without minima. One sum per chunk:
+// a single one would wait for its last addition four times per span, 16 of 19 cycles.
 template <class F, int chunks>
-FALLOW_INLINE void dot_span(const uint8_t* b, size_t at, const Activation& x, __m512& acc,
-              typename Groups<F::group>::V& accm) {
+FALLOW_INLINE void dot_span(const uint8_t* b, size_t at, const Activation& x, __m512* acc,
+                            typename Groups<F::group>::V& accm) {
   using G = Groups<F::group>;
   constexpr size_t n = chunks * 64 / F::group;
   typename G::V s, m;
@@ -296,7 +302,7 @@ FALLOW_INLINE void dot_span(const uint8_t* b, size_t at, const Activation& x, __
         _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, load512(x.high + at + 64 * j));
     const __m512i sum =
         _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), w, load512(x.low + at + 64 * j));
-    acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), G::spread(scale, j), acc);
+    acc[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), G::spread(scale, j), acc[j]);
   }
 }
 
@@ -310,7 +316,7 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
     const uint8_t* b = w + row_of(rows, begin, i) * row_bytes;
     const uint8_t* later =
         i + ahead < n ? w + row_of(rows, begin, i + ahead) * row_bytes : nullptr;
-    __m512 acc = _mm512_setzero_ps();
+    __m512 acc[4] = {};
     typename G::V accm = G::zero();
     size_t at = 0;
     for (; at + kSpan <= k; at += kSpan, b += span_bytes) {
@@ -328,7 +334,8 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
       }
     }
     const float minima = G::sum(accm) * (F::has_min ? 1.0f : static_cast<float>(F::offset));
-    y[i] = _mm512_reduce_add_ps(acc) - minima + tail;
+    const __m512 all = _mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3]));
+    y[i] = _mm512_reduce_add_ps(all) - minima + tail;
   }
 }
 
@@ -347,7 +354,8 @@ struct Coefficients {
 // c[r] * s of four rows as int8 with one scale per group. The error is that of int8 activations,
 // but relative to the largest of four products instead of 32. Minima are summed exactly.
 template <class F>
-FALLOW_INLINE Coefficients<F> prepare(const uint8_t* const* b, const float* c, size_t n, float* minima) {
+FALLOW_INLINE Coefficients<F> prepare(const uint8_t* const* b, size_t offset, const float* c,
+                                      size_t n, float* minima) {
   using G = Groups<F::group>;
   constexpr int centre = F::has_min ? (F::type == kQ4_1 || F::type == kQ4_K ? 8 : 16)
                                     : static_cast<int>(F::offset);
@@ -355,7 +363,7 @@ FALLOW_INLINE Coefficients<F> prepare(const uint8_t* const* b, const float* c, s
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) {
     typename G::V s, m;
-    F::groups(b[r], n, s, m);
+    F::groups(b[r] + offset, n, s, m);
     product[r] = G::mul(s, G::set1(c[r]));
     largest = G::max_abs(largest, product[r]);
     if constexpr (F::has_min) {  // w = s (q - centre) - (m - centre s)
@@ -379,9 +387,9 @@ FALLOW_INLINE Coefficients<F> prepare(const uint8_t* const* b, const float* c, s
 // sums (chunks * 64,) += four rows times their coefficients. Within 64 columns the order is that of
 // byte interleaving: lane l of register i holds columns 16 l + 4 i + (0..3).
 template <class F, int chunks>
-FALLOW_INLINE void axpy_span(const uint8_t* const* b, const float* c, float* sums, float* minima) {
+FALLOW_INLINE void axpy_span(const uint8_t* const* b, const Coefficients<F>& coefficients,
+                             float* sums) {
   using G = Groups<F::group>;
-  const Coefficients<F> coefficients = prepare<F>(b, c, chunks * 64 / F::group, minima);
 #pragma GCC unroll 4
   for (int j = 0; j < chunks; ++j) {
     const __m512i start = G::spread(coefficients.start, j);
@@ -419,16 +427,22 @@ void axpy_slab(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
       c[r] = there ? coefficient[i + r] : 0.0f;
       later[r] = i + r + ahead < n ? w + row_of(rows, begin, i + r + ahead) * row_bytes : nullptr;
     }
+    // All coefficients first: they take a long chain of steps, which would leave each span's
+    // products waiting (a third of the time).
+    Coefficients<F> coefficients[kSlab / kSpan];
     size_t at = 0;
-    for (; at + kSpan <= k; at += kSpan) {
+    for (; at + kSpan <= k; at += kSpan)
+      coefficients[at / kSpan] =
+          prepare<F>(b, at / kSpan * span_bytes, c, kSpan / F::group, minima + at / F::group);
+    for (at = 0; at + kSpan <= k; at += kSpan) {
       for (auto& p : later) prefetch(p, span_bytes);
-      axpy_span<F, 4>(b, c, sums + at, minima + at / F::group);
+      axpy_span<F, 4>(b, coefficients[at / kSpan], sums + at);
       for (auto& p : b) p += span_bytes;
     }
     if constexpr (F::block == 32) {
       for (auto& p : later) prefetch(p, (k - at) / F::block * F::bytes);
       for (; at + 64 <= k; at += 64) {
-        axpy_span<F, 1>(b, c, sums + at, minima + at / F::group);
+        axpy_span<F, 1>(b, prepare<F>(b, 0, c, 64 / F::group, minima + at / F::group), sums + at);
         for (auto& p : b) p += 2 * F::bytes;
       }
     }
