@@ -13,8 +13,8 @@ namespace {
 // Tokens of a block of prefill: enough to pay for unpacking the weights, few enough that the
 // buffers of a 1.5B model stay below 40 MB.
 constexpr size_t kBlock = 256;
-// Tokens and positions that one piece of prefill attention covers.
-constexpr size_t kTile = 64;
+// Queries that attention answers at once, and cached positions that it decodes at once.
+constexpr size_t kQueries = 96, kPositions = 128;
 // Rows of down_proj_t that are decoded at once in prefill.
 constexpr size_t kDownRows = 128;
 
@@ -66,8 +66,9 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
   sin_.resize(cos_.size());
   partial_.resize(static_cast<size_t>(n_threads) * hidden);
   rows_.resize(d_ff);
-  k_cache_.resize(config_.n_layers * kv * context);
-  v_cache_.resize(k_cache_.size());
+  k_cache_.resize(config_.n_layers * kv * pieces(context, kPanel) * kPanel);
+  v_cache_.resize(config_.n_layers * config_.n_kv_heads * pieces(config_.head_dim, kPanel) * kPanel *
+                  context);
   active_.resize(config_.n_layers);
   const size_t widest = cut_input_.width;
   if (kernels.gemm_bf16) {
@@ -75,17 +76,20 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
       input->half.resize(input->x.size());
     inter_half_.resize(block_ * d_ff);
   }
-  const size_t panel = std::max({widest * kPanel, kDownRows * 256, size_t{context} * kPanel,
-                                 config_.head_dim * (kPanel + 1)});
+  const size_t panel = std::max({widest * kPanel, kDownRows * 256, kPositions * kPanel,
+                                 config_.head_dim * kPanel});
+  const size_t queries = std::max<size_t>(kQueries, config_.n_heads / config_.n_kv_heads);
   workers_.resize(static_cast<size_t>(n_threads));
   for (Worker& w : workers_) {
     w.selector = RowSelector(std::max(d_ff, widest));
     w.magnitudes.resize(std::max(d_ff, widest));
     w.outliers.resize(model.layers[0].outliers.rows);
-    w.scores.resize(size_t{context} * std::min(block_, kTile));
+    w.scores.resize(queries * context);
+    w.sums.resize(queries);
     w.panel.resize(panel);
     w.rows.resize(std::max(widest * kPanel, size_t{2} * 256));
     if (kernels.gemm_bf16) w.panel_half.resize(panel);
+    w.half.resize(config_.head_dim);
   }
 }
 
@@ -169,11 +173,7 @@ void Engine::attention(size_t l, size_t n) {
   rotate(layer, layer.q_norm, config_.n_heads, n, q_.data());
   rotate(layer, layer.k_norm, config_.n_kv_heads, n, k_.data());
   store_cache(l, n);
-  if (n == 1) {
-    attend_one(l);
-  } else {
-    attend_block(l, n);
-  }
+  attend(l, n);
   clock.mark(timing_.attention);
   prepare(o_input_, n);
   project(l, o_input_, n, {{layer.o_proj, layer.o_bias, branch_.data(), kOInput}});
@@ -211,89 +211,111 @@ void Engine::rotate(const Layer& layer, const Norm& norm, size_t heads, size_t n
 
 void Engine::store_cache(size_t l, size_t n) {
   const size_t dim = config_.head_dim, heads = config_.n_kv_heads;
+  uint16_t* half = workers_[0].half.data();
   for (size_t t = 0; t < n; ++t)
     for (size_t h = 0; h < heads; ++h) {
-      const size_t to = ((l * heads + h) * context_ + position_ + t) * dim;
-      kernels_.to_f16(k_.data() + (t * heads + h) * dim, dim, k_cache_.data() + to);
-      kernels_.to_f16(v_.data() + (t * heads + h) * dim, dim, v_cache_.data() + to);
-    }
-}
-
-void Engine::attend_one(size_t l) {
-  const size_t dim = config_.head_dim, kv_heads = config_.n_kv_heads;
-  const size_t per_kv = config_.n_heads / kv_heads, end = position_ + 1;
-  const uint32_t window = model_.layers[l].sliding_window;
-  const size_t begin = window && end > window ? end - window : 0;
-  pool_.run([&](int worker) {
-    float* scores = workers_[static_cast<size_t>(worker)].scores.data();
-    const Share share = share_of(config_.n_heads, worker, pool_.size());
-    for (size_t h = share.begin; h < share.end; ++h) {
-      const size_t base = (l * kv_heads + h / per_kv) * context_ * dim;
-      const float* q = q_.data() + h * dim;
-      float* out = o_input_.x.data() + h * dim;
-      const size_t first = base + begin * dim, n = end - begin;
-      kernels_.attend_scores(k_cache_.data() + first, q, n, dim, config_.attention_scale, scores);
-      const float sum = kernels_.softmax_numerators(scores, n);
-      kernels_.attend_values(v_cache_.data() + first, scores, n, dim, out);
-      for (size_t i = 0; i < dim; ++i) out[i] /= sum;
-    }
-  });
-  bytes_read_ += (end - begin) * kv_heads * dim * 2 * sizeof(uint16_t);
-}
-
-// As attend_one for every token of the block, in tiles of tokens and heads: scores = Q K^T and
-// out = P V as two small products.
-void Engine::attend_block(size_t l, size_t n) {
-  const size_t dim = config_.head_dim, kv_heads = config_.n_kv_heads, heads = config_.n_heads;
-  const size_t per_kv = heads / kv_heads, width = o_input_.width;
-  const size_t window = model_.layers[l].sliding_window;
-  const size_t tiles = pieces(n, kTile);
-  const auto first_of = [&](size_t position) {
-    return window && position + 1 > window ? position + 1 - window : 0;
-  };
-  pool_.run([&](int worker) {
-    Worker& w = workers_[static_cast<size_t>(worker)];
-    // Late tiles see more positions, so they are dealt out in turn.
-    for (size_t job = static_cast<size_t>(worker); job < heads * tiles;
-         job += static_cast<size_t>(pool_.size())) {
-      const size_t h = job % heads, t0 = job / heads * kTile, count = std::min(kTile, n - t0);
-      const size_t begin = first_of(position_ + t0), end = position_ + t0 + count;
-      const size_t base = (l * kv_heads + h / per_kv) * context_ * dim, span = end - begin;
-      float *scores = w.scores.data(), *panel = w.panel.data();
-      for (size_t j = begin; j < end; j += kPanel) {
-        const size_t there = std::min(kPanel, end - j);
-        float* row = panel + dim * kPanel;
-        for (size_t r = 0; r < there; ++r) {
-          kernels_.decode(kF16, reinterpret_cast<const uint8_t*>(k_cache_.data() + base +
-                                                                 (j + r) * dim), dim, row);
-          for (size_t i = 0; i < dim; ++i) panel[i * kPanel + r] = row[i];
-        }
-        kernels_.gemm_f32(panel, there, dim, q_.data() + t0 * width + h * dim, width, count, false,
-                          scores + (j - begin), span);
-      }
-      float sums[kTile];
-      for (size_t t = 0; t < count; ++t) {
-        float* row = scores + t * span;
-        const size_t low = first_of(position_ + t0 + t) - begin;
-        const size_t high = position_ + t0 + t + 1 - begin;
-        for (size_t j = low; j < high; ++j) row[j] *= config_.attention_scale;
-        sums[t] = kernels_.softmax_numerators(row + low, high - low);
-        std::fill(row, row + low, 0.0f);
-        std::fill(row + high, row + span, 0.0f);
-      }
+      const size_t position = position_ + t;
+      kernels_.to_f16(k_.data() + (t * heads + h) * dim, dim, half);
+      uint16_t* key = keys(l, h, position / kPanel) + position % kPanel;
+      for (size_t i = 0; i < dim; ++i) key[i * kPanel] = half[i];
+      kernels_.to_f16(v_.data() + (t * heads + h) * dim, dim, half);
       for (size_t i = 0; i < dim; i += kPanel) {
-        const size_t there = std::min(kPanel, dim - i);
-        for (size_t j = 0; j < span; ++j)
-          kernels_.decode(kF16, reinterpret_cast<const uint8_t*>(v_cache_.data() + base +
-                                                                 (begin + j) * dim + i),
-                          there, panel + j * kPanel);
-        kernels_.gemm_f32(panel, there, span, scores, span, count, false,
-                          o_input_.x.data() + t0 * width + h * dim + i, width);
+        const size_t columns = std::min(kPanel, dim - i);
+        std::copy_n(half + i, columns, values(l, h, i / kPanel) + position * kPanel);
       }
-      for (size_t t = 0; t < count; ++t)
-        for (size_t i = 0; i < dim; ++i) o_input_.x[(t0 + t) * width + h * dim + i] /= sums[t];
+    }
+}
+
+// A panel of keys, (head_dim, kPanel), of one kv head.
+uint16_t* Engine::keys(size_t l, size_t kv_head, size_t panel) {
+  const size_t panels = pieces(context_, kPanel);
+  const size_t before = (l * config_.n_kv_heads + kv_head) * panels + panel;
+  return k_cache_.data() + before * config_.head_dim * kPanel;
+}
+
+// A panel of columns of the values of one kv head, (context, kPanel).
+uint16_t* Engine::values(size_t l, size_t kv_head, size_t panel) {
+  const size_t panels = pieces(config_.head_dim, kPanel);
+  const size_t before = (l * config_.n_kv_heads + kv_head) * panels + panel;
+  return v_cache_.data() + before * context_ * kPanel;
+}
+
+// Work is cut into heads that share keys and values, and tiles of tokens. One token's heads go to
+// the threads in equal parts; of a block, tiles do, in turn, since late ones see more positions.
+void Engine::attend(size_t l, size_t n) {
+  const size_t kv_heads = config_.n_kv_heads, per_kv = config_.n_heads / kv_heads;
+  pool_.run([&](int worker) {
+    if (n == 1) {
+      const Share share = share_of(config_.n_heads, worker, pool_.size());
+      for (size_t h = share.begin; h < share.end;) {
+        const size_t end = std::min((h / per_kv + 1) * per_kv, share.end);
+        attend_heads(l, {h, end}, {0, 1}, worker);
+        h = end;
+      }
+      return;
+    }
+    const size_t tile = std::max<size_t>(kQueries / per_kv, 1), tiles = pieces(n, tile);
+    for (size_t job = static_cast<size_t>(worker); job < kv_heads * tiles;
+         job += static_cast<size_t>(pool_.size())) {
+      const size_t h = job % kv_heads * per_kv, t = job / kv_heads * tile;
+      attend_heads(l, {h, h + per_kv}, {t, std::min(t + tile, n)}, worker);
     }
   });
+  if (n == 1) bytes_read_ += (position_ + 1 - first_position(l, 0)) * kv_heads * config_.head_dim * 2 * sizeof(uint16_t);
+}
+
+// softmax(q k^T) v of some heads with the same keys, for some tokens of the block, as two small
+// products; row (h, t) of the scores belongs to the h-th of these heads and the t-th of the tokens.
+void Engine::attend_heads(size_t l, Share heads, Share tokens, int worker) {
+  const size_t dim = config_.head_dim, width = o_input_.width;
+  const size_t kv_head = heads.begin / (config_.n_heads / config_.n_kv_heads);
+  const size_t count = tokens.end - tokens.begin, n_heads = heads.end - heads.begin;
+  const size_t end = position_ + tokens.end;
+  const size_t begin = first_position(l, tokens.begin) / kPanel * kPanel, span = end - begin;
+  Worker& w = workers_[static_cast<size_t>(worker)];
+  float *scores = w.scores.data(), *panel = w.panel.data();
+  const auto decode = [&](const uint16_t* half, size_t size) {
+    kernels_.decode(kF16, reinterpret_cast<const uint8_t*>(half), size, panel);
+  };
+  // The queries lie dim apart where there is one token, otherwise one product per head is needed.
+  const size_t products = count == 1 ? 1 : n_heads;
+  const size_t rows = count == 1 ? n_heads : count, stride = count == 1 ? dim : width;
+  const size_t first = tokens.begin * width + heads.begin * dim;
+  for (size_t j = begin; j < end; j += kPanel) {
+    decode(keys(l, kv_head, j / kPanel), dim * kPanel);
+    for (size_t h = 0; h < products; ++h)
+      kernels_.gemm_f32(panel, std::min(kPanel, end - j), dim, q_.data() + first + h * dim, stride,
+                        rows, false, scores + h * rows * span + (j - begin), span);
+  }
+  for (size_t row = 0; row < n_heads * count; ++row) {
+    const size_t t = tokens.begin + row % count;
+    const size_t low = first_position(l, t) - begin, high = position_ + t + 1 - begin;
+    float* score = scores + row * span;
+    for (size_t j = low; j < high; ++j) score[j] *= config_.attention_scale;
+    w.sums[row] = kernels_.softmax_numerators(score + low, high - low);
+    std::fill(score, score + low, 0.0f);
+    std::fill(score + high, score + span, 0.0f);
+  }
+  for (size_t i = 0; i < dim; i += kPanel) {
+    const size_t columns = std::min(kPanel, dim - i);
+    for (size_t j = 0; j < span; j += kPositions) {
+      const size_t positions = std::min(kPositions, span - j);
+      decode(values(l, kv_head, i / kPanel) + (begin + j) * kPanel, positions * kPanel);
+      for (size_t h = 0; h < products; ++h)
+        kernels_.gemm_f32(panel, columns, positions, scores + h * rows * span + j, span, rows,
+                          j > 0, o_input_.x.data() + first + h * dim + i, stride);
+    }
+  }
+  for (size_t row = 0; row < n_heads * count; ++row) {
+    float* out = o_input_.x.data() + first + row / count * dim + row % count * width;
+    for (size_t i = 0; i < dim; ++i) out[i] /= w.sums[row];
+  }
+}
+
+// The first position that token t of the block attends to.
+size_t Engine::first_position(size_t l, size_t t) const {
+  const size_t window = model_.layers[l].sliding_window, end = position_ + t + 1;
+  return window && end > window ? end - window : 0;
 }
 
 // inter = act(x W_gate^T) * (x W_up^T); out = inter W_down^T, a sum of rows of down_proj_t.

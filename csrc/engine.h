@@ -82,8 +82,11 @@ class Engine {
   void block(const int32_t* tokens, size_t n);
   void embed(const int32_t* tokens, size_t n);
   void attention(size_t layer, size_t n);
-  void attend_one(size_t layer);
-  void attend_block(size_t layer, size_t n);
+  void attend(size_t layer, size_t n);
+  void attend_heads(size_t layer, Share heads, Share tokens, int worker);
+  size_t first_position(size_t layer, size_t t) const;
+  uint16_t* keys(size_t layer, size_t kv_head, size_t panel);
+  uint16_t* values(size_t layer, size_t kv_head, size_t panel);
   void rotate(const Layer& layer, const Norm& norm, size_t heads, size_t n, float* x);
   void store_cache(size_t layer, size_t n);
   void ffn(size_t layer, size_t n);
@@ -128,16 +131,18 @@ class Engine {
   std::vector<float> partial_;     // (threads, hidden): each thread's sum of down_proj_t rows
   std::vector<int32_t> rows_;      // neurons that are not zero, ascending
   size_t n_rows_ = 0;
-  std::vector<uint16_t> k_cache_, v_cache_;  // f16 (layers, kv_heads, context, head_dim)
+  // f16 (layers, kv_heads, panels of positions, head_dim, kPanel) and (layers, kv_heads, panels of
+  // columns, context, kPanel), as the batched products take them.
+  std::vector<uint16_t> k_cache_, v_cache_;
 
   struct Worker {
     RowSelector selector;
     uint64_t active = 0;            // neurons of this block
     std::vector<float> outliers;    // their inter
     std::vector<float> magnitudes;  // that a cut looks at
-    std::vector<float> scores;      // attention
+    std::vector<float> scores, sums;  // attention
     std::vector<float> rows, panel;  // weights, keys or values as float
-    std::vector<uint16_t> panel_half;
+    std::vector<uint16_t> panel_half, half;
   };
   std::vector<Worker> workers_;
 

@@ -65,13 +65,6 @@ struct Kernels {
   void (*gemm_bf16)(const uint16_t* panel, size_t n, size_t k, const uint16_t* x, size_t x_stride,
                     size_t tokens, bool add, float* y, size_t stride);
 
-  // One head of attention over n cached positions, rows of f16 (n, dim):
-  // scores[j] = scale * keys[j] . q
-  void (*attend_scores)(const uint16_t* keys, const float* q, size_t n, size_t dim, float scale,
-                        float* scores);
-  // out (dim,) = sum over j of weights[j] * values[j]
-  void (*attend_values)(const uint16_t* values, const float* weights, size_t n, size_t dim,
-                        float* out);
   void (*to_f16)(const float* x, size_t n, uint16_t* y);
   float (*sum_squares)(const float* x, size_t n);
   // In place: x = exp(x - max(x)); returns the sum.

@@ -382,18 +382,6 @@ float sum_squares(const float* x, size_t n) {
   return dot_float<L32>(reinterpret_cast<const uint8_t*>(x), x, n);
 }
 
-void attend_scores(const uint16_t* keys, const float* q, size_t n, size_t dim, float scale,
-                   float* scores) {
-  for (size_t j = 0; j < n; ++j)
-    scores[j] = scale * dot_float<LF16>(reinterpret_cast<const uint8_t*>(keys + j * dim), q, dim);
-}
-
-void attend_values(const uint16_t* values, const float* weights, size_t n, size_t dim, float* out) {
-  for (size_t i = 0; i < dim; ++i) out[i] = 0;
-  for (size_t j = 0; j < n; ++j)
-    axpy_float<LF16>(weights[j], reinterpret_cast<const uint8_t*>(values + j * dim), dim, out);
-}
-
 void to_f16(const float* x, size_t n, uint16_t* y) {
   size_t i = 0;
   for (; i + 8 <= n; i += 8)
@@ -517,8 +505,6 @@ Kernels make() {
   add_float<LF16>(table, kF16);
   add_float<LBF16>(table, kBF16);
   table.gemm_f32 = gemm_f32;
-  table.attend_scores = attend_scores;
-  table.attend_values = attend_values;
   table.to_f16 = to_f16;
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;

@@ -504,16 +504,22 @@ void gemm_f32_tile(const float* a, size_t n, size_t k, const float* x, size_t x_
     }
 }
 
+// Fewer tokens than the largest tile, all at once.
+template <int tokens>
+void gemm_f32_rest(const float* a, size_t n, size_t k, const float* x, size_t x_stride, size_t left,
+                   bool add, float* y, size_t stride) {
+  if constexpr (tokens > 0) {
+    if (left == tokens) return gemm_f32_tile<tokens>(a, n, k, x, x_stride, add, y, stride);
+    gemm_f32_rest<tokens - 1>(a, n, k, x, x_stride, left, add, y, stride);
+  }
+}
+
 void gemm_f32(const float* a, size_t n, size_t k, const float* x, size_t x_stride, size_t tokens,
               bool add, float* y, size_t stride) {
-  const auto tile = [&](auto size, size_t t) {
-    gemm_f32_tile<decltype(size)::value>(a, n, k, x + t * x_stride, x_stride, add, y + t * stride,
-                                         stride);
-  };
   size_t t = 0;
-  for (; t + 12 <= tokens; t += 12) tile(std::integral_constant<int, 12>{}, t);
-  for (; t + 4 <= tokens; t += 4) tile(std::integral_constant<int, 4>{}, t);
-  for (; t < tokens; ++t) tile(std::integral_constant<int, 1>{}, t);
+  for (; t + 12 <= tokens; t += 12)
+    gemm_f32_tile<12>(a, n, k, x + t * x_stride, x_stride, add, y + t * stride, stride);
+  gemm_f32_rest<11>(a, n, k, x + t * x_stride, x_stride, tokens - t, add, y + t * stride, stride);
 }
 
 // 16 weights of a float row as float32.
@@ -579,50 +585,6 @@ void axpy_rows_float(const uint8_t* w, size_t row_bytes, const int32_t* rows, si
 
 float sum_squares(const float* x, size_t n) {
   return dot_float<L32>(reinterpret_cast<const uint8_t*>(x), x, n);
-}
-
-void attend_scores(const uint16_t* keys, const float* q, size_t n, size_t dim, float scale,
-                   float* scores) {
-  const auto dots = [&](auto count, size_t j) {  // positions [j, j + count), sharing loads of q
-    constexpr int positions = decltype(count)::value;
-    const auto* rows = reinterpret_cast<const uint8_t*>(keys + j * dim);
-    __m512 sum[positions] = {};
-    for (size_t i = 0; i < dim; i += 16) {
-      const __mmask16 lanes = first_lanes(dim - i);
-      const __m512 v = _mm512_maskz_loadu_ps(lanes, q + i);
-#pragma GCC unroll 4
-      for (int r = 0; r < positions; ++r)
-        sum[r] = _mm512_fmadd_ps(LF16::load(rows + (static_cast<size_t>(r) * dim + i) * 2, lanes),
-                                 v, sum[r]);
-    }
-    for (int r = 0; r < positions; ++r)
-      scores[j + static_cast<size_t>(r)] = scale * _mm512_reduce_add_ps(sum[r]);
-  };
-  size_t j = 0;
-  for (; j + 4 <= n; j += 4) dots(std::integral_constant<int, 4>{}, j);
-  for (; j < n; ++j) dots(std::integral_constant<int, 1>{}, j);
-}
-
-void attend_values(const uint16_t* values, const float* weights, size_t n, size_t dim, float* out) {
-  const auto columns = [&](auto count, size_t i) {  // columns [i, i + 16 count) stay in registers
-    constexpr int registers = decltype(count)::value;
-    const __mmask16 last = first_lanes(dim - i - 16 * (registers - 1));
-    __m512 sum[registers] = {};
-    for (size_t j = 0; j < n; ++j) {
-      const auto* row = reinterpret_cast<const uint8_t*>(values + j * dim + i);
-      const __m512 weight = _mm512_set1_ps(weights[j]);
-#pragma GCC unroll 8
-      for (int r = 0; r < registers; ++r)
-        sum[r] = _mm512_fmadd_ps(LF16::load(row + 32 * r, r + 1 < registers ? 0xFFFF : last),
-                                 weight, sum[r]);
-    }
-    for (int r = 0; r < registers; ++r)
-      _mm512_mask_storeu_ps(out + i + 16 * r, r + 1 < registers ? 0xFFFF : last, sum[r]);
-  };
-  size_t i = 0;
-  for (; i + 128 <= dim; i += 128) columns(std::integral_constant<int, 8>{}, i);
-  for (; i + 64 <= dim; i += 64) columns(std::integral_constant<int, 4>{}, i);
-  for (; i < dim; i += 16) columns(std::integral_constant<int, 1>{}, i);
 }
 
 void to_f16(const float* x, size_t n, uint16_t* y) {
@@ -826,8 +788,6 @@ Kernels make() {
   table.quantize = quantize;
   table.panel_f32 = panel_f32;
   table.gemm_f32 = gemm_f32;
-  table.attend_scores = attend_scores;
-  table.attend_values = attend_values;
   table.to_f16 = to_f16;
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;

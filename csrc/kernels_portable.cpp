@@ -155,21 +155,6 @@ void gemm_f32(const float* a, size_t n, size_t k, const float* x, size_t x_strid
     }
 }
 
-void attend_scores(const uint16_t* keys, const float* q, size_t n, size_t dim, float scale,
-                   float* scores) {
-  for (size_t j = 0; j < n; ++j, keys += dim) {
-    float sum = 0;
-    for (size_t i = 0; i < dim; ++i) sum += half_to_float(keys[i]) * q[i];
-    scores[j] = scale * sum;
-  }
-}
-
-void attend_values(const uint16_t* values, const float* weights, size_t n, size_t dim, float* out) {
-  std::fill(out, out + dim, 0.0f);
-  for (size_t j = 0; j < n; ++j, values += dim)
-    for (size_t i = 0; i < dim; ++i) out[i] += weights[j] * half_to_float(values[i]);
-}
-
 void to_f16(const float* x, size_t n, uint16_t* y) {
   for (size_t i = 0; i < n; ++i) y[i] = float_to_half(x[i]);
 }
@@ -251,8 +236,6 @@ Kernels make() {
   table.quantize = quantize;
   table.panel_f32 = panel_f32;
   table.gemm_f32 = gemm_f32;
-  table.attend_scores = attend_scores;
-  table.attend_values = attend_values;
   table.to_f16 = to_f16;
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;
