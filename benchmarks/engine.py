@@ -31,7 +31,7 @@ MATRIX_BYTES = 400e6
 def run(name: str) -> None:
     import fallow
     from fallow.catalog import ALIASES, resolve
-    from fallow.evaluation import evaluate_engine
+    from fallow.quality import evaluate_engine
 
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)

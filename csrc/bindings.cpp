@@ -87,7 +87,7 @@ const BlockFormat& format_of(const std::string& name) {
 }
 
 const Kernels& kernels_of(const std::string& name) {
-  if (name.empty()) return best_kernels();
+  if (name.empty()) return *usable_kernels().front();
   if (const Kernels* found = find_kernels(name.c_str())) return *found;
   throw nb::value_error(("kernels " + name + " do not run on this processor").c_str());
 }
@@ -286,7 +286,7 @@ class BoundEngine {
 double read_bandwidth(size_t n_bytes, int n_threads) {
   if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
   nb::gil_scoped_release release;
-  const Kernels& kernels = best_kernels();
+  const Kernels& kernels = *usable_kernels().front();
   const std::vector<float> data(n_bytes / sizeof(float), 1.0f);
   std::vector<float> sums(static_cast<size_t>(n_threads));
   ThreadPool pool(n_threads);
@@ -306,7 +306,7 @@ double read_bandwidth(size_t n_bytes, int n_threads) {
 // gemv_rows and axpy_rows, whole and with the listed rows alone, and for reading its bytes.
 nb::dict time_rows(const std::string& type, size_t rows, size_t width, Indices list,
                    int n_threads) {
-  const Kernels& kernels = best_kernels();
+  const Kernels& kernels = *usable_kernels().front();
   const BlockFormat& format = format_of(type);
   if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
   if (rows == 0 || width == 0 || width % format.block_size != 0)
@@ -433,9 +433,7 @@ NB_MODULE(_core, m) {
         "Seconds of one pass over a matrix: read, gemv, gemv_rows, axpy, axpy_rows.");
 
   std::vector<std::string> tables;
-  for (const Kernels* table :
-       {&portable_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels(), neon_kernels()})
-    if (table) tables.emplace_back(table->name);
+  for (const Kernels* table : usable_kernels()) tables.emplace_back(table->name);
   m.attr("KERNELS") = tables;
   m.def("test_gemv_rows", &test_gemv_rows, "kernels"_a, "type"_a, "weights"_a, "x"_a,
         "rows"_a.none(), "y"_a);

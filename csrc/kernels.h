@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "formats.h"
 
@@ -37,7 +38,7 @@ using AxpyRows = void (*)(const uint8_t* w, size_t row_bytes, const int32_t* row
 constexpr size_t kPanel = 32;
 
 struct Kernels {
-  const char* name;  // "portable", "avx2", "avx512", "avx512_bf16", "neon"
+  const char* name;  // "portable", "avx2", "avx512", "avx512_bf16", "neon", "neon_dotprod"
 
   GemvRows gemv_rows[kGgmlTypes];  // null: the type is not supported
   AxpyRows axpy_rows[kGgmlTypes];
@@ -82,9 +83,10 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
 const Kernels* neon_kernels();
+const Kernels* neon_dotprod_kernels();
 
-// The fastest table that runs here.
-const Kernels& best_kernels();
+// The tables that run here, the fastest first and the portable one last.
+const std::vector<const Kernels*>& usable_kernels();
 // By name; null if it does not run here.
 const Kernels* find_kernels(const char* name);
 

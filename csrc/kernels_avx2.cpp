@@ -378,6 +378,14 @@ void axpy_rows_float(const uint8_t* w, size_t row_bytes, const int32_t* rows, si
     axpy_float<L>(coefficient[i], w + row_of(rows, begin, i) * row_bytes, k, y);
 }
 
+// What attention decodes for every token; other types only prefill needs.
+void decode(uint32_t type, const uint8_t* row, size_t k, float* y) {
+  if (type != kF16) return portable_kernels().decode(type, row, k, y);
+  size_t i = 0;
+  for (; i + 8 <= k; i += 8) _mm256_storeu_ps(y + i, LF16::load(row + i * LF16::bytes));
+  for (; i < k; ++i) y[i] = LF16::one(row + i * LF16::bytes);
+}
+
 float sum_squares(const float* x, size_t n) {
   return dot_float<L32>(reinterpret_cast<const uint8_t*>(x), x, n);
 }
@@ -504,6 +512,7 @@ Kernels make() {
   add_float<L32>(table, kF32);
   add_float<LF16>(table, kF16);
   add_float<LBF16>(table, kBF16);
+  table.decode = decode;
   table.gemm_f32 = gemm_f32;
   table.to_f16 = to_f16;
   table.sum_squares = sum_squares;

@@ -1,5 +1,5 @@
-// NEON: what 64-bit ARM runs. CMake compiles it with byte products (DotProd, most processors since
-// 2018) and the table is null without them; compiled without, it runs on every ARMv8.
+// NEON: what every 64-bit ARM runs. kernels_neon_dotprod.cpp compiles it once more, with byte
+// products, which most processors since 2018 have.
 #include "kernels.h"
 
 #if defined(__aarch64__)
@@ -384,16 +384,12 @@ float sum_squares(const float* x, size_t n) {
   return dot_float<L32>(reinterpret_cast<const uint8_t*>(x), x, n);
 }
 
-void attend_scores(const uint16_t* keys, const float* q, size_t n, size_t dim, float scale,
-                   float* scores) {
-  for (size_t j = 0; j < n; ++j)
-    scores[j] = scale * dot_float<LF16>(reinterpret_cast<const uint8_t*>(keys + j * dim), q, dim);
-}
-
-void attend_values(const uint16_t* values, const float* weights, size_t n, size_t dim, float* out) {
-  for (size_t i = 0; i < dim; ++i) out[i] = 0;
-  for (size_t j = 0; j < n; ++j)
-    axpy_float<LF16>(weights[j], reinterpret_cast<const uint8_t*>(values + j * dim), dim, out);
+// What attention decodes for every token; other types only prefill needs.
+void decode(uint32_t type, const uint8_t* row, size_t k, float* y) {
+  if (type != kF16) return portable_kernels().decode(type, row, k, y);
+  size_t i = 0;
+  for (; i + 4 <= k; i += 4) vst1q_f32(y + i, LF16::load(row + i * LF16::bytes));
+  for (; i < k; ++i) y[i] = LF16::one(row + i * LF16::bytes);
 }
 
 void to_f16(const float* x, size_t n, uint16_t* y) {
@@ -510,7 +506,11 @@ void add_float(Kernels& table, uint32_t type) {
 
 Kernels make() {
   Kernels table = portable_kernels();  // what is not below stays scalar
+#if defined(__ARM_FEATURE_DOTPROD)
+  table.name = "neon_dotprod";
+#else
   table.name = "neon";
+#endif
   add<W4_0>(table);
   add<W4_1>(table);
   add<W5_0>(table);
@@ -522,9 +522,8 @@ Kernels make() {
   add_float<L32>(table, kF32);
   add_float<LF16>(table, kF16);
   add_float<LBF16>(table, kBF16);
+  table.decode = decode;
   table.gemm_f32 = gemm_f32;
-  table.attend_scores = attend_scores;
-  table.attend_values = attend_values;
   table.to_f16 = to_f16;
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;
@@ -535,9 +534,13 @@ Kernels make() {
 
 }  // namespace
 
-const Kernels* neon_kernels() {
-#if defined(__ARM_FEATURE_DOTPROD) && defined(__linux__)  // Apple's all have it
+#if defined(__ARM_FEATURE_DOTPROD)
+const Kernels* neon_dotprod_kernels() {
+#if defined(__linux__)  // Apple's all have it
   if (!(getauxval(AT_HWCAP) & HWCAP_ASIMDDP)) return nullptr;
+#endif
+#else
+const Kernels* neon_kernels() {
 #endif
   static const Kernels table = make();
   return &table;

@@ -252,16 +252,19 @@ const Kernels& portable_kernels() {
   return table;
 }
 
-const Kernels& best_kernels() {
-  for (const Kernels* table : {avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(), neon_kernels()})
-    if (table) return *table;
-  return portable_kernels();
+const std::vector<const Kernels*>& usable_kernels() {
+  static const std::vector<const Kernels*> tables = [] {
+    std::vector<const Kernels*> found{avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(),
+                                      neon_dotprod_kernels(), neon_kernels(), &portable_kernels()};
+    std::erase(found, nullptr);
+    return found;
+  }();
+  return tables;
 }
 
 const Kernels* find_kernels(const char* name) {
-  for (const Kernels* table :
-       {&portable_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels(), neon_kernels()})
-    if (table && std::strcmp(table->name, name) == 0) return table;
+  for (const Kernels* table : usable_kernels())
+    if (std::strcmp(table->name, name) == 0) return table;
   return nullptr;
 }
 

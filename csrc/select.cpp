@@ -84,7 +84,7 @@ bool all_finite(const float* row, uint64_t width) {
 
 void topk_thresholds(const float* scores, uint64_t rows, uint64_t width, uint64_t k,
                      float* thresholds, int n_threads) {
-  const Kernels& kernels = best_kernels();
+  const Kernels& kernels = *usable_kernels().front();
   parallel_ranges(rows, n_threads, [&](size_t begin, size_t end, int) {
     for (size_t r = begin; r < end; ++r) {
       const float* row = scores + r * width;

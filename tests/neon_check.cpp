@@ -213,27 +213,6 @@ void check_gemm(const Kernels& neon) {
         }
 }
 
-void check_attention(const Kernels& neon) {
-  for (size_t dim : {1, 7, 31, 33, 64, 128})
-    for (size_t n : {1, 7, 33}) {
-      const Floats values = normal(n * dim), q = normal(dim), weights = normal(n);
-      std::vector<uint16_t> cache(n * dim);
-      portable_kernels().to_f16(values.data(), cache.size(), cache.data());
-      Floats scores(n), expected_scores(n), out(dim), expected_out(dim);
-      neon.attend_scores(cache.data(), q.data(), n, dim, 0.125f, scores.data());
-      portable_kernels().attend_scores(cache.data(), q.data(), n, dim, 0.125f,
-                                       expected_scores.data());
-      neon.attend_values(cache.data(), weights.data(), n, dim, out.data());
-      portable_kernels().attend_values(cache.data(), weights.data(), n, dim, expected_out.data());
-      const std::string where = std::to_string(n) + " x " + std::to_string(dim);
-      const double size = 1e-5 * largest(values);
-      close("attend_scores " + where, scores, expected_scores,
-            size * 0.125 * largest(q) * static_cast<double>(dim));
-      close("attend_values " + where, out, expected_out,
-            size * largest(weights) * static_cast<double>(n));
-    }
-}
-
 void check_vectors(const Kernels& neon) {
   const Kernels& portable = portable_kernels();
   for (size_t n : {1, 7, 8, 31, 32, 33, 576}) {
@@ -293,15 +272,14 @@ void check_conversions(const Kernels& neon) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  broken = count > 1 && std::strcmp(arguments[1], "--break") == 0;
-  const Kernels* neon = neon_kernels();
+  const Kernels* neon = count > 1 ? find_kernels(arguments[1]) : nullptr;
   if (!neon) {
-    std::puts("no NEON table here");
+    std::puts("this table does not run here");
     return 2;
   }
+  broken = count > 2 && std::strcmp(arguments[2], "--break") == 0;
   check_weights(*neon);
   check_gemm(*neon);
-  check_attention(*neon);
   check_vectors(*neon);
   check_conversions(*neon);
   std::printf("%d of %d comparisons failed\n", failed, compared);

@@ -1,6 +1,7 @@
 """The engine against transformers, on every architecture and rule, and on the real SmolLM2."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from fallow import _core
 from fallow.calibration import Calibrator
 from fallow.engine import Engine, Sampler, is_packed
 from fallow.errors import FallowError, UsageError
-from fallow.evaluation import evaluate_engine
+from fallow.evaluation import dense_logits
 from fallow.models import ARCHITECTURES
 from fallow.packing import pack
 from fallow.plan import Plan
+from fallow.quality import evaluate_engine
 from fallow.rules import RULES
 from fallow.weights import read_gguf
 from test_models import GGUF_NAMES, write_gguf
@@ -233,7 +235,9 @@ def test_evaluation_on_the_engine(
     assert found.achieved_sparsity == pytest.approx(expected.achieved_sparsity, abs=0.01)
     decoded = evaluate_engine(engine, plan, texts[1], context=64, windows=3, decode=True)
     assert decoded.ppl == pytest.approx(found.ppl, rel=0.01)
-    against = evaluate_engine(engine, None, texts[1], context=64, windows=3, against=tiny["qwen3"])
+    against = evaluate_engine(
+        engine, None, texts[1], context=64, windows=3, against=partial(dense_logits, tiny["qwen3"])
+    )
     assert against.kl_to_dense["mean"] == pytest.approx(0, abs=1e-4)
     with pytest.raises(UsageError, match="is the text the plan was calibrated on"):
         evaluate_engine(engine, plan, texts[0], context=64)
@@ -368,7 +372,9 @@ def test_smollm2_is_its_reference(
     check = pack("smollm2", tmp_path / "m.gguf")
     assert check.passed
     engine = Engine(tmp_path / "m.gguf", context=500)
-    found = evaluate_engine(engine, None, wikitext[1], context=500, windows=4, against=smollm2)
+    found = evaluate_engine(
+        engine, None, wikitext[1], context=500, windows=4, against=partial(dense_logits, smollm2)
+    )
     assert found.kl_to_dense["mean"] <= 0.002
     assert found.top1_agreement >= 0.98
     assert abs(found.ppl_change_percent) < 0.2

@@ -7,17 +7,18 @@ if TYPE_CHECKING:
     from fallow.calibration import calibrate
     from fallow.engine import Engine
     from fallow.errors import FallowError, UsageError
-    from fallow.evaluation import Evaluation, evaluate
+    from fallow.evaluation import evaluate
     from fallow.model import Model, load
     from fallow.packing import pack
     from fallow.plan import Plan
     from fallow.profiling import profile
+    from fallow.quality import Evaluation
     from fallow.sweep import tradeoff
 
 # Found when first used: importing fallow needs no torch.
 _PUBLIC = {
     "Engine": "fallow.engine",
-    "Evaluation": "fallow.evaluation",
+    "Evaluation": "fallow.quality",
     "FallowError": "fallow.errors",
     "Model": "fallow.model",
     "Plan": "fallow.plan",

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -419,15 +420,18 @@ def _evaluate_packed(
     as_json: bool,
 ) -> None:
     from fallow.engine import Engine
-    from fallow.evaluation import evaluate_engine
+    from fallow.quality import evaluate_engine
 
     engine = Engine(model, plan, threads, context=context)
     other: Any = None
     if against is not None:
-        packed = _is_packed(against)
-        other = (
-            Engine(against, threads=threads, context=context) if packed else _load(against, dtype)
-        )
+        if _is_packed(against):
+            other = Engine(against, threads=threads, context=context)
+        else:
+            reference = _load(against, dtype)
+            from fallow.evaluation import dense_logits
+
+            other = partial(dense_logits, reference)
     result = evaluate_engine(
         engine,
         engine.plan,

@@ -18,11 +18,12 @@ import torch
 from fallow import _core
 from fallow.engine import PACKED_VERSION, Engine
 from fallow.errors import FallowError, UsageError
-from fallow.evaluation import compare_logits, final_hidden, logits_of
+from fallow.evaluation import final_hidden, logits_of
 from fallow.files import atomic_path, check_writable
 from fallow.model import Model, find_model, load
 from fallow.plan import Plan
 from fallow.progress import console, progress
+from fallow.quality import compare_logits
 from fallow.taps import Layer, attach
 from fallow.text import Text, load_text
 from fallow.weights import StoredTensor, read_gguf
@@ -553,7 +554,7 @@ class _Reference:
             compare_logits(
                 window,
                 logits_of(self.model, hidden),
-                [torch.from_numpy(engine.logits(window)).__getitem__],
+                [engine.logits(window).__getitem__],
                 self.model.vocabulary_size,
             )
             for window, hidden in zip(self.windows, self.hidden, strict=True)

@@ -12,12 +12,13 @@ import numpy as np
 
 from fallow.calibration import Calibrator
 from fallow.errors import FallowError, UsageError
-from fallow.evaluation import SPARSITY_TAPS, WindowResult, run_window
+from fallow.evaluation import run_window
 from fallow.files import atomic_path, write_json, write_text
 from fallow.metrics import perplexity, ppl_change_percent, standard_error
 from fallow.model import Model
 from fallow.plan import Plan
 from fallow.progress import console, progress
+from fallow.quality import SPARSITY_TAPS, WindowResult
 from fallow.rules import find_rule
 from fallow.rules._base import check_sparsity
 from fallow.text import Text, check_no_leakage, load_text

@@ -1,0 +1,250 @@
+"""What logits say of a model's quality: loss, KL to dense, agreement; and that of a packed model.
+
+No torch: the base install measures what it runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fallow.engine import Engine
+from fallow.errors import FallowError
+from fallow.metrics import perplexity, ppl_change_percent, standard_error
+from fallow.plan import Plan
+from fallow.progress import progress
+from fallow.text import Text, check_no_leakage, load_text
+
+# Logits of a whole window of Gemma-3 would take 1 GB; they are made for as many tokens at a time,
+# and compared for as many as the processor's cache holds (five times faster than all at once).
+LOGITS_AT_ONCE, LOGITS_COMPARED = 1 << 26, 1 << 21
+SPARSITY_TAPS = ("x", "gate_act", "up", "inter")
+
+Logits = Callable[[slice], np.ndarray]
+"""Logits (n, vocabulary), float32, of some of a window's tokens."""
+
+
+@dataclass
+class WindowResult:
+    """One window under one plan."""
+
+    loss: float  # mean next-token loss, nats
+    kl: np.ndarray = field(repr=False)  # (T - 1,) nats, KL(dense || sparse) of each prediction
+    top1: float = 1.0  # share of predictions whose most likely token is the dense model's
+    # Zero fractions per tap, (L, T); taps that the model lacks are absent.
+    sparsity: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    achieved_sparsity: float = 0.0  # of neurons, or of inputs weighted by parameters
+
+
+def compare_logits(
+    window: np.ndarray, dense: Logits, sparse: list[Logits], vocabulary: int
+) -> tuple[WindowResult, list[WindowResult]]:
+    """Loss of dense and sparse logits on a window (T,), KL and agreement of each sparse one."""
+    targets = window[1:]
+    n = len(targets)
+    loss = np.zeros((1 + len(sparse), n))
+    kl = np.zeros((1 + len(sparse), n))
+    same = np.ones((1 + len(sparse), n))
+    few = max(1, LOGITS_COMPARED // vocabulary)
+    for start in range(0, n, step := tokens_at_once(vocabulary)):
+        part = slice(start, min(start + step, n))
+        dense_part, sparse_parts = dense(part), [logits(part) for logits in sparse]
+        for at in range(start, part.stop, few):
+            here = slice(at, min(at + few, part.stop))
+            rows = slice(at - start, here.stop - start)
+            log_p = _log_softmax(dense_part[rows])
+            p, best = np.exp(log_p), log_p.argmax(axis=-1)
+            loss[0, here] = _losses(log_p, targets[here])
+            for i, logits in enumerate(sparse_parts, start=1):
+                log_q = _log_softmax(logits[rows])
+                loss[i, here] = _losses(log_q, targets[here])
+                same[i, here] = log_q.argmax(axis=-1) == best
+                kl[i, here] = np.einsum("tv,tv->t", p, log_p - log_q)
+    results = [
+        WindowResult(loss=float(loss[i].mean()), kl=kl[i], top1=float(same[i].mean()))
+        for i in range(1 + len(sparse))
+    ]
+    return results[0], results[1:]
+
+
+def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Next-token loss (n,) nats, of logits (n, vocabulary) and the tokens (n,) that came."""
+    few = max(1, LOGITS_COMPARED // logits.shape[1])
+    parts = [
+        _losses(_log_softmax(logits[i : i + few]), targets[i : i + few])
+        for i in range(0, len(targets), few)
+    ]
+    return np.concatenate(parts)
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens' logits are made at a time."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+def _losses(log_q: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    return -log_q[np.arange(len(targets)), targets]
+
+
+@dataclass
+class Evaluation:
+    """Quality and sparsity on a text. Errors are standard errors over windows, None for one."""
+
+    ppl: float
+    ppl_se: float | None
+    ppl_change_percent: float  # against dense on the same windows
+    ppl_change_se: float | None  # paired
+    kl_to_dense: dict[str, float | None]  # nats per token: mean, se, p99
+    top1_agreement: float
+    sparsity_ratio: dict[str, float | None]  # x, gate_act, up, inter; None if the FFN has none
+    tokens: int
+    # Per tap and layer: mean over tokens, and the 5th and 95th percentile over tokens.
+    sparsity_per_layer: dict[str, list[dict[str, float]]]
+    target_sparsity: float | None
+    achieved_sparsity: float  # of neurons, or for input rules of inputs, weighted by parameters
+    rule: str | None
+    knob: float | None
+    model: str
+    fingerprint: str
+    dtype: str
+    text: str
+    text_sha256: str
+    context: int
+    windows: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class Measured(Protocol):
+    """What an evaluation says of the model: a reference model or an engine."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def dtype_name(self) -> str: ...
+
+
+def evaluate_engine(
+    engine: Engine,
+    plan: Plan | None = None,
+    text: str | Path | Text | None = None,
+    *,
+    context: int = 1024,
+    windows: int | None = None,
+    against: Engine | Callable[[np.ndarray], Logits] | None = None,
+    decode: bool = False,
+    allow_leakage: bool = False,
+) -> Evaluation:
+    """As `fallow.evaluate`, on a packed model and the engine that runs it; needs no torch.
+
+    Args:
+        against: what changes and KL are relative to: an engine, run dense, or a function that
+            gives another model's logits of a window (T,); default: this engine.
+        decode: read token by token, as generation does, instead of in blocks: slower, and the
+            very arithmetic that decoding is timed with.
+
+    Raises:
+        FallowError, UsageError: as `evaluate`; also if `against` has another vocabulary.
+    """
+    source = load_text(text, "evaluation")
+    if plan is not None:
+        check_no_leakage(plan.calibration_sha256, source, allow_leakage)
+    cut = engine.windows(source, context, windows)
+    dense, sparse = [], []
+    with progress("evaluate", len(cut)) as ticker:
+        for window in cut:
+            baseline = _baseline_logits(against or engine, window, decode)
+            engine.use_plan(plan)
+            engine.reset_stats()
+            logits = _engine_logits(engine, window, decode)
+            if not np.isfinite(logits).all():
+                raise FallowError(f"{engine.path}: NaN or infinite logits; pack the model again")
+            d, results = compare_logits(window, baseline, [logits.__getitem__], logits.shape[1])
+            results[0].sparsity = {"inter": engine.idle_neurons()[:, None]}
+            results[0].achieved_sparsity = float(results[0].sparsity["inter"].mean())
+            dense.append(d)
+            sparse.append(results[0])
+            ticker.advance()
+    return summarise(engine, plan, source, cut, dense, sparse)
+
+
+def _engine_logits(engine: Engine, window: np.ndarray, decode: bool) -> np.ndarray:
+    if not decode:
+        return engine.logits(window)
+    engine.reset()
+    return np.concatenate([engine.forward(window[i : i + 1]) for i in range(len(window))])
+
+
+def _baseline_logits(
+    against: Engine | Callable[[np.ndarray], Logits], window: np.ndarray, decode: bool
+) -> Logits:
+    if not isinstance(against, Engine):
+        return against(window)
+    against.use_plan(None)
+    return _engine_logits(against, window, decode).__getitem__
+
+
+def summarise(
+    model: Measured,
+    plan: Plan | None,
+    text: Text,
+    windows: np.ndarray,
+    dense: list[WindowResult],
+    sparse: list[WindowResult],
+) -> Evaluation:
+    """One evaluation from each window's dense and sparse result."""
+    loss = np.array([r.loss for r in sparse])
+    ppl, ppl_se = perplexity(loss)
+    change, change_se = ppl_change_percent(loss, np.array([r.loss for r in dense]))
+    kl = np.stack([r.kl for r in sparse])  # (windows, T - 1)
+    fractions = {
+        tap: np.concatenate([r.sparsity[tap] for r in sparse], axis=1) for tap in sparse[0].sparsity
+    }
+    return Evaluation(
+        ppl=ppl,
+        ppl_se=ppl_se,
+        ppl_change_percent=change,
+        ppl_change_se=change_se,
+        kl_to_dense={
+            "mean": float(kl.mean()),
+            "se": standard_error(kl.mean(axis=1)),
+            "p99": float(np.percentile(kl, 99)),
+        },
+        top1_agreement=float(np.mean([r.top1 for r in sparse])),
+        sparsity_ratio={
+            tap: float(fractions[tap].mean()) if tap in fractions else None for tap in SPARSITY_TAPS
+        },
+        tokens=int(windows.size),
+        sparsity_per_layer={tap: _spread(f) for tap, f in fractions.items()},
+        target_sparsity=None if plan is None else plan.target_sparsity,
+        achieved_sparsity=float(np.mean([r.achieved_sparsity for r in sparse])),
+        rule=None if plan is None else plan.rule,
+        knob=None if plan is None else plan.knob,
+        model=model.name,
+        fingerprint=model.fingerprint,
+        dtype=model.dtype_name,
+        text=text.name,
+        text_sha256=text.sha256,
+        context=windows.shape[1],
+        windows=len(windows),
+    )
+
+
+def _spread(fractions: np.ndarray) -> list[dict[str, float]]:
+    """Mean, 5th and 95th percentile over tokens of each layer, from (L, T)."""
+    low, high = np.percentile(fractions, [5, 95], axis=1)
+    return [
+        {"mean": float(row.mean()), "p5": float(a), "p95": float(b)}
+        for row, a, b in zip(fractions, low, high, strict=True)
+    ]
