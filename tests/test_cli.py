@@ -379,14 +379,26 @@ def process(*arguments: object, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def test_base_install_needs_no_torch(plan: Path, tmp_path: Path) -> None:
-    """Without the lab extra: plans and aliases work, the rest names the extra."""
-    for package in ("torch", "transformers"):
+def test_base_install_needs_no_torch(
+    run: Any, plan: Path, folders: dict[str, Path], texts: Texts, tmp_path: Path
+) -> None:
+    """Without the lab extra: plans, aliases and packed models work, the rest names the extra."""
+    packed = tmp_path / "packed.gguf"
+    assert run("pack", folders["llama"], "--quant", "f32", "-o", packed).code == 0
+    for package in ("torch", "transformers", "scipy"):
         (tmp_path / "block" / package).mkdir(parents=True)
         (tmp_path / "block" / package / "__init__.py").write_text(
             f"raise ModuleNotFoundError('no {package} here', name={package!r})"
         )
     path = str(tmp_path / "block")
+    text = ("--text", texts[1], "--context", 64)
+    for arguments in (
+        ("generate", packed, "neuron 3", "--max-new-tokens", 4, "--plan", plan),
+        ("evaluate", packed, "--plan", plan, "--windows", 1, *text),
+        ("bench", packed, "--text", texts[1], "-p", 16, "-n", 4, "--runs", 1),
+    ):
+        done = process(*arguments, PYTHONPATH=path)
+        assert done.returncode == 0, done.stderr
     assert process("plan", "show", plan, PYTHONPATH=path).returncode == 0
     assert process("models", PYTHONPATH=path).returncode == 0
     failed = process("evaluate", "smollm2", PYTHONPATH=path)
