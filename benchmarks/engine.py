@@ -24,6 +24,13 @@ RESULTS = ROOT / "benchmarks" / "results" / "engine"
 TEST, VALIDATION = DATA / "wikitext2" / "wiki.test.raw", DATA / "wikitext2" / "wiki.valid.detok.txt"
 RULES = {"gate_topk": 0.5, "topk": 0.5}
 THREADS, PROMPT, NEW, RUNS, WINDOWS = 2, 512, 128, 5, 4
+PROMPTS = [
+    "The capital of France is",
+    "def quicksort(values):",
+    "Water boils at a lower temperature on a mountain because",
+    "Once upon a time, in a village by the sea,",
+]
+CONTINUATION = 64  # greedy tokens after each prompt
 KERNELS = [("Q4_K", 1536), ("Q6_K", 1536), ("Q4_K", 8960), ("Q6_K", 8960)]
 MATRIX_BYTES = 400e6
 
@@ -46,6 +53,7 @@ def run(name: str) -> None:
         result["openvino"] = bench(packed, 3, "openvino", source)
     except RuntimeError as error:
         result["openvino"] = str(error)
+    result["greedy"] = greedy(packed, source)
     result["sparse"] = skipping(packed, plans)
     engine = fallow.Engine(packed, threads=THREADS, context=1024)
     quality = {
@@ -77,6 +85,30 @@ def make_plan(name: str, rule: str, sparsity: float, folder: Path) -> Any:
         plan = fallow.calibrate(fallow.load(name), rule, sparsity=sparsity, text=VALIDATION)
         plan.save(path)
     return fallow.Plan.load(path)
+
+
+def greedy(packed: Path, source: Path) -> dict[str, float]:
+    """The dense engine's greedy continuations beside llama.cpp's on the source.
+
+    `agreement`: share of llama.cpp's tokens that the engine, having read those before, would have
+    chosen too. `same`: tokens before the first one that differs, mean over prompts.
+    """
+    from llama_cpp import Llama
+
+    from fallow import Engine
+
+    engine = Engine(packed, plan=False, threads=THREADS, context=1024)
+    llama = Llama(str(source), n_ctx=1024, n_threads=THREADS, verbose=False)
+    agree: list[bool] = []
+    lengths = []
+    for prompt in PROMPTS:
+        ids = engine.tokenizer.with_bos(engine.tokenizer.encode(prompt)).tolist()
+        theirs = [t for t, _ in zip(llama.generate(ids, temp=0.0), range(CONTINUATION))]  # noqa: B905
+        ours = engine.logits(ids + theirs[:-1])[len(ids) - 1 :].argmax(axis=1)
+        same = ours == np.array(theirs)
+        agree += same.tolist()
+        lengths.append(len(same) if same.all() else int(same.argmin()))
+    return {"agreement": float(np.mean(agree)), "same": float(np.mean(lengths))}
 
 
 def skipping(packed: Path, plans: dict[str, Any]) -> dict[str, Any]:
@@ -175,6 +207,12 @@ def report() -> str:
             f"{d['gbps']:.1f} GB/s, {d['mbu']:.0%} of what two threads read here; outside the "
             f"products with weights it spends {d['overhead']:.1%}; peak RSS "
             f"{d['peak_rss_mb']:.0f} MB.\n"
+        )
+        g = r["greedy"]
+        lines.append(
+            f"Greedy continuations of {len(PROMPTS)} prompts by {CONTINUATION} tokens: the engine "
+            f"chooses {g['agreement']:.1%} of llama.cpp's tokens; the first {g['same']:.0f} on "
+            "average are the same.\n"
         )
         lines += [
             "| decode | tok/s | / dense | MB/token | neurons idle | PPL | change % | KL |",
