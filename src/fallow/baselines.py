@@ -46,7 +46,12 @@ class OpenVino:
         import openvino_genai
 
         self.genai = openvino_genai
-        self.pipeline = openvino_genai.LLMPipeline(source, "CPU", INFERENCE_NUM_THREADS=threads)
+        # By default it would keep the prompt's cache from one run to the next.
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.enable_prefix_caching = False
+        self.pipeline = openvino_genai.LLMPipeline(
+            source, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=threads
+        )
 
     def run(self, ids: list[int], prompt: int) -> dict[str, float]:
         import numpy as np
@@ -80,7 +85,8 @@ def main() -> None:
             else:
                 answer = engine.run(ids, prompt)
         except Exception as error:  # any failure of a foreign engine goes to the parent as a line
-            answer = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+            lines = str(error).strip().split("\n")
+            answer = {"error": lines[-1].strip()[:300] or type(error).__name__}
         print(json.dumps(answer), flush=True)
 
 
