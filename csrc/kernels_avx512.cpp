@@ -708,19 +708,23 @@ float softmax_numerators(float* x, size_t n) {
 
 float topk_threshold(const float* magnitudes, size_t n, size_t k) {  // see the portable twin
   if (k >= n) return 0.0f;
-  const __m512i positive = _mm512_set1_epi32(0x7FFFFFFF);
+  const size_t whole = n / 64 * 64;
   uint32_t low = 0, high = 0x7FFFFFFF;
   while (low < high) {
     const uint32_t middle = low + (high - low) / 2;
     const __m512i limit = _mm512_set1_epi32(static_cast<int>(middle));
-    size_t above = 0;
-    for (size_t i = 0; i < n; i += 16) {
-      const __mmask16 lanes = first_lanes(n - i);
-      const __m512i bits =
-          _mm512_and_si512(_mm512_maskz_loadu_epi32(lanes, magnitudes + i), positive);
-      above += static_cast<size_t>(
-          __builtin_popcount(_mm512_mask_cmpgt_epu32_mask(lanes, bits, limit)));
-    }
+    __m512i counts[4] = {};
+    const auto count = [&](__m512i& sum, __mmask16 lanes, size_t i) {
+      const __m512i bits = _mm512_maskz_loadu_epi32(lanes, magnitudes + i);
+      const __mmask16 larger = _mm512_cmpgt_epu32_mask(bits, limit);
+      sum = _mm512_mask_add_epi32(sum, larger, sum, _mm512_set1_epi32(1));
+    };
+    for (size_t i = 0; i < whole; i += 64)
+      for (size_t j = 0; j < 4; ++j) count(counts[j], 0xFFFF, i + 16 * j);
+    for (size_t i = whole; i < n; i += 16) count(counts[0], first_lanes(n - i), i);
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(counts[0], counts[1]),
+                                         _mm512_add_epi32(counts[2], counts[3]));
+    const auto above = static_cast<size_t>(_mm512_reduce_add_epi32(sum));
     if (above <= k) {
       high = middle;
     } else {
