@@ -9,6 +9,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import fallow
+from fallow.calibration import Calibrator
 from fallow.models import ARCHITECTURES
 
 DATA = Path(os.environ.get("FALLOW_DATA", Path(__file__).parent.parent / "../shared/data"))
@@ -116,6 +117,15 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (root / "calibration.txt").write_text(TEXT)
     (root / "evaluation.txt").write_text(OTHER_TEXT)
     return root / "calibration.txt", root / "evaluation.txt"
+
+
+@pytest.fixture(scope="session")
+def calibrators(tiny: dict[str, fallow.Model], texts: tuple[Path, Path]) -> dict[str, Calibrator]:
+    """A calibrator of every tiny model."""
+    return {
+        name: Calibrator(model, texts[0], context=32, windows=4, validation_windows=2)
+        for name, model in tiny.items()
+    }
 
 
 @pytest.fixture(scope="session")

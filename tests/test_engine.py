@@ -38,14 +38,6 @@ def packed(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return {name: root / f"{name}.gguf" for name in folders}
 
 
-@pytest.fixture(scope="module")
-def calibrators(tiny: dict[str, fallow.Model], texts: tuple[Path, Path]) -> dict[str, Calibrator]:
-    return {
-        name: Calibrator(model, texts[0], context=32, windows=4, validation_windows=2)
-        for name, model in tiny.items()
-    }
-
-
 def reference(model: fallow.Model, plan: Plan | None = None) -> np.ndarray:
     with model.sparse(plan):
         return model.logits(model.hidden(IDS[None])[0]).numpy()

@@ -22,14 +22,6 @@ from fallow.taps import Layer, attach
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, (3, 32))
 
 
-@pytest.fixture(scope="module")
-def calibrators(tiny: dict[str, fallow.Model], texts: tuple[Path, Path]) -> dict[str, Calibrator]:
-    return {
-        name: Calibrator(model, texts[0], context=32, windows=4, validation_windows=2)
-        for name, model in tiny.items()
-    }
-
-
 def column_norm(projection: torch.nn.Linear) -> np.ndarray:
     return np.sqrt((projection.weight.double().numpy() ** 2).sum(axis=0)).astype(np.float32)
 
@@ -366,7 +358,8 @@ def test_unknown_rule() -> None:
         find_rule("magic")
     assert str(error.value) == (
         "unknown rule 'magic'; known rules: cats, cett, fat, gate_tail, gate_topk, percentile, "
-        "relu, tail, teal, topk, wina"
+        "relu, tail, teal, topk, wina; known selectors: gate, gate_bucket, lowbit, oracle, "
+        "previous, random, static"
     )
 
 

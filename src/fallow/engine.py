@@ -26,6 +26,10 @@ DEFAULT_CONTEXT = 4096
 
 # How the core finds a cut's threshold: csrc/engine.h, Cut::By.
 _THRESHOLD, _TOPK, _TAIL = 1, 2, 3
+_RULES = (
+    "cats", "cett", "fat", "gate_tail", "gate_topk", "percentile", "relu", "tail", "teal", "topk",
+    "wina",
+)  # fmt: skip
 # Rules that rank by the norm of a neuron's output.
 _BY_OUTPUT_NORM = ("topk", "tail", "cett")
 # The engine's projections that a fused one of the checkpoint stands for.
@@ -165,6 +169,10 @@ class Engine:
     def _cuts(self, plan: Plan) -> list[tuple[int, int, int, float, np.ndarray | None]]:
         """The plan in the core's terms: (layer, tap, how, value, weights)."""
         plan.check_model(self.fingerprint, self.name)
+        if plan.rule not in _RULES:
+            raise FallowError(
+                f"the engine cannot run plans of {plan.rule!r}; it runs {', '.join(_RULES)}"
+            )
         n_layers, cuts = self._core.n_layers, []
         for name, array in sorted(plan.arrays.items()):
             if not name.startswith("threshold."):

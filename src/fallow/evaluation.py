@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fallow.quality import (
     token_losses,
     tokens_at_once,
 )
+from fallow.rules._base import per_token_topk
 from fallow.taps import attach
 from fallow.text import Text, check_no_leakage, load_text
 
@@ -48,14 +50,61 @@ class SparsityMeter:
         return np.stack([np.mean(layer, axis=0) for layer in self._zeros[name]])
 
 
+class SelectionMeter:
+    """How many of each token's k loudest neurons a plan keeps, and how much of their energy."""
+
+    def __init__(self, model: Model, kept: float) -> None:
+        self._layers, self._kept = model.layers, kept
+        self._truth = torch.empty(0)
+        self._shares: list[tuple[float, float]] = []
+
+    def before(self, index: int, inter: torch.Tensor) -> None:
+        self._truth = inter.abs().float() * self._layers[index].down_norm
+
+    def after(self, index: int, inter: torch.Tensor) -> None:
+        best = self._truth > per_token_topk(self._truth, self._kept)
+        energy = self._truth.square()
+        kept = inter != 0
+        self._shares.append(
+            (
+                float((kept & best).sum() / best.sum()),
+                float((energy * kept).sum() / (energy * best).sum()),
+            )
+        )
+
+    def means(self) -> tuple[float, float]:
+        """Recall and energy recall, mean over layers."""
+        recall, energy = np.mean(self._shares, axis=0)
+        return float(recall), float(energy)
+
+
+@dataclass
+class _Meters:
+    sparsity: SparsityMeter
+    selection: SelectionMeter | None = None
+
+
 @contextmanager
-def _metered(model: Model, plan: Plan | None, meter: SparsityMeter) -> Iterator[None]:
+def _metered(model: Model, plan: Plan | None) -> Iterator[_Meters]:
     """Applies the plan and counts zeros behind it."""
     layer = model.layers[0]
+    meters = _Meters(SparsityMeter(len(model.layers)))
+    cuts = model.rule(plan).cuts(layer) if plan is not None else ()
     taps = [t for t in SPARSITY_TAPS if t != "up" or layer.gated]
-    cuts = model.rule(plan).cuts(layer) if plan is not None and plan.where == "input" else ()
-    with model.sparse(plan), attach(model.layers, {t: meter.tap(t) for t in (*taps, *cuts)}):
-        yield
+    inputs = cuts if plan is not None and plan.where == "input" else ()
+    counted = {t: meters.sparsity.tap(t) for t in (*taps, *inputs)}
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    if plan is not None and "inter" in cuts and "kept" in plan.arrays:
+        meters.selection = SelectionMeter(model, float(plan.arrays["kept"][0]))
+        before, after = {"inter": meters.selection.before}, {"inter": meters.selection.after}
+    with (
+        attach(model.layers, before),
+        model.sparse(plan),
+        attach(model.layers, counted),
+        attach(model.layers, after),
+    ):
+        yield meters
 
 
 def run_window(
@@ -66,25 +115,26 @@ def run_window(
     Raises:
         FallowError: NaN or infinity, naming tensor and layer.
     """
-    dense, dense_meter = _run_metered(model, window, None)
-    runs = [(dense, dense_meter) if p is None else _run_metered(model, window, p) for p in plans]
+    dense, dense_meters = _run_metered(model, window, None)
+    runs = [(dense, dense_meters) if p is None else _run_metered(model, window, p) for p in plans]
     dense_result, results = compare_logits(
         window,
         logits_of(model, dense),
         [logits_of(model, hidden) for hidden, _ in runs],
         model.vocabulary_size,
     )
-    for result, plan, (_, meter) in zip(results, plans, runs, strict=True):
-        _add_sparsity(model, result, plan, meter)
+    for result, plan, (_, meters) in zip(results, plans, runs, strict=True):
+        _add_sparsity(model, result, plan, meters.sparsity)
+        if meters.selection:
+            result.recall, result.energy_recall = meters.selection.means()
     return dense_result, results
 
 
 def _run_metered(
     model: Model, window: np.ndarray, plan: Plan | None
-) -> tuple[torch.Tensor, SparsityMeter]:
-    meter = SparsityMeter(len(model.layers))
-    with _metered(model, plan, meter):
-        return final_hidden(model, window), meter
+) -> tuple[torch.Tensor, _Meters]:
+    with _metered(model, plan) as meters:
+        return final_hidden(model, window), meters
 
 
 def final_hidden(model: Model, window: np.ndarray) -> torch.Tensor:

@@ -17,7 +17,7 @@ from fallow.catalog import ALIASES, resolve
 from fallow.errors import FallowError, UsageError
 from fallow.models import Architecture, by_gguf_name, by_model_type
 from fallow.plan import Plan
-from fallow.rules import RULES, Rule, find_rule
+from fallow.rules import Rule, find_rule
 from fallow.taps import Layer, attach
 from fallow.text import Text, cut_windows
 from fallow.tokenizer import TextTokenizer, tokenizer_from_folder, tokenizer_from_gguf
@@ -142,9 +142,12 @@ class Model:
             FallowError: the plan is for another model, or an array does not fit it.
         """
         plan.check_model(self.fingerprint, self.name)
-        if plan.rule not in RULES:
-            raise FallowError(f"this plan's rule {plan.rule!r} is unknown; update fallow")
-        rule_class = find_rule(plan.rule)
+        try:
+            rule_class = find_rule(plan.rule)
+        except UsageError as error:
+            raise FallowError(
+                f"this plan's rule {plan.rule!r} is unknown; update fallow"
+            ) from error
         for name, shape in rule_class.shapes(self.layers).items():
             found = plan.arrays[name].shape if name in plan.arrays else "nothing"
             if found != shape:

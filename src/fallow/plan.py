@@ -116,7 +116,8 @@ class Plan:
         if missing:
             raise FallowError(f"plan {path} lacks {', '.join(sorted(missing))}; calibrate again")
         for name, array in arrays.items():
-            if not (np.isfinite(array) & (array >= 0)).all():
+            signed = name == "edges"  # of gate_bucket: values of gate_act
+            if not (np.isfinite(array) & (signed | (array >= 0))).all():
                 raise FallowError(
                     f"plan {path}: array {name} has NaN, infinity or a negative value; "
                     "calibrate again"

@@ -36,6 +36,10 @@ class WindowResult:
     # Zero fractions per tap, (L, T); taps that the model lacks are absent.
     sparsity: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     achieved_sparsity: float = 0.0  # of neurons, or of inputs weighted by parameters
+    # Of rules that keep k neurons per token: the share of the k with the largest out_norm that
+    # were kept, and the kept ones' squared out_norm over that of those k. None for other rules.
+    recall: float | None = None
+    energy_recall: float | None = None
 
 
 def compare_logits(

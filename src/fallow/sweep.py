@@ -234,6 +234,8 @@ def _cell(
         "top1": result.top1,
         "achieved_sparsity": round(result.achieved_sparsity, 5),
         "sparsity": sparsity,
+        "recall": result.recall,
+        "energy_recall": result.energy_recall,
     }
 
 
@@ -279,7 +281,21 @@ def _summarise_row(row: Row, cells: list[dict[str, Any]]) -> dict[str, Any]:
         "kl_se": standard_error(kl),
         "top1_agreement": mean([c["top1"] for c in cells]),
         "windows": len(cells),
+        **_selection(row, cells),
     }
+
+
+def _selection(row: Row, cells: list[dict[str, Any]]) -> dict[str, float]:
+    """What rows of rules that keep k neurons per token have besides."""
+    found = {
+        key: float(np.mean([c[key] for c in cells]))
+        for key in ("recall", "energy_recall")
+        if all(c.get(key) is not None for c in cells)
+    }
+    rule = find_rule(row.rule)
+    if hasattr(rule, "ffn_bytes"):
+        found["ffn_bytes"] = rule.ffn_bytes(cells[0]["knob"])
+    return found
 
 
 def target_label(row: dict[str, Any]) -> str:

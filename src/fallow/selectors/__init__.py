@@ -1,0 +1,9 @@
+"""Selectors: rules that choose neurons per token by a prediction of what they will put out.
+
+One file and one name each, found by `fallow.rules.find_rule` as rules are. To add one, add a file
+with a `RULE`.
+"""
+
+from pkgutil import iter_modules
+
+SELECTORS = tuple(sorted(m.name for m in iter_modules(__path__) if m.name[0] != "_"))

@@ -1,0 +1,134 @@
+"""What all selectors share: they see a layer's input and gate, and cut its neurons."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fallow.capture import Calibration
+from fallow.rules import Arrays, Rule
+from fallow.rules._base import per_token_topk, scalar, zero_where
+from fallow.taps import Layer, Tap
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Stored bits per weight, scales included."""
+
+    gate: float = 4.5  # Q4_K
+    up: float = 4.5
+    down: float = 5.5  # Q5_K, what `fallow pack` takes for Qwen2.5-1.5B
+
+
+@dataclass
+class Seen:
+    """What one layer has computed for a block of tokens."""
+
+    x: torch.Tensor  # (T, d_model), the FFN's input
+    gate_act: torch.Tensor  # (T, d_ff)
+    out_norm: torch.Tensor  # (T, d_ff) float32: |inter_i| ||down_proj[:, i]||, the truth
+
+
+class Selector(Rule):
+    """Keeps the k neurons of each token with the largest predicted out_norm."""
+
+    paper = "METHODS 5 (ours)"
+    where = "inter"
+    knob_name = "k / d_ff, the share kept per token"
+
+    @classmethod
+    def cuts(cls, layer: Layer) -> tuple[str, ...]:
+        return ("inter",)
+
+    @classmethod
+    def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
+        return 1 - sparsity
+
+    @classmethod
+    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+        key = f"selector {cls.name}"
+        if key not in calibration.cache:
+            calibration.cache[key] = cls.learn_scores(calibration)
+        return scalar("kept", knob) | calibration.cache[key]
+
+    @classmethod
+    def learn_scores(cls, calibration: Calibration) -> Arrays:
+        """The arrays that `score` needs; they do not depend on the knob."""
+        return {}
+
+    @classmethod
+    def first_bits(cls, stored: Bits) -> tuple[float, float]:
+        """Bits per weight of gate_proj and up_proj that are read of every neuron, to choose."""
+        return 0.0, 0.0
+
+    @classmethod
+    def ffn_bytes(cls, kept: float, stored: Bits | None = None) -> float:
+        """Bytes of the FFN read per decoded token, over those of the dense FFN."""
+        stored = stored or Bits()
+        total = stored.gate + stored.up + stored.down
+        first = sum(cls.first_bits(stored))
+        return (first + kept * (total - first)) / total
+
+    @classmethod
+    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
+        return {"kept": (1,)}
+
+    def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
+        """The prediction (T, d_ff), float32, up to a factor per token."""
+        raise NotImplementedError
+
+    def taps(self, layers: list[Layer]) -> dict[str, Tap]:
+        seen: dict[tuple[int, str], torch.Tensor] = {}
+
+        def look(tap: str) -> Tap:
+            def keep(index: int, value: torch.Tensor) -> None:
+                seen[index, tap] = value
+
+            return keep
+
+        def cut(index: int, inter: torch.Tensor) -> torch.Tensor:
+            layer = layers[index]
+            truth = inter.abs().float() * layer.down_norm
+            score = self.score(
+                index, layer, Seen(seen.pop((index, "x")), seen.pop((index, "gate_act")), truth)
+            )
+            threshold = per_token_topk(score, float(self.arrays["kept"][0]))
+            return zero_where(score <= threshold, inter)
+
+        return {"x": look("x"), "gate_act": look("gate_act"), "inter": cut}
+
+
+class Approximate(Selector):
+    """Scores |act(x G'ᵀ)| |x U'ᵀ| ||down_proj[:, i]||, G' and U' near gate_proj and up_proj."""
+
+    def __init__(self, knob: float, arrays: Arrays) -> None:
+        super().__init__(knob, arrays)
+        self._made: dict[int, list[Linear]] = {}
+
+    def approximate(self, index: int, weight: torch.Tensor, name: str) -> torch.Tensor:
+        """What stands for layer `index`'s weight (d_ff, d_model); `name` is "gate" or "up"."""
+        raise NotImplementedError
+
+    def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
+        if index not in self._made:
+            self._made[index] = [
+                (self.approximate(index, weight, name), bias)
+                for name, (weight, bias) in zip(("gate", "up"), input_weights(layer), strict=False)
+            ]
+        gate, *up = (nn.functional.linear(seen.x, *linear) for linear in self._made[index])
+        score = layer.act(gate).abs().float() * layer.down_norm
+        return score * up[0].abs() if up else score
+
+
+Linear = tuple[torch.Tensor, torch.Tensor | None]
+"""A weight (out, in) and a bias (out,)."""
+
+
+def input_weights(layer: Layer) -> list[Linear]:
+    """gate_proj and up_proj, also of a fused gate_up_proj; up_proj alone without a gate."""
+    linears: list[Linear] = [(m.weight.detach(), m.bias) for m in layer.ffn_inputs.values()]
+    if layer.gate_up_proj is None:
+        return linears
+    weight, bias = linears[0]
+    halves = [None, None] if bias is None else bias.detach().chunk(2)
+    return list(zip(weight.chunk(2), halves, strict=True))

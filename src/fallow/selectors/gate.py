@@ -1,0 +1,38 @@
+"""The exact gate and what usually follows it: up's mean magnitude."""
+
+import torch
+
+from fallow.capture import Calibration
+from fallow.rules import Arrays
+from fallow.rules._gate import gate_weights
+from fallow.selectors._base import Bits, Seen, Selector
+from fallow.taps import Layer
+
+
+class Gate(Selector):
+    """Keeps the k neurons with the largest |gate_act_i| E|up_i| ||down_proj[:, i]||.
+
+    The choice of the rule `gate_topk`, judged here beside other selectors.
+    """
+
+    name = "gate"
+    known = "after gate: saves up_proj and down_proj"
+
+    @classmethod
+    def first_bits(cls, stored: Bits) -> tuple[float, float]:
+        return stored.gate, 0.0
+
+    @classmethod
+    def learn_scores(cls, calibration: Calibration) -> Arrays:
+        return gate_weights(calibration)
+
+    @classmethod
+    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
+        shape = (len(layers), layers[0].down_proj.in_features)
+        return super().shapes(layers) | {"weight.gate_act": shape}
+
+    def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
+        return seen.gate_act.abs().float() * torch.from_numpy(self.arrays["weight.gate_act"][index])
+
+
+RULE = Gate

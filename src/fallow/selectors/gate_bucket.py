@@ -1,0 +1,59 @@
+"""The exact gate, and up's mean magnitude where the gate was as large as it is now."""
+
+import torch
+
+from fallow.capture import Calibration
+from fallow.rules import Arrays
+from fallow.selectors._base import Seen
+from fallow.selectors.gate import Gate
+from fallow.taps import Layer
+
+BUCKETS = 8  # of equal count per neuron: 128 of 1024 sampled tokens each
+
+
+class GateBucket(Gate):
+    """Keeps the k neurons with the largest |gate_act_i| E[|up_i| | gate_act_i] ||down_proj[:, i]||.
+
+    The condition is the eighth of the neuron's calibration values that gate_act_i falls into.
+    """
+
+    name = "gate_bucket"
+
+    @classmethod
+    def learn_scores(cls, calibration: Calibration) -> Arrays:
+        edges, means = [], []
+        for layer, gate, inter in zip(
+            calibration.layers, calibration.gate_act, calibration.inter, strict=True
+        ):
+            values = gate.float().T.contiguous()  # (d_ff, T')
+            order = values.argsort(dim=1)
+            # |inter| = |gate| |up|: the mean of |inter| over that of |gate| weighs up as the score
+            # will need it, and spares up.
+            parts = [
+                torch.stack(
+                    [m.float().mean(dim=1) for m in matrix.gather(1, order).chunk(BUCKETS, 1)]
+                )
+                for matrix in (values.abs(), inter.float().abs().T.contiguous())
+            ]
+            means.append(parts[1] / parts[0].clamp_min(1e-12) * layer.down_norm)
+            ordered = values.gather(1, order)
+            edges.append(torch.stack([c[:, 0] for c in ordered.chunk(BUCKETS, 1)[1:]]))
+        return {"edges": torch.stack(edges).numpy(), "means": torch.stack(means).numpy()}
+
+    @classmethod
+    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
+        n, width = len(layers), layers[0].down_proj.in_features
+        return {"kept": (1,), "edges": (n, BUCKETS - 1, width), "means": (n, BUCKETS, width)}
+
+    def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
+        gate = seen.gate_act.float()
+        means = torch.from_numpy(self.arrays["means"][index])
+        factor = means[0].expand(gate.shape)
+        for edge, mean in zip(
+            torch.from_numpy(self.arrays["edges"][index]), means[1:], strict=True
+        ):
+            factor = torch.where(gate >= edge, mean, factor)
+        return gate.abs() * factor
+
+
+RULE = GateBucket

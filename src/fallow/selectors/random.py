@@ -1,0 +1,20 @@
+"""Neurons at random: the floor that any selector must beat."""
+
+import torch
+
+from fallow.selectors._base import Seen, Selector
+from fallow.taps import Layer
+
+
+class Random(Selector):
+    """Keeps k neurons of each token, drawn anew for every token."""
+
+    name = "random"
+    known = "before gate: saves gate_proj, up_proj and down_proj"
+
+    def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(index)  # so that runs can be repeated
+        return torch.rand(seen.out_norm.shape, generator=generator)
+
+
+RULE = Random

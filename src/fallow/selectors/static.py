@@ -1,0 +1,39 @@
+"""The neurons that matter most on average, the same ones for every token."""
+
+import numpy as np
+import torch
+
+from fallow.capture import Calibration
+from fallow.rules import Arrays
+from fallow.selectors._base import Seen, Selector
+from fallow.taps import Layer
+
+
+class Static(Selector):
+    """Keeps the k neurons with the largest E|inter_i| ||down_proj[:, i]|| of the calibration."""
+
+    name = "static"
+    known = "before gate: saves gate_proj, up_proj and down_proj"
+
+    @classmethod
+    def learn_scores(cls, calibration: Calibration) -> Arrays:
+        return {"mean": mean_out_norm(calibration)}
+
+    @classmethod
+    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
+        return super().shapes(layers) | {"mean": (len(layers), layers[0].down_proj.in_features)}
+
+    def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
+        return torch.from_numpy(self.arrays["mean"][index]).expand(seen.out_norm.shape)
+
+
+def mean_out_norm(calibration: Calibration) -> np.ndarray:
+    """E|inter_i| ||down_proj[:, i]|| of every neuron over the calibration sample, (L, d_ff)."""
+    means = [
+        inter.abs().float().mean(dim=0) * layer.down_norm
+        for inter, layer in zip(calibration.inter, calibration.layers, strict=True)
+    ]
+    return torch.stack(means).numpy()
+
+
+RULE = Static

@@ -1,0 +1,234 @@
+"""Every selector against a numpy statement of its score, on every architecture."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fallow
+from conftest import VOCABULARY
+from fallow.calibration import Calibrator
+from fallow.engine import Engine
+from fallow.errors import FallowError, UsageError
+from fallow.evaluation import run_window
+from fallow.models import ARCHITECTURES
+from fallow.packing import pack
+from fallow.plan import Plan
+from fallow.rules import find_rule
+from fallow.selectors import SELECTORS
+from fallow.selectors.gate_bucket import BUCKETS
+from fallow.selectors.lowbit import top_bits
+from fallow.selectors.previous import DECAY
+from fallow.taps import Layer, attach
+
+IDS = np.random.default_rng(2).integers(2, VOCABULARY, 48)
+NAMES = (*SELECTORS, "lowbit:gate=2,up=1", "lowbit:gate=4,up=4")
+
+
+def seen_by(model: fallow.Model, plan: Plan) -> list[dict[str, np.ndarray]]:
+    """Per layer, with the plan at work: x, gate_act, inter before and after the cut."""
+    found: list[dict[str, np.ndarray]] = [{} for _ in model.layers]
+
+    def keep(name: str) -> Any:
+        def look(index: int, value: torch.Tensor) -> None:
+            found[index][name] = value.double().numpy().copy()
+
+        return look
+
+    before = {"x": keep("x"), "gate_act": keep("gate_act"), "inter": keep("inter")}
+    with (
+        attach(model.layers, before),
+        model.sparse(plan),
+        attach(model.layers, {"inter": keep("after")}),
+    ):
+        model.hidden(IDS[None])
+    return found
+
+
+def split(layer: Layer, x: np.ndarray, approximate: Any) -> tuple[np.ndarray, np.ndarray]:
+    """act(gate_pre) and up of a layer whose weights went through `approximate(weight, name)`."""
+    weights = [m.weight.double().numpy() for m in layer.ffn_inputs.values()]
+    biases = [0 if m.bias is None else m.bias.double().numpy() for m in layer.ffn_inputs.values()]
+    if layer.gate_up_proj is not None:
+        weights, biases = list(np.split(weights[0], 2)), biases * 2
+    values = [
+        x @ approximate(w, name).T + b
+        for w, b, name in zip(weights, biases, ("gate", "up"), strict=False)
+    ]
+    act = layer.act(torch.from_numpy(values[0])).numpy()
+    return act, values[1] if layer.gated else np.ones_like(act)
+
+
+def expected_bits(weight: np.ndarray, bits: int) -> np.ndarray:
+    """Every group of 32 rounded to 16 levels, of which the top bits are kept."""
+    if bits == 4:
+        return weight
+    out = np.empty_like(weight)
+    for row in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], 32):
+            part = weight[row, start : start + 32]
+            whole = np.concatenate([part, np.zeros(32 - len(part))])
+            step = (whole.max() - whole.min()) / 15
+            q = np.round((part - whole.min()) / step)
+            width = 2 ** (4 - bits)
+            kept = np.floor(q / width) * width + (width - 1) / 2
+            out[row, start : start + 32] = whole.min() + kept * step
+    return out
+
+
+def expected_score(plan: Plan, layer: Layer, index: int, seen: dict[str, Any]) -> np.ndarray:
+    name, arrays = plan.rule.partition(":")[0], plan.arrays
+    norm = layer.down_norm.double().numpy()
+    truth = np.abs(seen["inter"]) * norm
+    if name == "oracle":
+        return truth
+    if name == "static":
+        return np.broadcast_to(arrays["mean"][index], truth.shape)
+    if name == "previous":
+        state, scores = arrays["mean"][index].astype(np.float64), []
+        for row in truth:
+            scores.append(state)
+            state = DECAY * state + (1 - DECAY) * row
+        return np.array(scores)
+    if name == "gate":
+        return np.abs(seen["gate_act"]) * arrays["weight.gate_act"][index]
+    if name == "gate_bucket":
+        bucket = (seen["gate_act"][:, None] >= arrays["edges"][index]).sum(axis=1)
+        means = np.take_along_axis(arrays["means"][index], bucket, axis=0)
+        return np.abs(seen["gate_act"]) * means
+    options = find_rule(plan.rule).options
+    act, up = split(layer, seen["x"], lambda w, part: expected_bits(w, options[part]))
+    return np.abs(act * up) * norm
+
+
+@pytest.mark.parametrize("selector", [n for n in NAMES if n != "random"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_chosen_neurons(
+    name: str, selector: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+) -> None:
+    model = tiny[name]
+    plan = calibrators[name].plan(selector, sparsity=0.5, measure=False)
+    for index, seen in enumerate(seen_by(model, plan)):
+        score = expected_score(plan, model.layers[index], index, seen)
+        k = round(0.5 * score.shape[1])
+        threshold = np.sort(score, axis=1)[:, -k - 1 : -k]
+        kept = seen["after"] != 0
+        natural = seen["inter"] == 0
+        # float32 against float64; zeros are zeros in both.
+        near = (np.abs(score - threshold) <= 1e-5 * np.abs(score).max()) & (score > 0)
+        assert near.mean() < 0.1 or selector == "static"
+        np.testing.assert_array_equal((kept | near), ((score > threshold) & ~natural) | near)
+        np.testing.assert_array_equal(seen["after"][kept], seen["inter"][kept])
+
+
+def test_random_is_repeatable(
+    tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+) -> None:
+    plan = calibrators["llama"].plan("random", sparsity=0.75, measure=False)
+    first, second = (seen_by(tiny["llama"], plan)[0]["after"] != 0 for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first.sum(axis=1), round(0.25 * first.shape[1]))
+    assert (first[0] != first[1]).any()
+
+
+@pytest.mark.parametrize("selector", NAMES)
+def test_sparsity_zero_is_dense(
+    selector: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+) -> None:
+    model = tiny["llama"]
+    plan = calibrators["llama"].plan(selector, sparsity=0.0, measure=False)
+    dense = model.hidden(IDS[None])
+    with model.sparse(plan):
+        assert torch.equal(model.hidden(IDS[None]), dense)
+
+
+def test_plans_keep_their_scores(
+    tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator], tmp_path: Path
+) -> None:
+    for selector in NAMES:
+        plan = calibrators["llama"].plan(selector, sparsity=0.5, measure=False)
+        plan.save(tmp_path / "a.plan")
+        loaded = Plan.load(tmp_path / "a.plan")
+        assert loaded.rule == find_rule(selector).name
+        with tiny["llama"].sparse(plan):
+            expected = tiny["llama"].hidden(IDS[None])
+        with tiny["llama"].sparse(loaded):
+            assert torch.equal(tiny["llama"].hidden(IDS[None]), expected)
+
+
+def test_recall(tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]) -> None:
+    """The oracle finds all; recall and energy of another are those of its neurons."""
+    model = tiny["llama"]
+    plans = [
+        calibrators["llama"].plan(selector, sparsity=0.75, measure=False)
+        for selector in ("oracle", "lowbit:gate=4,up=4", "gate")
+    ]
+    _, (oracle, whole, gate) = run_window(model, IDS, plans)
+    assert (oracle.recall, oracle.energy_recall) == (1, 1)
+    assert whole.recall == pytest.approx(1, abs=0.01)
+    recalls, energies = [], []
+    for layer, seen in zip(model.layers, seen_by(model, plans[2]), strict=True):
+        truth = np.abs(seen["inter"]) * layer.down_norm.double().numpy()
+        kept, k = seen["after"] != 0, round(0.25 * truth.shape[1])
+        best = truth > np.sort(truth, axis=1)[:, -k - 1 : -k]
+        recalls.append((kept & best).sum() / best.sum())
+        energies.append((truth**2 * kept).sum() / (truth**2 * best).sum())
+    assert gate.recall == pytest.approx(np.mean(recalls), abs=1e-3)
+    assert gate.energy_recall == pytest.approx(np.mean(energies), abs=1e-3)
+    assert 0.25 < gate.recall < 1
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        ("random", 0.5),
+        ("oracle", (9 + 0.5 * 5.5) / 14.5),
+        ("gate", (4.5 + 0.5 * 10) / 14.5),
+        ("lowbit:gate=4,up=2", (4.5 + 2.5 + 0.5 * (2 + 5.5)) / 14.5),
+        ("lowbit:gate=1,up=1", (1.5 + 1.5 + 0.5 * (3 + 3 + 5.5)) / 14.5),
+    ],
+)
+def test_bytes(selector: str, expected: float) -> None:
+    rule: Any = find_rule(selector)
+    assert rule.ffn_bytes(0.5) == pytest.approx(expected)
+    assert rule.ffn_bytes(1.0) == pytest.approx(1)
+
+
+def test_top_bits_of_constant_weights() -> None:
+    weight = torch.full((2, 33), 0.25)
+    torch.testing.assert_close(top_bits(weight, 1)[:, :32], weight[:, :32])
+    assert torch.isfinite(top_bits(torch.zeros(1, 32), 2)).all()
+
+
+def test_buckets_hold_equal_shares(calibrators: dict[str, Calibrator]) -> None:
+    plan = calibrators["llama"].plan("gate_bucket", sparsity=0.5, measure=False)
+    gate = calibrators["llama"].calibration.gate_act[0].float().numpy()
+    bucket = (gate[:, None] >= plan.arrays["edges"][0]).sum(axis=1)
+    shares = np.stack([(bucket == b).mean(axis=0) for b in range(BUCKETS)])
+    np.testing.assert_allclose(shares, 1 / BUCKETS, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lowbit:gate=5", "has no option 'gate=5'; it has: gate=1..4, up=1..4"),
+        ("lowbit:down=2", "has no option 'down=2'"),
+        ("lowbit:up", "has no option 'up'"),
+        ("topk:k=2", "rule topk has no option 'k=2'; it has: none"),
+        ("magic", "unknown rule 'magic'; known rules: cats, .*; known selectors: gate, "),
+    ],
+)
+def test_wrong_names(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        find_rule(text)
+
+
+def test_the_engine_refuses(
+    folders: dict[str, Path], calibrators: dict[str, Calibrator], tmp_path: Path
+) -> None:
+    pack(folders["llama"], tmp_path / "m.gguf", quant="f32")
+    plan = calibrators["llama"].plan("lowbit", sparsity=0.5, measure=False)
+    with pytest.raises(FallowError, match="the engine cannot run plans of 'lowbit'; it runs cats"):
+        Engine(tmp_path / "m.gguf", plan)
