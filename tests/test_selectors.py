@@ -24,7 +24,14 @@ from fallow.selectors.previous import DECAY
 from fallow.taps import Layer, attach
 
 IDS = np.random.default_rng(2).integers(2, VOCABULARY, 48)
-NAMES = (*SELECTORS, "lowbit:gate=2,up=1", "lowbit:gate=4,up=4")
+NAMES = (
+    *SELECTORS,
+    "lowbit:gate=2:up=1",
+    "lowbit:up=4",
+    "lowbit:gate=3:rank=5",
+    "lowbit:cett=1",
+    "gate_bucket:cett=1",
+)
 
 
 def seen_by(model: fallow.Model, plan: Plan) -> list[dict[str, np.ndarray]]:
@@ -62,20 +69,18 @@ def split(layer: Layer, x: np.ndarray, approximate: Any) -> tuple[np.ndarray, np
 
 
 def expected_bits(weight: np.ndarray, bits: int) -> np.ndarray:
-    """Every group of 32 rounded to 16 levels, of which the top bits are kept."""
+    """Groups of 32 in 16 levels; of those that share their top bits, the mean."""
     if bits == 4:
         return weight
-    out = np.empty_like(weight)
-    for row in range(weight.shape[0]):
-        for start in range(0, weight.shape[1], 32):
-            part = weight[row, start : start + 32]
-            whole = np.concatenate([part, np.zeros(32 - len(part))])
-            step = (whole.max() - whole.min()) / 15
-            q = np.round((part - whole.min()) / step)
-            width = 2 ** (4 - bits)
-            kept = np.floor(q / width) * width + (width - 1) / 2
-            out[row, start : start + 32] = whole.min() + kept * step
-    return out
+    padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % 32)))
+    groups = padded.reshape(len(weight), -1, 32)
+    low = groups.min(axis=2, keepdims=True)
+    step = (groups.max(axis=2, keepdims=True) - low) / 15
+    stored = np.round((groups - low) / step)
+    top = stored // 2 ** (4 - bits)
+    for value in np.unique(top):
+        stored[top == value] = stored[top == value].mean()
+    return (low + stored * step).reshape(padded.shape)[:, : weight.shape[1]]
 
 
 def expected_score(plan: Plan, layer: Layer, index: int, seen: dict[str, Any]) -> np.ndarray:
@@ -99,7 +104,16 @@ def expected_score(plan: Plan, layer: Layer, index: int, seen: dict[str, Any]) -
         means = np.take_along_axis(arrays["means"][index], bucket, axis=0)
         return np.abs(seen["gate_act"]) * means
     options = find_rule(plan.rule).options
-    act, up = split(layer, seen["x"], lambda w, part: expected_bits(w, options[part]))
+
+    def approximate(weight: np.ndarray, part: str) -> np.ndarray:
+        rounded = expected_bits(weight, options[part])
+        if f"{part}.out" in arrays:
+            product = arrays[f"{part}.out"][index].astype(np.float64) @ arrays[f"{part}.in"][index]
+            assert np.linalg.matrix_rank(product) <= options["rank"]
+            rounded = rounded + product
+        return rounded
+
+    act, up = split(layer, seen["x"], approximate)
     return np.abs(act * up) * norm
 
 
@@ -114,6 +128,8 @@ def test_chosen_neurons(
         score = expected_score(plan, model.layers[index], index, seen)
         k = round(0.5 * score.shape[1])
         threshold = np.sort(score, axis=1)[:, -k - 1 : -k]
+        if "threshold.inter" in plan.arrays:
+            threshold = plan.arrays["threshold.inter"][index]
         kept = seen["after"] != 0
         natural = seen["inter"] == 0
         # float32 against float64; zeros are zeros in both.
@@ -163,7 +179,7 @@ def test_recall(tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator
     model = tiny["llama"]
     plans = [
         calibrators["llama"].plan(selector, sparsity=0.75, measure=False)
-        for selector in ("oracle", "lowbit:gate=4,up=4", "gate")
+        for selector in ("oracle", "lowbit:up=4", "gate")
     ]
     _, (oracle, whole, gate) = run_window(model, IDS, plans)
     assert (oracle.recall, oracle.energy_recall) == (1, 1)
@@ -186,14 +202,38 @@ def test_recall(tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator
         ("random", 0.5),
         ("oracle", (9 + 0.5 * 5.5) / 14.5),
         ("gate", (4.5 + 0.5 * 10) / 14.5),
-        ("lowbit:gate=4,up=2", (4.5 + 2.5 + 0.5 * (2 + 5.5)) / 14.5),
-        ("lowbit:gate=1,up=1", (1.5 + 1.5 + 0.5 * (3 + 3 + 5.5)) / 14.5),
+        ("lowbit", (4.5 + 2.5 + 0.5 * (2 + 5.5)) / 14.5),
+        ("lowbit:gate=1:up=1", (1.5 + 1.5 + 0.5 * (3 + 3 + 5.5)) / 14.5),
     ],
 )
-def test_bytes(selector: str, expected: float) -> None:
+def test_bytes(selector: str, expected: float, tiny: dict[str, fallow.Model]) -> None:
     rule: Any = find_rule(selector)
-    assert rule.ffn_bytes(0.5) == pytest.approx(expected)
-    assert rule.ffn_bytes(1.0) == pytest.approx(1)
+    layer = tiny["llama"].layers[0]
+    assert rule.ffn_bytes(0.5, layer) == pytest.approx(expected)
+    assert rule.ffn_bytes(1.0, layer) == pytest.approx(1)
+
+
+def test_correction(calibrators: dict[str, Calibrator], tiny: dict[str, fallow.Model]) -> None:
+    """It removes error where the calibration's inputs are, and costs rank (d_model + d_ff)."""
+    layer = tiny["llama"].layers[0]
+    weight = layer.ffn_inputs["up_proj"].weight.detach()
+    moment = torch.from_numpy(calibrators["llama"].calibration.input_moments[0])
+    plan = calibrators["llama"].plan("lowbit:rank=4", sparsity=0.5, measure=False)
+    error = weight - top_bits(weight, 2)
+    correction = torch.from_numpy(
+        plan.arrays["up.out"][0].astype(np.float32) @ plan.arrays["up.in"][0].astype(np.float32)
+    )
+
+    def loss(e: torch.Tensor) -> float:
+        return float((e @ moment * e).sum())
+
+    plain = torch.linalg.svd(error, full_matrices=False)
+    truncated = plain.U[:, :4] * plain.S[:4] @ plain.Vh[:4]
+    assert loss(error - correction) < loss(error - truncated) < loss(error)
+    rule: Any = find_rule("lowbit:rank=4")
+    d_model, d_ff = layer.down_proj.weight.shape
+    more = rule.ffn_bytes(0.5, layer) - find_rule("lowbit").ffn_bytes(0.5, layer)  # type: ignore[attr-defined]
+    assert more == pytest.approx(4 * 8 * (d_model + d_ff) / (d_model * d_ff) / 14.5)
 
 
 def test_top_bits_of_constant_weights() -> None:
@@ -213,7 +253,10 @@ def test_buckets_hold_equal_shares(calibrators: dict[str, Calibrator]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lowbit:gate=5", "has no option 'gate=5'; it has: gate=1..4, up=1..4"),
+        (
+            "lowbit:gate=5",
+            "no option 'gate=5'; it has: gate=1..4, up=1..4, rank=0..1024, ",
+        ),
         ("lowbit:down=2", "has no option 'down=2'"),
         ("lowbit:up", "has no option 'up'"),
         ("topk:k=2", "rule topk has no option 'k=2'; it has: none"),

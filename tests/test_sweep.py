@@ -65,6 +65,17 @@ def test_table_equals_evaluate(tiny: dict[str, fallow.Model], texts: Texts, tmp_
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == table
 
 
+def test_selectors(tiny: dict[str, fallow.Model], texts: Texts, tmp_path: Path) -> None:
+    rows = make_rows(["oracle", "lowbit:gate=2:cett=1", "cats"], [0.5])
+    _, oracle, lowbit, cats = run(tiny["llama"], texts, tmp_path / "out", rows)
+    assert (oracle["recall"], oracle["energy_recall"]) == (1, 1)
+    assert oracle["ffn_bytes"] == pytest.approx((9 + 0.5 * 5.5) / 14.5, abs=0.01)
+    assert lowbit["rule"] == "lowbit:gate=2:cett=1"
+    assert 0.3 < lowbit["ffn_bytes"] < oracle["ffn_bytes"]
+    assert "recall" not in lowbit  # it has no k
+    assert "ffn_bytes" not in cats
+
+
 def test_ctrl_c_keeps_finished_windows_and_the_run_continues(
     tiny: dict[str, fallow.Model], texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

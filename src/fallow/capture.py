@@ -146,6 +146,19 @@ class Calibration:
         return (total / self.n_tokens).astype(np.float32)
 
     @cached_property
+    def input_moments(self) -> np.ndarray:
+        """E[x xᵀ] of the FFN's input per layer, (L, d_model, d_model) float32."""
+        width = self.layers[0].down_proj.out_features
+        total = torch.zeros(len(self.layers), width, width)
+
+        def add(layer: int, value: torch.Tensor) -> None:
+            x = value.float()
+            total[layer] += x.T @ x
+
+        self._run("input moments", {next(iter(self.layers[0].ffn_inputs)): add})
+        return (total / self.n_tokens).numpy()
+
+    @cached_property
     def block_inputs(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Arguments with which each decoder layer is called on the first tokens of the text."""
         found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

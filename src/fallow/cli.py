@@ -144,19 +144,32 @@ def models(as_json: JsonOption = False) -> None:
 
 @app.command()
 def rules(as_json: JsonOption = False) -> None:
-    """List the rules: what each cuts, when its choice is known, its knob and its paper."""
+    """List rules and selectors: what each cuts, when it is known, its knob, options and paper."""
     from fallow.rules import RULES, find_rule
+    from fallow.selectors import SELECTORS
 
-    found = [find_rule(name) for name in RULES]
+    found = {name: find_rule(name) for name in (*RULES, *SELECTORS)}
     if as_json:
-        keys = ("name", "where", "knob_name", "known", "paper")
-        _print_json([{k: getattr(r, k) for k in keys} for r in found])
+        keys = ("name", "where", "knob_name", "known", "paper", "options")
+        _print_json([{k: getattr(r, k) for k in keys} for r in found.values()])
         return
-    _print_table(
-        "Rules",
-        ["rule", "where", "knob", "known", "paper"],
-        [[r.name, r.where, r.knob_name, r.known, r.paper] for r in found],
-    )
+    columns = ["rule", "where", "knob", "known", "paper"]
+    for title, names in (("Rules", RULES), ("Selectors, which predict", SELECTORS)):
+        _print_table(
+            title,
+            columns,
+            [
+                [
+                    ":".join([r.name, _options(r.options)]) if r.options else r.name,
+                    *(r.where, r.knob_name, r.known, r.paper),
+                ]
+                for r in (found[name] for name in names)
+            ],
+        )
+
+
+def _options(options: dict[str, int]) -> str:
+    return ":".join(f"{name}={value}" for name, value in options.items())
 
 
 @app.command()
@@ -559,6 +572,9 @@ def _print_tradeoff(table: list[dict[str, Any]], output: Path) -> None:
     from fallow.sweep import target_label
 
     dense = table[0]
+    # What only selectors, and rules that keep k neurons per token, have.
+    selection = {"recall": "recall", "energy_recall": "energy", "ffn_bytes": "FFN bytes"}
+    selection = {key: label for key, label in selection.items() if any(key in r for r in table)}
     rows = []
     for r in table[1:]:
         rows.append(
@@ -572,6 +588,7 @@ def _print_tradeoff(table: list[dict[str, Any]], output: Path) -> None:
                 _plus_minus(r["ppl_change_percent"], r["ppl_change_se"], 2),
                 _plus_minus(r["kl_to_dense"], r["kl_se"], 4),
                 f"{r['top1_agreement']:.1%}",
+                *(f"{r[key]:.1%}" if key in r else "" for key in selection),
             ]
         )
     _print_table(
@@ -586,6 +603,7 @@ def _print_tradeoff(table: list[dict[str, Any]], output: Path) -> None:
             "PPL change %",
             "KL nats/token",
             "top-1",
+            *selection.values(),
         ],
         rows,
     )

@@ -68,7 +68,9 @@ class Plan:
     def to_bytes(self) -> bytes:
         """The file's content."""
         text = json.dumps(self.metadata, allow_nan=False)
-        return save(self.arrays, metadata={_METADATA_KEY: text})
+        # safetensors writes the memory of an array as it lies, whatever its strides say.
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        return save(arrays, metadata={_METADATA_KEY: text})
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> "Plan":
@@ -116,7 +118,7 @@ class Plan:
         if missing:
             raise FallowError(f"plan {path} lacks {', '.join(sorted(missing))}; calibrate again")
         for name, array in arrays.items():
-            signed = name == "edges"  # of gate_bucket: values of gate_act
+            signed = name.partition(".")[0] not in ("threshold", "weight", "kept", "tau")
             if not (np.isfinite(array) & (signed | (array >= 0))).all():
                 raise FallowError(
                     f"plan {path}: array {name} has NaN, infinity or a negative value; "

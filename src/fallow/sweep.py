@@ -21,6 +21,7 @@ from fallow.progress import console, progress
 from fallow.quality import SPARSITY_TAPS, WindowResult
 from fallow.rules import find_rule
 from fallow.rules._base import check_sparsity
+from fallow.selectors._base import Selector
 from fallow.text import Text, check_no_leakage, load_text
 
 # Plans evaluated on a window before results are saved: what Ctrl-C can lose. The dense model runs
@@ -213,10 +214,19 @@ def _measure(
                 store.add(
                     [
                         _cell(row, plans[row.key], w, dense, result)
+                        | _bytes(model, row, result.achieved_sparsity)
                         for row, result in zip(group, results, strict=True)
                     ]
                 )
                 ticker.advance(len(group))
+
+
+def _bytes(model: Model, row: Row, sparsity: float) -> dict[str, float]:
+    """What a selector leaves of the FFN's bytes."""
+    rule = find_rule(row.rule)
+    if not (issubclass(rule, Selector) and model.layers[0].gated):
+        return {}
+    return {"ffn_bytes": rule.ffn_bytes(1 - sparsity, model.layers[0])}
 
 
 def _cell(
@@ -281,21 +291,17 @@ def _summarise_row(row: Row, cells: list[dict[str, Any]]) -> dict[str, Any]:
         "kl_se": standard_error(kl),
         "top1_agreement": mean([c["top1"] for c in cells]),
         "windows": len(cells),
-        **_selection(row, cells),
+        **_selection(cells),
     }
 
 
-def _selection(row: Row, cells: list[dict[str, Any]]) -> dict[str, float]:
-    """What rows of rules that keep k neurons per token have besides."""
-    found = {
+def _selection(cells: list[dict[str, Any]]) -> dict[str, float]:
+    """What rows of selectors, and of rules that keep k neurons per token, have besides."""
+    return {
         key: float(np.mean([c[key] for c in cells]))
-        for key in ("recall", "energy_recall")
+        for key in ("recall", "energy_recall", "ffn_bytes")
         if all(c.get(key) is not None for c in cells)
     }
-    rule = find_rule(row.rule)
-    if hasattr(rule, "ffn_bytes"):
-        found["ffn_bytes"] = rule.ffn_bytes(cells[0]["knob"])
-    return found
 
 
 def target_label(row: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ RULES = tuple(sorted(m.name for m in iter_modules(__path__) if m.name[0] != "_")
 
 
 def find_rule(name: str) -> type[Rule]:
-    """The rule or selector of that name, such as "topk" or, with options, "lowbit:gate=4,up=2".
+    """The rule or selector of that name, such as "topk" or, with options, "lowbit:gate=4:up=2".
 
     Raises:
         UsageError: unknown rule or option, naming the known ones; an option out of range.

@@ -32,8 +32,9 @@ class Rule:
     known: ClassVar[str]  # when the choice is known, hence which weights it saves
     search: ClassVar[str | None] = "sparsity"  # what a search for a loss turns; None: nothing
     search_limit: ClassVar[float] = 1.0  # from 0 up to this
-    options: ClassVar[dict[str, int]] = {}  # whole numbers behind the name: "rule:option=2"
-    option_range: ClassVar[tuple[int, int]] = (0, 0)
+    # Whole numbers behind the name, "rule:option=2": their defaults, and what they may be.
+    options: ClassVar[dict[str, int]] = {}
+    option_ranges: ClassVar[dict[str, range]] = {}
 
     def __init__(self, knob: float, arrays: Arrays) -> None:
         self.knob = knob
@@ -41,21 +42,25 @@ class Rule:
 
     @classmethod
     def with_options(cls, text: str) -> type[Self]:
-        """This rule with options such as "gate=4,up=2".
+        """This rule with options such as "gate=4:up=2".
 
         Raises:
             UsageError: an option that the rule lacks, or no whole number in range.
         """
         options = dict(cls.options)
-        for part in text.split(","):
+        for part in text.split(":"):
             key, _, value = part.partition("=")
-            low, high = cls.option_range
-            if key not in options or not (value.isdecimal() and low <= int(value) <= high):
-                known = ", ".join(f"{k}={low}..{high}" for k in options) or "none"
-                raise UsageError(f"rule {cls.name} has no option {part!r}; it has: {known}")
+            if key not in options or not (
+                value.isdecimal() and int(value) in cls.option_ranges[key]
+            ):
+                known = [f"{k}={r.start}..{r.stop - 1}" for k, r in cls.option_ranges.items()]
+                raise UsageError(
+                    f"rule {cls.name} has no option {part!r}; it has: {', '.join(known) or 'none'}"
+                )
             options[key] = int(value)
-        label = ",".join(f"{k}={v}" for k, v in options.items())
-        return type(cls.__name__, (cls,), {"options": options, "name": f"{cls.name}:{label}"})
+        changed = ":".join(f"{k}={v}" for k, v in options.items() if v != cls.options[k])
+        name = f"{cls.name}:{changed}" if changed else cls.name
+        return type(cls.__name__, (cls,), {"options": options, "name": name})
 
     @classmethod
     def fit(

@@ -1,6 +1,7 @@
 """What all selectors share: they see a layer's input and gate, and cut its neurons."""
 
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch import nn
 from fallow.capture import Calibration
 from fallow.rules import Arrays, Rule
 from fallow.rules._base import per_token_topk, scalar, zero_where
+from fallow.rules.cett import Cett
 from fallow.taps import Layer, Tap
 
 
@@ -30,11 +32,24 @@ class Seen:
 
 
 class Selector(Rule):
-    """Keeps the k neurons of each token with the largest predicted out_norm."""
+    """Keeps the k neurons of each token with the largest predicted out_norm.
+
+    With the option cett=1, instead, those above the layer's threshold of the rule `cett`, so that
+    layers and tokens share the budget unevenly.
+    """
 
     paper = "METHODS 5 (ours)"
     where = "inter"
     knob_name = "k / d_ff, the share kept per token"
+    options: ClassVar[dict[str, int]] = {"cett": 0}
+    option_ranges: ClassVar[dict[str, range]] = {"cett": range(2)}
+
+    @classmethod
+    def with_options(cls, text: str) -> type[Self]:
+        made = super().with_options(text)
+        if made.options.get("cett"):
+            made.knob_name = Cett.knob_name
+        return made
 
     @classmethod
     def cuts(cls, layer: Layer) -> tuple[str, ...]:
@@ -42,14 +57,15 @@ class Selector(Rule):
 
     @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
-        return 1 - sparsity
+        return Cett.knob_for(calibration, sparsity) if cls.options.get("cett") else 1 - sparsity
 
     @classmethod
     def learn(cls, calibration: Calibration, knob: float) -> Arrays:
         key = f"selector {cls.name}"
         if key not in calibration.cache:
             calibration.cache[key] = cls.learn_scores(calibration)
-        return scalar("kept", knob) | calibration.cache[key]
+        budget = Cett.learn(calibration, knob) if cls.options.get("cett") else scalar("kept", knob)
+        return budget | calibration.cache[key]
 
     @classmethod
     def learn_scores(cls, calibration: Calibration) -> Arrays:
@@ -62,20 +78,39 @@ class Selector(Rule):
         return 0.0, 0.0
 
     @classmethod
-    def ffn_bytes(cls, kept: float, stored: Bits | None = None) -> float:
-        """Bytes of the FFN read per decoded token, over those of the dense FFN."""
+    def extra_bytes(cls, layer: Layer) -> int:
+        """Bytes per token that the selector reads besides the FFN's own weights."""
+        return 0
+
+    @classmethod
+    def ffn_bytes(cls, kept: float, layer: Layer, stored: Bits | None = None) -> float:
+        """Bytes of a gated FFN read per decoded token, over those of the dense FFN."""
         stored = stored or Bits()
         total = stored.gate + stored.up + stored.down
         first = sum(cls.first_bits(stored))
-        return (first + kept * (total - first)) / total
+        extra = 8 * cls.extra_bytes(layer) / layer.down_proj.weight.numel()
+        return (first + kept * (total - first) + extra) / total
 
     @classmethod
     def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        return {"kept": (1,)}
+        budget: dict[str, tuple[int, ...]] = (
+            {"threshold.inter": (len(layers),)} if cls.options.get("cett") else {"kept": (1,)}
+        )
+        return budget | cls.score_shapes(layers)
+
+    @classmethod
+    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
+        """The arrays of `learn_scores`."""
+        return {}
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         """The prediction (T, d_ff), float32, up to a factor per token."""
         raise NotImplementedError
+
+    def threshold(self, layer: int, tap: str, score: torch.Tensor) -> float | torch.Tensor:
+        if self.options.get("cett"):
+            return super().threshold(layer, tap, score)
+        return per_token_topk(score, float(self.arrays["kept"][0]))
 
     def taps(self, layers: list[Layer]) -> dict[str, Tap]:
         seen: dict[tuple[int, str], torch.Tensor] = {}
@@ -92,8 +127,7 @@ class Selector(Rule):
             score = self.score(
                 index, layer, Seen(seen.pop((index, "x")), seen.pop((index, "gate_act")), truth)
             )
-            threshold = per_token_topk(score, float(self.arrays["kept"][0]))
-            return zero_where(score <= threshold, inter)
+            return zero_where(score <= self.threshold(index, "inter", score), inter)
 
         return {"x": look("x"), "gate_act": look("gate_act"), "inter": cut}
 

@@ -27,9 +27,9 @@ class Gate(Selector):
         return gate_weights(calibration)
 
     @classmethod
-    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
+    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
         shape = (len(layers), layers[0].down_proj.in_features)
-        return super().shapes(layers) | {"weight.gate_act": shape}
+        return {"weight.gate_act": shape}
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         return seen.gate_act.abs().float() * torch.from_numpy(self.arrays["weight.gate_act"][index])

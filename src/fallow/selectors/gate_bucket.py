@@ -41,9 +41,9 @@ class GateBucket(Gate):
         return {"edges": torch.stack(edges).numpy(), "means": torch.stack(means).numpy()}
 
     @classmethod
-    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
+    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
         n, width = len(layers), layers[0].down_proj.in_features
-        return {"kept": (1,), "edges": (n, BUCKETS - 1, width), "means": (n, BUCKETS, width)}
+        return {"edges": (n, BUCKETS - 1, width), "means": (n, BUCKETS, width)}
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         gate = seen.gate_act.float()

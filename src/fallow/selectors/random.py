@@ -1,5 +1,7 @@
 """Neurons at random: the floor that any selector must beat."""
 
+from typing import ClassVar
+
 import torch
 
 from fallow.selectors._base import Seen, Selector
@@ -11,6 +13,8 @@ class Random(Selector):
 
     name = "random"
     known = "before gate: saves gate_proj, up_proj and down_proj"
+    options: ClassVar[dict[str, int]] = {}  # its scores are no norms that a threshold could cut
+    option_ranges: ClassVar[dict[str, range]] = {}
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         generator = torch.Generator().manual_seed(index)  # so that runs can be repeated

@@ -20,8 +20,8 @@ class Static(Selector):
         return {"mean": mean_out_norm(calibration)}
 
     @classmethod
-    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        return super().shapes(layers) | {"mean": (len(layers), layers[0].down_proj.in_features)}
+    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
+        return {"mean": (len(layers), layers[0].down_proj.in_features)}
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         return torch.from_numpy(self.arrays["mean"][index]).expand(seen.out_norm.shape)
