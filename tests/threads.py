@@ -31,10 +31,12 @@ def run(folder: Path) -> None:
     }
     for path in sorted(folder.glob("*.gguf")):
         engine = Engine(path, threads=3)
-        for rule, arrays in [("dense", {}), *plans.items()]:
-            engine.use_plan(
-                Plan(path.stem, engine.fingerprint, rule, "inter", 0.0, "", arrays=arrays)
-            )
+        made = [
+            Plan(path.stem, engine.fingerprint, rule, "inter", 0.0, "", arrays=arrays)
+            for rule, arrays in plans.items()
+        ]
+        for plan in (None, *made):
+            engine.use_plan(plan)
             engine.logits(ids)  # prefill
             for token in ids[:20]:
                 engine.reset()
