@@ -1,0 +1,101 @@
+"""Selectors at equal budget on the three real models: recall, quality and bytes.
+
+Fitted on the WikiText-2 validation text, measured on the WikiText-2 raw test text in windows of
+1024 tokens, the whole model in the loop. A stopped run continues where it was:
+
+    python benchmarks/selectors.py smollm2 gemma3 qwen2.5-1.5b
+    python benchmarks/selectors.py --report    # writes docs/results/selectors.md
+"""
+
+import argparse
+import json
+from typing import Any
+
+from tradeoff import DATA, ROOT, record_machine
+
+RESULTS = ROOT / "benchmarks" / "results" / "selectors"
+WINDOWS = 40
+SPARSITY = 0.5
+SELECTORS = (
+    *("oracle", "oracle:cett=1", "random", "static", "previous", "gate", "gate_bucket"),
+    *("lowbit:up=1", "lowbit", "lowbit:up=3", "lowbit:gate=3:up=3", "lowbit:gate=2"),
+    *("lowbit:gate=2:rank=16", "lowbit:rank=16", "lowbit:gate=3:up=3:rank=16"),
+    *("lowbit:cett=1", "lowbit:gate=3:up=3:cett=1", "lowbit:gate=3:up=3:rank=16:cett=1"),
+)
+
+
+def run(name: str) -> None:
+    import fallow
+    from fallow.sweep import make_rows, tradeoff
+
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    model = fallow.load(name)
+    record_machine(folder / "machine.json")
+    tradeoff(
+        model,
+        make_rows(SELECTORS, (SPARSITY,)),
+        folder,
+        calibration_text=DATA / "wikitext2" / "wiki.valid.detok.txt",
+        text=DATA / "wikitext2" / "wiki.test.raw",
+        windows=WINDOWS,
+    )
+
+
+INTRODUCTION = f"""# Selectors
+
+Half of the neurons rest ({SPARSITY:.0%}), chosen by what each selector predicts of
+|inter| ||down_proj[:, i]||, the whole model in the loop: a selector's mistakes feed the layers
+behind. Fitted on the WikiText-2 validation text (8 windows), measured on the raw test text, windows
+of 1024 tokens. `benchmarks/selectors.py` does it; the result of every window is in
+`benchmarks/results/selectors`.
+
+- **recall**, **energy**: of the k neurons that matter most, the share that was kept, and the kept
+  ones' squared norms over theirs. Rows with cett=1 have no k: layers and tokens share the budget by
+  the thresholds of `cett`.
+- **FFN bytes** per decoded token, what is read to choose included, over the dense FFN's; gate and
+  up in 4.5 bits, down in 5.5.
+- Changes are against the dense model on the same windows, ± one *paired* standard error.
+"""
+
+
+def report() -> str:
+    parts = [INTRODUCTION]
+    for path in sorted(RESULTS.glob("*/table.json")):
+        table = json.loads(path.read_text())
+        where = json.loads((path.parent / "machine.json").read_text())
+        lines = [
+            f"## {path.parent.name}\n",
+            f"Dense PPL {table[0]['ppl']:.2f} ± {table[0]['ppl_se']:.2f}, {table[0]['windows']} "
+            f"windows; {where['cpu']}, {where['threads']} threads, "
+            f"commits {', '.join(where['commits'])}.\n",
+            "| selector | S(inter) | recall | energy | FFN bytes | PPL change % | KL nats/token |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [_line(row) for row in table[1:]]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _line(row: dict[str, Any]) -> str:
+    recall, energy = (f"{row[k]:.3f}" if k in row else "" for k in ("recall", "energy_recall"))
+    return (
+        f"| `{row['rule']}` | {row['achieved_sparsity']:.3f} | {recall} | {energy} "
+        f"| {row['ffn_bytes']:.3f} | {row['ppl_change_percent']:+.2f} ± {row['ppl_change_se']:.2f} "
+        f"| {row['kl_to_dense']:.4f} ± {row['kl_se']:.4f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        run(name)
+    if arguments.report:
+        (ROOT / "docs" / "results" / "selectors.md").write_text(report())
+
+
+if __name__ == "__main__":
+    main()
