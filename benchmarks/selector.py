@@ -3,8 +3,10 @@
 Fitted on the WikiText-2 validation text, measured on the WikiText-2 raw test text in windows of
 1024 tokens, the whole model in the loop. A stopped run continues where it was:
 
-    python benchmarks/selectors.py smollm2 gemma3 qwen2.5-1.5b
-    python benchmarks/selectors.py --report    # writes docs/results/selectors.md
+    python benchmarks/selector.py smollm2 gemma3 qwen2.5-1.5b
+    python benchmarks/selector.py --report    # writes docs/results/selectors.md
+
+(Not selectors.py: scripts here would import it instead of the standard library's module.)
 """
 
 import argparse
@@ -47,7 +49,7 @@ INTRODUCTION = f"""# Selectors
 Half of the neurons rest ({SPARSITY:.0%}), chosen by what each selector predicts of
 |inter| ||down_proj[:, i]||, the whole model in the loop: a selector's mistakes feed the layers
 behind. Fitted on the WikiText-2 validation text (8 windows), measured on the raw test text, windows
-of 1024 tokens. `benchmarks/selectors.py` does it; the result of every window is in
+of 1024 tokens. `benchmarks/selector.py` does it; the result of every window is in
 `benchmarks/results/selectors`.
 
 - **recall**, **energy**: of the k neurons that matter most, the share that was kept, and the kept
