@@ -13,7 +13,7 @@ import argparse
 import json
 from typing import Any
 
-from tradeoff import DATA, ROOT, record_machine
+from tradeoff import ROOT, measure
 
 RESULTS = ROOT / "benchmarks" / "results" / "selectors"
 WINDOWS = 40
@@ -24,24 +24,6 @@ SELECTORS = (
     *("lowbit:gate=2:rank=16", "lowbit:rank=16", "lowbit:gate=3:up=3:rank=16"),
     *("lowbit:cett=1", "lowbit:gate=3:up=3:cett=1", "lowbit:gate=3:up=3:rank=16:cett=1"),
 )
-
-
-def run(name: str) -> None:
-    import fallow
-    from fallow.sweep import make_rows, tradeoff
-
-    folder = RESULTS / name
-    folder.mkdir(parents=True, exist_ok=True)
-    model = fallow.load(name)
-    record_machine(folder / "machine.json")
-    tradeoff(
-        model,
-        make_rows(SELECTORS, (SPARSITY,)),
-        folder,
-        calibration_text=DATA / "wikitext2" / "wiki.valid.detok.txt",
-        text=DATA / "wikitext2" / "wiki.test.raw",
-        windows=WINDOWS,
-    )
 
 
 INTRODUCTION = f"""# Selectors
@@ -94,7 +76,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     for name in arguments.models:
-        run(name)
+        measure(name, RESULTS, SELECTORS, (SPARSITY,), (), WINDOWS)
     if arguments.report:
         (ROOT / "docs" / "results" / "selectors.md").write_text(report())
 

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,33 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def run(name: str) -> None:
+    settings = SETTINGS[name]
+    measure(name, RESULTS, RULES, settings["sparsities"], settings["ppl"], settings["windows"])
+
+
+def measure(
+    name: str,
+    results: Path,
+    rules: Sequence[str],
+    sparsities: Sequence[float],
+    ppl_increases: Sequence[float],
+    windows: int,
+) -> None:
+    """The trade-off of some rules on a model of `fallow models`, into a folder of that name."""
     import fallow
     from fallow.sweep import make_rows, tradeoff
 
-    settings = SETTINGS[name]
-    folder = RESULTS / name
+    folder = results / name
     folder.mkdir(parents=True, exist_ok=True)
     model = fallow.load(name)
     record_machine(folder / "machine.json")
     tradeoff(
         model,
-        make_rows(RULES, settings["sparsities"], settings["ppl"]),
+        make_rows(rules, sparsities, ppl_increases),
         folder,
         calibration_text=DATA / "wikitext2" / "wiki.valid.detok.txt",
         text=DATA / "wikitext2" / "wiki.test.raw",
-        windows=settings["windows"],
+        windows=windows,
     )
 
 

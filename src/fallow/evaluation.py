@@ -198,11 +198,10 @@ def window_losses(model: Model, windows: np.ndarray, plan: Plan | None) -> np.nd
     with model.sparse(plan):
         for window in windows:
             hidden = final_hidden(model, window)
+            logits, targets = logits_of(model, hidden[:-1]), window[1:]
             step = tokens_at_once(model.vocabulary_size)
-            parts = [
-                token_losses(logits_of(model, hidden)(slice(i, i + step)), window[1:][i : i + step])
-                for i in range(0, len(window) - 1, step)
-            ]
+            pieces = [slice(i, i + step) for i in range(0, len(targets), step)]
+            parts = [token_losses(logits(piece), targets[piece]) for piece in pieces]
             losses.append(np.concatenate(parts).mean())
     return np.array(losses)
 

@@ -83,9 +83,9 @@ class Selector(Rule):
         return 0
 
     @classmethod
-    def ffn_bytes(cls, kept: float, layer: Layer, stored: Bits | None = None) -> float:
+    def ffn_bytes(cls, kept: float, layer: Layer) -> float:
         """Bytes of a gated FFN read per decoded token, over those of the dense FFN."""
-        stored = stored or Bits()
+        stored = Bits()
         total = stored.gate + stored.up + stored.down
         first = sum(cls.first_bits(stored))
         extra = 8 * cls.extra_bytes(layer) / layer.down_proj.weight.numel()
