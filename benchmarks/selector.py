@@ -18,11 +18,19 @@ from tradeoff import ROOT, measure
 RESULTS = ROOT / "benchmarks" / "results" / "selectors"
 WINDOWS = 40
 SPARSITY = 0.5
+FRAME = ("oracle", "oracle:cett=1", "random", "static")
 SELECTORS = (
-    *("oracle", "oracle:cett=1", "random", "static", "previous", "gate", "gate_bucket"),
+    *FRAME,
+    *("previous", "gate", "gate_bucket"),
     *("lowbit:up=1", "lowbit", "lowbit:up=3", "lowbit:gate=3:up=3", "lowbit:gate=2"),
     *("lowbit:gate=2:rank=16", "lowbit:rank=16", "lowbit:gate=3:up=3:rank=16"),
     *("lowbit:cett=1", "lowbit:gate=3:up=3:cett=1", "lowbit:gate=3:up=3:rank=16:cett=1"),
+)
+# Twelve seconds per window and selector.
+SELECTORS_QWEN = (
+    *FRAME,
+    *("gate", "gate_bucket", "lowbit", "lowbit:gate=2", "lowbit:gate=3:up=3"),
+    *("lowbit:gate=3:up=3:cett=1", "lowbit:up=3:cett=1"),
 )
 
 
@@ -76,7 +84,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     for name in arguments.models:
-        measure(name, RESULTS, SELECTORS, (SPARSITY,), (), WINDOWS)
+        selectors = SELECTORS_QWEN if name.startswith("qwen") else SELECTORS
+        measure(name, RESULTS, selectors, (SPARSITY,), (), WINDOWS)
     if arguments.report:
         (ROOT / "docs" / "results" / "selectors.md").write_text(report())
 
