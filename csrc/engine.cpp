@@ -37,6 +37,21 @@ void add_to(float* y, const float* x, size_t n) {
   for (size_t i = 0; i < n; ++i) y[i] += x[i];
 }
 
+float largest(const float* x, size_t n) {
+  constexpr size_t lanes = 32;  // independent of each other, so that they share vectors
+  float most[lanes];
+  std::fill_n(most, lanes, x[0]);
+  size_t i = 0;
+  for (; i + lanes <= n; i += lanes)
+    for (size_t j = 0; j < lanes; ++j) most[j] = x[i + j] > most[j] ? x[i + j] : most[j];
+  for (; i < n; ++i) most[0] = std::max(most[0], x[i]);
+  return *std::max_element(most, most + lanes);
+}
+
+bool is_fixed(const Cut& cut) {
+  return cut.by == Cut::By::kNothing || cut.by == Cut::By::kThreshold;
+}
+
 }  // namespace
 
 Engine::Input::Input(size_t tokens, size_t w)
@@ -113,6 +128,8 @@ void Engine::add_outliers(const Layer& layer, const InterOf& inter_of, float* y,
 }
 
 void Engine::set_cuts(std::vector<LayerCuts> cuts) { cuts_ = std::move(cuts); }
+
+void Engine::set_head_margin(float nats) { margin_ = model_.lm_head_coarse.data ? nats : 0; }
 
 void Engine::reset_stats() {
   tokens_ = bytes_read_ = 0;
@@ -328,8 +345,11 @@ void Engine::ffn(size_t l, size_t n) {
   const double selecting = timing_.select;
   if (n > 1) {
     ffn_block(l, n, input);
-  } else if (has_cut(l, {kGateInput, kUpInput, kGatePre, kGateAct, kUp, kInter, kDownInput})) {
+  } else if (has_cut(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) ||
+             !is_fixed(cut(l, kGateAct)) || !is_fixed(cut(l, kInter))) {
     ffn_sparse_one(l, input);
+  } else if (has_cut(l, {kGateAct, kInter})) {
+    ffn_threshold_one(l, input);
   } else {
     ffn_dense_one(l, input);
   }
@@ -374,6 +394,71 @@ void Engine::ffn_dense_one(size_t l, const Input& input) {
   active_[l] += d_ff;
   bytes_read_ += layer.gate_proj.bytes() + layer.up_proj.bytes() + layer.down_proj_t.bytes() +
                  layer.outliers.bytes();
+}
+
+// As ffn_dense_one, but a neuron whose gate_act or inter stays below a fixed threshold has its
+// remaining rows not read. Each thread decides for its own neurons: nobody waits for the others.
+void Engine::ffn_threshold_one(size_t l, const Input& input) {
+  const Layer& layer = model_.layers[l];
+  const size_t hidden = config_.hidden_size, d_ff = config_.intermediate_size;
+  const Activation x = input.activation();
+  pool_.run([&](int worker) {
+    const auto [begin, end] = share_of(d_ff, worker, pool_.size());
+    float *act = gate_.data(), *y = partial_.data() + static_cast<size_t>(worker) * hidden;
+    const Matrix& first = config_.gated ? layer.gate_proj : layer.up_proj;
+    const float* bias = config_.gated ? layer.gate_bias : layer.up_bias;
+    kernels_.gemv_rows[first.type](first.data, first.row_bytes, nullptr, begin, end - begin, hidden,
+                                   x, act + begin);
+    if (bias) add_to(act + begin, bias + begin, end - begin);
+    activate(act + begin, end - begin);
+    int32_t* rows = rows_.data() + begin;
+    std::iota(rows, rows + (end - begin), static_cast<int32_t>(begin));
+    size_t n = keep_above(cut(l, kGateAct), act, rows, end - begin);
+    workers_[static_cast<size_t>(worker)].second_rows = n;
+    if (config_.gated) {
+      const Matrix& w = layer.up_proj;
+      float* up = up_.data() + begin;
+      kernels_.gemv_rows[w.type](w.data, w.row_bytes, rows, 0, n, hidden, x, up);
+      for (size_t i = 0; i < n; ++i)
+        act[rows[i]] *= up[i] + (layer.up_bias ? layer.up_bias[rows[i]] : 0.0f);
+    }
+    n = keep_above(cut(l, kInter), act, rows, n);
+    workers_[static_cast<size_t>(worker)].active = n;
+    float* inter = workers_[static_cast<size_t>(worker)].magnitudes.data();
+    for (size_t i = 0; i < n; ++i) inter[i] = act[rows[i]];
+    std::fill(y, y + hidden, 0.0f);
+    const Matrix& down = layer.down_proj_t;
+    kernels_.axpy_rows[down.type](down.data, down.row_bytes, rows, 0, n, hidden, inter, y);
+  });
+  sum_partials();
+  add_outliers(layer, [&](size_t neuron) { return gate_[neuron]; }, branch_.data(), 0);
+  size_t second = 0, third = 0;
+  for (Worker& w : workers_) {
+    second += w.second_rows;
+    third += std::exchange(w.active, 0);
+  }
+  active_[l] += third;
+  bytes_read_ += config_.gated ? layer.gate_proj.bytes() + second * layer.up_proj.row_bytes
+                               : layer.up_proj.bytes();
+  bytes_read_ += third * layer.down_proj_t.row_bytes + layer.outliers.bytes();
+}
+
+// Of n rows, moves those whose value is above a fixed threshold to the front, in order; the others'
+// values become zero. Returns how many are left.
+size_t Engine::keep_above(const Cut& cut, float* values, int32_t* rows, size_t n) {
+  if (cut.by == Cut::By::kNothing) return n;
+  const float threshold = static_cast<float>(cut.value);
+  const float* weight = cut.weight.empty() ? nullptr : cut.weight.data();
+  size_t kept = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const int32_t row = rows[i];
+    const float score = std::fabs(values[row]) * (weight ? weight[row] : 1.0f);
+    const bool idle = score <= threshold;
+    values[row] = idle ? 0.0f : values[row];
+    rows[kept] = row;
+    kept += !idle;
+  }
+  return kept;
 }
 
 // As ffn_dense_one, but once a neuron is known to be zero its remaining rows are not read.
@@ -599,9 +684,53 @@ void Engine::head(size_t n, bool all, float* logits) {
     std::copy_n(residual_.begin() + static_cast<std::ptrdiff_t>(first * hidden), hidden,
                 residual_.begin());
   normalize_into(model_.norm, count, ffn_input_);
-  const Product product{model_.lm_head, model_.lm_head_bias, logits, kTaps};
+  const bool coarse = margin_ > 0;
+  const Product product{coarse ? model_.lm_head_coarse : model_.lm_head, model_.lm_head_bias, logits,
+                        kTaps};
   multiply(ffn_input_, count, &product, &product + 1);
+  if (coarse) complete_head(count, logits);
   clock.mark(timing_.head);
+}
+
+// Logits within `margin_` of the largest approximate one become exact.
+void Engine::complete_head(size_t n, float* logits) {
+  const Matrix& w = model_.lm_head;
+  const size_t vocab = config_.vocab_size;
+  std::vector<float> lowest(n);
+  for_tokens(n, [&](size_t t, int) { lowest[t] = largest(logits + t * vocab, vocab) - margin_; });
+  std::vector<size_t> completed(workers_.size());
+  pool_.run([&](int worker) {
+    Worker& scratch = workers_[static_cast<size_t>(worker)];
+    if (n == 1) {
+      const Share share = share_of(vocab, worker, pool_.size());
+      std::vector<int32_t>& rows = scratch.candidates;
+      rows.clear();
+      for (size_t i = share.begin; i < share.end; ++i)
+        if (logits[i] >= lowest[0]) rows.push_back(static_cast<int32_t>(i));
+      scratch.exact.resize(rows.size());
+      kernels_.gemv_rows[w.type](w.data, w.row_bytes, rows.data(), 0, rows.size(), w.cols,
+                                 ffn_input_.activation(), scratch.exact.data());
+      for (size_t i = 0; i < rows.size(); ++i) {
+        const auto row = static_cast<size_t>(rows[i]);
+        logits[row] = scratch.exact[i] + (model_.lm_head_bias ? model_.lm_head_bias[row] : 0.0f);
+      }
+      completed[static_cast<size_t>(worker)] = rows.size();
+      return;
+    }
+    scratch.exact.resize(n * kPanel);
+    const Share share = share_of(pieces(vocab, kPanel), worker, pool_.size());
+    for (size_t panel = share.begin; panel < share.end; ++panel) {
+      const size_t row = panel * kPanel, rows = std::min(kPanel, vocab - row);
+      multiply_panel(ffn_input_, n, w, row, rows, scratch.exact.data(), kPanel, worker);
+      for (size_t t = 0; t < n; ++t)
+        for (size_t r = 0; r < rows; ++r) {
+          float& logit = logits[t * vocab + row + r];
+          const float bias = model_.lm_head_bias ? model_.lm_head_bias[row + r] : 0.0f;
+          if (logit >= lowest[t]) logit = scratch.exact[t * kPanel + r] + bias;
+        }
+    }
+  });
+  for (size_t rows : completed) bytes_read_ += rows * w.row_bytes;
 }
 
 void Engine::normalize(const Norm& norm, const float* x, size_t width, float* y) const {
@@ -685,25 +814,31 @@ bool Engine::uses_bf16(const Matrix& w, size_t k) const {
 
 // One thread's panels of y (T, rows) = x W^T + bias.
 void Engine::multiply_block(const Input& input, size_t n, const Product& p, int worker) {
-  Worker& scratch = workers_[static_cast<size_t>(worker)];
-  const size_t k = p.w.cols;
   const Share share = share_of(pieces(p.w.rows, kPanel), worker, pool_.size());
   for (size_t panel = share.begin; panel < share.end; ++panel) {
     const size_t row = panel * kPanel, rows = std::min(kPanel, p.w.rows - row);
     float* y = p.y + row;
-    for (size_t r = 0; r < rows; ++r)
-      kernels_.decode(p.w.type, p.w.data + (row + r) * p.w.row_bytes, k, scratch.rows.data() + r * k);
-    if (uses_bf16(p.w, k)) {
-      kernels_.panel_bf16(scratch.rows.data(), rows, k, scratch.panel_half.data());
-      kernels_.gemm_bf16(scratch.panel_half.data(), rows, k, input.half.data(), input.width, n,
-                         false, y, p.w.rows);
-    } else {
-      kernels_.panel_f32(scratch.rows.data(), rows, k, scratch.panel.data());
-      kernels_.gemm_f32(scratch.panel.data(), rows, k, input.x.data(), input.width, n, false, y,
-                        p.w.rows);
-    }
+    multiply_panel(input, n, p.w, row, rows, y, p.w.rows, worker);
     if (p.bias)
       for (size_t t = 0; t < n; ++t) add_to(y + t * p.w.rows, p.bias + row, rows);
+  }
+}
+
+// y[t * stride + r] = W[row + r] . x_t for some rows, at most kPanel, of W and all tokens.
+void Engine::multiply_panel(const Input& input, size_t n, const Matrix& w, size_t row, size_t rows,
+                            float* y, size_t stride, int worker) {
+  Worker& scratch = workers_[static_cast<size_t>(worker)];
+  const size_t k = w.cols;
+  for (size_t r = 0; r < rows; ++r)
+    kernels_.decode(w.type, w.data + (row + r) * w.row_bytes, k, scratch.rows.data() + r * k);
+  if (uses_bf16(w, k)) {
+    kernels_.panel_bf16(scratch.rows.data(), rows, k, scratch.panel_half.data());
+    kernels_.gemm_bf16(scratch.panel_half.data(), rows, k, input.half.data(), input.width, n, false,
+                       y, stride);
+  } else {
+    kernels_.panel_f32(scratch.rows.data(), rows, k, scratch.panel.data());
+    kernels_.gemm_f32(scratch.panel.data(), rows, k, input.x.data(), input.width, n, false, y,
+                      stride);
   }
 }
 

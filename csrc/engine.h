@@ -44,6 +44,11 @@ class Engine {
   // Empty: dense. Otherwise one entry per layer.
   void set_cuts(std::vector<LayerCuts> cuts);
 
+  // Logits farther than this below the largest may come from lm_head_coarse; 0: all are exact. Stays
+  // 0 where the model has no lm_head_coarse.
+  void set_head_margin(float nats);
+  float head_margin() const { return margin_; }
+
   // Appends n tokens to the cache. logits (n, vocab) if `all`, else those of the last token.
   // The caller checks ids and that position() + n <= context().
   void forward(const int32_t* tokens, size_t n, bool all, float* logits);
@@ -91,6 +96,8 @@ class Engine {
   void store_cache(size_t layer, size_t n);
   void ffn(size_t layer, size_t n);
   void ffn_dense_one(size_t layer, const Input& input);
+  void ffn_threshold_one(size_t layer, const Input& input);
+  static size_t keep_above(const Cut& cut, float* values, int32_t* rows, size_t n);
   void ffn_sparse_one(size_t layer, Input& input);
   void ffn_block(size_t layer, size_t n, Input& input);
   void down_block(const Layer& layer, size_t n);
@@ -99,6 +106,7 @@ class Engine {
   void sum_partials();
   void add_branch(const Norm& post_norm, size_t n);
   void head(size_t n, bool all, float* logits);
+  void complete_head(size_t n, float* logits);
 
   void normalize(const Norm& norm, const float* x, size_t width, float* y) const;
   void normalize_into(const Norm& norm, size_t n, Input& input);
@@ -106,6 +114,8 @@ class Engine {
   void project(size_t layer, Input& input, size_t n, std::initializer_list<Product> products);
   void multiply(const Input& input, size_t n, const Product* begin, const Product* end);
   void multiply_block(const Input& input, size_t n, const Product& product, int worker);
+  void multiply_panel(const Input& input, size_t n, const Matrix& w, size_t row, size_t rows,
+                      float* y, size_t stride, int worker);
   bool uses_bf16(const Matrix& w, size_t k) const;
   void activate(float* x, size_t n) const;
   const Cut& cut(size_t layer, Tap tap) const;
@@ -122,6 +132,7 @@ class Engine {
   uint32_t context_, position_ = 0;
   size_t block_;  // tokens per block of prefill
   std::vector<LayerCuts> cuts_;
+  float margin_ = 0;
 
   Input attn_input_, o_input_, ffn_input_, cut_input_;
   // (block, ...)
@@ -137,12 +148,15 @@ class Engine {
 
   struct Worker {
     RowSelector selector;
-    uint64_t active = 0;            // neurons of this block
+    uint64_t active = 0;            // neurons of this block or token
+    uint64_t second_rows = 0;       // rows of up_proj read for this token
     std::vector<float> outliers;    // their inter
     std::vector<float> magnitudes;  // that a cut looks at
     std::vector<float> scores, sums;  // attention
     std::vector<float> rows, panel;  // weights, keys or values as float
     std::vector<uint16_t> panel_half, half;
+    std::vector<int32_t> candidates;  // of the head
+    std::vector<float> exact;         // their logits
   };
   std::vector<Worker> workers_;
 

@@ -115,15 +115,12 @@ struct Groups<16> {
 // The f16 at the start of each of n <= 8 blocks, and the one after it.
 template <class F>
 FALLOW_INLINE void load_halves(const uint8_t* b, size_t n, __m256& first, __m256& second) {
-  const auto at = [&](size_t i) { return static_cast<int>(load_u32(b + i * F::bytes)); };
-  __m256i words;
-  if (n == 8) {
-    words = _mm256_set_epi32(at(7), at(6), at(5), at(4), at(3), at(2), at(1), at(0));
-  } else {
-    alignas(32) int32_t some[8] = {};
-    for (size_t i = 0; i < n; ++i) some[i] = at(i);
-    words = _mm256_load_si256(reinterpret_cast<const __m256i*>(some));
-  }
+  // n is known where this is inlined; through memory, fewer than 8 would wait for their stores.
+  const auto at = [&](size_t i) {
+    return i < n ? static_cast<int>(load_u32(b + i * F::bytes)) : 0;
+  };
+  const __m256i words =
+      _mm256_set_epi32(at(7), at(6), at(5), at(4), at(3), at(2), at(1), at(0));
   first = _mm256_cvtph_ps(_mm256_cvtepi32_epi16(words));
   second = _mm256_cvtph_ps(_mm256_cvtepi32_epi16(_mm256_srli_epi32(words, 16)));
 }
@@ -327,7 +324,12 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
     float tail = 0;
     if constexpr (F::block == 32) {
       prefetch(later, (k - at) / F::block * F::bytes);
-      for (; at + 64 <= k; at += 64, b += 2 * F::bytes) dot_span<F, 1>(b, at, x, acc, accm);
+      const size_t chunks = (k - at) / 64;
+      if (chunks == 1) dot_span<F, 1>(b, at, x, acc, accm);
+      if (chunks == 2) dot_span<F, 2>(b, at, x, acc, accm);
+      if (chunks == 3) dot_span<F, 3>(b, at, x, acc, accm);
+      at += 64 * chunks;
+      b += 2 * chunks * F::bytes;
       if (at < k) {
         const Activation rest{nullptr,        x.high + at,     x.low + at,
                               x.d + at / 32,  x.sum + at / 32, x.sum16 + at / 16};
@@ -442,10 +444,14 @@ void axpy_slab(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
     }
     if constexpr (F::block == 32) {
       for (auto& p : later) prefetch(p, (k - at) / F::block * F::bytes);
-      for (; at + 64 <= k; at += 64) {
-        axpy_span<F, 1>(b, prepare<F>(b, 0, c, 64 / F::group, minima + at / F::group), sums + at);
-        for (auto& p : b) p += 2 * F::bytes;
-      }
+      const auto rest = [&]<int chunks>() {
+        axpy_span<F, chunks>(
+            b, prepare<F>(b, 0, c, chunks * 64 / F::group, minima + at / F::group), sums + at);
+      };
+      const size_t chunks = (k - at) / 64;
+      if (chunks == 1) rest.template operator()<1>();
+      if (chunks == 2) rest.template operator()<2>();
+      if (chunks == 3) rest.template operator()<3>();
     }
   }
   for (size_t j = 0; j < k; ++j) {

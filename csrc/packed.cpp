@@ -236,6 +236,8 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
   model.lm_head = in.has("lm_head.weight")
                       ? in.matrix("lm_head.weight", c.vocab_size, c.hidden_size)
                       : model.embed_tokens;
+  if (in.has("lm_head_coarse.weight"))
+    model.lm_head_coarse = in.matrix("lm_head_coarse.weight", c.vocab_size, c.hidden_size);
   model.lm_head_bias = in.optional_vector("lm_head.bias", c.vocab_size);
   model.embed_positions = in.table("embed_positions", c.context_length, c.hidden_size);
   model.norm = in.norm("norm", c.hidden_size);

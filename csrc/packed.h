@@ -63,6 +63,7 @@ struct Packed {
   std::vector<Layer> layers;
   Matrix embed_tokens;                  // (vocab, hidden)
   Matrix lm_head;                       // the same as embed_tokens where the head is tied
+  Matrix lm_head_coarse;                  // approximates lm_head in fewer bytes; data may be null
   const float* embed_positions = nullptr;  // (context, hidden)
   const float* lm_head_bias = nullptr;
   Norm norm;

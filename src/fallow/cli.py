@@ -287,6 +287,10 @@ def pack(
     down: Annotated[
         str | None, typer.Option(help="Type of down_proj; default: the smallest that passes.")
     ] = None,
+    shortlist: Annotated[
+        bool,
+        typer.Option("--shortlist", help="Add a coarse head, which plans of fallow optimize use."),
+    ] = False,
     text: TextOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -295,7 +299,9 @@ def pack(
     loaded_plan = _load_plan(plan)
     from fallow.packing import pack as run
 
-    check = run(model, output, plan=loaded_plan, quant=quant, down=down, text=text)
+    check = run(
+        model, output, plan=loaded_plan, quant=quant, down=down, shortlist=shortlist, text=text
+    )
     size = output.stat().st_size / 1e6
     if as_json:
         _print_json({"path": str(output), "mb": size, "self_check": vars(check)})

@@ -164,7 +164,16 @@ class Engine:
             FallowError: the plan is for another model, or its arrays do not fit.
         """
         self._core.set_cuts([] if plan is None else self._cuts(plan))
+        self._core.set_head_margin(0.0 if plan is None else self._head_margin(plan))
         self.plan: Plan | None = plan
+
+    def _head_margin(self, plan: Plan) -> float:
+        """Nats below the coarse head's largest logit down to which logits are exact; 0: all."""
+        margin = plan.arrays.get("head_margin")
+        if margin is None:
+            return 0.0
+        self._check_array(plan, "head_margin", margin, (1,))
+        return float(margin[0])
 
     def _cuts(self, plan: Plan) -> list[tuple[int, int, int, float, np.ndarray | None]]:
         """The plan in the core's terms: (layer, tap, how, value, weights)."""

@@ -24,6 +24,7 @@ from fallow.model import Model, find_model, load
 from fallow.plan import Plan
 from fallow.progress import console, progress
 from fallow.quality import compare_logits
+from fallow.shortlist import GROUP, coarse_head
 from fallow.taps import Layer, attach
 from fallow.text import Text, load_text
 from fallow.weights import StoredTensor, read_gguf
@@ -38,6 +39,7 @@ CHECK_CONTEXT = 512
 # layer take Q8_0 from 0.0022 to 0.0003 nats, sixteen to 0.0002.
 OUTLIERS = 8
 OUTLIER_WINDOWS = 2
+HEAD_WINDOWS = 8  # whose hidden states say how to round the coarse head
 # Types for down_proj_t from a GGUF source, smallest first; the K types need rows of whole 256s.
 DOWN_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
 DOWN_TYPES_NARROW = ("Q5_0", "Q5_1", "Q8_0")
@@ -93,6 +95,7 @@ def pack(
     plan: Plan | None = None,
     quant: str | None = None,
     down: str | None = None,
+    shortlist: bool = False,
     text: str | Path | Text | None = None,
     n_threads: int | None = None,
 ) -> SelfCheck:
@@ -103,6 +106,8 @@ def pack(
         quant: type of all matrices, for a Hugging Face folder (default Q8_0). A GGUF keeps its own.
         down: type of down_proj_t; default: for a GGUF the smallest that passes the check, else
             that of `quant`.
+        shortlist: add a coarse copy of the head (4.5 bits), by which a plan with a `head_margin`
+            spares most tokens' exact logits.
         text: what the check reads; default: the evaluation half of the default text.
 
     Raises:
@@ -114,6 +119,8 @@ def pack(
     source = _Source(load(model, "float32"), None if isinstance(model, Model) else str(model))
     types = source.down_types(quant, down)
     matrices = source.matrices(quant)
+    if shortlist:
+        matrices["lm_head_coarse.weight"] = source.coarse_head()
     if plan is not None:
         source.model.rule(plan)  # fits this model
     reference = _Reference(source.model, load_text(text, "evaluation"))
@@ -256,6 +263,32 @@ class _Source:
             for name, bias in self._biases(layer):
                 yield f"layers.{i}.{name}.bias", bias
 
+    def coarse_head(self) -> Matrix:
+        """A copy of the head in Q4_0, rounded for hidden states of the calibration text.
+
+        Raises:
+            FallowError: its rows are not whole blocks.
+        """
+        weight = self.model.module.get_output_embeddings().weight.detach()
+        rows, cols = weight.shape
+        if cols % GROUP:
+            raise FallowError(
+                f"{self.model.name} has {cols} hidden units, no multiple of {GROUP}: there is no "
+                "coarse head for it; pack without --shortlist"
+            )
+        moment = torch.zeros(cols, cols)
+        windows = self._calibration_windows(HEAD_WINDOWS)
+        with progress("hidden states", len(windows)) as ticker:
+            for window in windows:
+                hidden = final_hidden(self.model, window).float()
+                moment += hidden.T @ hidden / windows.size
+                ticker.advance()
+        return Matrix("Q4_0", (rows, cols), coarse_head(weight.numpy(), moment.numpy()))
+
+    def _calibration_windows(self, limit: int) -> np.ndarray:
+        context = min(CHECK_CONTEXT, self.config.max_position_embeddings)
+        return self.model.windows(load_text(None, "calibration"), context, limit)
+
     @cached_property
     def energy(self) -> np.ndarray:
         """Sum of inter² over some tokens of the calibration text, (L, d_ff)."""
@@ -265,8 +298,7 @@ class _Source:
         def add(layer: int, value: torch.Tensor) -> None:
             total[layer] += value.float().square().sum(dim=0)
 
-        context = min(CHECK_CONTEXT, model.module.config.max_position_embeddings)
-        windows = model.windows(load_text(None, "calibration"), context, OUTLIER_WINDOWS)
+        windows = self._calibration_windows(OUTLIER_WINDOWS)
         with (
             progress("outlier neurons", len(windows)) as ticker,
             attach(model.layers, {"inter": add}),

@@ -28,7 +28,8 @@ class Plan:
     """Which neurons may be left idle in one model, and how that was found.
 
     `arrays` are the rule's: `threshold.{tap}` (L,) in units of the value it cuts, or the one
-    number of a per-token rule. The file is safetensors; everything else is JSON in its metadata.
+    number of a per-token rule. Any plan may also have `head_margin` (1,), nats: logits that the
+    coarse head of a packed model puts farther below the largest stay coarse. The file is safetensors; everything else is JSON in its metadata.
     """
 
     model: str
@@ -118,7 +119,9 @@ class Plan:
         if missing:
             raise FallowError(f"plan {path} lacks {', '.join(sorted(missing))}; calibrate again")
         for name, array in arrays.items():
-            signed = name.partition(".")[0] not in ("threshold", "weight", "kept", "tau")
+            signed = name.partition(".")[0] not in (
+                "threshold", "weight", "kept", "tau", "head_margin",
+            )  # fmt: skip
             if not (np.isfinite(array) & (signed | (array >= 0))).all():
                 raise FallowError(
                     f"plan {path}: array {name} has NaN, infinity or a negative value; "
