@@ -414,17 +414,23 @@ void Engine::ffn_threshold_one(size_t l, const Input& input) {
     int32_t* rows = rows_.data() + begin;
     std::iota(rows, rows + (end - begin), static_cast<int32_t>(begin));
     size_t n = keep_above(cut(l, kGateAct), act, rows, end - begin);
-    workers_[static_cast<size_t>(worker)].second_rows = n;
+    Worker& own = workers_[static_cast<size_t>(worker)];
+    own.second_rows = n;
     if (config_.gated) {
       const Matrix& w = layer.up_proj;
+      const bool all = n == end - begin;
       float* up = up_.data() + begin;
-      kernels_.gemv_rows[w.type](w.data, w.row_bytes, rows, 0, n, hidden, x, up);
-      for (size_t i = 0; i < n; ++i)
-        act[rows[i]] *= up[i] + (layer.up_bias ? layer.up_bias[rows[i]] : 0.0f);
+      kernels_.gemv_rows[w.type](w.data, w.row_bytes, all ? nullptr : rows, begin, n, hidden, x, up);
+      if (all) {
+        if (layer.up_bias) add_to(up, layer.up_bias + begin, n);
+        for (size_t i = 0; i < n; ++i) act[begin + i] *= up[i];
+      } else {
+        for (size_t i = 0; i < n; ++i)
+          act[rows[i]] *= up[i] + (layer.up_bias ? layer.up_bias[rows[i]] : 0.0f);
+      }
     }
-    n = keep_above(cut(l, kInter), act, rows, n);
-    workers_[static_cast<size_t>(worker)].active = n;
-    float* inter = workers_[static_cast<size_t>(worker)].magnitudes.data();
+    own.active = n = keep_above(cut(l, kInter), act, rows, n);
+    float* inter = own.magnitudes.data();
     for (size_t i = 0; i < n; ++i) inter[i] = act[rows[i]];
     std::fill(y, y + hidden, 0.0f);
     const Matrix& down = layer.down_proj_t;
@@ -450,13 +456,20 @@ size_t Engine::keep_above(const Cut& cut, float* values, int32_t* rows, size_t n
   const float threshold = static_cast<float>(cut.value);
   const float* weight = cut.weight.empty() ? nullptr : cut.weight.data();
   size_t kept = 0;
-  for (size_t i = 0; i < n; ++i) {
-    const int32_t row = rows[i];
-    const float score = std::fabs(values[row]) * (weight ? weight[row] : 1.0f);
-    const bool idle = score <= threshold;
-    values[row] = idle ? 0.0f : values[row];
-    rows[kept] = row;
-    kept += !idle;
+  const auto keep = [&](auto weight_of) {
+    for (size_t i = 0; i < n; ++i) {
+      const int32_t row = rows[i];
+      const float value = values[row];
+      const bool idle = std::fabs(value) * weight_of(row) <= threshold;
+      values[row] = idle ? 0.0f : value;
+      rows[kept] = row;
+      kept += !idle;
+    }
+  };
+  if (weight) {
+    keep([&](int32_t row) { return weight[row]; });
+  } else {
+    keep([](int32_t) { return 1.0f; });
   }
   return kept;
 }

@@ -112,17 +112,38 @@ struct Groups<16> {
   }
 };
 
-// The f16 at the start of each of n <= 8 blocks, and the one after it.
+// The f16 at the start of each of n <= 8 blocks, and the one after it; n is known where this is
+// inlined.
 template <class F>
 FALLOW_INLINE void load_halves(const uint8_t* b, size_t n, __m256& first, __m256& second) {
-  // n is known where this is inlined; through memory, fewer than 8 would wait for their stores.
-  const auto at = [&](size_t i) {
-    return i < n ? static_cast<int>(load_u32(b + i * F::bytes)) : 0;
-  };
-  const __m256i words =
-      _mm256_set_epi32(at(7), at(6), at(5), at(4), at(3), at(2), at(1), at(0));
-  first = _mm256_cvtph_ps(_mm256_cvtepi32_epi16(words));
-  second = _mm256_cvtph_ps(_mm256_cvtepi32_epi16(_mm256_srli_epi32(words, 16)));
+  constexpr size_t words = F::bytes / 2;
+  if constexpr (3 * words + 1 < 32) {  // those of four blocks lie in one register
+    const auto four = [&](size_t i) {
+      const size_t there = i < n ? (n - i) * words : 0;
+      const auto mask = static_cast<__mmask32>(there < 32 ? (1ull << there) - 1 : ~0u);
+      return _mm512_maskz_loadu_epi16(mask, b + i * F::bytes);
+    };
+    constexpr int64_t w = words, x = 32;
+    const __m512i at = _mm512_set_epi64(
+        0, 0, 0, 0, 0, 0, (x + 3 * w) << 48 | (x + 2 * w) << 32 | (x + w) << 16 | x,
+        3 * w << 48 | 2 * w << 32 | w << 16);
+    const __m512i low = four(0), high = four(4);
+    const auto halves = [&](__m512i index) {
+      return _mm256_cvtph_ps(
+          _mm512_castsi512_si128(_mm512_permutex2var_epi16(low, index, high)));
+    };
+    first = halves(at);
+    second = halves(_mm512_add_epi16(at, _mm512_set1_epi16(1)));
+  } else {
+    // Through memory, fewer than 8 would wait for their stores.
+    const auto at = [&](size_t i) {
+      return i < n ? static_cast<int>(load_u32(b + i * F::bytes)) : 0;
+    };
+    const __m256i pairs =
+        _mm256_set_epi32(at(7), at(6), at(5), at(4), at(3), at(2), at(1), at(0));
+    first = _mm256_cvtph_ps(_mm256_cvtepi32_epi16(pairs));
+    second = _mm256_cvtph_ps(_mm256_cvtepi32_epi16(_mm256_srli_epi32(pairs, 16)));
+  }
 }
 
 // 16 bytes of each of two blocks: nibbles of the first in the low half, of the second in the high.

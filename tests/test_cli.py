@@ -188,6 +188,44 @@ def test_tradeoff(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Pa
     assert "Dense PPL" in run(*command).out
 
 
+def test_select_compare(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path) -> None:
+    sizes = ("--context", 32, "--windows", 2, "--calibration-windows", 2)
+    command = (
+        *("select", "compare", folders["qwen3"], "--selectors", "gate", "--sparsities", "0.5"),
+        *("--text", texts[1], "--calibration-text", texts[0], *sizes, "-o", tmp_path / "s"),
+    )
+    rows = run(*command, "--json").json["rows"]
+    assert [r["rule"] for r in rows] == ["dense", "oracle", "random", "static", "gate"]
+    d_ff, width = 37, 24
+    costs = {r["rule"]: (r["choosing_bytes"], r["choosing_multiplications"]) for r in rows[1:]}
+    assert costs["oracle"] == (2 * 4.5 / 8 * d_ff * width, 2 * d_ff * width)
+    assert costs["gate"] == (4.5 / 8 * d_ff * width, d_ff * width)
+    assert costs["static"] == (0, 0)
+    text = run(*command).out
+    assert "pareto.svg" in text
+    assert (tmp_path / "s" / "pareto.svg").stat().st_size > 1000
+    message = error(run("select", "compare", "x", "--selectors", "topk"), 2)
+    assert "topk is a rule, not a selector" in message
+
+
+def test_optimize(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path) -> None:
+    output = tmp_path / "m.gguf"
+    command = (
+        *("optimize", folders["llama"], "-o", output, "--quant", "f32", "--context", 32),
+        *("--windows", 2, "--validation-windows", 2, "--check-windows", 2),
+        *("--text", texts[1], "--calibration-text", texts[0], "--max-ppl-increase", 5),
+    )
+    result = run(*command, "--json").json
+    keys = {"ppl_change_percent", "kl_to_dense", "bytes_ratio", "decode_ratio_dense", "selector"}
+    assert keys <= set(result)
+    assert "times dense" in run(*command).out
+    answer = run("generate", output, "neuron 3", "--max-new-tokens", 4, "--json").json
+    assert answer["stats"]["new_tokens"] == 4
+    assert "not a positive percentage" in error(
+        run("optimize", "x", "-o", output, "--max-ppl-increase", -1), 2
+    )
+
+
 def test_generate(run: Any, folders: dict[str, Path], plan: Path) -> None:
     command = ("generate", folders["llama"], "neuron 3", "--plan", plan, "--max-new-tokens", 4)
     answer = run(*command, "--json").json

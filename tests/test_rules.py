@@ -35,13 +35,13 @@ def expected_active(
         return magnitude > plan.arrays[f"threshold.{tap}"][index]
     if plan.rule == "relu":
         return value != 0
-    if plan.rule in ("gate_topk", "gate_tail"):
+    if plan.rule in ("gate_topk", "gate_tail") or (plan.rule, tap) == ("two_stage", "gate_act"):
         norm = plan.arrays["weight.gate_act"][index]
     else:
         norm = column_norm(layer.projections[tap if tap in layer.projections else "down_proj"])
     score = magnitude * norm
-    if plan.rule == "cett":
-        return score > plan.arrays["threshold.inter"][index]
+    if plan.rule in ("cett", "two_stage"):
+        return score > plan.arrays[f"threshold.{tap}"][index]
     ordered = np.sort(score, axis=1)
     if plan.rule in ("topk", "gate_topk", "wina"):
         dropped = value.shape[1] - round(plan.knob * value.shape[1])
@@ -235,7 +235,7 @@ def make_search(scale: float = 1.0) -> CettSearch:
     generator = torch.Generator().manual_seed(3)
     inter = torch.randn(11, 37, generator=generator) * scale
     down = torch.randn(5, 37, generator=generator)
-    return CettSearch(inter, down, torch.linalg.vector_norm(down, dim=0))
+    return CettSearch(inter, down, inter.abs() * torch.linalg.vector_norm(down, dim=0))
 
 
 def brute_force_error(search: CettSearch, threshold: float) -> float:

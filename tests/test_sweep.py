@@ -10,7 +10,7 @@ import pytest
 import fallow
 from fallow import sweep
 from fallow.errors import UsageError
-from fallow.sweep import Row, make_rows
+from fallow.sweep import Row, make_rows, pareto_front
 
 Texts = tuple[Path, Path]
 SETTINGS: dict[str, Any] = {
@@ -133,3 +133,10 @@ def test_folder_of_another_run_is_refused(
 def test_leakage_is_refused(tiny: dict[str, fallow.Model], texts: Texts, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is the text the plan was calibrated on"):
         run(tiny["llama"], (texts[1], texts[1]), tmp_path, make_rows(["topk"], [0.5]))
+
+
+def test_pareto_front() -> None:
+    points = [(0.8, 0.1), (0.7, 0.5), (0.7, 0.4), (0.75, 0.6), (0.5, 9.0), (0.6, 9.0)]
+    rows = [{"ffn_bytes": b, "ppl_change_percent": c} for b, c in points]
+    front = [(r["ffn_bytes"], r["ppl_change_percent"]) for r in pareto_front(rows)]
+    assert front == [(0.8, 0.1), (0.7, 0.4), (0.5, 9.0)]

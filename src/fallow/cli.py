@@ -28,6 +28,10 @@ plan_app = typer.Typer(
     help="Look at plans, and make them from published thresholds.", no_args_is_help=True
 )
 app.add_typer(plan_app, name="plan")
+select_app = typer.Typer(
+    help="Compare selectors, which predict the neurons that matter.", no_args_is_help=True
+)
+app.add_typer(select_app, name="select")
 
 ModelArg = Annotated[
     str,
@@ -311,6 +315,58 @@ def pack(
 
 
 @app.command()
+def optimize(
+    model: ModelArg,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The packed model to write.")],
+    max_ppl_increase: Annotated[
+        float, typer.Option(help="Largest PPL increase against the source, percent.")
+    ] = 1.0,
+    text: TextOption = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="Text that the plan is made on; not --text.")
+    ] = None,
+    context: ContextOption = 1024,
+    windows: Annotated[int, typer.Option(help="Windows that thresholds are fitted on.")] = 4,
+    validation_windows: Annotated[int, typer.Option(help="Held-out windows after those.")] = 8,
+    check_windows: Annotated[int, typer.Option(help="Windows of --text.")] = 8,
+    threads: ThreadsOption = None,
+    quant: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
+    down: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Pack a model with the plan that skips most at a stated loss; calibrate, search and check."""
+    check_writable(output)
+    from fallow.optimize import optimize as run
+
+    result = run(
+        model,
+        output,
+        max_ppl_increase=max_ppl_increase,
+        calibration_text=calibration_text,
+        text=text,
+        context=context,
+        windows=windows,
+        validation_windows=validation_windows,
+        check_windows=check_windows,
+        threads=threads,
+        quant=quant,
+        down=down,
+    )
+    if as_json:
+        _print_json(result.to_json())
+        return
+    change = _plus_minus(result.ppl_change_percent, result.ppl_change_se, 2)
+    print(f"{result.selector}: {result.sparsity_ratio:.0%} of neurons idle")
+    print(f"  PPL {change} % against {model} on {result.text}, KL {result.kl_to_dense:.4f} nats")
+    print(
+        f"  decode {result.decode_tps:.1f} tok/s, {result.decode_ratio_dense:.2f} times dense, "
+        f"{result.threads} threads"
+    )
+    print(f"  {result.bytes_per_token / 1e6:.0f} MB/token, {result.bytes_ratio:.0%} of dense")
+    print(f"written: {output}, after {result.seconds:.0f} s")
+
+
+@app.command()
 def bench(
     file: PackedArg,
     plan: Annotated[Path | None, typer.Option(help="A plan; default: the packed one.")] = None,
@@ -567,6 +623,55 @@ def tradeoff(
     _print_tradeoff(table, output)
 
 
+@select_app.command("compare")
+def select_compare(
+    model: ModelArg,
+    selectors: Annotated[
+        str,
+        typer.Option(help="Comma-separated; see: fallow rules. Oracle, random, static are added."),
+    ] = "gate,gate_bucket,lowbit,lowbit:gate=3:up=3",
+    sparsities: Annotated[str, typer.Option(help="Comma-separated targets, [0, 1).")] = "0.5",
+    text: TextOption = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="Text that selectors are fitted on; not --text.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of tables, figures and finished work.")
+    ] = Path("selectors"),
+    context: ContextOption = 1024,
+    windows: Annotated[int | None, typer.Option(help="The first N windows; default: all.")] = None,
+    calibration_windows: Annotated[int, typer.Option(help="Windows selectors are fitted on.")] = 8,
+    allow_leakage: LeakageOption = False,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Selectors at equal budget: recall, bytes, operations, PPL and KL, the model in the loop."""
+    from fallow.rules import find_rule
+    from fallow.selectors._base import Selector
+
+    asked = (name.strip() for name in selectors.split(",") if name.strip())
+    names = list(dict.fromkeys(("oracle", "random", "static", *asked)))
+    for name in names:
+        if not issubclass(find_rule(name), Selector):
+            raise UsageError(f"{name} is a rule, not a selector; compare it with fallow tradeoff")
+    tradeoff(
+        model=model,
+        rules=",".join(names),
+        sparsities=sparsities,
+        max_ppl_increases="",
+        text=text,
+        calibration_text=calibration_text,
+        output=output,
+        context=context,
+        windows=windows,
+        calibration_windows=calibration_windows,
+        validation_windows=1,
+        allow_leakage=allow_leakage,
+        dtype=dtype,
+        as_json=as_json,
+    )
+
+
 def _numbers(option: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
@@ -579,8 +684,15 @@ def _print_tradeoff(table: list[dict[str, Any]], output: Path) -> None:
 
     dense = table[0]
     # What only selectors, and rules that keep k neurons per token, have.
-    selection = {"recall": "recall", "energy_recall": "energy", "ffn_bytes": "FFN bytes"}
-    selection = {key: label for key, label in selection.items() if any(key in r for r in table)}
+    percent, millions = "{:.1%}".format, lambda v: f"{v / 1e6:.2f}"
+    labels: dict[str, tuple[str, Any]] = {
+        "recall": ("recall", percent),
+        "energy_recall": ("energy", percent),
+        "ffn_bytes": ("FFN bytes", percent),
+        "choosing_bytes": ("MB to choose", millions),
+        "choosing_multiplications": ("M mult. to choose", millions),
+    }
+    selection = {key: v for key, v in labels.items() if any(key in r for r in table)}
     rows = []
     for r in table[1:]:
         rows.append(
@@ -594,7 +706,7 @@ def _print_tradeoff(table: list[dict[str, Any]], output: Path) -> None:
                 _plus_minus(r["ppl_change_percent"], r["ppl_change_se"], 2),
                 _plus_minus(r["kl_to_dense"], r["kl_se"], 4),
                 f"{r['top1_agreement']:.1%}",
-                *(f"{r[key]:.1%}" if key in r else "" for key in selection),
+                *(show(r[key]) if key in r else "" for key, (_, show) in selection.items()),
             ]
         )
     _print_table(
@@ -609,11 +721,13 @@ def _print_tradeoff(table: list[dict[str, Any]], output: Path) -> None:
             "PPL change %",
             "KL nats/token",
             "top-1",
-            *selection.values(),
+            *(label for label, _ in selection.values()),
         ],
         rows,
     )
-    print(f"written: {output}/table.csv, table.json, tradeoff.png, tradeoff.svg")
+    figures = ("tradeoff", "pareto") if "ffn_bytes" in selection else ("tradeoff",)
+    names = ", ".join(f"{name}.{kind}" for name in figures for kind in ("png", "svg"))
+    print(f"written: {output}/table.csv, table.json, {names}")
 
 
 @app.command()

@@ -28,10 +28,10 @@ DEFAULT_CONTEXT = 4096
 _THRESHOLD, _TOPK, _TAIL = 1, 2, 3
 _RULES = (
     "cats", "cett", "fat", "gate_tail", "gate_topk", "percentile", "relu", "tail", "teal", "topk",
-    "wina",
+    "two_stage", "wina",
 )  # fmt: skip
 # Rules that rank by the norm of a neuron's output.
-_BY_OUTPUT_NORM = ("topk", "tail", "cett")
+_BY_OUTPUT_NORM = ("topk", "tail", "cett", "two_stage")
 # The engine's projections that a fused one of the checkpoint stands for.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -178,7 +178,7 @@ class Engine:
     def _cuts(self, plan: Plan) -> list[tuple[int, int, int, float, np.ndarray | None]]:
         """The plan in the core's terms: (layer, tap, how, value, weights)."""
         plan.check_model(self.fingerprint, self.name)
-        if plan.rule not in _RULES:
+        if plan.rule.partition(":")[0] not in _RULES:
             raise FallowError(
                 f"the engine cannot run plans of {plan.rule!r}; it runs {', '.join(_RULES)}"
             )
@@ -235,7 +235,7 @@ class Engine:
                 plan, "weight.gate_act", array, (self._core.n_layers, self._core.intermediate_size)
             )
             return np.ascontiguousarray(array[layer], dtype=np.float32)
-        if tap == "inter" and plan.rule in _BY_OUTPUT_NORM:
+        if tap == "inter" and plan.rule.partition(":")[0] in _BY_OUTPUT_NORM:
             return np.asarray(self._core.down_norm(layer), dtype=np.float32)
         if plan.rule == "wina":
             return self._column_norms(layer, tap)

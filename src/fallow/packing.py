@@ -24,7 +24,7 @@ from fallow.model import Model, find_model, load
 from fallow.plan import Plan
 from fallow.progress import console, progress
 from fallow.quality import compare_logits
-from fallow.shortlist import GROUP, coarse_head
+from fallow.shortlist import BLOCK_BYTES, GROUP, coarse_head
 from fallow.taps import Layer, attach
 from fallow.text import Text, load_text
 from fallow.weights import StoredTensor, read_gguf
@@ -116,30 +116,64 @@ def pack(
         UsageError: an unknown type.
     """
     check_writable(output)
-    source = _Source(load(model, "float32"), None if isinstance(model, Model) else str(model))
-    types = source.down_types(quant, down)
-    matrices = source.matrices(quant)
-    if shortlist:
-        matrices["lm_head_coarse.weight"] = source.coarse_head()
-    if plan is not None:
-        source.model.rule(plan)  # fits this model
-    reference = _Reference(source.model, load_text(text, "evaluation"))
-    check = None
-    with atomic_path(output) as temporary:
-        for kind in types:
-            _write(temporary, source, matrices, kind, plan)
-            check = reference.check(temporary, n_threads or os.cpu_count() or 1)
-            console.print(f"down_proj_t {kind}: {check}", highlight=False)
-            if check.passed or not source.keeps_bytes:
-                break
-        assert check is not None
-        if not check.passed and source.keeps_bytes:
-            raise FallowError(
-                f"the packed model differs too much from {source.model.name} ({check}; at most "
-                f"{LARGEST_KL} nats and {LARGEST_PPL_CHANGE} %); nothing was written; try --down "
-                "q8_0, and please report this model"
-            )
-    return check
+    return Packer(model, quant=quant, down=down, shortlist=shortlist, text=text).write(
+        output, plan, n_threads
+    )
+
+
+class Packer:
+    """A model made ready to be packed, once or with several plans. Arguments as for `pack`."""
+
+    def __init__(
+        self,
+        model: str | Path | Model,
+        *,
+        quant: str | None = None,
+        down: str | None = None,
+        shortlist: bool | None = False,  # None: where it pays
+        text: str | Path | Text | None = None,
+    ) -> None:
+        name = None if isinstance(model, Model) else str(model)
+        self._source = _Source(load(model, "float32"), name)
+        self._types = self._source.down_types(quant, down)
+        self._matrices = self._source.matrices(quant)
+        if self._source.shortlist_pays(self._matrices) if shortlist is None else shortlist:
+            self._matrices["lm_head_coarse.weight"] = self._source.coarse_head()
+        self._reference = _Reference(self.model, load_text(text, "evaluation"))
+
+    @property
+    def model(self) -> Model:
+        """The source, float32."""
+        return self._source.model
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the packed model is made for."""
+        return self._source.context_length
+
+    def write(
+        self, output: str | Path, plan: Plan | None = None, n_threads: int | None = None
+    ) -> SelfCheck:
+        """Writes the packed model, whole or not at all. Raises as `pack` does."""
+        source, check = self._source, None
+        if plan is not None:
+            source.model.rule(plan)  # fits this model
+        with atomic_path(output) as temporary:
+            for kind in self._types:
+                _write(temporary, source, self._matrices, kind, plan)
+                check = self._reference.check(temporary, n_threads or os.cpu_count() or 1)
+                console.print(f"down_proj_t {kind}: {check}", highlight=False)
+                if check.passed or not source.keeps_bytes:
+                    self._types = (kind,)  # of further files
+                    break
+            assert check is not None
+            if not check.passed and source.keeps_bytes:
+                raise FallowError(
+                    f"the packed model differs too much from {source.model.name} ({check}; at most "
+                    f"{LARGEST_KL} nats and {LARGEST_PPL_CHANGE} %); nothing was written; try "
+                    "--down q8_0, and please report this model"
+                )
+        return check
 
 
 class _Source:
@@ -262,6 +296,12 @@ class _Source:
             yield f"layers.{i}.down_norm", layer.down_norm.numpy()
             for name, bias in self._biases(layer):
                 yield f"layers.{i}.{name}.bias", bias
+
+    def shortlist_pays(self, matrices: dict[str, Matrix]) -> bool:
+        """Whether a coarse head has at most three quarters of the head's bytes."""
+        head = matrices.get("lm_head.weight", matrices["embed_tokens.weight"])
+        cols = head.shape[1]
+        return cols % GROUP == 0 and BLOCK_BYTES * cols / GROUP <= 0.75 * head.data.shape[1]
 
     def coarse_head(self) -> Matrix:
         """A copy of the head in Q4_0, rounded for hidden states of the calibration text.
@@ -581,7 +621,7 @@ class _Reference:
                 ticker.advance()
 
     def check(self, path: Path, n_threads: int) -> SelfCheck:
-        engine = Engine(path, threads=n_threads, context=self.windows.shape[1])
+        engine = Engine(path, plan=False, threads=n_threads, context=self.windows.shape[1])
         results = [
             compare_logits(
                 window,

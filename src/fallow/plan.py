@@ -29,7 +29,8 @@ class Plan:
 
     `arrays` are the rule's: `threshold.{tap}` (L,) in units of the value it cuts, or the one
     number of a per-token rule. Any plan may also have `head_margin` (1,), nats: logits that the
-    coarse head of a packed model puts farther below the largest stay coarse. The file is safetensors; everything else is JSON in its metadata.
+    coarse head of a packed model puts farther below the largest stay coarse. The file is
+    safetensors; everything else is JSON in its metadata.
     """
 
     model: str

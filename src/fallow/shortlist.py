@@ -11,7 +11,8 @@ import torch
 
 from fallow.progress import progress
 
-GROUP, LEVELS = 32, 16  # Q4_0: blocks of 32 weights, a half-precision scale, values -8 to 7
+# Q4_0: blocks of 32 weights in 18 bytes, a half-precision scale and values -8 to 7.
+GROUP, BLOCK_BYTES, LEVELS = 32, 18, 16
 # A group's step, as a share of the one that reaches its largest weight: the least squared error
 # of the four is taken.
 STEPS = (0.7, 0.8, 0.9, 1.0)

@@ -226,7 +226,12 @@ def _bytes(model: Model, row: Row, sparsity: float) -> dict[str, float]:
     rule = find_rule(row.rule)
     if not (issubclass(rule, Selector) and model.layers[0].gated):
         return {}
-    return {"ffn_bytes": rule.ffn_bytes(1 - sparsity, model.layers[0])}
+    choosing, multiplications = rule.cost(model.layers[0])
+    return {
+        "ffn_bytes": rule.ffn_bytes(1 - sparsity, model.layers[0]),
+        "choosing_bytes": choosing,
+        "choosing_multiplications": multiplications,
+    }
 
 
 def _cell(
@@ -295,11 +300,16 @@ def _summarise_row(row: Row, cells: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+SELECTION = (
+    "recall", "energy_recall", "ffn_bytes", "choosing_bytes", "choosing_multiplications",
+)  # fmt: skip
+
+
 def _selection(cells: list[dict[str, Any]]) -> dict[str, float]:
     """What rows of selectors, and of rules that keep k neurons per token, have besides."""
     return {
         key: float(np.mean([c[key] for c in cells]))
-        for key in ("recall", "energy_recall", "ffn_bytes")
+        for key in SELECTION
         if all(c.get(key) is not None for c in cells)
     }
 
@@ -321,6 +331,8 @@ def write_table(table: list[dict[str, Any]], folder: Path) -> None:
     write_text(folder / "table.csv", out.getvalue())
     write_json(folder / "table.json", table)
     _draw(table, folder)
+    if any("ffn_bytes" in row for row in table):
+        _draw_bytes([row for row in table if "ffn_bytes" in row], folder)
 
 
 # One column of panels per kind of sparsity: they are not the same quantity.
@@ -354,9 +366,60 @@ def _draw(table: list[dict[str, Any]], folder: Path) -> None:
         top.legend(fontsize=8)
     axes[0, 0].set_ylabel("PPL change against dense, %")
     axes[1, 0].set_ylabel("KL to dense, nats/token")
+    _save(figure, folder, "tradeoff")
+
+
+def _draw_bytes(rows: list[dict[str, Any]], folder: Path) -> None:
+    """What selectors read of the FFN against what they cost; the line joins the best of them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 5.5))
+    for rule in dict.fromkeys(r["rule"] for r in rows):
+        own = [r for r in rows if r["rule"] == rule]
+        axis.errorbar(
+            [r["ffn_bytes"] for r in own],
+            [r["ppl_change_percent"] for r in own],
+            [r["ppl_change_se"] or 0 for r in own],
+            marker="o",
+            markersize=4,
+            linestyle="none",
+            label=rule,
+        )
+    front = pareto_front(rows)
+    axis.plot(
+        [r["ffn_bytes"] for r in front],
+        [r["ppl_change_percent"] for r in front],
+        color="grey",
+        linewidth=0.8,
+        zorder=0,
+    )
+    axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")  # +1 %
+    axis.set_yscale("symlog", linthresh=1)
+    axis.set_xlabel("FFN bytes per token over the dense FFN's, choosing included")
+    axis.set_ylabel("PPL change against dense, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, folder, "pareto")
+
+
+def pareto_front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that no other beats in both bytes and PPL change, by falling bytes."""
+    front: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda r: (r["ffn_bytes"], r["ppl_change_percent"])):
+        if not front or row["ppl_change_percent"] < front[-1]["ppl_change_percent"]:
+            front.append(row)
+    return front[::-1]
+
+
+def _save(figure: Any, folder: Path, name: str) -> None:
+    import matplotlib.pyplot as plt
+
     figure.tight_layout()
     for kind in ("png", "svg"):
-        with atomic_path(folder / f"tradeoff.{kind}") as temporary:
+        with atomic_path(folder / f"{name}.{kind}") as temporary:
             figure.savefig(temporary, format=kind, dpi=150)
     plt.close(figure)
 

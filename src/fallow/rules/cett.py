@@ -34,7 +34,7 @@ class Cett(Rule):
 
     @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
-        searches = _searches(calibration)
+        searches = cett_searches(calibration)
 
         def mean_sparsity(cett: float) -> float:
             return float(np.mean([s.sparsity(s.threshold(cett)) for s in searches]))
@@ -44,7 +44,7 @@ class Cett(Rule):
 
     @classmethod
     def learn(cls, calibration: Calibration, knob: float) -> Arrays:
-        searches = _searches(calibration)
+        searches = cett_searches(calibration)
         thresholds = []
         with progress("cett thresholds", len(searches)) as ticker:
             for search in searches:
@@ -57,17 +57,14 @@ class Cett(Rule):
 
 
 class CettSearch:
-    """Thresholds of one layer. `inter` (T, d_ff), `down_proj` (d_model, d_ff), norms (d_ff,).
+    """Thresholds of one layer, on scores (T, d_ff); `inter` likewise, `down_proj` (d_model, d_ff).
 
     Candidates are 65,536 even steps from the smallest score to the 0.99 quantile (METHODS 4.1).
     Evaluated candidates are remembered, so that the next search starts from a narrow bracket.
     """
 
-    def __init__(
-        self, inter: torch.Tensor, down_proj: torch.Tensor, down_norm: torch.Tensor
-    ) -> None:
-        self.inter, self.down_proj = inter, down_proj
-        self.score = inter.abs().float() * down_norm
+    def __init__(self, inter: torch.Tensor, down_proj: torch.Tensor, score: torch.Tensor) -> None:
+        self.inter, self.down_proj, self.score = inter, down_proj, score
         sample = self.score.flatten()
         stride = max(1, sample.numel() // 1_000_000)
         while math.gcd(stride, inter.shape[1]) > 1:  # else some neurons would never be looked at
@@ -118,10 +115,13 @@ class CettSearch:
         return float((self.score <= threshold).float().mean())
 
 
-def _searches(calibration: Calibration) -> list[CettSearch]:
+def cett_searches(calibration: Calibration) -> list[CettSearch]:
+    """One search per layer, with neurons dropped in the order of their outputs' norms."""
     if "cett" not in calibration.cache:
         calibration.cache["cett"] = [
-            CettSearch(inter, layer.down_proj.weight.detach(), layer.down_norm)
+            CettSearch(
+                inter, layer.down_proj.weight.detach(), inter.abs().float() * layer.down_norm
+            )
             for layer, inter in zip(calibration.layers, calibration.inter, strict=True)
         ]
     return calibration.cache["cett"]

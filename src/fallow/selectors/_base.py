@@ -79,8 +79,15 @@ class Selector(Rule):
 
     @classmethod
     def extra_bytes(cls, layer: Layer) -> int:
-        """Bytes per token that the selector reads besides the FFN's own weights."""
+        """Bytes per token, of int8 values, read besides the FFN's own weights."""
         return 0
+
+    @classmethod
+    def cost(cls, layer: Layer) -> tuple[float, int]:
+        """What choosing takes per token and layer: bytes read, and multiplications."""
+        size = layer.down_proj.weight.numel()
+        first, extra = cls.first_bits(Bits()), cls.extra_bytes(layer)
+        return sum(first) / 8 * size + extra, sum(b > 0 for b in first) * size + extra
 
     @classmethod
     def ffn_bytes(cls, kept: float, layer: Layer) -> float:

@@ -1,0 +1,464 @@
+"""From a model to a packed file that leaves idle what a stated loss allows, chosen by measurement.
+
+What may be spared: rows of up_proj of neurons whose gate is small, rows of down_proj of neurons
+whose output is small (rule `two_stage`), and exact logits of unlikely tokens (the head's
+shortlist). What each layer's thresholds cost the whole model is measured layer by layer; then
+every layer takes the cheapest of its choices at one common price of divergence for bytes, and the
+price is searched for which held-out text loses as much as is allowed.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from fallow import _core
+from fallow.bench import run_once
+from fallow.capture import Calibration
+from fallow.engine import Engine
+from fallow.errors import FallowError, UsageError
+from fallow.evaluation import final_hidden, logits_of, window_losses
+from fallow.files import atomic_path, check_writable
+from fallow.metrics import ppl_change_percent
+from fallow.model import Model
+from fallow.packing import Packer
+from fallow.plan import Plan
+from fallow.progress import console, progress
+from fallow.quality import Evaluation, evaluate_engine, token_losses
+from fallow.rules._gate import gate_weights
+from fallow.rules.two_stage import TwoStage
+from fallow.text import Text, check_no_leakage, load_text, split_windows
+from fallow.weights import StoredTensor
+
+# Sparsities at which each layer's thresholds are measured; between them the divergence is taken as
+# linear, which overestimates it a little since it is convex.
+LEVELS = {"gate_act": (0.1, 0.25, 0.4), "inter": (0.3, 0.5, 0.7, 0.85)}
+GRID = np.arange(0, 0.951, 0.05)  # sparsities that a layer may be given
+PROBE_WINDOWS, PROBE_CONTEXT = 2, 256  # tokens on which the divergence is measured
+SCORE_TOKENS = 256  # per layer, whose scores' quantiles are thresholds
+# Scattered rows take longer than their share of a matrix: how much is timed on half of the rows of
+# one too large for any cache, and never taken to be less than nothing.
+TIMED_BYTES, ROW_RUNS = 1 << 26, 5
+# Nats below the largest coarse logit; on the three real models 12 costs 0.0002 to 0.0011 nats,
+# 14 costs 0.0001 to 0.0003.
+HEAD_MARGIN = 13.0
+# Logarithm of the price, in nats for all of the FFN's bytes.
+LOWEST_PRICE, HIGHEST_PRICE, PRICE_STEPS = -3.0, 1.5, 7
+SMALLEST = 1e-30  # a threshold that only exact zeros stay below
+TIMED_PROMPT, TIMED_TOKENS, TIMED_RUNS = 64, 64, 5
+SAME_SPEED = 0.98  # of the fastest
+
+
+@dataclass
+class Optimized:
+    """What a plan saves and costs. Quality is against the source model, on held-out text."""
+
+    path: str
+    selector: str
+    ppl_change_percent: float
+    ppl_change_se: float | None  # paired
+    kl_to_dense: float  # nats per token, from the source model
+    bytes_per_token: float  # weights and cache read per decoded token
+    bytes_ratio: float  # that over the same of the packed model run dense
+    decode_tps: float  # median of alternating runs
+    decode_ratio_dense: float  # against the packed model run dense
+    sparsity_ratio: float  # S(inter) while decoding
+    validation_ppl_change_percent: float  # on the text that the search looked at
+    text: str
+    calibration_text: str
+    threads: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def optimize(
+    model: str | Path | Model,
+    output: str | Path,
+    *,
+    max_ppl_increase: float = 1.0,
+    calibration_text: str | Path | Text | None = None,
+    text: str | Path | Text | None = None,
+    context: int = 1024,
+    windows: int = 4,
+    validation_windows: int = 8,
+    check_windows: int = 8,
+    threads: int | None = None,
+    quant: str | None = None,
+    down: str | None = None,
+) -> Optimized:
+    """Packs a model with a plan that costs at most `max_ppl_increase` percent of perplexity.
+
+    The limit holds, with one standard error to spare, on windows of the calibration text that no
+    threshold was fitted on; the result's figures come from `text`, which must be another one.
+    Measured costs of layers are kept beside the output until it is written, so that a stopped run
+    continues there.
+
+    Args:
+        windows: of the calibration text, for thresholds; `validation_windows` more judge plans.
+        quant, down: as for `pack`.
+
+    Raises:
+        UsageError: a limit that is no positive percentage, or the same text twice.
+        FallowError: as `pack`; or no plan stays within the limit.
+    """
+    start = time.monotonic()
+    if not (np.isfinite(max_ppl_increase) and max_ppl_increase > 0):
+        raise UsageError(f"--max-ppl-increase {max_ppl_increase} is not a positive percentage")
+    check_writable(output)
+    source_text = load_text(text, "evaluation")
+    fit_text = load_text(calibration_text, "calibration")
+    check_no_leakage(fit_text.sha256, source_text, allow_leakage=False)
+    packer = Packer(model, quant=quant, down=down, shortlist=None)
+    source = packer.model
+    context = min(context, packer.context_length)
+    cut = source.windows(fit_text, context, windows + validation_windows)
+    fit, validation = split_windows(cut, [windows, validation_windows])
+    candidates = Candidates(source, fit, fit_text)
+    with atomic_path(output) as dense:
+        packer.write(dense)
+        engine = Engine(dense, plan=False, threads=threads, context=context)
+        candidates.bind(engine)
+        costs_path = Path(f"{output}.costs.jsonl")
+        costs = _measure_costs(candidates, engine, fit, costs_path)
+        plan, loss = _search(candidates, costs, source, engine, validation, max_ppl_increase)
+        plan = _fastest_part(engine, plan)
+        packer.write(dense, plan)
+    costs_path.unlink(missing_ok=True)
+    engine = Engine(output, threads=threads, context=context)
+    quality = evaluate_engine(
+        engine,
+        plan,
+        source_text,
+        context=context,
+        windows=check_windows,
+        against=lambda window: logits_of(source, final_hidden(source, window)),
+    )
+    runs = _time(engine, {"sparse": plan, "dense": None})
+    return _result(engine, plan, quality, runs, loss, fit_text, output, time.monotonic() - start)
+
+
+class Candidates:
+    """Plans of `two_stage` for one model, given each layer's two sparsities."""
+
+    def __init__(self, model: Model, windows: np.ndarray, text: Text) -> None:
+        self.model, self.text = model, text
+        self.n_layers = len(model.layers)
+        self.stages = ("gate_act", "inter") if model.layers[0].gated else ("inter",)
+        self.calibration = Calibration(model, windows)
+        self.weights = gate_weights(self.calibration)
+        self.thresholds = {stage: self._quantiles(stage) for stage in self.stages}
+        self.head_margin = 0.0
+        self.bytes: dict[str, np.ndarray] = {}
+
+    def _quantiles(self, stage: str) -> np.ndarray:
+        """The score below which a share of a layer's scores lies, (L, grid) float32."""
+        found = np.empty((self.n_layers, len(GRID)), dtype=np.float32)
+        with progress(f"thresholds of {stage}", self.n_layers) as ticker:
+            for i, layer in enumerate(self.model.layers):
+                values = getattr(self.calibration, stage)[i]
+                some = values[:: max(1, len(values) // SCORE_TOKENS)].abs().float()
+                weight = (
+                    torch.from_numpy(self.weights["weight.gate_act"][i])
+                    if stage == "gate_act"
+                    else layer.down_norm
+                )
+                found[i] = np.quantile((some * weight).numpy(), GRID)
+                ticker.advance()
+        found = np.maximum(found, SMALLEST)
+        found[:, 0] = 0
+        return found
+
+    def bind(self, engine: Engine) -> None:
+        """Takes from a packed file of the model what its rows weigh and whether it has a shortlist."""
+        tensors = engine.file.tensors
+        for stage, name in (("gate_act", "up_proj"), ("inter", "down_proj_t")):
+            self.bytes[stage] = np.array(
+                [tensors[f"layers.{i}.{name}.weight"].data.nbytes for i in range(self.n_layers)],
+                dtype=float,
+            )
+        first = "gate_proj" if "gate_act" in self.stages else "up_proj"
+        self.fixed_bytes = float(
+            sum(tensors[f"layers.{i}.{first}.weight"].data.nbytes for i in range(self.n_layers))
+        )
+        self.row_costs = {
+            stage: _row_cost(tensors[f"layers.0.{name}.weight"], product, engine.threads)
+            for stage, name, product in (
+                ("gate_act", "up_proj", "gemv"),
+                ("inter", "down_proj_t", "axpy"),
+            )
+        }
+        console.print(
+            "a scattered row takes "
+            + ", ".join(f"{c:.2f} ({s})" for s, c in self.row_costs.items() if s in self.stages)
+            + " of its time in a whole matrix",
+            highlight=False,
+        )
+        self.head_margin = HEAD_MARGIN if "lm_head_coarse.weight" in tensors else 0.0
+
+    def plan(self, choice: dict[str, np.ndarray], head_margin: float) -> Plan:
+        """A plan from the index into the grid of every stage and layer, (L,) each."""
+        layers = np.arange(self.n_layers)
+        arrays = {f"threshold.{s}": self.thresholds[s][layers, choice[s]] for s in self.stages}
+        if "gate_act" not in self.stages:
+            arrays["threshold.gate_act"] = np.zeros(self.n_layers, dtype=np.float32)
+        arrays |= self.weights
+        arrays["head_margin"] = np.array([head_margin])
+        return Plan(
+            model=self.model.name,
+            fingerprint=self.model.fingerprint,
+            rule=TwoStage.name,
+            where=TwoStage.where,
+            knob=0.0,
+            knob_name=TwoStage.knob_name,
+            arrays=arrays,
+            calibration_text=self.text.name,
+            calibration_sha256=self.text.sha256,
+            calibration_tokens=self.calibration.n_tokens,
+            dtype=self.model.dtype_name,
+        )
+
+    def probes(self) -> Iterator[tuple[str, int, int, Plan]]:
+        """Every plan that cuts one layer by one stage: stage, layer, index into the grid, plan."""
+        for layer in range(self.n_layers):
+            for stage in self.stages:
+                for level in LEVELS[stage]:
+                    index = int(np.abs(GRID - level).argmin())
+                    choice = {s: np.zeros(self.n_layers, dtype=int) for s in self.stages}
+                    choice[stage][layer] = index
+                    yield stage, layer, index, self.plan(choice, 0.0)
+
+    def choose(self, costs: dict[str, np.ndarray], price: float) -> dict[str, np.ndarray]:
+        """The choice of each layer that is cheapest at `price` nats for all of the FFN's bytes."""
+        total = self.fixed_bytes + sum(
+            float(self.bytes[s].sum()) for s in ("gate_act", "inter") if s in self.stages
+        )
+        found = {s: np.zeros(self.n_layers, dtype=int) for s in self.stages}
+        for layer in range(self.n_layers):
+            for stage in self.stages:
+                read = np.minimum(1, self.row_costs[stage] * (1 - GRID))
+                share = self.bytes[stage][layer] / total * read
+                found[stage][layer] = int(np.argmin(costs[stage][layer] + price * share))
+        return found
+
+
+def _row_cost(tensor: StoredTensor, product: str, threads: int) -> float:
+    """Time per row of every other row, on average, over that of all rows of a matrix."""
+    width = tensor.shape[1]
+    rows = max(2, TIMED_BYTES * tensor.shape[0] // tensor.data.nbytes)
+    half = np.sort(np.random.default_rng(0).choice(rows, rows // 2, replace=False))
+    runs = [
+        _core.time_rows(tensor.type, rows, width, half.astype(np.int32), threads)
+        for _ in range(ROW_RUNS)
+    ]
+    return max(1.0, 2 * median(r[f"{product}_rows"] / r[product] for r in runs))
+
+
+def _measure_costs(
+    candidates: Candidates, engine: Engine, windows: np.ndarray, path: Path
+) -> dict[str, np.ndarray]:
+    """Divergence from dense, nats per token, of each stage, layer and grid point: (L, grid)."""
+    probe = windows[:PROBE_WINDOWS, :PROBE_CONTEXT]
+    settings = {"fingerprint": candidates.model.fingerprint, "text": candidates.text.sha256}
+    known = _read_costs(path, settings)
+    dense = [_Dense(engine.logits(window)) for window in probe]
+    todo = list(candidates.probes())
+    with path.open("a", encoding="utf-8") as file, progress("cost of layers", len(todo)) as ticker:
+        if path.stat().st_size == 0:
+            file.write(json.dumps(settings))
+        file.write("\n")  # also ends a line that a killed run left
+        for stage, layer, index, plan in todo:
+            if (stage, layer, index) not in known:
+                engine.use_plan(plan)
+                kl = [
+                    d.divergence(engine.logits(window))
+                    for d, window in zip(dense, probe, strict=True)
+                ]
+                known[stage, layer, index] = float(np.mean(kl))
+                file.write(json.dumps([stage, layer, index, known[stage, layer, index]]) + "\n")
+                file.flush()
+            ticker.advance()
+    costs = {s: np.empty((candidates.n_layers, len(GRID))) for s in candidates.stages}
+    for stage, table in costs.items():
+        for layer in range(candidates.n_layers):
+            points = {i: cost for (s, n, i), cost in known.items() if (s, n) == (stage, layer)}
+            levels = sorted(points)
+            table[layer] = np.interp(GRID, [0, *GRID[levels]], [0, *(points[i] for i in levels)])
+            table[layer, levels[-1] + 1 :] = np.inf  # not measured
+    return costs
+
+
+def _read_costs(path: Path, settings: dict[str, str]) -> dict[tuple[str, int, int], float]:
+    """What an earlier run with the same settings had measured."""
+    if not path.exists():
+        return {}
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # an empty line, or one whose run was killed while writing
+            lines.append(json.loads(line))
+    if not lines or lines[0] != settings:
+        raise UsageError(f"{path} belongs to a run with another model or text; remove it")
+    console.print(f"continuing with {len(lines) - 1} costs of {path}", highlight=False)
+    return {(stage, layer, index): kl for stage, layer, index, kl in lines[1:]}
+
+
+class _Dense:
+    """A window's dense logits (T, vocabulary), to which others are compared."""
+
+    def __init__(self, logits: np.ndarray) -> None:
+        self.p, self.log_total = _softmax(logits)
+        # KL(p || q) = Σ p log p - Σ p q + log Σ exp q, of which the first sum is always the same.
+        self.entropy = np.einsum("tv,tv->t", self.p, logits) - self.log_total
+
+    def divergence(self, logits: np.ndarray) -> float:
+        """Mean KL(dense || other), nats per token."""
+        expected = np.einsum("tv,tv->t", self.p, logits)
+        return float((self.entropy - expected + _log_sum(logits)).mean())
+
+
+def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    total = _log_sum(logits)
+    return np.exp(logits - total[:, None]), total
+
+
+def _log_sum(logits: np.ndarray) -> np.ndarray:
+    top = logits.max(axis=1)
+    return top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+
+
+def _search(
+    candidates: Candidates,
+    costs: dict[str, np.ndarray],
+    source: Model,
+    engine: Engine,
+    windows: np.ndarray,
+    limit: float,
+) -> tuple[Plan, float]:
+    """The plan of the highest price that stays within the limit, and its PPL change, percent."""
+    with progress("source on held-out windows", len(windows)) as ticker:
+        dense = np.empty(len(windows))
+        for i, window in enumerate(windows):
+            dense[i] = window_losses(source, window[None], None)[0]
+            ticker.advance()
+    low, high = LOWEST_PRICE, HIGHEST_PRICE
+    best: tuple[Plan, float] | None = None
+    with progress("search", PRICE_STEPS) as ticker:
+        for _ in range(PRICE_STEPS):
+            price = (low + high) / 2
+            choice = candidates.choose(costs, 10**price)
+            plan = candidates.plan(choice, candidates.head_margin)
+            engine.use_plan(plan)
+            losses = np.array([_loss(engine, window) for window in windows])
+            change, error = ppl_change_percent(losses, dense)
+            sparsity = ", ".join(f"{s} {GRID[choice[s]].mean():.0%}" for s in candidates.stages)
+            console.print(
+                f"price 10^{price:.2f}: idle by {sparsity}: PPL {change:+.2f} ± {error or 0:.2f} %",
+                highlight=False,
+            )
+            if change + (error or 0) <= limit:
+                low, best = price, (plan, change)
+            else:
+                high = price
+            ticker.advance()
+    if best is None:
+        raise FallowError(
+            f"no plan stays within {limit:g} % of PPL on the held-out windows: the packed model "
+            "itself may use it up; raise --max-ppl-increase or give --down q8_0"
+        )
+    plan, change = best
+    plan.target_ppl_increase, plan.achieved_ppl_increase = limit, change
+    return plan, change
+
+
+def _loss(engine: Engine, window: np.ndarray) -> float:
+    return float(token_losses(engine.logits(window)[:-1], window[1:]).mean())
+
+
+def _fastest_part(engine: Engine, plan: Plan) -> Plan:
+    """Drops what of the plan does not pay here: its thresholds, the shortlist, or both.
+
+    Where two are about as fast, the one that reads less.
+    """
+    parts = {}
+    for idle in (True, False):
+        for shortlist in (True, False) if plan.arrays["head_margin"][0] > 0 else (False,):
+            arrays = dict(plan.arrays)
+            if not idle:
+                arrays |= {k: 0 * v for k, v in arrays.items() if k.startswith("threshold.")}
+            if not shortlist:
+                arrays["head_margin"] = np.zeros(1)
+            part = replace(plan, arrays=arrays)
+            parts[_selector(part)] = part
+    runs = _time(engine, parts)
+    speed = {name: median(r["decode_tps"] for r in found) for name, found in runs.items()}
+    fastest = max(speed.values())
+    for name, tps in speed.items():
+        console.print(
+            f"{name}: {tps:.1f} tok/s, {runs[name][0]['bytes_per_token'] / 1e6:.0f} MB/token",
+            highlight=False,
+        )
+    close = [name for name, tps in speed.items() if tps >= SAME_SPEED * fastest]
+    return parts[min(close, key=lambda name: runs[name][0]["bytes_per_token"])]
+
+
+def _selector(plan: Plan) -> str:
+    """What a plan uses of what there is."""
+    used = [plan.rule] if any(plan.arrays[f"threshold.{s}"].any() for s in LEVELS) else []
+    used += ["shortlist"] if plan.arrays["head_margin"][0] > 0 else []
+    return "+".join(used) or "dense"
+
+
+def _time(engine: Engine, plans: Mapping[str, Plan | None]) -> dict[str, list[dict[str, float]]]:
+    """Runs of prefill and decode with each plan in turn, by name."""
+    size = min(TIMED_PROMPT + TIMED_TOKENS, engine.context)
+    ids = engine.windows(load_text(None, "evaluation"), size, 1)[0]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in plans}
+    with progress("timing", TIMED_RUNS) as ticker:
+        for _ in range(TIMED_RUNS):
+            for name, plan in plans.items():
+                engine.use_plan(plan)
+                runs[name].append(run_once(engine, ids, size // 2))
+            ticker.advance()
+    return runs
+
+
+def _result(
+    engine: Engine,
+    plan: Plan,
+    quality: Evaluation,
+    runs: dict[str, list[dict[str, float]]],
+    validation: float,
+    fit_text: Text,
+    output: str | Path,
+    seconds: float,
+) -> Optimized:
+    sparse, dense = runs["sparse"], runs["dense"]
+    kl = quality.kl_to_dense["mean"]
+    assert kl is not None
+    return Optimized(
+        path=str(output),
+        selector=_selector(plan),
+        ppl_change_percent=quality.ppl_change_percent,
+        ppl_change_se=quality.ppl_change_se,
+        kl_to_dense=kl,
+        bytes_per_token=sparse[0]["bytes_per_token"],
+        bytes_ratio=sparse[0]["bytes_per_token"] / dense[0]["bytes_per_token"],
+        decode_tps=median(r["decode_tps"] for r in sparse),
+        decode_ratio_dense=median(
+            a["decode_tps"] / b["decode_tps"] for a, b in zip(sparse, dense, strict=True)
+        ),
+        sparsity_ratio=sparse[0]["sparsity"],
+        validation_ppl_change_percent=validation,
+        text=quality.text,
+        calibration_text=fit_text.name,
+        threads=engine.threads,
+        seconds=seconds,
+    )

@@ -1,0 +1,98 @@
+"""Two thresholds per layer: the gate drops the surest neurons, the whole inter drops the rest."""
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from fallow.capture import Calibration
+from fallow.progress import progress
+from fallow.rules._base import Arrays, Rule, bisect
+from fallow.rules._gate import gate_weights
+from fallow.rules.cett import CettSearch, cett_searches
+from fallow.taps import Layer
+
+
+class TwoStage(Rule):
+    """Idle are |gate_act_i| E|up_i| ||down_proj[:, i]|| and then |inter_i| ||down_proj[:, i]||
+    below a threshold of their own.
+
+    Both thresholds follow `cett` (P3 2.2): the second one's cumulative error of tail truncation is
+    the knob, the first one's `early` percent of it, the same in all layers. `fallow optimize` sets
+    every threshold by what it costs the whole model instead.
+    """
+
+    name = "two_stage"
+    paper = "METHODS 5 (ours)"
+    where = "inter"
+    knob_name = "CETT of the second stage, share of the FFN output's norm"
+    known = "after gate: saves some of up_proj; after up: more of down_proj"
+    search = "knob"
+    options: ClassVar[dict[str, int]] = {"early": 30}
+    option_ranges: ClassVar[dict[str, range]] = {"early": range(101)}
+
+    @classmethod
+    def cuts(cls, layer: Layer) -> tuple[str, ...]:
+        return ("gate_act", "inter")
+
+    @classmethod
+    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
+        shape = (len(layers), layers[0].down_proj.in_features)
+        return super().shapes(layers) | {"weight.gate_act": shape}
+
+    @classmethod
+    def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
+        first, second = gate_searches(calibration), cett_searches(calibration)
+
+        def mean_sparsity(knob: float) -> float:
+            return float(
+                np.mean(
+                    [
+                        float(((a.score <= s) | (b.score <= t)).float().mean())
+                        for a, b, (s, t) in zip(
+                            first, second, cls._thresholds(first, second, knob), strict=True
+                        )
+                    ]
+                )
+            )
+
+        with progress("two_stage for a sparsity"):
+            return bisect(mean_sparsity, sparsity)
+
+    @classmethod
+    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+        found = cls._thresholds(gate_searches(calibration), cett_searches(calibration), knob)
+        first, second = np.array(found, dtype=np.float32).T
+        return {"threshold.gate_act": first, "threshold.inter": second} | gate_weights(calibration)
+
+    @classmethod
+    def _thresholds(
+        cls, first: list[CettSearch], second: list[CettSearch], knob: float
+    ) -> list[tuple[float, float]]:
+        early = knob * cls.options["early"] / 100
+        return [(a.threshold(early), b.threshold(knob)) for a, b in zip(first, second, strict=True)]
+
+    def weight(self, index: int, layer: Layer, tap: str) -> torch.Tensor:
+        if tap == "inter":
+            return layer.down_norm
+        return torch.from_numpy(self.arrays["weight.gate_act"][index])
+
+
+def gate_searches(calibration: Calibration) -> list[CettSearch]:
+    """As those of `cett`, with neurons dropped in the order of the gate's score."""
+    if "cett by gate" not in calibration.cache:
+        weights = gate_weights(calibration)["weight.gate_act"]
+        calibration.cache["cett by gate"] = [
+            CettSearch(inter, layer.down_proj.weight.detach(), gate.abs().float() * weight)
+            for layer, inter, gate, weight in zip(
+                calibration.layers,
+                calibration.inter,
+                calibration.gate_act,
+                map(torch.from_numpy, weights),
+                strict=True,
+            )
+        ]
+    return calibration.cache["cett by gate"]
+
+
+RULE = TwoStage

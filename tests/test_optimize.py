@@ -1,0 +1,268 @@
+"""The head's shortlist, and the search for the plan that saves most at a stated loss."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import fallow
+from conftest import CONFIGS, VOCABULARY
+from fallow import optimize as module
+from fallow.engine import Engine
+from fallow.errors import FallowError, UsageError
+from fallow.optimize import GRID, Candidates, optimize
+from fallow.packing import pack
+from fallow.plan import Plan
+from fallow.quality import evaluate_engine
+from fallow.shortlist import coarse_head
+from fallow.text import load_text
+from fallow.weights import StoredTensor, read_gguf
+
+IDS = np.random.default_rng(1).integers(2, VOCABULARY, 100)
+Texts = tuple[Path, Path]
+SIZES: dict[str, Any] = {
+    "context": 32,
+    "windows": 2,
+    "validation_windows": 2,
+    "check_windows": 2,
+    "quant": "f32",
+}
+
+
+@pytest.fixture(scope="session")
+def wide(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama whose head has whole blocks of 32 weights per row."""
+    folder = tmp_path_factory.mktemp("wide")
+    kind, settings = CONFIGS["llama"]
+    config = getattr(transformers, kind)(**settings | {"hidden_size": 64, "intermediate_size": 96})
+    torch.manual_seed(5)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for file in folders["llama"].glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+# The head's shortlist --------------------------------------------------------------------------
+
+
+def decode_q4_0(data: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    return StoredTensor("head", shape, "Q4_0", data.reshape(-1)).dequantize()
+
+
+def test_coarse_head_spends_its_error_where_inputs_are_quiet() -> None:
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((500, 64)).astype(np.float32)
+    mixing = generator.standard_normal((64, 64)) * np.geomspace(3, 0.03, 64)
+    hidden = generator.standard_normal((2000, 64)) @ mixing.T
+    moment = (hidden.T @ hidden / len(hidden)).astype(np.float32)
+    fresh = generator.standard_normal((200, 64)) @ mixing.T
+
+    def error(approximate: np.ndarray) -> float:
+        return float(np.square(fresh @ (approximate - weight).T).mean())
+
+    ours = decode_q4_0(coarse_head(weight, moment), weight.shape)
+    nearest = gguf.quantize(weight, gguf.GGMLQuantizationType.Q4_0)
+    assert error(ours) < 0.5 * error(decode_q4_0(nearest, weight.shape))
+
+
+def test_coarse_head_of_white_inputs_is_rounding() -> None:
+    weight = np.random.default_rng(1).standard_normal((40, 32)).astype(np.float32)
+    weight[7] = 0
+    found = decode_q4_0(coarse_head(weight, np.eye(32, dtype=np.float32)), weight.shape)
+    step = np.abs(weight).max(axis=1, keepdims=True) / 8
+    assert (found[7] == 0).all()
+    # Half a step, and a whole one at the end of the range that 16 values leave out; shorter steps
+    # cut off the largest weights.
+    assert np.abs(found - weight).max() <= (0.3 * 8 + 1) * step.max()
+    assert np.square(found - weight).mean() < np.square(step).mean() / 8
+
+
+@pytest.fixture(scope="session")
+def shortlisted(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shortlist") / "m.gguf"
+    pack(wide, path, quant="f32", shortlist=True)
+    return path
+
+
+def margin_plan(path: Path, margin: float) -> Plan:
+    engine = Engine(path)
+    return Plan(
+        model=engine.name,
+        fingerprint=engine.fingerprint,
+        rule="two_stage",
+        where="inter",
+        knob=0.0,
+        knob_name="",
+        arrays={"head_margin": np.array([margin])},
+    )
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_likely_tokens_have_exact_logits(shortlisted: Path, one_by_one: bool) -> None:
+    margin = 1.5
+    engine = Engine(shortlisted, threads=2)
+
+    def logits(plan: Plan | None) -> np.ndarray:
+        engine.use_plan(plan)
+        if not one_by_one:
+            return engine.logits(IDS)
+        engine.reset()
+        return np.concatenate([engine.forward(IDS[i : i + 1]) for i in range(len(IDS))])
+
+    exact = logits(None)
+    mixed = logits(margin_plan(shortlisted, margin))
+    tensors = read_gguf(shortlisted).tensors
+    head = tensors["lm_head.weight"].dequantize()
+    hidden = np.linalg.lstsq(head, exact.T, rcond=None)[0].T  # 64 unknowns, 300 logits each
+    coarse = hidden @ tensors["lm_head_coarse.weight"].dequantize().T
+    near = coarse >= coarse.max(axis=1, keepdims=True) - margin
+    clear = np.abs(coarse - coarse.max(axis=1, keepdims=True) + margin) > 0.02
+    tolerance = 1e-6 if one_by_one else 0.02
+    np.testing.assert_allclose(mixed[near & clear], exact[near & clear], atol=tolerance)
+    np.testing.assert_allclose(mixed[~near & clear], coarse[~near & clear], atol=0.05)
+    assert 0.01 < near.mean() < 0.5
+    assert np.abs(coarse - exact)[~near].max() > 0.1  # or nothing was tested
+    np.testing.assert_allclose(logits(margin_plan(shortlisted, 1e3)), exact, atol=tolerance)
+
+
+def test_shortlist_spares_bytes(shortlisted: Path) -> None:
+    read = {}
+    for margin in (0.0, 1e-6, 1e3):
+        engine = Engine(shortlisted, margin_plan(shortlisted, margin))
+        engine.forward(IDS[:1])
+        read[margin] = engine.core_stats()["bytes_read"]
+    head, coarse = VOCABULARY * 64 * 4, VOCABULARY * 2 * 18
+    assert read[0.0] - read[1e-6] == head - coarse - 64 * 4  # one exact row
+    assert read[1e3] - read[0.0] == coarse
+
+
+def test_no_shortlist_for_narrow_heads(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(FallowError, match="24 hidden units, no multiple of 32"):
+        pack(folders["llama"], tmp_path / "m.gguf", quant="f32", shortlist=True)
+    pack(folders["llama"], tmp_path / "m.gguf", quant="f32")
+    engine = Engine(tmp_path / "m.gguf")
+    exact = engine.logits(IDS)
+    engine.use_plan(margin_plan(tmp_path / "m.gguf", 1.0))  # a margin without a coarse head
+    np.testing.assert_array_equal(engine.logits(IDS), exact)
+
+
+# The search --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["wide", "opt", "phi3"])
+def test_optimize(
+    name: str, wide: Path, folders: dict[str, Path], texts: Texts, tmp_path: Path
+) -> None:
+    output = tmp_path / "m.gguf"
+    result = optimize(
+        wide if name == "wide" else folders[name],
+        output,
+        max_ppl_increase=2.0,
+        calibration_text=texts[0],
+        text=texts[1],
+        **SIZES,
+    )
+    assert result.validation_ppl_change_percent <= 2.0
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+    engine = Engine(output)
+    assert engine.plan is not None
+    assert (engine.plan.rule, engine.plan.target_ppl_increase) == ("two_stage", 2.0)
+    used = [engine.plan.arrays[f"threshold.{s}"].any() for s in ("gate_act", "inter")]
+    assert ("two_stage" in result.selector) == any(used)
+    assert ("shortlist" in result.selector) == (engine.plan.arrays["head_margin"][0] > 0)
+    assert (result.bytes_ratio < 1) == (result.selector != "dense")
+    if name == "opt":
+        assert not used[0]
+    # The figures are those of the file, against the source.
+    reference = fallow.load(wide if name == "wide" else folders[name])
+    check = fallow.evaluate(reference, None, texts[1], context=32, windows=2)
+    again = evaluate_engine(engine, engine.plan, texts[1], context=32, windows=2)
+    assert again.ppl / check.ppl == pytest.approx(1 + result.ppl_change_percent / 100, rel=2e-3)
+
+
+def test_dearer_bytes_mean_more_sparsity(
+    folders: dict[str, Path], texts: Texts, tmp_path: Path
+) -> None:
+    model = fallow.load(folders["llama"], "float32")
+    text = load_text(texts[0], "calibration")
+    candidates = Candidates(model, model.windows(text, 32, 2), text)
+    pack(folders["llama"], tmp_path / "m.gguf", quant="f32")
+    candidates.bind(Engine(tmp_path / "m.gguf"))
+    candidates.row_costs = {"gate_act": 1.0, "inter": 1.5}
+    costs = {s: np.tile(GRID**2, (2, 1)) for s in candidates.stages}
+    chosen = [candidates.choose(costs, price) for price in (0.0, 0.5, 2.0, 100.0)]
+    for stage in candidates.stages:
+        sparsity = [GRID[c[stage]].mean() for c in chosen]
+        assert sparsity == sorted(sparsity)
+        assert (sparsity[0], sparsity[-1]) == (0.0, GRID[-1])
+    # Rows at 1.5 times their share save nothing below a sparsity of a third.
+    few = GRID[chosen[1]["inter"]]
+    assert ((few == 0) | (few > 1 / 3)).all()
+    # The thresholds leave what they say idle.
+    choice = {s: np.full(2, 10) for s in candidates.stages}  # half
+    thresholds = candidates.plan(choice, 0.0).arrays["threshold.inter"]
+    for layer, inter, threshold in zip(
+        model.layers, candidates.calibration.inter, thresholds, strict=True
+    ):
+        idle = (inter.abs() * layer.down_norm <= float(threshold)).float().mean()
+        assert idle == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_stopped_search_continues(
+    folders: dict[str, Path],
+    texts: Texts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "m.gguf"
+    costs = tmp_path / "m.gguf.costs.jsonl"
+
+    def run() -> None:
+        optimize(folders["llama"], output, calibration_text=texts[0], text=texts[1], **SIZES)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_search", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert [p.name for p in tmp_path.iterdir()] == [costs.name]
+    lines = [line for line in costs.read_text().splitlines() if line]
+    assert len(lines) == 1 + 2 * (3 + 4)  # settings; layers times levels of both stages
+    costs.write_text("\n".join(lines[:5]) + "\n[1, 2")  # killed while writing
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_search", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert "continuing with 4 costs" in capsys.readouterr().err
+    run()
+    assert "continuing with 14 costs" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+    costs.write_text(json.dumps({"fingerprint": "another", "text": ""}) + "\n")
+    with pytest.raises(UsageError, match="belongs to a run with another model or text"):
+        run()
+
+
+def test_wrong_use(
+    folders: dict[str, Path], texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(**changed: Any) -> None:
+        settings = {"calibration_text": texts[0], "text": texts[1]} | SIZES | changed
+        optimize(folders["llama"], tmp_path / "m.gguf", **settings)
+
+    for limit in (0.0, -1.0, float("nan")):
+        with pytest.raises(UsageError, match="is not a positive percentage"):
+            run(max_ppl_increase=limit)
+    with pytest.raises(UsageError, match="is the text the plan was calibrated on"):
+        run(text=texts[0])
+    monkeypatch.setattr(module, "_loss", lambda *_: 20.0)
+    with pytest.raises(FallowError, match="no plan stays within 1 % of PPL"):
+        run()
+    assert not (tmp_path / "m.gguf").exists()
