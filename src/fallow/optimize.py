@@ -24,7 +24,7 @@ from fallow.bench import run_once
 from fallow.capture import Calibration
 from fallow.engine import Engine
 from fallow.errors import FallowError, UsageError
-from fallow.evaluation import final_hidden, logits_of, window_losses
+from fallow.evaluation import dense_logits, window_losses
 from fallow.files import atomic_path, check_writable
 from fallow.metrics import ppl_change_percent
 from fallow.model import Model
@@ -140,7 +140,7 @@ def optimize(
         source_text,
         context=context,
         windows=check_windows,
-        against=lambda window: logits_of(source, final_hidden(source, window)),
+        against=lambda window: dense_logits(source, window),
     )
     runs = _time(engine, {"sparse": plan, "dense": None})
     return _result(engine, plan, quality, runs, loss, fit_text, output, time.monotonic() - start)
@@ -178,7 +178,7 @@ class Candidates:
         return found
 
     def bind(self, engine: Engine) -> None:
-        """Takes from a packed file of the model what its rows weigh and whether it has a shortlist."""
+        """Takes from a packed file of the model what its rows weigh, and its shortlist."""
         tensors = engine.file.tensors
         for stage, name in (("gate_act", "up_proj"), ("inter", "down_proj_t")):
             self.bytes[stage] = np.array(

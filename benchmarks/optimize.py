@@ -1,0 +1,196 @@
+"""What `fallow optimize` makes of the three real models: bytes, speed and quality.
+
+Plans are made on the WikiText-2 validation text and judged on the raw test text, windows of 1024
+tokens, against the source model; speed is llama.cpp's on the same GGUF, alternating. Needs
+llama-cpp-python==0.3.36; a stopped run continues with the next step:
+
+    python benchmarks/optimize.py smollm2 gemma3 qwen2.5-1.5b
+    python benchmarks/optimize.py --report    # writes docs/results/optimize.md
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import NEW, PROMPT, RUNS, TEST, THREADS, VALIDATION, bench
+from tradeoff import ROOT, record_machine
+
+RESULTS = ROOT / "benchmarks" / "results" / "optimize"
+LIMIT = 1.0  # percent
+WINDOWS = 40
+
+
+def run(name: str) -> None:
+    from fallow.catalog import ALIASES, resolve
+
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    record_machine(folder / "machine.json")
+    packed, source = folder / "packed.gguf", resolve(ALIASES[name])
+    path = folder / "result.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if not packed.exists():
+        result = {}
+    steps: dict[str, Callable[[], Any]] = {
+        "optimize": lambda: optimize(name, packed),
+        "bytes": lambda: count_bytes(packed, source),
+        "speed": lambda: bench(packed, RUNS, "llama.cpp", source),
+        "quality": lambda: quality(name, packed),
+    }
+    for step, do in steps.items():
+        if step not in result:
+            result[step] = do()
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def optimize(name: str, packed: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "fallow", "optimize", name, "-o", packed, "--json"]
+    command += ["--max-ppl-increase", LIMIT, "--threads", THREADS]
+    command += ["--calibration-text", VALIDATION, "--text", TEST]
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"fallow optimize {name} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def count_bytes(packed: Path, source: Path) -> dict[str, float]:
+    """Bytes of weights per decoded token: of the source, and with the plan or without."""
+    from fallow import Engine
+    from fallow.weights import read_gguf
+
+    engine = Engine(packed, threads=THREADS, context=PROMPT + NEW)
+    plan = engine.plan
+    assert plan is not None
+    only_neurons = dataclasses.replace(plan, arrays={**plan.arrays, "head_margin": np.zeros(1)})
+    text = engine.windows(_text(), PROMPT + NEW, 1)[0]
+    read = {}
+    for key, used in (("plan", plan), ("neurons", only_neurons), ("dense", None)):
+        engine.use_plan(used)
+        engine.reset()
+        engine.forward(text[:PROMPT])
+        engine.reset_stats()
+        for i in range(PROMPT, PROMPT + NEW):
+            engine.forward(text[i : i + 1])
+        read[key] = engine.core_stats()["bytes_read"] / NEW
+    tensors = engine.file.tensors
+    ffn = sum(
+        t.data.nbytes
+        for n, t in tensors.items()
+        if any(p in n for p in ("gate_proj.", "up_proj.", "down_proj_t.", "outliers."))
+    )
+    weights = _read_per_token({n: t.data.nbytes for n, t in tensors.items()}, "embed_tokens")
+    cache = read["dense"] - weights
+    stored = {n: t.data.nbytes for n, t in read_gguf(source).tensors.items()}
+    source_bytes = _read_per_token(stored, "token_embd")
+    return {
+        "source": source_bytes,
+        "dense": weights,
+        "plan": read["plan"] - cache,
+        "ffn_ratio": (ffn - (read["dense"] - read["neurons"])) / ffn,
+        "ratio_to_source": (read["plan"] - cache) / source_bytes,
+        "ratio_to_dense": (read["plan"] - cache) / weights,
+    }
+
+
+def _read_per_token(sizes: dict[str, int], embedding: str) -> float:
+    """Bytes of the matrices that a token needs: all but an embedding that is not the head too."""
+    untied = any(n.startswith(("lm_head.weight", "output.weight")) for n in sizes)
+    skipped = ("lm_head_coarse", *([embedding] if untied else []))
+    return float(
+        sum(
+            size
+            for n, size in sizes.items()
+            if not n.startswith(skipped)
+            and not any(part in n for part in ("norm", "bias", "inv_freq", "rope"))
+        )
+    )
+
+
+def quality(name: str, packed: Path) -> dict[str, Any]:
+    """The plan against the source model, and the packed model run dense against it."""
+    import fallow
+    from fallow.evaluation import dense_logits
+    from fallow.quality import evaluate_engine
+
+    model = fallow.load(name, "float32")
+    engine = fallow.Engine(packed, threads=THREADS, context=1024)
+    found = evaluate_engine(
+        engine,
+        engine.plan,
+        TEST,
+        context=1024,
+        windows=WINDOWS,
+        against=lambda window: dense_logits(model, window),
+    ).to_json()
+    keys = ("ppl", "ppl_se", "ppl_change_percent", "ppl_change_se", "kl_to_dense", "windows")
+    return {k: found[k] for k in (*keys, "top1_agreement", "achieved_sparsity")}
+
+
+def _text() -> Any:
+    from fallow.text import load_text
+
+    return load_text(TEST, "evaluation")
+
+
+INTRODUCTION = f"""# What `fallow optimize` makes of a model
+
+`fallow optimize --max-ppl-increase {LIMIT:g}`, thresholds and search on the WikiText-2 validation
+text, every figure here on the WikiText-2 raw test text. `benchmarks/optimize.py` does it.
+
+- **PPL**, **KL** are against the source model in float32, windows of 1024 tokens, ± one paired
+  standard error.
+- **bytes** are of the weights that decode reads per token, **of the source** over what the GGUF's
+  own matrices hold (an embedding that is not the head is not read), **of FFN** over the packed
+  model's FFN.
+- **decode / llama.cpp**: on the source GGUF, {THREADS} threads, median of {RUNS} alternating runs
+  ({PROMPT} tokens before, {NEW} timed).
+- **decode / dense**: the packed file with its plan over the same without.
+"""
+
+
+def report() -> str:
+    lines = [
+        INTRODUCTION,
+        "| model | uses | PPL change % | KL nats | neurons idle | bytes of source | of FFN "
+        "| decode / llama.cpp | decode / dense | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("*/result.json")):
+        r = json.loads(path.read_text())
+        where = json.loads((path.parent / "machine.json").read_text())
+        o, q, b, s = r["optimize"], r["quality"], r["bytes"], r["speed"]
+        low, high = s["decode_ratio_range"]
+        lines.append(
+            f"| {path.parent.name} | {o['selector']} "
+            f"| {q['ppl_change_percent']:+.2f} ± {q['ppl_change_se']:.2f} ({q['windows']} windows) "
+            f"| {q['kl_to_dense']['mean']:.4f} | {q['achieved_sparsity']:.2f} "
+            f"| {b['ratio_to_source']:.3f} | {b['ffn_ratio']:.3f} "
+            f"| **{s['decode_ratio']:.2f}** ({low:.2f} to {high:.2f}) "
+            f"| {o['decode_ratio_dense']:.2f} | {o['seconds'] / 60:.0f} |"
+        )
+    lines.append(
+        f"\n{where['cpu']}, {where['threads']} threads, commits {', '.join(where['commits'])}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        run(name)
+    if arguments.report:
+        (ROOT / "docs" / "results" / "optimize.md").write_text(report())
+
+
+if __name__ == "__main__":
+    main()
