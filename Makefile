@@ -43,6 +43,8 @@ demo: install
 bench: install
 	$(BIN)/python benchmarks/tradeoff.py smollm2 gemma3 qwen2.5-1.5b
 	$(BIN)/python benchmarks/engine.py smollm2 gemma3 qwen2.5-1.5b
+	$(BIN)/python benchmarks/selector.py smollm2 gemma3 qwen2.5-1.5b
+	$(BIN)/python benchmarks/optimize.py smollm2 gemma3 qwen2.5-1.5b
 
 clean:
 	rm -rf $(VENV) build $(DEMO)
