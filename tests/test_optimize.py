@@ -12,10 +12,10 @@ import transformers
 
 import fallow
 from conftest import CONFIGS, VOCABULARY
-from fallow import optimize as module
+from fallow import optimization as module
 from fallow.engine import Engine
 from fallow.errors import FallowError, UsageError
-from fallow.optimize import GRID, Candidates, optimize
+from fallow.optimization import GRID, Candidates, optimize
 from fallow.packing import pack
 from fallow.plan import Plan
 from fallow.quality import evaluate_engine

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fallow.errors import FallowError, UsageError
     from fallow.evaluation import evaluate
     from fallow.model import Model, load
+    from fallow.optimization import Optimized, optimize
     from fallow.packing import pack
     from fallow.plan import Plan
     from fallow.profiling import profile
@@ -21,11 +22,13 @@ _PUBLIC = {
     "Evaluation": "fallow.quality",
     "FallowError": "fallow.errors",
     "Model": "fallow.model",
+    "Optimized": "fallow.optimization",
     "Plan": "fallow.plan",
     "UsageError": "fallow.errors",
     "calibrate": "fallow.calibration",
     "evaluate": "fallow.evaluation",
     "load": "fallow.model",
+    "optimize": "fallow.optimization",
     "pack": "fallow.packing",
     "profile": "fallow.profiling",
     "tradeoff": "fallow.sweep",
@@ -36,11 +39,13 @@ __all__ = [
     "Evaluation",
     "FallowError",
     "Model",
+    "Optimized",
     "Plan",
     "UsageError",
     "calibrate",
     "evaluate",
     "load",
+    "optimize",
     "pack",
     "profile",
     "tradeoff",

@@ -336,7 +336,7 @@ def optimize(
 ) -> None:
     """Pack a model with the plan that skips most at a stated loss; calibrate, search and check."""
     check_writable(output)
-    from fallow.optimize import optimize as run
+    from fallow.optimization import optimize as run
 
     result = run(
         model,
