@@ -7,11 +7,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import torch
-import transformers
 
 import fallow
-from conftest import CONFIGS, VOCABULARY
+from conftest import VOCABULARY, make_folder
 from fallow import optimization as module
 from fallow.engine import Engine
 from fallow.errors import FallowError, UsageError
@@ -35,16 +33,9 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def wide(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama whose head has whole blocks of 32 weights per row."""
-    folder = tmp_path_factory.mktemp("wide")
-    kind, settings = CONFIGS["llama"]
-    config = getattr(transformers, kind)(**settings | {"hidden_size": 64, "intermediate_size": 96})
-    torch.manual_seed(5)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    for file in folders["llama"].glob("*token*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return make_folder("llama", tmp_path_factory.mktemp("wide"), hidden_size=64)
 
 
 # The head's shortlist --------------------------------------------------------------------------

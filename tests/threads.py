@@ -20,12 +20,20 @@ def pack(folder: Path) -> None:
     for name in CONFIGS:
         make_folder(name, folder / name)
         pack(folder / name, folder / f"{name}.gguf", quant="f32")
+    make_folder("llama", folder / "wide", hidden_size=64)
+    pack(folder / "wide", folder / "wide.gguf", quant="f32", shortlist=True)
 
 
 def run(folder: Path) -> None:
     ids = np.random.default_rng(1).integers(2, 300, 100)
     plans = {
         "cats": {"threshold.gate_act": np.full(2, 0.1, dtype=np.float32)},
+        "two_stage": {
+            "threshold.gate_act": np.full(2, 0.1, dtype=np.float32),
+            "weight.gate_act": np.ones((2, 37), dtype=np.float32),
+            "threshold.inter": np.full(2, 0.2, dtype=np.float32),
+            "head_margin": np.array([1.0]),
+        },
         "topk": {"kept": np.array([0.5])},
         "tail": {"tau": np.array([0.2])},
     }
