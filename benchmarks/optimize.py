@@ -5,6 +5,7 @@ tokens, against the source model; speed is llama.cpp's on the same GGUF, alterna
 llama-cpp-python==0.3.36; a stopped run continues with the next step:
 
     python benchmarks/optimize.py smollm2 gemma3 qwen2.5-1.5b
+    python benchmarks/optimize.py qwen2.5-1.5b --prefer bytes
     python benchmarks/optimize.py --report    # writes docs/results/optimize.md
 """
 
@@ -27,10 +28,10 @@ LIMIT = 1.0  # percent
 WINDOWS = 40
 
 
-def run(name: str) -> None:
+def run(name: str, prefer: str) -> None:
     from fallow.catalog import ALIASES, resolve
 
-    folder = RESULTS / name
+    folder = RESULTS / (name if prefer == "speed" else f"{name}-{prefer}")
     folder.mkdir(parents=True, exist_ok=True)
     record_machine(folder / "machine.json")
     packed, source = folder / "packed.gguf", resolve(ALIASES[name])
@@ -39,7 +40,7 @@ def run(name: str) -> None:
     if not packed.exists():
         result = {}
     steps: dict[str, Callable[[], Any]] = {
-        "optimize": lambda: optimize(name, packed),
+        "optimize": lambda: optimize(name, packed, prefer),
         "bytes": lambda: count_bytes(packed, source),
         "speed": lambda: bench(packed, RUNS, "llama.cpp", source),
         "quality": lambda: quality(name, packed),
@@ -50,9 +51,9 @@ def run(name: str) -> None:
             path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def optimize(name: str, packed: Path) -> dict[str, Any]:
+def optimize(name: str, packed: Path, prefer: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "fallow", "optimize", name, "-o", packed, "--json"]
-    command += ["--max-ppl-increase", LIMIT, "--threads", THREADS]
+    command += ["--max-ppl-increase", LIMIT, "--threads", THREADS, "--prefer", prefer]
     command += ["--calibration-text", VALIDATION, "--text", TEST]
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -184,10 +185,11 @@ def report() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
+    parser.add_argument("--prefer", default="speed", choices=("speed", "bytes"))
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     for name in arguments.models:
-        run(name)
+        run(name, arguments.prefer)
     if arguments.report:
         (ROOT / "docs" / "results" / "optimize.md").write_text(report())
 

@@ -156,6 +156,7 @@ def test_optimize(
         max_ppl_increase=2.0,
         calibration_text=texts[0],
         text=texts[1],
+        prefer="bytes" if name == "phi3" else "speed",
         **SIZES,
     )
     assert result.validation_ppl_change_percent <= 2.0
@@ -169,6 +170,8 @@ def test_optimize(
     assert (result.bytes_ratio < 1) == (result.selector != "dense")
     if name == "opt":
         assert not used[0]
+    if name == "phi3":
+        assert any(used)  # whatever the timing
     # The figures are those of the file, against the source.
     reference = fallow.load(wide if name == "wide" else folders[name])
     check = fallow.evaluate(reference, None, texts[1], context=32, windows=2)
@@ -253,6 +256,8 @@ def test_wrong_use(
             run(max_ppl_increase=limit)
     with pytest.raises(UsageError, match="is the text the plan was calibrated on"):
         run(text=texts[0])
+    with pytest.raises(UsageError, match="unknown preference 'joy'; known: speed, bytes"):
+        run(prefer="joy")
     monkeypatch.setattr(module, "_loss", lambda *_: 20.0)
     with pytest.raises(FallowError, match="no plan stays within 1 % of PPL"):
         run()

@@ -330,6 +330,9 @@ def optimize(
     validation_windows: Annotated[int, typer.Option(help="Held-out windows after those.")] = 8,
     check_windows: Annotated[int, typer.Option(help="Windows of --text.")] = 8,
     threads: ThreadsOption = None,
+    prefer: Annotated[
+        str, typer.Option(help="speed: only what is faster here; bytes: read as few as possible.")
+    ] = "speed",
     quant: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
     down: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
     as_json: JsonOption = False,
@@ -349,6 +352,7 @@ def optimize(
         validation_windows=validation_windows,
         check_windows=check_windows,
         threads=threads,
+        prefer=prefer,
         quant=quant,
         down=down,
     )

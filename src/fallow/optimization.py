@@ -46,6 +46,7 @@ SCORE_TOKENS = 256  # per layer, whose scores' quantiles are thresholds
 # Scattered rows take longer than their share of a matrix: how much is timed on half of the rows of
 # one too large for any cache, and never taken to be less than nothing.
 TIMED_BYTES, ROW_RUNS = 1 << 26, 5
+PREFERENCES = ("speed", "bytes")
 # Nats below the largest coarse logit; on the three real models 12 costs 0.0002 to 0.0011 nats,
 # 14 costs 0.0001 to 0.0003.
 HEAD_MARGIN = 13.0
@@ -92,6 +93,7 @@ def optimize(
     validation_windows: int = 8,
     check_windows: int = 8,
     threads: int | None = None,
+    prefer: str = "speed",
     quant: str | None = None,
     down: str | None = None,
 ) -> Optimized:
@@ -104,15 +106,20 @@ def optimize(
 
     Args:
         windows: of the calibration text, for thresholds; `validation_windows` more judge plans.
+        prefer: "speed": rows are priced by what they take when scattered, as timed here, and what
+            does not make decode faster is left out; "bytes": rows are priced by their bytes.
         quant, down: as for `pack`.
 
     Raises:
-        UsageError: a limit that is no positive percentage, or the same text twice.
+        UsageError: a limit that is no positive percentage, an unknown preference, or the same
+            text twice.
         FallowError: as `pack`; or no plan stays within the limit.
     """
     start = time.monotonic()
     if not (np.isfinite(max_ppl_increase) and max_ppl_increase > 0):
         raise UsageError(f"--max-ppl-increase {max_ppl_increase} is not a positive percentage")
+    if prefer not in PREFERENCES:
+        raise UsageError(f"unknown preference {prefer!r}; known: {', '.join(PREFERENCES)}")
     check_writable(output)
     source_text = load_text(text, "evaluation")
     fit_text = load_text(calibration_text, "calibration")
@@ -126,11 +133,12 @@ def optimize(
     with atomic_path(output) as dense:
         packer.write(dense)
         engine = Engine(dense, plan=False, threads=threads, context=context)
-        candidates.bind(engine)
+        candidates.bind(engine, prefer)
         costs_path = Path(f"{output}.costs.jsonl")
         costs = _measure_costs(candidates, engine, fit, costs_path)
         plan, loss = _search(candidates, costs, source, engine, validation, max_ppl_increase)
-        plan = _fastest_part(engine, plan)
+        if prefer == "speed":
+            plan = _fastest_part(engine, plan)
         packer.write(dense, plan)
     costs_path.unlink(missing_ok=True)
     engine = Engine(output, threads=threads, context=context)
@@ -177,8 +185,8 @@ class Candidates:
         found[:, 0] = 0
         return found
 
-    def bind(self, engine: Engine) -> None:
-        """Takes from a packed file of the model what its rows weigh, and its shortlist."""
+    def bind(self, engine: Engine, prefer: str = "speed") -> None:
+        """Takes from a packed file of the model what its rows cost, and its shortlist."""
         tensors = engine.file.tensors
         for stage, name in (("gate_act", "up_proj"), ("inter", "down_proj_t")):
             self.bytes[stage] = np.array(
@@ -189,19 +197,17 @@ class Candidates:
         self.fixed_bytes = float(
             sum(tensors[f"layers.{i}.{first}.weight"].data.nbytes for i in range(self.n_layers))
         )
-        self.row_costs = {
-            stage: _row_cost(tensors[f"layers.0.{name}.weight"], product, engine.threads)
+        self.row_costs = {"gate_act": 1.0, "inter": 1.0}
+        if prefer == "speed":
             for stage, name, product in (
                 ("gate_act", "up_proj", "gemv"),
                 ("inter", "down_proj_t", "axpy"),
-            )
-        }
-        console.print(
-            "a scattered row takes "
-            + ", ".join(f"{c:.2f} ({s})" for s, c in self.row_costs.items() if s in self.stages)
-            + " of its time in a whole matrix",
-            highlight=False,
-        )
+            ):
+                cost = _row_cost(tensors[f"layers.0.{name}.weight"], product, engine.threads)
+                self.row_costs[stage] = cost
+                console.print(
+                    f"half of {name} takes {cost / 2:.2f} of the time of all", highlight=False
+                )
         self.head_margin = HEAD_MARGIN if "lm_head_coarse.weight" in tensors else 0.0
 
     def plan(self, choice: dict[str, np.ndarray], head_margin: float) -> Plan:
