@@ -48,6 +48,16 @@ float largest(const float* x, size_t n) {
   return *std::max_element(most, most + lanes);
 }
 
+// The indices of values that are not zero; returns how many.
+size_t list_rows(const float* values, Share range, int32_t* rows) {
+  size_t n = 0;
+  for (size_t i = range.begin; i < range.end; ++i) {
+    rows[n] = static_cast<int32_t>(i);
+    n += values[i] != 0;
+  }
+  return n;
+}
+
 bool is_fixed(const Cut& cut) {
   return cut.by == Cut::By::kNothing || cut.by == Cut::By::kThreshold;
 }
@@ -412,8 +422,7 @@ void Engine::ffn_threshold_one(size_t l, const Input& input) {
     if (bias) add_to(act + begin, bias + begin, end - begin);
     activate(act + begin, end - begin);
     int32_t* rows = rows_.data() + begin;
-    std::iota(rows, rows + (end - begin), static_cast<int32_t>(begin));
-    size_t n = keep_above(cut(l, kGateAct), act, rows, end - begin);
+    size_t n = keep_above(cut(l, kGateAct), act, {begin, end}, rows);
     Worker& own = workers_[static_cast<size_t>(worker)];
     own.second_rows = n;
     if (config_.gated) {
@@ -429,7 +438,7 @@ void Engine::ffn_threshold_one(size_t l, const Input& input) {
           act[rows[i]] *= up[i] + (layer.up_bias ? layer.up_bias[rows[i]] : 0.0f);
       }
     }
-    own.active = n = keep_above(cut(l, kInter), act, rows, n);
+    own.active = n = keep_above(cut(l, kInter), act, {begin, end}, rows);
     float* inter = own.magnitudes.data();
     for (size_t i = 0; i < n; ++i) inter[i] = act[rows[i]];
     std::fill(y, y + hidden, 0.0f);
@@ -449,29 +458,18 @@ void Engine::ffn_threshold_one(size_t l, const Input& input) {
   bytes_read_ += third * layer.down_proj_t.row_bytes + layer.outliers.bytes();
 }
 
-// Of n rows, moves those whose value is above a fixed threshold to the front, in order; the others'
-// values become zero. Returns how many are left.
-size_t Engine::keep_above(const Cut& cut, float* values, int32_t* rows, size_t n) {
-  if (cut.by == Cut::By::kNothing) return n;
+// Sets those of a range of values to zero that a fixed threshold cuts, and lists the others' indices.
+size_t Engine::keep_above(const Cut& cut, float* values, Share range, int32_t* rows) {
   const float threshold = static_cast<float>(cut.value);
-  const float* weight = cut.weight.empty() ? nullptr : cut.weight.data();
-  size_t kept = 0;
-  const auto keep = [&](auto weight_of) {
-    for (size_t i = 0; i < n; ++i) {
-      const int32_t row = rows[i];
-      const float value = values[row];
-      const bool idle = std::fabs(value) * weight_of(row) <= threshold;
-      values[row] = idle ? 0.0f : value;
-      rows[kept] = row;
-      kept += !idle;
-    }
-  };
-  if (weight) {
-    keep([&](int32_t row) { return weight[row]; });
-  } else {
-    keep([](int32_t) { return 1.0f; });
+  if (cut.by == Cut::By::kThreshold && cut.weight.empty()) {
+    for (size_t i = range.begin; i < range.end; ++i)
+      values[i] = std::fabs(values[i]) <= threshold ? 0.0f : values[i];
+  } else if (cut.by == Cut::By::kThreshold) {
+    const float* weight = cut.weight.data();
+    for (size_t i = range.begin; i < range.end; ++i)
+      values[i] = std::fabs(values[i]) * weight[i] <= threshold ? 0.0f : values[i];
   }
-  return kept;
+  return list_rows(values, range, rows);
 }
 
 // As ffn_dense_one, but once a neuron is known to be zero its remaining rows are not read.
@@ -896,12 +894,7 @@ void Engine::apply(const Cut& cut, float* x, size_t width, int worker) {
 }
 
 void Engine::collect_rows(const float* values) {
-  size_t n = 0;
-  for (size_t i = 0; i < config_.intermediate_size; ++i) {
-    rows_[n] = static_cast<int32_t>(i);
-    n += values[i] != 0;
-  }
-  n_rows_ = n;
+  n_rows_ = list_rows(values, {0, config_.intermediate_size}, rows_.data());
 }
 
 }  // namespace fallow

@@ -97,7 +97,7 @@ class Engine {
   void ffn(size_t layer, size_t n);
   void ffn_dense_one(size_t layer, const Input& input);
   void ffn_threshold_one(size_t layer, const Input& input);
-  static size_t keep_above(const Cut& cut, float* values, int32_t* rows, size_t n);
+  static size_t keep_above(const Cut& cut, float* values, Share range, int32_t* rows);
   void ffn_sparse_one(size_t layer, Input& input);
   void ffn_block(size_t layer, size_t n, Input& input);
   void down_block(const Layer& layer, size_t n);
