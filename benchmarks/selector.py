@@ -48,6 +48,20 @@ of 1024 tokens. `benchmarks/selector.py` does it; the result of every window is 
 - **FFN bytes** per decoded token, what is read to choose included, over the dense FFN's; gate and
   up in 4.5 bits, down in 5.5.
 - Changes are against the dense model on the same windows, ± one *paired* standard error.
+
+Why they fail, or do not:
+
+- `random`, `static`, `previous`: which neurons matter changes from token to token.
+- `gate`, `gate_bucket`: half of what matters is in `up_proj`, and knowing the gate does not tell
+  it; buckets of the gate's value add almost nothing to the mean.
+- `lowbit`: errors of the bits are independent of the neuron's size, so that they harm the choice
+  only around the threshold. Two bits of each cost five to six times what the exact score
+  does, three bits twice. At equal bytes three bits of both choose better than the whole gate with
+  two bits of up.
+- `rank`: on SmolLM2, whose inputs are dominated by a few directions, a correction of the bits'
+  error in those directions is worth most of a bit; on Qwen2.5-Coder it is worth little.
+- `cett=1`: on Qwen2.5-Coder budgets that differ by layer and token halve what selection costs. On
+  SmolLM2 a shared threshold costs more than k per token: attention sinks.
 """
 
 
@@ -65,6 +79,7 @@ def report() -> str:
             "|---|---|---|---|---|---|---|",
         ]
         lines += [_line(row) for row in table[1:]]
+        lines.append(f"\n![Bytes against PPL](../../{path.parent.relative_to(ROOT)}/pareto.svg)")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
