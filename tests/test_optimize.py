@@ -240,7 +240,7 @@ def test_a_stopped_search_continues(
     assert "continuing with 14 costs" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
     costs.write_text(json.dumps({"fingerprint": "another", "text": ""}) + "\n")
-    with pytest.raises(UsageError, match="belongs to a run with another model or text"):
+    with pytest.raises(UsageError, match="belongs to a run with another model, text or option"):
         run()
 
 

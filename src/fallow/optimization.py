@@ -137,7 +137,9 @@ def optimize(
         engine = Engine(dense, plan=False, threads=threads, context=context)
         candidates.bind(engine, prefer)
         costs_path = Path(f"{output}.costs.jsonl")
-        costs = _measure_costs(candidates, engine, fit, costs_path)
+        settings: dict[str, Any] = {"fingerprint": source.fingerprint, "text": fit_text.sha256}
+        settings |= {"windows": windows, "context": context, "quant": quant, "down": down}
+        costs = _measure_costs(candidates, engine, fit, costs_path, settings)
         plan, loss = _search(candidates, costs, source, engine, validation, max_ppl_increase)
         if prefer == "speed":
             plan = _fastest_part(engine, plan)
@@ -271,11 +273,14 @@ def _row_cost(tensor: StoredTensor, product: str, threads: int) -> float:
 
 
 def _measure_costs(
-    candidates: Candidates, engine: Engine, windows: np.ndarray, path: Path
+    candidates: Candidates,
+    engine: Engine,
+    windows: np.ndarray,
+    path: Path,
+    settings: dict[str, Any],
 ) -> dict[str, np.ndarray]:
     """Divergence from dense, nats per token, of each stage, layer and grid point: (L, grid)."""
     probe = windows[:PROBE_WINDOWS, :PROBE_CONTEXT]
-    settings = {"fingerprint": candidates.model.fingerprint, "text": candidates.text.sha256}
     known = _read_costs(path, settings)
     dense = [_Dense(engine.logits(window)) for window in probe]
     todo = list(candidates.probes())
@@ -304,7 +309,7 @@ def _measure_costs(
     return costs
 
 
-def _read_costs(path: Path, settings: dict[str, str]) -> dict[tuple[str, int, int], float]:
+def _read_costs(path: Path, settings: dict[str, Any]) -> dict[tuple[str, int, int], float]:
     """What an earlier run with the same settings had measured."""
     if not path.exists():
         return {}
@@ -313,7 +318,7 @@ def _read_costs(path: Path, settings: dict[str, str]) -> dict[tuple[str, int, in
         with suppress(ValueError):  # an empty line, or one whose run was killed while writing
             lines.append(json.loads(line))
     if not lines or lines[0] != settings:
-        raise UsageError(f"{path} belongs to a run with another model or text; remove it")
+        raise UsageError(f"{path} belongs to a run with another model, text or option; remove it")
     console.print(f"continuing with {len(lines) - 1} costs of {path}", highlight=False)
     return {(stage, layer, index): kl for stage, layer, index, kl in lines[1:]}
 
