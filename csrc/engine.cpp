@@ -358,10 +358,8 @@ void Engine::ffn(size_t l, size_t n) {
   } else if (has_cut(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) ||
              !is_fixed(cut(l, kGateAct)) || !is_fixed(cut(l, kInter))) {
     ffn_sparse_one(l, input);
-  } else if (has_cut(l, {kGateAct, kInter})) {
-    ffn_threshold_one(l, input);
   } else {
-    ffn_dense_one(l, input);
+    ffn_one(l, input);
   }
   for_tokens(n, [&](size_t t, int worker) {
     float* y = branch_.data() + t * config_.hidden_size;
@@ -374,63 +372,38 @@ void Engine::ffn(size_t l, size_t n) {
   clock.mark(timing_.other);
 }
 
-// Every thread takes a range of neurons from gate_proj to its own sum of down_proj_t rows.
-void Engine::ffn_dense_one(size_t l, const Input& input) {
+// Every thread takes a range of neurons from gate_proj to its own sum of down_proj_t rows, and waits
+// for no other: a neuron whose gate_act or inter stays below a fixed threshold has its remaining
+// rows not read.
+void Engine::ffn_one(size_t l, const Input& input) {
   const Layer& layer = model_.layers[l];
   const size_t hidden = config_.hidden_size, d_ff = config_.intermediate_size;
   const Activation x = input.activation();
   pool_.run([&](int worker) {
     const auto [begin, end] = share_of(d_ff, worker, pool_.size());
-    const size_t n = end - begin;
-    float *inter = gate_.data() + begin, *y = partial_.data() + static_cast<size_t>(worker) * hidden;
-    const Matrix& first = config_.gated ? layer.gate_proj : layer.up_proj;
-    const float* bias = config_.gated ? layer.gate_bias : layer.up_bias;
-    kernels_.gemv_rows[first.type](first.data, first.row_bytes, nullptr, begin, n, hidden, x, inter);
-    if (bias) add_to(inter, bias + begin, n);
-    activate(inter, n);
-    if (config_.gated) {
-      const Matrix& w = layer.up_proj;
-      float* up = up_.data() + begin;
-      kernels_.gemv_rows[w.type](w.data, w.row_bytes, nullptr, begin, n, hidden, x, up);
-      if (layer.up_bias) add_to(up, layer.up_bias + begin, n);
-      for (size_t i = 0; i < n; ++i) inter[i] *= up[i];
-    }
-    std::fill(y, y + hidden, 0.0f);
-    const Matrix& down = layer.down_proj_t;
-    kernels_.axpy_rows[down.type](down.data, down.row_bytes, nullptr, begin, n, hidden, inter, y);
-  });
-  sum_partials();
-  add_outliers(layer, [&](size_t neuron) { return gate_[neuron]; }, branch_.data(), 0);
-  active_[l] += d_ff;
-  bytes_read_ += layer.gate_proj.bytes() + layer.up_proj.bytes() + layer.down_proj_t.bytes() +
-                 layer.outliers.bytes();
-}
-
-// As ffn_dense_one, but a neuron whose gate_act or inter stays below a fixed threshold has its
-// remaining rows not read. Each thread decides for its own neurons: nobody waits for the others.
-void Engine::ffn_threshold_one(size_t l, const Input& input) {
-  const Layer& layer = model_.layers[l];
-  const size_t hidden = config_.hidden_size, d_ff = config_.intermediate_size;
-  const Activation x = input.activation();
-  pool_.run([&](int worker) {
-    const auto [begin, end] = share_of(d_ff, worker, pool_.size());
-    float *act = gate_.data(), *y = partial_.data() + static_cast<size_t>(worker) * hidden;
-    const Matrix& first = config_.gated ? layer.gate_proj : layer.up_proj;
-    const float* bias = config_.gated ? layer.gate_bias : layer.up_bias;
-    kernels_.gemv_rows[first.type](first.data, first.row_bytes, nullptr, begin, end - begin, hidden,
-                                   x, act + begin);
-    if (bias) add_to(act + begin, bias + begin, end - begin);
-    activate(act + begin, end - begin);
-    int32_t* rows = rows_.data() + begin;
-    size_t n = keep_above(cut(l, kGateAct), act, {begin, end}, rows);
+    const Share range{begin, end};
     Worker& own = workers_[static_cast<size_t>(worker)];
+    float *act = gate_.data(), *y = partial_.data() + static_cast<size_t>(worker) * hidden;
+    size_t n = end - begin;
+    const Matrix& first = config_.gated ? layer.gate_proj : layer.up_proj;
+    const float* bias = config_.gated ? layer.gate_bias : layer.up_bias;
+    kernels_.gemv_rows[first.type](first.data, first.row_bytes, nullptr, begin, n, hidden, x,
+                                   act + begin);
+    if (bias) add_to(act + begin, bias + begin, n);
+    activate(act + begin, n);
+    const int32_t* rows = nullptr;  // all of the range
+    const auto cut_by = [&](const Cut& cut) {
+      if (cut.by == Cut::By::kNothing) return;
+      n = keep_above(cut, act, range, rows_.data() + begin);
+      rows = rows_.data() + begin;
+    };
+    cut_by(cut(l, kGateAct));
     own.second_rows = n;
     if (config_.gated) {
       const Matrix& w = layer.up_proj;
-      const bool all = n == end - begin;
       float* up = up_.data() + begin;
-      kernels_.gemv_rows[w.type](w.data, w.row_bytes, all ? nullptr : rows, begin, n, hidden, x, up);
-      if (all) {
+      kernels_.gemv_rows[w.type](w.data, w.row_bytes, rows, begin, n, hidden, x, up);
+      if (!rows) {
         if (layer.up_bias) add_to(up, layer.up_bias + begin, n);
         for (size_t i = 0; i < n; ++i) act[begin + i] *= up[i];
       } else {
@@ -438,12 +411,16 @@ void Engine::ffn_threshold_one(size_t l, const Input& input) {
           act[rows[i]] *= up[i] + (layer.up_bias ? layer.up_bias[rows[i]] : 0.0f);
       }
     }
-    own.active = n = keep_above(cut(l, kInter), act, {begin, end}, rows);
-    float* inter = own.magnitudes.data();
-    for (size_t i = 0; i < n; ++i) inter[i] = act[rows[i]];
+    cut_by(cut(l, kInter));
+    own.active = n;
+    const float* inter = act + begin;
+    if (rows) {
+      for (size_t i = 0; i < n; ++i) own.magnitudes[i] = act[rows[i]];
+      inter = own.magnitudes.data();
+    }
     std::fill(y, y + hidden, 0.0f);
     const Matrix& down = layer.down_proj_t;
-    kernels_.axpy_rows[down.type](down.data, down.row_bytes, rows, 0, n, hidden, inter, y);
+    kernels_.axpy_rows[down.type](down.data, down.row_bytes, rows, begin, n, hidden, inter, y);
   });
   sum_partials();
   add_outliers(layer, [&](size_t neuron) { return gate_[neuron]; }, branch_.data(), 0);
@@ -461,18 +438,18 @@ void Engine::ffn_threshold_one(size_t l, const Input& input) {
 // Sets those of a range of values to zero that a fixed threshold cuts, and lists the others' indices.
 size_t Engine::keep_above(const Cut& cut, float* values, Share range, int32_t* rows) {
   const float threshold = static_cast<float>(cut.value);
-  if (cut.by == Cut::By::kThreshold && cut.weight.empty()) {
+  const float* weight = cut.weight.data();
+  if (cut.weight.empty()) {
     for (size_t i = range.begin; i < range.end; ++i)
       values[i] = std::fabs(values[i]) <= threshold ? 0.0f : values[i];
-  } else if (cut.by == Cut::By::kThreshold) {
-    const float* weight = cut.weight.data();
+  } else {
     for (size_t i = range.begin; i < range.end; ++i)
       values[i] = std::fabs(values[i]) * weight[i] <= threshold ? 0.0f : values[i];
   }
   return list_rows(values, range, rows);
 }
 
-// As ffn_dense_one, but once a neuron is known to be zero its remaining rows are not read.
+// As ffn_one, for the cuts that need all of a token's values: threads meet at each of them.
 void Engine::ffn_sparse_one(size_t l, Input& input) {
   const Layer& layer = model_.layers[l];
   const size_t hidden = config_.hidden_size, d_ff = config_.intermediate_size;

@@ -95,8 +95,7 @@ class Engine {
   void rotate(const Layer& layer, const Norm& norm, size_t heads, size_t n, float* x);
   void store_cache(size_t layer, size_t n);
   void ffn(size_t layer, size_t n);
-  void ffn_dense_one(size_t layer, const Input& input);
-  void ffn_threshold_one(size_t layer, const Input& input);
+  void ffn_one(size_t layer, const Input& input);
   static size_t keep_above(const Cut& cut, float* values, Share range, int32_t* rows);
   void ffn_sparse_one(size_t layer, Input& input);
   void ffn_block(size_t layer, size_t n, Input& input);
