@@ -9,7 +9,7 @@ from fallow.taps import Layer
 
 
 class GateFirst(Rule):
-    """Scores |gate_act_i| E|up_i| ||down_proj[:, i]||, to be mixed into a per-token rule.
+    """Scores |gate_act_i| E|up_i| ||down_proj[:, i]||: a per-token rule, or a stage before another.
 
     E|up_i| is the calibration mean, so that this is the output's expected norm for a known gate.
     """

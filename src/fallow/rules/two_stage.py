@@ -7,13 +7,13 @@ import torch
 
 from fallow.capture import Calibration
 from fallow.progress import progress
-from fallow.rules._base import Arrays, Rule, bisect
-from fallow.rules._gate import gate_weights
+from fallow.rules._base import Arrays, bisect
+from fallow.rules._gate import GateFirst, gate_weights
 from fallow.rules.cett import CettSearch, cett_searches
 from fallow.taps import Layer
 
 
-class TwoStage(Rule):
+class TwoStage(GateFirst):
     """Idle are |gate_act_i| E|up_i| ||down_proj[:, i]|| and then |inter_i| ||down_proj[:, i]||
     below a threshold of their own.
 
@@ -34,11 +34,6 @@ class TwoStage(Rule):
     @classmethod
     def cuts(cls, layer: Layer) -> tuple[str, ...]:
         return ("gate_act", "inter")
-
-    @classmethod
-    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        shape = (len(layers), layers[0].down_proj.in_features)
-        return super().shapes(layers) | {"weight.gate_act": shape}
 
     @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
@@ -73,9 +68,7 @@ class TwoStage(Rule):
         return [(a.threshold(early), b.threshold(knob)) for a, b in zip(first, second, strict=True)]
 
     def weight(self, index: int, layer: Layer, tap: str) -> torch.Tensor:
-        if tap == "inter":
-            return layer.down_norm
-        return torch.from_numpy(self.arrays["weight.gate_act"][index])
+        return layer.down_norm if tap == "inter" else super().weight(index, layer, tap)
 
 
 def gate_searches(calibration: Calibration) -> list[CettSearch]:
