@@ -117,17 +117,13 @@ def greedy(packed: Path, source: Path) -> dict[str, float]:
 def skipping(packed: Path, plans: dict[str, Any]) -> dict[str, Any]:
     """Decode with each plan and without, in turn."""
     from fallow import Engine
-    from fallow.bench import run_once
+    from fallow.bench import run_in_turn
     from fallow.text import load_text
 
     engine = Engine(packed, threads=THREADS, context=PROMPT + NEW)
     ids = engine.tokenizer.with_bos(engine.tokenizer.encode(load_text(TEST, "evaluation").content))
     ids = ids[: PROMPT + NEW]
-    runs: dict[str, list[dict[str, float]]] = {"dense": [], **{rule: [] for rule in plans}}
-    for _ in range(RUNS):
-        for rule, found in runs.items():
-            engine.use_plan(plans.get(rule))
-            found.append(run_once(engine, ids, PROMPT))
+    runs = run_in_turn(engine, {"dense": None} | plans, ids, PROMPT, RUNS)
     result = {}
     for rule, found in runs.items():
         ratios = [

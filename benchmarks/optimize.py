@@ -64,22 +64,18 @@ def optimize(name: str, packed: Path, prefer: str) -> dict[str, Any]:
 def count_bytes(packed: Path, source: Path) -> dict[str, float]:
     """Bytes of weights per decoded token: of the source, and with the plan or without."""
     from fallow import Engine
+    from fallow.bench import run_in_turn
+    from fallow.text import load_text
     from fallow.weights import read_gguf
 
     engine = Engine(packed, threads=THREADS, context=PROMPT + NEW)
     plan = engine.plan
     assert plan is not None
     only_neurons = dataclasses.replace(plan, arrays={**plan.arrays, "head_margin": np.zeros(1)})
-    text = engine.windows(_text(), PROMPT + NEW, 1)[0]
-    read = {}
-    for key, used in (("plan", plan), ("neurons", only_neurons), ("dense", None)):
-        engine.use_plan(used)
-        engine.reset()
-        engine.forward(text[:PROMPT])
-        engine.reset_stats()
-        for i in range(PROMPT, PROMPT + NEW):
-            engine.forward(text[i : i + 1])
-        read[key] = engine.core_stats()["bytes_read"] / NEW
+    ids = engine.windows(load_text(TEST, "evaluation"), PROMPT + NEW, 1)[0]
+    plans = {"plan": plan, "neurons": only_neurons, "dense": None}
+    runs = run_in_turn(engine, plans, ids, PROMPT, 1)
+    read = {name: found[0]["bytes_per_token"] for name, found in runs.items()}
     tensors = engine.file.tensors
     ffn = sum(
         t.data.nbytes
@@ -132,12 +128,6 @@ def quality(name: str, packed: Path) -> dict[str, Any]:
     ).to_json()
     keys = ("ppl", "ppl_se", "ppl_change_percent", "ppl_change_se", "kl_to_dense", "windows")
     return {k: found[k] for k in (*keys, "top1_agreement", "achieved_sparsity")}
-
-
-def _text() -> Any:
-    from fallow.text import load_text
-
-    return load_text(TEST, "evaluation")
 
 
 INTRODUCTION = f"""# What `fallow optimize` makes of a model

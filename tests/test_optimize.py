@@ -184,9 +184,9 @@ def test_dearer_bytes_mean_more_sparsity(
 ) -> None:
     model = fallow.load(folders["llama"], "float32")
     text = load_text(texts[0], "calibration")
-    candidates = Candidates(model, model.windows(text, 32, 2), text)
     pack(folders["llama"], tmp_path / "m.gguf", quant="f32")
-    candidates.bind(Engine(tmp_path / "m.gguf"))
+    engine = Engine(tmp_path / "m.gguf")
+    candidates = Candidates(model, model.windows(text, 32, 2), text, engine)
     candidates.row_costs = {"gate_act": 1.0, "inter": 1.5}
     costs = {s: np.tile(GRID**2, (2, 1)) for s in candidates.stages}
     chosen = [candidates.choose(costs, price) for price in (0.0, 0.5, 2.0, 100.0)]

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,24 @@ def run_once(engine: Engine, ids: np.ndarray, prompt_tokens: int) -> dict[str, f
         "sparsity": float(engine.idle_neurons().mean()),
         **{f"ms_{k}": 1e3 * v / n for k, v in figures["seconds"].items()},
     }
+
+
+def run_in_turn(
+    engine: Engine,
+    plans: Mapping[str, Plan | None],
+    ids: np.ndarray,
+    prompt_tokens: int,
+    runs: int,
+) -> dict[str, list[dict[str, float]]]:
+    """`run_once` with each plan in turn, `runs` times, by the plans' names."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in plans}
+    with progress("timing", runs) as ticker:
+        for _ in range(runs):
+            for name, plan in plans.items():
+                engine.use_plan(plan)
+                found[name].append(run_once(engine, ids, prompt_tokens))
+            ticker.advance()
+    return found
 
 
 def _summary(

@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +74,31 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+class JsonLines:
+    """A file of one JSON document per line, to which long work appends what it has finished.
+
+    `found` is what it held: a last line that was cut off when a run was killed is passed over.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        self.found: list[Any] = []
+        for line in text.splitlines():
+            with suppress(ValueError):
+                self.found.append(json.loads(line))
+        if text and not text.endswith("\n"):
+            self._append("\n")
+
+    def add(self, *values: Any) -> None:
+        """Raises FallowError if the file cannot be written."""
+        self._append("".join(json.dumps(value, allow_nan=False) + "\n" for value in values))
+
+    def _append(self, text: str) -> None:
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise FallowError(f"cannot write {self._path}: {error.strerror}") from error

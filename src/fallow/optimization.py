@@ -7,31 +7,28 @@ every layer takes the cheapest of its choices at one common price of divergence 
 price is searched for which held-out text loses as much as is allowed.
 """
 
-import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 
 from fallow import _core
-from fallow.bench import run_once
+from fallow.bench import run_in_turn
 from fallow.capture import Calibration
 from fallow.engine import Engine
 from fallow.errors import FallowError, UsageError
 from fallow.evaluation import dense_logits, window_losses
-from fallow.files import atomic_path, check_writable
+from fallow.files import JsonLines, atomic_path, check_writable
 from fallow.metrics import ppl_change_percent
 from fallow.model import Model
 from fallow.packing import Packer
 from fallow.plan import Plan
 from fallow.progress import console, progress
-from fallow.quality import Evaluation, evaluate_engine, token_losses
+from fallow.quality import Evaluation, evaluate_engine, log_softmax, token_losses
 from fallow.rules._gate import gate_weights
 from fallow.rules.two_stage import TwoStage
 from fallow.text import Text, check_no_leakage, load_text, split_windows
@@ -40,6 +37,8 @@ from fallow.weights import StoredTensor
 # Sparsities at which each layer's thresholds are measured; between them the divergence is taken as
 # linear, which overestimates it a little since it is convex.
 LEVELS = {"gate_act": (0.1, 0.25, 0.4), "inter": (0.3, 0.5, 0.7, 0.85)}
+# What each stage spares rows of, and the product that reads them.
+ROWS = {"gate_act": ("up_proj", "gemv"), "inter": ("down_proj_t", "axpy")}
 GRID = np.arange(0, 0.951, 0.05)  # sparsities that a layer may be given
 PROBE_WINDOWS, PROBE_CONTEXT = 2, 256  # tokens on which the divergence is measured
 SCORE_TOKENS = 256  # per layer, whose scores' quantiles are thresholds
@@ -131,11 +130,10 @@ def optimize(
     context = min(context, packer.context_length)
     cut = source.windows(fit_text, context, windows + validation_windows)
     fit, validation = split_windows(cut, [windows, validation_windows])
-    candidates = Candidates(source, fit, fit_text)
     with atomic_path(output) as dense:
         packer.write(dense)
         engine = Engine(dense, plan=False, threads=threads, context=context)
-        candidates.bind(engine, prefer)
+        candidates = Candidates(source, fit, fit_text, engine, prefer)
         costs_path = Path(f"{output}.costs.jsonl")
         settings: dict[str, Any] = {"fingerprint": source.fingerprint, "text": fit_text.sha256}
         settings |= {"windows": windows, "context": context, "quant": quant, "down": down}
@@ -161,58 +159,55 @@ def optimize(
 class Candidates:
     """Plans of `two_stage` for one model, given each layer's two sparsities."""
 
-    def __init__(self, model: Model, windows: np.ndarray, text: Text) -> None:
+    def __init__(
+        self,
+        model: Model,
+        windows: np.ndarray,
+        text: Text,
+        engine: Engine,
+        prefer: str = "speed",
+    ) -> None:
+        """Thresholds come from windows (n, context) of the text, costs from the packed model."""
         self.model, self.text = model, text
         self.n_layers = len(model.layers)
         self.stages = ("gate_act", "inter") if model.layers[0].gated else ("inter",)
         self.calibration = Calibration(model, windows)
         self.weights = gate_weights(self.calibration)
         self.thresholds = {stage: self._quantiles(stage) for stage in self.stages}
-        self.head_margin = 0.0
-        self.bytes: dict[str, np.ndarray] = {}
-
-    def _quantiles(self, stage: str) -> np.ndarray:
-        """The score below which a share of a layer's scores lies, (L, grid) float32."""
-        found = np.empty((self.n_layers, len(GRID)), dtype=np.float32)
-        with progress(f"thresholds of {stage}", self.n_layers) as ticker:
-            for i, layer in enumerate(self.model.layers):
-                values = getattr(self.calibration, stage)[i]
-                some = values[:: max(1, len(values) // SCORE_TOKENS)].abs().float()
-                weight = (
-                    torch.from_numpy(self.weights["weight.gate_act"][i])
-                    if stage == "gate_act"
-                    else layer.down_norm
-                )
-                found[i] = np.quantile((some * weight).numpy(), GRID)
-                ticker.advance()
-        found = np.maximum(found, SMALLEST)
-        found[:, 0] = 0
-        return found
-
-    def bind(self, engine: Engine, prefer: str = "speed") -> None:
-        """Takes from a packed file of the model what its rows cost, and its shortlist."""
         tensors = engine.file.tensors
-        for stage, name in (("gate_act", "up_proj"), ("inter", "down_proj_t")):
-            self.bytes[stage] = np.array(
-                [tensors[f"layers.{i}.{name}.weight"].data.nbytes for i in range(self.n_layers)],
-                dtype=float,
+        self.head_margin = HEAD_MARGIN if "lm_head_coarse.weight" in tensors else 0.0
+        sizes = {
+            name: np.array(
+                [tensors[f"layers.{i}.{name}.weight"].data.nbytes for i in range(self.n_layers)]
             )
-        first = "gate_proj" if "gate_act" in self.stages else "up_proj"
-        self.fixed_bytes = float(
-            sum(tensors[f"layers.{i}.{first}.weight"].data.nbytes for i in range(self.n_layers))
-        )
-        self.row_costs = {"gate_act": 1.0, "inter": 1.0}
+            for name in ("gate_proj", "up_proj", "down_proj_t")
+            if f"layers.0.{name}.weight" in tensors
+        }
+        total = sum(size.sum() for size in sizes.values())
+        self.shares = {stage: sizes[ROWS[stage][0]] / total for stage in self.stages}
+        self.row_costs = dict.fromkeys(self.stages, 1.0)
         if prefer == "speed":
-            for stage, name, product in (
-                ("gate_act", "up_proj", "gemv"),
-                ("inter", "down_proj_t", "axpy"),
-            ):
+            for stage in self.stages:
+                name, product = ROWS[stage]
                 cost = _row_cost(tensors[f"layers.0.{name}.weight"], product, engine.threads)
                 self.row_costs[stage] = cost
                 console.print(
                     f"half of {name} takes {cost / 2:.2f} of the time of all", highlight=False
                 )
-        self.head_margin = HEAD_MARGIN if "lm_head_coarse.weight" in tensors else 0.0
+
+    def _quantiles(self, stage: str) -> np.ndarray:
+        """The score below which a share of a layer's scores lies, (L, grid) float32."""
+        rule = TwoStage(0.0, self.weights)
+        found = np.empty((self.n_layers, len(GRID)), dtype=np.float32)
+        with progress(f"thresholds of {stage}", self.n_layers) as ticker:
+            for i, layer in enumerate(self.model.layers):
+                values = getattr(self.calibration, stage)[i]
+                some = values[:: max(1, len(values) // SCORE_TOKENS)].abs().float()
+                found[i] = np.quantile((some * rule.weight(i, layer, stage)).numpy(), GRID)
+                ticker.advance()
+        found = np.maximum(found, SMALLEST)
+        found[:, 0] = 0
+        return found
 
     def plan(self, choice: dict[str, np.ndarray], head_margin: float) -> Plan:
         """A plan from the index into the grid of every stage and layer, (L,) each."""
@@ -248,15 +243,12 @@ class Candidates:
 
     def choose(self, costs: dict[str, np.ndarray], price: float) -> dict[str, np.ndarray]:
         """The choice of each layer that is cheapest at `price` nats for all of the FFN's bytes."""
-        total = self.fixed_bytes + sum(
-            float(self.bytes[s].sum()) for s in ("gate_act", "inter") if s in self.stages
-        )
         found = {s: np.zeros(self.n_layers, dtype=int) for s in self.stages}
         for layer in range(self.n_layers):
             for stage in self.stages:
                 read = np.minimum(1, self.row_costs[stage] * (1 - GRID))
-                share = self.bytes[stage][layer] / total * read
-                found[stage][layer] = int(np.argmin(costs[stage][layer] + price * share))
+                paid = price * self.shares[stage][layer] * read
+                found[stage][layer] = int(np.argmin(costs[stage][layer] + paid))
         return found
 
 
@@ -281,13 +273,17 @@ def _measure_costs(
 ) -> dict[str, np.ndarray]:
     """Divergence from dense, nats per token, of each stage, layer and grid point: (L, grid)."""
     probe = windows[:PROBE_WINDOWS, :PROBE_CONTEXT]
-    known = _read_costs(path, settings)
+    file = JsonLines(path)
+    if not file.found:
+        file.add(settings)
+    elif file.found[0] != settings:
+        raise UsageError(f"{path} belongs to a run with another model, text or option; remove it")
+    else:
+        console.print(f"continuing with {len(file.found) - 1} costs of {path}", highlight=False)
+    known = {(stage, layer, index): kl for stage, layer, index, kl in file.found[1:]}
     dense = [_Dense(engine.logits(window)) for window in probe]
     todo = list(candidates.probes())
-    with path.open("a", encoding="utf-8") as file, progress("cost of layers", len(todo)) as ticker:
-        if path.stat().st_size == 0:
-            file.write(json.dumps(settings))
-        file.write("\n")  # also ends a line that a killed run left
+    with progress("cost of layers", len(todo)) as ticker:
         for stage, layer, index, plan in todo:
             if (stage, layer, index) not in known:
                 engine.use_plan(plan)
@@ -296,8 +292,7 @@ def _measure_costs(
                     for d, window in zip(dense, probe, strict=True)
                 ]
                 known[stage, layer, index] = float(np.mean(kl))
-                file.write(json.dumps([stage, layer, index, known[stage, layer, index]]) + "\n")
-                file.flush()
+                file.add([stage, layer, index, known[stage, layer, index]])
             ticker.advance()
     costs = {s: np.empty((candidates.n_layers, len(GRID))) for s in candidates.stages}
     for stage, table in costs.items():
@@ -309,42 +304,18 @@ def _measure_costs(
     return costs
 
 
-def _read_costs(path: Path, settings: dict[str, Any]) -> dict[tuple[str, int, int], float]:
-    """What an earlier run with the same settings had measured."""
-    if not path.exists():
-        return {}
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):  # an empty line, or one whose run was killed while writing
-            lines.append(json.loads(line))
-    if not lines or lines[0] != settings:
-        raise UsageError(f"{path} belongs to a run with another model, text or option; remove it")
-    console.print(f"continuing with {len(lines) - 1} costs of {path}", highlight=False)
-    return {(stage, layer, index): kl for stage, layer, index, kl in lines[1:]}
-
-
 class _Dense:
     """A window's dense logits (T, vocabulary), to which others are compared."""
 
     def __init__(self, logits: np.ndarray) -> None:
-        self.p, self.log_total = _softmax(logits)
-        # KL(p || q) = Σ p log p - Σ p q + log Σ exp q, of which the first sum is always the same.
-        self.entropy = np.einsum("tv,tv->t", self.p, logits) - self.log_total
+        log_p = log_softmax(logits)
+        self._p = np.exp(log_p)
+        self._entropy = -np.einsum("tv,tv->t", self._p, log_p)
 
     def divergence(self, logits: np.ndarray) -> float:
         """Mean KL(dense || other), nats per token."""
-        expected = np.einsum("tv,tv->t", self.p, logits)
-        return float((self.entropy - expected + _log_sum(logits)).mean())
-
-
-def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    total = _log_sum(logits)
-    return np.exp(logits - total[:, None]), total
-
-
-def _log_sum(logits: np.ndarray) -> np.ndarray:
-    top = logits.max(axis=1)
-    return top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+        cross = -np.einsum("tv,tv->t", self._p, log_softmax(logits))
+        return float((cross - self._entropy).mean())
 
 
 def _search(
@@ -433,14 +404,7 @@ def _time(engine: Engine, plans: Mapping[str, Plan | None]) -> dict[str, list[di
     """Runs of prefill and decode with each plan in turn, by name."""
     size = min(TIMED_PROMPT + TIMED_TOKENS, engine.context)
     ids = engine.windows(load_text(None, "evaluation"), size, 1)[0]
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in plans}
-    with progress("timing", TIMED_RUNS) as ticker:
-        for _ in range(TIMED_RUNS):
-            for name, plan in plans.items():
-                engine.use_plan(plan)
-                runs[name].append(run_once(engine, ids, size // 2))
-            ticker.advance()
-    return runs
+    return run_in_turn(engine, plans, ids, size // 2, TIMED_RUNS)
 
 
 def _result(

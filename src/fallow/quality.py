@@ -58,11 +58,11 @@ def compare_logits(
         for at in range(start, part.stop, few):
             here = slice(at, min(at + few, part.stop))
             rows = slice(at - start, here.stop - start)
-            log_p = _log_softmax(dense_part[rows])
+            log_p = log_softmax(dense_part[rows])
             p, best = np.exp(log_p), log_p.argmax(axis=-1)
             loss[0, here] = _losses(log_p, targets[here])
             for i, logits in enumerate(sparse_parts, start=1):
-                log_q = _log_softmax(logits[rows])
+                log_q = log_softmax(logits[rows])
                 loss[i, here] = _losses(log_q, targets[here])
                 same[i, here] = log_q.argmax(axis=-1) == best
                 kl[i, here] = np.einsum("tv,tv->t", p, log_p - log_q)
@@ -77,7 +77,7 @@ def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Next-token loss (n,) nats, of logits (n, vocabulary) and the tokens (n,) that came."""
     few = max(1, LOGITS_COMPARED // logits.shape[1])
     parts = [
-        _losses(_log_softmax(logits[i : i + few]), targets[i : i + few])
+        _losses(log_softmax(logits[i : i + few]), targets[i : i + few])
         for i in range(0, len(targets), few)
     ]
     return np.concatenate(parts)
@@ -88,7 +88,8 @@ def tokens_at_once(vocabulary: int) -> int:
     return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities (n, vocabulary)."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return shifted

@@ -13,7 +13,7 @@ import numpy as np
 from fallow.calibration import Calibrator
 from fallow.errors import FallowError, UsageError
 from fallow.evaluation import run_window
-from fallow.files import atomic_path, write_json, write_text
+from fallow.files import JsonLines, atomic_path, write_json, write_text
 from fallow.metrics import perplexity, ppl_change_percent, standard_error
 from fallow.model import Model
 from fallow.plan import Plan
@@ -68,9 +68,9 @@ class Store:
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
         self.folder = Path(folder)
-        self._cells_path = self.folder / "cells.jsonl"
         self._check_settings(settings)
-        self.cells = self._read_cells()
+        self._file = JsonLines(self.folder / "cells.jsonl")
+        self.cells = {(cell["row"], cell["window"]): cell for cell in self._file.found}
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.folder / "run.json"
@@ -88,31 +88,9 @@ class Store:
                 "choose another --output folder"
             )
 
-    def _read_cells(self) -> dict[tuple[str, int], dict[str, Any]]:
-        if not self._cells_path.exists():
-            return {}
-        text = self._cells_path.read_text(encoding="utf-8")
-        cells = {}
-        for line in text.splitlines():
-            try:
-                cell = json.loads(line)
-            except ValueError:
-                continue  # the last line of a run that was killed while writing
-            cells[cell["row"], cell["window"]] = cell
-        if text and not text.endswith("\n"):
-            self._append("\n")
-        return cells
-
     def add(self, cells: list[dict[str, Any]]) -> None:
-        self._append("".join(json.dumps(cell, allow_nan=False) + "\n" for cell in cells))
+        self._file.add(*cells)
         self.cells.update({(cell["row"], cell["window"]): cell for cell in cells})
-
-    def _append(self, text: str) -> None:
-        try:
-            with self._cells_path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise FallowError(f"cannot write {self._cells_path}: {error.strerror}") from error
 
     def plan_path(self, row: Row) -> Path:
         return self.folder / "plans" / f"{row.key}.plan"
