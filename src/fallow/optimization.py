@@ -51,6 +51,9 @@ PREFERENCES = ("speed", "bytes")
 HEAD_MARGIN = 13.0
 # Logarithm of the price, in nats for all of the FFN's bytes.
 LOWEST_PRICE, HIGHEST_PRICE, PRICE_STEPS = -3.0, 1.5, 7
+# A plan is judged window by window; from JUDGED_FROM on, one this many standard errors from the
+# limit is not looked at further.
+JUDGED_FROM, CLEAR = 6, 4.0
 SMALLEST = 1e-30  # a threshold that only exact zeros stay below
 TIMED_PROMPT, TIMED_TOKENS, TIMED_RUNS = 64, 64, 5
 # Of the fastest: what memory gives changes by more than this with the machine's other tenants, and
@@ -91,7 +94,7 @@ def optimize(
     text: str | Path | Text | None = None,
     context: int = 1024,
     windows: int = 4,
-    validation_windows: int = 8,
+    validation_windows: int = 24,
     check_windows: int = 8,
     threads: int | None = None,
     prefer: str = "speed",
@@ -327,11 +330,7 @@ def _search(
     limit: float,
 ) -> tuple[Plan, float]:
     """The plan of the highest price that stays within the limit, and its PPL change, percent."""
-    with progress("source on held-out windows", len(windows)) as ticker:
-        dense = np.empty(len(windows))
-        for i, window in enumerate(windows):
-            dense[i] = window_losses(source, window[None], None)[0]
-            ticker.advance()
+    judge = _Judge(source, engine, windows, limit)
     low, high = LOWEST_PRICE, HIGHEST_PRICE
     best: tuple[Plan, float] | None = None
     with progress("search", PRICE_STEPS) as ticker:
@@ -340,14 +339,14 @@ def _search(
             choice = candidates.choose(costs, 10**price)
             plan = candidates.plan(choice, candidates.head_margin)
             engine.use_plan(plan)
-            losses = np.array([_loss(engine, window) for window in windows])
-            change, error = ppl_change_percent(losses, dense)
+            change, error, seen = judge.change()
             sparsity = ", ".join(f"{s} {GRID[choice[s]].mean():.0%}" for s in candidates.stages)
             console.print(
-                f"price 10^{price:.2f}: idle by {sparsity}: PPL {change:+.2f} ± {error or 0:.2f} %",
+                f"price 10^{price:.2f}: idle by {sparsity}: PPL {change:+.2f} ± {error:.2f} % "
+                f"on {seen} windows",
                 highlight=False,
             )
-            if change + (error or 0) <= limit:
+            if change + error <= limit:
                 low, best = price, (plan, change)
             else:
                 high = price
@@ -360,6 +359,33 @@ def _search(
     plan, change = best
     plan.target_ppl_increase, plan.achieved_ppl_increase = limit, change
     return plan, change
+
+
+class _Judge:
+    """Held-out windows (n, context), and the source's losses on those that were needed."""
+
+    def __init__(self, source: Model, engine: Engine, windows: np.ndarray, limit: float) -> None:
+        self._source, self._engine, self._windows = source, engine, windows
+        self._limit = limit
+        self._dense: list[float] = []
+
+    def change(self) -> tuple[float, float, int]:
+        """PPL change of the engine's plan and its error, percent, and the windows they come from.
+
+        All windows, unless fewer make clear on which side of the limit it is.
+        """
+        losses: list[float] = []
+        for window in self._windows:
+            losses.append(_loss(self._engine, window))
+            if len(self._dense) < len(losses):
+                self._dense.append(float(window_losses(self._source, window[None], None)[0]))
+            change, paired = ppl_change_percent(
+                np.array(losses), np.array(self._dense[: len(losses)])
+            )
+            error = paired or 0.0
+            if len(losses) >= JUDGED_FROM and abs(change - self._limit) > CLEAR * error:
+                break
+        return change, error, len(losses)
 
 
 def _loss(engine: Engine, window: np.ndarray) -> float:
