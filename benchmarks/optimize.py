@@ -1,11 +1,12 @@
 """What `fallow optimize` makes of the three real models: bytes, speed and quality.
 
-Plans are made on the WikiText-2 validation text and judged on the raw test text, windows of 1024
-tokens, against the source model; speed is llama.cpp's on the same GGUF, alternating. Needs
-llama-cpp-python==0.3.36; a stopped run continues with the next step:
+Plans are made on the WikiText-2 validation text, or on C4, and judged on the WikiText-2 raw test
+text, on code and on zero-shot tasks, against the source model; speed is llama.cpp's on the same
+GGUF, alternating. Needs llama-cpp-python==0.3.36; a stopped run continues with the next step:
 
     python benchmarks/optimize.py smollm2 gemma3 qwen2.5-1.5b
     python benchmarks/optimize.py qwen2.5-1.5b --prefer bytes
+    python benchmarks/optimize.py qwen2.5-1.5b --prefer bytes --calibration c4
     python benchmarks/optimize.py --report    # writes docs/results/optimize.md
 """
 
@@ -21,17 +22,23 @@ from typing import Any
 import numpy as np
 
 from engine import NEW, PROMPT, RUNS, TEST, THREADS, VALIDATION, bench
-from tradeoff import ROOT, record_machine
+from tradeoff import DATA, ROOT, record_machine
 
 RESULTS = ROOT / "benchmarks" / "results" / "optimize"
 LIMIT = 1.0  # percent
 WINDOWS = 40
+CALIBRATION = {"wikitext2": VALIDATION, "c4": DATA / "calibration" / "c4.txt"}
+CODE = DATA / "calibration" / "code.txt"
+TASKS = ("arc_easy_test", "piqa_val", "winogrande_dev", "lambada_openai_test")
+TASK_ITEMS = 1000  # the first of each task
 
 
-def run(name: str, prefer: str) -> None:
+def run(name: str, prefer: str, calibration: str) -> None:
     from fallow.catalog import ALIASES, resolve
 
-    folder = RESULTS / (name if prefer == "speed" else f"{name}-{prefer}")
+    parts = [name, *([prefer] if prefer != "speed" else [])]
+    parts += [calibration] if calibration != "wikitext2" else []
+    folder = RESULTS / "-".join(parts)
     folder.mkdir(parents=True, exist_ok=True)
     record_machine(folder / "machine.json")
     packed, source = folder / "packed.gguf", resolve(ALIASES[name])
@@ -40,10 +47,12 @@ def run(name: str, prefer: str) -> None:
     if not packed.exists():
         result = {}
     steps: dict[str, Callable[[], Any]] = {
-        "optimize": lambda: optimize(name, packed, prefer),
+        "optimize": lambda: optimize(name, packed, prefer, CALIBRATION[calibration]),
         "bytes": lambda: count_bytes(packed, source),
         "speed": lambda: bench(packed, RUNS, "llama.cpp", source),
-        "quality": lambda: quality(name, packed),
+        "quality": lambda: quality(name, packed, TEST),
+        "code": lambda: quality(name, packed, CODE),
+        "tasks": lambda: tasks(packed),
     }
     for step, do in steps.items():
         if step not in result:
@@ -51,10 +60,10 @@ def run(name: str, prefer: str) -> None:
             path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def optimize(name: str, packed: Path, prefer: str) -> dict[str, Any]:
+def optimize(name: str, packed: Path, prefer: str, calibration: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "fallow", "optimize", name, "-o", packed, "--json"]
     command += ["--max-ppl-increase", LIMIT, "--threads", THREADS, "--prefer", prefer]
-    command += ["--calibration-text", VALIDATION, "--text", TEST]
+    command += ["--calibration-text", calibration, "--text", TEST]
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"fallow optimize {name} failed")
@@ -110,8 +119,8 @@ def _read_per_token(sizes: dict[str, int], embedding: str) -> float:
     )
 
 
-def quality(name: str, packed: Path) -> dict[str, Any]:
-    """The plan against the source model, and the packed model run dense against it."""
+def quality(name: str, packed: Path, text: Path) -> dict[str, Any]:
+    """The packed model with its plan against the source model."""
     import fallow
     from fallow.evaluation import dense_logits
     from fallow.quality import evaluate_engine
@@ -121,7 +130,7 @@ def quality(name: str, packed: Path) -> dict[str, Any]:
     found = evaluate_engine(
         engine,
         engine.plan,
-        TEST,
+        text,
         context=1024,
         windows=WINDOWS,
         against=lambda window: dense_logits(model, window),
@@ -130,20 +139,49 @@ def quality(name: str, packed: Path) -> dict[str, Any]:
     return {k: found[k] for k in (*keys, "top1_agreement", "achieved_sparsity")}
 
 
+def tasks(packed: Path) -> list[dict[str, Any]]:
+    """Accuracies with the plan and, on the same items, of the packed model run dense."""
+    from fallow import Engine
+    from fallow.tasks import evaluate_task
+
+    engine = Engine(packed, threads=THREADS, context=1024)
+    plan = engine.plan
+    paths = [DATA / "tasks" / f"{task}.jsonl" for task in TASKS]
+    return [evaluate_task(engine, plan, path, TASK_ITEMS) for path in paths]
+
+
 INTRODUCTION = f"""# What `fallow optimize` makes of a model
 
 `fallow optimize --max-ppl-increase {LIMIT:g}`, thresholds and search on the WikiText-2 validation
-text, every figure here on the WikiText-2 raw test text. `benchmarks/optimize.py` does it.
+text or, where a name ends in c4, on C4; every figure here on other text, the WikiText-2 raw test
+text unless said. `benchmarks/optimize.py` does it.
 
 - **PPL**, **KL** are against the source model in float32, windows of 1024 tokens, ± one paired
   standard error.
 - **bytes** are of the weights that decode reads per token, **of the source** over what the GGUF's
   own matrices hold (an embedding that is not the head is not read), **of FFN** over the packed
-  model's FFN.
+  model's FFN, what is read to choose included.
 - **decode / llama.cpp**: on the source GGUF, {THREADS} threads, median of {RUNS} alternating runs
   ({PROMPT} tokens before, {NEW} timed).
 - **decode / dense**: the packed file with its plan over the same without.
 """
+
+
+TRANSFER = """
+## Other text
+
+PPL change in percent, of the same plans; code is programs in many languages, on which nothing was fitted.
+
+| model | plan made on | WikiText-2 test | code |
+|---|---|---|---|"""
+ACCURACY = f"""
+## Tasks
+
+Accuracy with the plan and, in brackets, its change in points against the packed model run dense on
+the same items, ± one paired standard error; the first {TASK_ITEMS} items of each task, zero-shot.
+
+| model | {" | ".join(TASKS)} | mean change |
+|---|{"---|" * len(TASKS)}---|"""
 
 
 def report() -> str:
@@ -153,14 +191,14 @@ def report() -> str:
         "| decode / llama.cpp | decode / dense | minutes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for path in sorted(RESULTS.glob("*/result.json")):
-        r = json.loads(path.read_text())
+    found = [(p, json.loads(p.read_text())) for p in sorted(RESULTS.glob("*/result.json"))]
+    for path, r in found:
         where = json.loads((path.parent / "machine.json").read_text())
         o, q, b, s = r["optimize"], r["quality"], r["bytes"], r["speed"]
         low, high = s["decode_ratio_range"]
         lines.append(
             f"| {path.parent.name} | {o['selector']} "
-            f"| {q['ppl_change_percent']:+.2f} ± {q['ppl_change_se']:.2f} ({q['windows']} windows) "
+            f"| {_change(q)} ({q['windows']} windows) "
             f"| {q['kl_to_dense']['mean']:.4f} | {q['achieved_sparsity']:.2f} "
             f"| {b['ratio_to_source']:.3f} | {b['ffn_ratio']:.3f} "
             f"| **{s['decode_ratio']:.2f}** ({low:.2f} to {high:.2f}) "
@@ -169,17 +207,42 @@ def report() -> str:
     lines.append(
         f"\n{where['cpu']}, {where['threads']} threads, commits {', '.join(where['commits'])}."
     )
+    lines.append(TRANSFER)
+    lines += [
+        f"| {path.parent.name} | {Path(r['optimize']['calibration_text']).name} "
+        f"| {_change(r['quality'])} | {_change(r['code'])} |"
+        for path, r in found
+        if "code" in r
+    ]
+    lines.append(ACCURACY)
+    for path, r in found:
+        if "tasks" not in r:
+            continue
+        cells = [
+            f"{100 * t['accuracy']:.1f} ({100 * t['change']:+.1f} ± {100 * t['change_se']:.1f})"
+            for t in r["tasks"]
+        ]
+        mean = float(np.mean([t["change"] for t in r["tasks"]]))
+        error = float(np.linalg.norm([t["change_se"] for t in r["tasks"]])) / len(r["tasks"])
+        lines.append(
+            f"| {path.parent.name} | {' | '.join(cells)} | {100 * mean:+.2f} ± {100 * error:.2f} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def _change(quality: dict[str, Any]) -> str:
+    return f"{quality['ppl_change_percent']:+.2f} ± {quality['ppl_change_se']:.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
     parser.add_argument("--prefer", default="speed", choices=("speed", "bytes"))
+    parser.add_argument("--calibration", default="wikitext2", choices=tuple(CALIBRATION))
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     for name in arguments.models:
-        run(name, arguments.prefer)
+        run(name, arguments.prefer, arguments.calibration)
     if arguments.report:
         (ROOT / "docs" / "results" / "optimize.md").write_text(report())
 

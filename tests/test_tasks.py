@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import fallow
+from fallow.engine import Engine
 from fallow.errors import FallowError
+from fallow.packing import pack
+from fallow.plan import Plan
 from fallow.tasks import Item, evaluate_task, load_task
 
 
@@ -89,6 +92,39 @@ def test_choices_are_scored_by_likelihood_per_byte(
     assert evaluate_task(model, None, tmp_path / "t.jsonl", limit=5)["items"] == 5
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma3"])
+def test_a_packed_model_answers_as_its_source(
+    name: str, folders: dict[str, Path], tiny: dict[str, fallow.Model], tmp_path: Path
+) -> None:
+    """Also where choices share nothing, share all but the end, and continue several contexts."""
+    pack(folders[name], tmp_path / "m.gguf", quant="f32")
+    engine = Engine(tmp_path / "m.gguf", context=64)
+    rng = np.random.default_rng(0)
+    words = ["neuron", "works", "and", "rests", "sleeps", "in", "on", "the", "gate"]
+    entries: list[dict[str, Any]] = []
+    for i in range(20):
+        some = [" ".join(rng.choice(words, n)) for n in (1, 5, 5, 9)]
+        entries += [
+            {"query": f"{some[1]} {i}", "choices": some[1:], "gold": int(rng.integers(3))},
+            {"context_options": some[1:], "continuation": some[0], "gold": int(rng.integers(3))},
+            {"context": some[2], "continuation": some[0]},
+        ]
+    path = write(tmp_path / "t.jsonl", *entries)
+    plan = Plan(
+        model=engine.name,
+        fingerprint=engine.fingerprint,
+        rule="topk",
+        where="inter",
+        knob=0.1,
+        knob_name="",
+        arrays={"kept": np.array([0.1])},
+    )
+    expected, found = (evaluate_task(m, plan, path) for m in (tiny[name], engine))
+    assert found == pytest.approx(expected)
+    assert 0 < found["accuracy"] < 1
+    assert found["change_se"] > 0
+
+
 def test_word_prediction(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
     """What greedy decoding gives is right, anything else is wrong."""
     model = tiny["llama"]
@@ -116,7 +152,7 @@ def test_nan_is_an_error_not_an_answer(folders: dict[str, Path], tmp_path: Path)
     assert model.layers[0].up_proj is not None
     model.layers[0].up_proj.weight[0, 0] = float("nan")
     path = write(tmp_path / "t.jsonl", {"query": "a", "choices": ["b", "c"], "gold": 0})
-    with pytest.raises(FallowError, match="NaN or infinite values in the final hidden state"):
+    with pytest.raises(FallowError, match="NaN or infinite logits"):
         evaluate_task(model, None, path)
 
 

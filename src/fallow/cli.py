@@ -453,30 +453,37 @@ def evaluate(
 ) -> None:
     """Perplexity, KL to dense and achieved sparsity of a plan, on text it has not seen."""
     loaded_plan = _load_plan(plan)
-    if _is_packed(model):
-        if task:
-            raise UsageError("--task needs the model itself, not a packed file")
-        _evaluate_packed(
-            model, loaded_plan, text, context, windows, against, decode, threads, allow_leakage,
-            dtype, as_json,
-        )  # fmt: skip
-        return
-    if against is not None or decode:
-        raise UsageError("--against and --decode are for packed models; make one with fallow pack")
-    loaded = _load(model, dtype)
-    from fallow.evaluation import evaluate as run
     from fallow.tasks import evaluate_task, load_task
 
     for path in task or []:
         load_task(path, task_items)  # a wrong file is reported before hours of work
-    result = run(
-        loaded, loaded_plan, text, context=context, windows=windows, allow_leakage=allow_leakage
-    ).to_json()
-    result["tasks"] = [evaluate_task(loaded, loaded_plan, p, task_items) for p in task or []]
+    subject: Any
+    if _is_packed(model):
+        from fallow.engine import Engine
+
+        subject = Engine(model, loaded_plan, threads, context=context)
+        loaded_plan = subject.plan
+        result = _evaluate_packed(
+            subject, text, context, windows, against, decode, threads, allow_leakage, dtype
+        )
+    else:
+        if against is not None or decode:
+            raise UsageError(
+                "--against and --decode are for packed models; make one with fallow pack"
+            )
+        subject = _load(model, dtype)
+        from fallow.evaluation import evaluate as run
+
+        result = run(
+            subject, loaded_plan, text, context=context, windows=windows,
+            allow_leakage=allow_leakage,
+        )  # fmt: skip
+    found = result.to_json()
+    found["tasks"] = [evaluate_task(subject, loaded_plan, p, task_items) for p in task or []]
     if as_json:
-        _print_json(result)
-        return
-    _print_evaluation(result)
+        _print_json(found)
+    else:
+        _print_evaluation(found)
 
 
 def _is_packed(model: str) -> bool:
@@ -486,8 +493,7 @@ def _is_packed(model: str) -> bool:
 
 
 def _evaluate_packed(
-    model: str,
-    plan: Any,
+    engine: Any,
     text: Path | None,
     context: int,
     windows: int | None,
@@ -496,12 +502,10 @@ def _evaluate_packed(
     threads: int | None,
     allow_leakage: bool,
     dtype: str,
-    as_json: bool,
-) -> None:
+) -> Any:
     from fallow.engine import Engine
     from fallow.quality import evaluate_engine
 
-    engine = Engine(model, plan, threads, context=context)
     other: Any = None
     if against is not None:
         if _is_packed(against):
@@ -511,7 +515,7 @@ def _evaluate_packed(
             from fallow.evaluation import dense_logits
 
             other = partial(dense_logits, reference)
-    result = evaluate_engine(
+    return evaluate_engine(
         engine,
         engine.plan,
         text,
@@ -520,12 +524,7 @@ def _evaluate_packed(
         against=other,
         decode=decode,
         allow_leakage=allow_leakage,
-    ).to_json()
-    result["tasks"] = []
-    if as_json:
-        _print_json(result)
-    else:
-        _print_evaluation(result)
+    )
 
 
 def _plus_minus(value: float, error: float | None, digits: int) -> str:

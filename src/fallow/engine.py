@@ -253,9 +253,9 @@ class Engine:
             squares = squares + np.square(values).sum(axis=0, dtype=np.float64)
         return np.sqrt(squares).astype(np.float32)
 
-    def reset(self) -> None:
-        """Forgets everything that was read."""
-        self._core.rewind(0)
+    def reset(self, keep: int = 0) -> None:
+        """Forgets what was read after the first `keep` tokens."""
+        self._core.rewind(keep)
 
     def windows(self, text: Text, context: int, limit: int | None = None) -> np.ndarray:
         """The text as windows of token ids, (n, context): see `cut_windows`.

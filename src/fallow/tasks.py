@@ -1,18 +1,25 @@
 """Zero-shot tasks: multiple choice and word prediction, dense against sparse on the same items."""
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from fallow.engine import Engine
 from fallow.errors import FallowError
 from fallow.metrics import standard_error
-from fallow.model import Model
 from fallow.plan import Plan
 from fallow.progress import progress
+from fallow.quality import log_softmax
+from fallow.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from fallow.model import Model
 
 TOKENS_AT_ONCE = 2048
 
@@ -78,12 +85,13 @@ def _as_question(query: str) -> str:
 
 
 def evaluate_task(
-    model: Model, plan: Plan | None, path: str | Path, limit: int | None = None
+    model: "Model | Engine", plan: Plan | None, path: str | Path, limit: int | None = None
 ) -> dict[str, Any]:
     """Accuracy of the dense model and under a plan on the same items, in [0, 1].
 
     A choice's score is its log-likelihood divided by its length in bytes, its leading space left
-    out. `change_se` is the standard error of the paired difference.
+    out. `change_se` is the standard error of the paired difference. With an engine, dense is the
+    packed model without a plan; torch is not needed.
     """
     items = load_task(path, limit)
     dense = _score(model, None, items, f"{Path(path).stem} dense")
@@ -99,12 +107,37 @@ def evaluate_task(
     }
 
 
-def _score(model: Model, plan: Plan | None, items: list[Item], label: str) -> np.ndarray:
+@dataclass(frozen=True)
+class _Ids:
+    """A pair's token ids, the last `n_scored` of which are the continuation's."""
+
+    ids: np.ndarray
+    n_scored: int
+
+    @property
+    def first(self) -> int:
+        """The position whose logits predict the continuation's first token."""
+        return len(self.ids) - self.n_scored - 1
+
+
+Result = tuple[float, bool]
+"""A continuation's log-likelihood in nats, and whether greedy decoding gives it."""
+
+
+def _score(model: "Model | Engine", plan: Plan | None, items: list[Item], label: str) -> np.ndarray:
     """1.0 for each item answered right, (items,)."""
+    read: Callable[[list[_Ids]], list[Result]]
+    at_work: AbstractContextManager[None]
+    if isinstance(model, Engine):
+        model.use_plan(plan)
+        read, room, at_work = partial(_read_engine, model), model.context, nullcontext()
+    else:
+        read, at_work = partial(_read_model, model), model.sparse(plan)
+        room = model.module.config.max_position_embeddings
     right = np.zeros(len(items))
-    with model.sparse(plan), progress(label, len(items)) as ticker:
+    with at_work, progress(label, len(items)) as ticker:
         for i, item in enumerate(items):
-            scored = _continuations(model, item)
+            scored = read([_encode(model.tokenizer, room, *pair) for pair in item.pairs])
             if len(scored) == 1:
                 right[i] = scored[0][1]
             else:
@@ -115,42 +148,55 @@ def _score(model: Model, plan: Plan | None, items: list[Item], label: str) -> np
     return right
 
 
-def _continuations(model: Model, item: Item) -> list[tuple[float, bool]]:
-    """(log-likelihood in nats, whether greedy decoding gives it) of every pair."""
-    encoded = [_encode(model, context, text) for context, text in item.pairs]
-    limit = max(1, TOKENS_AT_ONCE // max(len(ids) for ids, _ in encoded))
-    found: list[tuple[float, bool]] = []
-    for start in range(0, len(encoded), limit):
-        found += _batch(model, encoded[start : start + limit])
-    return found
-
-
-def _encode(model: Model, context: str, text: str) -> tuple[np.ndarray, int]:
-    """Ids of context and continuation, and how many are the continuation's."""
-    tokenizer = model.tokenizer
+def _encode(tokenizer: TextTokenizer, room: int, context: str, text: str) -> _Ids:
+    """Of a pair longer than `room` tokens, the last ones."""
     whole = tokenizer.encode(context + text)
-    n_context = min(len(tokenizer.encode(context)), len(whole) - 1)
-    n_context -= len(whole)
-    whole = tokenizer.with_bos(whole)
-    n_context += len(whole)
-    if n_context < 1:
+    n_scored = len(whole) - min(len(tokenizer.encode(context)), len(whole) - 1)
+    whole = tokenizer.with_bos(whole)[-room:]
+    if len(whole) == n_scored:
         raise FallowError("a task item has an empty context and the model has no BOS token")
-    room = model.module.config.max_position_embeddings
-    drop = max(0, len(whole) - room)
-    return whole[drop:], len(whole) - n_context
+    return _Ids(whole, n_scored)
 
 
-def _batch(model: Model, encoded: list[tuple[np.ndarray, int]]) -> list[tuple[float, bool]]:
-    longest = max(len(ids) for ids, _ in encoded)
-    # Padded on the right, where causal attention never looks back from the text.
-    ids = np.stack([np.pad(ids, (0, longest - len(ids))) for ids, _ in encoded])
-    hidden = model.hidden(ids)
-    if not torch.isfinite(hidden).all():
-        raise FallowError("NaN or infinite values in the final hidden state; try --dtype float32")
-    found = []
-    for row, (own, n) in zip(hidden, encoded, strict=True):
-        log_p = model.logits(row[len(own) - n - 1 : len(own) - 1]).log_softmax(-1)
-        targets = torch.from_numpy(own[-n:])
-        likelihood = float(log_p.gather(-1, targets[:, None]).sum())
-        found.append((likelihood, bool((log_p.argmax(-1) == targets).all())))
+def _read_model(model: "Model", pairs: list[_Ids]) -> list[Result]:
+    limit = max(1, TOKENS_AT_ONCE // max(len(p.ids) for p in pairs))
+    found: list[Result] = []
+    for start in range(0, len(pairs), limit):
+        found += _read_batch(model, pairs[start : start + limit])
     return found
+
+
+def _read_batch(model: "Model", pairs: list[_Ids]) -> list[Result]:
+    longest = max(len(p.ids) for p in pairs)
+    # Padded on the right, where causal attention never looks back from the text.
+    hidden = model.hidden(np.stack([np.pad(p.ids, (0, longest - len(p.ids))) for p in pairs]))
+    return [
+        _result(model.logits(row[p.first : len(p.ids) - 1]).float().numpy(), p)
+        for row, p in zip(hidden, pairs, strict=True)
+    ]
+
+
+def _read_engine(engine: Engine, pairs: list[_Ids]) -> list[Result]:
+    """Reads what all pairs begin with once."""
+    shared = min(p.first for p in pairs)
+    differ = (np.stack([p.ids[:shared] for p in pairs]) != pairs[0].ids[:shared]).any(axis=0)
+    shared = int(differ.argmax()) if differ.any() else shared
+    engine.reset()
+    if shared:
+        engine.forward(pairs[0].ids[:shared])
+    found = []
+    for pair in pairs:
+        engine.reset(shared)
+        if pair.first > shared:
+            engine.forward(pair.ids[shared : pair.first])
+        found.append(_result(engine.forward(pair.ids[pair.first : -1], every=True), pair))
+    return found
+
+
+def _result(logits: np.ndarray, pair: _Ids) -> Result:
+    """From the logits (n_scored, vocabulary) of the continuation's tokens."""
+    if not np.isfinite(logits).all():
+        raise FallowError("NaN or infinite logits; try --dtype float32, or pack the model again")
+    log_p, targets = log_softmax(logits), pair.ids[-pair.n_scored :]
+    likelihood = float(log_p[np.arange(len(targets)), targets].sum(dtype=np.float64))
+    return likelihood, bool((log_p.argmax(axis=-1) == targets).all())
