@@ -170,7 +170,8 @@ text unless said. `benchmarks/optimize.py` does it.
 TRANSFER = """
 ## Other text
 
-PPL change in percent, of the same plans; code is programs in many languages, on which nothing was fitted.
+PPL change in percent, of the same plans; code is programs in many languages, on which nothing was
+fitted.
 
 | model | plan made on | WikiText-2 test | code |
 |---|---|---|---|"""

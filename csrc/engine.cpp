@@ -17,6 +17,8 @@ constexpr size_t kBlock = 256;
 constexpr size_t kQueries = 96, kPositions = 128;
 // Rows of down_proj_t that are decoded at once in prefill.
 constexpr size_t kDownRows = 128;
+// Rows whose planes are joined at once: few enough that they stay in the first cache.
+constexpr size_t kJoined = 16;
 
 // Adds the time since the last mark to a sum.
 class Clock {
@@ -56,6 +58,35 @@ size_t list_rows(const float* values, Share range, int32_t* rows) {
     n += values[i] != 0;
   }
   return n;
+}
+
+// Columns [column, column + n) of a row, whole blocks: in place, or joined in `scratch`.
+const uint8_t* row_part(const Matrix& w, size_t row, size_t column, size_t n, uint8_t* scratch) {
+  if (!w.planes) return w.data + row * w.row_bytes + w.row_bytes * column / w.cols;
+  const PlaneFormat& f = *w.planes;
+  const size_t first = row * w.blocks() + column / f.block;
+  join_planes(f, w.data + first * f.base_bytes(), w.rest ? w.rest + first * f.rest_bytes() : nullptr,
+              n / f.block, scratch);
+  return scratch;
+}
+
+float score(const Cut& cut, const float* values, size_t i) {
+  return std::fabs(values[i]) * (cut.weight.empty() ? 1.0f : cut.weight[i]);
+}
+
+// Parts n rows (null: begin and following) by whether their score is above a fixed threshold, and
+// returns how many are; the others go to `coarse`.
+size_t part_rows(const Cut& cut, const float* values, const int32_t* rows, size_t begin, size_t n,
+                 int32_t* fine, int32_t* coarse) {
+  const float threshold = static_cast<float>(cut.value);
+  size_t above = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const size_t row = rows ? static_cast<size_t>(rows[i]) : begin + i;
+    const bool is_above = score(cut, values, row) > threshold;
+    fine[above] = coarse[i - above] = static_cast<int32_t>(row);
+    above += is_above;
+  }
+  return above;
 }
 
 bool is_fixed(const Cut& cut) {
@@ -104,10 +135,16 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
   const size_t panel = std::max({widest * kPanel, kDownRows * 256, kPositions * kPanel,
                                  config_.head_dim * kPanel});
   const size_t queries = std::max<size_t>(kQueries, config_.n_heads / config_.n_kv_heads);
+  size_t joined = 0;
+  for (const Layer& layer : model.layers)
+    for (const Matrix* w : {&layer.up_proj, &layer.down_proj_t})
+      if (w->planes) joined = std::max<size_t>(joined, kJoined * w->row_bytes);
   workers_.resize(static_cast<size_t>(n_threads));
   for (Worker& w : workers_) {
     w.selector = RowSelector(std::max(d_ff, widest));
     w.magnitudes.resize(std::max(d_ff, widest));
+    w.fine.resize(d_ff);
+    w.coarse.resize(d_ff);
     w.outliers.resize(model.layers[0].outliers.rows);
     w.scores.resize(queries * context);
     w.sums.resize(queries);
@@ -115,6 +152,7 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
     w.rows.resize(std::max(widest * kPanel, size_t{2} * 256));
     if (kernels.gemm_bf16) w.panel_half.resize(panel);
     w.half.resize(config_.head_dim);
+    w.joined.resize(joined);
   }
 }
 
@@ -137,7 +175,13 @@ void Engine::add_outliers(const Layer& layer, const InterOf& inter_of, float* y,
   kernels_.axpy_rows[w.type](w.data, w.row_bytes, nullptr, 0, w.rows, w.cols, inter, y);
 }
 
-void Engine::set_cuts(std::vector<LayerCuts> cuts) { cuts_ = std::move(cuts); }
+void Engine::set_cuts(std::vector<LayerCuts> cuts) {
+  cuts_ = std::move(cuts);
+  const bool coarse = std::any_of(cuts_.begin(), cuts_.end(), [](const LayerCuts& c) {
+    return c[kUpCoarse].by != Cut::By::kNothing || c[kDownCoarse].by != Cut::By::kNothing;
+  });
+  coarse_.resize(coarse ? gate_.size() : 0);
+}
 
 void Engine::set_head_margin(float nats) { margin_ = model_.lm_head_coarse.data ? nats : 0; }
 
@@ -387,8 +431,8 @@ void Engine::ffn_one(size_t l, const Input& input) {
     size_t n = end - begin;
     const Matrix& first = config_.gated ? layer.gate_proj : layer.up_proj;
     const float* bias = config_.gated ? layer.gate_bias : layer.up_bias;
-    kernels_.gemv_rows[first.type](first.data, first.row_bytes, nullptr, begin, n, hidden, x,
-                                   act + begin);
+    gemv(first, nullptr, begin, n, x, act + begin, worker);
+    own.bytes = n * first.read_bytes();
     if (bias) add_to(act + begin, bias + begin, n);
     activate(act + begin, n);
     const int32_t* rows = nullptr;  // all of the range
@@ -398,41 +442,85 @@ void Engine::ffn_one(size_t l, const Input& input) {
       rows = rows_.data() + begin;
     };
     cut_by(cut(l, kGateAct));
-    own.second_rows = n;
-    if (config_.gated) {
-      const Matrix& w = layer.up_proj;
-      float* up = up_.data() + begin;
-      kernels_.gemv_rows[w.type](w.data, w.row_bytes, rows, begin, n, hidden, x, up);
-      if (!rows) {
-        if (layer.up_bias) add_to(up, layer.up_bias + begin, n);
-        for (size_t i = 0; i < n; ++i) act[begin + i] *= up[i];
+    // Calls use(matrix, rows, n) with the rows that are read whole and with those read coarse.
+    const auto in_parts = [&](const Matrix& w, Tap tap, const auto& use) {
+      if (cut(l, tap).by == Cut::By::kNothing || !w.planes) {
+        use(w, rows, n);
       } else {
-        for (size_t i = 0; i < n; ++i)
-          act[rows[i]] *= up[i] + (layer.up_bias ? layer.up_bias[rows[i]] : 0.0f);
+        const size_t fine = part_rows(cut(l, tap), act, rows, begin, n, own.fine.data(),
+                                      own.coarse.data());
+        use(w, own.fine.data(), fine);
+        use(w.coarse(), own.coarse.data(), n - fine);
       }
+    };
+    if (config_.gated) {
+      in_parts(layer.up_proj, kUpCoarse, [&](const Matrix& w, const int32_t* some, size_t count) {
+        float* up = up_.data() + begin;
+        gemv(w, some, begin, count, x, up, worker);
+        own.bytes += count * w.read_bytes();
+        if (!some) {
+          if (layer.up_bias) add_to(up, layer.up_bias + begin, count);
+          for (size_t i = 0; i < count; ++i) act[begin + i] *= up[i];
+        } else {
+          for (size_t i = 0; i < count; ++i)
+            act[some[i]] *= up[i] + (layer.up_bias ? layer.up_bias[some[i]] : 0.0f);
+        }
+      });
     }
     cut_by(cut(l, kInter));
     own.active = n;
-    const float* inter = act + begin;
-    if (rows) {
-      for (size_t i = 0; i < n; ++i) own.magnitudes[i] = act[rows[i]];
-      inter = own.magnitudes.data();
-    }
     std::fill(y, y + hidden, 0.0f);
-    const Matrix& down = layer.down_proj_t;
-    kernels_.axpy_rows[down.type](down.data, down.row_bytes, rows, begin, n, hidden, inter, y);
+    in_parts(layer.down_proj_t, kDownCoarse,
+             [&](const Matrix& w, const int32_t* some, size_t count) {
+               const float* inter = act + begin;
+               if (some) {
+                 for (size_t i = 0; i < count; ++i) own.magnitudes[i] = act[some[i]];
+                 inter = own.magnitudes.data();
+               }
+               axpy(w, some, begin, count, inter, y, worker);
+               own.bytes += count * w.read_bytes();
+             });
   });
   sum_partials();
   add_outliers(layer, [&](size_t neuron) { return gate_[neuron]; }, branch_.data(), 0);
-  size_t second = 0, third = 0;
   for (Worker& w : workers_) {
-    second += w.second_rows;
-    third += std::exchange(w.active, 0);
+    active_[l] += std::exchange(w.active, 0);
+    bytes_read_ += w.bytes;
   }
-  active_[l] += third;
-  bytes_read_ += config_.gated ? layer.gate_proj.bytes() + second * layer.up_proj.row_bytes
-                               : layer.up_proj.bytes();
-  bytes_read_ += third * layer.down_proj_t.row_bytes + layer.outliers.bytes();
+  bytes_read_ += layer.outliers.bytes();
+}
+
+// Calls use(data, rows, begin, first, n) for the rows' bytes: once with where they lie, or, for a
+// matrix in planes, for some rows at a time with where they were joined. `first` counts rows done.
+template <class Use>
+void Engine::for_rows(const Matrix& w, const int32_t* rows, size_t begin, size_t n, int worker,
+                      const Use& use) {
+  if (!w.planes) return use(w.data, rows, begin, size_t{0}, n);
+  uint8_t* joined = workers_[static_cast<size_t>(worker)].joined.data();
+  for (size_t first = 0; first < n; first += kJoined) {
+    const size_t some = std::min(kJoined, n - first);
+    for (size_t i = 0; i < some; ++i)
+      row_part(w, rows ? static_cast<size_t>(rows[first + i]) : begin + first + i, 0, w.cols,
+               joined + i * w.row_bytes);
+    use(joined, nullptr, size_t{0}, first, some);
+  }
+}
+
+void Engine::gemv(const Matrix& w, const int32_t* rows, size_t begin, size_t n, const Activation& x,
+                  float* y, int worker) {
+  for_rows(w, rows, begin, n, worker,
+           [&](const uint8_t* data, const int32_t* list, size_t from, size_t first, size_t some) {
+             kernels_.gemv_rows[w.type](data, w.row_bytes, list, from, some, w.cols, x, y + first);
+           });
+}
+
+void Engine::axpy(const Matrix& w, const int32_t* rows, size_t begin, size_t n,
+                  const float* coefficient, float* y, int worker) {
+  for_rows(w, rows, begin, n, worker,
+           [&](const uint8_t* data, const int32_t* list, size_t from, size_t first, size_t some) {
+             kernels_.axpy_rows[w.type](data, w.row_bytes, list, from, some, w.cols,
+                                        coefficient + first, y);
+           });
 }
 
 // Sets those of a range of values to zero that a fixed threshold cuts, and lists the others' indices.
@@ -483,13 +571,12 @@ void Engine::ffn_sparse_one(size_t l, Input& input) {
   const Activation x = up_input->activation();
   // inter of the rows that are left, compact: compact[i] belongs to neuron rows_[i].
   float* compact = config_.gated ? up : workers_[0].magnitudes.data();
-  const auto finish_rows = [&](Share share) {
+  const auto finish_rows = [&](Share share, int worker) {
     const size_t n = share.end - share.begin;
     const int32_t* rows = rows_.data() + share.begin;
     float* inter = compact + share.begin;
     if (config_.gated) {
-      const Matrix& w = layer.up_proj;
-      kernels_.gemv_rows[w.type](w.data, w.row_bytes, rows, 0, n, hidden, x, inter);
+      gemv(layer.up_proj, rows, 0, n, x, inter, worker);
       for (size_t i = 0; i < n; ++i) {
         const auto row = static_cast<size_t>(rows[i]);
         inter[i] = gate[row] * (inter[i] + (layer.up_bias ? layer.up_bias[row] : 0.0f));
@@ -502,29 +589,26 @@ void Engine::ffn_sparse_one(size_t l, Input& input) {
   const auto sum_rows = [&](Share share, const float* inter, int worker) {
     float* y = partial_.data() + static_cast<size_t>(worker) * hidden;
     std::fill(y, y + hidden, 0.0f);
-    const Matrix& down = layer.down_proj_t;
-    kernels_.axpy_rows[down.type](down.data, down.row_bytes, rows_.data() + share.begin, 0,
-                                  share.end - share.begin, hidden, inter, y);
+    axpy(layer.down_proj_t, rows_.data() + share.begin, 0, share.end - share.begin, inter, y,
+         worker);
   };
   if (config_.gated) bytes_read_ += n_rows_ * layer.up_proj.row_bytes;
   if (!late) {
     pool_.run([&](int worker) {
       const Share share = share_of(n_rows_, worker, pool_.size());
-      sum_rows(share, finish_rows(share), worker);
+      sum_rows(share, finish_rows(share, worker), worker);
     });
   } else {
     if (config_.gated) {
       pool_.run([&](int worker) {
         const Share share = share_of(n_rows_, worker, pool_.size());
         if (!has_cut(l, {kUp})) {
-          finish_rows(share);
+          finish_rows(share, worker);
           return;
         }
-        const Matrix& w = layer.up_proj;
         const int32_t* rows = rows_.data() + share.begin;
         float* values = up + share.begin;
-        kernels_.gemv_rows[w.type](w.data, w.row_bytes, rows, 0, share.end - share.begin, hidden, x,
-                                   values);
+        gemv(layer.up_proj, rows, 0, share.end - share.begin, x, values, worker);
         if (layer.up_bias)
           for (size_t i = 0; i < share.end - share.begin; ++i) values[i] += layer.up_bias[rows[i]];
       });
@@ -580,13 +664,25 @@ void Engine::ffn_block(size_t l, size_t n, Input& input) {
   } else {
     project(l, input, n, {{layer.up_proj, layer.up_bias, gate_.data(), kUpInput}});
   }
+  // Both products are made of all rows, and each neuron takes one.
+  const bool up_coarse = config_.gated && layer.up_proj.planes && has_cut(l, {kUpCoarse});
+  const bool down_coarse = layer.down_proj_t.planes && has_cut(l, {kDownCoarse});
+  if (up_coarse) {
+    const Matrix w = layer.up_proj.coarse();
+    project(l, input, n, {{w, layer.up_bias, coarse_.data(), kUpInput}});
+  }
   for_tokens(n, [&](size_t t, int worker) {
-    float* inter = gate_.data() + t * d_ff;
+    float *inter = gate_.data() + t * d_ff, *coarse = coarse_.data() + t * d_ff;
     apply(cut(l, kGatePre), inter, d_ff, worker);
     activate(inter, d_ff);
     apply(cut(l, kGateAct), inter, d_ff, worker);
     if (config_.gated) {
       float* up = up_.data() + t * d_ff;
+      if (up_coarse) {
+        const Cut& by = cut(l, kUpCoarse);
+        for (size_t i = 0; i < d_ff; ++i)
+          if (score(by, inter, i) <= static_cast<float>(by.value)) up[i] = coarse[i];
+      }
       apply(cut(l, kUp), up, d_ff, worker);
       for (size_t i = 0; i < d_ff; ++i) inter[i] *= up[i];
     }
@@ -595,26 +691,35 @@ void Engine::ffn_block(size_t l, size_t n, Input& input) {
     const auto count = static_cast<uint64_t>(std::count_if(
         inter, inter + d_ff, [](float v) { return v != 0; }));
     workers_[static_cast<size_t>(worker)].active += cuts_.empty() ? d_ff : count;
+    if (down_coarse) {
+      const Cut& by = cut(l, kDownCoarse);
+      for (size_t i = 0; i < d_ff; ++i) {
+        const bool is_coarse = score(by, inter, i) <= static_cast<float>(by.value);
+        coarse[i] = is_coarse ? inter[i] : 0.0f;
+        if (is_coarse) inter[i] = 0;
+      }
+    }
   });
   for (Worker& w : workers_) active_[l] += std::exchange(w.active, 0);
-  down_block(layer, n);
+  down_block(layer.down_proj_t, n, gate_.data(), false);
+  if (down_coarse) down_block(layer.down_proj_t.coarse(), n, coarse_.data(), true);
   for_tokens(n, [&](size_t t, int worker) {
-    add_outliers(layer, [&](size_t neuron) { return gate_[t * d_ff + neuron]; },
-                 branch_.data() + t * config_.hidden_size, worker);
+    const size_t start = t * d_ff;
+    add_outliers(layer, [&](size_t neuron) {
+      return gate_[start + neuron] + (down_coarse ? coarse_[start + neuron] : 0.0f);
+    }, branch_.data() + t * config_.hidden_size, worker);
   });
 }
 
-// branch (T, hidden) = inter (T, d_ff) down_proj_t (d_ff, hidden). Every thread takes some columns,
-// decodes them for a few rows at a time, and adds their part for all tokens.
-void Engine::down_block(const Layer& layer, size_t n) {
+// branch (T, hidden) (+)= inter (T, d_ff) down_proj_t (d_ff, hidden). Every thread takes some
+// columns, decodes them for a few rows at a time, and adds their part for all tokens.
+void Engine::down_block(const Matrix& w, size_t n, const float* inter, bool add) {
   const size_t hidden = config_.hidden_size, d_ff = config_.intermediate_size;
-  const Matrix& w = layer.down_proj_t;
   const size_t unit = hidden % 256 == 0 ? 256 : 32;  // columns; whole blocks of any format
-  const size_t bytes = w.row_bytes * unit / hidden;  // of `unit` columns
   const bool half = uses_bf16(w, d_ff);
   if (half)
     for_tokens(n, [&](size_t t, int) {
-      kernels_.to_bf16(gate_.data() + t * d_ff, d_ff, inter_half_.data() + t * d_ff);
+      kernels_.to_bf16(inter + t * d_ff, d_ff, inter_half_.data() + t * d_ff);
     });
   pool_.run([&](int worker) {
     Worker& scratch = workers_[static_cast<size_t>(worker)];
@@ -623,7 +728,9 @@ void Engine::down_block(const Layer& layer, size_t n) {
     const Share share = share_of(pieces(hidden, unit), worker, pool_.size());
     for (size_t u = share.begin; u < share.end; ++u) {
       const size_t column = u * unit, width = std::min(unit, hidden - column);
-      const auto row_at = [&](size_t row) { return w.data + row * w.row_bytes + u * bytes; };
+      const auto row_at = [&](size_t row) {
+        return row_part(w, row, column, width, scratch.joined.data());
+      };
       // The panel of columns [c, c + kPanel) starts at c * kDownRows.
       for (size_t row = 0; row < d_ff; row += kDownRows) {
         const size_t rows = std::min(kDownRows, d_ff - row);
@@ -644,10 +751,10 @@ void Engine::down_block(const Layer& layer, size_t n) {
           float* y = branch_.data() + column + c;
           if (half) {
             kernels_.gemm_bf16(panel_half + c * kDownRows, there, rows, inter_half_.data() + row,
-                               d_ff, n, row > 0, y, hidden);
+                               d_ff, n, add || row > 0, y, hidden);
           } else {
-            kernels_.gemm_f32(panel + c * kDownRows, there, rows, gate_.data() + row, d_ff, n,
-                              row > 0, y, hidden);
+            kernels_.gemm_f32(panel + c * kDownRows, there, rows, inter + row, d_ff, n,
+                              add || row > 0, y, hidden);
           }
         }
       }
@@ -786,8 +893,7 @@ void Engine::multiply(const Input& input, size_t n, const Product* begin, const 
         continue;
       }
       const auto [first, last] = share_of(p->w.rows, worker, pool_.size());
-      kernels_.gemv_rows[p->w.type](p->w.data, p->w.row_bytes, nullptr, first, last - first,
-                                    p->w.cols, x, p->y + first);
+      gemv(p->w, nullptr, first, last - first, x, p->y + first, worker);
       if (p->bias) add_to(p->y + first, p->bias + first, last - first);
     }
   });
@@ -818,7 +924,8 @@ void Engine::multiply_panel(const Input& input, size_t n, const Matrix& w, size_
   Worker& scratch = workers_[static_cast<size_t>(worker)];
   const size_t k = w.cols;
   for (size_t r = 0; r < rows; ++r)
-    kernels_.decode(w.type, w.data + (row + r) * w.row_bytes, k, scratch.rows.data() + r * k);
+    kernels_.decode(w.type, row_part(w, row + r, 0, k, scratch.joined.data()), k,
+                    scratch.rows.data() + r * k);
   if (uses_bf16(w, k)) {
     kernels_.panel_bf16(scratch.rows.data(), rows, k, scratch.panel_half.data());
     kernels_.gemm_bf16(scratch.panel_half.data(), rows, k, input.half.data(), input.width, n, false,

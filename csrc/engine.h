@@ -17,7 +17,10 @@ namespace fallow {
 // Places where a plan may set values to zero, in the order of the computation.
 enum Tap {
   kQInput, kKInput, kVInput, kOInput, kGateInput, kUpInput,
-  kGatePre, kGateAct, kUp, kInter, kDownInput, kFfnOut, kTaps,
+  kGatePre, kGateAct, kUp, kInter, kDownInput, kFfnOut,
+  // Not zero: scores (of gate_act and of inter) up to which a row of up_proj or down_proj_t that is
+  // in planes is read coarse. Fixed thresholds alone.
+  kUpCoarse, kDownCoarse, kTaps,
 };
 
 // Values v_i of one layer and token with |v_i| * weight_i <= threshold become zero. The threshold
@@ -97,9 +100,16 @@ class Engine {
   void ffn(size_t layer, size_t n);
   void ffn_one(size_t layer, const Input& input);
   static size_t keep_above(const Cut& cut, float* values, Share range, int32_t* rows);
+  template <class Use>
+  void for_rows(const Matrix& w, const int32_t* rows, size_t begin, size_t n, int worker,
+                const Use& use);
+  void gemv(const Matrix& w, const int32_t* rows, size_t begin, size_t n, const Activation& x,
+            float* y, int worker);
+  void axpy(const Matrix& w, const int32_t* rows, size_t begin, size_t n, const float* coefficient,
+            float* y, int worker);
   void ffn_sparse_one(size_t layer, Input& input);
   void ffn_block(size_t layer, size_t n, Input& input);
-  void down_block(const Layer& layer, size_t n);
+  void down_block(const Matrix& w, size_t n, const float* inter, bool add);
   template <class InterOf>
   void add_outliers(const Layer& layer, const InterOf& inter_of, float* y, int worker);
   void sum_partials();
@@ -136,6 +146,7 @@ class Engine {
   Input attn_input_, o_input_, ffn_input_, cut_input_;
   // (block, ...)
   std::vector<float> residual_, q_, k_, v_, branch_, gate_, up_, cos_, sin_;
+  std::vector<float> coarse_;      // (block, d_ff), for plans that read rows coarse
   std::vector<uint16_t> inter_half_;
   const float* turned_ = nullptr;  // whose angles cos_ and sin_ hold for this block
   std::vector<float> partial_;     // (threads, hidden): each thread's sum of down_proj_t rows
@@ -148,7 +159,9 @@ class Engine {
   struct Worker {
     RowSelector selector;
     uint64_t active = 0;            // neurons of this block or token
-    uint64_t second_rows = 0;       // rows of up_proj read for this token
+    uint64_t bytes = 0;             // of rows read for this token
+    std::vector<int32_t> fine, coarse;  // neurons whose rows are read whole or coarse
+    std::vector<uint8_t> joined;    // some rows whose planes were joined
     std::vector<float> outliers;    // their inter
     std::vector<float> magnitudes;  // that a cut looks at
     std::vector<float> scores, sums;  // attention

@@ -66,6 +66,24 @@ class Reader {
             cols / format.block_size * format.block_bytes};
   }
 
+  // The same, or one cut in planes: bytes <name>.base and <name>.rest in place of <name>.weight, of
+  // the type that the array `fallow.<matrix>_planes` has for its layer.
+  Matrix matrix_or_planes(const std::string& layer, const std::string& matrix, uint32_t index,
+                          uint64_t layers, uint64_t rows, uint64_t cols) const {
+    const std::string name = layer + matrix;
+    if (!has(name + ".base")) return this->matrix(name + ".weight", rows, cols);
+    const uint32_t type = counts(matrix + "_planes", layers, UINT32_MAX)[index];
+    const PlaneFormat* planes = find_planes(type);
+    if (!planes || cols % planes->block != 0)
+      throw PackedError(name + " cannot be in planes of type " + std::to_string(type));
+    const uint64_t blocks = cols / planes->block;
+    Matrix found{bytes(name + ".base", rows, blocks * planes->base_bytes()), type, rows, cols,
+                 blocks * planes->bytes()};
+    found.planes = planes;
+    found.rest = bytes(name + ".rest", rows, blocks * planes->rest_bytes());
+    return found;
+  }
+
   const float* vector(const std::string& name, uint64_t n) const {
     return floats(tensor(name, {n}));
   }
@@ -120,6 +138,13 @@ class Reader {
       throw PackedError("tensor " + name + " has the shape " + shape_text(found->second->shape) +
                         ", expected " + shape_text(shape));
     return *found->second;
+  }
+
+  const uint8_t* bytes(const std::string& name, uint64_t rows, uint64_t cols) const {
+    const GgufTensor& found = tensor(name, {rows, cols});
+    if (std::string(find_format(found.type)->name) != "I8")
+      throw PackedError("tensor " + name + " must be I8");
+    return data_ + found.offset;
   }
 
   const float* floats(const GgufTensor& tensor) const {
@@ -192,9 +217,9 @@ Layer read_layer(const Reader& in, const Config& c, uint32_t index) {
     l.gate_proj = in.matrix(p + "gate_proj.weight", d_ff, hidden);
     l.gate_bias = in.optional_vector(p + "gate_proj.bias", d_ff);
   }
-  l.up_proj = in.matrix(p + "up_proj.weight", d_ff, hidden);
+  l.up_proj = in.matrix_or_planes(p, "up_proj", index, c.n_layers, d_ff, hidden);
   l.up_bias = in.optional_vector(p + "up_proj.bias", d_ff);
-  l.down_proj_t = in.matrix(p + "down_proj_t.weight", d_ff, hidden);
+  l.down_proj_t = in.matrix_or_planes(p, "down_proj_t", index, c.n_layers, d_ff, hidden);
   l.down_bias = in.optional_vector(p + "down_proj.bias", hidden);
   l.down_norm = in.vector(p + "down_norm", d_ff);
   return l;

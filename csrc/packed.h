@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "planes.h"
+
 namespace fallow {
 
 struct PackedError : std::runtime_error {
@@ -29,13 +31,27 @@ struct Config {
   Act act;
 };
 
-// W (rows, cols), row-major in a ggml type; data is null for a matrix the model does not have.
+// W (rows, cols), row-major in a ggml type; data is null for a matrix the model does not have. One cut
+// in planes (planes.h) has its first plane in `data` and its second in `rest`.
 struct Matrix {
   const uint8_t* data = nullptr;
   uint32_t type = 0;
-  uint64_t rows = 0, cols = 0, row_bytes = 0;
+  uint64_t rows = 0, cols = 0;
+  uint64_t row_bytes = 0;              // of a whole row
+  const PlaneFormat* planes = nullptr;
+  const uint8_t* rest = nullptr;       // null: only the first plane is read
 
-  uint64_t bytes() const { return rows * row_bytes; }
+  uint64_t blocks() const { return cols / planes->block; }  // of a row in planes
+  // Of what is read of a row.
+  uint64_t read_bytes() const {
+    return planes && !rest ? blocks() * planes->base_bytes() : row_bytes;
+  }
+  uint64_t bytes() const { return rows * read_bytes(); }
+  Matrix coarse() const {
+    Matrix first = *this;
+    first.rest = nullptr;
+    return first;
+  }
 };
 
 struct Norm {

@@ -295,6 +295,10 @@ def pack(
         bool,
         typer.Option("--shortlist", help="Add a coarse head, which plans of fallow optimize use."),
     ] = False,
+    planes: Annotated[
+        bool,
+        typer.Option("--planes", help="Cut FFN rows in two, for plans that read some coarse."),
+    ] = False,
     text: TextOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -304,8 +308,9 @@ def pack(
     from fallow.packing import pack as run
 
     check = run(
-        model, output, plan=loaded_plan, quant=quant, down=down, shortlist=shortlist, text=text
-    )
+        model, output, plan=loaded_plan, quant=quant, down=down, shortlist=shortlist,
+        planes=planes, text=text,
+    )  # fmt: skip
     size = output.stat().st_size / 1e6
     if as_json:
         _print_json({"path": str(output), "mb": size, "self_check": vars(check)})

@@ -17,9 +17,10 @@ from tokenizers import Tokenizer
 from fallow import _core
 from fallow.errors import FallowError, UsageError
 from fallow.plan import Plan
+from fallow.planes import join_planes
 from fallow.text import Text, cut_windows
 from fallow.tokenizer import TextTokenizer
-from fallow.weights import GgufFile, read_gguf
+from fallow.weights import GgufFile, StoredTensor, read_gguf
 
 PACKED_VERSION = 1
 DEFAULT_CONTEXT = 4096
@@ -182,6 +183,10 @@ class Engine:
             raise FallowError(
                 f"the engine cannot run plans of {plan.rule!r}; it runs {', '.join(_RULES)}"
             )
+        if plan.rule != "two_stage" and {"threshold.up_coarse", "threshold.down_coarse"} & {
+            *plan.arrays
+        }:
+            raise FallowError(f"a plan of {plan.rule!r} cannot read rows coarse, two_stage can")
         n_layers, cuts = self._core.n_layers, []
         for name, array in sorted(plan.arrays.items()):
             if not name.startswith("threshold."):
@@ -229,13 +234,13 @@ class Engine:
 
     def _weight(self, plan: Plan, layer: int, tap: str) -> np.ndarray | None:
         """What multiplies magnitudes before they are compared; None: nothing."""
-        if tap == "gate_act" and "weight.gate_act" in plan.arrays:
+        if tap in ("gate_act", "up_coarse") and "weight.gate_act" in plan.arrays:
             array = plan.arrays["weight.gate_act"]
             self._check_array(
                 plan, "weight.gate_act", array, (self._core.n_layers, self._core.intermediate_size)
             )
             return np.ascontiguousarray(array[layer], dtype=np.float32)
-        if tap == "inter" and plan.rule.partition(":")[0] in _BY_OUTPUT_NORM:
+        if tap in ("inter", "down_coarse") and plan.rule.partition(":")[0] in _BY_OUTPUT_NORM:
             return np.asarray(self._core.down_norm(layer), dtype=np.float32)
         if plan.rule == "wina":
             return self._column_norms(layer, tap)
@@ -249,9 +254,23 @@ class Engine:
         parts = next((p for p in _FUSED.values() if fused and tap in p), (tap,))
         squares = 0.0
         for part in parts:
-            values = self.file.tensors[f"layers.{layer}.{part}.weight"].dequantize()
+            values = self.matrix(f"layers.{layer}.{part}").dequantize()
             squares = squares + np.square(values).sum(axis=0, dtype=np.float64)
         return np.sqrt(squares).astype(np.float32)
+
+    def matrix(self, name: str) -> StoredTensor:
+        """A matrix, `layers.0.up_proj` say, as it is stored; one in two planes is joined."""
+        tensors = self.file.tensors
+        if f"{name}.base" not in tensors:
+            return tensors[f"{name}.weight"]
+        _, layer, part = name.split(".")
+        import gguf
+
+        kind = gguf.GGMLQuantizationType(self.file.get(f"fallow.{part}_planes")[int(layer)]).name
+        base, rest = tensors[f"{name}.base"], tensors[f"{name}.rest"]
+        data = join_planes(kind, *(t.data.reshape(t.shape) for t in (base, rest)))
+        shape = (base.shape[0], self._count("fallow.hidden_size"))
+        return StoredTensor(name, shape, kind, data.reshape(-1))
 
     def reset(self, keep: int = 0) -> None:
         """Forgets what was read after the first `keep` tokens."""
@@ -406,10 +425,8 @@ class Engine:
     @property
     def dtype_name(self) -> str:
         """The type of gate_proj or, without one, up_proj: what most weights are."""
-        for name in ("gate_proj", "up_proj"):
-            if (tensor := self.file.tensors.get(f"layers.0.{name}.weight")) is not None:
-                return tensor.type.lower()
-        return "unknown"
+        name = "gate_proj" if self.file.get("fallow.gated") else "up_proj"
+        return self.matrix(f"layers.0.{name}").type.lower()
 
     def core_stats(self) -> dict[str, Any]:
         """Counters of the core since `reset_stats`: see csrc/engine.h."""

@@ -22,6 +22,7 @@ from fallow.evaluation import final_hidden, logits_of
 from fallow.files import atomic_path, check_writable
 from fallow.model import Model, find_model, load
 from fallow.plan import Plan
+from fallow.planes import PLANE_TYPES, split_planes
 from fallow.progress import console, progress
 from fallow.quality import compare_logits
 from fallow.shortlist import BLOCK_BYTES, GROUP, coarse_head
@@ -96,6 +97,7 @@ def pack(
     quant: str | None = None,
     down: str | None = None,
     shortlist: bool = False,
+    planes: bool = False,
     text: str | Path | Text | None = None,
     n_threads: int | None = None,
 ) -> SelfCheck:
@@ -108,6 +110,8 @@ def pack(
             that of `quant`.
         shortlist: add a coarse copy of the head (4.5 bits), by which a plan with a `head_margin`
             spares most tokens' exact logits.
+        planes: up_proj and down_proj_t in two planes (docs/packed.md), by which a plan may read
+            rows of 4 or 5 bits per weight coarse, in 2 or 3. Same values; whole rows take longer.
         text: what the check reads; default: the evaluation half of the default text.
 
     Raises:
@@ -116,9 +120,8 @@ def pack(
         UsageError: an unknown type.
     """
     check_writable(output)
-    return Packer(model, quant=quant, down=down, shortlist=shortlist, text=text).write(
-        output, plan, n_threads
-    )
+    packer = Packer(model, quant=quant, down=down, shortlist=shortlist, planes=planes, text=text)
+    return packer.write(output, plan, n_threads)
 
 
 class Packer:
@@ -131,11 +134,13 @@ class Packer:
         quant: str | None = None,
         down: str | None = None,
         shortlist: bool | None = False,  # None: where it pays
+        planes: bool = False,
         text: str | Path | Text | None = None,
     ) -> None:
         name = None if isinstance(model, Model) else str(model)
         self._source = _Source(load(model, "float32"), name)
         self._types = self._source.down_types(quant, down)
+        self._planes = planes
         self._matrices = self._source.matrices(quant)
         if self._source.shortlist_pays(self._matrices) if shortlist is None else shortlist:
             self._matrices["lm_head_coarse.weight"] = self._source.coarse_head()
@@ -160,7 +165,7 @@ class Packer:
             source.model.rule(plan)  # fits this model
         with atomic_path(output) as temporary:
             for kind in self._types:
-                _write(temporary, source, self._matrices, kind, plan)
+                _write(temporary, source, self._matrices, kind, plan, self._planes)
                 check = self._reference.check(temporary, n_threads or os.cpu_count() or 1)
                 console.print(f"down_proj_t {kind}: {check}", highlight=False)
                 if check.passed or not source.keeps_bytes:
@@ -540,7 +545,12 @@ def dequantize(matrix: Matrix) -> np.ndarray:
 
 
 def _write(
-    path: Path, source: _Source, matrices: dict[str, Matrix], down: str, plan: Plan | None
+    path: Path,
+    source: _Source,
+    matrices: dict[str, Matrix],
+    down: str,
+    plan: Plan | None,
+    planes: bool,
 ) -> None:
     import gguf
 
@@ -566,16 +576,38 @@ def _write(
     with progress(f"pack, down_proj_t {down}", len(model.layers)) as ticker:
         for name, values in source.vectors():
             writer.add_tensor(name, values)
+        in_planes: dict[str, list[int]] = {
+            "up_proj": [],
+            "down_proj_t": [],
+        }  # types, 0: in one piece
+
+        def add_in_planes(layer: int, part: str, matrix: Matrix) -> None:
+            name, cut = f"layers.{layer}.{part}", planes and matrix.type in PLANE_TYPES
+            in_planes[part].append(gguf.GGMLQuantizationType[matrix.type] if cut else 0)
+            if not cut:
+                _add_matrix(writer, f"{name}.weight", matrix)
+                return
+            for plane, data in zip(
+                ("base", "rest"), split_planes(matrix.type, matrix.data), strict=True
+            ):
+                _add_matrix(writer, f"{name}.{plane}", Matrix("I8", data.shape, data))
+
+        ups = {f"layers.{i}.up_proj.weight" for i in range(len(model.layers))}
         for name, matrix in matrices.items():
-            _add_matrix(writer, name, matrix)
+            if name not in ups:
+                _add_matrix(writer, name, matrix)
         outliers: list[int] = []
         for i in range(len(model.layers)):
             matrix, neurons, rows = source.down_proj_t(i, down)
-            _add_matrix(writer, f"layers.{i}.down_proj_t.weight", matrix)
+            add_in_planes(i, "up_proj", matrices[f"layers.{i}.up_proj.weight"])
+            add_in_planes(i, "down_proj_t", matrix)
             if rows is not None:
                 _add_matrix(writer, f"layers.{i}.outliers.weight", rows)
             outliers += neurons.tolist()
             ticker.advance()
+        for part, types in in_planes.items():
+            if any(types):
+                _add(writer, f"fallow.{part}_planes", types)
         writer.add_uint32("fallow.n_outliers", source.n_outliers(down))
         if outliers:
             _add(writer, "fallow.outliers", outliers)

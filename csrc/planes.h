@@ -1,0 +1,71 @@
+// Rows of the types whose blocks end in nibbles, cut in two planes: the upper two bits of every nibble
+// with what stands before the nibbles, and the lower two bits. The first plane alone is a coarse row.
+//
+// A block of n nibble bytes b becomes n / 2 bytes t in the first and r in the second plane, so that
+// joining takes whole bytes: t[j] holds the upper bits of b[j] (moved down) and of b[j + n / 2], r[j]
+// the lower bits of b[j] and of b[j + n / 2] (moved up).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "formats.h"
+
+namespace fallow {
+
+struct PlaneFormat {
+  uint32_t block;      // weights
+  uint32_t header;     // bytes of a block before its nibbles
+  uint32_t nibbles;    // bytes of nibbles
+
+  uint32_t bytes() const { return header + nibbles; }
+  uint32_t base_bytes() const { return header + nibbles / 2; }
+  uint32_t rest_bytes() const { return nibbles / 2; }
+};
+
+// Null for a type that is not cut in planes.
+inline const PlaneFormat* find_planes(uint32_t type) {
+  static constexpr PlaneFormat q4_0{32, 2, 16}, q4_1{32, 4, 16}, q5_0{32, 6, 16}, q5_1{32, 8, 16},
+      q4_k{256, 16, 128}, q5_k{256, 48, 128};
+  switch (type) {
+    case kQ4_0: return &q4_0;
+    case kQ4_1: return &q4_1;
+    case kQ5_0: return &q5_0;
+    case kQ5_1: return &q5_1;
+    case kQ4_K: return &q4_k;
+    case kQ5_K: return &q5_k;
+    default: return nullptr;
+  }
+}
+
+// What stands for the lower bits of a coarse row: 1 and 2 by turns, whose mean is that of 0 to 3.
+constexpr uint8_t kCoarse = 0x69;
+
+template <uint32_t half>
+inline void join_nibbles(const uint8_t* t, const uint8_t* r, uint8_t* b) {
+  for (uint32_t j = 0; j < half; ++j) {
+    b[j] = static_cast<uint8_t>((t[j] & 0x33) << 2 | (r[j] & 0x33));
+    b[j + half] = static_cast<uint8_t>((t[j] & 0xCC) | (r[j] & 0xCC) >> 2);
+  }
+}
+
+// Whole blocks from their planes; `rest` null: the coarse ones.
+inline void join_planes(const PlaneFormat& f, const uint8_t* base, const uint8_t* rest,
+                        size_t blocks, uint8_t* out) {
+  uint8_t coarse[64];
+  std::memset(coarse, kCoarse, sizeof coarse);
+  for (size_t i = 0; i < blocks; ++i) {
+    const uint8_t* t = base + i * f.base_bytes();
+    const uint8_t* r = rest ? rest + i * f.rest_bytes() : coarse;
+    uint8_t* b = out + i * f.bytes();
+    std::memcpy(b, t, f.header);
+    if (f.nibbles == 128) {
+      join_nibbles<64>(t + f.header, r, b + f.header);
+    } else {
+      join_nibbles<8>(t + f.header, r, b + f.header);
+    }
+  }
+}
+
+}  // namespace fallow
