@@ -207,6 +207,44 @@ def test_dearer_bytes_mean_more_sparsity(
         assert idle == pytest.approx(0.5, abs=0.02)
 
 
+def test_rows_are_read_coarse_where_that_costs_less_than_idle(
+    wide: Path, texts: Texts, tmp_path: Path
+) -> None:
+    output = tmp_path / "m.gguf"
+    sizes = SIZES | {"quant": "q4_0"}
+    result = optimize(
+        wide, output, max_ppl_increase=100.0, calibration_text=texts[0], text=texts[1],
+        prefer="bytes", **sizes,
+    )  # fmt: skip
+    engine = Engine(output)
+    assert "layers.1.up_proj.rest" in engine.file.tensors
+    assert engine.plan is not None
+    above = {
+        tap: (engine.plan.arrays[f"threshold.{tap}"] > engine.plan.arrays[f"threshold.{stage}"])
+        for stage, tap in (("gate_act", "up_coarse"), ("inter", "down_coarse"))
+    }
+    assert ("coarse" in result.selector) == any(a.any() for a in above.values())
+    # The choice itself, at costs that are known: idle neurons cost ten times what coarse ones do.
+    model = fallow.load(wide, "float32")
+    text = load_text(texts[0], "calibration")
+    candidates = Candidates(model, model.windows(text, 32, 2), text, engine, "bytes")
+    assert candidates.taps == ("gate_act", "inter", "up_coarse", "down_coarse")
+    costs = {t: np.tile(GRID**2, (2, 1)) for t in candidates.taps}
+    for tap in candidates.coarse.values():
+        costs[tap] = costs[tap] / 10
+        costs[tap][:, -2:] = np.inf  # not measured
+    for price in (0.0, 0.5, 2.0):
+        chosen = candidates.choose(costs, price)
+        for stage, tap in candidates.coarse.items():
+            share, rest = candidates.shares[stage][0], candidates.spared[stage][0]
+            assert 0.4 < rest < 0.5  # 8 of 18 bytes
+            # Slopes of s^2 - s^2 / 10 - price share (1 - rest) s and s^2 / 10 - price share rest s.
+            idle = price * share * (1 - rest) / (2 - 2 / 10)
+            coarse = price * share * rest / (2 / 10)
+            assert GRID[chosen[stage][0]] == pytest.approx(min(idle, 0.85), abs=0.026)
+            assert GRID[chosen[tap][0]] == pytest.approx(min(max(idle, coarse), 0.85), abs=0.026)
+
+
 def test_a_stopped_search_continues(
     folders: dict[str, Path],
     texts: Texts,

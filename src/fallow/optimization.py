@@ -1,10 +1,11 @@
 """From a model to a packed file that leaves idle what a stated loss allows, chosen by measurement.
 
 What may be spared: rows of up_proj of neurons whose gate is small, rows of down_proj of neurons
-whose output is small (rule `two_stage`), and exact logits of unlikely tokens (the head's
-shortlist). What each layer's thresholds cost the whole model is measured layer by layer; then
-every layer takes the cheapest of its choices at one common price of divergence for bytes, and the
-price is searched for which held-out text loses as much as is allowed.
+whose output is small (rule `two_stage`), the lower bits of rows that matter a little more (planes),
+and exact logits of unlikely tokens (the head's shortlist). What each layer's thresholds cost the
+whole model is measured layer by layer; then every layer takes the cheapest of its choices at one
+common price of divergence for bytes, and the price is searched for which held-out text loses as
+much as is allowed.
 """
 
 import time
@@ -36,9 +37,17 @@ from fallow.weights import StoredTensor
 
 # Sparsities at which each layer's thresholds are measured; between them the divergence is taken as
 # linear, which overestimates it a little since it is convex.
-LEVELS = {"gate_act": (0.1, 0.25, 0.4), "inter": (0.3, 0.5, 0.7, 0.85)}
-# What each stage spares rows of, and the product that reads them.
-ROWS = {"gate_act": ("up_proj", "gemv"), "inter": ("down_proj_t", "axpy")}
+LEVELS = {
+    "gate_act": (0.1, 0.25, 0.4),
+    "inter": (0.3, 0.5, 0.7, 0.85),
+    "up_coarse": (0.4, 0.7, 0.9),
+    "down_coarse": (0.5, 0.75, 0.9),
+}
+# What each stage spares rows of, the product that reads them, and the tap of rows read coarse.
+ROWS = {
+    "gate_act": ("up_proj", "gemv", "up_coarse"),
+    "inter": ("down_proj_t", "axpy", "down_coarse"),
+}
 GRID = np.arange(0, 0.951, 0.05)  # sparsities that a layer may be given
 PROBE_WINDOWS, PROBE_CONTEXT = 2, 256  # tokens on which the divergence is measured
 SCORE_TOKENS = 256  # per layer, whose scores' quantiles are thresholds
@@ -111,7 +120,8 @@ def optimize(
     Args:
         windows: of the calibration text, for thresholds; `validation_windows` more judge plans.
         prefer: "speed": rows are priced by what they take when scattered, as timed here, and what
-            does not make decode faster is left out; "bytes": rows are priced by their bytes.
+            does not make decode faster is left out; "bytes": rows are priced by their bytes, and
+            the file is packed in planes.
         quant, down: as for `pack`.
 
     Raises:
@@ -128,7 +138,8 @@ def optimize(
     source_text = load_text(text, "evaluation")
     fit_text = load_text(calibration_text, "calibration")
     check_no_leakage(fit_text.sha256, source_text, allow_leakage=False)
-    packer = Packer(model, quant=quant, down=down, shortlist=None)
+    planes = prefer == "bytes"
+    packer = Packer(model, quant=quant, down=down, shortlist=None, planes=planes)
     source = packer.model
     context = min(context, packer.context_length)
     cut = source.windows(fit_text, context, windows + validation_windows)
@@ -140,6 +151,7 @@ def optimize(
         costs_path = Path(f"{output}.costs.jsonl")
         settings: dict[str, Any] = {"fingerprint": source.fingerprint, "text": fit_text.sha256}
         settings |= {"windows": windows, "context": context, "quant": quant, "down": down}
+        settings["planes"] = planes
         costs = _measure_costs(candidates, engine, fit, costs_path, settings)
         plan, loss = _search(candidates, costs, source, engine, validation, max_ppl_increase)
         if prefer == "speed":
@@ -160,7 +172,7 @@ def optimize(
 
 
 class Candidates:
-    """Plans of `two_stage` for one model, given each layer's two sparsities."""
+    """Plans of `two_stage` for one model, given the share of neurons that each layer's taps cut."""
 
     def __init__(
         self,
@@ -176,22 +188,31 @@ class Candidates:
         self.stages = ("gate_act", "inter") if model.layers[0].gated else ("inter",)
         self.calibration = Calibration(model, windows)
         self.weights = gate_weights(self.calibration)
-        self.thresholds = {stage: self._quantiles(stage) for stage in self.stages}
         tensors = engine.file.tensors
         self.head_margin = HEAD_MARGIN if "lm_head_coarse.weight" in tensors else 0.0
-        sizes = {
-            name: np.array(
-                [tensors[f"layers.{i}.{name}.weight"].data.nbytes for i in range(self.n_layers)]
-            )
+
+        def sizes(matrix: str, plane: str) -> np.ndarray:
+            names = [f"layers.{i}.{matrix}.{plane}" for i in range(self.n_layers)]
+            return np.array([tensors[n].data.nbytes if n in tensors else 0 for n in names])
+
+        whole = {
+            name: sizes(name, "weight") + sizes(name, "base") + sizes(name, "rest")
             for name in ("gate_proj", "up_proj", "down_proj_t")
-            if f"layers.0.{name}.weight" in tensors
         }
-        total = sum(size.sum() for size in sizes.values())
-        self.shares = {stage: sizes[ROWS[stage][0]] / total for stage in self.stages}
+        total = sum(size.sum() for size in whole.values())
+        # Of all the FFN's bytes: a stage's matrix; and of that matrix, what coarse rows leave out.
+        self.shares = {stage: whole[ROWS[stage][0]] / total for stage in self.stages}
+        self.spared = {
+            stage: sizes(ROWS[stage][0], "rest") / whole[ROWS[stage][0]] for stage in self.stages
+        }
+        self.coarse = {s: ROWS[s][2] for s in self.stages if self.spared[s].any()}
+        self.taps = (*self.stages, *self.coarse.values())
+        self.thresholds = {stage: self._quantiles(stage) for stage in self.stages}
+        self.thresholds |= {tap: self.thresholds[stage] for stage, tap in self.coarse.items()}
         self.row_costs = dict.fromkeys(self.stages, 1.0)
         if prefer == "speed":
             for stage in self.stages:
-                name, product = ROWS[stage]
+                name, product, _ = ROWS[stage]
                 cost = _row_cost(tensors[f"layers.0.{name}.weight"], product, engine.threads)
                 self.row_costs[stage] = cost
                 console.print(
@@ -213,9 +234,9 @@ class Candidates:
         return found
 
     def plan(self, choice: dict[str, np.ndarray], head_margin: float) -> Plan:
-        """A plan from the index into the grid of every stage and layer, (L,) each."""
+        """A plan from the index into the grid of every tap and layer, (L,) each."""
         layers = np.arange(self.n_layers)
-        arrays = {f"threshold.{s}": self.thresholds[s][layers, choice[s]] for s in self.stages}
+        arrays = {f"threshold.{t}": self.thresholds[t][layers, choice[t]] for t in self.taps}
         if "gate_act" not in self.stages:
             arrays["threshold.gate_act"] = np.zeros(self.n_layers, dtype=np.float32)
         arrays |= self.weights
@@ -235,23 +256,36 @@ class Candidates:
         )
 
     def probes(self) -> Iterator[tuple[str, int, int, Plan]]:
-        """Every plan that cuts one layer by one stage: stage, layer, index into the grid, plan."""
+        """Every plan that cuts one layer at one tap: tap, layer, index into the grid, plan."""
         for layer in range(self.n_layers):
-            for stage in self.stages:
-                for level in LEVELS[stage]:
+            for tap in self.taps:
+                for level in LEVELS[tap]:
                     index = int(np.abs(GRID - level).argmin())
-                    choice = {s: np.zeros(self.n_layers, dtype=int) for s in self.stages}
-                    choice[stage][layer] = index
-                    yield stage, layer, index, self.plan(choice, 0.0)
+                    choice = {t: np.zeros(self.n_layers, dtype=int) for t in self.taps}
+                    choice[tap][layer] = index
+                    yield tap, layer, index, self.plan(choice, 0.0)
 
     def choose(self, costs: dict[str, np.ndarray], price: float) -> dict[str, np.ndarray]:
         """The choice of each layer that is cheapest at `price` nats for all of the FFN's bytes."""
-        found = {s: np.zeros(self.n_layers, dtype=int) for s in self.stages}
+        found = {t: np.zeros(self.n_layers, dtype=int) for t in self.taps}
         for layer in range(self.n_layers):
             for stage in self.stages:
+                paid = price * self.shares[stage][layer]
                 read = np.minimum(1, self.row_costs[stage] * (1 - GRID))
-                paid = price * self.shares[stage][layer] * read
-                found[stage][layer] = int(np.argmin(costs[stage][layer] + paid))
+                loss = costs[stage][layer] + paid * read
+                if (tap := self.coarse.get(stage)) is None:
+                    found[stage][layer] = int(np.argmin(loss))
+                    continue
+                # By the shares (idle, idle or coarse); idle neurons no longer cost as coarse ones.
+                coarse, spared = costs[tap][layer], paid * self.spared[stage][layer]
+                measured = np.isfinite(coarse)
+                both = np.full((len(GRID), len(GRID)), np.inf)
+                for i in np.flatnonzero(measured & np.isfinite(loss)):
+                    more = measured & (np.arange(len(GRID)) >= i)
+                    gain = spared * (GRID[more] - GRID[i]) - (coarse[more] - coarse[i])
+                    both[i, more] = loss[i] - gain
+                index = np.unravel_index(int(np.argmin(both)), both.shape)
+                found[stage][layer], found[tap][layer] = index
         return found
 
 
@@ -274,7 +308,7 @@ def _measure_costs(
     path: Path,
     settings: dict[str, Any],
 ) -> dict[str, np.ndarray]:
-    """Divergence from dense, nats per token, of each stage, layer and grid point: (L, grid)."""
+    """Divergence from dense, nats per token, of each tap, layer and grid point: (L, grid)."""
     probe = windows[:PROBE_WINDOWS, :PROBE_CONTEXT]
     file = JsonLines(path)
     if not file.found:
@@ -283,24 +317,24 @@ def _measure_costs(
         raise UsageError(f"{path} belongs to a run with another model, text or option; remove it")
     else:
         console.print(f"continuing with {len(file.found) - 1} costs of {path}", highlight=False)
-    known = {(stage, layer, index): kl for stage, layer, index, kl in file.found[1:]}
+    known = {(tap, layer, index): kl for tap, layer, index, kl in file.found[1:]}
     dense = [_Dense(engine.logits(window)) for window in probe]
     todo = list(candidates.probes())
     with progress("cost of layers", len(todo)) as ticker:
-        for stage, layer, index, plan in todo:
-            if (stage, layer, index) not in known:
+        for tap, layer, index, plan in todo:
+            if (tap, layer, index) not in known:
                 engine.use_plan(plan)
                 kl = [
                     d.divergence(engine.logits(window))
                     for d, window in zip(dense, probe, strict=True)
                 ]
-                known[stage, layer, index] = float(np.mean(kl))
-                file.add([stage, layer, index, known[stage, layer, index]])
+                known[tap, layer, index] = float(np.mean(kl))
+                file.add([tap, layer, index, known[tap, layer, index]])
             ticker.advance()
-    costs = {s: np.empty((candidates.n_layers, len(GRID))) for s in candidates.stages}
-    for stage, table in costs.items():
+    costs = {t: np.empty((candidates.n_layers, len(GRID))) for t in candidates.taps}
+    for tap, table in costs.items():
         for layer in range(candidates.n_layers):
-            points = {i: cost for (s, n, i), cost in known.items() if (s, n) == (stage, layer)}
+            points = {i: cost for (t, n, i), cost in known.items() if (t, n) == (tap, layer)}
             levels = sorted(points)
             table[layer] = np.interp(GRID, [0, *GRID[levels]], [0, *(points[i] for i in levels)])
             table[layer, levels[-1] + 1 :] = np.inf  # not measured
@@ -340,9 +374,9 @@ def _search(
             plan = candidates.plan(choice, candidates.head_margin)
             engine.use_plan(plan)
             change, error, seen = judge.change()
-            sparsity = ", ".join(f"{s} {GRID[choice[s]].mean():.0%}" for s in candidates.stages)
+            shares = ", ".join(f"{t} {GRID[choice[t]].mean():.0%}" for t in candidates.taps)
             console.print(
-                f"price 10^{price:.2f}: idle by {sparsity}: PPL {change:+.2f} ± {error:.2f} % "
+                f"price 10^{price:.2f}: {shares}: PPL {change:+.2f} ± {error:.2f} % "
                 f"on {seen} windows",
                 highlight=False,
             )
@@ -421,7 +455,13 @@ def _fastest_part(engine: Engine, plan: Plan) -> Plan:
 
 def _selector(plan: Plan) -> str:
     """What a plan uses of what there is."""
-    used = [plan.rule] if any(plan.arrays[f"threshold.{s}"].any() for s in LEVELS) else []
+    used = [plan.rule] if any(plan.arrays[f"threshold.{s}"].any() for s in ROWS) else []
+    if any(
+        (plan.arrays[f"threshold.{tap}"] > plan.arrays[f"threshold.{stage}"]).any()
+        for stage, (_, _, tap) in ROWS.items()
+        if f"threshold.{tap}" in plan.arrays
+    ):
+        used.append("coarse")
     used += ["shortlist"] if plan.arrays["head_margin"][0] > 0 else []
     return "+".join(used) or "dense"
 
