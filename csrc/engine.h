@@ -100,6 +100,8 @@ class Engine {
   void ffn(size_t layer, size_t n);
   void ffn_one(size_t layer, const Input& input);
   static size_t keep_above(const Cut& cut, float* values, Share range, int32_t* rows);
+  const uint8_t* row_part(const Matrix& w, size_t row, size_t column, size_t n,
+                          uint8_t* scratch) const;
   template <class Use>
   void for_rows(const Matrix& w, const int32_t* rows, size_t begin, size_t n, int worker,
                 const Use& use);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "formats.h"
+#include "planes.h"
 
 namespace fallow {
 
@@ -42,6 +43,10 @@ struct Kernels {
 
   GemvRows gemv_rows[kGgmlTypes];  // null: the type is not supported
   AxpyRows axpy_rows[kGgmlTypes];
+
+  // Whole blocks from their planes; `rest` null: coarse ones.
+  void (*join)(const PlaneFormat& format, const uint8_t* base, const uint8_t* rest, size_t blocks,
+               uint8_t* out);
 
   // k floats as float32, of any supported type.
   void (*decode)(uint32_t type, const uint8_t* row, size_t k, float* y);

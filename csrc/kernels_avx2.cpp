@@ -515,6 +515,7 @@ Kernels make() {
   table.decode = decode;
   table.gemm_f32 = gemm_f32;
   table.to_f16 = to_f16;
+  table.join = join_planes;
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;
   table.silu = silu;

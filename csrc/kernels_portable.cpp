@@ -237,6 +237,7 @@ Kernels make() {
   table.panel_f32 = panel_f32;
   table.gemm_f32 = gemm_f32;
   table.to_f16 = to_f16;
+  table.join = join_planes;
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;
   table.topk_threshold = topk_threshold;

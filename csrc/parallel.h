@@ -77,9 +77,10 @@ class ThreadPool {
     left_.store(n_threads_ - 1, std::memory_order_relaxed);
     start();
     body(0);
-    // Yielding lets the others run where there are fewer processors than threads.
-    for (int i = 0; left_.load(std::memory_order_acquire) > 0; ++i)
-      i < kSpins ? pause() : std::this_thread::yield();
+    for (int i = 0; i < kSpins && left_.load(std::memory_order_acquire) > 0; ++i) pause();
+    // Asleep, it leaves its processor to a thread that has none.
+    for (int left; (left = left_.load(std::memory_order_acquire)) > 0;)
+      left_.wait(left, std::memory_order_acquire);
   }
 
  private:
@@ -107,7 +108,7 @@ class ThreadPool {
       ++seen;
       if (stop_) return;
       call_(context_, worker);
-      left_.fetch_sub(1, std::memory_order_release);
+      if (left_.fetch_sub(1, std::memory_order_release) == 1) left_.notify_one();
     }
   }
 
