@@ -6,6 +6,7 @@ GGUF, alternating. Needs llama-cpp-python==0.3.36; a stopped run continues with 
 
     python benchmarks/optimize.py smollm2 gemma3 qwen2.5-1.5b
     python benchmarks/optimize.py qwen2.5-1.5b --prefer bytes
+    python benchmarks/optimize.py qwen2.5-1.5b --prefer bytes --planes
     python benchmarks/optimize.py qwen2.5-1.5b --prefer bytes --calibration c4
     python benchmarks/optimize.py --report    # writes docs/results/optimize.md
 """
@@ -33,10 +34,11 @@ TASKS = ("arc_easy_test", "piqa_val", "winogrande_dev", "lambada_openai_test")
 TASK_ITEMS = 1000  # the first of each task
 
 
-def run(name: str, prefer: str, calibration: str) -> None:
+def run(name: str, prefer: str, planes: bool, calibration: str) -> None:
     from fallow.catalog import ALIASES, resolve
 
-    parts = [name, *([prefer] if prefer != "speed" else [])]
+    options = ["--prefer", prefer, *(["--planes"] if planes else [])]
+    parts = [name, *([prefer] if prefer != "speed" else []), *(["planes"] if planes else [])]
     parts += [calibration] if calibration != "wikitext2" else []
     folder = RESULTS / "-".join(parts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def run(name: str, prefer: str, calibration: str) -> None:
     if not packed.exists():
         result = {}
     steps: dict[str, Callable[[], Any]] = {
-        "optimize": lambda: optimize(name, packed, prefer, CALIBRATION[calibration]),
+        "optimize": lambda: optimize(name, packed, options, CALIBRATION[calibration]),
         "bytes": lambda: count_bytes(packed, source),
         "speed": lambda: bench(packed, RUNS, "llama.cpp", source),
         "quality": lambda: quality(name, packed, TEST),
@@ -60,9 +62,9 @@ def run(name: str, prefer: str, calibration: str) -> None:
             path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def optimize(name: str, packed: Path, prefer: str, calibration: Path) -> dict[str, Any]:
+def optimize(name: str, packed: Path, options: list[str], calibration: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "fallow", "optimize", name, "-o", packed, "--json"]
-    command += ["--max-ppl-increase", LIMIT, "--threads", THREADS, "--prefer", prefer]
+    command += ["--max-ppl-increase", LIMIT, "--threads", THREADS, *options]
     command += ["--calibration-text", calibration, "--text", TEST]
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -239,11 +241,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
     parser.add_argument("--prefer", default="speed", choices=("speed", "bytes"))
+    parser.add_argument("--planes", action="store_true")
     parser.add_argument("--calibration", default="wikitext2", choices=tuple(CALIBRATION))
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     for name in arguments.models:
-        run(name, arguments.prefer, arguments.calibration)
+        run(name, arguments.prefer, arguments.planes, arguments.calibration)
     if arguments.report:
         (ROOT / "docs" / "results" / "optimize.md").write_text(report())
 

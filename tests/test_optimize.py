@@ -214,7 +214,7 @@ def test_rows_are_read_coarse_where_that_costs_less_than_idle(
     sizes = SIZES | {"quant": "q4_0"}
     result = optimize(
         wide, output, max_ppl_increase=100.0, calibration_text=texts[0], text=texts[1],
-        prefer="bytes", **sizes,
+        prefer="bytes", planes=True, **sizes,
     )  # fmt: skip
     engine = Engine(output)
     assert "layers.1.up_proj.rest" in engine.file.tensors
@@ -296,6 +296,8 @@ def test_wrong_use(
         run(text=texts[0])
     with pytest.raises(UsageError, match="unknown preference 'joy'; known: speed, bytes"):
         run(prefer="joy")
+    with pytest.raises(UsageError, match="--planes spares bytes, not time; give --prefer bytes"):
+        run(planes=True)
     monkeypatch.setattr(module, "_loss", lambda *_: 20.0)
     with pytest.raises(FallowError, match="no plan stays within 1 % of PPL"):
         run()

@@ -338,6 +338,12 @@ def optimize(
     prefer: Annotated[
         str, typer.Option(help="speed: only what is faster here; bytes: read as few as possible.")
     ] = "speed",
+    planes: Annotated[
+        bool,
+        typer.Option(
+            "--planes", help="With --prefer bytes: read some rows coarse; fewer bytes, slower."
+        ),
+    ] = False,
     quant: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
     down: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
     as_json: JsonOption = False,
@@ -358,6 +364,7 @@ def optimize(
         check_windows=check_windows,
         threads=threads,
         prefer=prefer,
+        planes=planes,
         quant=quant,
         down=down,
     )

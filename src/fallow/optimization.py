@@ -107,6 +107,7 @@ def optimize(
     check_windows: int = 8,
     threads: int | None = None,
     prefer: str = "speed",
+    planes: bool = False,
     quant: str | None = None,
     down: str | None = None,
 ) -> Optimized:
@@ -120,8 +121,9 @@ def optimize(
     Args:
         windows: of the calibration text, for thresholds; `validation_windows` more judge plans.
         prefer: "speed": rows are priced by what they take when scattered, as timed here, and what
-            does not make decode faster is left out; "bytes": rows are priced by their bytes, and
-            the file is packed in planes.
+            does not make decode faster is left out; "bytes": rows are priced by their bytes.
+        planes: with "bytes", pack in planes and read rows coarse where that costs less than leaving
+            them idle: fewer bytes still, and slower.
         quant, down: as for `pack`.
 
     Raises:
@@ -134,11 +136,12 @@ def optimize(
         raise UsageError(f"--max-ppl-increase {max_ppl_increase} is not a positive percentage")
     if prefer not in PREFERENCES:
         raise UsageError(f"unknown preference {prefer!r}; known: {', '.join(PREFERENCES)}")
+    if planes and prefer != "bytes":
+        raise UsageError("--planes spares bytes, not time; give --prefer bytes with it")
     check_writable(output)
     source_text = load_text(text, "evaluation")
     fit_text = load_text(calibration_text, "calibration")
     check_no_leakage(fit_text.sha256, source_text, allow_leakage=False)
-    planes = prefer == "bytes"
     packer = Packer(model, quant=quant, down=down, shortlist=None, planes=planes)
     source = packer.model
     context = min(context, packer.context_length)
