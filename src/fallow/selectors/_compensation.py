@@ -10,8 +10,10 @@ from torch import nn
 from fallow.rules import Arrays
 from fallow.taps import Layer
 
-# Ridge, as a share of the input's mean variance: what calibration did not see may still come.
-RIDGE = 1e-3
+# Ridge, as a share of the input's mean variance. On held-out text maps of rank 64, fitted on 8192
+# tokens of SmolLM2, explain 1 to 3 points more of the dropped sums with 0.3 than with 1e-3, fitted
+# on 32768 up to 1 more; 1.0 takes 1 to 2 points from the gate's.
+RIDGE = 0.3
 
 
 class Moments:

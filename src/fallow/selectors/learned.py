@@ -31,9 +31,9 @@ class Learned(Selector):
     With gate=1 the exact gate is known and the network is for up_proj alone.
 
     The published predictors (DejaVu, arXiv:2310.17157 4; ShadowLLM, arXiv:2406.16635) go from the
-    bottleneck to d_ff by one matrix. A ReLU or SiLU network of that form and 1.2 times the size
-    dropped 1.4 times the energy on SmolLM2 (layer 15): |act(g) u| is even in u and a product, which
-    a sum over 128 hidden values fits badly.
+    bottleneck to d_ff by one matrix. Of equal size, trained alike, a ReLU or SiLU network of that
+    form lost 1.4 times the energy on SmolLM2 (layer 15; 11 against 7.6 %): |act(g) u| is even in u
+    and a product, which a sum over 128 hidden values fits badly.
     """
 
     name = "learned"
