@@ -208,6 +208,35 @@ def test_select_compare(run: Any, folders: dict[str, Path], texts: Texts, tmp_pa
     assert "topk is a rule, not a selector" in message
 
 
+def test_select_train(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path) -> None:
+    model, plan = folders["qwen3"], tmp_path / "learned.plan"
+    command = (
+        *("select", "train", model, "-o", plan, "--rank", 3, "--tokens", 96, "--checks", 1),
+        *("--validation-windows", 1, "--text", texts[0], "--context", 32),
+    )
+    assert "learned:rank=3 after 96 tokens: PPL" in run(*command).err
+    assert run(*command, "--gate", "--json").json["rule"] == "learned:rank=3:gate=1"
+    assert "out.scale" in run("plan", "show", plan).out
+    sizes = ("--text", texts[1], "--context", 32, "--windows", 2)
+    assert run("evaluate", model, "--plan", plan, *sizes).code == 0
+    compared = run(
+        *("select", "compare", model, "--selectors", "", "--trained", plan, *sizes),
+        *("--calibration-text", texts[0], "--calibration-windows", 2, "-o", tmp_path / "s"),
+        "--json",
+    ).json["rows"]
+    assert compared[-1]["rule"] == "learned:rank=3:gate=1"
+    assert compared[-1]["choosing_multiplications"] > 37 * 24
+    assert "--tokens 0 is too few" in error(
+        run("select", "train", "x", "-o", plan, "--tokens", 0), 2
+    )
+    assert "needs training: run fallow select train" in error(
+        run("select", "compare", model, "--selectors", "learned", *sizes, "-o", tmp_path / "t"), 2
+    )
+    assert "no such file; check --plan" in error(
+        run("select", "compare", model, "--trained", tmp_path / "none.plan"), 1
+    )
+
+
 def test_optimize(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path) -> None:
     output = tmp_path / "m.gguf"
     command = (
@@ -290,8 +319,8 @@ def test_usage_errors(run: Any, folders: dict[str, Path], texts: Texts, tmp_path
     base = ("calibrate", model, "-o", out, "--rule")
     assert error(run(*base, "magic", "--sparsity", 0.5), 2) == (
         "unknown rule 'magic'; known rules: cats, cett, fat, gate_tail, gate_topk, percentile, "
-        "relu, tail, teal, topk, two_stage, wina; known selectors: gate, gate_bucket, lowbit, "
-        "oracle, previous, random, static"
+        "relu, tail, teal, topk, two_stage, wina; known selectors: gate, gate_bucket, learned, "
+        "lowbit, oracle, previous, random, static"
     )
     assert error(run(*base, "topk", "--sparsity", 1.0), 2) == (
         "sparsity 1 is outside [0, 1); give a fraction such as 0.5"

@@ -16,9 +16,12 @@ from fallow.evaluation import run_window
 from fallow.models import ARCHITECTURES
 from fallow.packing import pack
 from fallow.plan import Plan
-from fallow.rules import find_rule
+from fallow.rules import Arrays, find_rule
 from fallow.selectors import SELECTORS
+from fallow.selectors._base import Selector
+from fallow.selectors._compensation import RIDGE
 from fallow.selectors.gate_bucket import BUCKETS
+from fallow.selectors.learned import Learned, arrays_of, initial, predicted
 from fallow.selectors.lowbit import top_bits
 from fallow.selectors.previous import DECAY
 from fallow.taps import Layer, attach
@@ -31,7 +34,26 @@ NAMES = (
     "lowbit:gate=3:rank=5",
     "lowbit:cett=1",
     "gate_bucket:cett=1",
+    "learned:rank=5",
 )
+
+
+def plan_of(calibrator: Calibrator, selector: str, sparsity: float) -> Plan:
+    """A plan that was not judged; of `learned`, with networks as they are before training."""
+    rule, cache = find_rule(selector), calibrator.calibration.cache
+    if issubclass(rule, Learned) and rule.scores_key() not in cache:
+        cache[rule.scores_key()] = untrained(calibrator, rule)
+    return calibrator.plan(selector, sparsity=sparsity, measure=False)
+
+
+def untrained(calibrator: Calibrator, rule: type[Learned]) -> Arrays:
+    networks = []
+    for layer, moment in zip(
+        calibrator.model.layers, calibrator.calibration.input_moments, strict=True
+    ):
+        network, basis = initial(layer, rule.options, torch.from_numpy(moment))
+        networks.append(network | {"in": network["in"] @ basis.T})
+    return arrays_of(networks)
 
 
 def seen_by(model: fallow.Model, plan: Plan) -> list[dict[str, np.ndarray]]:
@@ -104,6 +126,8 @@ def expected_score(plan: Plan, layer: Layer, index: int, seen: dict[str, Any]) -
         means = np.take_along_axis(arrays["means"][index], bucket, axis=0)
         return np.abs(seen["gate_act"]) * means
     options = find_rule(plan.rule).options
+    if name == "learned":
+        return learned_score(arrays, options, layer, index, seen)
 
     def approximate(weight: np.ndarray, part: str) -> np.ndarray:
         rounded = expected_bits(weight, options[part])
@@ -117,13 +141,31 @@ def expected_score(plan: Plan, layer: Layer, index: int, seen: dict[str, Any]) -
     return np.abs(act * up) * norm
 
 
+def learned_score(
+    arrays: Arrays, options: dict[str, int], layer: Layer, index: int, seen: dict[str, Any]
+) -> np.ndarray:
+    """What the quantised network says of its parts; the parts that it does not predict, exactly."""
+    outer, inner = (
+        arrays[name][index].astype(np.float64) * arrays[f"{name}.scale"][index][:, None]
+        for name in ("out", "in")
+    )
+    assert len(inner) == min(options["rank"], layer.down_proj.out_features)
+    parts = predicted(layer, options)
+    weights = dict(zip(parts, np.split(outer @ inner, len(parts)), strict=True))
+    noise = np.exp(arrays["noise"][index].astype(np.float64))
+    variance = dict(zip(parts, np.split(noise, len(parts)), strict=True))
+    act, up = split(layer, seen["x"], lambda weight, part: weights.get(part, weight))
+    squared = (act**2 + variance.get("gate", 0)) * (up**2 + variance.get("up", 0))
+    return np.sqrt(squared) * layer.down_norm.double().numpy()
+
+
 @pytest.mark.parametrize("selector", [n for n in NAMES if n != "random"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_chosen_neurons(
     name: str, selector: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
 ) -> None:
     model = tiny[name]
-    plan = calibrators[name].plan(selector, sparsity=0.5, measure=False)
+    plan = plan_of(calibrators[name], selector, 0.5)
     for index, seen in enumerate(seen_by(model, plan)):
         score = expected_score(plan, model.layers[index], index, seen)
         k = round(0.5 * score.shape[1])
@@ -139,10 +181,125 @@ def test_chosen_neurons(
         np.testing.assert_array_equal(seen["after"][kept], seen["inter"][kept])
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3", "qwen2"])
+def test_learned_with_the_gate_known(
+    name: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+) -> None:
+    test_chosen_neurons(name, "learned:rank=5:gate=1", tiny, calibrators)
+
+
+def test_learned_of_full_rank_is_nearly_exact(
+    tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+) -> None:
+    plans = [
+        plan_of(calibrators["llama"], f"learned:rank={rank}:gate={gate}", 0.5)
+        for rank, gate in ((4, 0), (4, 1), (24, 0))
+    ]
+    _, results = run_window(tiny["llama"], IDS, plans)
+    low, known, whole = (r.energy_recall for r in results)
+    assert None not in (low, known, whole)
+    assert low < known < whole
+    assert whole > 0.999
+
+
+def test_learned_needs_training(calibrators: dict[str, Calibrator]) -> None:
+    with pytest.raises(UsageError, match=r"learned:rank=7 needs training: run fallow select train"):
+        calibrators["llama"].plan("learned:rank=7", sparsity=0.5)
+    with pytest.raises(UsageError, match="no gate to know; leave out gate=1"):
+        plan_of(calibrators["opt"], "learned:gate=1", 0.5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_compensation_is_added(
+    name: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+) -> None:
+    model = tiny[name]
+    plan = calibrators[name].plan("lowbit:compensation=3", sparsity=0.5, measure=False)
+    found: list[dict[str, np.ndarray]] = [{} for _ in model.layers]
+
+    def keep(tap: str) -> Any:
+        return lambda i, value: found[i].update({tap: value.double().numpy().copy()})
+
+    with (
+        attach(model.layers, {"x": keep("x")}),
+        model.sparse(plan),
+        attach(model.layers, {tap: keep(tap) for tap in ("inter", "ffn_out")}),
+    ):
+        model.hidden(IDS[None])
+    for index, (layer, seen) in enumerate(zip(model.layers, found, strict=True)):
+        outer, inner, bias = compensation(plan, index)
+        expected = seen["inter"] @ layer.down_proj.weight.double().numpy().T
+        expected += seen["x"] @ (outer @ inner).T + bias
+        if layer.down_proj.bias is not None:
+            expected += layer.down_proj.bias.double().numpy()
+        assert (seen["inter"] == 0).mean() > 0.4
+        np.testing.assert_allclose(seen["ffn_out"], expected, atol=1e-4 * np.abs(expected).max())
+
+
+def compensation(plan: Plan, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    outer, inner = (
+        plan.arrays[f"compensation.{part}"][index].astype(np.float64)
+        * plan.arrays[f"compensation.{part}.scale"][index][:, None]
+        for part in ("out", "in")
+    )
+    return outer, inner, plan.arrays["compensation.bias"][index].astype(np.float64)
+
+
+@pytest.mark.parametrize("rank", [2, 24])
+def test_compensation_is_the_best_of_its_rank(
+    rank: int, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+) -> None:
+    """Ridge regression by least squares, tokens weighted; then the fit's truncated SVD."""
+    model, calibrator = tiny["llama"], calibrators["llama"]
+    plan = calibrator.plan(f"gate:compensation={rank}", sparsity=0.5, measure=False)
+    found: dict[tuple[int, str], list[np.ndarray]] = {}
+
+    def keep(tap: str) -> Any:
+        return lambda i, v: found.setdefault((i, tap), []).append(v.double().numpy().copy())
+
+    with attach(model.layers, {tap: keep(tap) for tap in ("gate_proj", "gate_act", "inter")}):
+        for window in calibrator.calibration.windows:
+            model.hidden(window[None])
+    for index, layer in enumerate(model.layers):
+        x, gate, inter = (
+            np.concatenate(found[index, t]) for t in ("gate_proj", "gate_act", "inter")
+        )
+        score = np.abs(gate) * plan.arrays["weight.gate_act"][index]
+        k = round(0.5 * score.shape[1])
+        down = layer.down_proj.weight.double().numpy()
+        y = (inter * (score <= np.sort(score, axis=1)[:, -k - 1 : -k])) @ down.T
+        root = 1 / np.linalg.norm(inter @ down.T, axis=1)
+        weight = root**2 / (root**2).sum()
+        mean_x, mean_y = weight @ x, weight @ y
+        ridge = RIDGE * (weight @ (x - mean_x) ** 2).mean()
+        rows = np.concatenate(
+            [np.sqrt(weight)[:, None] * (x - mean_x), np.sqrt(ridge) * np.eye(24)]
+        )
+        targets = np.pad(np.sqrt(weight)[:, None] * (y - mean_y), ((0, 24), (0, 0)))
+        full = np.linalg.lstsq(rows, targets, rcond=None)[0]
+        top = np.linalg.svd(rows @ full)[2][:rank]
+        expected = full @ top.T @ top
+        outer, inner, bias = compensation(plan, index)
+        product = (outer @ inner).T
+        np.testing.assert_allclose(product, expected, atol=0.02 * np.abs(expected).max())
+        np.testing.assert_allclose(bias, mean_y - mean_x @ expected, atol=2e-3 * np.abs(y).max())
+        left = ((y - x @ product - bias) ** 2).sum(axis=1) @ weight
+        assert left < (y**2).sum(axis=1) @ weight
+
+
+def test_scores_are_shared_by_budget_and_compensation() -> None:
+    keys = [
+        rule.scores_key()
+        for rule in map(find_rule, ("lowbit:compensation=2", "lowbit:cett=1", "lowbit:up=1"))
+        if issubclass(rule, Selector)
+    ]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_random_is_repeatable(
     tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
 ) -> None:
-    plan = calibrators["llama"].plan("random", sparsity=0.75, measure=False)
+    plan = plan_of(calibrators["llama"], "random", 0.75)
     first, second = (seen_by(tiny["llama"], plan)[0]["after"] != 0 for _ in range(2))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(first.sum(axis=1), round(0.25 * first.shape[1]))
@@ -154,7 +311,7 @@ def test_sparsity_zero_is_dense(
     selector: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
 ) -> None:
     model = tiny["llama"]
-    plan = calibrators["llama"].plan(selector, sparsity=0.0, measure=False)
+    plan = plan_of(calibrators["llama"], selector, 0.0)
     dense = model.hidden(IDS[None])
     with model.sparse(plan):
         assert torch.equal(model.hidden(IDS[None]), dense)
@@ -164,7 +321,7 @@ def test_plans_keep_their_scores(
     tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator], tmp_path: Path
 ) -> None:
     for selector in NAMES:
-        plan = calibrators["llama"].plan(selector, sparsity=0.5, measure=False)
+        plan = plan_of(calibrators["llama"], selector, 0.5)
         plan.save(tmp_path / "a.plan")
         loaded = Plan.load(tmp_path / "a.plan")
         assert loaded.rule == find_rule(selector).name
@@ -178,7 +335,7 @@ def test_recall(tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator
     """The oracle finds all; recall and energy of another are those of its neurons."""
     model = tiny["llama"]
     plans = [
-        calibrators["llama"].plan(selector, sparsity=0.75, measure=False)
+        plan_of(calibrators["llama"], selector, 0.75)
         for selector in ("oracle", "lowbit:up=4", "gate")
     ]
     _, (oracle, whole, gate) = run_window(model, IDS, plans)
@@ -196,6 +353,9 @@ def test_recall(tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator
     assert 0.25 < gate.recall < 1
 
 
+EXTRA = 8 / (24 * 37) / 14.5  # of one byte, of a dense FFN's
+
+
 @pytest.mark.parametrize(
     ("selector", "expected"),
     [
@@ -204,13 +364,21 @@ def test_recall(tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator
         ("gate", (4.5 + 0.5 * 10) / 14.5),
         ("lowbit", (4.5 + 2.5 + 0.5 * (2 + 5.5)) / 14.5),
         ("lowbit:gate=1:up=1", (1.5 + 1.5 + 0.5 * (3 + 3 + 5.5)) / 14.5),
+        # int8 matrices; scales, noise and bias as float16; d_model 24, d_ff 37.
+        ("learned:rank=4", 0.5 + EXTRA * (4 * (24 + 74) + 2 * (4 + 2 * 74))),
+        (
+            "learned:rank=4:gate=1",
+            (4.5 + 0.5 * 10) / 14.5 + EXTRA * (4 * (24 + 37) + 2 * (4 + 2 * 37)),
+        ),
+        ("gate:compensation=3", (4.5 + 0.5 * 10) / 14.5 + EXTRA * (2 * 3 * 24 + 2 * (3 + 2 * 24))),
     ],
 )
 def test_bytes(selector: str, expected: float, tiny: dict[str, fallow.Model]) -> None:
     rule: Any = find_rule(selector)
     layer = tiny["llama"].layers[0]
     assert rule.ffn_bytes(0.5, layer) == pytest.approx(expected)
-    assert rule.ffn_bytes(1.0, layer) == pytest.approx(1)
+    extra = EXTRA * rule._all_extra_bytes(layer)
+    assert rule.ffn_bytes(1.0, layer) == pytest.approx(1 + extra)
 
 
 def test_correction(calibrators: dict[str, Calibrator], tiny: dict[str, fallow.Model]) -> None:

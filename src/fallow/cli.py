@@ -29,7 +29,7 @@ plan_app = typer.Typer(
 )
 app.add_typer(plan_app, name="plan")
 select_app = typer.Typer(
-    help="Compare selectors, which predict the neurons that matter.", no_args_is_help=True
+    help="Compare and train selectors, which predict the neurons that matter.", no_args_is_help=True
 )
 app.add_typer(select_app, name="select")
 
@@ -619,7 +619,6 @@ def tradeoff(
 
     rows = make_rows(names, targets, increases)
     loaded = _load(model, dtype)
-
     table = run(
         loaded,
         rows,
@@ -632,10 +631,7 @@ def tradeoff(
         validation_windows=validation_windows,
         allow_leakage=allow_leakage,
     )
-    if as_json:
-        _print_json({"output": str(output), "rows": table})
-        return
-    _print_tradeoff(table, output)
+    _report_tradeoff(table, output, as_json)
 
 
 @select_app.command("compare")
@@ -650,6 +646,10 @@ def select_compare(
     calibration_text: Annotated[
         Path | None, typer.Option(help="Text that selectors are fitted on; not --text.")
     ] = None,
+    trained: Annotated[
+        list[Path] | None,
+        typer.Option(help="Also a plan that fallow select train wrote; repeatable."),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of tables, figures and finished work.")
     ] = Path("selectors"),
@@ -663,28 +663,74 @@ def select_compare(
     """Selectors at equal budget: recall, bytes, operations, PPL and KL, the model in the loop."""
     from fallow.rules import find_rule
     from fallow.selectors._base import Selector
+    from fallow.sweep import make_rows
+    from fallow.sweep import tradeoff as run
 
+    plans = [_load_plan(path) for path in trained or []]
     asked = (name.strip() for name in selectors.split(",") if name.strip())
-    names = list(dict.fromkeys(("oracle", "random", "static", *asked)))
+    names = list(dict.fromkeys(("oracle", "random", "static", *asked, *(p.rule for p in plans))))
     for name in names:
         if not issubclass(find_rule(name), Selector):
             raise UsageError(f"{name} is a rule, not a selector; compare it with fallow tradeoff")
-    tradeoff(
-        model=model,
-        rules=",".join(names),
-        sparsities=sparsities,
-        max_ppl_increases="",
-        text=text,
+    rows = make_rows(names, _numbers("--sparsities", sparsities))
+    loaded = _load(model, dtype)
+    table = run(
+        loaded,
+        rows,
+        output,
         calibration_text=calibration_text,
-        output=output,
+        text=text,
         context=context,
         windows=windows,
         calibration_windows=calibration_windows,
         validation_windows=1,
         allow_leakage=allow_leakage,
-        dtype=dtype,
-        as_json=as_json,
+        trained=plans,
     )
+    _report_tradeoff(table, output, as_json)
+
+
+@select_app.command("train")
+def select_train(
+    model: ModelArg,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write.")],
+    rank: Annotated[int, typer.Option(help="Width of each layer's bottleneck.")] = 64,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Know the exact gate: predict up_proj alone.")
+    ] = False,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens to learn from; a shorter text is read again.")
+    ] = 300_000,
+    sparsity: Annotated[float, typer.Option(help="Share of neurons that rest, [0, 1).")] = 0.5,
+    text: TextOption = None,
+    context: ContextOption = 1024,
+    validation_windows: Annotated[int, typer.Option(help="Held-out windows that judge.")] = 4,
+    checks: Annotated[int, typer.Option(help="How often they do in the course of training.")] = 10,
+    patience: Annotated[int, typer.Option(help="Checks without a better PPL that end it.")] = 3,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train the selector learned; a plan for evaluate, and for compare. Stops and continues."""
+    from fallow.training import check_request
+    from fallow.training import train as run
+
+    check_request(rank, gate, tokens, sparsity, checks, patience)
+    check_writable(output)
+    loaded = _load(model, dtype)
+    plan = run(
+        loaded,
+        output,
+        rank=rank,
+        gate=gate,
+        tokens=tokens,
+        sparsity=sparsity,
+        text=text,
+        context=context,
+        validation_windows=validation_windows,
+        checks=checks,
+        patience=patience,
+    )
+    _report_plan(plan, output, as_json)
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -694,7 +740,10 @@ def _numbers(option: str, text: str) -> list[float]:
         raise UsageError(f"{option} {text!r} is not a list of numbers such as 0.3,0.5") from error
 
 
-def _print_tradeoff(table: list[dict[str, Any]], output: Path) -> None:
+def _report_tradeoff(table: list[dict[str, Any]], output: Path, as_json: bool) -> None:
+    if as_json:
+        _print_json({"output": str(output), "rows": table})
+        return
     from fallow.sweep import target_label
 
     dense = table[0]
@@ -863,6 +912,10 @@ def plan_import(
 
 def _write_plan(plan: Any, output: Path, as_json: bool) -> None:
     plan.save(output)
+    _report_plan(plan, output, as_json)
+
+
+def _report_plan(plan: Any, output: Path, as_json: bool) -> None:
     if as_json:
         _print_json({**plan.metadata, "path": str(output)})
         return

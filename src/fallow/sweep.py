@@ -19,9 +19,10 @@ from fallow.model import Model
 from fallow.plan import Plan
 from fallow.progress import console, progress
 from fallow.quality import SPARSITY_TAPS, WindowResult
-from fallow.rules import find_rule
+from fallow.rules import Arrays, find_rule
 from fallow.rules._base import check_sparsity
 from fallow.selectors._base import Selector
+from fallow.selectors.learned import Learned
 from fallow.text import Text, check_no_leakage, load_text
 
 # Plans evaluated on a window before results are saved: what Ctrl-C can lose. The dense model runs
@@ -108,17 +109,21 @@ def tradeoff(
     calibration_windows: int = 8,
     validation_windows: int = 4,
     allow_leakage: bool = False,
+    trained: Sequence[Plan] = (),
 ) -> list[dict[str, Any]]:
     """Calibrates every row on one text and measures all of them on another, in the loop.
 
-    Finished work in `output` is kept and not done again; Ctrl-C leaves a table of the windows that
-    every row has. Writes `table.csv`, `table.json`, `tradeoff.png` and `tradeoff.svg`.
+    Rows of the selectors in `trained`, plans of `fallow select train`, take their scores from there
+    and their budget from the row. Finished work in `output` is kept and not done again; Ctrl-C
+    leaves a table of the windows that every row has. Writes `table.csv`, `table.json`,
+    `tradeoff.png` and `tradeoff.svg`.
 
     Raises:
         UsageError: the folder holds a run with other settings, or both texts are the same.
-        FallowError: a text is too short, or the model computes NaN.
+        FallowError: a text is too short, the model computes NaN, or a trained plan does not fit it.
     """
     source = load_text(text, "evaluation")
+    scores = _trained_scores(model, trained, source, allow_leakage)
     calibration_source = load_text(calibration_text, "calibration")
     check_no_leakage(calibration_source.sha256, source, allow_leakage)
     cut = model.windows(source, context, windows)
@@ -137,8 +142,9 @@ def tradeoff(
     )
     try:
         plans = _calibrate(
-            model, rows, store, calibration_source, context, calibration_windows, validation_windows
-        )
+            model, rows, store, calibration_source, context, calibration_windows,
+            validation_windows, scores,
+        )  # fmt: skip
         _measure(model, rows, plans, cut, store)
     except KeyboardInterrupt:
         console.print(f"stopped; finished work is in {output}, the same command continues it")
@@ -150,6 +156,22 @@ def tradeoff(
     return table
 
 
+def _trained_scores(
+    model: Model, trained: Sequence[Plan], text: Text, allow_leakage: bool
+) -> dict[str, Arrays]:
+    """The arrays of trained plans that do not depend on the budget, by selector."""
+    found: dict[str, Arrays] = {}
+    for plan in trained:
+        rule = model.rule(plan)
+        if not isinstance(rule, Learned):
+            raise UsageError(
+                f"a plan of {plan.rule} is no trained selector; make one with fallow select train"
+            )
+        check_no_leakage(plan.calibration_sha256, text, allow_leakage)
+        found[rule.scores_key()] = {k: plan.arrays[k] for k in rule.score_shapes(model.layers)}
+    return found
+
+
 def _calibrate(
     model: Model,
     rows: Sequence[Row],
@@ -158,6 +180,7 @@ def _calibrate(
     context: int,
     windows: int,
     validation_windows: int,
+    scores: dict[str, Arrays],
 ) -> dict[str, Plan]:
     plans: dict[str, Plan] = {}
     calibrator = None
@@ -165,10 +188,13 @@ def _calibrate(
         path = store.plan_path(row)
         if path.exists():
             plans[row.key] = Plan.load(path)
+            _check_training(plans[row.key], scores, store)
             continue
-        calibrator = calibrator or Calibrator(
-            model, text, context=context, windows=windows, validation_windows=validation_windows
-        )
+        if calibrator is None:
+            calibrator = Calibrator(
+                model, text, context=context, windows=windows, validation_windows=validation_windows
+            )
+            calibrator.calibration.cache.update(scores)
         if row.max_ppl_increase is None:
             plan = calibrator.plan(row.rule, sparsity=row.sparsity, measure=False)
         else:
@@ -176,6 +202,18 @@ def _calibrate(
         plan.save(path)
         plans[row.key] = plan
     return plans
+
+
+def _check_training(plan: Plan, scores: dict[str, Arrays], store: Store) -> None:
+    """Raises UsageError if the folder's results are of another training of the selector."""
+    rule = find_rule(plan.rule)
+    if issubclass(rule, Learned):
+        own = scores.get(rule.scores_key(), {})
+        if any(not np.array_equal(plan.arrays[name], array) for name, array in own.items()):
+            raise UsageError(
+                f"{store.folder} holds results of another training of {plan.rule}; "
+                "choose another --output folder"
+            )
 
 
 def _measure(

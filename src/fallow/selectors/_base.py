@@ -1,5 +1,6 @@
 """What all selectors share: they see a layer's input and gate, and cut its neurons."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -10,6 +11,13 @@ from fallow.capture import Calibration
 from fallow.rules import Arrays, Rule
 from fallow.rules._base import per_token_topk, scalar, zero_where
 from fallow.rules.cett import Cett
+from fallow.selectors._compensation import (
+    Compensation,
+    Moments,
+    compensation_bytes,
+    compensation_shapes,
+    fit_compensation,
+)
 from fallow.taps import Layer, Tap
 
 
@@ -35,14 +43,15 @@ class Selector(Rule):
     """Keeps the k neurons of each token with the largest predicted out_norm.
 
     With the option cett=1, instead, those above the layer's threshold of the rule `cett`, so that
-    layers and tokens share the budget unevenly.
+    layers and tokens share the budget unevenly. With compensation=r an affine map of rank r of the
+    FFN's input stands for what the dropped neurons would have added.
     """
 
     paper = "METHODS 5 (ours)"
     where = "inter"
     knob_name = "k / d_ff, the share kept per token"
-    options: ClassVar[dict[str, int]] = {"cett": 0}
-    option_ranges: ClassVar[dict[str, range]] = {"cett": range(2)}
+    options: ClassVar[dict[str, int]] = {"cett": 0, "compensation": 0}
+    option_ranges: ClassVar[dict[str, range]] = {"cett": range(2), "compensation": range(1025)}
 
     @classmethod
     def with_options(cls, text: str) -> type[Self]:
@@ -61,11 +70,20 @@ class Selector(Rule):
 
     @classmethod
     def learn(cls, calibration: Calibration, knob: float) -> Arrays:
-        key = f"selector {cls.name}"
+        key = cls.scores_key()
         if key not in calibration.cache:
             calibration.cache[key] = cls.learn_scores(calibration)
         budget = Cett.learn(calibration, knob) if cls.options.get("cett") else scalar("kept", knob)
-        return budget | calibration.cache[key]
+        arrays = budget | calibration.cache[key]
+        if cls.options["compensation"]:
+            arrays |= cls(knob, arrays)._fit_compensation(calibration)
+        return arrays
+
+    @classmethod
+    def scores_key(cls) -> str:
+        """The scores' key in a calibration's cache: not budget nor compensation change them."""
+        own = [f"{k}={v}" for k, v in cls.options.items() if k not in Selector.options]
+        return ":".join(["selector", cls.name.partition(":")[0], *own])
 
     @classmethod
     def learn_scores(cls, calibration: Calibration) -> Arrays:
@@ -79,15 +97,19 @@ class Selector(Rule):
 
     @classmethod
     def extra_bytes(cls, layer: Layer) -> int:
-        """Bytes per token, of int8 values, read besides the FFN's own weights."""
+        """Bytes per token, of int8 values, read besides the FFN's own weights to choose."""
         return 0
 
     @classmethod
     def cost(cls, layer: Layer) -> tuple[float, int]:
-        """What choosing takes per token and layer: bytes read, and multiplications."""
+        """What choosing and compensation take per token and layer: bytes read, multiplications."""
         size = layer.down_proj.weight.numel()
-        first, extra = cls.first_bits(Bits()), cls.extra_bytes(layer)
+        first, extra = cls.first_bits(Bits()), cls._all_extra_bytes(layer)
         return sum(first) / 8 * size + extra, sum(b > 0 for b in first) * size + extra
+
+    @classmethod
+    def _all_extra_bytes(cls, layer: Layer) -> int:
+        return cls.extra_bytes(layer) + compensation_bytes(layer, cls.options["compensation"])
 
     @classmethod
     def ffn_bytes(cls, kept: float, layer: Layer) -> float:
@@ -95,7 +117,7 @@ class Selector(Rule):
         stored = Bits()
         total = stored.gate + stored.up + stored.down
         first = sum(cls.first_bits(stored))
-        extra = 8 * cls.extra_bytes(layer) / layer.down_proj.weight.numel()
+        extra = 8 * cls._all_extra_bytes(layer) / layer.down_proj.weight.numel()
         return (first + kept * (total - first) + extra) / total
 
     @classmethod
@@ -103,7 +125,8 @@ class Selector(Rule):
         budget: dict[str, tuple[int, ...]] = (
             {"threshold.inter": (len(layers),)} if cls.options.get("cett") else {"kept": (1,)}
         )
-        return budget | cls.score_shapes(layers)
+        rank = cls.options["compensation"]
+        return budget | cls.score_shapes(layers) | compensation_shapes(layers, rank)
 
     @classmethod
     def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
@@ -119,24 +142,68 @@ class Selector(Rule):
             return super().threshold(layer, tap, score)
         return per_token_topk(score, float(self.arrays["kept"][0]))
 
+    def inactive(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
+        """The neurons (T, d_ff), bool, that the selector lets rest."""
+        score = self.score(index, layer, seen)
+        return score <= self.threshold(index, "inter", score)
+
     def taps(self, layers: list[Layer]) -> dict[str, Tap]:
-        seen: dict[tuple[int, str], torch.Tensor] = {}
+        def cut(index: int, inter: torch.Tensor, seen: Seen) -> torch.Tensor:
+            return zero_where(self.inactive(index, layers[index], seen), inter)
 
-        def look(tap: str) -> Tap:
-            def keep(index: int, value: torch.Tensor) -> None:
-                seen[index, tap] = value
+        taps = watch(layers, cut)
+        if not self.options["compensation"]:
+            return taps
+        compensations = [Compensation.from_arrays(self.arrays, i) for i in range(len(layers))]
+        added: dict[int, torch.Tensor] = {}
 
-            return keep
+        def prepare(index: int, x: torch.Tensor) -> None:
+            added[index] = compensations[index](x)
 
-        def cut(index: int, inter: torch.Tensor) -> torch.Tensor:
-            layer = layers[index]
-            truth = inter.abs().float() * layer.down_norm
-            score = self.score(
-                index, layer, Seen(seen.pop((index, "x")), seen.pop((index, "gate_act")), truth)
-            )
-            return zero_where(score <= self.threshold(index, "inter", score), inter)
+        def add(index: int, out: torch.Tensor) -> torch.Tensor:
+            return out + added.pop(index).to(out.dtype)
 
-        return {"x": look("x"), "gate_act": look("gate_act"), "inter": cut}
+        return {next(iter(layers[0].ffn_inputs)): prepare, **taps, "ffn_out": add}
+
+    def _fit_compensation(self, calibration: Calibration) -> Arrays:
+        """The compensation of every layer for this selector's choice, on the dense model's inputs.
+
+        A token counts by the inverse of its FFN output's squared norm: the relative error is what
+        matters, and attention sinks would otherwise decide the fit.
+        """
+        layers = calibration.layers
+        sums = [Moments(layer.down_proj.out_features) for layer in layers]
+
+        def add(index: int, inter: torch.Tensor, seen: Seen) -> None:
+            down = layers[index].down_proj.weight
+            dropped = inter * self.inactive(index, layers[index], seen)
+            out = nn.functional.linear(inter, down).float()
+            weight = out.square().sum(dim=1).clamp_min(1e-30).reciprocal()
+            sums[index].add(seen.x.float(), nn.functional.linear(dropped, down).float(), weight)
+
+        calibration.run("compensation", watch(layers, add))
+        return fit_compensation(sums, self.options["compensation"])
+
+
+def watch(
+    layers: list[Layer], at_inter: Callable[[int, torch.Tensor, Seen], torch.Tensor | None]
+) -> dict[str, Tap]:
+    """Taps that call `at_inter(layer, inter, what was seen before)`; as a tap it may replace."""
+    seen: dict[tuple[int, str], torch.Tensor] = {}
+
+    def look(tap: str) -> Tap:
+        def keep(index: int, value: torch.Tensor) -> None:
+            seen[index, tap] = value
+
+        return keep
+
+    def tap(index: int, inter: torch.Tensor) -> torch.Tensor | None:
+        truth = inter.abs().float() * layers[index].down_norm
+        return at_inter(
+            index, inter, Seen(seen.pop((index, "x")), seen.pop((index, "gate_act")), truth)
+        )
+
+    return {"x": look("x"), "gate_act": look("gate_act"), "inter": tap}
 
 
 class Approximate(Selector):

@@ -13,8 +13,11 @@ class Random(Selector):
 
     name = "random"
     known = "before gate: saves gate_proj, up_proj and down_proj"
-    options: ClassVar[dict[str, int]] = {}  # its scores are no norms that a threshold could cut
-    option_ranges: ClassVar[dict[str, range]] = {}
+    # No cett: its scores are no norms that a threshold could cut.
+    options: ClassVar[dict[str, int]] = {"compensation": 0}
+    option_ranges: ClassVar[dict[str, range]] = {
+        "compensation": Selector.option_ranges["compensation"]
+    }
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         generator = torch.Generator().manual_seed(index)  # so that runs can be repeated
