@@ -97,7 +97,7 @@ class Calibration:
         ffn = ["gate_pre", "gate_act", "ffn_out", *(["up"] if layer.gated else [])]
         names = [*ffn, *dict.fromkeys(input_histogram(layer, p) for p in layer.projections)]
         found = {name: Histograms(name, len(self.layers)) for name in names}
-        self._run("histograms", {name: h.add for name, h in found.items()})
+        self.run("histograms", {name: h.add for name, h in found.items()})
         return found
 
     @cached_property
@@ -125,7 +125,7 @@ class Calibration:
             parts[layer].append(value[here - seen[layer]].clone())
             seen[layer] += len(value)
 
-        self._run("activations", {tap: keep})
+        self.run("activations", {tap: keep})
         return [torch.cat(p) for p in parts]
 
     @cached_property
@@ -139,7 +139,7 @@ class Calibration:
         def add(layer: int, value: torch.Tensor) -> None:
             total[layer] += value.abs().float().sum(dim=0).numpy()
 
-        self._run("mean up", {"up": add})
+        self.run("mean up", {"up": add})
         if not np.isfinite(total).all():
             layer = int(np.argmax(~np.isfinite(total).all(axis=1)))
             raise non_finite_error("up", layer, int((~np.isfinite(total[layer])).sum()))
@@ -155,7 +155,26 @@ class Calibration:
             x = value.float()
             total[layer] += x.T @ x
 
-        self._run("input moments", {next(iter(self.layers[0].ffn_inputs)): add})
+        self.run("input moments", {next(iter(self.layers[0].ffn_inputs)): add})
+        return (total / self.n_tokens).numpy()
+
+    @cached_property
+    def successive_moments(self) -> np.ndarray:
+        """E[x yᵀ] of the FFN's input x and that of the layer before, y: (L, d_model, d_model).
+
+        float32; the first layer's y is its own input.
+        """
+        width = self.layers[0].down_proj.out_features
+        total = torch.zeros(len(self.layers), width, width)
+        before = torch.empty(0)
+
+        def add(layer: int, value: torch.Tensor) -> None:
+            nonlocal before
+            x = value.float()
+            total[layer] += x.T @ (before if layer else x)
+            before = x
+
+        self.run("successive moments", {next(iter(self.layers[0].ffn_inputs)): add})
         return (total / self.n_tokens).numpy()
 
     @cached_property
@@ -173,7 +192,8 @@ class Calibration:
             self.model.hidden(self.windows[:BLOCK_WINDOWS, :BLOCK_TOKENS])
         return found
 
-    def _run(self, what: str, taps: dict[str, Callable[..., Any]]) -> None:
+    def run(self, what: str, taps: dict[str, Callable[..., Any]]) -> None:
+        """Runs the dense model over the windows, one by one, with `taps`; `what` names it."""
         with (
             progress(f"calibration {what}", len(self.windows)) as ticker,
             attach(self.layers, taps),
