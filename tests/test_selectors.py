@@ -20,9 +20,9 @@ from fallow.rules import Arrays, find_rule
 from fallow.selectors import SELECTORS
 from fallow.selectors._base import Selector
 from fallow.selectors._compensation import RIDGE
+from fallow.selectors._rounding import top_bits
 from fallow.selectors.gate_bucket import BUCKETS
 from fallow.selectors.learned import Learned, arrays_of, initial, predicted
-from fallow.selectors.lowbit import top_bits
 from fallow.selectors.previous import DECAY
 from fallow.taps import Layer, attach
 
@@ -35,6 +35,12 @@ NAMES = (
     "lowbit:cett=1",
     "gate_bucket:cett=1",
     "learned:rank=5",
+    "lowrank:rank=5:bits=8",
+    "lowrank:rank=5:gate=1",
+    "lowrank:cett=1",
+    "ahead:map=0",
+    "ahead:map=3:gate=2:up=2:rank=2",
+    "ahead:cett=1",
 )
 
 
@@ -57,7 +63,7 @@ def untrained(calibrator: Calibrator, rule: type[Learned]) -> Arrays:
 
 
 def seen_by(model: fallow.Model, plan: Plan) -> list[dict[str, np.ndarray]]:
-    """Per layer, with the plan at work: x, gate_act, inter before and after the cut."""
+    """Per layer, with the plan at work: x, the x before, gate_act, inter and what is left of it."""
     found: list[dict[str, np.ndarray]] = [{} for _ in model.layers]
 
     def keep(name: str) -> Any:
@@ -73,21 +79,37 @@ def seen_by(model: fallow.Model, plan: Plan) -> list[dict[str, np.ndarray]]:
         attach(model.layers, {"inter": keep("after")}),
     ):
         model.hidden(IDS[None])
+    for index, layer in enumerate(found):
+        layer["earlier"] = found[max(index - 1, 0)]["x"]
     return found
 
 
-def split(layer: Layer, x: np.ndarray, approximate: Any) -> tuple[np.ndarray, np.ndarray]:
-    """act(gate_pre) and up of a layer whose weights went through `approximate(weight, name)`."""
+def split(layer: Layer, x: np.ndarray, approximate: Any) -> list[np.ndarray]:
+    """gate_pre and, with a gate, up of a layer whose weights went through `approximate`."""
     weights = [m.weight.double().numpy() for m in layer.ffn_inputs.values()]
     biases = [0 if m.bias is None else m.bias.double().numpy() for m in layer.ffn_inputs.values()]
     if layer.gate_up_proj is not None:
         weights, biases = list(np.split(weights[0], 2)), biases * 2
-    values = [
+    return [
         x @ approximate(w, name).T + b
         for w, b, name in zip(weights, biases, ("gate", "up"), strict=False)
     ]
-    act = layer.act(torch.from_numpy(values[0])).numpy()
-    return act, values[1] if layer.gated else np.ones_like(act)
+
+
+def expected_norm(
+    layer: Layer, x: np.ndarray, approximate: Any, errors: dict[str, np.ndarray]
+) -> np.ndarray:
+    """c sqrt(E[act(g + s e)²] E[(u + s e)²]) by three-point quadrature over the normal e."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(3)
+    norm = layer.down_norm.double().numpy()
+    functions = {"gate": lambda v: layer.act(torch.from_numpy(v)).numpy(), "up": lambda v: v}
+    for (name, function), value in zip(
+        functions.items(), split(layer, x, approximate), strict=False
+    ):
+        s = errors.get(name, np.zeros(value.shape[1]))
+        squares = [w * function(value + n * s) ** 2 for n, w in zip(nodes, weights, strict=True)]
+        norm = norm * np.sqrt(sum(squares) / weights.sum())
+    return norm
 
 
 def expected_bits(weight: np.ndarray, bits: int) -> np.ndarray:
@@ -130,6 +152,11 @@ def expected_score(plan: Plan, layer: Layer, index: int, seen: dict[str, Any]) -
         return learned_score(arrays, options, layer, index, seen)
 
     def approximate(weight: np.ndarray, part: str) -> np.ndarray:
+        if name == "lowrank":
+            if f"{part}.error" not in arrays:
+                return weight
+            rows = slice(-len(weight), None) if part == "up" else slice(len(weight))
+            return arrays["out"][index].astype(np.float64)[rows] @ arrays["in"][index]
         rounded = expected_bits(weight, options[part])
         if f"{part}.out" in arrays:
             product = arrays[f"{part}.out"][index].astype(np.float64) @ arrays[f"{part}.in"][index]
@@ -137,8 +164,18 @@ def expected_score(plan: Plan, layer: Layer, index: int, seen: dict[str, Any]) -
             rounded = rounded + product
         return rounded
 
-    act, up = split(layer, seen["x"], approximate)
-    return np.abs(act * up) * norm
+    x = seen["x"]
+    if name == "ahead":
+        y = seen["earlier"]
+        x = y * arrays["map.scale"][index].astype(np.float64)
+        if options["map"]:
+            x += y @ (arrays["map.out"][index].astype(np.float64) @ arrays["map.in"][index]).T
+    errors = {
+        part: arrays[f"{part}.error"][index].astype(np.float64)
+        for part in ("gate", "up")
+        if f"{part}.error" in arrays
+    }
+    return expected_norm(layer, x, approximate, errors)
 
 
 def learned_score(
@@ -154,8 +191,10 @@ def learned_score(
     weights = dict(zip(parts, np.split(outer @ inner, len(parts)), strict=True))
     noise = np.exp(arrays["noise"][index].astype(np.float64))
     variance = dict(zip(parts, np.split(noise, len(parts)), strict=True))
-    act, up = split(layer, seen["x"], lambda weight, part: weights.get(part, weight))
-    squared = (act**2 + variance.get("gate", 0)) * (up**2 + variance.get("up", 0))
+    gate, *up = split(layer, seen["x"], lambda weight, part: weights.get(part, weight))
+    squared = layer.act(torch.from_numpy(gate)).numpy() ** 2 + variance.get("gate", 0)
+    if up:
+        squared = squared * (up[0] ** 2 + variance.get("up", 0))
     return np.sqrt(squared) * layer.down_norm.double().numpy()
 
 
@@ -404,6 +443,90 @@ def test_correction(calibrators: dict[str, Calibrator], tiny: dict[str, fallow.M
     assert more == pytest.approx(4 * 8 * (d_model + d_ff) / (d_model * d_ff) / 14.5)
 
 
+@pytest.fixture(scope="module")
+def inputs(tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]) -> list[np.ndarray]:
+    """Each layer's FFN input x of the llama's whole calibration text, (T, d_model)."""
+    found: list[list[np.ndarray]] = [[] for _ in tiny["llama"].layers]
+
+    def keep(index: int, value: torch.Tensor) -> None:
+        found[index].append(value.double().numpy().copy())
+
+    calibrators["llama"].calibration.run("x", {"up_proj": keep})
+    return [np.concatenate(parts) for parts in found]
+
+
+def root_mean_square(value: np.ndarray) -> np.ndarray:
+    return np.sqrt((value**2).mean(axis=0))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_low_rank_factors(
+    bits: int,
+    inputs: list[np.ndarray],
+    tiny: dict[str, fallow.Model],
+    calibrators: dict[str, Calibrator],
+) -> None:
+    """They are rounded, nearly as close as the closest, and know how far they miss."""
+    layer, x = tiny["llama"].layers[1], inputs[1]
+    plan = calibrators["llama"].plan(f"lowrank:rank=7:bits={bits}", sparsity=0.5, measure=False)
+    out, inner = (plan.arrays[key][1].astype(np.float64) for key in ("out", "in"))
+    for factor in (out, inner):  # half precision in the plan
+        levels = max(len(np.unique(row)) for row in factor)
+        assert levels <= 2**bits
+    weight = np.concatenate([m.weight.double().numpy() for m in layer.ffn_inputs.values()])
+    truth, found = x @ weight.T, x @ (out @ inner).T
+    least = np.linalg.svd(truth, compute_uv=False)[7:]
+    slack = {4: 1.1, 8: 1.001}[bits]
+    assert (least**2).sum() <= ((truth - found) ** 2).sum() <= slack * (least**2).sum()
+    errors = np.concatenate([plan.arrays[f"{name}.error"][1] for name in ("gate", "up")])
+    np.testing.assert_allclose(errors, root_mean_square(truth - found), rtol=5e-3)
+
+
+def test_look_ahead(
+    inputs: list[np.ndarray], tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+) -> None:
+    """The map is the least-squares one, whole at full rank, and knows how far it misses."""
+    (y, x), layer = inputs, tiny["llama"].layers[1]
+    best = np.linalg.lstsq(y, x, rcond=None)[0].T
+    missed = []
+    for rank in (0, 6, 24):
+        plan = calibrators["llama"].plan(f"ahead:map={rank}", sparsity=0.5, measure=False)
+        arrays = {k: v[1].astype(np.float64) for k, v in plan.arrays.items() if k != "kept"}
+        whole = np.diag(arrays["map.scale"])
+        if rank:
+            whole = whole + arrays["map.out"] @ arrays["map.in"]
+        error = x - y @ whole.T
+        missed.append((error**2).sum())
+        for name, module in zip(("gate", "up"), layer.ffn_inputs.values(), strict=True):
+            expected = root_mean_square(error @ module.weight.double().numpy().T)
+            np.testing.assert_allclose(arrays[f"{name}.error"], expected, rtol=5e-3)
+    scale = (x * y).sum(axis=0) / (y**2).sum(axis=0)
+    assert missed[0] == pytest.approx(((x - y * scale) ** 2).sum(), rel=1e-3)
+    assert missed[2] == pytest.approx(((x - y @ best.T) ** 2).sum(), rel=1e-2)
+    assert missed[2] < missed[1] < missed[0]
+
+
+def test_look_ahead_forgets(
+    tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+) -> None:
+    """Neither another text, nor one that broke off, nor a neighbour in the batch is looked at."""
+    model = tiny["llama"]
+    plan = calibrators["llama"].plan("ahead", sparsity=0.5, measure=False)
+    with model.sparse(plan):
+        alone = model.hidden(IDS[None])
+
+    def stop(index: int, value: torch.Tensor) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+
+    with model.sparse(plan):
+        with pytest.raises(KeyboardInterrupt), attach(model.layers, {"ffn_out": stop}):
+            model.hidden(IDS[None, ::-1])
+        assert torch.equal(model.hidden(IDS[None]), alone)
+        both = model.hidden(np.stack([IDS[::-1], IDS]))
+    torch.testing.assert_close(both[1:], alone)
+
+
 def test_top_bits_of_constant_weights() -> None:
     weight = torch.full((2, 33), 0.25)
     torch.testing.assert_close(top_bits(weight, 1)[:, :32], weight[:, :32])
@@ -426,9 +549,10 @@ def test_buckets_hold_equal_shares(calibrators: dict[str, Calibrator]) -> None:
             "no option 'gate=5'; it has: gate=1..4, up=1..4, rank=0..1024, ",
         ),
         ("lowbit:down=2", "has no option 'down=2'"),
+        ("lowrank:bits=6", r"no option 'bits=6'; it has: rank=1..1024, bits=4\|8, gate=0..1, "),
         ("lowbit:up", "has no option 'up'"),
         ("topk:k=2", "rule topk has no option 'k=2'; it has: none"),
-        ("magic", "unknown rule 'magic'; known rules: cats, .*; known selectors: gate, "),
+        ("magic", "unknown rule 'magic'; known rules: cats, .*; known selectors: ahead, gate, "),
     ],
 )
 def test_wrong_names(text: str, message: str) -> None:

@@ -1,5 +1,6 @@
 """Training of the selector `learned`: what it learns, stopping, continuing, and bad input."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,13 @@ def seen_by(calibration: Calibration) -> list[Seen]:
 
     def keep(index: int, inter: torch.Tensor, seen: Seen) -> None:
         with torch.inference_mode(False):
-            found[index].append(Seen(seen.x.clone(), seen.gate_act.clone(), seen.out_norm.clone()))
+            found[index].append(Seen(*(value.clone() for value in vars(seen).values())))
 
     with attach(calibration.layers, watch(calibration.layers, keep)):
         for window in calibration.windows:
             calibration.model.hidden(window[None])
     return [
-        Seen(*(torch.cat([getattr(s, n) for s in parts]) for n in ("x", "gate_act", "out_norm")))
+        Seen(**{f.name: torch.cat([getattr(s, f.name) for s in parts]) for f in fields(Seen)})
         for parts in found
     ]
 

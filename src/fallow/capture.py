@@ -159,6 +159,25 @@ class Calibration:
         return (total / self.n_tokens).numpy()
 
     @cached_property
+    def successive_moments(self) -> np.ndarray:
+        """E[x yᵀ] of the FFN's input x and that of the layer before, y: (L, d_model, d_model).
+
+        float32; the first layer's y is its own input.
+        """
+        width = self.layers[0].down_proj.out_features
+        total = torch.zeros(len(self.layers), width, width)
+        before = torch.empty(0)
+
+        def add(layer: int, value: torch.Tensor) -> None:
+            nonlocal before
+            x = value.float()
+            total[layer] += x.T @ (before if layer else x)
+            before = x
+
+        self.run("successive moments", {next(iter(self.layers[0].ffn_inputs)): add})
+        return (total / self.n_tokens).numpy()
+
+    @cached_property
     def block_inputs(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Arguments with which each decoder layer is called on the first tokens of the text."""
         found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -174,7 +193,7 @@ class Calibration:
         return found
 
     def run(self, what: str, taps: dict[str, Callable[..., Any]]) -> None:
-        """Runs the dense model over all windows with `taps`, as `what` in the progress."""
+        """Runs the dense model over the windows, one by one, with `taps`; `what` names it."""
         with (
             progress(f"calibration {what}", len(self.windows)) as ticker,
             attach(self.layers, taps),

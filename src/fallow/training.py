@@ -184,7 +184,7 @@ class Trainer:
                 bad = int((~torch.isfinite(seen.out_norm)).sum())
                 raise non_finite_error("inter", index, bad)
             with torch.inference_mode(False), torch.enable_grad():
-                own = Seen(*(v.clone() for v in (seen.x, seen.gate_act, seen.out_norm)))
+                own = Seen(*(value.clone() for value in vars(seen).values()))
                 self.students[index].learn(own, learning_rate)
 
         with attach(self.model.layers, watch(self.model.layers, learn)):

@@ -53,7 +53,7 @@ class Rule:
             if key not in options or not (
                 value.isdecimal() and int(value) in cls.option_ranges[key]
             ):
-                known = [f"{k}={r.start}..{r.stop - 1}" for k, r in cls.option_ranges.items()]
+                known = [f"{k}={_in_words(r)}" for k, r in cls.option_ranges.items()]
                 raise UsageError(
                     f"rule {cls.name} has no option {part!r}; it has: {', '.join(known) or 'none'}"
                 )
@@ -126,6 +126,12 @@ class Rule:
             return cut
 
         return {tap: make(tap) for tap in self.cuts(layers[0])}
+
+
+def _in_words(allowed: range) -> str:
+    if allowed.step > 1:
+        return "|".join(map(str, allowed))
+    return f"{allowed.start}..{allowed.stop - 1}"
 
 
 def zero_where(inactive: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

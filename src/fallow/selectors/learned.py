@@ -11,13 +11,11 @@ from fallow.errors import UsageError
 from fallow.rules import Arrays
 from fallow.selectors._base import Bits, Seen, Selector, input_weights
 from fallow.selectors._compensation import from_int8, to_int8
+from fallow.selectors._svd import Inputs
 from fallow.taps import Layer
 
 Network = dict[str, torch.Tensor]
 """One layer's network: `in` (rank, d_model), `out` (n d_ff, rank), `noise` (n d_ff,)."""
-
-# Variance, as a share of the mean, that directions of the input have at least (as in lowbit).
-DAMPING = 1e-3
 
 
 class Learned(Selector):
@@ -138,17 +136,14 @@ def initial(
     """
     weights = dict(zip(("gate", "up"), (w for w, _ in input_weights(layer)), strict=False))
     weight = torch.cat([weights[name].float() for name in predicted(layer, options)])
-    variance, directions = torch.linalg.eigh(moment)
-    scale = variance.clamp_min(DAMPING * float(variance.mean())).sqrt()
-    scaled = weight @ (directions * scale)
-    top = torch.linalg.eigh(scaled.T @ scaled)[1][:, -options["rank"] :]
-    out = scaled @ top
+    inputs = Inputs(moment)
+    out, inner = inputs.white(weight, options["rank"])
+    left = (inputs.root_mean_square(weight).square() - out.square().sum(dim=1)).clamp_min(1e-8)
     # Of the gate's error act passes on a part, about half of its standard deviation.
-    left = (scaled.square().sum(dim=1) - out.square().sum(dim=1)).clamp_min(1e-8)
     share = torch.ones_like(left)
     if "gate" in predicted(layer, options):
         share[: layer.down_proj.in_features] = 0.25
-    return {"in": top.T, "out": out, "noise": (left * share).log()}, directions / scale
+    return {"in": inner, "out": out, "noise": (left * share).log()}, inputs.inverse.T
 
 
 def arrays_of(networks: list[Network]) -> Arrays:

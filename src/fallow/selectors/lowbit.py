@@ -9,13 +9,9 @@ from fallow.capture import Calibration
 from fallow.progress import progress
 from fallow.rules import Arrays
 from fallow.selectors._base import Approximate, Bits, Selector, input_weights
+from fallow.selectors._rounding import STORED_BITS, top_bits
+from fallow.selectors._svd import Inputs
 from fallow.taps import Layer
-
-# As Q4_K stores gate_proj and up_proj.
-GROUP, STORED_BITS = 32, 4
-# Variance, as a share of the mean, that directions of the input have at least: what calibration
-# did not see may still come.
-DAMPING = 1e-3
 
 
 class LowBit(Approximate):
@@ -25,9 +21,8 @@ class LowBit(Approximate):
     along a row, as Q4_K does. A value of the top bits stands for the mean of the matrix's stored
     values that share it, the reconstruction with the least squared error.
 
-    With `rank` r the error is approximated by a product A B of that rank, A (d_ff, r) and
-    B (r, d_model), closest on inputs like those of the calibration: with S Sᵀ = E[x xᵀ], the
-    truncated SVD of (W - W') S, times S⁻¹ (arXiv:2403.07378 3.2, there of W itself).
+    With `rank` r the error W - W' is approximated by a product A B of that rank, A (d_ff, r) and
+    B (r, d_model), closest on inputs like those of the calibration.
     """
 
     name = "lowbit"
@@ -69,16 +64,12 @@ class LowBit(Approximate):
 
     @classmethod
     def _corrections(cls, layer: Layer, moment: torch.Tensor) -> dict[str, torch.Tensor]:
-        variance, directions = torch.linalg.eigh(moment)
-        scale = variance.clamp_min(DAMPING * float(variance.mean())).sqrt()
-        found = {}
+        inputs, found = Inputs(moment), {}
         for name, (weight, _) in zip(("gate", "up"), input_weights(layer), strict=False):
             if cls._corrected(name):
                 error = weight.float() - top_bits(weight, cls.options[name]).float()
-                scaled = error @ (directions * scale)
-                top = torch.linalg.eigh(scaled.T @ scaled)[1][:, -cls.options["rank"] :]
-                found[f"{name}.out"] = scaled @ top
-                found[f"{name}.in"] = (directions / scale @ top).T
+                product = inputs.truncate(error, cls.options["rank"])
+                found[f"{name}.out"], found[f"{name}.in"] = product
         return found
 
     @classmethod
@@ -101,20 +92,6 @@ class LowBit(Approximate):
             torch.from_numpy(self.arrays[f"{name}.{part}"][index]).float() for part in ("out", "in")
         )
         return (rounded.float() + out @ inner).to(weight.dtype)
-
-
-def top_bits(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """W (out, in) with the top `bits` of the 4 that each weight is stored in."""
-    rows, columns = weight.shape
-    padded = torch.nn.functional.pad(weight.float(), (0, -columns % GROUP))
-    groups = padded.reshape(rows, -1, GROUP)
-    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
-    step = (high - low) / (2**STORED_BITS - 1)
-    stored = ((groups - low) / step.clamp_min(1e-30)).round()
-    top = (stored / 2 ** (STORED_BITS - bits)).floor().long()
-    sums = torch.zeros(2**bits).scatter_add_(0, top.flatten(), stored.flatten())
-    means = sums / torch.bincount(top.flatten(), minlength=2**bits).clamp_min(1)
-    return (low + means[top] * step).reshape(rows, -1)[:, :columns].to(weight.dtype)
 
 
 RULE = LowBit
