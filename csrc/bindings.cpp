@@ -92,19 +92,21 @@ const Kernels& kernels_of(const std::string& name) {
   throw nb::value_error(("kernels " + name + " do not run on this processor").c_str());
 }
 
-// A matrix of rows of k weights, and one activation vector for it: what the tests of the kernels
-// call. Sizes are checked here, so that a wrong test cannot crash.
+// A matrix of rows of k weights, or of their first planes, and one activation vector for it: what the
+// tests of the kernels call. Sizes are checked here, so that a wrong test cannot crash.
 struct KernelTest {
   const Kernels& kernels;
   const BlockFormat& format;
   Bytes weights;
   size_t k, row_bytes, rows;
 
-  KernelTest(const std::string& table, const std::string& type, Bytes w, size_t width)
+  KernelTest(const std::string& table, const std::string& type, Bytes w, size_t width,
+             bool planes = false)
       : kernels(kernels_of(table)), format(format_of(type)), weights(w), k(width) {
     if (!kernels.gemv_rows[format.type]) throw nb::value_error("no kernel for this type");
     if (k == 0 || k % format.block_size != 0) throw nb::value_error("width is not whole blocks");
-    row_bytes = k / format.block_size * format.block_bytes;
+    if (planes && !kernels.gemv_planes[format.type]) throw nb::value_error("no kernel for planes");
+    row_bytes = k / format.block_size * (format.block_bytes - (planes ? format.block_size / 4 : 0));
     if (w.size() % row_bytes != 0) throw nb::value_error("weights are not whole rows");
     rows = w.size() / row_bytes;
   }
@@ -114,6 +116,12 @@ struct KernelTest {
     for (size_t i = 0; i < list->size(); ++i)
       if (list->data()[i] < 0 || static_cast<size_t>(list->data()[i]) >= rows)
         throw nb::value_error("a row is outside the matrix");
+  }
+
+  // The second plane of every row, or null for none.
+  const uint8_t* rest(const std::optional<Bytes>& plane) const {
+    if (plane && plane->size() != rows * k / 4) throw nb::value_error("rest has the wrong size");
+    return plane ? plane->data() : nullptr;
   }
 
   size_t count(const std::optional<Indices>& list) const { return list ? list->size() : rows; }
@@ -150,6 +158,27 @@ void test_axpy_rows(const std::string& table, const std::string& type, Bytes w,
   if (coefficient.size() != t.count(list)) throw nb::value_error("one coefficient per row");
   t.kernels.axpy_rows[t.format.type](w.data(), t.row_bytes, list ? list->data() : nullptr, 0,
                                      t.count(list), t.k, coefficient.data(), y.data());
+}
+
+void test_gemv_planes(const std::string& table, const std::string& type, Bytes base,
+                      std::optional<Bytes> rest, ConstFloats x, std::optional<Indices> list,
+                      Floats y) {
+  const KernelTest t(table, type, base, x.size(), true);
+  t.check(list);
+  if (y.size() != t.count(list)) throw nb::value_error("y has the wrong size");
+  const Quantized quantized(t.kernels, x.data(), x.size());
+  t.kernels.gemv_planes[t.format.type](base.data(), t.rest(rest), list ? list->data() : nullptr, 0,
+                                       t.count(list), t.k, quantized.with(x.data()), y.data());
+}
+
+void test_axpy_planes(const std::string& table, const std::string& type, Bytes base,
+                      std::optional<Bytes> rest, ConstFloats coefficient,
+                      std::optional<Indices> list, Floats y) {
+  const KernelTest t(table, type, base, y.size(), true);
+  t.check(list);
+  if (coefficient.size() != t.count(list)) throw nb::value_error("one coefficient per row");
+  t.kernels.axpy_planes[t.format.type](base.data(), t.rest(rest), list ? list->data() : nullptr, 0,
+                                       t.count(list), t.k, coefficient.data(), y.data());
 }
 
 void test_decode(const std::string& table, const std::string& type, Bytes w, Floats y) {
@@ -439,6 +468,10 @@ NB_MODULE(_core, m) {
         "rows"_a.none(), "y"_a);
   m.def("test_axpy_rows", &test_axpy_rows, "kernels"_a, "type"_a, "weights"_a, "coefficient"_a,
         "rows"_a.none(), "y"_a);
+  m.def("test_gemv_planes", &test_gemv_planes, "kernels"_a, "type"_a, "base"_a, "rest"_a.none(),
+        "x"_a, "rows"_a.none(), "y"_a);
+  m.def("test_axpy_planes", &test_axpy_planes, "kernels"_a, "type"_a, "base"_a, "rest"_a.none(),
+        "coefficient"_a, "rows"_a.none(), "y"_a);
   m.def("test_decode", &test_decode, "kernels"_a, "type"_a, "weights"_a, "y"_a);
   m.def("test_gemm", &test_gemm, "kernels"_a, "type"_a, "weights"_a, "x"_a, "y"_a,
         "half"_a);

@@ -510,6 +510,8 @@ void Engine::for_rows(const Matrix& w, const int32_t* rows, size_t begin, size_t
 
 void Engine::gemv(const Matrix& w, const int32_t* rows, size_t begin, size_t n, const Activation& x,
                   float* y, int worker) {
+  if (const GemvPlanes planes = kernels_.gemv_planes[w.type]; w.planes && planes)
+    return planes(w.data, w.rest, rows, begin, n, w.cols, x, y);
   for_rows(w, rows, begin, n, worker,
            [&](const uint8_t* data, const int32_t* list, size_t from, size_t first, size_t some) {
              kernels_.gemv_rows[w.type](data, w.row_bytes, list, from, some, w.cols, x, y + first);
@@ -518,6 +520,8 @@ void Engine::gemv(const Matrix& w, const int32_t* rows, size_t begin, size_t n, 
 
 void Engine::axpy(const Matrix& w, const int32_t* rows, size_t begin, size_t n,
                   const float* coefficient, float* y, int worker) {
+  if (const AxpyPlanes planes = kernels_.axpy_planes[w.type]; w.planes && planes)
+    return planes(w.data, w.rest, rows, begin, n, w.cols, coefficient, y);
   for_rows(w, rows, begin, n, worker,
            [&](const uint8_t* data, const int32_t* list, size_t from, size_t first, size_t some) {
              kernels_.axpy_rows[w.type](data, w.row_bytes, list, from, some, w.cols,

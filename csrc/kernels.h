@@ -35,6 +35,12 @@ using GemvRows = void (*)(const uint8_t* w, size_t row_bytes, const int32_t* row
 using AxpyRows = void (*)(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin,
                           size_t n, size_t k, const float* coefficient, float* y);
 
+// The same two of rows in planes (planes.h); `rest` null: coarse ones. The rows' sizes follow from k.
+using GemvPlanes = void (*)(const uint8_t* base, const uint8_t* rest, const int32_t* rows,
+                            size_t begin, size_t n, size_t k, const Activation& x, float* y);
+using AxpyPlanes = void (*)(const uint8_t* base, const uint8_t* rest, const int32_t* rows,
+                            size_t begin, size_t n, size_t k, const float* coefficient, float* y);
+
 // Rows per panel of the batched products.
 constexpr size_t kPanel = 32;
 
@@ -43,6 +49,8 @@ struct Kernels {
 
   GemvRows gemv_rows[kGgmlTypes];  // null: the type is not supported
   AxpyRows axpy_rows[kGgmlTypes];
+  GemvPlanes gemv_planes[kGgmlTypes];  // null: rows must be joined first
+  AxpyPlanes axpy_planes[kGgmlTypes];
 
   // Whole blocks from their planes; `rest` null: coarse ones.
   void (*join)(const PlaneFormat& format, const uint8_t* base, const uint8_t* rest, size_t blocks,

@@ -4,6 +4,7 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
+#include <cstring>
 #include <type_traits>
 
 #include "avx512.h"
@@ -112,16 +113,16 @@ struct Groups<16> {
   }
 };
 
-// The f16 at the start of each of n <= 8 blocks, and the one after it; n is known where this is
-// inlined.
-template <class F>
+// The f16 at the start of each of n <= 8 blocks of some bytes, and the one after it; n is known where
+// this is inlined.
+template <size_t bytes>
 FALLOW_INLINE void load_halves(const uint8_t* b, size_t n, __m256& first, __m256& second) {
-  constexpr size_t words = F::bytes / 2;
+  constexpr size_t words = bytes / 2;
   if constexpr (3 * words + 1 < 32) {  // those of four blocks lie in one register
     const auto four = [&](size_t i) {
       const size_t there = i < n ? (n - i) * words : 0;
       const auto mask = static_cast<__mmask32>(there < 32 ? (1ull << there) - 1 : ~0u);
-      return _mm512_maskz_loadu_epi16(mask, b + i * F::bytes);
+      return _mm512_maskz_loadu_epi16(mask, b + i * bytes);
     };
     constexpr int64_t w = words, x = 32;
     const __m512i at = _mm512_set_epi64(
@@ -137,7 +138,7 @@ FALLOW_INLINE void load_halves(const uint8_t* b, size_t n, __m256& first, __m256
   } else {
     // Through memory, fewer than 8 would wait for their stores.
     const auto at = [&](size_t i) {
-      return i < n ? static_cast<int>(load_u32(b + i * F::bytes)) : 0;
+      return i < n ? static_cast<int>(load_u32(b + i * bytes)) : 0;
     };
     const __m256i pairs =
         _mm256_set_epi32(at(7), at(6), at(5), at(4), at(3), at(2), at(1), at(0));
@@ -169,16 +170,17 @@ FALLOW_INLINE uint64_t two_words(const uint8_t* first, const uint8_t* second) {
   return load_u32(first) | static_cast<uint64_t>(load_u32(second)) << 32;
 }
 
-// chunk(b, j): columns [64 j, 64 j + 64) of a span; groups(b, n, s, m): its scales and minima,
-// n groups of them; for formats without minima m is left alone.
+// chunk(b, j): columns [64 j, 64 j + 64) of a span; groups<bytes>(b, n, s, m): its scales and minima,
+// n groups of them, in blocks of `bytes`; for formats without minima m is left alone.
 struct V4_0 : Q4_0 {
   static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
     b += 2 * j * bytes;
     return two_nibble_blocks(b + 2, b + bytes + 2);
   }
+  template <size_t stride = bytes>
   static FALLOW_INLINE void groups(const uint8_t* b, size_t n, __m256& s, __m256&) {
     __m256 unused;
-    load_halves<Q4_0>(b, n, s, unused);
+    load_halves<stride>(b, n, s, unused);
   }
 };
 struct V4_1 : Q4_1 {
@@ -186,30 +188,37 @@ struct V4_1 : Q4_1 {
     b += 2 * j * bytes;
     return two_nibble_blocks(b + 4, b + bytes + 4);
   }
+  template <size_t stride = bytes>
   static FALLOW_INLINE void groups(const uint8_t* b, size_t n, __m256& s, __m256& m) {
-    load_halves<Q4_1>(b, n, s, m);
+    load_halves<stride>(b, n, s, m);
     m = _mm256_xor_ps(m, _mm256_set1_ps(-0.0f));
   }
 };
 struct V5_0 : Q5_0 {
+  static FALLOW_INLINE __m512i fifth_bits(__m512i q, const uint8_t* first, const uint8_t* second) {
+    return add_16_where(q, two_words(first + 2, second + 2));
+  }
   static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
     b += 2 * j * bytes;
-    return add_16_where(two_nibble_blocks(b + 6, b + bytes + 6),
-                        two_words(b + 2, b + bytes + 2));
+    return fifth_bits(two_nibble_blocks(b + 6, b + bytes + 6), b, b + bytes);
   }
+  template <size_t stride = bytes>
   static FALLOW_INLINE void groups(const uint8_t* b, size_t n, __m256& s, __m256&) {
     __m256 unused;
-    load_halves<Q5_0>(b, n, s, unused);
+    load_halves<stride>(b, n, s, unused);
   }
 };
 struct V5_1 : Q5_1 {
+  static FALLOW_INLINE __m512i fifth_bits(__m512i q, const uint8_t* first, const uint8_t* second) {
+    return add_16_where(q, two_words(first + 4, second + 4));
+  }
   static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
     b += 2 * j * bytes;
-    return add_16_where(two_nibble_blocks(b + 8, b + bytes + 8),
-                        two_words(b + 4, b + bytes + 4));
+    return fifth_bits(two_nibble_blocks(b + 8, b + bytes + 8), b, b + bytes);
   }
+  template <size_t stride = bytes>
   static FALLOW_INLINE void groups(const uint8_t* b, size_t n, __m256& s, __m256& m) {
-    load_halves<Q5_1>(b, n, s, m);
+    load_halves<stride>(b, n, s, m);
     m = _mm256_xor_ps(m, _mm256_set1_ps(-0.0f));
   }
 };
@@ -220,9 +229,10 @@ struct V8_0 : Q8_0 {
                                          load256(b + bytes + 2), 1);
     return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(128)));
   }
+  template <size_t stride = bytes>
   static FALLOW_INLINE void groups(const uint8_t* b, size_t n, __m256& s, __m256&) {
     __m256 unused;
-    load_halves<Q8_0>(b, n, s, unused);
+    load_halves<stride>(b, n, s, unused);
   }
 };
 
@@ -250,11 +260,14 @@ struct V4_K : Q4_K {
   static FALLOW_INLINE void groups(const uint8_t* b, size_t, __m256& s, __m256& m) { k_groups(b, s, m); }
 };
 struct V5_K : Q5_K {
-  static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
+  static FALLOW_INLINE __m512i fifth_bits(__m512i q, const uint8_t* b, int j) {
     const __m512i high = _mm512_broadcast_i64x4(load256(b + 16));
     const __m512i bit = _mm512_inserti64x4(_mm512_set1_epi8(static_cast<char>(1 << (2 * j))),
                                            _mm256_set1_epi8(static_cast<char>(2 << (2 * j))), 1);
-    return add_16_where(nibble_run(b + 48 + 32 * j), _mm512_test_epi8_mask(high, bit));
+    return add_16_where(q, _mm512_test_epi8_mask(high, bit));
+  }
+  static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
+    return fifth_bits(nibble_run(b + 48 + 32 * j), b, j);
   }
   static FALLOW_INLINE void groups(const uint8_t* b, size_t, __m256& s, __m256& m) { k_groups(b, s, m); }
 };
@@ -276,6 +289,50 @@ struct V6_K : Q6_K {
   }
 };
 
+// Upper and lower bits of 64 nibbles (planes.h), of which each qword of the planes holds eight at the
+// bits that its shift says: the upper two are turned to bits 2 and 3, the lower two moved to 0 and 1.
+FALLOW_INLINE __m512i joined(__m512i upper, __m512i turn, __m512i lower, __m512i shift) {
+  const __m512i two = _mm512_and_si512(_mm512_srlv_epi64(lower, shift), _mm512_set1_epi8(3));
+  // (turned & 12) | two
+  return _mm512_ternarylogic_epi32(_mm512_rolv_epi64(upper, turn), _mm512_set1_epi8(12), two, 0xEA);
+}
+
+// 8 bytes of a plane of each of two blocks of 32.
+FALLOW_INLINE __m512i two_planes(const uint8_t* first, const uint8_t* second) {
+  int64_t a, b;
+  std::memcpy(&a, first, 8);
+  std::memcpy(&b, second, 8);
+  return _mm512_mask_set1_epi64(_mm512_set1_epi64(a), 0xF0, b);
+}
+
+// Chunk j of a span whose blocks' first planes begin at `base` and second ones at `rest`.
+template <class F, bool coarse>
+FALLOW_INLINE __m512i plane_chunk(const uint8_t* base, const uint8_t* rest, int j) {
+  const __m512i mean = _mm512_set1_epi8(kCoarse);
+  if constexpr (F::block == 256) {
+    constexpr int header = F::bytes - 128;
+    const __m512i turn = j < 2 ? _mm512_set_epi64(62, 62, 62, 62, 2, 2, 2, 2)
+                               : _mm512_set_epi64(60, 60, 60, 60, 0, 0, 0, 0);
+    const __m512i shift = j < 2 ? _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0)
+                                : _mm512_set_epi64(6, 6, 6, 6, 2, 2, 2, 2);
+    const __m512i upper = _mm512_broadcast_i64x4(load256(base + header + 32 * (j % 2)));
+    const __m512i lower = coarse ? mean : _mm512_broadcast_i64x4(load256(rest + 32 * (j % 2)));
+    const __m512i q = joined(upper, turn, lower, shift);
+    if constexpr (F::type == kQ5_K) return F::fifth_bits(q, base, j);
+    return q;
+  } else {
+    constexpr int header = F::bytes - 16, bytes = header + 8;
+    const __m512i turn = _mm512_set_epi64(60, 62, 0, 2, 60, 62, 0, 2);
+    const __m512i shift = _mm512_set_epi64(6, 4, 2, 0, 6, 4, 2, 0);
+    const uint8_t* b = base + 2 * j * bytes;
+    const __m512i upper = two_planes(b + header, b + bytes + header);
+    const __m512i lower = coarse ? mean : two_planes(rest + 16 * j, rest + 16 * j + 8);
+    const __m512i q = joined(upper, turn, lower, shift);
+    if constexpr (F::type == kQ5_0 || F::type == kQ5_1) return F::fifth_bits(q, b, b + bytes);
+    return q;
+  }
+}
+
 // Bytes ahead of the work, at least: with 4096 half of all rows ran at 31 GB/s, now at 34 to 36.
 constexpr size_t kPrefetch = 8192;
 
@@ -283,7 +340,6 @@ constexpr size_t kPrefetch = 8192;
 // once would be more than the processor keeps in flight; rows of 5 KB then ran at 56 % of memory
 // speed.
 FALLOW_INLINE void prefetch(const uint8_t*& p, size_t n) {
-  if (!p) return;
   for (size_t i = 0; i < n; i += 64)
     _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
   p += n;
@@ -293,16 +349,83 @@ FALLOW_INLINE size_t row_of(const int32_t* rows, size_t begin, size_t i) {
   return rows ? static_cast<size_t>(rows[i]) : begin + i;
 }
 
+// Rows in one piece. A Row is where some row's next columns lie.
+template <class F>
+struct Whole {
+  using Format = F;
+  struct Row {
+    const uint8_t* b = nullptr;
+
+    FALLOW_INLINE __m512i chunk(int j) const { return F::chunk(b, j); }
+    template <class V>
+    FALLOW_INLINE void groups(size_t n, V& s, V& m) const {
+      F::groups(b, n, s, m);
+    }
+    FALLOW_INLINE void skip(size_t columns) { b += columns / F::block * F::bytes; }
+    FALLOW_INLINE void ask(size_t columns) {
+      if (b) prefetch(b, columns / F::block * F::bytes);
+    }
+    const uint8_t* block(uint8_t*) const { return b; }
+  };
+
+  const uint8_t* data;
+  size_t row_bytes;
+
+  FALLOW_INLINE Row operator[](size_t row) const { return {data + row * row_bytes}; }
+};
+
+// Rows in two planes.
+template <class F, bool coarse>
+struct InPlanes {
+  using Format = F;
+  static constexpr uint32_t rest_bytes = F::block / 4, base_bytes = F::bytes - rest_bytes;
+  struct Row {
+    const uint8_t *base = nullptr, *rest = nullptr;
+
+    FALLOW_INLINE __m512i chunk(int j) const { return plane_chunk<F, coarse>(base, rest, j); }
+    template <class V>
+    FALLOW_INLINE void groups(size_t n, V& s, V& m) const {
+      if constexpr (F::block == 256) {
+        F::groups(base, n, s, m);
+      } else {
+        F::template groups<base_bytes>(base, n, s, m);
+      }
+    }
+    FALLOW_INLINE void skip(size_t columns) {
+      base += columns / F::block * base_bytes;
+      if constexpr (!coarse) rest += columns / F::block * rest_bytes;
+    }
+    FALLOW_INLINE void ask(size_t columns) {
+      if (!base) return;
+      prefetch(base, columns / F::block * base_bytes);
+      if constexpr (!coarse) prefetch(rest, columns / F::block * rest_bytes);
+    }
+    // The next block in one piece.
+    const uint8_t* block(uint8_t* scratch) const {
+      join_planes(*find_planes(F::type), base, rest, 1, scratch);
+      return scratch;
+    }
+  };
+
+  const uint8_t *base, *rest;
+  size_t blocks;                                 // of a row
+  size_t row_bytes = blocks * (base_bytes + (coarse ? 0 : rest_bytes));
+
+  FALLOW_INLINE Row operator[](size_t row) const {
+    return {base + row * blocks * base_bytes, coarse ? nullptr : rest + row * blocks * rest_bytes};
+  }
+};
+
 // Adds `chunks` * 64 columns of a row, from column `at`, to acc and accm; the dot product is
 // sum(acc) - sum(accm), the latter times the offset for formats without minima. One sum per chunk:
 // a single one would wait for its last addition four times per span, 16 of 19 cycles.
-template <class F, int chunks>
-FALLOW_INLINE void dot_span(const uint8_t* b, size_t at, const Activation& x, __m512* acc,
+template <class F, int chunks, class Row>
+FALLOW_INLINE void dot_span(const Row& row, size_t at, const Activation& x, __m512* acc,
                             typename Groups<F::group>::V& accm) {
   using G = Groups<F::group>;
   constexpr size_t n = chunks * 64 / F::group;
   typename G::V s, m;
-  F::groups(b, n, s, m);
+  row.groups(n, s, m);
   const typename G::V sums = G::load((F::group == 16 ? x.sum16 : x.sum) + at / F::group, n);
   accm = G::fma(F::has_min ? m : s, sums, accm);
   typename G::V d;
@@ -316,7 +439,7 @@ FALLOW_INLINE void dot_span(const uint8_t* b, size_t at, const Activation& x, __
   const typename G::V scale = G::mul(s, d);
 #pragma GCC unroll 4
   for (int j = 0; j < chunks; ++j) {
-    const __m512i w = F::chunk(b, j);
+    const __m512i w = row.chunk(j);
     const __m512i high =
         _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, load512(x.high + at + 64 * j));
     const __m512i sum =
@@ -325,41 +448,59 @@ FALLOW_INLINE void dot_span(const uint8_t* b, size_t at, const Activation& x, __
   }
 }
 
-template <class F>
-void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
-               size_t k, const Activation& x, float* y) {
+template <class Rows>
+FALLOW_INLINE void gemv(const Rows& w, const int32_t* rows, size_t begin, size_t n, size_t k,
+                        const Activation& x, float* y) {
+  using F = typename Rows::Format;
   using G = Groups<F::group>;
-  constexpr size_t span_bytes = kSpan / F::block * F::bytes;
-  const size_t ahead = kPrefetch / row_bytes + 1;
+  const size_t ahead = kPrefetch / w.row_bytes + 1;
   for (size_t i = 0; i < n; ++i) {
-    const uint8_t* b = w + row_of(rows, begin, i) * row_bytes;
-    const uint8_t* later =
-        i + ahead < n ? w + row_of(rows, begin, i + ahead) * row_bytes : nullptr;
+    auto row = w[row_of(rows, begin, i)];
+    typename Rows::Row later;
+    if (i + ahead < n) later = w[row_of(rows, begin, i + ahead)];
     __m512 acc[4] = {};
     typename G::V accm = G::zero();
     size_t at = 0;
-    for (; at + kSpan <= k; at += kSpan, b += span_bytes) {
-      prefetch(later, span_bytes);
-      dot_span<F, 4>(b, at, x, acc, accm);
+    for (; at + kSpan <= k; at += kSpan, row.skip(kSpan)) {
+      later.ask(kSpan);
+      dot_span<F, 4>(row, at, x, acc, accm);
     }
     float tail = 0;
     if constexpr (F::block == 32) {
-      prefetch(later, (k - at) / F::block * F::bytes);
+      later.ask(k - at);
       const size_t chunks = (k - at) / 64;
-      if (chunks == 1) dot_span<F, 1>(b, at, x, acc, accm);
-      if (chunks == 2) dot_span<F, 2>(b, at, x, acc, accm);
-      if (chunks == 3) dot_span<F, 3>(b, at, x, acc, accm);
+      if (chunks == 1) dot_span<F, 1>(row, at, x, acc, accm);
+      if (chunks == 2) dot_span<F, 2>(row, at, x, acc, accm);
+      if (chunks == 3) dot_span<F, 3>(row, at, x, acc, accm);
       at += 64 * chunks;
-      b += 2 * chunks * F::bytes;
+      row.skip(64 * chunks);
       if (at < k) {
         const Activation rest{nullptr,        x.high + at,     x.low + at,
                               x.d + at / 32,  x.sum + at / 32, x.sum16 + at / 16};
-        portable_kernels().gemv_rows[F::type](b, row_bytes, nullptr, 0, 1, 32, rest, &tail);
+        uint8_t block[F::bytes];
+        portable_kernels().gemv_rows[F::type](row.block(block), F::bytes, nullptr, 0, 1, 32, rest,
+                                              &tail);
       }
     }
     const float minima = G::sum(accm) * (F::has_min ? 1.0f : static_cast<float>(F::offset));
     const __m512 all = _mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3]));
     y[i] = _mm512_reduce_add_ps(all) - minima + tail;
+  }
+}
+
+template <class F>
+void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+               size_t k, const Activation& x, float* y) {
+  gemv(Whole<F>{w, row_bytes}, rows, begin, n, k, x, y);
+}
+
+template <class F>
+void gemv_planes(const uint8_t* base, const uint8_t* rest, const int32_t* rows, size_t begin,
+                 size_t n, size_t k, const Activation& x, float* y) {
+  if (rest) {
+    gemv(InPlanes<F, false>{base, rest, k / F::block}, rows, begin, n, k, x, y);
+  } else {
+    gemv(InPlanes<F, true>{base, rest, k / F::block}, rows, begin, n, k, x, y);
   }
 }
 
@@ -377,9 +518,9 @@ struct Coefficients {
 
 // c[r] * s of four rows as int8 with one scale per group. The error is that of int8 activations,
 // but relative to the largest of four products instead of 32. Minima are summed exactly.
-template <class F>
-FALLOW_INLINE Coefficients<F> prepare(const uint8_t* const* b, size_t offset, const float* c,
-                                      size_t n, float* minima) {
+template <class F, class Row>
+FALLOW_INLINE Coefficients<F> prepare(const Row* rows, size_t column, const float* c, size_t n,
+                                      float* minima) {
   using G = Groups<F::group>;
   constexpr int centre = F::has_min ? (F::type == kQ4_1 || F::type == kQ4_K ? 8 : 16)
                                     : static_cast<int>(F::offset);
@@ -387,7 +528,9 @@ FALLOW_INLINE Coefficients<F> prepare(const uint8_t* const* b, size_t offset, co
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) {
     typename G::V s, m;
-    F::groups(b[r] + offset, n, s, m);
+    Row row = rows[r];
+    row.skip(column);
+    row.groups(n, s, m);
     product[r] = G::mul(s, G::set1(c[r]));
     largest = G::max_abs(largest, product[r]);
     if constexpr (F::has_min) {  // w = s (q - centre) - (m - centre s)
@@ -410,17 +553,16 @@ FALLOW_INLINE Coefficients<F> prepare(const uint8_t* const* b, size_t offset, co
 
 // sums (chunks * 64,) += four rows times their coefficients. Within 64 columns the order is that of
 // byte interleaving: lane l of register i holds columns 16 l + 4 i + (0..3).
-template <class F, int chunks>
-FALLOW_INLINE void axpy_span(const uint8_t* const* b, const Coefficients<F>& coefficients,
-                             float* sums) {
+template <class F, int chunks, class Row>
+FALLOW_INLINE void axpy_span(const Row* rows, const Coefficients<F>& coefficients, float* sums) {
   using G = Groups<F::group>;
 #pragma GCC unroll 4
   for (int j = 0; j < chunks; ++j) {
     const __m512i start = G::spread(coefficients.start, j);
     const __m512i bytes = G::spread(coefficients.bytes, j);
     const __m512 scale = G::spread(coefficients.scale, j);
-    const __m512i r0 = F::chunk(b[0], j), r1 = F::chunk(b[1], j);
-    const __m512i r2 = F::chunk(b[2], j), r3 = F::chunk(b[3], j);
+    const __m512i r0 = rows[0].chunk(j), r1 = rows[1].chunk(j);
+    const __m512i r2 = rows[2].chunk(j), r3 = rows[3].chunk(j);
     const __m512i low01 = _mm512_unpacklo_epi8(r0, r1), low23 = _mm512_unpacklo_epi8(r2, r3);
     const __m512i high01 = _mm512_unpackhi_epi8(r0, r1), high23 = _mm512_unpackhi_epi8(r2, r3);
     const __m512i columns[4] = {
@@ -435,21 +577,27 @@ FALLOW_INLINE void axpy_span(const uint8_t* const* b, const Coefficients<F>& coe
   }
 }
 
-template <class F>
-void axpy_slab(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
-               size_t k, const float* coefficient, float* y) {
-  constexpr size_t span_bytes = kSpan / F::block * F::bytes;
+// Columns [from, from + k) of the rows' sum.
+template <class Rows>
+FALLOW_INLINE void axpy_slab(const Rows& w, const int32_t* rows, size_t begin, size_t n,
+                             size_t from, size_t k, const float* coefficient, float* y) {
+  using F = typename Rows::Format;
   alignas(64) float sums[kSlab] = {};
   alignas(64) float minima[kSlab / F::group] = {};
-  const size_t ahead = kPrefetch / row_bytes + 4;
+  const size_t ahead = kPrefetch / w.row_bytes + 4;
+  const auto row_at = [&](size_t i) {
+    auto row = w[row_of(rows, begin, i)];
+    row.skip(from);
+    return row;
+  };
   for (size_t i = 0; i < n; i += 4) {
-    const uint8_t *b[4], *later[4];
+    typename Rows::Row b[4], later[4];
     float c[4];
     for (size_t r = 0; r < 4; ++r) {  // rows past the end are the last one with coefficient 0
       const bool there = i + r < n;
-      b[r] = w + row_of(rows, begin, there ? i + r : n - 1) * row_bytes;
+      b[r] = row_at(there ? i + r : n - 1);
       c[r] = there ? coefficient[i + r] : 0.0f;
-      later[r] = i + r + ahead < n ? w + row_of(rows, begin, i + r + ahead) * row_bytes : nullptr;
+      if (i + r + ahead < n) later[r] = row_at(i + r + ahead);
     }
     // All coefficients first: they take a long chain of steps, which would leave each span's
     // products waiting (a third of the time).
@@ -457,14 +605,14 @@ void axpy_slab(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
     size_t at = 0;
     for (; at + kSpan <= k; at += kSpan)
       coefficients[at / kSpan] =
-          prepare<F>(b, at / kSpan * span_bytes, c, kSpan / F::group, minima + at / F::group);
+          prepare<F>(b, at, c, kSpan / F::group, minima + at / F::group);
     for (at = 0; at + kSpan <= k; at += kSpan) {
-      for (auto& p : later) prefetch(p, span_bytes);
+      for (auto& row : later) row.ask(kSpan);
       axpy_span<F, 4>(b, coefficients[at / kSpan], sums + at);
-      for (auto& p : b) p += span_bytes;
+      for (auto& row : b) row.skip(kSpan);
     }
     if constexpr (F::block == 32) {
-      for (auto& p : later) prefetch(p, (k - at) / F::block * F::bytes);
+      for (auto& row : later) row.ask(k - at);
       const auto rest = [&]<int chunks>() {
         axpy_span<F, chunks>(
             b, prepare<F>(b, 0, c, chunks * 64 / F::group, minima + at / F::group), sums + at);
@@ -481,17 +629,38 @@ void axpy_slab(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
   }
 }
 
-template <class F>
-void axpy_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
-               size_t k, const float* coefficient, float* y) {
+template <class Rows>
+FALLOW_INLINE void axpy(const Rows& w, const int32_t* rows, size_t begin, size_t n, size_t k,
+                        const float* coefficient, float* y) {
+  using F = typename Rows::Format;
   if (n == 0) return;
   const size_t whole = k - k % 64;
   for (size_t at = 0; at < whole; at += kSlab)
-    axpy_slab<F>(w + at / F::block * F::bytes, row_bytes, rows, begin, n,
-                 whole - at < kSlab ? whole - at : kSlab, coefficient, y + at);
-  if (whole < k)
-    portable_kernels().axpy_rows[F::type](w + whole / F::block * F::bytes, row_bytes, rows, begin,
-                                          n, k - whole, coefficient, y + whole);
+    axpy_slab(w, rows, begin, n, at, whole - at < kSlab ? whole - at : kSlab, coefficient, y + at);
+  if (whole == k) return;
+  for (size_t i = 0; i < n; ++i) {
+    auto row = w[row_of(rows, begin, i)];
+    row.skip(whole);
+    uint8_t block[F::bytes];
+    portable_kernels().axpy_rows[F::type](row.block(block), F::bytes, nullptr, 0, 1, 32,
+                                          coefficient + i, y + whole);
+  }
+}
+
+template <class F>
+void axpy_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+               size_t k, const float* coefficient, float* y) {
+  axpy(Whole<F>{w, row_bytes}, rows, begin, n, k, coefficient, y);
+}
+
+template <class F>
+void axpy_planes(const uint8_t* base, const uint8_t* rest, const int32_t* rows, size_t begin,
+                 size_t n, size_t k, const float* coefficient, float* y) {
+  if (rest) {
+    axpy(InPlanes<F, false>{base, rest, k / F::block}, rows, begin, n, k, coefficient, y);
+  } else {
+    axpy(InPlanes<F, true>{base, rest, k / F::block}, rows, begin, n, k, coefficient, y);
+  }
 }
 
 void panel_f32(const float* rows, size_t n, size_t k, float* panel) {
@@ -796,6 +965,13 @@ void add(Kernels& table) {
   table.axpy_rows[F::type] = axpy_rows<F>;
 }
 
+template <class F>
+void add_with_planes(Kernels& table) {
+  add<F>(table);
+  table.gemv_planes[F::type] = gemv_planes<F>;
+  table.axpy_planes[F::type] = axpy_planes<F>;
+}
+
 template <class L>
 void add_float(Kernels& table, uint32_t type) {
   table.gemv_rows[type] = gemv_rows_float<L>;
@@ -805,13 +981,13 @@ void add_float(Kernels& table, uint32_t type) {
 Kernels make() {
   Kernels table = portable_kernels();  // Q2_K and Q3_K stay scalar
   table.name = "avx512";
-  add<V4_0>(table);
-  add<V4_1>(table);
-  add<V5_0>(table);
-  add<V5_1>(table);
+  add_with_planes<V4_0>(table);
+  add_with_planes<V4_1>(table);
+  add_with_planes<V5_0>(table);
+  add_with_planes<V5_1>(table);
   add<V8_0>(table);
-  add<V4_K>(table);
-  add<V5_K>(table);
+  add_with_planes<V4_K>(table);
+  add_with_planes<V5_K>(table);
   add<V6_K>(table);
   add_float<L32>(table, kF32);
   add_float<LF16>(table, kF16);

@@ -25,7 +25,7 @@ struct PlaneFormat {
 };
 
 // Null for a type that is not cut in planes.
-inline const PlaneFormat* find_planes(uint32_t type) {
+static inline const PlaneFormat* find_planes(uint32_t type) {
   static constexpr PlaneFormat q4_0{32, 2, 16}, q4_1{32, 4, 16}, q5_0{32, 6, 16}, q5_1{32, 8, 16},
       q4_k{256, 16, 128}, q5_k{256, 48, 128};
   switch (type) {

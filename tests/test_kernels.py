@@ -6,6 +6,7 @@ import pytest
 
 from fallow import _core
 from fallow.packing import dequantize, quantize
+from fallow.planes import PLANE_TYPES, join_planes, split_planes
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -81,6 +82,33 @@ def test_axpy_rows(table: str, kind: str, width: int) -> None:
         every = np.arange(rows, dtype=np.int32)
         _core.test_axpy_rows(table, kind, data, coefficient, every, listed)
         np.testing.assert_array_equal(whole, listed)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("table", "kind", "width"),
+    [(t, k, w) for t, k, w in CASES if k in PLANE_TYPES and t.startswith("avx512")],
+)
+def test_planes_are_read_as_what_they_join_to(
+    table: str, kind: str, width: int, whole: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    for rows in ROWS:
+        data, _ = make(kind, rows, width)
+        base, rest = split_planes(kind, data.reshape(rows, -1))
+        chosen = choose(rows, 0.3)
+        x, coefficient = (rng.standard_normal(n).astype(np.float32) for n in (width, len(chosen)))
+        if not whole:  # lower bits 1 and 2 in turn
+            data = join_planes(kind, base, np.full_like(rest, 0x69)).reshape(-1)
+        planes = base.reshape(-1), rest.reshape(-1) if whole else None
+        dots, expected = (np.zeros(len(chosen), dtype=np.float32) for _ in range(2))
+        _core.test_gemv_rows(table, kind, data, x, chosen, expected)
+        _core.test_gemv_planes(table, kind, *planes, x, chosen, dots)
+        np.testing.assert_array_equal(dots, expected)
+        total, expected = (np.ones(width, dtype=np.float32) for _ in range(2))
+        _core.test_axpy_rows(table, kind, data, coefficient, chosen, expected)
+        _core.test_axpy_planes(table, kind, *planes, coefficient, chosen, total)
+        np.testing.assert_array_equal(total, expected)
 
 
 @pytest.mark.parametrize(("table", "kind", "width"), CASES)

@@ -70,6 +70,24 @@ def test_axpy_rows(
     rows: np.ndarray | None,
     y: np.ndarray,
 ) -> None: ...
+def test_gemv_planes(
+    kernels: str,
+    type: str,
+    base: np.ndarray,
+    rest: np.ndarray | None,
+    x: np.ndarray,
+    rows: np.ndarray | None,
+    y: np.ndarray,
+) -> None: ...
+def test_axpy_planes(
+    kernels: str,
+    type: str,
+    base: np.ndarray,
+    rest: np.ndarray | None,
+    coefficient: np.ndarray,
+    rows: np.ndarray | None,
+    y: np.ndarray,
+) -> None: ...
 def test_decode(kernels: str, type: str, weights: np.ndarray, y: np.ndarray) -> None: ...
 def test_gemm(
     kernels: str, type: str, weights: np.ndarray, x: np.ndarray, y: np.ndarray, half: bool
