@@ -480,7 +480,7 @@ NB_MODULE(_core, m) {
   nb::list taps;
   for (const char* name : {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
                            "gate_pre", "gate_act", "up", "inter", "down_proj", "ffn_out",
-                           "up_coarse", "down_coarse"})
+                           "gate_coarse", "up_coarse", "down_coarse"})
     taps.append(name);
   m.attr("TAPS") = taps;
 

@@ -18,9 +18,10 @@ namespace fallow {
 enum Tap {
   kQInput, kKInput, kVInput, kOInput, kGateInput, kUpInput,
   kGatePre, kGateAct, kUp, kInter, kDownInput, kFfnOut,
-  // Not zero: scores (of gate_act and of inter) up to which a row of up_proj or down_proj_t that is
-  // in planes is read coarse. Fixed thresholds alone.
-  kUpCoarse, kDownCoarse, kTaps,
+  // Not zero: scores up to which a row of gate_proj, up_proj (both of gate_act, the first of what
+  // coarse rows give) or down_proj_t (of inter) that is in planes is read coarse. Fixed thresholds
+  // alone.
+  kGateCoarse, kUpCoarse, kDownCoarse, kTaps,
 };
 
 // Values v_i of one layer and token with |v_i| * weight_i <= threshold become zero. The threshold
@@ -98,6 +99,8 @@ class Engine {
   void rotate(const Layer& layer, const Norm& norm, size_t heads, size_t n, float* x);
   void store_cache(size_t layer, size_t n);
   void ffn(size_t layer, size_t n);
+  bool gate_is_coarse(size_t l) const;
+  void gate_from_planes(size_t l, const Activation& x, Share range, int worker);
   void ffn_one(size_t layer, const Input& input);
   static size_t keep_above(const Cut& cut, float* values, Share range, int32_t* rows);
   const uint8_t* row_part(const Matrix& w, size_t row, size_t column, size_t n,

@@ -214,7 +214,7 @@ Layer read_layer(const Reader& in, const Config& c, uint32_t index) {
   l.v_bias = in.optional_vector(p + "v_proj.bias", kv);
   l.o_bias = in.optional_vector(p + "o_proj.bias", hidden);
   if (c.gated) {
-    l.gate_proj = in.matrix(p + "gate_proj.weight", d_ff, hidden);
+    l.gate_proj = in.matrix_or_planes(p, "gate_proj", index, c.n_layers, d_ff, hidden);
     l.gate_bias = in.optional_vector(p + "gate_proj.bias", d_ff);
   }
   l.up_proj = in.matrix_or_planes(p, "up_proj", index, c.n_layers, d_ff, hidden);

@@ -223,18 +223,21 @@ def test_rows_are_read_coarse_where_that_costs_less_than_idle(
         tap: (engine.plan.arrays[f"threshold.{tap}"] > engine.plan.arrays[f"threshold.{stage}"])
         for stage, tap in (("gate_act", "up_coarse"), ("inter", "down_coarse"))
     }
+    above["gate_coarse"] = engine.plan.arrays["threshold.gate_coarse"] > 0
     assert ("coarse" in result.selector) == any(a.any() for a in above.values())
     # The choice itself, at costs that are known: idle neurons cost ten times what coarse ones do.
     model = fallow.load(wide, "float32")
     text = load_text(texts[0], "calibration")
     candidates = Candidates(model, model.windows(text, 32, 2), text, engine, "bytes")
-    assert candidates.taps == ("gate_act", "inter", "up_coarse", "down_coarse")
+    assert candidates.taps == ("gate_coarse", "gate_act", "inter", "up_coarse", "down_coarse")
     costs = {t: np.tile(GRID**2, (2, 1)) for t in candidates.taps}
-    for tap in candidates.coarse.values():
+    for tap in ("gate_coarse", *candidates.coarse.values()):
         costs[tap] = costs[tap] / 10
         costs[tap][:, -2:] = np.inf  # not measured
     for price in (0.0, 0.5, 2.0):
         chosen = candidates.choose(costs, price)
+        gate = price * candidates.shares["gate_act"][0] * 8 / 18 / (2 / 10)  # as large as up_proj
+        assert GRID[chosen["gate_coarse"][0]] == pytest.approx(min(gate, 0.85), abs=0.026)
         for stage, tap in candidates.coarse.items():
             share, rest = candidates.shares[stage][0], candidates.spared[stage][0]
             assert 0.4 < rest < 0.5  # 8 of 18 bytes

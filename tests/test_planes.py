@@ -146,7 +146,7 @@ def test_coarse_rows(
     engine = Engine(packed[name, kind, True], threads=2, kernels=kernels)
     model = as_packed(engine, broad[name])
     gated = name == "llama"
-    marks = {"gate_act": 0.1, "up_coarse": 0.3} if gated else {}
+    marks = {"gate_coarse": 0.25, "gate_act": 0.1, "up_coarse": 0.3} if gated else {}
     marks |= {"inter": 0.03, "down_coarse": 0.15}
     seen: dict[str, torch.Tensor] = {}
     shares: dict[str, list[float]] = {mark: [] for mark in marks}
@@ -159,17 +159,20 @@ def test_coarse_rows(
     def keep(index: int, x: torch.Tensor) -> None:
         seen["x"] = x.clone()
 
+    def rough(index: int, name: str) -> torch.Tensor:
+        return seen["x"] @ coarse(engine, f"layers.{index}.{name}").T  # a Llama has no biases
+
     def cut_gate(index: int, gate: torch.Tensor) -> torch.Tensor | None:
         if not gated:
             return None
+        first = torch.nn.functional.silu(rough(index, "gate_proj"))
+        gate = torch.where(at_or_below("gate_coarse", first.abs()), first, gate)
         seen["gate"] = gate.masked_fill(at_or_below("gate_act", gate.abs()), 0)
         return seen["gate"]
 
     def choose_up(index: int, up: torch.Tensor) -> torch.Tensor:
-        layer = model.layers[index]
-        bias = 0 if layer.up_proj.bias is None else layer.up_proj.bias
-        rough = seen["x"] @ coarse(engine, f"layers.{index}.up_proj").T + bias
-        return torch.where(at_or_below("up_coarse", seen["gate"].abs()), rough, up)
+        at = at_or_below("up_coarse", seen["gate"].abs())
+        return torch.where(at, rough(index, "up_proj"), up)
 
     def cut_inter(index: int, inter: torch.Tensor) -> torch.Tensor:
         norm = model.layers[index].down_norm
@@ -178,10 +181,10 @@ def test_coarse_rows(
         return inter
 
     def coarse_down(index: int, out: torch.Tensor) -> torch.Tensor:
-        rough = coarse(engine, f"layers.{index}.down_proj_t")
+        some = coarse(engine, f"layers.{index}.down_proj_t")
         whole = torch.from_numpy(engine.matrix(f"layers.{index}.down_proj_t").dequantize())
-        rough[outliers(engine, index)] = whole[outliers(engine, index)]
-        return out + seen["coarse"] @ (rough - whole)
+        some[outliers(engine, index)] = whole[outliers(engine, index)]
+        return out + seen["coarse"] @ (some - whole)
 
     taps = {"x": keep, "gate_act": cut_gate, "inter": cut_inter, "ffn_out": coarse_down}
     taps |= {"up": choose_up} if gated else {}
@@ -200,11 +203,11 @@ def test_coarse_rows_are_fewer_bytes(packed: Packed) -> None:
     read = {}
     for planes in (False, True):
         engine = Engine(packed["llama", "Q4_K", planes], threads=2)
-        engine.use_plan(plan_for(engine, up_coarse=1e9, down_coarse=1e9))
+        engine.use_plan(plan_for(engine, gate_coarse=1e9, up_coarse=1e9, down_coarse=1e9))
         engine.forward(IDS[:1])
         read[planes] = engine.core_stats()["bytes_read"]
     d_ff = engine.matrix("layers.0.up_proj").shape[0]
-    assert read[False] - read[True] == N_LAYERS * 2 * d_ff * 64  # of 144
+    assert read[False] - read[True] == N_LAYERS * 3 * d_ff * 64  # of 144
 
 
 def test_wrong_use(packed: Packed, tmp_path: Path) -> None:

@@ -183,9 +183,7 @@ class Engine:
             raise FallowError(
                 f"the engine cannot run plans of {plan.rule!r}; it runs {', '.join(_RULES)}"
             )
-        if plan.rule != "two_stage" and {"threshold.up_coarse", "threshold.down_coarse"} & {
-            *plan.arrays
-        }:
+        if plan.rule != "two_stage" and any(name.endswith("_coarse") for name in plan.arrays):
             raise FallowError(f"a plan of {plan.rule!r} cannot read rows coarse, two_stage can")
         n_layers, cuts = self._core.n_layers, []
         for name, array in sorted(plan.arrays.items()):
@@ -234,7 +232,7 @@ class Engine:
 
     def _weight(self, plan: Plan, layer: int, tap: str) -> np.ndarray | None:
         """What multiplies magnitudes before they are compared; None: nothing."""
-        if tap in ("gate_act", "up_coarse") and "weight.gate_act" in plan.arrays:
+        if tap in ("gate_act", "gate_coarse", "up_coarse") and "weight.gate_act" in plan.arrays:
             array = plan.arrays["weight.gate_act"]
             self._check_array(
                 plan, "weight.gate_act", array, (self._core.n_layers, self._core.intermediate_size)

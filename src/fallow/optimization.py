@@ -40,6 +40,7 @@ from fallow.weights import StoredTensor
 LEVELS = {
     "gate_act": (0.1, 0.25, 0.4),
     "inter": (0.3, 0.5, 0.7, 0.85),
+    "gate_coarse": (0.3, 0.5, 0.7, 0.85),
     "up_coarse": (0.4, 0.7, 0.9),
     "down_coarse": (0.5, 0.75, 0.9),
 }
@@ -48,6 +49,7 @@ ROWS = {
     "gate_act": ("up_proj", "gemv", "up_coarse"),
     "inter": ("down_proj_t", "axpy", "down_coarse"),
 }
+COARSE = ("gate_coarse", "up_coarse", "down_coarse")
 GRID = np.arange(0, 0.951, 0.05)  # sparsities that a layer may be given
 PROBE_WINDOWS, PROBE_CONTEXT = 2, 256  # tokens on which the divergence is measured
 SCORE_TOKENS = 256  # per layer, whose scores' quantiles are thresholds
@@ -209,8 +211,13 @@ class Candidates:
             stage: sizes(ROWS[stage][0], "rest") / whole[ROWS[stage][0]] for stage in self.stages
         }
         self.coarse = {s: ROWS[s][2] for s in self.stages if self.spared[s].any()}
-        self.taps = (*self.stages, *self.coarse.values())
+        # gate_proj has no stage before it: all its rows are read, and some of them whole.
+        self.gate_spared = sizes("gate_proj", "rest") / total
+        gate = ("gate_coarse",) if self.gate_spared.any() else ()
+        self.taps = (*gate, *self.stages, *self.coarse.values())
         self.thresholds = {stage: self._quantiles(stage) for stage in self.stages}
+        if gate:
+            self.thresholds["gate_coarse"] = self.thresholds["gate_act"]
         self.thresholds |= {tap: self.thresholds[stage] for stage, tap in self.coarse.items()}
         self.row_costs = dict.fromkeys(self.stages, 1.0)
         if prefer == "speed":
@@ -272,6 +279,9 @@ class Candidates:
         """The choice of each layer that is cheapest at `price` nats for all of the FFN's bytes."""
         found = {t: np.zeros(self.n_layers, dtype=int) for t in self.taps}
         for layer in range(self.n_layers):
+            if "gate_coarse" in self.taps:
+                spared = price * self.gate_spared[layer] * GRID
+                found["gate_coarse"][layer] = np.argmin(costs["gate_coarse"][layer] - spared)
             for stage in self.stages:
                 paid = price * self.shares[stage][layer]
                 read = np.minimum(1, self.row_costs[stage] * (1 - GRID))
@@ -459,11 +469,9 @@ def _fastest_part(engine: Engine, plan: Plan) -> Plan:
 def _selector(plan: Plan) -> str:
     """What a plan uses of what there is."""
     used = [plan.rule] if any(plan.arrays[f"threshold.{s}"].any() for s in ROWS) else []
-    if any(
-        (plan.arrays[f"threshold.{tap}"] > plan.arrays[f"threshold.{stage}"]).any()
-        for stage, (_, _, tap) in ROWS.items()
-        if f"threshold.{tap}" in plan.arrays
-    ):
+    idle = {tap: plan.arrays[f"threshold.{stage}"] for stage, (_, _, tap) in ROWS.items()}
+    coarse = {tap: a for tap in COARSE if (a := plan.arrays.get(f"threshold.{tap}")) is not None}
+    if any((a > idle.get(tap, 0)).any() for tap, a in coarse.items()):
         used.append("coarse")
     used += ["shortlist"] if plan.arrays["head_margin"][0] > 0 else []
     return "+".join(used) or "dense"

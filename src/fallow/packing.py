@@ -110,7 +110,7 @@ def pack(
             that of `quant`.
         shortlist: add a coarse copy of the head (4.5 bits), by which a plan with a `head_margin`
             spares most tokens' exact logits.
-        planes: up_proj and down_proj_t in two planes (docs/packed.md), by which a plan may read
+        planes: the FFN's matrices in two planes (docs/packed.md), by which a plan may read
             rows of 4 or 5 bits per weight coarse, in 2 or 3. Same values; whole rows take longer.
         text: what the check reads; default: the evaluation half of the default text.
 
@@ -576,10 +576,9 @@ def _write(
     with progress(f"pack, down_proj_t {down}", len(model.layers)) as ticker:
         for name, values in source.vectors():
             writer.add_tensor(name, values)
-        in_planes: dict[str, list[int]] = {
-            "up_proj": [],
-            "down_proj_t": [],
-        }  # types, 0: in one piece
+        inputs = ("gate_proj", "up_proj") if model.layers[0].gated else ("up_proj",)
+        # Types, 0: in one piece.
+        in_planes: dict[str, list[int]] = {part: [] for part in (*inputs, "down_proj_t")}
 
         def add_in_planes(layer: int, part: str, matrix: Matrix) -> None:
             name, cut = f"layers.{layer}.{part}", planes and matrix.type in PLANE_TYPES
@@ -592,14 +591,14 @@ def _write(
             ):
                 _add_matrix(writer, f"{name}.{plane}", Matrix("I8", data.shape, data))
 
-        ups = {f"layers.{i}.up_proj.weight" for i in range(len(model.layers))}
         for name, matrix in matrices.items():
-            if name not in ups:
+            if not name.endswith(tuple(f".{part}.weight" for part in inputs)):
                 _add_matrix(writer, name, matrix)
         outliers: list[int] = []
         for i in range(len(model.layers)):
             matrix, neurons, rows = source.down_proj_t(i, down)
-            add_in_planes(i, "up_proj", matrices[f"layers.{i}.up_proj.weight"])
+            for part in inputs:
+                add_in_planes(i, part, matrices[f"layers.{i}.{part}.weight"])
             add_in_planes(i, "down_proj_t", matrix)
             if rows is not None:
                 _add_matrix(writer, f"layers.{i}.outliers.weight", rows)
