@@ -39,8 +39,12 @@ def measure(
     sparsities: Sequence[float],
     ppl_increases: Sequence[float],
     windows: int,
+    trained: Sequence[Any] = (),
 ) -> None:
-    """The trade-off of some rules on a model of `fallow models`, into a folder of that name."""
+    """The trade-off of some rules on a model of `fallow models`, into a folder of that name.
+
+    `trained`: plans of `fallow select train` for some of the rules.
+    """
     import fallow
     from fallow.sweep import make_rows, tradeoff
 
@@ -55,6 +59,7 @@ def measure(
         calibration_text=DATA / "wikitext2" / "wiki.valid.detok.txt",
         text=DATA / "wikitext2" / "wiki.test.raw",
         windows=windows,
+        trained=trained,
     )
 
 
