@@ -235,7 +235,7 @@ class BoundEngine {
     engine_.emplace(model_, kernels_, n_threads, context);
   }
 
-  void forward(ConstIndices tokens, bool all, WritableRows logits) {
+  void forward(ConstIndices tokens, bool all, bool dense, WritableRows logits) {
     const size_t n = tokens.size();
     if (n == 0 || n > engine_->context() - engine_->position())
       throw nb::value_error("no tokens, or more than the context has room for");
@@ -246,7 +246,7 @@ class BoundEngine {
     if (logits.shape(0) != (all ? n : 1) || logits.shape(1) != model_.config.vocab_size)
       throw nb::value_error("logits have the wrong shape");
     nb::gil_scoped_release release;
-    engine_->forward(tokens.data(), n, all, logits.data());
+    engine_->forward(tokens.data(), n, all, dense, logits.data());
   }
 
   // (layer, tap, how, value, weight or None)
@@ -483,11 +483,12 @@ NB_MODULE(_core, m) {
                            "gate_coarse", "up_coarse", "down_coarse"})
     taps.append(name);
   m.attr("TAPS") = taps;
+  m.attr("FEW") = Engine::kFew;
 
   nb::class_<BoundEngine>(m, "Engine")
       .def(nb::init<Bytes, const std::string&, int, uint32_t>(), "data"_a, "kernels"_a,
            "n_threads"_a, "context"_a)
-      .def("forward", &BoundEngine::forward, "tokens"_a, "all"_a, "logits"_a)
+      .def("forward", &BoundEngine::forward, "tokens"_a, "all"_a, "dense"_a, "logits"_a)
       .def("set_cuts", &BoundEngine::set_cuts, "cuts"_a)
       .def("rewind", &BoundEngine::rewind, "position"_a)
       .def("stats", &BoundEngine::stats)

@@ -23,6 +23,8 @@ constexpr size_t kJoined = 256;
 // Coarse rows of gate_proj after which those that matter are read whole; their first planes are then
 // still in the second cache.
 constexpr size_t kGateRows = 512;
+// Rows that several tokens are multiplied with in turn where no kernel takes them together.
+constexpr size_t kSharedRows = 128;
 
 // Adds the time since the last mark to a sum.
 class Clock {
@@ -90,10 +92,19 @@ bool is_fixed(const Cut& cut) {
 }  // namespace
 
 Engine::Input::Input(size_t tokens, size_t w)
-    : width(w), x(tokens * w), d(w / 32), sum(w / 32), sum16(w / 16), high(w), low(w) {}
+    : width(w), x(tokens * w) {
+  const size_t few = std::min(tokens, kFew);
+  d.resize(few * (w / 32));
+  sum.resize(few * (w / 32));
+  sum16.resize(few * (w / 16));
+  high.resize(few * w);
+  low.resize(few * w);
+}
 
-Activation Engine::Input::activation() const {
-  return {x.data(), high.data(), low.data(), d.data(), sum.data(), sum16.data()};
+Activation Engine::Input::activation(size_t token) const {
+  return {x.data() + token * width,          high.data() + token * width,
+          low.data() + token * width,        d.data() + token * (width / 32),
+          sum.data() + token * (width / 32), sum16.data() + token * (width / 16)};
 }
 
 Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint32_t context)
@@ -114,7 +125,7 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
   if (config_.gated) up_.resize(block_ * d_ff);
   cos_.resize(block_ * config_.rotary_dim / 2);
   sin_.resize(cos_.size());
-  partial_.resize(static_cast<size_t>(n_threads) * hidden);
+  partial_.resize(static_cast<size_t>(n_threads) * kFew * hidden);
   rows_.resize(d_ff);
   k_cache_.resize(config_.n_layers * kv * pieces(context, kPanel) * kPanel);
   v_cache_.resize(config_.n_layers * config_.n_kv_heads * pieces(config_.head_dim, kPanel) * kPanel *
@@ -186,7 +197,8 @@ void Engine::reset_stats() {
   timing_ = {};
 }
 
-void Engine::forward(const int32_t* tokens, size_t n, bool all, float* logits) {
+void Engine::forward(const int32_t* tokens, size_t n, bool all, bool dense, float* logits) {
+  dense_ = dense;
   for (size_t start = 0; start < n; start += block_) {
     const size_t size = std::min(block_, n - start);
     block(tokens + start, size);
@@ -311,11 +323,11 @@ uint16_t* Engine::values(size_t l, size_t kv_head, size_t panel) {
 void Engine::attend(size_t l, size_t n) {
   const size_t kv_heads = config_.n_kv_heads, per_kv = config_.n_heads / kv_heads;
   pool_.run([&](int worker) {
-    if (n == 1) {
+    if (n == 1 || few(n)) {
       const Share share = share_of(config_.n_heads, worker, pool_.size());
       for (size_t h = share.begin; h < share.end;) {
         const size_t end = std::min((h / per_kv + 1) * per_kv, share.end);
-        attend_heads(l, {h, end}, {0, 1}, worker);
+        for (size_t t = 0; t < n; ++t) attend_heads(l, {h, end}, {t, t + 1}, worker);
         h = end;
       }
       return;
@@ -327,7 +339,10 @@ void Engine::attend(size_t l, size_t n) {
       attend_heads(l, {h, h + per_kv}, {t, std::min(t + tile, n)}, worker);
     }
   });
-  if (n == 1) bytes_read_ += (position_ + 1 - first_position(l, 0)) * kv_heads * config_.head_dim * 2 * sizeof(uint16_t);
+  if (n == 1 || few(n)) {
+    const size_t positions = position_ + n - first_position(l, 0);
+    bytes_read_ += positions * kv_heads * config_.head_dim * 2 * sizeof(uint16_t);
+  }
 }
 
 // softmax(q k^T) v of some heads with the same keys, for some tokens of the block, as two small
@@ -392,7 +407,9 @@ void Engine::ffn(size_t l, size_t n) {
   if (!config_.parallel) normalize_into(layer.ffn_norm, n, input);
   clock.mark(timing_.other);
   const double selecting = timing_.select;
-  if (n > 1) {
+  if (few(n)) {
+    ffn_few(l, n, input);
+  } else if (n > 1) {
     ffn_block(l, n, input);
   } else if (has_cut(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) ||
              !is_fixed(cut(l, kGateAct)) || !is_fixed(cut(l, kInter))) {
@@ -422,7 +439,7 @@ void Engine::ffn_one(size_t l, const Input& input) {
     const auto [begin, end] = share_of(d_ff, worker, pool_.size());
     const Share range{begin, end};
     Worker& own = workers_[static_cast<size_t>(worker)];
-    float *act = gate_.data(), *y = partial_.data() + static_cast<size_t>(worker) * hidden;
+    float *act = gate_.data(), *y = partial_.data() + static_cast<size_t>(worker) * kFew * hidden;
     size_t n = end - begin;
     const Matrix& first = config_.gated ? layer.gate_proj : layer.up_proj;
     const float* bias = config_.gated ? layer.gate_bias : layer.up_bias;
@@ -481,13 +498,45 @@ void Engine::ffn_one(size_t l, const Input& input) {
                own.bytes += count * w.read_bytes();
              });
   });
-  sum_partials();
+  sum_partials(1);
   add_outliers(layer, [&](size_t neuron) { return gate_[neuron]; }, branch_.data(), 0);
   for (Worker& w : workers_) {
     active_[l] += std::exchange(w.active, 0);
     bytes_read_ += w.bytes;
   }
   bytes_read_ += layer.outliers.bytes();
+}
+
+// As ffn_one without cuts, for at most kFew tokens that share the rows.
+void Engine::ffn_few(size_t l, size_t n, const Input& input) {
+  const Layer& layer = model_.layers[l];
+  const size_t hidden = config_.hidden_size, d_ff = config_.intermediate_size;
+  pool_.run([&](int worker) {
+    const auto [begin, end] = share_of(d_ff, worker, pool_.size());
+    const size_t count = end - begin;
+    float *act = gate_.data() + begin, *up = up_.data() + begin;
+    float* y = partial_.data() + static_cast<size_t>(worker) * kFew * hidden;
+    gemv_tokens(config_.gated ? layer.gate_proj : layer.up_proj, begin, count, input, n, act, d_ff,
+                worker);
+    if (config_.gated) gemv_tokens(layer.up_proj, begin, count, input, n, up, d_ff, worker);
+    const float* bias = config_.gated ? layer.gate_bias : layer.up_bias;
+    for (size_t t = 0; t < n; ++t, act += d_ff, up += d_ff) {
+      if (bias) add_to(act, bias + begin, count);
+      activate(act, count);
+      if (!config_.gated) continue;
+      if (layer.up_bias) add_to(up, layer.up_bias + begin, count);
+      for (size_t i = 0; i < count; ++i) act[i] *= up[i];
+    }
+    std::fill(y, y + n * hidden, 0.0f);
+    axpy_tokens(layer.down_proj_t, begin, count, gate_.data() + begin, d_ff, n, y, hidden, worker);
+  });
+  sum_partials(n);
+  for (size_t t = 0; t < n; ++t)
+    add_outliers(layer, [&](size_t neuron) { return gate_[t * d_ff + neuron]; },
+                 branch_.data() + t * hidden, 0);
+  active_[l] += n * d_ff;
+  if (config_.gated) bytes_read_ += layer.gate_proj.bytes();
+  bytes_read_ += layer.up_proj.bytes() + layer.down_proj_t.bytes() + layer.outliers.bytes();
 }
 
 bool Engine::gate_is_coarse(size_t l) const {
@@ -566,6 +615,27 @@ void Engine::axpy(const Matrix& w, const int32_t* rows, size_t begin, size_t n,
            });
 }
 
+// y[t * stride + i] = W[begin + i] . x_t
+void Engine::gemv_tokens(const Matrix& w, size_t begin, size_t n, const Input& input, size_t tokens,
+                         float* y, size_t stride, int worker) {
+  Activation x[kFew];
+  for (size_t t = 0; t < tokens; ++t) x[t] = input.activation(t);
+  if (const GemvTokens together = kernels_.gemv_tokens[w.type]; together && !w.planes)
+    return together(w.data, w.row_bytes, begin, n, w.cols, x, tokens, y, stride);
+  for (size_t i = 0; i < n; i += kSharedRows)
+    for (size_t t = 0; t < tokens; ++t)
+      gemv(w, nullptr, begin + i, std::min(kSharedRows, n - i), x[t], y + t * stride + i, worker);
+}
+
+// y[t * stride + j] += sum over i of coefficient[t * from + i] * W[begin + i][j]
+void Engine::axpy_tokens(const Matrix& w, size_t begin, size_t n, const float* coefficient,
+                         size_t from, size_t tokens, float* y, size_t stride, int worker) {
+  if (const AxpyTokens together = kernels_.axpy_tokens[w.type]; together && !w.planes)
+    return together(w.data, w.row_bytes, begin, n, w.cols, coefficient, from, tokens, y, stride);
+  for (size_t t = 0; t < tokens; ++t)
+    axpy(w, nullptr, begin, n, coefficient + t * from, y + t * stride, worker);
+}
+
 // Sets those of a range of values to zero that a fixed threshold cuts, and lists the others' indices.
 size_t Engine::keep_above(const Cut& cut, float* values, Share range, int32_t* rows) {
   const float threshold = static_cast<float>(cut.value);
@@ -630,7 +700,7 @@ void Engine::ffn_sparse_one(size_t l, Input& input) {
     return inter;
   };
   const auto sum_rows = [&](Share share, const float* inter, int worker) {
-    float* y = partial_.data() + static_cast<size_t>(worker) * hidden;
+    float* y = partial_.data() + static_cast<size_t>(worker) * kFew * hidden;
     std::fill(y, y + hidden, 0.0f);
     axpy(layer.down_proj_t, rows_.data() + share.begin, 0, share.end - share.begin, inter, y,
          worker);
@@ -676,7 +746,7 @@ void Engine::ffn_sparse_one(size_t l, Input& input) {
       sum_rows(share, gate + share.begin, worker);
     });
   }
-  sum_partials();
+  sum_partials(1);
   add_outliers(layer, [&](size_t neuron) {
     const auto end = rows_.begin() + static_cast<std::ptrdiff_t>(n_rows_);
     const auto at = std::lower_bound(rows_.begin(), end, static_cast<int32_t>(neuron));
@@ -686,12 +756,12 @@ void Engine::ffn_sparse_one(size_t l, Input& input) {
   bytes_read_ += n_rows_ * layer.down_proj_t.row_bytes + layer.outliers.bytes();
 }
 
-// The threads' sums of down_proj_t rows, in the order of the threads.
-void Engine::sum_partials() {
+// The threads' sums of down_proj_t rows for n tokens, in the order of the threads.
+void Engine::sum_partials(size_t n) {
   const size_t hidden = config_.hidden_size;
-  for (size_t i = 0; i < hidden; ++i) {
+  for (size_t i = 0; i < n * hidden; ++i) {
     float sum = 0;
-    for (size_t w = 0; w < workers_.size(); ++w) sum += partial_[w * hidden + i];
+    for (size_t w = 0; w < workers_.size(); ++w) sum += partial_[w * kFew * hidden + i];
     branch_[i] = sum;
   }
 }
@@ -748,7 +818,7 @@ void Engine::ffn_block(size_t l, size_t n, Input& input) {
     apply(cut(l, kDownInput), inter, d_ff, worker);
     const auto count = static_cast<uint64_t>(std::count_if(
         inter, inter + d_ff, [](float v) { return v != 0; }));
-    workers_[static_cast<size_t>(worker)].active += cuts_.empty() ? d_ff : count;
+    workers_[static_cast<size_t>(worker)].active += cuts_.empty() || dense_ ? d_ff : count;
     if (down_coarse) {
       const Cut& by = cut(l, kDownCoarse);
       for (size_t i = 0; i < d_ff; ++i) {
@@ -837,7 +907,7 @@ void Engine::head(size_t n, bool all, float* logits) {
     std::copy_n(residual_.begin() + static_cast<std::ptrdiff_t>(first * hidden), hidden,
                 residual_.begin());
   normalize_into(model_.norm, count, ffn_input_);
-  const bool coarse = margin_ > 0;
+  const bool coarse = margin_ > 0 && !dense_;
   const Product product{coarse ? model_.lm_head_coarse : model_.lm_head, model_.lm_head_bias, logits,
                         kTaps};
   multiply(ffn_input_, count, &product, &product + 1);
@@ -911,15 +981,19 @@ void Engine::normalize_into(const Norm& norm, size_t n, Input& input) {
 
 // What the products of this input need besides its float values.
 void Engine::prepare(Input& input, size_t n) {
-  if (n > 1) {
+  if (n > 1 && !few(n)) {
     if (!kernels_.to_bf16) return;
     for_tokens(n, [&](size_t t, int) {
       kernels_.to_bf16(input.x.data() + t * input.width, input.width,
                        input.half.data() + t * input.width);
     });
   } else if (input.width % 32 == 0) {  // otherwise its weights are F32, F16 or BF16
-    kernels_.quantize(input.x.data(), input.width, input.high.data(), input.low.data(),
-                      input.d.data(), input.sum.data(), input.sum16.data());
+    for_tokens(n, [&](size_t t, int) {
+      const size_t w = input.width;
+      kernels_.quantize(input.x.data() + t * w, w, input.high.data() + t * w,
+                        input.low.data() + t * w, input.d.data() + t * (w / 32),
+                        input.sum.data() + t * (w / 32), input.sum16.data() + t * (w / 16));
+    });
   }
 }
 
@@ -946,16 +1020,21 @@ void Engine::multiply(const Input& input, size_t n, const Product* begin, const 
   const Activation x = input.activation();
   pool_.run([&](int worker) {
     for (const Product* p = begin; p != end; ++p) {
-      if (n > 1) {
+      const auto [first, last] = share_of(p->w.rows, worker, pool_.size());
+      float* y = p->y + first;
+      if (n == 1) {
+        gemv(p->w, nullptr, first, last - first, x, y, worker);
+      } else if (few(n)) {
+        gemv_tokens(p->w, first, last - first, input, n, y, p->w.rows, worker);
+      } else {
         multiply_block(input, n, *p, worker);
         continue;
       }
-      const auto [first, last] = share_of(p->w.rows, worker, pool_.size());
-      gemv(p->w, nullptr, first, last - first, x, p->y + first, worker);
-      if (p->bias) add_to(p->y + first, p->bias + first, last - first);
+      if (p->bias)
+        for (size_t t = 0; t < n; ++t) add_to(y + t * p->w.rows, p->bias + first, last - first);
     }
   });
-  if (n == 1)
+  if (n == 1 || few(n))
     for (const Product* p = begin; p != end; ++p) bytes_read_ += p->w.bytes();
 }
 
@@ -1010,7 +1089,7 @@ void Engine::activate(float* x, size_t n) const {
 
 const Cut& Engine::cut(size_t layer, Tap tap) const {
   static const Cut kNone;
-  return cuts_.empty() || tap == kTaps ? kNone : cuts_[layer][tap];
+  return cuts_.empty() || dense_ || tap == kTaps ? kNone : cuts_[layer][tap];
 }
 
 bool Engine::has_cut(size_t layer, std::initializer_list<Tap> taps) const {

@@ -53,9 +53,12 @@ class Engine {
   void set_head_margin(float nats);
   float head_margin() const { return margin_; }
 
-  // Appends n tokens to the cache. logits (n, vocab) if `all`, else those of the last token.
-  // The caller checks ids and that position() + n <= context().
-  void forward(const int32_t* tokens, size_t n, bool all, float* logits);
+  // Tokens that go through the dense model together as one by one would, to the bit, in less time.
+  static constexpr size_t kFew = 8;
+
+  // Appends n tokens to the cache. logits (n, vocab) if `all`, else those of the last token; `dense`:
+  // without cuts and head margin. The caller checks ids and that position() + n <= context().
+  void forward(const int32_t* tokens, size_t n, bool all, bool dense, float* logits);
 
   uint32_t position() const { return position_; }
   uint32_t context() const { return context_; }
@@ -72,14 +75,14 @@ class Engine {
 
  private:
   // A block of tokens on its way into a product, (T, width): float, bfloat16 if prefill uses it,
-  // and a single token's integers.
+  // and the integers of at most kFew.
   struct Input {
     size_t width = 0;
     std::vector<float> x, d, sum, sum16;
     std::vector<int8_t> high, low;
     std::vector<uint16_t> half;
     Input(size_t tokens, size_t width);
-    Activation activation() const;
+    Activation activation(size_t token = 0) const;
   };
   struct Product {  // y (T, rows) = x W^T + bias
     const Matrix& w;
@@ -88,6 +91,7 @@ class Engine {
     Tap input;
   };
 
+  bool few(size_t n) const { return n > 1 && n <= kFew && (cuts_.empty() || dense_); }
   void block(const int32_t* tokens, size_t n);
   void embed(const int32_t* tokens, size_t n);
   void attention(size_t layer, size_t n);
@@ -102,6 +106,7 @@ class Engine {
   bool gate_is_coarse(size_t l) const;
   void gate_from_planes(size_t l, const Activation& x, Share range, int worker);
   void ffn_one(size_t layer, const Input& input);
+  void ffn_few(size_t layer, size_t n, const Input& input);
   static size_t keep_above(const Cut& cut, float* values, Share range, int32_t* rows);
   const uint8_t* row_part(const Matrix& w, size_t row, size_t column, size_t n,
                           uint8_t* scratch) const;
@@ -112,12 +117,16 @@ class Engine {
             float* y, int worker);
   void axpy(const Matrix& w, const int32_t* rows, size_t begin, size_t n, const float* coefficient,
             float* y, int worker);
+  void gemv_tokens(const Matrix& w, size_t begin, size_t n, const Input& input, size_t tokens,
+                   float* y, size_t stride, int worker);
+  void axpy_tokens(const Matrix& w, size_t begin, size_t n, const float* coefficient, size_t from,
+                   size_t tokens, float* y, size_t stride, int worker);
   void ffn_sparse_one(size_t layer, Input& input);
   void ffn_block(size_t layer, size_t n, Input& input);
   void down_block(const Matrix& w, size_t n, const float* inter, bool add);
   template <class InterOf>
   void add_outliers(const Layer& layer, const InterOf& inter_of, float* y, int worker);
-  void sum_partials();
+  void sum_partials(size_t n);
   void add_branch(const Norm& post_norm, size_t n);
   void head(size_t n, bool all, float* logits);
   void complete_head(size_t n, float* logits);
@@ -147,6 +156,7 @@ class Engine {
   size_t block_;  // tokens per block of prefill
   std::vector<LayerCuts> cuts_;
   float margin_ = 0;
+  bool dense_ = false;  // this forward() leaves cuts and margin alone
 
   Input attn_input_, o_input_, ffn_input_, cut_input_;
   // (block, ...)
@@ -154,7 +164,7 @@ class Engine {
   std::vector<float> coarse_;      // (block, d_ff), for plans that read rows coarse
   std::vector<uint16_t> inter_half_;
   const float* turned_ = nullptr;  // whose angles cos_ and sin_ hold for this block
-  std::vector<float> partial_;     // (threads, hidden): each thread's sum of down_proj_t rows
+  std::vector<float> partial_;     // (threads, kFew, hidden): threads' sums of down_proj_t rows
   std::vector<int32_t> rows_;      // neurons that are not zero, ascending
   size_t n_rows_ = 0;
   // f16 (layers, kv_heads, panels of positions, head_dim, kPanel) and (layers, kv_heads, panels of

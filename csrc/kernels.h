@@ -35,6 +35,16 @@ using GemvRows = void (*)(const uint8_t* w, size_t row_bytes, const int32_t* row
 using AxpyRows = void (*)(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin,
                           size_t n, size_t k, const float* coefficient, float* y);
 
+// The same two, of rows [begin, begin + n), for several tokens: x[t] gives y[t * stride + i], and
+// coefficient[t * from + i] adds to y[t * stride + j]. Bit by bit what one token at a time gives,
+// with rows unpacked once for up to kTokens of them.
+constexpr size_t kTokens = 4;
+using GemvTokens = void (*)(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, size_t k,
+                            const Activation* x, size_t tokens, float* y, size_t stride);
+using AxpyTokens = void (*)(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, size_t k,
+                            const float* coefficient, size_t from, size_t tokens, float* y,
+                            size_t stride);
+
 // The same two of rows in planes (planes.h); `rest` null: coarse ones. The rows' sizes follow from k.
 using GemvPlanes = void (*)(const uint8_t* base, const uint8_t* rest, const int32_t* rows,
                             size_t begin, size_t n, size_t k, const Activation& x, float* y);
@@ -49,6 +59,8 @@ struct Kernels {
 
   GemvRows gemv_rows[kGgmlTypes];  // null: the type is not supported
   AxpyRows axpy_rows[kGgmlTypes];
+  GemvTokens gemv_tokens[kGgmlTypes];  // null: there are only those for one token
+  AxpyTokens axpy_tokens[kGgmlTypes];
   GemvPlanes gemv_planes[kGgmlTypes];  // null: rows must be joined first
   AxpyPlanes axpy_planes[kGgmlTypes];
 

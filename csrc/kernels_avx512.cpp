@@ -416,75 +416,123 @@ struct InPlanes {
   }
 };
 
-// Adds `chunks` * 64 columns of a row, from column `at`, to acc and accm; the dot product is
-// sum(acc) - sum(accm), the latter times the offset for formats without minima. One sum per chunk:
-// a single one would wait for its last addition four times per span, 16 of 19 cycles.
-template <class F, int chunks, class Row>
-FALLOW_INLINE void dot_span(const Row& row, size_t at, const Activation& x, __m512* acc,
-                            typename Groups<F::group>::V& accm) {
+// The dot product of a row and one token is sum(sums) - minima, the latter times the offset for formats
+// without minima. One sum per chunk: a single one would wait for its last addition four times per
+// span, 16 of 19 cycles.
+template <class F>
+struct Dot {
+  using G = Groups<F::group>;
+  __m512 sums[4] = {};
+  typename G::V minima = G::zero();
+
+  FALLOW_INLINE float value() const {
+    const float all_minima =
+        G::sum(minima) * (F::has_min ? 1.0f : static_cast<float>(F::offset));
+    const __m512 all =
+        _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+    return _mm512_reduce_add_ps(all) - all_minima;
+  }
+};
+
+// Adds `chunks` * 64 columns of a row, from column `at`, to the dots of some tokens.
+template <class F, int chunks, size_t tokens, class Row>
+FALLOW_INLINE void dot_span(const Row& row, size_t at, const Activation* x, Dot<F> (&dots)[tokens]) {
   using G = Groups<F::group>;
   constexpr size_t n = chunks * 64 / F::group;
-  typename G::V s, m;
+  typename G::V s, m, scale[tokens];
   row.groups(n, s, m);
-  const typename G::V sums = G::load((F::group == 16 ? x.sum16 : x.sum) + at / F::group, n);
-  accm = G::fma(F::has_min ? m : s, sums, accm);
-  typename G::V d;
-  if constexpr (F::group == 32) {
-    d = G::load(x.d + at / 32, n);
-  } else {
-    const __m512i twice =
-        _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-    d = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(x.d + at / 32)));
+#pragma GCC unroll 4
+  for (size_t t = 0; t < tokens; ++t) {
+    const typename G::V sums = G::load((F::group == 16 ? x[t].sum16 : x[t].sum) + at / F::group, n);
+    dots[t].minima = G::fma(F::has_min ? m : s, sums, dots[t].minima);
+    typename G::V d;
+    if constexpr (F::group == 32) {
+      d = G::load(x[t].d + at / 32, n);
+    } else {
+      const __m512i twice =
+          _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+      d = _mm512_permutexvar_ps(twice,
+                                _mm512_castps256_ps512(_mm256_loadu_ps(x[t].d + at / 32)));
+    }
+    scale[t] = G::mul(s, d);
   }
-  const typename G::V scale = G::mul(s, d);
 #pragma GCC unroll 4
   for (int j = 0; j < chunks; ++j) {
     const __m512i w = row.chunk(j);
-    const __m512i high =
-        _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, load512(x.high + at + 64 * j));
-    const __m512i sum =
-        _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), w, load512(x.low + at + 64 * j));
-    acc[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), G::spread(scale, j), acc[j]);
+#pragma GCC unroll 4
+    for (size_t t = 0; t < tokens; ++t) {
+      const __m512i high =
+          _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, load512(x[t].high + at + 64 * j));
+      const __m512i sum =
+          _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), w, load512(x[t].low + at + 64 * j));
+      dots[t].sums[j] =
+          _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), G::spread(scale[t], j), dots[t].sums[j]);
+    }
   }
+}
+
+// y[t * stride] = row . x[t]; asks for the later row on the way.
+template <class F, size_t tokens, class Row>
+FALLOW_INLINE void dot_row(Row row, Row later, size_t k, const Activation* x, float* y,
+                           size_t stride) {
+  Dot<F> dots[tokens];
+  size_t at = 0;
+  for (; at + kSpan <= k; at += kSpan, row.skip(kSpan)) {
+    later.ask(kSpan);
+    dot_span<F, 4>(row, at, x, dots);
+  }
+  float tail[tokens] = {};
+  if constexpr (F::block == 32) {
+    later.ask(k - at);
+    const size_t chunks = (k - at) / 64;
+    if (chunks == 1) dot_span<F, 1>(row, at, x, dots);
+    if (chunks == 2) dot_span<F, 2>(row, at, x, dots);
+    if (chunks == 3) dot_span<F, 3>(row, at, x, dots);
+    at += 64 * chunks;
+    row.skip(64 * chunks);
+    if (at < k) {
+      for (size_t t = 0; t < tokens; ++t) {
+        const Activation rest{nullptr,          x[t].high + at,     x[t].low + at,
+                              x[t].d + at / 32, x[t].sum + at / 32, x[t].sum16 + at / 16};
+        uint8_t block[F::bytes];
+        portable_kernels().gemv_rows[F::type](row.block(block), F::bytes, nullptr, 0, 1, 32, rest,
+                                              &tail[t]);
+      }
+    }
+  }
+  for (size_t t = 0; t < tokens; ++t) y[t * stride] = dots[t].value() + tail[t];
 }
 
 template <class Rows>
 FALLOW_INLINE void gemv(const Rows& w, const int32_t* rows, size_t begin, size_t n, size_t k,
                         const Activation& x, float* y) {
-  using F = typename Rows::Format;
-  using G = Groups<F::group>;
   const size_t ahead = kPrefetch / w.row_bytes + 1;
   for (size_t i = 0; i < n; ++i) {
-    auto row = w[row_of(rows, begin, i)];
     typename Rows::Row later;
     if (i + ahead < n) later = w[row_of(rows, begin, i + ahead)];
-    __m512 acc[4] = {};
-    typename G::V accm = G::zero();
-    size_t at = 0;
-    for (; at + kSpan <= k; at += kSpan, row.skip(kSpan)) {
-      later.ask(kSpan);
-      dot_span<F, 4>(row, at, x, acc, accm);
-    }
-    float tail = 0;
-    if constexpr (F::block == 32) {
-      later.ask(k - at);
-      const size_t chunks = (k - at) / 64;
-      if (chunks == 1) dot_span<F, 1>(row, at, x, acc, accm);
-      if (chunks == 2) dot_span<F, 2>(row, at, x, acc, accm);
-      if (chunks == 3) dot_span<F, 3>(row, at, x, acc, accm);
-      at += 64 * chunks;
-      row.skip(64 * chunks);
-      if (at < k) {
-        const Activation rest{nullptr,        x.high + at,     x.low + at,
-                              x.d + at / 32,  x.sum + at / 32, x.sum16 + at / 16};
-        uint8_t block[F::bytes];
-        portable_kernels().gemv_rows[F::type](row.block(block), F::bytes, nullptr, 0, 1, 32, rest,
-                                              &tail);
-      }
-    }
-    const float minima = G::sum(accm) * (F::has_min ? 1.0f : static_cast<float>(F::offset));
-    const __m512 all = _mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3]));
-    y[i] = _mm512_reduce_add_ps(all) - minima + tail;
+    dot_row<typename Rows::Format, 1>(w[row_of(rows, begin, i)], later, k, &x, y + i, 1);
+  }
+}
+
+template <class F>
+void gemv_tokens(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, size_t k,
+                 const Activation* x, size_t tokens, float* y, size_t stride) {
+  using Row = typename Whole<F>::Row;
+  const Whole<F> matrix{w, row_bytes};
+  const size_t ahead = kPrefetch / row_bytes + 1;
+  const auto some = [&]<size_t count>(const Row& row, const Row& later, size_t t, float* to) {
+    dot_row<F, count>(row, later, k, x + t, to + t * stride, stride);
+  };
+  for (size_t i = 0; i < n; ++i) {
+    const Row row = matrix[begin + i];
+    Row later;
+    if (i + ahead < n) later = matrix[begin + i + ahead];
+    size_t t = 0;
+    for (; t + kTokens <= tokens; t += kTokens, later = Row())
+      some.template operator()<kTokens>(row, later, t, y + i);
+    if (tokens - t == 1) some.template operator()<1>(row, later, t, y + i);
+    if (tokens - t == 2) some.template operator()<2>(row, later, t, y + i);
+    if (tokens - t == 3) some.template operator()<3>(row, later, t, y + i);
   }
 }
 
@@ -504,9 +552,6 @@ void gemv_planes(const uint8_t* base, const uint8_t* rest, const int32_t* rows, 
   }
 }
 
-// Columns are summed in slabs, so that sums and minima stay in the first cache.
-constexpr size_t kSlab = 4096;
-
 // The quantised coefficients of four rows in one span.
 template <class F>
 struct Coefficients {
@@ -516,10 +561,28 @@ struct Coefficients {
   typename G::V scale;   // of the integers
 };
 
+// Scales and minima of four rows in one span.
+template <class F>
+struct FourGroups {
+  typename Groups<F::group>::V s[4], m[4];
+};
+
+template <class F, class Row>
+FALLOW_INLINE FourGroups<F> groups_of(const Row* rows, size_t column, size_t n) {
+  FourGroups<F> found;
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    Row row = rows[r];
+    row.skip(column);
+    row.groups(n, found.s[r], found.m[r]);
+  }
+  return found;
+}
+
 // c[r] * s of four rows as int8 with one scale per group. The error is that of int8 activations,
 // but relative to the largest of four products instead of 32. Minima are summed exactly.
-template <class F, class Row>
-FALLOW_INLINE Coefficients<F> prepare(const Row* rows, size_t column, const float* c, size_t n,
+template <class F>
+FALLOW_INLINE Coefficients<F> prepare(const FourGroups<F>& groups, const float* c, size_t n,
                                       float* minima) {
   using G = Groups<F::group>;
   constexpr int centre = F::has_min ? (F::type == kQ4_1 || F::type == kQ4_K ? 8 : 16)
@@ -527,14 +590,10 @@ FALLOW_INLINE Coefficients<F> prepare(const Row* rows, size_t column, const floa
   typename G::V product[4], largest = G::zero(), minimum = G::zero();
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) {
-    typename G::V s, m;
-    Row row = rows[r];
-    row.skip(column);
-    row.groups(n, s, m);
-    product[r] = G::mul(s, G::set1(c[r]));
+    product[r] = G::mul(groups.s[r], G::set1(c[r]));
     largest = G::max_abs(largest, product[r]);
     if constexpr (F::has_min) {  // w = s (q - centre) - (m - centre s)
-      minimum = G::fma(m, G::set1(c[r]), minimum);
+      minimum = G::fma(groups.m[r], G::set1(c[r]), minimum);
       minimum = G::fma(product[r], G::set1(-static_cast<float>(centre)), minimum);
     }
   }
@@ -551,16 +610,17 @@ FALLOW_INLINE Coefficients<F> prepare(const Row* rows, size_t column, const floa
           G::mul(largest, G::set1(1 / 127.0f))};
 }
 
-// sums (chunks * 64,) += four rows times their coefficients. Within 64 columns the order is that of
-// byte interleaving: lane l of register i holds columns 16 l + 4 i + (0..3).
-template <class F, int chunks, class Row>
-FALLOW_INLINE void axpy_span(const Row* rows, const Coefficients<F>& coefficients, float* sums) {
+// Columns are summed in slabs, so that sums and minima stay in the first cache.
+constexpr size_t kSlab = 4096, kSpans = kSlab / kSpan;
+
+// sums[t] (chunks * 64,) += four rows times token t's coefficients, for every token. Within 64 columns
+// the order is that of byte interleaving: lane l of register i holds columns 16 l + 4 i + (0..3).
+template <class F, int chunks, size_t tokens, class Row>
+FALLOW_INLINE void axpy_span(const Row* rows, const Coefficients<F> (&coefficients)[tokens],
+                             float (*sums)[kSlab], size_t at) {
   using G = Groups<F::group>;
 #pragma GCC unroll 4
   for (int j = 0; j < chunks; ++j) {
-    const __m512i start = G::spread(coefficients.start, j);
-    const __m512i bytes = G::spread(coefficients.bytes, j);
-    const __m512 scale = G::spread(coefficients.scale, j);
     const __m512i r0 = rows[0].chunk(j), r1 = rows[1].chunk(j);
     const __m512i r2 = rows[2].chunk(j), r3 = rows[3].chunk(j);
     const __m512i low01 = _mm512_unpacklo_epi8(r0, r1), low23 = _mm512_unpacklo_epi8(r2, r3);
@@ -569,21 +629,39 @@ FALLOW_INLINE void axpy_span(const Row* rows, const Coefficients<F>& coefficient
         _mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
         _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      float* to = sums + 64 * j + 16 * i;
-      const __m512 p = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, columns[i], bytes));
-      _mm512_storeu_ps(to, _mm512_fmadd_ps(p, scale, _mm512_loadu_ps(to)));
+    for (size_t t = 0; t < tokens; ++t) {
+      const __m512i start = G::spread(coefficients[t].start, j);
+      const __m512i bytes = G::spread(coefficients[t].bytes, j);
+      const __m512 scale = G::spread(coefficients[t].scale, j);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        float* to = sums[t] + at + 64 * j + 16 * i;
+        const __m512 p = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, columns[i], bytes));
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(p, scale, _mm512_loadu_ps(to)));
+      }
     }
   }
 }
 
-// Columns [from, from + k) of the rows' sum.
-template <class Rows>
+// What some tokens' coefficients, those of token t at c[t * stride], make of n rows.
+struct Tokens {
+  const float* c;
+  size_t stride;
+  float* y;
+  size_t y_stride;
+};
+
+// Columns [from, from + k) of the rows' sums.
+template <size_t tokens, class Rows>
 FALLOW_INLINE void axpy_slab(const Rows& w, const int32_t* rows, size_t begin, size_t n,
-                             size_t from, size_t k, const float* coefficient, float* y) {
+                             size_t from, size_t k, const Tokens& x) {
   using F = typename Rows::Format;
-  alignas(64) float sums[kSlab] = {};
-  alignas(64) float minima[kSlab / F::group] = {};
+  alignas(64) float sums[tokens][kSlab];
+  alignas(64) float minima[tokens][kSlab / F::group];
+  for (size_t t = 0; t < tokens; ++t) {
+    std::memset(sums[t], 0, k * sizeof(float));
+    std::memset(minima[t], 0, k / F::group * sizeof(float));
+  }
   const size_t ahead = kPrefetch / w.row_bytes + 4;
   const auto row_at = [&](size_t i) {
     auto row = w[row_of(rows, begin, i)];
@@ -592,30 +670,36 @@ FALLOW_INLINE void axpy_slab(const Rows& w, const int32_t* rows, size_t begin, s
   };
   for (size_t i = 0; i < n; i += 4) {
     typename Rows::Row b[4], later[4];
-    float c[4];
+    float c[tokens][4];
     for (size_t r = 0; r < 4; ++r) {  // rows past the end are the last one with coefficient 0
       const bool there = i + r < n;
       b[r] = row_at(there ? i + r : n - 1);
-      c[r] = there ? coefficient[i + r] : 0.0f;
+      for (size_t t = 0; t < tokens; ++t) c[t][r] = there ? x.c[t * x.stride + i + r] : 0.0f;
       if (i + r + ahead < n) later[r] = row_at(i + r + ahead);
     }
     // All coefficients first: they take a long chain of steps, which would leave each span's
     // products waiting (a third of the time).
-    Coefficients<F> coefficients[kSlab / kSpan];
+    Coefficients<F> coefficients[kSpans][tokens];
+    const auto prepare_span = [&](size_t column, size_t groups, Coefficients<F>(&found)[tokens],
+                                  size_t at) {
+      const FourGroups<F> four = groups_of<F>(b, column, groups);
+#pragma GCC unroll 4
+      for (size_t t = 0; t < tokens; ++t)
+        found[t] = prepare(four, c[t], groups, minima[t] + at / F::group);
+    };
     size_t at = 0;
     for (; at + kSpan <= k; at += kSpan)
-      coefficients[at / kSpan] =
-          prepare<F>(b, at, c, kSpan / F::group, minima + at / F::group);
+      prepare_span(at, kSpan / F::group, coefficients[at / kSpan], at);
     for (at = 0; at + kSpan <= k; at += kSpan) {
       for (auto& row : later) row.ask(kSpan);
-      axpy_span<F, 4>(b, coefficients[at / kSpan], sums + at);
+      axpy_span<F, 4>(b, coefficients[at / kSpan], sums, at);
       for (auto& row : b) row.skip(kSpan);
     }
     if constexpr (F::block == 32) {
       for (auto& row : later) row.ask(k - at);
       const auto rest = [&]<int chunks>() {
-        axpy_span<F, chunks>(
-            b, prepare<F>(b, 0, c, chunks * 64 / F::group, minima + at / F::group), sums + at);
+        prepare_span(0, chunks * 64 / F::group, coefficients[0], at);
+        axpy_span<F, chunks>(b, coefficients[0], sums, at);
       };
       const size_t chunks = (k - at) / 64;
       if (chunks == 1) rest.template operator()<1>();
@@ -623,44 +707,64 @@ FALLOW_INLINE void axpy_slab(const Rows& w, const int32_t* rows, size_t begin, s
       if (chunks == 3) rest.template operator()<3>();
     }
   }
-  for (size_t j = 0; j < k; ++j) {
-    const size_t in = j % 64;
-    y[j] += sums[j - in + in / 4 % 4 * 16 + in / 16 * 4 + in % 4] - minima[j / F::group];
-  }
+  for (size_t t = 0; t < tokens; ++t)
+    for (size_t j = 0; j < k; ++j) {
+      const size_t in = j % 64;
+      x.y[t * x.y_stride + from + j] +=
+          sums[t][j - in + in / 4 % 4 * 16 + in / 16 * 4 + in % 4] - minima[t][j / F::group];
+    }
 }
 
-template <class Rows>
+template <size_t tokens, class Rows>
 FALLOW_INLINE void axpy(const Rows& w, const int32_t* rows, size_t begin, size_t n, size_t k,
-                        const float* coefficient, float* y) {
+                        const Tokens& x) {
   using F = typename Rows::Format;
   if (n == 0) return;
   const size_t whole = k - k % 64;
   for (size_t at = 0; at < whole; at += kSlab)
-    axpy_slab(w, rows, begin, n, at, whole - at < kSlab ? whole - at : kSlab, coefficient, y + at);
+    axpy_slab<tokens>(w, rows, begin, n, at, whole - at < kSlab ? whole - at : kSlab, x);
   if (whole == k) return;
   for (size_t i = 0; i < n; ++i) {
     auto row = w[row_of(rows, begin, i)];
     row.skip(whole);
     uint8_t block[F::bytes];
-    portable_kernels().axpy_rows[F::type](row.block(block), F::bytes, nullptr, 0, 1, 32,
-                                          coefficient + i, y + whole);
+    const uint8_t* last = row.block(block);
+    for (size_t t = 0; t < tokens; ++t)
+      portable_kernels().axpy_rows[F::type](last, F::bytes, nullptr, 0, 1, 32,
+                                            x.c + t * x.stride + i, x.y + t * x.y_stride + whole);
   }
 }
 
 template <class F>
 void axpy_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
                size_t k, const float* coefficient, float* y) {
-  axpy(Whole<F>{w, row_bytes}, rows, begin, n, k, coefficient, y);
+  axpy<1>(Whole<F>{w, row_bytes}, rows, begin, n, k, {coefficient, 0, y, 0});
 }
 
 template <class F>
 void axpy_planes(const uint8_t* base, const uint8_t* rest, const int32_t* rows, size_t begin,
                  size_t n, size_t k, const float* coefficient, float* y) {
+  const Tokens one{coefficient, 0, y, 0};
   if (rest) {
-    axpy(InPlanes<F, false>{base, rest, k / F::block}, rows, begin, n, k, coefficient, y);
+    axpy<1>(InPlanes<F, false>{base, rest, k / F::block}, rows, begin, n, k, one);
   } else {
-    axpy(InPlanes<F, true>{base, rest, k / F::block}, rows, begin, n, k, coefficient, y);
+    axpy<1>(InPlanes<F, true>{base, rest, k / F::block}, rows, begin, n, k, one);
   }
+}
+
+template <class F>
+void axpy_tokens(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, size_t k,
+                 const float* coefficient, size_t from, size_t tokens, float* y, size_t stride) {
+  const Whole<F> matrix{w, row_bytes};
+  const auto some = [&]<size_t count>() {
+    axpy<count>(matrix, nullptr, begin, n, k, {coefficient, from, y, stride});
+    coefficient += count * from;
+    y += count * stride;
+  };
+  for (; tokens >= kTokens; tokens -= kTokens) some.template operator()<kTokens>();
+  if (tokens == 1) some.template operator()<1>();
+  if (tokens == 2) some.template operator()<2>();
+  if (tokens == 3) some.template operator()<3>();
 }
 
 void panel_f32(const float* rows, size_t n, size_t k, float* panel) {
@@ -963,6 +1067,8 @@ template <class F>
 void add(Kernels& table) {
   table.gemv_rows[F::type] = gemv_rows<F>;
   table.axpy_rows[F::type] = axpy_rows<F>;
+  table.gemv_tokens[F::type] = gemv_tokens<F>;
+  table.axpy_tokens[F::type] = axpy_tokens<F>;
 }
 
 template <class F>

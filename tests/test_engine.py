@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import fallow
-from conftest import VOCABULARY
+from conftest import VOCABULARY, make_folder
 from fallow import _core
 from fallow.calibration import Calibrator
+from fallow.drafting import Lookup
 from fallow.engine import Engine, Sampler, is_packed
 from fallow.errors import FallowError, UsageError
 from fallow.evaluation import dense_logits
@@ -61,6 +62,62 @@ def test_logits_are_those_of_transformers(
     engine.reset()  # blocks that start in the middle of the sliding window
     parts = [engine.forward(part, every=True) for part in np.split(IDS, [30, 31, 77])]
     assert np.abs(np.concatenate(parts) - expected).max() < ERROR
+
+
+@pytest.mark.parametrize("kernels", _core.KERNELS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_few_tokens_are_as_one_by_one(name: str, kernels: str, packed: dict[str, Path]) -> None:
+    """Bit by bit: a batch verifies what one token after another would have said."""
+    check_a_few(Engine(packed[name], threads=2, kernels=kernels))
+
+
+@pytest.mark.parametrize("kernels", _core.KERNELS)
+@pytest.mark.parametrize("kind", ["q4_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize("planes", [False, True])
+def test_a_few_quantised_tokens(kind: str, planes: bool, kernels: str, tmp_path: Path) -> None:
+    width = 256 if kind.endswith("k") else 96
+    folder = make_folder("llama", tmp_path / "m", hidden_size=width, num_attention_heads=4)
+    pack(folder, tmp_path / "m.gguf", quant=kind, planes=planes)
+    check_a_few(Engine(tmp_path / "m.gguf", threads=2, kernels=kernels))
+
+
+def check_a_few(engine: Engine) -> None:
+    expected = one_by_one(engine)
+    assert _core.FEW == 8
+    for sizes in ([8, 2, 3, 4, 5, 6, 7, 1], [9, 8, 8]):
+        ends = np.cumsum(sizes)
+        engine.reset()
+        for part, end in zip(np.split(IDS[: ends[-1]], ends[:-1]), ends, strict=True):
+            found = engine.forward(part, every=True)
+            if len(part) <= _core.FEW:
+                np.testing.assert_array_equal(found, expected[end - len(part) : end])
+            else:  # of the same tokens one by one, so that the cache is the same
+                engine.reset()
+                for token in IDS[:end]:
+                    engine.forward([token])
+
+
+def cutting_plan(engine: Engine) -> Plan:
+    weights = np.ones((engine._core.n_layers, engine._core.intermediate_size), dtype=np.float32)
+    arrays = {
+        "threshold.gate_act": np.full(engine._core.n_layers, 0.1),
+        "weight.gate_act": weights,
+    }
+    return Plan(engine.name, engine.fingerprint, "cats", "gate_act", 0.5, "sparsity", arrays)
+
+
+def test_dense_leaves_the_plan_aside(packed: dict[str, Path]) -> None:
+    engine = Engine(packed["llama"])
+    expected = one_by_one(engine)
+    engine.use_plan(cutting_plan(engine))
+    engine.reset()
+    engine.forward(IDS[:3], dense=True)
+    found = engine.forward(IDS[3:9], every=True, dense=True)
+    np.testing.assert_array_equal(found, expected[3:9])
+    engine.reset(keep=8)
+    assert np.abs(engine.forward(IDS[8:9]) - expected[8]).max() > 1e-4
+    engine.reset(keep=8)
+    np.testing.assert_array_equal(engine.forward(IDS[8:9], dense=True)[0], expected[8])
 
 
 @pytest.mark.parametrize("name", GGUF_NAMES)
@@ -181,6 +238,53 @@ def test_sampling_follows_its_seed(packed: dict[str, Path]) -> None:
     options = {"max_tokens": 20, "temperature": 1.5, "top_p": 0.9, "top_k": 50}
     texts = ["".join(engine.generate("neuron", seed=seed, **options)) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_lossless_text_is_the_dense_models(packed: dict[str, Path]) -> None:
+    engine = Engine(packed["qwen3"])
+    prompt = "the gate"
+    accepted = 0
+    for options in ({}, {"temperature": 0.3, "seed": 1}, {"temperature": 1.0, "top_p": 0.9}):
+        engine.use_plan(None)
+        expected = "".join(engine.generate(prompt, max_tokens=60, **options))
+        plain = engine.stats
+        engine.use_plan(cutting_plan(engine))
+        assert "".join(engine.generate(prompt, max_tokens=60, **options)) != expected
+        found = "".join(engine.generate(prompt, max_tokens=60, lossless=True, **options))
+        assert found == expected
+        assert engine.stats.new_tokens == plain.new_tokens
+        assert engine.stats.accepted <= engine.stats.drafted
+        accepted += engine.stats.accepted
+        # Stopped anywhere it is the same text.
+        for end in (1, 2, 7):
+            pieces = engine.generate(prompt, max_tokens=end, lossless=True, **options)
+            assert expected.startswith("".join(pieces))
+    assert accepted > 10
+    # Up to the last token that the context holds.
+    size = len(engine.tokenizer.prompt(prompt, False))
+    small = Engine(packed["qwen3"], context=size + 30)
+    texts = [
+        "".join(small.generate(prompt, max_tokens=30, lossless=lossless))
+        for lossless in (False, True)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_lookup_proposes_what_followed() -> None:
+    lookup = Lookup([5, 6, 7, 8, 9, 1, 2])
+    assert lookup.propose(7) == []  # a suffix that has not occurred
+    for token in (5, 6, 7):
+        lookup.add(token)
+    assert lookup.propose(1) == [8]
+    assert lookup.propose(7) == [8]  # a second one would cost more than it is likely to give
+    assert lookup.propose(0) == []
+    for _ in range(20):
+        lookup.learn(len(lookup.propose(7)), 0)
+    assert lookup.propose(7) == []  # such guesses have not held
+    for _ in range(20):
+        lookup.learn(5, 5)
+    assert lookup.propose(7) == [8, 9, 1]
+    assert lookup.propose(2) == [8, 9]
 
 
 def test_stop_ends_before_its_text(packed: dict[str, Path]) -> None:

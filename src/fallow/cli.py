@@ -817,6 +817,12 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Packed models: end before this text; repeatable.")
     ] = None,
+    lossless: Annotated[
+        bool,
+        typer.Option(
+            "--lossless", help="Packed models: the dense model's own text, guesses read ahead."
+        ),
+    ] = False,
     threads: ThreadsOption = None,
     context: Annotated[
         int | None, typer.Option(help="Packed models: tokens of cache; default: at most 4096.")
@@ -831,11 +837,12 @@ def generate(
 
         engine = Engine(model, loaded_plan, threads, context=context)
         pieces = engine.generate(
-            prompt, max_new_tokens, temperature, top_p, top_k, min_p, seed, stop or (), chat
-        )
+            prompt, max_new_tokens, temperature, top_p, top_k, min_p, seed, stop or (), chat,
+            lossless,
+        )  # fmt: skip
         _print_stream(engine, prompt, pieces, as_json)
         return
-    if (top_p, top_k, min_p, stop, context) != (1.0, 0, 0.0, None, None):
+    if (top_p, top_k, min_p, stop, lossless, context) != (1.0, 0, 0.0, None, False, None):
         raise UsageError("this option needs a packed model; make one with fallow pack")
     loaded = _load(model, dtype)
     answer = loaded.generate(
@@ -868,7 +875,8 @@ def _print_stream(engine: Any, prompt: str, pieces: Any, as_json: bool) -> None:
     console.print(
         f"{stats.new_tokens} tokens, {stats.decode_tps:.1f} tok/s, "
         f"{stats.bytes_per_token / 1e6:.0f} MB/token, first after {stats.ttft_ms:.0f} ms, "
-        f"{_mean(stats.sparsity_per_layer):.0%} of neurons idle",
+        f"{_mean(stats.sparsity_per_layer):.0%} of neurons idle"
+        + (f", {stats.accepted} of {stats.drafted} guesses held" if stats.drafted else ""),
         highlight=False,
     )
 

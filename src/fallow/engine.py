@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fallow import _core
+from fallow.drafting import Lookup
 from fallow.errors import FallowError, UsageError
 from fallow.plan import Plan
 from fallow.planes import join_planes
@@ -62,6 +63,8 @@ class Stats:
     sparsity_per_layer: list[float] = field(default_factory=list)  # neurons idle while decoding
     peak_rss_mb: float = 0.0
     logits_hash: str = ""  # of the last token's logits
+    drafted: int = 0  # tokens guessed ahead, in the lossless mode
+    accepted: int = 0  # of these, what the dense model said too
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -287,15 +290,20 @@ class Engine:
             )
         return cut_windows(text, self.tokenizer, context, limit)
 
-    def forward(self, ids: Sequence[int] | np.ndarray, every: bool = False) -> np.ndarray:
+    def forward(
+        self, ids: Sequence[int] | np.ndarray, every: bool = False, dense: bool = False
+    ) -> np.ndarray:
         """Reads more tokens; logits (T, vocabulary) of all of them, or (1, vocabulary) of the last.
+
+        With `dense` the plan is left aside. Up to `_core.FEW` tokens of the dense model have to the
+        bit the logits that they have one by one, in less time.
 
         Raises:
             FallowError: an id outside the vocabulary, no ids, or the context is full.
         """
         tokens = self._check_ids(ids)
         logits = np.empty((len(tokens) if every else 1, self._core.vocab_size), dtype=np.float32)
-        self._core.forward(tokens, every, logits)
+        self._core.forward(tokens, every, dense, logits)
         self.last_logits = logits[-1]
         return logits
 
@@ -339,11 +347,13 @@ class Engine:
         seed: int = 0,
         stop: Sequence[str] = (),
         chat: bool = False,
+        lossless: bool = False,
     ) -> Iterator[str]:
         """Streams the continuation of a prompt, or with `chat` the answer to it, piece by piece.
 
         `stats` holds the figures when the stream ends. Reads from the start; ends at an end token,
-        before a `stop` text, or after `max_tokens`.
+        before a `stop` text, or after `max_tokens`. `lossless` gives the dense model's own text,
+        whatever the plan, and reads ahead what earlier text lets guess (fallow.drafting).
 
         Raises:
             FallowError: the prompt is empty or longer than the context.
@@ -358,7 +368,7 @@ class Engine:
                 f"prompt of {len(ids)} tokens and {max_tokens} new ones exceed the context of "
                 f"{self.context}; shorten the prompt or raise --context"
             )
-        return self._stream(ids, max_tokens, sampler, tuple(stop))
+        return self._stream(ids, max_tokens, sampler, tuple(stop), lossless)
 
     def _prompt_ids(self, prompt: str | Sequence[int] | np.ndarray, chat: bool) -> np.ndarray:
         if isinstance(prompt, str):
@@ -366,21 +376,26 @@ class Engine:
         return np.asarray(prompt)
 
     def _stream(
-        self, ids: np.ndarray, max_tokens: int, sampler: "Sampler", stop: tuple[str, ...]
+        self,
+        ids: np.ndarray,
+        max_tokens: int,
+        sampler: "Sampler",
+        stop: tuple[str, ...],
+        lossless: bool,
     ) -> Iterator[str]:
         self.stats = Stats(prompt_tokens=len(ids))
         start = time.perf_counter()
         self.reset()
         self.reset_stats()
-        logits = self.forward(ids)[0]
+        logits = self.forward(ids, dense=lossless)[0]
         self.stats.ttft_ms = 1e3 * (time.perf_counter() - start)
         self.stats.prefill_tps = len(ids) / (self.stats.ttft_ms / 1e3)
         self.reset_stats()
         decode_start, ends = time.perf_counter(), set(self.tokenizer.eos_ids)
         new: list[int] = []
         text = ""
-        while True:
-            token = sampler.pick(logits)
+        picks = self._verified if lossless else self._picks
+        for token in picks(ids, logits, sampler):
             if token in ends:
                 break
             new.append(token)
@@ -396,12 +411,41 @@ class Engine:
                 text = whole[: len(whole) - held]
             if done:
                 break
-            logits = self.forward([token])[0]
         self._finish(len(new), time.perf_counter() - decode_start)
+
+    def _picks(self, ids: np.ndarray, logits: np.ndarray, sampler: "Sampler") -> Iterator[int]:
+        """What the sampler picks, token after token; `logits` are those after `ids`."""
+        while True:
+            token = sampler.pick(logits)
+            yield token
+            logits = self.forward([token])[0]
+
+    def _verified(self, ids: np.ndarray, logits: np.ndarray, sampler: "Sampler") -> Iterator[int]:
+        """As `_picks` of the dense model, in passes that also read guesses."""
+        lookup = Lookup(ids.tolist())
+        token = sampler.pick(logits)
+        while True:
+            yield token
+            lookup.add(token)
+            position = self._core.position
+            guesses = lookup.propose(min(_core.FEW, self.context - position) - 1)
+            rows = self.forward([token, *guesses], every=True, dense=True)
+            self.stats.drafted += len(guesses)
+            for held, row in enumerate(rows):
+                token = sampler.pick(row)
+                if held == len(guesses) or token != guesses[held]:
+                    break
+                self.stats.accepted += 1
+                yield token
+            lookup.learn(len(guesses), held)
+            for guess in guesses[:held]:
+                lookup.add(guess)
+            self.reset(keep=position + 1 + held)
 
     def _finish(self, new_tokens: int, seconds: float) -> None:
         figures = self.core_stats()
-        decoded = figures["tokens"]
+        # Of the tokens that were read those that were wrong guesses count for nothing.
+        decoded = figures["tokens"] - (self.stats.drafted - self.stats.accepted)
         self.stats.new_tokens = new_tokens
         if decoded:
             self.stats.decode_tps = decoded / seconds

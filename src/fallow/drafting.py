@@ -1,0 +1,68 @@
+"""Guesses of the next tokens that cost nothing, for the lossless mode of the engine.
+
+The dense model reads a few tokens at once in less time than one by one, to the bit with the same
+logits. Tokens guessed ahead are read along; those that are not what the model then says are
+forgotten. What comes out is the dense model's own text, whatever the guesses were.
+"""
+
+from collections.abc import Sequence
+
+LONGEST = 4  # tokens of a suffix that is looked up
+# A first opinion: of guesses after a suffix of 1 to 4 tokens that many hold, worth PRIOR guesses.
+HOLDING = (0.2, 0.4, 0.6, 0.7)
+PRIOR = 4.0
+FADING = 0.98  # of what was counted, per guess: texts change
+# Time of a pass of 1, 2, 3 ... tokens over that of one token: Qwen2.5-1.5B, 2 threads with AVX-512.
+PASS_COST = (1.0, 1.2, 1.7, 2.2, 2.8, 3.3)
+
+
+class Lookup:
+    """Guesses that a text goes on as it did after the last occurrence of its longest suffix.
+
+    Prompt lookup, with the number of tokens chosen by how often such guesses held in this text and
+    by what a longer pass costs.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        """`ids`: the text so far."""
+        self._ids: list[int] = []
+        self._ends: dict[tuple[int, ...], int] = {}  # where an n-gram last ended
+        self._found = 0, 0  # length of the suffix, where its earlier occurrence ended
+        self._held = [share * PRIOR for share in HOLDING]
+        self._tried = [PRIOR] * LONGEST
+        for token in ids:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """The text's next token."""
+        self._ids.append(int(token))
+        self._found = 0, 0
+        for n in range(1, min(LONGEST, len(self._ids)) + 1):
+            suffix = tuple(self._ids[-n:])
+            if suffix in self._ends:
+                self._found = n, self._ends[suffix]
+            self._ends[suffix] = len(self._ids)
+
+    def propose(self, most: int) -> list[int]:
+        """At most `most` tokens that may come next; none where guessing would not pay."""
+        n, end = self._found
+        if n == 0:
+            return []
+        share = self._held[n - 1] / self._tried[n - 1]
+        kept, best, length = 1.0, 1.0, 0
+        expected = 1.0  # tokens of a pass
+        for k in range(1, min(most, len(self._ids) - end, len(PASS_COST) - 1) + 1):
+            kept *= share
+            expected += kept
+            if expected / PASS_COST[k] > best:
+                best, length = expected / PASS_COST[k], k
+        return self._ids[end : end + length]
+
+    def learn(self, proposed: int, held: int) -> None:
+        """Of the tokens that `propose` gave just before, the first `held` were right."""
+        n = self._found[0] - 1
+        if n < 0 or proposed == 0:
+            return
+        tried = held + (held < proposed)
+        self._held[n] = self._held[n] * FADING**tried + held
+        self._tried[n] = self._tried[n] * FADING**tried + tried
