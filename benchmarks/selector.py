@@ -67,10 +67,10 @@ Why they fail, or do not:
   disk in time, needs no better choice: what it misses is fetched late.
 - `compensation`: what the dropped neurons would have added is mostly noise: an affine map of the
   input explains a third of the loss where the choice is bad (`gate`), a twentieth where it is good.
-- `rank`: on SmolLM2, whose inputs are dominated by a few directions, a correction of the bits'
-  error in those directions is worth most of a bit; on Qwen2.5-Coder it is worth little.
+- `rank`: on SmolLM2 and Gemma-3-270M, whose inputs are dominated by a few directions, a correction
+  of the bits' error in those directions is worth most of a bit; on Qwen2.5-Coder little.
 - `cett=1`: on Qwen2.5-Coder budgets that differ by layer and token halve what selection costs. On
-  SmolLM2 a shared threshold costs more than k per token: attention sinks.
+  the other two a shared threshold costs more than k per token: attention sinks.
 """
 
 
