@@ -13,7 +13,7 @@ import fallow
 from conftest import VOCABULARY, make_folder
 from fallow import _core
 from fallow.calibration import Calibrator
-from fallow.drafting import Lookup
+from fallow.drafting import PASS_COST, Lookup
 from fallow.engine import Engine, Sampler, is_packed
 from fallow.errors import FallowError, UsageError
 from fallow.evaluation import dense_logits
@@ -240,7 +240,10 @@ def test_sampling_follows_its_seed(packed: dict[str, Path]) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_lossless_text_is_the_dense_models(packed: dict[str, Path]) -> None:
+def test_lossless_text_is_the_dense_models(
+    packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lookup, "_cost", lambda _self, guesses: 1 + 0.05 * guesses)
     engine = Engine(packed["qwen3"])
     prompt = "the gate"
     accepted = 0
@@ -279,12 +282,16 @@ def test_lookup_proposes_what_followed() -> None:
     assert lookup.propose(7) == [8]  # a second one would cost more than it is likely to give
     assert lookup.propose(0) == []
     for _ in range(20):
-        lookup.learn(len(lookup.propose(7)), 0)
+        wrong = len(lookup.propose(7))
+        lookup.learn(wrong, 0, PASS_COST[wrong])
     assert lookup.propose(7) == []  # such guesses have not held
     for _ in range(20):
-        lookup.learn(5, 5)
+        lookup.learn(5, 5, PASS_COST[5])
     assert lookup.propose(7) == [8, 9, 1]
     assert lookup.propose(2) == [8, 9]
+    for _ in range(9):  # on a machine where a pass of six is no longer than one of one
+        lookup.learn(0, 0, PASS_COST[5])
+    assert lookup.propose(7) == [8, 9, 1, 2, 5]
 
 
 def test_stop_ends_before_its_text(packed: dict[str, Path]) -> None:

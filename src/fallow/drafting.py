@@ -5,22 +5,26 @@ logits. Tokens guessed ahead are read along; those that are not what the model t
 forgotten. What comes out is the dense model's own text, whatever the guesses were.
 """
 
+from collections import deque
 from collections.abc import Sequence
+from statistics import median
 
 LONGEST = 4  # tokens of a suffix that is looked up
 # A first opinion: of guesses after a suffix of 1 to 4 tokens that many hold, worth PRIOR guesses.
 HOLDING = (0.2, 0.4, 0.6, 0.7)
 PRIOR = 4.0
 FADING = 0.98  # of what was counted, per guess: texts change
-# Time of a pass of 1, 2, 3 ... tokens over that of one token: Qwen2.5-1.5B, 2 threads with AVX-512.
+# Time of a pass of 1, 2, 3 ... tokens over that of one token, until TIMED passes of each are timed:
+# Qwen2.5-1.5B, 2 threads with AVX-512.
 PASS_COST = (1.0, 1.2, 1.7, 2.2, 2.8, 3.3)
+TIMED = 3
 
 
 class Lookup:
     """Guesses that a text goes on as it did after the last occurrence of its longest suffix.
 
     Prompt lookup, with the number of tokens chosen by how often such guesses held in this text and
-    by what a longer pass costs.
+    by what a longer pass takes on this machine.
     """
 
     def __init__(self, ids: Sequence[int]) -> None:
@@ -30,6 +34,7 @@ class Lookup:
         self._found = 0, 0  # length of the suffix, where its earlier occurrence ended
         self._held = [share * PRIOR for share in HOLDING]
         self._tried = [PRIOR] * LONGEST
+        self._seconds: list[deque[float]] = [deque(maxlen=9) for _ in PASS_COST]
         for token in ids:
             self.add(token)
 
@@ -54,12 +59,20 @@ class Lookup:
         for k in range(1, min(most, len(self._ids) - end, len(PASS_COST) - 1) + 1):
             kept *= share
             expected += kept
-            if expected / PASS_COST[k] > best:
-                best, length = expected / PASS_COST[k], k
+            if expected / self._cost(k) > best:
+                best, length = expected / self._cost(k), k
         return self._ids[end : end + length]
 
-    def learn(self, proposed: int, held: int) -> None:
+    def _cost(self, k: int) -> float:
+        """Time of a pass with k guesses over that of one without."""
+        one, more = self._seconds[0], self._seconds[k]
+        if min(len(one), len(more)) < TIMED:
+            return PASS_COST[k]
+        return median(more) / median(one)
+
+    def learn(self, proposed: int, held: int, seconds: float) -> None:
         """Of the tokens that `propose` gave just before, the first `held` were right."""
+        self._seconds[proposed].append(seconds)
         n = self._found[0] - 1
         if n < 0 or proposed == 0:
             return

@@ -429,7 +429,9 @@ class Engine:
             lookup.add(token)
             position = self._core.position
             guesses = lookup.propose(min(_core.FEW, self.context - position) - 1)
+            start = time.perf_counter()
             rows = self.forward([token, *guesses], every=True, dense=True)
+            seconds = time.perf_counter() - start
             self.stats.drafted += len(guesses)
             for held, row in enumerate(rows):
                 token = sampler.pick(row)
@@ -437,7 +439,7 @@ class Engine:
                     break
                 self.stats.accepted += 1
                 yield token
-            lookup.learn(len(guesses), held)
+            lookup.learn(len(guesses), held, seconds)
             for guess in guesses[:held]:
                 lookup.add(guess)
             self.reset(keep=position + 1 + held)
