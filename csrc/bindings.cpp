@@ -249,20 +249,27 @@ class BoundEngine {
     engine_->forward(tokens.data(), n, all, dense, logits.data());
   }
 
-  // (layer, tap, how, value, weight or None)
-  using PyCut = std::tuple<size_t, size_t, size_t, double, std::optional<ConstFloats>>;
+  // (layer, tap, how, value, weight or None, error or None)
+  using PyCut = std::tuple<size_t, size_t, size_t, double, std::optional<ConstFloats>,
+                           std::optional<ConstFloats>>;
 
   void set_cuts(const std::vector<PyCut>& list) {
     std::vector<LayerCuts> cuts(list.empty() ? 0 : model_.layers.size());
-    for (const auto& [layer, tap, how, value, weight] : list) {
+    for (const auto& [layer, tap, how, value, weight, error] : list) {
       if (layer >= cuts.size() || tap >= kTaps || how > 3) throw nb::value_error("no such cut");
       Cut& cut = cuts[layer][tap];
       cut.by = static_cast<Cut::By>(how);
       cut.value = value;
-      if (!weight) continue;
-      if (weight->size() != width_of(static_cast<Tap>(tap)))
-        throw nb::value_error("a cut's weight has the wrong size");
-      cut.weight.assign(weight->data(), weight->data() + weight->size());
+      const auto copy = [&](const std::optional<ConstFloats>& from, std::vector<float>& to) {
+        if (!from) return;
+        if (from->size() != width_of(static_cast<Tap>(tap)))
+          throw nb::value_error("a cut's weight or error has the wrong size");
+        to.assign(from->data(), from->data() + from->size());
+      };
+      copy(weight, cut.weight);
+      copy(error, cut.error);
+      if (tap == kGateCoarse && (cut.weight.empty() || cut.error.empty()))
+        throw nb::value_error("coarse gates need a weight and an error");
     }
     engine_->set_cuts(std::move(cuts));
   }

@@ -70,15 +70,16 @@ float score(const Cut& cut, const float* values, size_t i) {
   return std::fabs(values[i]) * (cut.weight.empty() ? 1.0f : cut.weight[i]);
 }
 
-// Parts n rows (null: begin and following) by whether their score is above a fixed threshold, and
-// returns how many are; the others go to `coarse`.
-size_t part_rows(const Cut& cut, const float* values, const int32_t* rows, size_t begin, size_t n,
+// Parts n rows (null: begin and following) by whether their score is above a threshold, and returns how
+// many are; the others go to `coarse`.
+template <class ScoreOf>
+size_t part_rows(double at, const ScoreOf& score_of, const int32_t* rows, size_t begin, size_t n,
                  int32_t* fine, int32_t* coarse) {
-  const float threshold = static_cast<float>(cut.value);
+  const float threshold = static_cast<float>(at);
   size_t above = 0;
   for (size_t i = 0; i < n; ++i) {
     const size_t row = rows ? static_cast<size_t>(rows[i]) : begin + i;
-    const bool is_above = score(cut, values, row) > threshold;
+    const bool is_above = score_of(row) > threshold;
     fine[above] = coarse[i - above] = static_cast<int32_t>(row);
     above += is_above;
   }
@@ -150,6 +151,7 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
     w.magnitudes.resize(std::max(d_ff, widest));
     w.fine.resize(d_ff);
     w.coarse.resize(d_ff);
+    w.lower.resize(d_ff);
     w.outliers.resize(model.layers[0].outliers.rows);
     w.scores.resize(queries * context);
     w.sums.resize(queries);
@@ -464,8 +466,10 @@ void Engine::ffn_one(size_t l, const Input& input) {
       if (cut(l, tap).by == Cut::By::kNothing || !w.planes) {
         use(w, rows, n);
       } else {
-        const size_t fine = part_rows(cut(l, tap), act, rows, begin, n, own.fine.data(),
-                                      own.coarse.data());
+        const Cut& by = cut(l, tap);
+        const size_t fine =
+            part_rows(by.value, [&](size_t row) { return score(by, act, row); }, rows, begin, n,
+                      own.fine.data(), own.coarse.data());
         use(w, own.fine.data(), fine);
         use(w.coarse(), own.coarse.data(), n - fine);
       }
@@ -543,21 +547,41 @@ bool Engine::gate_is_coarse(size_t l) const {
   return model_.layers[l].gate_proj.planes && has_cut(l, {kGateCoarse});
 }
 
+// gate_act of neurons [begin, begin + n) from gate_pre of coarse rows, in place. Scores are by how much
+// it may be off: its change to both sides when gate_pre changes by the error, times the weight.
+void Engine::activate_coarse(const Cut& cut, size_t begin, size_t n, float* values, float* scores,
+                             int worker) {
+  float* lower = workers_[static_cast<size_t>(worker)].lower.data();
+  const float *error = cut.error.data() + begin, *weight = cut.weight.data() + begin;
+  for (size_t i = 0; i < n; ++i) {
+    scores[i] = values[i] + error[i];
+    lower[i] = values[i] - error[i];
+  }
+  activate(scores, n);
+  activate(lower, n);
+  activate(values, n);
+  for (size_t i = 0; i < n; ++i)
+    scores[i] = (std::fabs(scores[i] - values[i]) + std::fabs(values[i] - lower[i])) * weight[i];
+}
+
 // gate_act of a range of neurons, from coarse rows; where these put the score above the threshold, from
 // whole ones.
 void Engine::gate_from_planes(size_t l, const Activation& x, Share range, int worker) {
   const Layer& layer = model_.layers[l];
   const Matrix &whole = layer.gate_proj, coarse = whole.coarse();
   Worker& own = workers_[static_cast<size_t>(worker)];
-  float *act = gate_.data(), *again = own.magnitudes.data();
+  const Cut& by = cut(l, kGateCoarse);
+  // One after the other in the same place.
+  float *act = gate_.data(), *scores = own.magnitudes.data(), *again = own.magnitudes.data();
   for (size_t begin = range.begin; begin < range.end; begin += kGateRows) {
     const size_t n = std::min(kGateRows, range.end - begin);
     gemv(coarse, nullptr, begin, n, x, act + begin, worker);
     if (layer.gate_bias) add_to(act + begin, layer.gate_bias + begin, n);
-    activate(act + begin, n);
+    activate_coarse(by, begin, n, act + begin, scores, worker);
     const int32_t* fine = own.fine.data();
-    const size_t above = part_rows(cut(l, kGateCoarse), act, nullptr, begin, n, own.fine.data(),
-                                   own.coarse.data());
+    const size_t above =
+        part_rows(by.value, [&](size_t row) { return scores[row - begin]; }, nullptr, begin, n,
+                  own.fine.data(), own.coarse.data());
     gemv(whole, fine, 0, above, x, again, worker);
     if (layer.gate_bias)
       for (size_t i = 0; i < above; ++i) again[i] += layer.gate_bias[fine[i]];
@@ -782,13 +806,14 @@ void Engine::ffn_block(size_t l, size_t n, Input& input) {
   if (gate_coarse) {
     project(l, input, n,
             {{layer.gate_proj.coarse(), layer.gate_bias, coarse_.data(), kGateInput}});
-    for_tokens(n, [&](size_t t, int) {
-      float *act = gate_.data() + t * d_ff, *coarse = coarse_.data() + t * d_ff;
-      activate(act, d_ff);
-      activate(coarse, d_ff);
+    for_tokens(n, [&](size_t t, int worker) {
       const Cut& by = cut(l, kGateCoarse);
+      float *act = gate_.data() + t * d_ff, *coarse = coarse_.data() + t * d_ff;
+      float* scores = workers_[static_cast<size_t>(worker)].magnitudes.data();
+      activate(act, d_ff);
+      activate_coarse(by, 0, d_ff, coarse, scores, worker);
       for (size_t i = 0; i < d_ff; ++i)
-        if (score(by, coarse, i) <= static_cast<float>(by.value)) act[i] = coarse[i];
+        if (scores[i] <= static_cast<float>(by.value)) act[i] = coarse[i];
     });
   }
   const bool up_coarse = config_.gated && layer.up_proj.planes && has_cut(l, {kUpCoarse});

@@ -18,9 +18,9 @@ namespace fallow {
 enum Tap {
   kQInput, kKInput, kVInput, kOInput, kGateInput, kUpInput,
   kGatePre, kGateAct, kUp, kInter, kDownInput, kFfnOut,
-  // Not zero: scores up to which a row of gate_proj, up_proj (both of gate_act, the first of what
-  // coarse rows give) or down_proj_t (of inter) that is in planes is read coarse. Fixed thresholds
-  // alone.
+  // Not zero: scores up to which a row of gate_proj (of what a coarse one gives: how much its gate_act
+  // may be off), up_proj (of gate_act) or down_proj_t (of inter) that is in planes is read coarse.
+  // Fixed thresholds alone.
   kGateCoarse, kUpCoarse, kDownCoarse, kTaps,
 };
 
@@ -31,6 +31,7 @@ struct Cut {
   By by = By::kNothing;
   double value = 0;            // the threshold, k as a share of the width, or tau
   std::vector<float> weight;   // empty: all ones
+  std::vector<float> error;    // kGateCoarse: how much gate_pre of a coarse row is off
 };
 
 using LayerCuts = std::array<Cut, kTaps>;
@@ -105,6 +106,8 @@ class Engine {
   void ffn(size_t layer, size_t n);
   bool gate_is_coarse(size_t l) const;
   void gate_from_planes(size_t l, const Activation& x, Share range, int worker);
+  void activate_coarse(const Cut& cut, size_t begin, size_t n, float* values, float* scores,
+                       int worker);
   void ffn_one(size_t layer, const Input& input);
   void ffn_few(size_t layer, size_t n, const Input& input);
   static size_t keep_above(const Cut& cut, float* values, Share range, int32_t* rows);
@@ -179,6 +182,7 @@ class Engine {
     std::vector<uint8_t> joined;    // some rows whose planes were joined
     std::vector<float> outliers;    // their inter
     std::vector<float> magnitudes;  // that a cut looks at
+    std::vector<float> lower;       // gate_act if a coarse row's gate_pre were too large
     std::vector<float> scores, sums;  // attention
     std::vector<float> rows, panel;  // weights, keys or values as float
     std::vector<uint16_t> panel_half, half;

@@ -1,5 +1,6 @@
 """The head's shortlist, and the search for the plan that saves most at a stated loss."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 
 import fallow
 from conftest import VOCABULARY, make_folder
@@ -16,6 +18,7 @@ from fallow.errors import FallowError, UsageError
 from fallow.optimization import GRID, Candidates, optimize
 from fallow.packing import pack
 from fallow.plan import Plan
+from fallow.planes import coarse
 from fallow.quality import evaluate_engine
 from fallow.shortlist import coarse_head
 from fallow.text import load_text
@@ -230,6 +233,7 @@ def test_rows_are_read_coarse_where_that_costs_less_than_idle(
     text = load_text(texts[0], "calibration")
     candidates = Candidates(model, model.windows(text, 32, 2), text, engine, "bytes")
     assert candidates.taps == ("gate_coarse", "gate_act", "inter", "up_coarse", "down_coarse")
+    check_gate_errors(candidates, engine)
     costs = {t: np.tile(GRID**2, (2, 1)) for t in candidates.taps}
     for tap in ("gate_coarse", *candidates.coarse.values()):
         costs[tap] = costs[tap] / 10
@@ -246,6 +250,31 @@ def test_rows_are_read_coarse_where_that_costs_less_than_idle(
             coarse = price * share * rest / (2 / 10)
             assert GRID[chosen[stage][0]] == pytest.approx(min(idle, 0.85), abs=0.026)
             assert GRID[chosen[tap][0]] == pytest.approx(min(max(idle, coarse), 0.85), abs=0.026)
+
+
+def check_gate_errors(candidates: Candidates, engine: Engine) -> None:
+    """What coarse rows of gate_proj miss on the calibration's inputs, and the scores from it."""
+    inputs: list[list[torch.Tensor]] = [[], []]
+
+    def keep(index: int, x: torch.Tensor) -> None:
+        inputs[index].append(x.clone())
+
+    candidates.calibration.run("inputs", {"x": keep})
+    for i, layer in enumerate(candidates.model.layers):
+        x = torch.cat(inputs[i])
+        whole = engine.matrix(f"layers.{i}.gate_proj")
+        rows = coarse(whole.type, whole.data.reshape(whole.shape[0], -1)).reshape(-1)
+        first = torch.from_numpy(dataclasses.replace(whole, data=rows).dequantize())
+        gate = x @ torch.from_numpy(whole.dequantize()).T
+        error = (x @ first.T - gate).square().mean(0).sqrt()
+        found = torch.from_numpy(candidates.weights["error.gate_coarse"][i])
+        torch.testing.assert_close(found, error, rtol=1e-3, atol=1e-6)
+        off = [layer.act(gate + e) - layer.act(gate) for e in (error, -error)]
+        weight = torch.from_numpy(candidates.weights["weight.gate_act"][i])
+        score = (off[0].abs() + off[1].abs()) * weight
+        for share, threshold in zip(GRID, candidates.thresholds["gate_coarse"][i], strict=True):
+            below = (score <= float(threshold)).float().mean()
+            assert below == pytest.approx(share, abs=0.03)
 
 
 def test_a_stopped_search_continues(

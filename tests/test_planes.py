@@ -18,6 +18,7 @@ from fallow.taps import attach
 
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, 40)
 N_LAYERS = 2
+ERROR = 0.3  # of gate_pre from coarse rows, as plans here have it
 Packed = dict[tuple[str, str, bool], Path]
 
 
@@ -67,7 +68,7 @@ def plan_for(engine: Engine, rule: str = "two_stage", **thresholds: float) -> Pl
         knob=0.0,
         knob_name="",
         arrays={f"threshold.{tap}": np.full(N_LAYERS, v) for tap, v in thresholds.items()}
-        | {"weight.gate_act": weights},
+        | {"weight.gate_act": weights, "error.gate_coarse": ERROR * weights},
     )
 
 
@@ -146,7 +147,7 @@ def test_coarse_rows(
     engine = Engine(packed[name, kind, True], threads=2, kernels=kernels)
     model = as_packed(engine, broad[name])
     gated = name == "llama"
-    marks = {"gate_coarse": 0.25, "gate_act": 0.1, "up_coarse": 0.3} if gated else {}
+    marks = {"gate_coarse": 0.3, "gate_act": 0.1, "up_coarse": 0.3} if gated else {}
     marks |= {"inter": 0.03, "down_coarse": 0.15}
     seen: dict[str, torch.Tensor] = {}
     shares: dict[str, list[float]] = {mark: [] for mark in marks}
@@ -165,8 +166,10 @@ def test_coarse_rows(
     def cut_gate(index: int, gate: torch.Tensor) -> torch.Tensor | None:
         if not gated:
             return None
-        first = torch.nn.functional.silu(rough(index, "gate_proj"))
-        gate = torch.where(at_or_below("gate_coarse", first.abs()), first, gate)
+        gate_pre = rough(index, "gate_proj")
+        low, first, high = (torch.nn.functional.silu(gate_pre + e) for e in (-ERROR, 0, ERROR))
+        off = (high - first).abs() + (first - low).abs()
+        gate = torch.where(at_or_below("gate_coarse", off), first, gate)
         seen["gate"] = gate.masked_fill(at_or_below("gate_act", gate.abs()), 0)
         return seen["gate"]
 
@@ -214,6 +217,10 @@ def test_wrong_use(packed: Packed, tmp_path: Path) -> None:
     engine = Engine(packed["llama", "Q4_K", True])
     with pytest.raises(FallowError, match="a plan of 'topk' cannot read rows coarse, two_stage"):
         engine.use_plan(plan_for(engine, "topk", up_coarse=1.0))
+    plan = plan_for(engine, gate_coarse=1.0)
+    del plan.arrays["error.gate_coarse"]
+    with pytest.raises(FallowError, match=r"this plan has no array error\.gate_coarse; calibrate"):
+        engine.use_plan(plan)
     raw = packed["llama", "Q4_K", True].read_bytes()
     # A type that has no planes.
     key = raw.index(b"fallow.up_proj_planes") + len(b"fallow.up_proj_planes") + 4 + 4 + 8

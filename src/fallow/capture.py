@@ -103,15 +103,16 @@ class Calibration:
     @cached_property
     def inter(self) -> list[torch.Tensor]:
         """`inter` of an even sample of tokens, per layer (T', d_ff), as the model computes it."""
-        return self._sample("inter")
+        return self.sample("inter")
 
     @cached_property
     def gate_act(self) -> list[torch.Tensor]:
         """`gate_act` of the same tokens."""
-        return self._sample("gate_act")
+        return self.sample("gate_act")
 
-    def _sample(self, tap: str) -> list[torch.Tensor]:
-        count = min(SAMPLE_TOKENS, self.n_tokens)
+    def sample(self, tap: str, tokens: int = SAMPLE_TOKENS) -> list[torch.Tensor]:
+        """A tap's values at an even sample of tokens, per layer (T', d_ff)."""
+        count = min(tokens, self.n_tokens)
         # From the middle of each stride: a window's first token is an attention sink with
         # activations of its own kind, and must not be over-represented.
         wanted = ((np.arange(count) + 0.5) * self.n_tokens / count).astype(np.int64)

@@ -32,6 +32,7 @@ _RULES = (
     "cats", "cett", "fat", "gate_tail", "gate_topk", "percentile", "relu", "tail", "teal", "topk",
     "two_stage", "wina",
 )  # fmt: skip
+_Cut = tuple[int, int, int, float, np.ndarray | None, np.ndarray | None]
 # Rules that rank by the norm of a neuron's output.
 _BY_OUTPUT_NORM = ("topk", "tail", "cett", "two_stage")
 # The engine's projections that a fused one of the checkpoint stands for.
@@ -179,8 +180,8 @@ class Engine:
         self._check_array(plan, "head_margin", margin, (1,))
         return float(margin[0])
 
-    def _cuts(self, plan: Plan) -> list[tuple[int, int, int, float, np.ndarray | None]]:
-        """The plan in the core's terms: (layer, tap, how, value, weights)."""
+    def _cuts(self, plan: Plan) -> list[_Cut]:
+        """The plan in the core's terms: (layer, tap, how, value, weights, errors)."""
         plan.check_model(self.fingerprint, self.name)
         if plan.rule.partition(":")[0] not in _RULES:
             raise FallowError(
@@ -188,7 +189,8 @@ class Engine:
             )
         if plan.rule != "two_stage" and any(name.endswith("_coarse") for name in plan.arrays):
             raise FallowError(f"a plan of {plan.rule!r} cannot read rows coarse, two_stage can")
-        n_layers, cuts = self._core.n_layers, []
+        n_layers = self._core.n_layers
+        cuts: list[_Cut] = []
         for name, array in sorted(plan.arrays.items()):
             if not name.startswith("threshold."):
                 continue
@@ -197,8 +199,12 @@ class Engine:
             for part in _FUSED.get(tap, (tap,)):
                 for layer, value in enumerate(array):
                     if value > 0 or plan.rule == "relu":  # 0 would skip only what is 0 anyway
-                        weight = self._weight(plan, layer, part)
-                        cuts.append((layer, self._tap(part), _THRESHOLD, float(value), weight))
+                        weight, error = self._weight(plan, layer, part), None
+                        if part == "gate_coarse":
+                            error = self._per_neuron(plan, "error.gate_coarse", layer)
+                        cuts.append(
+                            (layer, self._tap(part), _THRESHOLD, float(value), weight, error)
+                        )
         per_token = {"kept": (_TOPK, lambda v: v < 1), "tau": (_TAIL, lambda v: v > 0)}
         for name, (how, cuts_something) in per_token.items():
             if name not in plan.arrays:
@@ -209,7 +215,7 @@ class Engine:
                 for layer in range(n_layers):
                     for tap in self._taps_of(plan):
                         weight = self._weight(plan, layer, tap)
-                        cuts.append((layer, self._tap(tap), how, value, weight))
+                        cuts.append((layer, self._tap(tap), how, value, weight, None))
         return cuts
 
     def _check_array(
@@ -235,17 +241,22 @@ class Engine:
 
     def _weight(self, plan: Plan, layer: int, tap: str) -> np.ndarray | None:
         """What multiplies magnitudes before they are compared; None: nothing."""
-        if tap in ("gate_act", "gate_coarse", "up_coarse") and "weight.gate_act" in plan.arrays:
-            array = plan.arrays["weight.gate_act"]
-            self._check_array(
-                plan, "weight.gate_act", array, (self._core.n_layers, self._core.intermediate_size)
-            )
-            return np.ascontiguousarray(array[layer], dtype=np.float32)
+        if tap == "gate_coarse" or (
+            tap in ("gate_act", "up_coarse") and "weight.gate_act" in plan.arrays
+        ):
+            return self._per_neuron(plan, "weight.gate_act", layer)
         if tap in ("inter", "down_coarse") and plan.rule.partition(":")[0] in _BY_OUTPUT_NORM:
             return np.asarray(self._core.down_norm(layer), dtype=np.float32)
         if plan.rule == "wina":
             return self._column_norms(layer, tap)
         return None
+
+    def _per_neuron(self, plan: Plan, name: str, layer: int) -> np.ndarray:
+        if name not in plan.arrays:
+            raise FallowError(f"this plan has no array {name}; calibrate again")
+        array = plan.arrays[name]
+        self._check_array(plan, name, array, (self._core.n_layers, self._core.intermediate_size))
+        return np.ascontiguousarray(array[layer], dtype=np.float32)
 
     def _column_norms(self, layer: int, tap: str) -> np.ndarray:
         """||W[:, j]|| of a projection, or of the fused one that it is a part of, (in,)."""

@@ -9,13 +9,14 @@ much as is allowed.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
 from fallow import _core
 from fallow.bench import run_in_turn
@@ -28,6 +29,7 @@ from fallow.metrics import ppl_change_percent
 from fallow.model import Model
 from fallow.packing import Packer
 from fallow.plan import Plan
+from fallow.planes import coarse
 from fallow.progress import console, progress
 from fallow.quality import Evaluation, evaluate_engine, log_softmax, token_losses
 from fallow.rules._gate import gate_weights
@@ -217,7 +219,8 @@ class Candidates:
         self.taps = (*gate, *self.stages, *self.coarse.values())
         self.thresholds = {stage: self._quantiles(stage) for stage in self.stages}
         if gate:
-            self.thresholds["gate_coarse"] = self.thresholds["gate_act"]
+            self.weights["error.gate_coarse"] = self._gate_errors(engine)
+            self.thresholds["gate_coarse"] = self._gate_quantiles()
         self.thresholds |= {tap: self.thresholds[stage] for stage, tap in self.coarse.items()}
         self.row_costs = dict.fromkeys(self.stages, 1.0)
         if prefer == "speed":
@@ -232,16 +235,49 @@ class Candidates:
     def _quantiles(self, stage: str) -> np.ndarray:
         """The score below which a share of a layer's scores lies, (L, grid) float32."""
         rule = TwoStage(0.0, self.weights)
+
+        def scores(i: int) -> torch.Tensor:
+            values = getattr(self.calibration, stage)[i]
+            some = values[:: max(1, len(values) // SCORE_TOKENS)].abs().float()
+            return some * rule.weight(i, self.model.layers[i], stage)
+
+        return self._shares(stage, scores)
+
+    def _gate_quantiles(self) -> np.ndarray:
+        """As `_quantiles`, of how much gate_act of a coarse gate_pre may be off (docs/plan.md)."""
+        gate_pre = self.calibration.sample("gate_pre", SCORE_TOKENS)
+
+        def scores(i: int) -> torch.Tensor:
+            act = self.model.layers[i].act
+            error, weight = (
+                torch.from_numpy(self.weights[name][i]).float()
+                for name in ("error.gate_coarse", "weight.gate_act")
+            )
+            gate = gate_pre[i].float()
+            low, middle, high = (act(gate + sign * error) for sign in (-1, 0, 1))
+            return ((high - middle).abs() + (middle - low).abs()) * weight
+
+        return self._shares("gate_coarse", scores)
+
+    def _shares(self, tap: str, scores: Callable[[int], torch.Tensor]) -> np.ndarray:
         found = np.empty((self.n_layers, len(GRID)), dtype=np.float32)
-        with progress(f"thresholds of {stage}", self.n_layers) as ticker:
-            for i, layer in enumerate(self.model.layers):
-                values = getattr(self.calibration, stage)[i]
-                some = values[:: max(1, len(values) // SCORE_TOKENS)].abs().float()
-                found[i] = np.quantile((some * rule.weight(i, layer, stage)).numpy(), GRID)
+        with progress(f"thresholds of {tap}", self.n_layers) as ticker:
+            for i in range(self.n_layers):
+                found[i] = np.quantile(scores(i).numpy(), GRID)
                 ticker.advance()
         found = np.maximum(found, SMALLEST)
         found[:, 0] = 0
         return found
+
+    def _gate_errors(self, engine: Engine) -> np.ndarray:
+        """sqrt(E[error²]) of gate_pre from coarse rows, on calibration inputs, (L, d_ff)."""
+        found = []
+        for i, moment in enumerate(self.calibration.input_moments):
+            whole = engine.matrix(f"layers.{i}.gate_proj")
+            rows = coarse(whole.type, whole.data.reshape(whole.shape[0], -1))
+            error = replace(whole, data=rows.reshape(-1)).dequantize() - whole.dequantize()
+            found.append(np.sqrt(np.maximum(np.einsum("nd,nd->n", error @ moment, error), 0)))
+        return np.stack(found).astype(np.float32)
 
     def plan(self, choice: dict[str, np.ndarray], head_margin: float) -> Plan:
         """A plan from the index into the grid of every tap and layer, (L,) each."""

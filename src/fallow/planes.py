@@ -18,6 +18,8 @@ PLANE_TYPES = {
 }
 # The upper two bits of both nibbles of a byte, and the lower two.
 UPPER, LOWER = 0xCC, 0x33
+# Of a coarse row the lower bits are taken to be 1 and 2 by turns (csrc/planes.h).
+COARSE = 0x69
 
 
 def split_planes(kind: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -29,6 +31,12 @@ def split_planes(kind: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     lower = first & LOWER | (second & LOWER) << 2
     base = np.concatenate([blocks[..., :header], upper], axis=-1)
     return base.reshape(len(data), -1), lower.reshape(len(data), -1)
+
+
+def coarse(kind: str, data: np.ndarray) -> np.ndarray:
+    """Rows (n, bytes) as their first planes alone are read."""
+    base, rest = split_planes(kind, data)
+    return join_planes(kind, base, np.full_like(rest, COARSE))
 
 
 def join_planes(kind: str, base: np.ndarray, rest: np.ndarray) -> np.ndarray:
