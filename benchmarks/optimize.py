@@ -195,6 +195,7 @@ def report() -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     found = [(p, json.loads(p.read_text())) for p in sorted(RESULTS.glob("*/result.json"))]
+    found = [(path, result) for path, result in found if "quality" in result]
     for path, r in found:
         where = json.loads((path.parent / "machine.json").read_text())
         o, q, b, s = r["optimize"], r["quality"], r["bytes"], r["speed"]
@@ -210,14 +211,15 @@ def report() -> str:
     lines.append(
         f"\n{where['cpu']}, {where['threads']} threads, commits {', '.join(where['commits'])}."
     )
-    lines.append(TRANSFER)
-    lines += [
+    transfers = [
         f"| {path.parent.name} | {Path(r['optimize']['calibration_text']).name} "
         f"| {_change(r['quality'])} | {_change(r['code'])} |"
         for path, r in found
         if "code" in r
     ]
-    lines.append(ACCURACY)
+    if transfers:
+        lines += [TRANSFER, *transfers]
+    accuracies = []
     for path, r in found:
         if "tasks" not in r:
             continue
@@ -227,9 +229,11 @@ def report() -> str:
         ]
         mean = float(np.mean([t["change"] for t in r["tasks"]]))
         error = float(np.linalg.norm([t["change_se"] for t in r["tasks"]])) / len(r["tasks"])
-        lines.append(
+        accuracies.append(
             f"| {path.parent.name} | {' | '.join(cells)} | {100 * mean:+.2f} ± {100 * error:.2f} |"
         )
+    if accuracies:
+        lines += [ACCURACY, *accuracies]
     return "\n".join(lines) + "\n"
 
 
