@@ -18,6 +18,7 @@ from engine import TEST, THREADS
 from tradeoff import DATA, ROOT, record_machine
 
 RESULTS = ROOT / "benchmarks" / "results" / "lossless"
+OPTIMIZED = ROOT / "benchmarks" / "results" / "optimize"
 TEXTS = {"WikiText-2": TEST, "code": DATA / "calibration" / "code.txt"}
 TEMPERATURES = (0.0, 0.8)
 PROMPT, NEW, PROMPTS, PASSES = 256, 128, 8, 9
@@ -95,12 +96,14 @@ def report() -> str:
         "| model | text | lossless / dense | guesses that held | guesses per token |",
         "|---|---|---|---|---|",
     ]
+    drafted_lines = [DRAFTS]
     costs = ["\nTime of a pass of n tokens over that of one:\n"]
     for path in sorted(RESULTS.glob("*/result.json")):
         result, name = json.loads(path.read_text()), path.parent.name
         where = json.loads((path.parent / "machine.json").read_text())
         passes = result.pop("pass_cost")
         costs.append(f"- {name}: " + ", ".join(f"{n}: {c:.2f}" for n, c in passes.items()))
+        drafted_lines += drafts(name, passes)
         for label, runs in result.items():
             ratios = [r["ratio"] for r in runs]
             low, middle, high = statistics.quantiles(ratios, n=4)
@@ -114,7 +117,7 @@ def report() -> str:
     costs.append(
         f"\n{where['cpu']}, {where['threads']} threads, commits {', '.join(where['commits'])}."
     )
-    return "\n".join([*lines, *costs]) + "\n" + DRAFTS
+    return "\n".join([*lines, *costs, *drafted_lines]) + "\n"
 
 
 DRAFTS = """
@@ -122,13 +125,28 @@ DRAFTS = """
 
 The usual self-speculation lets the sparse model draft. With drafts that take d of a dense pass and
 hold with probability a, and passes of n tokens that cost c(n), k drafts give
-(1 + a + ... + a^k) / (k d + c(k + 1)) of the dense speed. The plans of docs/results/optimize.md
-take 0.74 (Gemma-3-270M) to 1 of the dense time and agree with the source's first choice on 94 to
-96 % of tokens. At c(2) = 1.2, d = 0.74 and a = 0.96 that is 1.96 / 1.94 for one draft and less for
-more.
-What guesses from the text give would take drafts at a fifth of the dense time, so these are not
-built.
-"""
+(1 + a + ... + a^k) / (k d + c(k + 1)) of the dense speed. For the plans of
+docs/results/optimize.md, a their agreement with the source's first choice, and the best k:
+
+| plan | d | a | k | lossless / dense |
+|---|---|---|---|---|"""
+
+
+def drafts(name: str, passes: dict[str, float]) -> list[str]:
+    """What the measured plans of a model would give as drafts."""
+    lines = []
+    for path in sorted(OPTIMIZED.glob(f"{name}*/result.json")):
+        result = json.loads(path.read_text())
+        if "quality" not in result:
+            continue
+        d = 1 / result["optimize"]["decode_ratio_dense"]
+        a = result["quality"]["top1_agreement"]
+        speed, k = max(
+            (sum(a**i for i in range(k + 1)) / (k * d + passes[str(k + 1)]), k)
+            for k in range(1, len(passes))
+        )
+        lines.append(f"| {path.parent.name} | {d:.2f} | {a:.3f} | {k} | {speed:.2f} |")
+    return lines
 
 
 def main() -> None:

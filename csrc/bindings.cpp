@@ -106,7 +106,8 @@ struct KernelTest {
     if (!kernels.gemv_rows[format.type]) throw nb::value_error("no kernel for this type");
     if (k == 0 || k % format.block_size != 0) throw nb::value_error("width is not whole blocks");
     if (planes && !kernels.gemv_planes[format.type]) throw nb::value_error("no kernel for planes");
-    row_bytes = k / format.block_size * (format.block_bytes - (planes ? format.block_size / 4 : 0));
+    row_bytes = k / format.block_size *
+                (planes ? find_planes(format.type)->base_bytes() : format.block_bytes);
     if (w.size() % row_bytes != 0) throw nb::value_error("weights are not whole rows");
     rows = w.size() / row_bytes;
   }
@@ -120,7 +121,8 @@ struct KernelTest {
 
   // The second plane of every row, or null for none.
   const uint8_t* rest(const std::optional<Bytes>& plane) const {
-    if (plane && plane->size() != rows * k / 4) throw nb::value_error("rest has the wrong size");
+    if (plane && plane->size() != rows * k / format.block_size * find_planes(format.type)->rest_bytes())
+      throw nb::value_error("rest has the wrong size");
     return plane ? plane->data() : nullptr;
   }
 

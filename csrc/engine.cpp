@@ -325,7 +325,7 @@ uint16_t* Engine::values(size_t l, size_t kv_head, size_t panel) {
 void Engine::attend(size_t l, size_t n) {
   const size_t kv_heads = config_.n_kv_heads, per_kv = config_.n_heads / kv_heads;
   pool_.run([&](int worker) {
-    if (n == 1 || few(n)) {
+    if (as_decode(n)) {
       const Share share = share_of(config_.n_heads, worker, pool_.size());
       for (size_t h = share.begin; h < share.end;) {
         const size_t end = std::min((h / per_kv + 1) * per_kv, share.end);
@@ -341,7 +341,7 @@ void Engine::attend(size_t l, size_t n) {
       attend_heads(l, {h, h + per_kv}, {t, std::min(t + tile, n)}, worker);
     }
   });
-  if (n == 1 || few(n)) {
+  if (as_decode(n)) {
     const size_t positions = position_ + n - first_position(l, 0);
     bytes_read_ += positions * kv_heads * config_.head_dim * 2 * sizeof(uint16_t);
   }
@@ -409,10 +409,8 @@ void Engine::ffn(size_t l, size_t n) {
   if (!config_.parallel) normalize_into(layer.ffn_norm, n, input);
   clock.mark(timing_.other);
   const double selecting = timing_.select;
-  if (few(n)) {
-    ffn_few(l, n, input);
-  } else if (n > 1) {
-    ffn_block(l, n, input);
+  if (n > 1) {
+    as_decode(n) ? ffn_few(l, n, input) : ffn_block(l, n, input);
   } else if (has_cut(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) ||
              !is_fixed(cut(l, kGateAct)) || !is_fixed(cut(l, kInter))) {
     ffn_sparse_one(l, input);
@@ -843,7 +841,7 @@ void Engine::ffn_block(size_t l, size_t n, Input& input) {
     apply(cut(l, kDownInput), inter, d_ff, worker);
     const auto count = static_cast<uint64_t>(std::count_if(
         inter, inter + d_ff, [](float v) { return v != 0; }));
-    workers_[static_cast<size_t>(worker)].active += cuts_.empty() || dense_ ? d_ff : count;
+    workers_[static_cast<size_t>(worker)].active += is_dense() ? d_ff : count;
     if (down_coarse) {
       const Cut& by = cut(l, kDownCoarse);
       for (size_t i = 0; i < d_ff; ++i) {
@@ -1006,7 +1004,7 @@ void Engine::normalize_into(const Norm& norm, size_t n, Input& input) {
 
 // What the products of this input need besides its float values.
 void Engine::prepare(Input& input, size_t n) {
-  if (n > 1 && !few(n)) {
+  if (!as_decode(n)) {
     if (!kernels_.to_bf16) return;
     for_tokens(n, [&](size_t t, int) {
       kernels_.to_bf16(input.x.data() + t * input.width, input.width,
@@ -1049,7 +1047,7 @@ void Engine::multiply(const Input& input, size_t n, const Product* begin, const 
       float* y = p->y + first;
       if (n == 1) {
         gemv(p->w, nullptr, first, last - first, x, y, worker);
-      } else if (few(n)) {
+      } else if (as_decode(n)) {
         gemv_tokens(p->w, first, last - first, input, n, y, p->w.rows, worker);
       } else {
         multiply_block(input, n, *p, worker);
@@ -1059,7 +1057,7 @@ void Engine::multiply(const Input& input, size_t n, const Product* begin, const 
         for (size_t t = 0; t < n; ++t) add_to(y + t * p->w.rows, p->bias + first, last - first);
     }
   });
-  if (n == 1 || few(n))
+  if (as_decode(n))
     for (const Product* p = begin; p != end; ++p) bytes_read_ += p->w.bytes();
 }
 
@@ -1114,7 +1112,7 @@ void Engine::activate(float* x, size_t n) const {
 
 const Cut& Engine::cut(size_t layer, Tap tap) const {
   static const Cut kNone;
-  return cuts_.empty() || dense_ || tap == kTaps ? kNone : cuts_[layer][tap];
+  return is_dense() || tap == kTaps ? kNone : cuts_[layer][tap];
 }
 
 bool Engine::has_cut(size_t layer, std::initializer_list<Tap> taps) const {

@@ -92,7 +92,9 @@ class Engine {
     Tap input;
   };
 
-  bool few(size_t n) const { return n > 1 && n <= kFew && (cuts_.empty() || dense_); }
+  bool is_dense() const { return cuts_.empty() || dense_; }
+  // Whether n tokens take the products of decode; otherwise they are a block of prefill.
+  bool as_decode(size_t n) const { return n == 1 || (n <= kFew && is_dense()); }
   void block(const int32_t* tokens, size_t n);
   void embed(const int32_t* tokens, size_t n);
   void attention(size_t layer, size_t n);

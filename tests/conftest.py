@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -10,7 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import fallow
 from fallow.calibration import Calibrator
+from fallow.engine import Engine
 from fallow.models import ARCHITECTURES
+from fallow.plan import Plan
 
 DATA = Path(os.environ.get("FALLOW_DATA", Path(__file__).parent.parent / "../shared/data"))
 
@@ -91,6 +94,19 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer.train_from_iterator([TEXT], trainer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+
+
+def engine_plan(engine: Engine, rule: str, arrays: dict[str, np.ndarray]) -> Plan:
+    """A plan that no calibration made, for the model of an engine."""
+    return Plan(
+        model=engine.name,
+        fingerprint=engine.fingerprint,
+        rule=rule,
+        where="inter",
+        knob=0.0,
+        knob_name="",
+        arrays=arrays,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fallow
-from conftest import VOCABULARY, make_folder
+from conftest import VOCABULARY, engine_plan, make_folder
 from fallow import _core
 from fallow.calibration import Calibrator
 from fallow.drafting import PASS_COST, Lookup
@@ -103,7 +103,7 @@ def cutting_plan(engine: Engine) -> Plan:
         "threshold.gate_act": np.full(engine._core.n_layers, 0.1),
         "weight.gate_act": weights,
     }
-    return Plan(engine.name, engine.fingerprint, "cats", "gate_act", 0.5, "sparsity", arrays)
+    return engine_plan(engine, "cats", arrays)
 
 
 def test_dense_leaves_the_plan_aside(packed: dict[str, Path]) -> None:

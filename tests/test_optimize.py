@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import fallow
-from conftest import VOCABULARY, make_folder
+from conftest import VOCABULARY, engine_plan, make_folder
 from fallow import optimization as module
 from fallow.engine import Engine
 from fallow.errors import FallowError, UsageError
 from fallow.optimization import GRID, Candidates, optimize
 from fallow.packing import pack
 from fallow.plan import Plan
-from fallow.planes import coarse
+from fallow.planes import coarse_rows
 from fallow.quality import evaluate_engine
 from fallow.shortlist import coarse_head
 from fallow.text import load_text
@@ -85,15 +85,7 @@ def shortlisted(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def margin_plan(path: Path, margin: float) -> Plan:
     engine = Engine(path)
-    return Plan(
-        model=engine.name,
-        fingerprint=engine.fingerprint,
-        rule="two_stage",
-        where="inter",
-        knob=0.0,
-        knob_name="",
-        arrays={"head_margin": np.array([margin])},
-    )
+    return engine_plan(engine, "two_stage", {"head_margin": np.array([margin])})
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])
@@ -263,7 +255,7 @@ def check_gate_errors(candidates: Candidates, engine: Engine) -> None:
     for i, layer in enumerate(candidates.model.layers):
         x = torch.cat(inputs[i])
         whole = engine.matrix(f"layers.{i}.gate_proj")
-        rows = coarse(whole.type, whole.data.reshape(whole.shape[0], -1)).reshape(-1)
+        rows = coarse_rows(whole.type, whole.data.reshape(whole.shape[0], -1)).reshape(-1)
         first = torch.from_numpy(dataclasses.replace(whole, data=rows).dequantize())
         gate = x @ torch.from_numpy(whole.dequantize()).T
         error = (x @ first.T - gate).square().mean(0).sqrt()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fallow
-from conftest import VOCABULARY, make_folder
+from conftest import VOCABULARY, engine_plan, make_folder
 from fallow import _core
 from fallow.engine import Engine
 from fallow.errors import FallowError
@@ -60,16 +60,9 @@ def test_planes_are_joined_to_the_same_bytes(kind: str) -> None:
 
 def plan_for(engine: Engine, rule: str = "two_stage", **thresholds: float) -> Plan:
     weights = np.ones((N_LAYERS, engine.matrix("layers.0.up_proj").shape[0]), dtype=np.float32)
-    return Plan(
-        model=engine.name,
-        fingerprint=engine.fingerprint,
-        rule=rule,
-        where="inter",
-        knob=0.0,
-        knob_name="",
-        arrays={f"threshold.{tap}": np.full(N_LAYERS, v) for tap, v in thresholds.items()}
-        | {"weight.gate_act": weights, "error.gate_coarse": ERROR * weights},
-    )
+    arrays = {f"threshold.{tap}": np.full(N_LAYERS, v) for tap, v in thresholds.items()}
+    arrays |= {"weight.gate_act": weights, "error.gate_coarse": ERROR * weights}
+    return engine_plan(engine, rule, arrays)
 
 
 def decode(engine: Engine) -> np.ndarray:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import fallow
+from conftest import engine_plan
 from fallow.engine import Engine
 from fallow.errors import FallowError
 from fallow.packing import pack
-from fallow.plan import Plan
 from fallow.tasks import Item, evaluate_task, load_task
 
 
@@ -110,15 +110,7 @@ def test_a_packed_model_answers_as_its_source(
             {"context": some[2], "continuation": some[0]},
         ]
     path = write(tmp_path / "t.jsonl", *entries)
-    plan = Plan(
-        model=engine.name,
-        fingerprint=engine.fingerprint,
-        rule="topk",
-        where="inter",
-        knob=0.1,
-        knob_name="",
-        arrays={"kept": np.array([0.1])},
-    )
+    plan = engine_plan(engine, "topk", {"kept": np.array([0.1])})
     expected, found = (evaluate_task(m, plan, path) for m in (tiny[name], engine))
     assert found == pytest.approx(expected)
     assert 0 < found["accuracy"] < 1

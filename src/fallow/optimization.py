@@ -29,7 +29,7 @@ from fallow.metrics import ppl_change_percent
 from fallow.model import Model
 from fallow.packing import Packer
 from fallow.plan import Plan
-from fallow.planes import coarse
+from fallow.planes import coarse_rows
 from fallow.progress import console, progress
 from fallow.quality import Evaluation, evaluate_engine, log_softmax, token_losses
 from fallow.rules._gate import gate_weights
@@ -51,7 +51,6 @@ ROWS = {
     "gate_act": ("up_proj", "gemv", "up_coarse"),
     "inter": ("down_proj_t", "axpy", "down_coarse"),
 }
-COARSE = ("gate_coarse", "up_coarse", "down_coarse")
 GRID = np.arange(0, 0.951, 0.05)  # sparsities that a layer may be given
 PROBE_WINDOWS, PROBE_CONTEXT = 2, 256  # tokens on which the divergence is measured
 SCORE_TOKENS = 256  # per layer, whose scores' quantiles are thresholds
@@ -274,7 +273,7 @@ class Candidates:
         found = []
         for i, moment in enumerate(self.calibration.input_moments):
             whole = engine.matrix(f"layers.{i}.gate_proj")
-            rows = coarse(whole.type, whole.data.reshape(whole.shape[0], -1))
+            rows = coarse_rows(whole.type, whole.data.reshape(whole.shape[0], -1))
             error = replace(whole, data=rows.reshape(-1)).dequantize() - whole.dequantize()
             found.append(np.sqrt(np.maximum(np.einsum("nd,nd->n", error @ moment, error), 0)))
         return np.stack(found).astype(np.float32)
@@ -506,8 +505,12 @@ def _selector(plan: Plan) -> str:
     """What a plan uses of what there is."""
     used = [plan.rule] if any(plan.arrays[f"threshold.{s}"].any() for s in ROWS) else []
     idle = {tap: plan.arrays[f"threshold.{stage}"] for stage, (_, _, tap) in ROWS.items()}
-    coarse = {tap: a for tap in COARSE if (a := plan.arrays.get(f"threshold.{tap}")) is not None}
-    if any((a > idle.get(tap, 0)).any() for tap, a in coarse.items()):
+    idle["gate_coarse"] = np.zeros(1)  # no row of gate_proj is
+    if any(
+        (plan.arrays[f"threshold.{tap}"] > below).any()
+        for tap, below in idle.items()
+        if f"threshold.{tap}" in plan.arrays
+    ):
         used.append("coarse")
     used += ["shortlist"] if plan.arrays["head_margin"][0] > 0 else []
     return "+".join(used) or "dense"

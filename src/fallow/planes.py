@@ -33,7 +33,7 @@ def split_planes(kind: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return base.reshape(len(data), -1), lower.reshape(len(data), -1)
 
 
-def coarse(kind: str, data: np.ndarray) -> np.ndarray:
+def coarse_rows(kind: str, data: np.ndarray) -> np.ndarray:
     """Rows (n, bytes) as their first planes alone are read."""
     base, rest = split_planes(kind, data)
     return join_planes(kind, base, np.full_like(rest, COARSE))
