@@ -80,7 +80,11 @@ nb::tuple add_magnitudes_array(ConstFloats values, Counts bins, int n_threads) {
   return nb::make_tuple(count.zeros, count.non_finite);
 }
 
+// Rows in two bits are no blocks; tests of the kernels name them like one.
+constexpr BlockFormat kTwoBitsFormat{kTwoBits, "two_bits", 4, 1, nullptr};
+
 const BlockFormat& format_of(const std::string& name) {
+  if (name == kTwoBitsFormat.name) return kTwoBitsFormat;
   for (const auto& format : all_formats())
     if (name == format.name) return format;
   throw nb::value_error(("unknown type " + name).c_str());
@@ -108,6 +112,7 @@ struct KernelTest {
     if (planes && !kernels.gemv_planes[format.type]) throw nb::value_error("no kernel for planes");
     row_bytes = k / format.block_size *
                 (planes ? find_planes(format.type)->base_bytes() : format.block_bytes);
+    if (format.type == kTwoBits) row_bytes = two_bits_bytes(k);
     if (w.size() % row_bytes != 0) throw nb::value_error("weights are not whole rows");
     rows = w.size() / row_bytes;
   }
@@ -158,6 +163,7 @@ void test_axpy_rows(const std::string& table, const std::string& type, Bytes w,
   const KernelTest t(table, type, w, y.size());
   t.check(list);
   if (coefficient.size() != t.count(list)) throw nb::value_error("one coefficient per row");
+  if (!t.kernels.axpy_rows[t.format.type]) throw nb::value_error("no sums of rows of this type");
   t.kernels.axpy_rows[t.format.type](w.data(), t.row_bytes, list ? list->data() : nullptr, 0,
                                      t.count(list), t.k, coefficient.data(), y.data());
 }

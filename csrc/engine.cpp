@@ -930,7 +930,7 @@ void Engine::head(size_t n, bool all, float* logits) {
     std::copy_n(residual_.begin() + static_cast<std::ptrdiff_t>(first * hidden), hidden,
                 residual_.begin());
   normalize_into(model_.norm, count, ffn_input_);
-  const bool coarse = margin_ > 0 && !dense_;
+  const bool coarse = has_shortlist();
   const Product product{coarse ? model_.lm_head_coarse : model_.lm_head, model_.lm_head_bias, logits,
                         kTaps};
   multiply(ffn_input_, count, &product, &product + 1);

@@ -94,7 +94,10 @@ class Engine {
 
   bool is_dense() const { return cuts_.empty() || dense_; }
   // Whether n tokens take the products of decode; otherwise they are a block of prefill.
-  bool as_decode(size_t n) const { return n == 1 || (n <= kFew && is_dense()); }
+  bool as_decode(size_t n) const {
+    return n == 1 || (n <= kFew && is_dense() && !has_shortlist());
+  }
+  bool has_shortlist() const { return margin_ > 0 && !dense_; }
   void block(const int32_t* tokens, size_t n);
   void embed(const int32_t* tokens, size_t n);
   void attention(size_t layer, size_t n);

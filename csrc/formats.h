@@ -16,6 +16,8 @@ namespace fallow {
 enum GgmlType : uint32_t {
   kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8, kQ2_K = 10,
   kQ3_K = 11, kQ4_K = 12, kQ5_K = 13, kQ6_K = 14, kBF16 = 30, kGgmlTypes = 40,
+  kTwoBits = kGgmlTypes,  // ours (two_bits.h)
+  kTypes,
 };
 
 static inline uint16_t load_u16(const uint8_t* p) {

@@ -13,6 +13,7 @@
 
 #include "formats.h"
 #include "planes.h"
+#include "two_bits.h"
 
 namespace fallow {
 
@@ -57,12 +58,12 @@ constexpr size_t kPanel = 32;
 struct Kernels {
   const char* name;  // "portable", "avx2", "avx512", "avx512_bf16", "neon", "neon_dotprod"
 
-  GemvRows gemv_rows[kGgmlTypes];  // null: the type is not supported
-  AxpyRows axpy_rows[kGgmlTypes];
-  GemvTokens gemv_tokens[kGgmlTypes];  // null: there are only those for one token
-  AxpyTokens axpy_tokens[kGgmlTypes];
-  GemvPlanes gemv_planes[kGgmlTypes];  // null: rows must be joined first
-  AxpyPlanes axpy_planes[kGgmlTypes];
+  GemvRows gemv_rows[kTypes];  // null: the type is not supported
+  AxpyRows axpy_rows[kTypes];
+  GemvTokens gemv_tokens[kTypes];  // null: there are only those for one token
+  AxpyTokens axpy_tokens[kTypes];
+  GemvPlanes gemv_planes[kTypes];  // null: rows must be joined first
+  AxpyPlanes axpy_planes[kTypes];
 
   // Whole blocks from their planes; `rest` null: coarse ones.
   void (*join)(const PlaneFormat& format, const uint8_t* base, const uint8_t* rest, size_t blocks,

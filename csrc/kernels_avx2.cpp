@@ -29,6 +29,12 @@ FALLOW_INLINE float sum_lanes(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
+FALLOW_INLINE int32_t sum_lanes(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+
 FALLOW_INLINE float load_half(const uint8_t* p) { return _cvtsh_ss(load_u16(p)); }
 
 // 16 bytes: low nibbles, then high nibbles.
@@ -183,6 +189,39 @@ constexpr int kCentre = !F::has_min ? static_cast<int>(F::offset)
 template <class F>
 FALLOW_INLINE __m256i centred(const uint8_t* b, int j) {
   return _mm256_sub_epi8(F::chunk(b, j), _mm256_set1_epi8(static_cast<char>(kCentre<F>)));
+}
+
+void gemv_two_bits(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+                   size_t k, const Activation& x, float* y) {
+  const OneScale input(x.x, k);
+  const size_t quarter = k / 4;
+  const __m256i bits = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
+  const size_t ahead = kPrefetch / row_bytes + 1;
+  for (size_t i = 0; i < n; ++i) {
+    const uint8_t* row = w + row_of(rows, begin, i) * row_bytes;
+    const uint8_t* later =
+        i + ahead < n ? w + row_of(rows, begin, i + ahead) * row_bytes : nullptr;
+    __m256i high = _mm256_setzero_si256(), low = high;
+    for (size_t p = 0; p < quarter; p += kChunk) {
+      prefetch(later, kChunk);
+      uint8_t last[kChunk] = {};
+      if (quarter - p < kChunk) std::memcpy(last, row + p, quarter - p);
+      __m256i codes = load256(quarter - p < kChunk ? last : row + p);
+      __m256i some_high = _mm256_setzero_si256(), some_low = some_high;
+#pragma GCC unroll 4
+      for (size_t part = 0; part < 4; ++part) {  // 16 bits hold 8 products of at most 3 * 128
+        const __m256i code = _mm256_and_si256(codes, bits);
+        const size_t at = part * quarter + p;
+        codes = _mm256_srli_epi16(codes, 2);
+        some_high = _mm256_add_epi16(some_high, _mm256_maddubs_epi16(code, load256(input.high() + at)));
+        some_low = _mm256_add_epi16(some_low, _mm256_maddubs_epi16(code, load256(input.low() + at)));
+      }
+      high = _mm256_add_epi32(high, _mm256_madd_epi16(some_high, ones));
+      low = _mm256_add_epi32(low, _mm256_madd_epi16(some_low, ones));
+    }
+    y[i] = input.dot(two_bits_scale(row, k),
+                     sum_lanes(_mm256_add_epi32(_mm256_slli_epi32(high, 8), low)));
+  }
 }
 
 template <class F>
@@ -509,6 +548,7 @@ Kernels make() {
   add<W4_K>(table);
   add<W5_K>(table);
   add<W6_K>(table);
+  table.gemv_rows[kTwoBits] = gemv_two_bits;
   add_float<L32>(table, kF32);
   add_float<LF16>(table, kF16);
   add_float<LBF16>(table, kBF16);

@@ -767,6 +767,71 @@ void axpy_tokens(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, siz
   if (tokens == 3) some.template operator()<3>();
 }
 
+// The sum of the lanes of each of four registers.
+FALLOW_INLINE __m128i sum_lanes4(const __m512i* v) {
+  const auto halves = [](__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  };
+  const __m512i first = halves(v[0], v[1]), second = halves(v[2], v[3]);
+  const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(first, second),
+                                       _mm512_unpackhi_epi64(first, second));
+  const __m256i pair =
+      _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(pair), _mm256_extracti128_si256(pair, 1));
+}
+
+// The products of one quarter of the columns serve four rows, so that x is loaded once for them.
+void gemv_two_bits(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+                   size_t k, const Activation& x, float* y) {
+  constexpr size_t kRows = 4;
+  const OneScale input(x.x, k);
+  const size_t quarter = k / 4;
+  const __m512i bits = _mm512_set1_epi8(3);
+  const size_t ahead = kPrefetch / row_bytes + 1;
+  const auto row_at = [&](size_t i) {  // the last row stands in for those that are not there
+    return w + row_of(rows, begin, std::min(i, n - 1)) * row_bytes;
+  };
+  for (size_t i = 0; i < n; i += kRows) {
+    const uint8_t *row[kRows], *later[kRows];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r) {
+      row[r] = row_at(i + r);
+      later[r] = row_at(i + r + ahead);
+    }
+    __m512i high[kRows], low[kRows];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kRows; ++r) high[r] = low[r] = _mm512_setzero_si512();
+    for (size_t p = 0; p < quarter; p += 64) {
+      const __mmask64 there =
+          quarter - p < 64 ? (uint64_t{1} << (quarter - p)) - 1 : ~uint64_t{0};
+      __m512i codes[kRows];
+#pragma GCC unroll 4
+      for (size_t r = 0; r < kRows; ++r) {
+        codes[r] = _mm512_maskz_loadu_epi8(there, row[r] + p);
+        prefetch(later[r], 64);
+      }
+#pragma GCC unroll 4
+      for (size_t part = 0; part < 4; ++part) {
+        const __m512i x_high = load512(input.high() + part * quarter + p);
+        const __m512i x_low = load512(input.low() + part * quarter + p);
+#pragma GCC unroll 4
+        for (size_t r = 0; r < kRows; ++r) {
+          const __m512i code = _mm512_and_si512(codes[r], bits);
+          codes[r] = _mm512_srli_epi16(codes[r], 2);
+          high[r] = _mm512_dpbusd_epi32(high[r], code, x_high);
+          low[r] = _mm512_dpbusd_epi32(low[r], code, x_low);
+        }
+      }
+    }
+    for (size_t r = 0; r < kRows; ++r)
+      low[r] = _mm512_add_epi32(low[r], _mm512_slli_epi32(high[r], 8));
+    alignas(16) int32_t sums[kRows];
+    _mm_store_si128(reinterpret_cast<__m128i*>(sums), sum_lanes4(low));
+    for (size_t r = 0; r < std::min(kRows, n - i); ++r)
+      y[i + r] = input.dot(two_bits_scale(row[r], k), sums[r]);
+  }
+}
+
 void panel_f32(const float* rows, size_t n, size_t k, float* panel) {
   for (size_t j = 0; j < k; j += 16)
     for (size_t half = 0; half < kPanel; half += 16) {
@@ -1095,6 +1160,7 @@ Kernels make() {
   add_with_planes<V4_K>(table);
   add_with_planes<V5_K>(table);
   add<V6_K>(table);
+  table.gemv_rows[kTwoBits] = gemv_two_bits;
   add_float<L32>(table, kF32);
   add_float<LF16>(table, kF16);
   add_float<LBF16>(table, kBF16);

@@ -198,6 +198,30 @@ FALLOW_INLINE float32x4_t dot32(int8x16x2_t w, const Activation& x, size_t colum
   return vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(high, 8), low));
 }
 
+void gemv_two_bits(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+                   size_t k, const Activation& x, float* y) {
+  const OneScale input(x.x, k);
+  const size_t quarter = k / 4;
+  const uint8x16_t bits = vdupq_n_u8(3);
+  for (size_t i = 0; i < n; ++i) {
+    const uint8_t* row = w + row_of(rows, begin, i) * row_bytes;
+    int32x4_t high = vdupq_n_s32(0), low = high;
+    for (size_t p = 0; p < quarter; p += 16) {
+      uint8_t last[16] = {};
+      if (quarter - p < 16) std::memcpy(last, row + p, quarter - p);
+      uint8x16_t codes = vld1q_u8(quarter - p < 16 ? last : row + p);
+      for (size_t part = 0; part < 4; ++part) {
+        const int8x16_t code = vreinterpretq_s8_u8(vandq_u8(codes, bits));
+        const size_t at = part * quarter + p;
+        codes = vshrq_n_u8(codes, 2);
+        high = dot4(high, code, vld1q_s8(input.high() + at));
+        low = dot4(low, code, vld1q_s8(input.low() + at));
+      }
+    }
+    y[i] = input.dot(two_bits_scale(row, k), vaddvq_s32(vaddq_s32(vshlq_n_s32(high, 8), low)));
+  }
+}
+
 template <class F>
 void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
                size_t k, const Activation& x, float* y) {
@@ -519,6 +543,7 @@ Kernels make() {
   add<W4_K>(table);
   add<W5_K>(table);
   add<W6_K>(table);
+  table.gemv_rows[kTwoBits] = gemv_two_bits;
   add_float<L32>(table, kF32);
   add_float<LF16>(table, kF16);
   add_float<LBF16>(table, kBF16);

@@ -98,6 +98,17 @@ void decode_float(const uint8_t* row, size_t k, float* y) {
   for (size_t j = 0; j < k; ++j) y[j] = F::load(row + j * F::bytes);
 }
 
+void gemv_two_bits(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+                   size_t k, const Activation& x, float* y) {
+  std::vector<float> row(k);
+  for (size_t i = 0; i < n; ++i) {
+    decode_two_bits(w + row_of(rows, begin, i) * row_bytes, k, row.data());
+    float sum = 0;
+    for (size_t j = 0; j < k; ++j) sum += row[j] * x.x[j];
+    y[i] = sum;
+  }
+}
+
 void decode(uint32_t type, const uint8_t* row, size_t k, float* y) {
   switch (type) {
     case kF32: return decode_float<F32>(row, k, y);
@@ -113,6 +124,7 @@ void decode(uint32_t type, const uint8_t* row, size_t k, float* y) {
     case kQ4_K: return decode_blocks<Q4_K>(row, k / 256, y);
     case kQ5_K: return decode_blocks<Q5_K>(row, k / 256, y);
     case kQ6_K: return decode_blocks<Q6_K>(row, k / 256, y);
+    case kTwoBits: return decode_two_bits(row, k, y);
     default: return;
   }
 }
@@ -232,6 +244,7 @@ Kernels make() {
   add_float<F32>(table, kF32);
   add_float<F16>(table, kF16);
   add_float<BF16>(table, kBF16);
+  table.gemv_rows[kTwoBits] = gemv_two_bits;
   table.decode = decode;
   table.quantize = quantize;
   table.panel_f32 = panel_f32;

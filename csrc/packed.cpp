@@ -84,6 +84,13 @@ class Reader {
     return found;
   }
 
+  Matrix two_bits(const std::string& name, uint64_t rows, uint64_t cols) const {
+    const uint64_t row_bytes = two_bits_bytes(cols);
+    if (cols % 4 != 0 || cols > kTwoBitsWidest)
+      throw PackedError(name + " cannot have rows of " + std::to_string(cols) + " weights");
+    return {bytes(name, rows, row_bytes), kTwoBits, rows, cols, row_bytes};
+  }
+
   const float* vector(const std::string& name, uint64_t n) const {
     return floats(tensor(name, {n}));
   }
@@ -261,8 +268,8 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
   model.lm_head = in.has("lm_head.weight")
                       ? in.matrix("lm_head.weight", c.vocab_size, c.hidden_size)
                       : model.embed_tokens;
-  if (in.has("lm_head_coarse.weight"))
-    model.lm_head_coarse = in.matrix("lm_head_coarse.weight", c.vocab_size, c.hidden_size);
+  if (in.has("lm_head_coarse.codes"))
+    model.lm_head_coarse = in.two_bits("lm_head_coarse.codes", c.vocab_size, c.hidden_size);
   model.lm_head_bias = in.optional_vector("lm_head.bias", c.vocab_size);
   model.embed_positions = in.table("embed_positions", c.context_length, c.hidden_size);
   model.norm = in.norm("norm", c.hidden_size);

@@ -31,7 +31,7 @@ struct Config {
   Act act;
 };
 
-// W (rows, cols), row-major in a ggml type; data is null for a matrix the model does not have. One cut
+// W (rows, cols), row-major in a ggml type or in two bits; data is null for a matrix the model does not have. One cut
 // in planes (planes.h) has its first plane in `data` and its second in `rest`.
 struct Matrix {
   const uint8_t* data = nullptr;
@@ -79,7 +79,7 @@ struct Packed {
   std::vector<Layer> layers;
   Matrix embed_tokens;                  // (vocab, hidden)
   Matrix lm_head;                       // the same as embed_tokens where the head is tied
-  Matrix lm_head_coarse;                  // approximates lm_head in fewer bytes; data may be null
+  Matrix lm_head_coarse;                // approximates lm_head in two bits; data may be null
   const float* embed_positions = nullptr;  // (context, hidden)
   const float* lm_head_bias = nullptr;
   Norm norm;

@@ -63,6 +63,30 @@ def test_gemv_rows(table: str, kind: str, width: int) -> None:
             np.testing.assert_array_equal(some, y[chosen])  # a row does not depend on the others
 
 
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("width", [4, 64, 100, 576, 640, 1536])
+def test_rows_in_two_bits(table: str, width: int) -> None:
+    for rows in ROWS:
+        rng = np.random.default_rng([rows, width])
+        codes = rng.integers(0, 4, (rows, width), dtype=np.uint8)
+        scale = rng.standard_normal((rows, 1)).astype(np.float32)
+        values = (codes - 1.5) * scale
+        first, second, third, fourth = np.split(codes, 4, axis=1)
+        packed = first | second << 2 | third << 4 | fourth << 6
+        data = np.concatenate([packed, scale.view(np.uint8)], axis=1).reshape(-1)
+        x = rng.standard_normal(width).astype(np.float32)
+        y = np.empty(rows, dtype=np.float32)
+        _core.test_gemv_rows(table, "two_bits", data, x, None, y)
+        close(y, values @ x, 3e-5, np.abs(values).sum(axis=1).max() * np.abs(x).max())
+        chosen = choose(rows, 0.5)
+        some = np.empty(len(chosen), dtype=np.float32)
+        _core.test_gemv_rows(table, "two_bits", data, x, chosen, some)
+        np.testing.assert_array_equal(some, y[chosen])
+        decoded = np.empty(width, dtype=np.float32)
+        _core.test_decode(table, "two_bits", data[: width // 4 + 4], decoded)
+        np.testing.assert_allclose(decoded, values[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize(("table", "kind", "width"), CASES)
 def test_axpy_rows(table: str, kind: str, width: int) -> None:
     for rows in ROWS:

@@ -61,7 +61,8 @@ def test_planes_are_joined_to_the_same_bytes(kind: str) -> None:
 def plan_for(engine: Engine, rule: str = "two_stage", **thresholds: float) -> Plan:
     weights = np.ones((N_LAYERS, engine.matrix("layers.0.up_proj").shape[0]), dtype=np.float32)
     arrays = {f"threshold.{tap}": np.full(N_LAYERS, v) for tap, v in thresholds.items()}
-    arrays |= {"weight.gate_act": weights, "error.gate_coarse": ERROR * weights}
+    arrays |= {"weight.gate_act": weights}
+    arrays |= {f"error.{tap}": ERROR * weights for tap in ("gate_coarse", "up_coarse")}
     return engine_plan(engine, rule, arrays)
 
 
@@ -140,7 +141,7 @@ def test_coarse_rows(
     engine = Engine(packed[name, kind, True], threads=2, kernels=kernels)
     model = as_packed(engine, broad[name])
     gated = name == "llama"
-    marks = {"gate_coarse": 0.3, "gate_act": 0.1, "up_coarse": 0.3} if gated else {}
+    marks = {"gate_coarse": 0.3, "gate_act": 0.1, "up_coarse": 0.15} if gated else {}
     marks |= {"inter": 0.03, "down_coarse": 0.15}
     seen: dict[str, torch.Tensor] = {}
     shares: dict[str, list[float]] = {mark: [] for mark in marks}
@@ -167,7 +168,8 @@ def test_coarse_rows(
         return seen["gate"]
 
     def choose_up(index: int, up: torch.Tensor) -> torch.Tensor:
-        at = at_or_below("up_coarse", seen["gate"].abs())
+        norm = model.layers[index].down_norm
+        at = at_or_below("up_coarse", seen["gate"].abs() * ERROR * norm)
         return torch.where(at, rough(index, "up_proj"), up)
 
     def cut_inter(index: int, inter: torch.Tensor) -> torch.Tensor:

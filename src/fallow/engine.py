@@ -241,12 +241,13 @@ class Engine:
 
     def _weight(self, plan: Plan, layer: int, tap: str) -> np.ndarray | None:
         """What multiplies magnitudes before they are compared; None: nothing."""
-        if tap == "gate_coarse" or (
-            tap in ("gate_act", "up_coarse") and "weight.gate_act" in plan.arrays
-        ):
+        if tap == "gate_coarse" or (tap == "gate_act" and "weight.gate_act" in plan.arrays):
             return self._per_neuron(plan, "weight.gate_act", layer)
+        down_norm = np.asarray(self._core.down_norm(layer), dtype=np.float32)
+        if tap == "up_coarse":
+            return self._per_neuron(plan, "error.up_coarse", layer) * down_norm
         if tap in ("inter", "down_coarse") and plan.rule.partition(":")[0] in _BY_OUTPUT_NORM:
-            return np.asarray(self._core.down_norm(layer), dtype=np.float32)
+            return down_norm
         if plan.rule == "wina":
             return self._column_norms(layer, tap)
         return None

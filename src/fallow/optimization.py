@@ -58,9 +58,9 @@ SCORE_TOKENS = 256  # per layer, whose scores' quantiles are thresholds
 # one too large for any cache, and never taken to be less than nothing.
 TIMED_BYTES, ROW_RUNS = 1 << 26, 5
 PREFERENCES = ("speed", "bytes")
-# Nats below the largest coarse logit; on the three real models 12 costs 0.0002 to 0.0011 nats,
-# 14 costs 0.0001 to 0.0003.
-HEAD_MARGIN = 13.0
+# Nats below the largest coarse logit; on the three real models 12 costs 0.0002 to 0.0015 nats,
+# 13 half of that and 1 to 4 % more of the exact rows.
+HEAD_MARGIN = 12.0
 # Logarithm of the price, in nats for all of the FFN's bytes.
 LOWEST_PRICE, HIGHEST_PRICE, PRICE_STEPS = -3.0, 1.5, 7
 # A plan is judged window by window; from JUDGED_FROM on, one this many standard errors from the
@@ -195,7 +195,7 @@ class Candidates:
         self.calibration = Calibration(model, windows)
         self.weights = gate_weights(self.calibration)
         tensors = engine.file.tensors
-        self.head_margin = HEAD_MARGIN if "lm_head_coarse.weight" in tensors else 0.0
+        self.head_margin = HEAD_MARGIN if "lm_head_coarse.codes" in tensors else 0.0
 
         def sizes(matrix: str, plane: str) -> np.ndarray:
             names = [f"layers.{i}.{matrix}.{plane}" for i in range(self.n_layers)]
@@ -217,10 +217,13 @@ class Candidates:
         gate = ("gate_coarse",) if self.gate_spared.any() else ()
         self.taps = (*gate, *self.stages, *self.coarse.values())
         self.thresholds = {stage: self._quantiles(stage) for stage in self.stages}
-        if gate:
-            self.weights["error.gate_coarse"] = self._gate_errors(engine)
-            self.thresholds["gate_coarse"] = self._gate_quantiles()
         self.thresholds |= {tap: self.thresholds[stage] for stage, tap in self.coarse.items()}
+        if gate:
+            self.weights["error.gate_coarse"] = self._row_errors(engine, "gate_proj")
+            self.thresholds["gate_coarse"] = self._gate_quantiles()
+        if self.coarse.get("gate_act"):
+            self.weights["error.up_coarse"] = self._row_errors(engine, "up_proj")
+            self.thresholds["up_coarse"] = self._up_quantiles()
         self.row_costs = dict.fromkeys(self.stages, 1.0)
         if prefer == "speed":
             for stage in self.stages:
@@ -258,6 +261,17 @@ class Candidates:
 
         return self._shares("gate_coarse", scores)
 
+    def _up_quantiles(self) -> np.ndarray:
+        """As `_quantiles`, of how much a coarse row of up_proj puts the FFN's output off."""
+
+        def scores(i: int) -> torch.Tensor:
+            values = self.calibration.gate_act[i]
+            some = values[:: max(1, len(values) // SCORE_TOKENS)].abs().float()
+            error = torch.from_numpy(self.weights["error.up_coarse"][i])
+            return some * error * self.model.layers[i].down_norm
+
+        return self._shares("up_coarse", scores)
+
     def _shares(self, tap: str, scores: Callable[[int], torch.Tensor]) -> np.ndarray:
         found = np.empty((self.n_layers, len(GRID)), dtype=np.float32)
         with progress(f"thresholds of {tap}", self.n_layers) as ticker:
@@ -268,11 +282,11 @@ class Candidates:
         found[:, 0] = 0
         return found
 
-    def _gate_errors(self, engine: Engine) -> np.ndarray:
-        """sqrt(E[error²]) of gate_pre from coarse rows, on calibration inputs, (L, d_ff)."""
+    def _row_errors(self, engine: Engine, matrix: str) -> np.ndarray:
+        """sqrt(E[error²]) of what coarse rows give, on calibration inputs, (L, d_ff)."""
         found = []
         for i, moment in enumerate(self.calibration.input_moments):
-            whole = engine.matrix(f"layers.{i}.gate_proj")
+            whole = engine.matrix(f"layers.{i}.{matrix}")
             rows = coarse_rows(whole.type, whole.data.reshape(whole.shape[0], -1))
             error = replace(whole, data=rows.reshape(-1)).dequantize() - whole.dequantize()
             found.append(np.sqrt(np.maximum(np.einsum("nd,nd->n", error @ moment, error), 0)))

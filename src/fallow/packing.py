@@ -25,7 +25,7 @@ from fallow.plan import Plan
 from fallow.planes import PLANE_TYPES, split_planes
 from fallow.progress import console, progress
 from fallow.quality import compare_logits
-from fallow.shortlist import BLOCK_BYTES, GROUP, coarse_head
+from fallow.shortlist import coarse_head
 from fallow.taps import Layer, attach
 from fallow.text import Text, load_text
 from fallow.weights import StoredTensor, read_gguf
@@ -108,7 +108,7 @@ def pack(
         quant: type of all matrices, for a Hugging Face folder (default Q8_0). A GGUF keeps its own.
         down: type of down_proj_t; default: for a GGUF the smallest that passes the check, else
             that of `quant`.
-        shortlist: add a coarse copy of the head (4.5 bits), by which a plan with a `head_margin`
+        shortlist: add a coarse copy of the head (2 bits), by which a plan with a `head_margin`
             spares most tokens' exact logits.
         planes: the FFN's matrices in two planes (docs/packed.md), by which a plan may read
             rows of 4 or 5 bits per weight coarse, in 2 or 3. Same values; whole rows take longer.
@@ -133,7 +133,7 @@ class Packer:
         *,
         quant: str | None = None,
         down: str | None = None,
-        shortlist: bool | None = False,  # None: where it pays
+        shortlist: bool | None = False,  # None: where there can be one
         planes: bool = False,
         text: str | Path | Text | None = None,
     ) -> None:
@@ -142,8 +142,8 @@ class Packer:
         self._types = self._source.down_types(quant, down)
         self._planes = planes
         self._matrices = self._source.matrices(quant)
-        if self._source.shortlist_pays(self._matrices) if shortlist is None else shortlist:
-            self._matrices["lm_head_coarse.weight"] = self._source.coarse_head()
+        if self._source.has_coarse_head if shortlist is None else shortlist:
+            self._matrices["lm_head_coarse.codes"] = self._source.coarse_head()
         self._reference = _Reference(self.model, load_text(text, "evaluation"))
 
     @property
@@ -302,23 +302,22 @@ class _Source:
             for name, bias in self._biases(layer):
                 yield f"layers.{i}.{name}.bias", bias
 
-    def shortlist_pays(self, matrices: dict[str, Matrix]) -> bool:
-        """Whether a coarse head has at most three quarters of the head's bytes."""
-        head = matrices.get("lm_head.weight", matrices["embed_tokens.weight"])
-        cols = head.shape[1]
-        return cols % GROUP == 0 and BLOCK_BYTES * cols / GROUP <= 0.75 * head.data.shape[1]
+    @property
+    def has_coarse_head(self) -> bool:
+        """Whether the head's rows are whole bytes of two-bit weights."""
+        return bool(self.model.module.get_output_embeddings().weight.shape[1] % 4 == 0)
 
     def coarse_head(self) -> Matrix:
-        """A copy of the head in Q4_0, rounded for hidden states of the calibration text.
+        """A copy of the head in two bits, rounded for hidden states of the calibration text.
 
         Raises:
-            FallowError: its rows are not whole blocks.
+            FallowError: its rows are not whole bytes.
         """
         weight = self.model.module.get_output_embeddings().weight.detach()
-        rows, cols = weight.shape
-        if cols % GROUP:
+        cols = weight.shape[1]
+        if not self.has_coarse_head:
             raise FallowError(
-                f"{self.model.name} has {cols} hidden units, no multiple of {GROUP}: there is no "
+                f"{self.model.name} has {cols} hidden units, no multiple of 4: there is no "
                 "coarse head for it; pack without --shortlist"
             )
         moment = torch.zeros(cols, cols)
@@ -328,7 +327,8 @@ class _Source:
                 hidden = final_hidden(self.model, window).float()
                 moment += hidden.T @ hidden / windows.size
                 ticker.advance()
-        return Matrix("Q4_0", (rows, cols), coarse_head(weight.numpy(), moment.numpy()))
+        codes = coarse_head(weight.numpy(), moment.numpy())
+        return Matrix("I8", codes.shape, codes)
 
     def _calibration_windows(self, limit: int) -> np.ndarray:
         context = min(CHECK_CONTEXT, self.config.max_position_embeddings)
