@@ -26,7 +26,8 @@ ALL = (
     *("lowbit:gate=2:compensation=64", "lowbit:gate=3:up=3:compensation=64"),
     *("lowbit:gate=2:rank=16", "lowbit:rank=16", "lowbit:gate=3:up=3:rank=16"),
     *("lowbit:cett=1", "lowbit:gate=3:up=3:cett=1", "lowbit:gate=3:up=3:rank=16:cett=1"),
-    *("lowbit:up=3:cett=1", "lowrank", "lowrank:rank=256", "lowrank:gate=1", "ahead"),
+    *("lowbit:up=3:cett=1", "lowrank", "lowrank:rank=256", "lowrank:gate=1", "blend"),
+    *("blend:gate=1", "ahead"),
 )
 # A window takes twelve seconds per selector on Qwen, so only the best have all of them.
 BEST = ("lowbit:gate=3:up=3", "lowbit:gate=3:up=3:cett=1", "lowbit:up=3:cett=1")

@@ -358,8 +358,8 @@ def test_unknown_rule() -> None:
         find_rule("magic")
     assert str(error.value) == (
         "unknown rule 'magic'; known rules: cats, cett, fat, gate_tail, gate_topk, percentile, "
-        "relu, tail, teal, topk, two_stage, wina; known selectors: ahead, gate, gate_bucket, "
-        "learned, lowbit, lowrank, oracle, previous, random, static"
+        "relu, tail, teal, topk, two_stage, wina; known selectors: ahead, blend, gate, "
+        "gate_bucket, learned, lowbit, lowrank, oracle, previous, random, static"
     )
 
 

@@ -18,7 +18,7 @@ from fallow.packing import pack
 from fallow.plan import Plan
 from fallow.rules import Arrays, find_rule
 from fallow.selectors import SELECTORS
-from fallow.selectors._base import Selector
+from fallow.selectors._base import Seen, Selector, watch
 from fallow.selectors._compensation import RIDGE
 from fallow.selectors._rounding import top_bits
 from fallow.selectors.gate_bucket import BUCKETS
@@ -38,6 +38,7 @@ NAMES = (
     "lowrank:rank=5:bits=8",
     "lowrank:rank=5:gate=1",
     "lowrank:cett=1",
+    "blend:rank=5",
     "ahead:map=0",
     "ahead:map=3:gate=2:up=2:rank=2",
     "ahead:cett=1",
@@ -136,11 +137,7 @@ def expected_score(plan: Plan, layer: Layer, index: int, seen: dict[str, Any]) -
     if name == "static":
         return np.broadcast_to(arrays["mean"][index], truth.shape)
     if name == "previous":
-        state, scores = arrays["mean"][index].astype(np.float64), []
-        for row in truth:
-            scores.append(state)
-            state = DECAY * state + (1 - DECAY) * row
-        return np.array(scores)
+        return earlier_mean(arrays["mean"][index], truth)
     if name == "gate":
         return np.abs(seen["gate_act"]) * arrays["weight.gate_act"][index]
     if name == "gate_bucket":
@@ -152,7 +149,7 @@ def expected_score(plan: Plan, layer: Layer, index: int, seen: dict[str, Any]) -
         return learned_score(arrays, options, layer, index, seen)
 
     def approximate(weight: np.ndarray, part: str) -> np.ndarray:
-        if name == "lowrank":
+        if name in ("lowrank", "blend"):
             if f"{part}.error" not in arrays:
                 return weight
             rows = slice(-len(weight), None) if part == "up" else slice(len(weight))
@@ -175,7 +172,21 @@ def expected_score(plan: Plan, layer: Layer, index: int, seen: dict[str, Any]) -
         for part in ("gate", "up")
         if f"{part}.error" in arrays
     }
-    return expected_norm(layer, x, approximate, errors)
+    score = expected_norm(layer, x, approximate, errors)
+    if name == "blend":
+        own, before, mean = arrays["blend"][index].astype(np.float64).T
+        start = arrays["mean"][index]
+        score = own * score + before * earlier_mean(start, truth) + mean * start
+        score = np.maximum(score, 0)
+    return score
+
+
+def earlier_mean(start: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    state, means = start.astype(np.float64), []
+    for row in truth:
+        means.append(state)
+        state = DECAY * state + (1 - DECAY) * row
+    return np.array(means)
 
 
 def learned_score(
@@ -390,6 +401,34 @@ def test_recall(tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator
     assert gate.recall == pytest.approx(np.mean(recalls), abs=1e-3)
     assert gate.energy_recall == pytest.approx(np.mean(energies), abs=1e-3)
     assert 0.25 < gate.recall < 1
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_blend_is_the_best_of_its_features(
+    name: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+) -> None:
+    """No other weights of a neuron have a smaller error on what they were fitted on."""
+    rule, calibration = find_rule("blend:rank=5"), calibrators[name].calibration
+    selector: Any = rule(0.0, rule.learn_scores(calibration))
+    errors = dict.fromkeys(("fitted", "lowrank", "more", "less"), 0.0)
+
+    def add(index: int, inter: torch.Tensor, seen: Seen) -> None:
+        features = selector.features(index, tiny[name].layers[index], seen)
+        weight = seen.out_norm.square().sum(dim=1, keepdim=True).reciprocal()
+        fitted = torch.from_numpy(selector.arrays["blend"][index]).float()
+        alone = torch.tensor([1.0, 0, 0])
+        for key, blend in (
+            ("fitted", fitted),
+            ("lowrank", alone),
+            ("more", 1.2 * fitted),
+            ("less", 0.8 * fitted),
+        ):
+            off = (features * blend).sum(dim=-1) - seen.out_norm
+            errors[key] += float((off.square() * weight).sum())
+
+    calibration.run("check", watch(calibration.layers, add))
+    assert errors["fitted"] < 0.95 * errors["lowrank"]
+    assert errors["fitted"] < min(errors["more"], errors["less"])
 
 
 EXTRA = 8 / (24 * 37) / 14.5  # of one byte, of a dense FFN's

@@ -19,12 +19,16 @@ class Previous(Static):
     name = "previous"
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
-        state = torch.from_numpy(self.arrays["mean"][index]).clone()
-        scores = torch.empty_like(seen.out_norm)
-        for t, magnitude in enumerate(seen.out_norm):
-            scores[t] = state
-            state.lerp_(magnitude, 1 - DECAY)
-        return scores
+        return earlier_mean(torch.from_numpy(self.arrays["mean"][index]), seen.out_norm)
+
+
+def earlier_mean(start: torch.Tensor, out_norm: torch.Tensor) -> torch.Tensor:
+    """The decaying mean of the tokens before each, (T, d_ff); `start` (d_ff,) before the first."""
+    state, means = start.clone(), torch.empty_like(out_norm)
+    for t, magnitude in enumerate(out_norm):
+        means[t] = state
+        state.lerp_(magnitude, 1 - DECAY)
+    return means
 
 
 RULE = Previous
