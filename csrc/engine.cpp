@@ -201,8 +201,10 @@ void Engine::reset_stats() {
 
 void Engine::forward(const int32_t* tokens, size_t n, bool all, bool dense, float* logits) {
   dense_ = dense;
-  for (size_t start = 0; start < n; start += block_) {
-    const size_t size = std::min(block_, n - start);
+  for (size_t start = 0, size; start < n; start += size) {
+    const size_t rest = n - start;
+    // A block takes as long as kFew tokens one by one, which a plan makes shorter still.
+    size = rest <= kFew && !as_decode(rest) ? 1 : std::min(block_, rest);
     block(tokens + start, size);
     if (all) {
       head(size, true, logits + start * config_.vocab_size);

@@ -68,7 +68,10 @@ def test_logits_are_those_of_transformers(
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_few_tokens_are_as_one_by_one(name: str, kernels: str, packed: dict[str, Path]) -> None:
     """Bit by bit: a batch verifies what one token after another would have said."""
-    check_a_few(Engine(packed[name], threads=2, kernels=kernels))
+    engine = Engine(packed[name], threads=2, kernels=kernels)
+    check_a_few(engine)
+    engine.use_plan(cutting_plan(engine))
+    check_a_few(engine)
 
 
 @pytest.mark.parametrize("kernels", _core.KERNELS)

@@ -307,8 +307,8 @@ class Engine:
     ) -> np.ndarray:
         """Reads more tokens; logits (T, vocabulary) of all of them, or (1, vocabulary) of the last.
 
-        With `dense` the plan is left aside. Up to `_core.FEW` tokens of the dense model have to the
-        bit the logits that they have one by one, in less time.
+        With `dense` the plan is left aside. Up to `_core.FEW` tokens have to the bit the logits
+        that they have one by one, of the dense model in less time.
 
         Raises:
             FallowError: an id outside the vocabulary, no ids, or the context is full.

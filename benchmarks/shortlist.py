@@ -1,0 +1,135 @@
+"""The head's shortlist by margin: what it costs in divergence and saves in bytes and time.
+
+The packed model with the exact head against the same with the two-bit head and exact logits within
+a margin; WikiText-2 raw test text, decode with the margins in turn:
+
+    python benchmarks/shortlist.py smollm2 gemma3 qwen2.5-1.5b
+    python benchmarks/shortlist.py --report    # writes docs/results/shortlist.md
+"""
+
+import argparse
+import json
+import statistics
+from typing import Any
+
+import numpy as np
+
+from engine import TEST, THREADS
+from tradeoff import ROOT, record_machine
+
+RESULTS = ROOT / "benchmarks" / "results" / "shortlist"
+MARGINS = (10.0, 11.0, 12.0, 13.0, 14.0)
+WINDOWS, CONTEXT = 4, 512
+PROMPT, RUNS = 64, 7
+
+
+def run(name: str) -> None:
+    import fallow
+    from fallow.bench import run_in_turn
+    from fallow.plan import Plan
+    from fallow.text import load_text
+
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    record_machine(folder / "machine.json")
+    packed = folder / "packed.gguf"
+    if not packed.exists():
+        fallow.pack(name, packed, shortlist=True)
+    engine = fallow.Engine(packed, plan=False, threads=THREADS, context=CONTEXT)
+
+    def plan(margin: float) -> Plan:
+        return Plan(
+            model=engine.name,
+            fingerprint=engine.fingerprint,
+            rule="two_stage",
+            where="inter",
+            knob=0.0,
+            knob_name="",
+            arrays={"head_margin": np.array([margin])},
+        )
+
+    plans = {margin: plan(margin) for margin in MARGINS}
+    windows = engine.windows(load_text(TEST, "evaluation"), CONTEXT, WINDOWS)
+    divergences = _divergences(engine, windows, plans)
+    named = {"exact": None, **{str(margin): p for margin, p in plans.items()}}
+    runs = run_in_turn(engine, named, windows[0][: 2 * PROMPT], PROMPT, RUNS)
+    tensors = engine.file.tensors
+    head = tensors["lm_head.weight" if "lm_head.weight" in tensors else "embed_tokens.weight"]
+    size = head.data.nbytes
+    coarse = tensors["lm_head_coarse.codes"].data.nbytes
+    exact = runs["exact"]
+    result: dict[str, Any] = {"head_bytes": size, "coarse_bytes": coarse, "margins": {}}
+    for margin in MARGINS:
+        found = runs[str(margin)]
+        read = found[0]["bytes_per_token"] - exact[0]["bytes_per_token"] + size
+        result["margins"][str(margin)] = {
+            "kl": float(np.mean(divergences[margin])),
+            "kl_se": float(np.std(divergences[margin], ddof=1) / WINDOWS**0.5),
+            "exact_rows": (read - coarse) / size,
+            "head_bytes_ratio": read / size,
+            "bytes_ratio": found[0]["bytes_per_token"] / exact[0]["bytes_per_token"],
+            "decode_ratios": [
+                a["decode_tps"] / b["decode_tps"] for a, b in zip(found, exact, strict=True)
+            ],
+        }
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _divergences(engine: Any, windows: np.ndarray, plans: dict[float, Any]) -> dict[float, Any]:
+    """Mean KL(exact || shortlist) of every window, nats per token."""
+    from fallow.quality import log_softmax
+
+    found: dict[float, list[float]] = {margin: [] for margin in plans}
+    for window in windows:
+        engine.use_plan(None)
+        exact = log_softmax(engine.logits(window))
+        p = np.exp(exact)
+        for margin, plan in plans.items():
+            engine.use_plan(plan)
+            other = log_softmax(engine.logits(window))
+            found[margin].append(float(np.einsum("tv,tv->t", p, exact - other).mean()))
+    return found
+
+
+INTRODUCTION = f"""# The head's shortlist
+
+Logits of the two-bit head, exact ones within a margin of its largest (docs/packed.md), against the
+same packed model with its exact head: WikiText-2 raw test text, {WINDOWS} windows of {CONTEXT}
+tokens, ± one standard error over windows; decode ({PROMPT} tokens before, {PROMPT} timed, {THREADS}
+threads) is the median of {RUNS} alternating runs (range). `benchmarks/shortlist.py` does it.
+
+| model | margin, nats | KL nats | exact rows | bytes of head | bytes of model | decode |
+|---|---|---|---|---|---|---|"""
+
+
+def report() -> str:
+    lines = [INTRODUCTION]
+    for path in sorted(RESULTS.glob("*/result.json")):
+        result = json.loads(path.read_text())
+        where = json.loads((path.parent / "machine.json").read_text())
+        for margin, r in result["margins"].items():
+            ratios = r["decode_ratios"]
+            lines.append(
+                f"| {path.parent.name} | {float(margin):g} | {r['kl']:.4f} ± {r['kl_se']:.4f} "
+                f"| {r['exact_rows']:.3f} | {r['head_bytes_ratio']:.2f} | {r['bytes_ratio']:.2f} "
+                f"| **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}) |"
+            )
+    lines.append(
+        f"\n{where['cpu']}, {where['threads']} threads, commits {', '.join(where['commits'])}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        run(name)
+    if arguments.report:
+        (ROOT / "docs" / "results" / "shortlist.md").write_text(report())
+
+
+if __name__ == "__main__":
+    main()
