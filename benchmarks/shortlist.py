@@ -1,4 +1,4 @@
-"""The head's shortlist by margin: what it costs in divergence and saves in bytes and time.
+"""The head's shortlist by margin: what it costs in quality and saves in bytes and time.
 
 The packed model with the exact head against the same with the two-bit head and exact logits within
 a margin; WikiText-2 raw test text, decode with the margins in turn:
@@ -19,7 +19,7 @@ from tradeoff import ROOT, record_machine
 
 RESULTS = ROOT / "benchmarks" / "results" / "shortlist"
 MARGINS = (10.0, 11.0, 12.0, 13.0, 14.0)
-WINDOWS, CONTEXT = 4, 512
+WINDOWS, CONTEXT = 8, 1024
 PROMPT, RUNS = 64, 7
 
 
@@ -50,7 +50,7 @@ def run(name: str) -> None:
 
     plans = {margin: plan(margin) for margin in MARGINS}
     windows = engine.windows(load_text(TEST, "evaluation"), CONTEXT, WINDOWS)
-    divergences = _divergences(engine, windows, plans)
+    quality = _quality(engine, windows, plans)
     named = {"exact": None, **{str(margin): p for margin, p in plans.items()}}
     runs = run_in_turn(engine, named, windows[0][: 2 * PROMPT], PROMPT, RUNS)
     tensors = engine.file.tensors
@@ -63,8 +63,7 @@ def run(name: str) -> None:
         found = runs[str(margin)]
         read = found[0]["bytes_per_token"] - exact[0]["bytes_per_token"] + size
         result["margins"][str(margin)] = {
-            "kl": float(np.mean(divergences[margin])),
-            "kl_se": float(np.std(divergences[margin], ddof=1) / WINDOWS**0.5),
+            **quality[margin],
             "exact_rows": (read - coarse) / size,
             "head_bytes_ratio": read / size,
             "bytes_ratio": found[0]["bytes_per_token"] / exact[0]["bytes_per_token"],
@@ -75,31 +74,44 @@ def run(name: str) -> None:
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _divergences(engine: Any, windows: np.ndarray, plans: dict[float, Any]) -> dict[float, Any]:
-    """Mean KL(exact || shortlist) of every window, nats per token."""
-    from fallow.quality import log_softmax
+def _quality(engine: Any, windows: np.ndarray, plans: dict[float, Any]) -> dict[float, Any]:
+    """By margin: KL(exact || shortlist), nats per token, and the PPL change in percent."""
+    from fallow.metrics import ppl_change_percent
+    from fallow.quality import log_softmax, token_losses
 
-    found: dict[float, list[float]] = {margin: [] for margin in plans}
+    kl: dict[float, list[float]] = {margin: [] for margin in plans}
+    losses: dict[float | None, list[float]] = {margin: [] for margin in (None, *plans)}
     for window in windows:
-        engine.use_plan(None)
-        exact = log_softmax(engine.logits(window))
-        p = np.exp(exact)
-        for margin, plan in plans.items():
+        exact = np.empty(0)
+        for margin, plan in (None, None), *plans.items():
             engine.use_plan(plan)
-            other = log_softmax(engine.logits(window))
-            found[margin].append(float(np.einsum("tv,tv->t", p, exact - other).mean()))
+            logits = engine.logits(window)
+            losses[margin].append(float(token_losses(logits[:-1], window[1:]).mean()))
+            other = log_softmax(logits)
+            if margin is None:
+                exact = other
+            else:
+                kl[margin].append(float(np.einsum("tv,tv->t", np.exp(exact), exact - other).mean()))
+    found = {}
+    for margin in plans:
+        change, error = ppl_change_percent(np.array(losses[margin]), np.array(losses[None]))
+        found[margin] = {
+            "kl": float(np.mean(kl[margin])),
+            "ppl_change_percent": change,
+            "ppl_change_se": error,
+        }
     return found
 
 
 INTRODUCTION = f"""# The head's shortlist
 
-Logits of the two-bit head, exact ones within a margin of its largest (docs/packed.md), against the
+Logits of the two-bit head, exact ones within a margin (nats) of its largest (docs/packed.md), against the
 same packed model with its exact head: WikiText-2 raw test text, {WINDOWS} windows of {CONTEXT}
-tokens, ± one standard error over windows; decode ({PROMPT} tokens before, {PROMPT} timed, {THREADS}
+tokens, ± one paired standard error; decode ({PROMPT} tokens before, {PROMPT} timed, {THREADS}
 threads) is the median of {RUNS} alternating runs (range). `benchmarks/shortlist.py` does it.
 
-| model | margin, nats | KL nats | exact rows | bytes of head | bytes of model | decode |
-|---|---|---|---|---|---|---|"""
+| model | margin | KL nats | PPL change % | exact rows | bytes of head | bytes of model | decode |
+|---|---|---|---|---|---|---|---|"""
 
 
 def report() -> str:
@@ -110,7 +122,8 @@ def report() -> str:
         for margin, r in result["margins"].items():
             ratios = r["decode_ratios"]
             lines.append(
-                f"| {path.parent.name} | {float(margin):g} | {r['kl']:.4f} ± {r['kl_se']:.4f} "
+                f"| {path.parent.name} | {float(margin):g} | {r['kl']:.4f} "
+                f"| {r['ppl_change_percent']:+.2f} ± {r['ppl_change_se']:.2f} "
                 f"| {r['exact_rows']:.3f} | {r['head_bytes_ratio']:.2f} | {r['bytes_ratio']:.2f} "
                 f"| **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}) |"
             )
