@@ -108,7 +108,8 @@ INTRODUCTION = f"""# The head's shortlist
 Logits of the two-bit head, exact ones within a margin (nats) of its largest (docs/packed.md),
 against the same packed model with its exact head: WikiText-2 raw test text, {WINDOWS} windows of
 {CONTEXT} tokens, ± one paired standard error; decode ({PROMPT} tokens before, {PROMPT} timed,
-{THREADS} threads) is the median of {RUNS} alternating runs (range). `benchmarks/shortlist.py` does it.
+{THREADS} threads) is the median of {RUNS} alternating runs (range). `benchmarks/shortlist.py` does
+it.
 
 | model | margin | KL nats | PPL change % | exact rows | bytes of head | bytes of model | decode |
 |---|---|---|---|---|---|---|---|"""
