@@ -1,6 +1,5 @@
 """Cheap features together: each neuron has its own weights for them."""
 
-
 import torch
 
 from fallow.capture import Calibration
