@@ -591,7 +591,7 @@ def test_buckets_hold_equal_shares(calibrators: dict[str, Calibrator]) -> None:
         ("lowrank:bits=6", r"no option 'bits=6'; it has: rank=1..1024, bits=4\|8, gate=0..1, "),
         ("lowbit:up", "has no option 'up'"),
         ("topk:k=2", "rule topk has no option 'k=2'; it has: none"),
-        ("magic", "unknown rule 'magic'; known rules: cats, .*; known selectors: ahead, blend, gate, "),
+        ("magic", "unknown rule 'magic'; known rules: cats, .*; known selectors: ahead, blend, "),
     ],
 )
 def test_wrong_names(text: str, message: str) -> None:
