@@ -5,7 +5,8 @@ whose output is small (rule `two_stage`), the lower bits of rows that matter a l
 and exact logits of unlikely tokens (the head's shortlist). What each layer's thresholds cost the
 whole model is measured layer by layer; then every layer takes the cheapest of its choices at one
 common price of divergence for bytes, and the price is searched for which held-out text loses as
-much as is allowed.
+much as is allowed. A nat of divergence by idle neurons costs less of that than one by coarse rows,
+whose errors have no direction; what each costs is measured, too.
 """
 
 import time
@@ -63,6 +64,8 @@ PREFERENCES = ("speed", "bytes")
 HEAD_MARGIN = 14.0
 # Logarithm of the price, in nats for all of the FFN's bytes.
 LOWEST_PRICE, HIGHEST_PRICE, PRICE_STEPS = -3.0, 1.5, 7
+# Of loss per nat of divergence, no less is believed; and a cost that nothing pays.
+LOWEST_RATE, PROHIBITIVE = 0.2, 1e6
 # A plan is judged window by window; from JUDGED_FROM on, one this many standard errors from the
 # limit is not looked at further.
 JUDGED_FROM, CLEAR = 6, 4.0
@@ -216,6 +219,7 @@ class Candidates:
         self.gate_spared = sizes("gate_proj", "rest") / total
         gate = ("gate_coarse",) if self.gate_spared.any() else ()
         self.taps = (*gate, *self.stages, *self.coarse.values())
+        self.kinds = {"idle": self.stages, "coarse": (*gate, *self.coarse.values())}
         self.thresholds = {stage: self._quantiles(stage) for stage in self.stages}
         self.thresholds |= {tap: self.thresholds[stage] for stage, tap in self.coarse.items()}
         if gate:
@@ -324,6 +328,13 @@ class Candidates:
                     choice[tap][layer] = index
                     yield tap, layer, index, self.plan(choice, 0.0)
 
+    def divergence(self, costs: dict[str, np.ndarray], choice: dict[str, np.ndarray]) -> float:
+        """What a choice costs if layers and taps add up, nats per token."""
+        layers = np.arange(self.n_layers)
+        total = sum(costs[tap][layers, choice[tap]].sum() for tap in self.taps)
+        # Idle neurons cost nothing as coarse ones.
+        return float(total - sum(costs[c][layers, choice[s]].sum() for s, c in self.coarse.items()))
+
     def choose(self, costs: dict[str, np.ndarray], price: float) -> dict[str, np.ndarray]:
         """The choice of each layer that is cheapest at `price` nats for all of the FFN's bytes."""
         found = {t: np.zeros(self.n_layers, dtype=int) for t in self.taps}
@@ -427,6 +438,9 @@ def _search(
 ) -> tuple[Plan, float]:
     """The plan of the highest price that stays within the limit, and its PPL change, percent."""
     judge = _Judge(source, engine, windows, limit)
+    if candidates.kinds["coarse"]:
+        rates = _loss_rates(candidates, costs, engine, judge, limit)
+        costs = {t: rates[k] * costs[t] for k, taps in candidates.kinds.items() for t in taps}
     low, high = LOWEST_PRICE, HIGHEST_PRICE
     best: tuple[Plan, float] | None = None
     with progress("search", PRICE_STEPS) as ticker:
@@ -457,6 +471,40 @@ def _search(
     return plan, change
 
 
+def _loss_rates(
+    candidates: Candidates,
+    costs: dict[str, np.ndarray],
+    engine: Engine,
+    judge: "_Judge",
+    limit: float,
+) -> dict[str, float]:
+    """Loss on held-out text per nat of divergence, of each kind of saving.
+
+    Expected is one nat per nat where errors know nothing of the text. Leaving neurons idle also
+    takes away noise of the model's own: on Qwen2.5-Coder 0.014 nats cost 0.34 % of PPL.
+    """
+    engine.use_plan(None)
+    dense = np.mean(judge.losses())
+    rates = {}
+    for kind, taps in candidates.kinds.items():
+        shut = np.tile(PROHIBITIVE * GRID, (candidates.n_layers, 1))
+        open_costs = {t: costs[t] if t in taps else shut for t in candidates.taps}
+        choices = [
+            candidates.choose(open_costs, 10**price)
+            for price in np.arange(LOWEST_PRICE, HIGHEST_PRICE, 0.05)
+        ]
+        spent = [candidates.divergence(open_costs, choice) for choice in choices]
+        near = int(np.abs(np.array(spent) - limit / 100).argmin())
+        engine.use_plan(candidates.plan(choices[near], 0.0))
+        loss = np.mean(judge.losses()) - dense
+        rates[kind] = max(LOWEST_RATE, float(loss) / max(spent[near], SMALLEST))
+        console.print(
+            f"{kind}: {spent[near]:.4f} nats of divergence cost {loss:+.4f} nats of loss",
+            highlight=False,
+        )
+    return rates
+
+
 class _Judge:
     """Held-out windows (n, context), and the source's losses on those that were needed."""
 
@@ -464,6 +512,15 @@ class _Judge:
         self._source, self._engine, self._windows = source, engine, windows
         self._limit = limit
         self._dense: list[float] = []
+
+    def losses(self) -> list[float]:
+        """Mean loss of the engine on each window, nats per token."""
+        found = []
+        with progress("held-out loss", len(self._windows)) as ticker:
+            for window in self._windows:
+                found.append(_loss(self._engine, window))
+                ticker.advance()
+        return found
 
     def change(self) -> tuple[float, float, int]:
         """PPL change of the engine's plan and its error, percent, and the windows they come from.

@@ -9,6 +9,7 @@ few dimensions).
 import numpy as np
 import torch
 
+from fallow.gptq import MomentFactor, compensated
 from fallow.progress import progress
 
 CODES = 4  # of two bits; a weight is scale * (code - 1.5)
@@ -17,28 +18,21 @@ CODES = 4  # of two bits; a weight is scale * (code - 1.5)
 SCALES = (0.7, 0.8, 0.9, 1.0, 1.1)
 DAMPING = 0.01  # of the inputs' mean variance, as in GPTQ's code
 ROWS_AT_ONCE = 16384
-COLUMNS_AT_ONCE = 64
 
 
 def coarse_head(weight: np.ndarray, moment: np.ndarray) -> np.ndarray:
     """A head (vocabulary, d_model) in two bits, (vocabulary, d_model / 4 + 4) bytes.
 
-    A row's codes and its scale lie as csrc/two_bits.h describes. Rounding goes column by column,
-    the loudest input first, and what each column's rounding did to the logits is made up for by
-    the columns still to come, as far as `moment`, E[h hᵀ] (d_model, d_model) of the hidden states,
-    lets them (GPTQ, arXiv:2210.17323).
+    A row's codes and its scale lie as csrc/two_bits.h describes. Rounding errors are made up for as
+    far as `moment`, E[h hᵀ] (d_model, d_model) of the hidden states, lets them (fallow.gptq).
     """
-    second = torch.from_numpy(moment).double()
-    second += DAMPING * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
-    order = torch.argsort(-second.diagonal())
-    inverse = torch.linalg.inv(second[order][:, order])
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    factor = MomentFactor.from_moment(torch.from_numpy(moment).double(), DAMPING)
     parts = []
     with progress("coarse head", len(weight)) as ticker:
         for start in range(0, len(weight), ROWS_AT_ONCE):
             rows = torch.from_numpy(weight[start : start + ROWS_AT_ONCE].astype(np.float32))
             scale = _scales(rows)
-            parts.append(_encode(_round(rows, scale, factor, order), scale))
+            parts.append(_encode(_round(rows, scale, factor), scale))
             ticker.advance(len(rows))
     return np.concatenate(parts)
 
@@ -61,26 +55,14 @@ def _value(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (codes - (CODES - 1) / 2) * scale
 
 
-def _round(
-    rows: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor, order: torch.Tensor
-) -> torch.Tensor:
-    """Codes (n, d_model), in the columns' own order."""
-    rest = rows[:, order]
-    codes = torch.empty_like(rest)
-    for start in range(0, rest.shape[1], COLUMNS_AT_ONCE):
-        end = min(start + COLUMNS_AT_ONCE, rest.shape[1])
-        block = rest[:, start:end].T.contiguous()  # columns lie together
-        errors = torch.empty_like(block)
-        for j in range(end - start):
-            code = _codes(block[j], scale)
-            codes[:, start + j] = code
-            row = factor[start + j, start + j : end]
-            errors[j] = (block[j] - _value(code, scale)) / row[0]
-            block[j + 1 :] -= row[1:, None] * errors[j]
-        rest[:, end:] -= errors.T @ factor[start:end, end:]
-    restored = torch.empty_like(codes)
-    restored[:, order] = codes
-    return restored
+def _round(rows: torch.Tensor, scale: torch.Tensor, factor: MomentFactor) -> torch.Tensor:
+    """Codes (n, d_model)."""
+    values = compensated(
+        rows.T.contiguous(),  # an input's weights lie together
+        factor,
+        lambda _, column: _value(_codes(column, scale), scale),
+    )
+    return _codes(values.T, scale[:, None])
 
 
 def _encode(codes: torch.Tensor, scale: torch.Tensor) -> np.ndarray:
