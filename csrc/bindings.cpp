@@ -257,13 +257,15 @@ class BoundEngine {
     engine_->forward(tokens.data(), n, all, dense, logits.data());
   }
 
-  // (layer, tap, how, value, weight or None, error or None)
+  // (rank, in, type of out, out): see Correction
+  using PyCorrection = std::tuple<size_t, Bytes, std::string, Bytes>;
+  // (layer, tap, how, value, weight or None, error or None, correction or None)
   using PyCut = std::tuple<size_t, size_t, size_t, double, std::optional<ConstFloats>,
-                           std::optional<ConstFloats>>;
+                           std::optional<ConstFloats>, std::optional<PyCorrection>>;
 
   void set_cuts(const std::vector<PyCut>& list) {
     std::vector<LayerCuts> cuts(list.empty() ? 0 : model_.layers.size());
-    for (const auto& [layer, tap, how, value, weight, error] : list) {
+    for (const auto& [layer, tap, how, value, weight, error, correction] : list) {
       if (layer >= cuts.size() || tap >= kTaps || how > 3) throw nb::value_error("no such cut");
       Cut& cut = cuts[layer][tap];
       cut.by = static_cast<Cut::By>(how);
@@ -278,6 +280,7 @@ class BoundEngine {
       copy(error, cut.error);
       if (tap == kGateCoarse && (cut.weight.empty() || cut.error.empty()))
         throw nb::value_error("coarse gates need a weight and an error");
+      if (correction) cut.correction = correction_of(*correction);
     }
     engine_->set_cuts(std::move(cuts));
   }
@@ -318,6 +321,18 @@ class BoundEngine {
     const Config& c = model_.config;
     if (tap == kOInput) return size_t{c.n_heads} * c.head_dim;
     return tap < kGatePre || tap == kFfnOut ? c.hidden_size : c.intermediate_size;
+  }
+
+  Correction correction_of(const PyCorrection& from) const {
+    const auto& [rank, in, type, out] = from;
+    const BlockFormat& format = format_of(type);
+    const size_t hidden = model_.config.hidden_size, d_ff = model_.config.intermediate_size;
+    if (rank == 0 || (format.type != kQ8_0 && format.type != kF16) || d_ff % format.block_size != 0 ||
+        in.size() != rank * hidden * 2 ||
+        out.size() != rank * (d_ff / format.block_size) * format.block_bytes)
+      throw nb::value_error("a cut's correction has the wrong size or type");
+    return {rank, {in.data(), in.data() + in.size()}, {out.data(), out.data() + out.size()},
+            format.type};
   }
 
   Bytes data_;

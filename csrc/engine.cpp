@@ -189,6 +189,10 @@ void Engine::set_cuts(std::vector<LayerCuts> cuts) {
                        [](const Cut& cut) { return cut.by != Cut::By::kNothing; });
   });
   coarse_.resize(coarse ? gate_.size() : 0);
+  size_t rank = 0;
+  for (const LayerCuts& layer : cuts_)
+    for (const Cut& cut : layer) rank = std::max(rank, cut.correction.rank);
+  for (Worker& w : workers_) w.short_of.resize(rank > 0 ? rank + config_.intermediate_size : 0);
 }
 
 void Engine::set_head_margin(float nats) { margin_ = model_.lm_head_coarse.data ? nats : 0; }
@@ -475,10 +479,16 @@ void Engine::ffn_one(size_t l, const Input& input) {
       }
     };
     if (config_.gated) {
+      const Correction& correction = cut(l, kUpCoarse).correction;
+      const float* short_of =
+          layer.up_proj.planes ? corrected(correction, x.x, range, worker) : nullptr;
+      if (short_of && worker == 0) own.bytes += correction.bytes();
       in_parts(layer.up_proj, kUpCoarse, [&](const Matrix& w, const int32_t* some, size_t count) {
         float* up = up_.data() + begin;
         gemv(w, some, begin, count, x, up, worker);
         own.bytes += count * w.read_bytes();
+        if (short_of && w.is_coarse())
+          for (size_t i = 0; i < count; ++i) up[i] += short_of[some[i]];
         if (!some) {
           if (layer.up_bias) add_to(up, layer.up_bias + begin, count);
           for (size_t i = 0; i < count; ++i) act[begin + i] *= up[i];
@@ -547,6 +557,25 @@ bool Engine::gate_is_coarse(size_t l) const {
   return model_.layers[l].gate_proj.planes && has_cut(l, {kGateCoarse});
 }
 
+// What coarse rows of a range of neurons are short of for the input x (hidden,); null: nothing. Entry i
+// belongs to neuron i.
+const float* Engine::corrected(const Correction& correction, const float* x, Share range,
+                               int worker) {
+  if (correction.rank == 0) return nullptr;
+  const size_t hidden = config_.hidden_size, d_ff = config_.intermediate_size;
+  const size_t rank = correction.rank, row_bytes = correction.out.size() / rank;
+  float *factors = workers_[static_cast<size_t>(worker)].short_of.data(), *found = factors + rank;
+  const Activation only_floats{x, nullptr, nullptr, nullptr, nullptr, nullptr};
+  kernels_.gemv_rows[kF16](correction.in.data(), 2 * hidden, nullptr, 0, rank, hidden, only_floats,
+                           factors);
+  // Whole blocks, of which the first and the last may reach beyond the range.
+  const size_t first = range.begin / 32 * 32, last = std::min(pieces(range.end, 32) * 32, d_ff);
+  std::fill(found + first, found + last, 0.0f);
+  kernels_.axpy_rows[correction.out_type](correction.out.data() + row_bytes * first / d_ff, row_bytes,
+                                          nullptr, 0, rank, last - first, factors, found + first);
+  return found;
+}
+
 // gate_act of neurons [begin, begin + n) from gate_pre of coarse rows, in place. Scores are by how much
 // it may be off: its change to both sides when gate_pre changes by the error, times the weight.
 void Engine::activate_coarse(const Cut& cut, size_t begin, size_t n, float* values, float* scores,
@@ -571,12 +600,15 @@ void Engine::gate_from_planes(size_t l, const Activation& x, Share range, int wo
   const Matrix &whole = layer.gate_proj, coarse = whole.coarse();
   Worker& own = workers_[static_cast<size_t>(worker)];
   const Cut& by = cut(l, kGateCoarse);
+  const float* short_of = corrected(by.correction, x.x, range, worker);
+  if (worker == 0) own.bytes += by.correction.bytes();
   // One after the other in the same place.
   float *act = gate_.data(), *scores = own.magnitudes.data(), *again = own.magnitudes.data();
   for (size_t begin = range.begin; begin < range.end; begin += kGateRows) {
     const size_t n = std::min(kGateRows, range.end - begin);
     gemv(coarse, nullptr, begin, n, x, act + begin, worker);
     if (layer.gate_bias) add_to(act + begin, layer.gate_bias + begin, n);
+    if (short_of) add_to(act + begin, short_of + begin, n);
     activate_coarse(by, begin, n, act + begin, scores, worker);
     const int32_t* fine = own.fine.data();
     const size_t above =
@@ -804,10 +836,11 @@ void Engine::ffn_block(size_t l, size_t n, Input& input) {
   // Whole and coarse products are made of all rows, and each neuron takes one.
   const bool gate_coarse = gate_is_coarse(l);
   if (gate_coarse) {
+    const Cut& by = cut(l, kGateCoarse);
     project(l, input, n,
             {{layer.gate_proj.coarse(), layer.gate_bias, coarse_.data(), kGateInput}});
+    correct(by.correction, n, input);
     for_tokens(n, [&](size_t t, int worker) {
-      const Cut& by = cut(l, kGateCoarse);
       float *act = gate_.data() + t * d_ff, *coarse = coarse_.data() + t * d_ff;
       float* scores = workers_[static_cast<size_t>(worker)].magnitudes.data();
       activate(act, d_ff);
@@ -821,6 +854,7 @@ void Engine::ffn_block(size_t l, size_t n, Input& input) {
   if (up_coarse) {
     const Matrix w = layer.up_proj.coarse();
     project(l, input, n, {{w, layer.up_bias, coarse_.data(), kUpInput}});
+    correct(cut(l, kUpCoarse).correction, n, input);
   }
   for_tokens(n, [&](size_t t, int worker) {
     float *inter = gate_.data() + t * d_ff, *coarse = coarse_.data() + t * d_ff;
@@ -861,6 +895,16 @@ void Engine::ffn_block(size_t l, size_t n, Input& input) {
     add_outliers(layer, [&](size_t neuron) {
       return gate_[start + neuron] + (down_coarse ? coarse_[start + neuron] : 0.0f);
     }, branch_.data() + t * config_.hidden_size, worker);
+  });
+}
+
+// Adds to coarse_ (T, d_ff) what it is short of.
+void Engine::correct(const Correction& correction, size_t n, const Input& input) {
+  const size_t d_ff = config_.intermediate_size;
+  for_tokens(n, [&](size_t t, int worker) {
+    const float* x = input.x.data() + t * input.width;
+    if (const float* short_of = corrected(correction, x, {0, d_ff}, worker))
+      add_to(coarse_.data() + t * d_ff, short_of, d_ff);
   });
 }
 

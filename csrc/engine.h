@@ -24,6 +24,17 @@ enum Tap {
   kGateCoarse, kUpCoarse, kDownCoarse, kTaps,
 };
 
+// What the results of coarse rows are short of, on inputs like the calibration's: out^T (in x), a
+// product of low rank.
+struct Correction {
+  size_t rank = 0;                 // 0: there is none
+  std::vector<uint8_t> in;         // F16 (rank, hidden)
+  std::vector<uint8_t> out;        // (rank, d_ff) of out_type, Q8_0 or F16
+  uint32_t out_type = 0;
+
+  uint64_t bytes() const { return in.size() + out.size(); }
+};
+
 // Values v_i of one layer and token with |v_i| * weight_i <= threshold become zero. The threshold
 // is fixed, or that of the k largest scores, or that of a tail of tau^2 of the squared scores.
 struct Cut {
@@ -32,6 +43,7 @@ struct Cut {
   double value = 0;            // the threshold, k as a share of the width, or tau
   std::vector<float> weight;   // empty: all ones
   std::vector<float> error;    // kGateCoarse: how much gate_pre of a coarse row is off
+  Correction correction;       // kGateCoarse, kUpCoarse
 };
 
 using LayerCuts = std::array<Cut, kTaps>;
@@ -111,6 +123,8 @@ class Engine {
   void ffn(size_t layer, size_t n);
   bool gate_is_coarse(size_t l) const;
   void gate_from_planes(size_t l, const Activation& x, Share range, int worker);
+  const float* corrected(const Correction& correction, const float* x, Share range, int worker);
+  void correct(const Correction& correction, size_t n, const Input& input);
   void activate_coarse(const Cut& cut, size_t begin, size_t n, float* values, float* scores,
                        int worker);
   void ffn_one(size_t layer, const Input& input);
@@ -187,6 +201,7 @@ class Engine {
     std::vector<uint8_t> joined;    // some rows whose planes were joined
     std::vector<float> outliers;    // their inter
     std::vector<float> magnitudes;  // that a cut looks at
+    std::vector<float> short_of;    // coarse results, after `rank` factors
     std::vector<float> lower;       // gate_act if a coarse row's gate_pre were too large
     std::vector<float> scores, sums;  // attention
     std::vector<float> rows, panel;  // weights, keys or values as float

@@ -44,9 +44,10 @@ struct Matrix {
   uint64_t blocks() const { return cols / planes->block; }  // of a row in planes
   // Of what is read of a row.
   uint64_t read_bytes() const {
-    return planes && !rest ? blocks() * planes->base_bytes() : row_bytes;
+    return is_coarse() ? blocks() * planes->base_bytes() : row_bytes;
   }
   uint64_t bytes() const { return rows * read_bytes(); }
+  bool is_coarse() const { return planes && !rest; }
   Matrix coarse() const {
     Matrix first = *this;
     first.rest = nullptr;

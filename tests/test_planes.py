@@ -19,6 +19,7 @@ from fallow.taps import attach
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, 40)
 N_LAYERS = 2
 ERROR = 0.3  # of gate_pre from coarse rows, as plans here have it
+RANK = 3
 Packed = dict[tuple[str, str, bool], Path]
 
 
@@ -27,7 +28,8 @@ def broad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny models whose rows are one whole K block: gated, and not."""
     root = tmp_path_factory.mktemp("broad")
     changes = {
-        "llama": {"initializer_range": 0.05},  # wider rows, smaller weights
+        # Wider rows, smaller weights; two threads part these neurons inside a block of 32.
+        "llama": {"initializer_range": 0.05, "intermediate_size": 96},
         "opt": {"init_std": 0.05, "word_embed_proj_dim": 256},
     }
     return {
@@ -64,6 +66,18 @@ def plan_for(engine: Engine, rule: str = "two_stage", **thresholds: float) -> Pl
     arrays |= {"weight.gate_act": weights}
     arrays |= {f"error.{tap}": ERROR * weights for tap in ("gate_coarse", "up_coarse")}
     return engine_plan(engine, rule, arrays)
+
+
+def corrections(engine: Engine) -> dict[str, np.ndarray]:
+    """As large as what coarse rows are short of; no guess at it."""
+    d_ff, hidden = engine.matrix("layers.0.up_proj").shape
+    random = np.random.default_rng(5)
+    found = {}
+    for tap in ("gate_coarse", "up_coarse"):
+        for part, width, size in (("in", hidden, 0.02), ("out", d_ff, 0.5)):
+            values = size * random.standard_normal((N_LAYERS, RANK, width))
+            found[f"correction.{tap}.{part}"] = values.astype(np.float16)
+    return found
 
 
 def decode(engine: Engine) -> np.ndarray:
@@ -154,8 +168,16 @@ def test_coarse_rows(
     def keep(index: int, x: torch.Tensor) -> None:
         seen["x"] = x.clone()
 
+    added = corrections(engine)
+
     def rough(index: int, name: str) -> torch.Tensor:
-        return seen["x"] @ coarse(engine, f"layers.{index}.{name}").T  # a Llama has no biases
+        tap = name.replace("proj", "coarse")
+        inner, out = (
+            torch.from_numpy(added[f"correction.{tap}.{part}"][index]).float()
+            for part in ("in", "out")
+        )
+        weight = coarse(engine, f"layers.{index}.{name}") + out.T @ inner
+        return seen["x"] @ weight.T  # a Llama has no biases
 
     def cut_gate(index: int, gate: torch.Tensor) -> torch.Tensor | None:
         if not gated:
@@ -188,7 +210,10 @@ def test_coarse_rows(
     taps |= {"up": choose_up} if gated else {}
     with attach(model.layers, taps), torch.inference_mode():
         expected = model.module(torch.from_numpy(IDS[None])).logits[0].numpy()
-    engine.use_plan(plan_for(engine, **marks))
+    plan = plan_for(engine, **marks)
+    if gated:
+        plan.arrays |= added
+    engine.use_plan(plan)
     for found in (engine.logits(IDS), decode(engine)):
         # Rounding lets a few values change sides of a threshold.
         error = np.abs(found - expected) / np.abs(expected).max()
@@ -206,6 +231,14 @@ def test_coarse_rows_are_fewer_bytes(packed: Packed) -> None:
         read[planes] = engine.core_stats()["bytes_read"]
     d_ff = engine.matrix("layers.0.up_proj").shape[0]
     assert read[False] - read[True] == N_LAYERS * 3 * d_ff * 64  # of 144
+    engine.reset()
+    engine.reset_stats()
+    plan = plan_for(engine, gate_coarse=1e9, up_coarse=1e9, down_coarse=1e9)
+    plan.arrays |= corrections(engine)
+    engine.use_plan(plan)
+    engine.forward(IDS[:1])
+    more = engine.core_stats()["bytes_read"] - read[True]
+    assert more == N_LAYERS * 2 * RANK * (2 * 256 + d_ff // 32 * 34)
 
 
 def test_wrong_use(packed: Packed, tmp_path: Path) -> None:
@@ -215,6 +248,11 @@ def test_wrong_use(packed: Packed, tmp_path: Path) -> None:
     plan = plan_for(engine, gate_coarse=1.0)
     del plan.arrays["error.gate_coarse"]
     with pytest.raises(FallowError, match=r"this plan has no array error\.gate_coarse; calibrate"):
+        engine.use_plan(plan)
+    plan = plan_for(engine, up_coarse=1.0)
+    plan.arrays |= corrections(engine)
+    plan.arrays["correction.up_coarse.out"] = plan.arrays["correction.up_coarse.out"][..., 1:]
+    with pytest.raises(FallowError, match=r"array correction\.up_coarse\.out has the shape"):
         engine.use_plan(plan)
     raw = packed["llama", "Q4_K", True].read_bytes()
     # A type that has no planes.

@@ -32,7 +32,8 @@ _RULES = (
     "cats", "cett", "fat", "gate_tail", "gate_topk", "percentile", "relu", "tail", "teal", "topk",
     "two_stage", "wina",
 )  # fmt: skip
-_Cut = tuple[int, int, int, float, np.ndarray | None, np.ndarray | None]
+_Correction = tuple[int, np.ndarray, str, np.ndarray]
+_Cut = tuple[int, int, int, float, np.ndarray | None, np.ndarray | None, _Correction | None]
 # Rules that rank by the norm of a neuron's output.
 _BY_OUTPUT_NORM = ("topk", "tail", "cett", "two_stage")
 # The engine's projections that a fused one of the checkpoint stands for.
@@ -181,7 +182,7 @@ class Engine:
         return float(margin[0])
 
     def _cuts(self, plan: Plan) -> list[_Cut]:
-        """The plan in the core's terms: (layer, tap, how, value, weights, errors)."""
+        """The plan in the core's terms: (layer, tap, how, value, weights, errors, correction)."""
         plan.check_model(self.fingerprint, self.name)
         if plan.rule.partition(":")[0] not in _RULES:
             raise FallowError(
@@ -202,9 +203,9 @@ class Engine:
                         weight, error = self._weight(plan, layer, part), None
                         if part == "gate_coarse":
                             error = self._per_neuron(plan, "error.gate_coarse", layer)
-                        cuts.append(
-                            (layer, self._tap(part), _THRESHOLD, float(value), weight, error)
-                        )
+                        correction = self._correction(plan, part, layer)
+                        cut = self._tap(part), _THRESHOLD, float(value), weight, error, correction
+                        cuts.append((layer, *cut))
         per_token = {"kept": (_TOPK, lambda v: v < 1), "tau": (_TAIL, lambda v: v > 0)}
         for name, (how, cuts_something) in per_token.items():
             if name not in plan.arrays:
@@ -215,7 +216,7 @@ class Engine:
                 for layer in range(n_layers):
                     for tap in self._taps_of(plan):
                         weight = self._weight(plan, layer, tap)
-                        cuts.append((layer, self._tap(tap), how, value, weight, None))
+                        cuts.append((layer, self._tap(tap), how, value, weight, None, None))
         return cuts
 
     def _check_array(
@@ -258,6 +259,24 @@ class Engine:
         array = plan.arrays[name]
         self._check_array(plan, name, array, (self._core.n_layers, self._core.intermediate_size))
         return np.ascontiguousarray(array[layer], dtype=np.float32)
+
+    def _correction(self, plan: Plan, tap: str, layer: int) -> _Correction | None:
+        """What coarse rows are short of, as the core takes it."""
+        inner, out = (plan.arrays.get(f"correction.{tap}.{part}") for part in ("in", "out"))
+        if inner is None or out is None:
+            return None
+        n_layers, width = self._core.n_layers, self._core.intermediate_size
+        rank = inner.shape[1] if inner.ndim == 3 else 0
+        hidden = self._count("fallow.hidden_size")
+        self._check_array(plan, f"correction.{tap}.in", inner, (n_layers, rank, hidden))
+        self._check_array(plan, f"correction.{tap}.out", out, (n_layers, rank, width))
+        import gguf
+
+        kind = gguf.GGMLQuantizationType.Q8_0 if width % 32 == 0 else gguf.GGMLQuantizationType.F16
+        rows = np.ascontiguousarray(out[layer], dtype=np.float32)
+        packed = gguf.quantize(rows, kind).view(np.uint8).ravel()
+        floats = np.ascontiguousarray(inner[layer], dtype=np.float16).view(np.uint8).ravel()
+        return rank, floats, kind.name, packed
 
     def _column_norms(self, layer: int, tap: str) -> np.ndarray:
         """||W[:, j]|| of a projection, or of the fused one that it is a part of, (in,)."""
