@@ -630,7 +630,8 @@ const uint8_t* Engine::row_part(const Matrix& w, size_t row, size_t column, size
   const PlaneFormat& f = *w.planes;
   const size_t first = row * w.blocks() + column / f.block;
   kernels_.join(f, w.data + first * f.base_bytes(),
-                w.rest ? w.rest + first * f.rest_bytes() : nullptr, n / f.block, scratch);
+                w.rest ? w.rest + first * f.rest_bytes() : nullptr, coarse_fill(row, w.summed), n / f.block,
+                scratch);
   return scratch;
 }
 

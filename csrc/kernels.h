@@ -65,9 +65,9 @@ struct Kernels {
   GemvPlanes gemv_planes[kTypes];  // null: rows must be joined first
   AxpyPlanes axpy_planes[kTypes];
 
-  // Whole blocks from their planes; `rest` null: coarse ones.
-  void (*join)(const PlaneFormat& format, const uint8_t* base, const uint8_t* rest, size_t blocks,
-               uint8_t* out);
+  // Whole blocks from their planes; `rest` null: coarse ones, with the `fill` of their row.
+  void (*join)(const PlaneFormat& format, const uint8_t* base, const uint8_t* rest, uint8_t fill,
+               size_t blocks, uint8_t* out);
 
   // k floats as float32, of any supported type.
   void (*decode)(uint32_t type, const uint8_t* row, size_t k, float* y);

@@ -307,8 +307,8 @@ FALLOW_INLINE __m512i two_planes(const uint8_t* first, const uint8_t* second) {
 
 // Chunk j of a span whose blocks' first planes begin at `base` and second ones at `rest`.
 template <class F, bool coarse>
-FALLOW_INLINE __m512i plane_chunk(const uint8_t* base, const uint8_t* rest, int j) {
-  const __m512i mean = _mm512_set1_epi8(kCoarse);
+FALLOW_INLINE __m512i plane_chunk(const uint8_t* base, const uint8_t* rest, uint8_t fill, int j) {
+  const __m512i mean = _mm512_set1_epi8(static_cast<char>(fill));
   if constexpr (F::block == 256) {
     constexpr int header = F::bytes - 128;
     const __m512i turn = j < 2 ? _mm512_set_epi64(62, 62, 62, 62, 2, 2, 2, 2)
@@ -375,14 +375,15 @@ struct Whole {
 };
 
 // Rows in two planes.
-template <class F, bool coarse>
+template <class F, bool coarse, bool summed>
 struct InPlanes {
   using Format = F;
   static constexpr uint32_t rest_bytes = F::block / 4, base_bytes = F::bytes - rest_bytes;
   struct Row {
     const uint8_t *base = nullptr, *rest = nullptr;
+    uint8_t fill = 0;
 
-    FALLOW_INLINE __m512i chunk(int j) const { return plane_chunk<F, coarse>(base, rest, j); }
+    FALLOW_INLINE __m512i chunk(int j) const { return plane_chunk<F, coarse>(base, rest, fill, j); }
     template <class V>
     FALLOW_INLINE void groups(size_t n, V& s, V& m) const {
       if constexpr (F::block == 256) {
@@ -402,7 +403,7 @@ struct InPlanes {
     }
     // The next block in one piece.
     const uint8_t* block(uint8_t* scratch) const {
-      join_planes(*find_planes(F::type), base, rest, 1, scratch);
+      join_planes(*find_planes(F::type), base, rest, fill, 1, scratch);
       return scratch;
     }
   };
@@ -412,7 +413,8 @@ struct InPlanes {
   size_t row_bytes = blocks * (base_bytes + (coarse ? 0 : rest_bytes));
 
   FALLOW_INLINE Row operator[](size_t row) const {
-    return {base + row * blocks * base_bytes, coarse ? nullptr : rest + row * blocks * rest_bytes};
+    return {base + row * blocks * base_bytes, coarse ? nullptr : rest + row * blocks * rest_bytes,
+            coarse_fill(row, summed)};
   }
 };
 
@@ -546,9 +548,9 @@ template <class F>
 void gemv_planes(const uint8_t* base, const uint8_t* rest, const int32_t* rows, size_t begin,
                  size_t n, size_t k, const Activation& x, float* y) {
   if (rest) {
-    gemv(InPlanes<F, false>{base, rest, k / F::block}, rows, begin, n, k, x, y);
+    gemv(InPlanes<F, false, false>{base, rest, k / F::block}, rows, begin, n, k, x, y);
   } else {
-    gemv(InPlanes<F, true>{base, rest, k / F::block}, rows, begin, n, k, x, y);
+    gemv(InPlanes<F, true, false>{base, rest, k / F::block}, rows, begin, n, k, x, y);
   }
 }
 
@@ -746,9 +748,9 @@ void axpy_planes(const uint8_t* base, const uint8_t* rest, const int32_t* rows, 
                  size_t n, size_t k, const float* coefficient, float* y) {
   const Tokens one{coefficient, 0, y, 0};
   if (rest) {
-    axpy<1>(InPlanes<F, false>{base, rest, k / F::block}, rows, begin, n, k, one);
+    axpy<1>(InPlanes<F, false, true>{base, rest, k / F::block}, rows, begin, n, k, one);
   } else {
-    axpy<1>(InPlanes<F, true>{base, rest, k / F::block}, rows, begin, n, k, one);
+    axpy<1>(InPlanes<F, true, true>{base, rest, k / F::block}, rows, begin, n, k, one);
   }
 }
 

@@ -227,6 +227,7 @@ Layer read_layer(const Reader& in, const Config& c, uint32_t index) {
   l.up_proj = in.matrix_or_planes(p, "up_proj", index, c.n_layers, d_ff, hidden);
   l.up_bias = in.optional_vector(p + "up_proj.bias", d_ff);
   l.down_proj_t = in.matrix_or_planes(p, "down_proj_t", index, c.n_layers, d_ff, hidden);
+  l.down_proj_t.summed = true;
   l.down_bias = in.optional_vector(p + "down_proj.bias", hidden);
   l.down_norm = in.vector(p + "down_norm", d_ff);
   return l;

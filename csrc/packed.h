@@ -40,6 +40,7 @@ struct Matrix {
   uint64_t row_bytes = 0;              // of a whole row
   const PlaneFormat* planes = nullptr;
   const uint8_t* rest = nullptr;       // null: only the first plane is read
+  bool summed = false;                 // rows are added up (axpy); otherwise each gives a value
 
   uint64_t blocks() const { return cols / planes->block; }  // of a row in planes
   // Of what is read of a row.

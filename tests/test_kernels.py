@@ -122,15 +122,20 @@ def test_planes_are_read_as_what_they_join_to(
         base, rest = split_planes(kind, data.reshape(rows, -1))
         chosen = choose(rows, 0.3)
         x, coefficient = (rng.standard_normal(n).astype(np.float32) for n in (width, len(chosen)))
-        if not whole:  # lower bits 1 and 2 in turn
-            data = join_planes(kind, base, np.full_like(rest, 0x69)).reshape(-1)
+
+        def joined(every: int) -> np.ndarray:
+            """Coarse rows have lower bits 1 and 2 in turn; after `every` rows 2 and 1, and so on."""
+            fill = np.where(np.arange(rows) // every % 2, 0x96, 0x69).astype(np.uint8)
+            lower = np.tile(fill[:, None], rest.shape[1])
+            return data if whole else join_planes(kind, base, lower).reshape(-1)
+
         planes = base.reshape(-1), rest.reshape(-1) if whole else None
         dots, expected = (np.zeros(len(chosen), dtype=np.float32) for _ in range(2))
-        _core.test_gemv_rows(table, kind, data, x, chosen, expected)
+        _core.test_gemv_rows(table, kind, joined(2), x, chosen, expected)
         _core.test_gemv_planes(table, kind, *planes, x, chosen, dots)
         np.testing.assert_array_equal(dots, expected)
         total, expected = (np.ones(width, dtype=np.float32) for _ in range(2))
-        _core.test_axpy_rows(table, kind, data, coefficient, chosen, expected)
+        _core.test_axpy_rows(table, kind, joined(1), coefficient, chosen, expected)
         _core.test_axpy_planes(table, kind, *planes, coefficient, chosen, total)
         np.testing.assert_array_equal(total, expected)
 

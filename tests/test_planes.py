@@ -103,13 +103,17 @@ def test_whole_rows_are_the_same_model(name: str, kind: str, kernels: str, packe
 
 
 def coarse(engine: Engine, name: str) -> torch.Tensor:
-    """A matrix whose nibbles' lower bits are 1 and 2, in turn."""
+    """A matrix whose nibbles' lower bits are 1 and 2, in turn, or 2 and 1: every other row of
+    down_proj_t, every other pair of rows else."""
     matrix = engine.matrix(name)
     header, nibbles = PLANE_TYPES[matrix.type]
-    blocks = matrix.data.reshape(-1, header + nibbles).copy()
-    low_bits = np.repeat(np.array([0x21, 0x12], dtype=np.uint8), nibbles // 2)
-    blocks[:, header:] = blocks[:, header:] & 0xCC | low_bits
     shape = matrix.shape
+    blocks = matrix.data.reshape(shape[0], -1, header + nibbles).copy()
+    low_bits = np.repeat(np.array([0x21, 0x12], dtype=np.uint8), nibbles // 2)
+    turned = np.arange(shape[0]) // (1 if "down" in name else 2) % 2 == 1
+    blocks[..., header:] &= 0xCC
+    blocks[~turned, :, header:] |= low_bits
+    blocks[turned, :, header:] |= low_bits[::-1]
     return torch.from_numpy(
         dequantize(Matrix(matrix.type, (shape[0], shape[1]), blocks.reshape(shape[0], -1)))
     )

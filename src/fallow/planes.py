@@ -18,8 +18,9 @@ PLANE_TYPES = {
 }
 # The upper two bits of both nibbles of a byte, and the lower two.
 UPPER, LOWER = 0xCC, 0x33
-# Of a coarse row the lower bits are taken to be 1 and 2 by turns (csrc/planes.h).
-COARSE = 0x69
+# What stands for the lower bits of coarse rows of gate_proj and up_proj: 1 and 2 by turns in two rows, 2
+# and 1 in the next two (csrc/planes.h says why).
+COARSE = (0x69, 0x69, 0x96, 0x96)
 
 
 def split_planes(kind: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -34,9 +35,10 @@ def split_planes(kind: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def coarse_rows(kind: str, data: np.ndarray) -> np.ndarray:
-    """Rows (n, bytes) as their first planes alone are read."""
+    """All rows (n, bytes) of gate_proj or up_proj as their first planes alone are read."""
     base, rest = split_planes(kind, data)
-    return join_planes(kind, base, np.full_like(rest, COARSE))
+    fill = np.resize(np.array(COARSE, dtype=np.uint8), (len(rest), 1))
+    return join_planes(kind, base, np.broadcast_to(fill, rest.shape))
 
 
 def join_planes(kind: str, base: np.ndarray, rest: np.ndarray) -> np.ndarray:
