@@ -1,5 +1,7 @@
 """Every kernel table against numpy and the portable twin, every quantisation type."""
 
+from functools import partial
+
 import gguf
 import numpy as np
 import pytest
@@ -108,6 +110,15 @@ def test_axpy_rows(table: str, kind: str, width: int) -> None:
         np.testing.assert_array_equal(whole, listed)
 
 
+def with_lower_bits(
+    kind: str, data: np.ndarray, base: np.ndarray, rest: np.ndarray, whole: bool, every: int
+) -> np.ndarray:
+    """Of coarse rows lower bits are 1 and 2 in turn, after `every` rows 2 and 1, and so on."""
+    fill = np.where(np.arange(len(rest)) // every % 2, 0x96, 0x69).astype(np.uint8)
+    lower = np.tile(fill[:, None], rest.shape[1])
+    return data if whole else join_planes(kind, base, lower).reshape(-1)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize(
     ("table", "kind", "width"),
@@ -123,19 +134,14 @@ def test_planes_are_read_as_what_they_join_to(
         chosen = choose(rows, 0.3)
         x, coefficient = (rng.standard_normal(n).astype(np.float32) for n in (width, len(chosen)))
 
-        def joined(every: int) -> np.ndarray:
-            """Coarse rows have lower bits 1 and 2 in turn; after `every` rows 2 and 1, and so on."""
-            fill = np.where(np.arange(rows) // every % 2, 0x96, 0x69).astype(np.uint8)
-            lower = np.tile(fill[:, None], rest.shape[1])
-            return data if whole else join_planes(kind, base, lower).reshape(-1)
-
+        turned = partial(with_lower_bits, kind, data, base, rest, whole)
         planes = base.reshape(-1), rest.reshape(-1) if whole else None
         dots, expected = (np.zeros(len(chosen), dtype=np.float32) for _ in range(2))
-        _core.test_gemv_rows(table, kind, joined(2), x, chosen, expected)
+        _core.test_gemv_rows(table, kind, turned(2), x, chosen, expected)
         _core.test_gemv_planes(table, kind, *planes, x, chosen, dots)
         np.testing.assert_array_equal(dots, expected)
         total, expected = (np.ones(width, dtype=np.float32) for _ in range(2))
-        _core.test_axpy_rows(table, kind, joined(1), coefficient, chosen, expected)
+        _core.test_axpy_rows(table, kind, turned(1), coefficient, chosen, expected)
         _core.test_axpy_planes(table, kind, *planes, coefficient, chosen, total)
         np.testing.assert_array_equal(total, expected)
 

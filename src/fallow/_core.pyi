@@ -33,7 +33,17 @@ class Engine:
     def forward(self, tokens: np.ndarray, all: bool, dense: bool, logits: np.ndarray) -> None: ...
     def set_cuts(
         self,
-        cuts: Sequence[tuple[int, int, int, float, np.ndarray | None, np.ndarray | None]],
+        cuts: Sequence[
+            tuple[
+                int,
+                int,
+                int,
+                float,
+                np.ndarray | None,
+                np.ndarray | None,
+                tuple[int, np.ndarray, str, np.ndarray] | None,
+            ]
+        ],
     ) -> None: ...
     def rewind(self, position: int) -> None: ...
     def stats(self) -> dict[str, Any]: ...

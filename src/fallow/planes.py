@@ -18,8 +18,8 @@ PLANE_TYPES = {
 }
 # The upper two bits of both nibbles of a byte, and the lower two.
 UPPER, LOWER = 0xCC, 0x33
-# What stands for the lower bits of coarse rows of gate_proj and up_proj: 1 and 2 by turns in two rows, 2
-# and 1 in the next two (csrc/planes.h says why).
+# What stands for the lower bits of coarse rows of gate_proj and up_proj: 1 and 2 by turns in two
+# rows, 2 and 1 in the next two (csrc/planes.h says why).
 COARSE = (0x69, 0x69, 0x96, 0x96)
 
 
