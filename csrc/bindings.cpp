@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
@@ -232,16 +233,89 @@ void test_activation(const std::string& table, const std::string& name, Floats x
   throw nb::value_error("unknown function");
 }
 
-// The engine with the file it runs, which stays mapped as long as the engine lives.
+// The engine with the file it runs, which stays mapped as long as the engine lives, or of which some parts
+// are in memory and others come from the disk when they are needed.
 class BoundEngine {
  public:
   BoundEngine(Bytes data, const std::string& kernels, int n_threads, uint32_t context)
       : data_(data), model_(read_packed(data.data(), data.size())), kernels_(kernels_of(kernels)) {
+    start(n_threads, context);
+  }
+
+  // The first header_bytes of the file are its header; load() reads the weights.
+  BoundEngine(const std::string& path, uint64_t header_bytes, const std::string& kernels,
+              int n_threads, uint32_t context)
+      : file_(std::make_unique<File>(path)), image_(std::make_unique<Pages>(file_->size())),
+        kernels_(kernels_of(kernels)) {
+    if (header_bytes > file_->size()) throw nb::value_error("the header is longer than the file");
+    fallow::load(*file_, {{0, header_bytes}}, image_->data());
+    model_ = read_packed(image_->data(), file_->size());
+    image_->forget(0, header_bytes);
+    start(n_threads, context);
+  }
+
+  // Reads parts (offset, bytes) of the file into memory.
+  void load(const std::vector<std::pair<uint64_t, uint64_t>>& parts) {
+    if (!file_) throw nb::value_error("this engine's file is mapped");
+    std::vector<Extent> extents;
+    for (const auto& [offset, size] : parts) extents.push_back(extent(offset, size));
+    nb::gil_scoped_release release;
+    fallow::load(*file_, extents, image_->data());
+  }
+
+  // Rows of the embedding, which begins at `offset` of the file, are read one by one.
+  void embed_from_file(uint64_t offset) {
+    const Matrix& w = model_.embed_tokens;
+    extent(offset, w.bytes());
+    embedding_ = std::make_unique<RowReader>(*file_, offset, w.row_bytes);
+    engine_->set_embedding(embedding_.get());
+  }
+
+  // (layer, [(matrix, its second plane?, offset, bytes)]), layers ascending
+  using PyUnit =
+      std::pair<size_t, std::vector<std::tuple<std::string, bool, uint64_t, uint64_t>>>;
+
+  // What is not in memory, and in how many slots of the largest unit's size it passes through.
+  void stream(const std::vector<PyUnit>& list, size_t n_slots) {
+    if (!file_ || list.empty() || n_slots == 0) throw nb::value_error("nothing to stream");
+    std::vector<std::vector<Extent>> units;
+    std::vector<StreamedLayer> layers(model_.layers.size());
+    for (const auto& [layer, parts] : list) {
+      if (layer >= layers.size() || !layers[layer].places.empty() || parts.empty())
+        throw nb::value_error("no such layer");
+      StreamedLayer& streamed = layers[layer];
+      streamed = {units.size(), {}, true};
+      uint64_t at = 0;
+      units.emplace_back();
+      for (const auto& [matrix, rest, offset, size] : parts) {
+        Layer& l = model_.layers[layer];
+        Matrix& m = matrix == "gate_proj" ? l.gate_proj : matrix == "up_proj" ? l.up_proj
+                                                                              : l.down_proj_t;
+        streamed.places.emplace_back(rest ? &m.rest : &m.data, at);
+        streamed.only_rest = streamed.only_rest && rest;
+        units.back().push_back(extent(offset, size));
+        at += units.back().back().room();
+      }
+    }
+    streamer_ = std::make_unique<Streamer>(*file_, std::move(units), n_slots);
+    engine_->set_stream(streamer_.get(), std::move(layers));
+  }
+
+ private:
+  Extent extent(uint64_t offset, uint64_t size) const {
+    if (!file_ || offset % kSector != 0 || size == 0 || offset > file_->size() || size > file_->size() - offset)
+      throw nb::value_error("no such part of the file");
+    return {offset, size};
+  }
+
+  void start(int n_threads, uint32_t context) {
     if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
     if (context < 1 || context > model_.config.context_length)
       throw nb::value_error("context must be 1 to the model's own");
     engine_.emplace(model_, kernels_, n_threads, context);
   }
+
+ public:
 
   void forward(ConstIndices tokens, bool all, bool dense, WritableRows logits) {
     const size_t n = tokens.size();
@@ -303,8 +377,19 @@ class BoundEngine {
     seconds["select"] = t.select;
     seconds["head"] = t.head;
     seconds["other"] = t.other;
+    seconds["disk"] = t.disk;
     result["seconds"] = seconds;
+    nb::dict disk;
+    disk["bytes"] = streamer_ ? streamer_->bytes_read() : 0;
+    disk["waits"] = streamer_ ? streamer_->waits() : 0;
+    disk["in_time"] = streamer_ ? streamer_->in_time() : 0;
+    result["disk"] = disk;
     return result;
+  }
+
+  void reset_stats() {
+    engine_->reset_stats();
+    if (streamer_) streamer_->reset_stats();
   }
 
   std::vector<float> down_norm(size_t layer) const {
@@ -335,9 +420,14 @@ class BoundEngine {
             format.type};
   }
 
-  Bytes data_;
+  // Either the mapped file or, in this order since later ones read from earlier ones, these.
+  std::optional<Bytes> data_;
+  std::unique_ptr<File> file_;
+  std::unique_ptr<Pages> image_;
   Packed model_;
   const Kernels& kernels_;
+  std::unique_ptr<RowReader> embedding_;
+  std::unique_ptr<Streamer> streamer_;
   std::optional<Engine> engine_;
 };
 
@@ -443,6 +533,7 @@ NB_MODULE(_core, m) {
   nb::exception<GgufError>(m, "GgufError", PyExc_ValueError);
 
   nb::exception<PackedError>(m, "PackedError", PyExc_ValueError);
+  nb::exception<DiskError>(m, "DiskError", PyExc_OSError);
 
   m.attr("HISTOGRAM_BINS") = kHistogramBins;
   m.attr("HISTOGRAM_BINS_PER_OCTAVE") = kBinsPerOctave;
@@ -518,11 +609,16 @@ NB_MODULE(_core, m) {
   nb::class_<BoundEngine>(m, "Engine")
       .def(nb::init<Bytes, const std::string&, int, uint32_t>(), "data"_a, "kernels"_a,
            "n_threads"_a, "context"_a)
+      .def(nb::init<const std::string&, uint64_t, const std::string&, int, uint32_t>(), "path"_a,
+           "header_bytes"_a, "kernels"_a, "n_threads"_a, "context"_a)
+      .def("load", &BoundEngine::load, "parts"_a)
+      .def("embed_from_file", &BoundEngine::embed_from_file, "offset"_a)
+      .def("stream", &BoundEngine::stream, "units"_a, "n_slots"_a)
       .def("forward", &BoundEngine::forward, "tokens"_a, "all"_a, "dense"_a, "logits"_a)
       .def("set_cuts", &BoundEngine::set_cuts, "cuts"_a)
       .def("rewind", &BoundEngine::rewind, "position"_a)
       .def("stats", &BoundEngine::stats)
-      .def("reset_stats", [](BoundEngine& e) { e.engine().reset_stats(); })
+      .def("reset_stats", &BoundEngine::reset_stats)
       .def("set_head_margin", [](BoundEngine& e, float nats) { e.engine().set_head_margin(nats); },
            "nats"_a)
       .def("down_norm", &BoundEngine::down_norm, "layer"_a)

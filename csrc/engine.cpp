@@ -197,6 +197,28 @@ void Engine::set_cuts(std::vector<LayerCuts> cuts) {
 
 void Engine::set_head_margin(float nats) { margin_ = model_.lm_head_coarse.data ? nats : 0; }
 
+void Engine::set_stream(Streamer* streamer, std::vector<StreamedLayer> layers) {
+  streamer_ = streamer;
+  streamed_ = std::move(layers);
+}
+
+// Whether an FFN needs what is not in memory. Where only second planes are not, one token under a plan
+// that reads every row coarse does without.
+bool Engine::reads_streamed(size_t l, size_t n) const {
+  if (!streamer_ || streamed_[l].places.empty()) return false;
+  if (!streamed_[l].only_rest || n > 1 || is_dense()) return true;
+  const auto is_coarse = [&](Tap tap) {
+    return cut(l, tap).by == Cut::By::kThreshold && std::isinf(cut(l, tap).value);
+  };
+  return !(is_coarse(kUpCoarse) && is_coarse(kDownCoarse) &&
+           (!config_.gated || is_coarse(kGateCoarse)));
+}
+
+void Engine::fetch(size_t l) {
+  const uint8_t* unit = streamer_->wait(streamed_[l].unit);
+  for (const auto& [place, at] : streamed_[l].places) *place = unit + at;
+}
+
 void Engine::reset_stats() {
   tokens_ = bytes_read_ = 0;
   std::fill(active_.begin(), active_.end(), 0);
@@ -237,7 +259,9 @@ void Engine::embed(const int32_t* tokens, size_t n) {
   const Matrix& table = model_.embed_tokens;
   for (size_t t = 0; t < n; ++t) {
     float* x = residual_.data() + t * hidden;
-    kernels_.decode(table.type, table.data + static_cast<size_t>(tokens[t]) * table.row_bytes,
+    const auto token = static_cast<size_t>(tokens[t]);
+    kernels_.decode(table.type,
+                    embedding_ ? embedding_->row(token) : table.data + token * table.row_bytes,
                     hidden, x);
     for (size_t i = 0; i < hidden; ++i) x[i] *= config_.embedding_scale;
     if (model_.embed_positions)
@@ -414,6 +438,11 @@ void Engine::ffn(size_t l, size_t n) {
   Input& input = config_.parallel ? attn_input_ : ffn_input_;
   if (!config_.parallel) normalize_into(layer.ffn_norm, n, input);
   clock.mark(timing_.other);
+  const bool streams = reads_streamed(l, n);
+  if (streams) {
+    fetch(l);
+    clock.mark(timing_.disk);
+  }
   const double selecting = timing_.select;
   if (n > 1) {
     as_decode(n) ? ffn_few(l, n, input) : ffn_block(l, n, input);
@@ -428,6 +457,7 @@ void Engine::ffn(size_t l, size_t n) {
     if (layer.down_bias) add_to(y, layer.down_bias, config_.hidden_size);
     apply(cut(l, kFfnOut), y, config_.hidden_size, worker);
   });
+  if (streams) streamer_->done();
   clock.mark(timing_.ffn);
   timing_.ffn -= timing_.select - selecting;
   add_branch(layer.ffn_post_norm, n);

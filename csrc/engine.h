@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "disk.h"
 #include "kernels.h"
 #include "packed.h"
 #include "parallel.h"
@@ -48,9 +49,18 @@ struct Cut {
 
 using LayerCuts = std::array<Cut, kTaps>;
 
+// Matrices of a layer's FFN that come through a Streamer, as one unit of it: the places in the model
+// that say where they lie, and how far from the unit's beginning they do.
+struct StreamedLayer {
+  size_t unit = 0;
+  std::vector<std::pair<const uint8_t**, uint64_t>> places;  // empty: the layer stays in memory
+  bool only_rest = false;                                    // second planes alone
+};
+
 // Seconds spent since the last reset, by what they were spent on.
 struct Timing {
   double attention_proj = 0, attention = 0, ffn = 0, select = 0, head = 0, other = 0;
+  double disk = 0;  // waiting for it
 };
 
 class Engine {
@@ -65,6 +75,12 @@ class Engine {
   // 0 where the model has no lm_head_coarse.
   void set_head_margin(float nats);
   float head_margin() const { return margin_; }
+
+  // From now on rows of embed_tokens come from there.
+  void set_embedding(RowReader* rows) { embedding_ = rows; }
+
+  // From now on these layers' matrices come from the disk; one entry per layer.
+  void set_stream(Streamer* streamer, std::vector<StreamedLayer> layers);
 
   // Tokens that go through the dense model together as one by one would, to the bit, in less time.
   static constexpr size_t kFew = 8;
@@ -121,6 +137,8 @@ class Engine {
   void rotate(const Layer& layer, const Norm& norm, size_t heads, size_t n, float* x);
   void store_cache(size_t layer, size_t n);
   void ffn(size_t layer, size_t n);
+  bool reads_streamed(size_t layer, size_t n) const;
+  void fetch(size_t layer);
   bool gate_is_coarse(size_t l) const;
   void gate_from_planes(size_t l, const Activation& x, Share range, int worker);
   const float* corrected(const Correction& correction, const float* x, Share range, int worker);
@@ -177,6 +195,9 @@ class Engine {
   uint32_t context_, position_ = 0;
   size_t block_;  // tokens per block of prefill
   std::vector<LayerCuts> cuts_;
+  RowReader* embedding_ = nullptr;
+  Streamer* streamer_ = nullptr;
+  std::vector<StreamedLayer> streamed_;
   float margin_ = 0;
   bool dense_ = false;  // this forward() leaves cuts and margin alone
 

@@ -12,7 +12,7 @@ namespace {
 
 // A layer more or a token more is no model, and would overflow sizes below.
 constexpr uint64_t kLargest = 1u << 24;
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
 class Reader {
  public:

@@ -1,7 +1,7 @@
 """Compiled core; see csrc/bindings.cpp. Arrays are contiguous and are not copied."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -11,6 +11,7 @@ HISTOGRAM_MIN_EXPONENT: int
 FORMATS: dict[str, tuple[int, int]]  # type -> (weights per block, bytes per block)
 
 class GgufError(ValueError): ...
+class DiskError(OSError): ...
 
 def gguf_header(data: np.ndarray) -> dict[str, Any]: ...
 def dequantize(type: str, src: np.ndarray, dst: np.ndarray, n_threads: int = 1) -> None: ...
@@ -29,7 +30,19 @@ FEW: int
 class PackedError(ValueError): ...
 
 class Engine:
+    @overload
     def __init__(self, data: np.ndarray, kernels: str, n_threads: int, context: int) -> None: ...
+    @overload
+    def __init__(
+        self, path: str, header_bytes: int, kernels: str, n_threads: int, context: int
+    ) -> None: ...
+    def load(self, parts: Sequence[tuple[int, int]]) -> None: ...
+    def embed_from_file(self, offset: int) -> None: ...
+    def stream(
+        self,
+        units: Sequence[tuple[int, Sequence[tuple[str, bool, int, int]]]],
+        n_slots: int,
+    ) -> None: ...
     def forward(self, tokens: np.ndarray, all: bool, dense: bool, logits: np.ndarray) -> None: ...
     def set_cuts(
         self,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fallow import _core
-from fallow.engine import Engine, peak_rss_mb
+from fallow.engine import Engine, disk_figures, peak_rss_mb
 from fallow.errors import FallowError, UsageError
 from fallow.plan import Plan
 from fallow.progress import progress
@@ -38,12 +38,14 @@ def bench(
     runs: int = 5,
     against: str | None = None,
     source: str | Path | None = None,
+    memory: str | int | None = None,
     text: str | Path | None = None,
 ) -> dict[str, Any]:
     """Times prefill of a text's first tokens and decode of the following ones, fed as they are.
 
     Args:
         against: "llama.cpp" or "openvino"; needs `source`, the GGUF that both read.
+        memory: as for `Engine`; the other engine is not bound by it.
 
     Returns:
         Medians over the runs, all runs under `all`; with `against` the baseline's and the ratios.
@@ -58,7 +60,7 @@ def bench(
         raise UsageError("--against and --source, the GGUF it reads, belong together")
     if prompt_tokens < 2 or new_tokens < 1 or runs < 1:
         raise UsageError("give at least -p 2, -n 1 and --runs 1")
-    engine = Engine(path, plan, threads, context=prompt_tokens + new_tokens)
+    engine = Engine(path, plan, threads, context=prompt_tokens + new_tokens, memory=memory)
     # Not all of a long text: its tokens would count as the engine's memory.
     part = load_text(text, "evaluation").content[
         : _CHARACTERS_PER_TOKEN * (prompt_tokens + new_tokens)
@@ -79,7 +81,8 @@ def bench(
             for _ in range(runs):
                 ours.append(run_once(engine, ids, prompt_tokens))
                 peak = peak or peak_rss_mb()  # before the stream test takes memory of its own
-                stream.append(_core.read_bandwidth(_STREAM_BYTES, engine.threads) / 1e9)
+                if memory is None:  # of which this test takes a good part
+                    stream.append(_core.read_bandwidth(_STREAM_BYTES, engine.threads) / 1e9)
                 if baseline:
                     theirs.append(baseline.run())
                 ticker.advance()
@@ -112,6 +115,7 @@ def run_once(engine: Engine, ids: np.ndarray, prompt_tokens: int) -> dict[str, f
         "overhead": 1 - products / decode,
         "sparsity": float(engine.idle_neurons().mean()),
         **{f"ms_{k}": 1e3 * v / n for k, v in figures["seconds"].items()},
+        **disk_figures(figures, n),
     }
 
 
@@ -141,8 +145,13 @@ def _summary(
     against: str | None,
 ) -> dict[str, Any]:
     result: dict[str, Any] = {k: statistics.median(r[k] for r in ours) for k in ours[0]}
-    result["stream_gbps"] = statistics.median(stream)
-    result["mbu"] = statistics.median(r["gbps"] / s for r, s in zip(ours, stream, strict=True))
+    if stream:
+        result["stream_gbps"] = statistics.median(stream)
+        result["mbu"] = statistics.median(r["gbps"] / s for r, s in zip(ours, stream, strict=True))
+    if engine.residency is not None:
+        result["memory_mb"] = (engine.memory or 0) / 1e6
+        result["disk_gbps"] = engine.disk_gbps
+        result["disk_bytes_per_pass"] = engine.residency.pass_bytes
     result["sparsity_per_layer"] = engine.idle_neurons().tolist()
     result["file_mb"] = engine.path.stat().st_size / 1e6
     result["logits_hash"] = engine.logits_hash()

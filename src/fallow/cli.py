@@ -42,6 +42,12 @@ ModelArg = Annotated[
 ]
 PackedArg = Annotated[Path, typer.Argument(help="A file that fallow pack wrote.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="Default: all processors.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Packed models: what the process may take, 800MB say; the rest is read from the disk."
+    ),
+]
 TextOption = Annotated[
     Path | None,
     typer.Option("--text", help="UTF-8 text; default: half of the Python language reference."),
@@ -396,6 +402,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option("-p", help="Tokens of prefill.")] = 512,
     new_tokens: Annotated[int, typer.Option("-n", help="Tokens of decode.")] = 128,
     runs: Annotated[int, typer.Option(help="Runs; medians are reported.")] = 5,
+    memory: MemoryOption = None,
     text: TextOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -412,6 +419,7 @@ def bench(
         runs=runs,
         against=against,
         source=source,
+        memory=memory,
         text=text,
     )
     if as_json:
@@ -423,10 +431,17 @@ def bench(
 def _print_bench(r: dict[str, Any]) -> None:
     print(f"{r['threads']} threads, {r['kernels']} kernels, medians of {r['runs']} runs")
     print(f"  prefill  {r['prefill_tps']:.1f} tok/s (first token after {r['ttft_ms']:.0f} ms)")
+    share = f", {r['mbu']:.0%} of what {r['threads']} threads read" if "mbu" in r else ""
     print(
         f"  decode   {r['decode_tps']:.2f} tok/s, {r['bytes_per_token'] / 1e6:.0f} MB/token, "
-        f"{r['gbps']:.1f} GB/s, {r['mbu']:.0%} of what {r['threads']} threads read"
+        f"{r['gbps']:.1f} GB/s{share}"
     )
+    if "memory_mb" in r:
+        print(
+            f"  memory   {r['memory_mb']:.0f} MB: {r['disk_bytes_per_token'] / 1e6:.0f} MB/token "
+            f"from the disk, {r['hit_rate']:.0%} of the bytes in memory, "
+            f"{r['stall_ms_per_token']:.1f} ms/token waiting"
+        )
     print(f"  neurons idle {r['sparsity']:.1%}, outside products {r['overhead']:.1%} of decode")
     print(f"  peak RSS {r['peak_rss_mb']:.0f} MB, file {r['file_mb']:.0f} MB")
     if "baseline" in r:
@@ -827,6 +842,7 @@ def generate(
     context: Annotated[
         int | None, typer.Option(help="Packed models: tokens of cache; default: at most 4096.")
     ] = None,
+    memory: MemoryOption = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -834,15 +850,19 @@ def generate(
     loaded_plan = _load_plan(plan)
     if _is_packed(model):
         from fallow.engine import Engine
+        from fallow.progress import console
 
-        engine = Engine(model, loaded_plan, threads, context=context)
+        engine = Engine(model, loaded_plan, threads, context=context, memory=memory)
+        if memory is not None:
+            console.print(engine.describe_memory(), highlight=False)
         pieces = engine.generate(
             prompt, max_new_tokens, temperature, top_p, top_k, min_p, seed, stop or (), chat,
             lossless,
         )  # fmt: skip
         _print_stream(engine, prompt, pieces, as_json)
         return
-    if (top_p, top_k, min_p, stop, lossless, context) != (1.0, 0, 0.0, None, False, None):
+    given = (top_p, top_k, min_p, stop, lossless, context, memory)
+    if given != (1.0, 0, 0.0, None, False, None, None):
         raise UsageError("this option needs a packed model; make one with fallow pack")
     loaded = _load(model, dtype)
     answer = loaded.generate(

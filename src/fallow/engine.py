@@ -17,14 +17,24 @@ from tokenizers import Tokenizer
 from fallow import _core
 from fallow.drafting import Lookup
 from fallow.errors import FallowError, UsageError
+from fallow.memory import (
+    EMBEDDING,
+    RESERVE,
+    SLOTS,
+    Residency,
+    parse_size,
+    parts_of,
+    residencies,
+)
 from fallow.plan import Plan
 from fallow.planes import join_planes
 from fallow.text import Text, cut_windows
 from fallow.tokenizer import TextTokenizer
 from fallow.weights import GgufFile, StoredTensor, read_gguf
 
-PACKED_VERSION = 1
+PACKED_VERSION = 2
 DEFAULT_CONTEXT = 4096
+BUDGET_CONTEXT = 1024  # under a memory budget
 
 # How the core finds a cut's threshold: csrc/engine.h, Cut::By.
 _THRESHOLD, _TOPK, _TAIL = 1, 2, 3
@@ -65,6 +75,12 @@ class Stats:
     sparsity_per_layer: list[float] = field(default_factory=list)  # neurons idle while decoding
     peak_rss_mb: float = 0.0
     logits_hash: str = ""  # of the last token's logits
+    # Under a memory budget: read from the disk per token, and what was waited for it; of the bytes
+    # that a token needs the share that was in memory; of reads the share that was there in time.
+    disk_bytes_per_token: float = 0.0
+    stall_ms_per_token: float = 0.0
+    hit_rate: float = 1.0
+    read_ahead_rate: float = 1.0
     drafted: int = 0  # tokens guessed ahead, in the lossless mode
     accepted: int = 0  # of these, what the dense model said too
 
@@ -80,12 +96,16 @@ class Engine:
         plan: which neurons may be idle; default: the plan packed with the model, if any.
             `plan=False` ignores that one.
         threads: default: all processors.
-        context: tokens that the cache holds; default: the model's own, at most 4096.
+        context: tokens that the cache holds; default: the model's own, at most 4096, or 1024 with
+            `memory`.
         kernels: one of `_core.KERNELS`, "portable" say; default: the fastest that runs here.
+        memory: bytes that the process may take, or a size such as "800MB": weights that do not fit
+            are read from the file for every pass over the model. Default: the file is mapped.
 
     Raises:
-        FallowError: no packed model, damaged, or the plan is for another model.
-        UsageError: threads, context or kernels out of range.
+        FallowError: no packed model, damaged, the plan is for another model, or `memory` is less
+            than what works here.
+        UsageError: threads, context, kernels or memory out of range.
     """
 
     def __init__(
@@ -96,8 +116,10 @@ class Engine:
         *,
         context: int | None = None,
         kernels: str = "",
+        memory: int | str | None = None,
     ) -> None:
         self.path = Path(path)
+        self.memory = parse_size(memory) if isinstance(memory, str) else memory
         self.file = read_gguf(self.path)
         self._check_version()
         self.name = str(self.file.get("fallow.model", self.path.name))
@@ -114,18 +136,74 @@ class Engine:
             raise UsageError(
                 f"kernels {kernels!r} do not run here; known: {', '.join(_core.KERNELS)}"
             )
-        data = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
+        first = plan if isinstance(plan, Plan) else None if plan is False else self._packed_plan()
+        # Under a budget the coarse head is in memory only if this plan uses it.
+        self._coarse_head = memory is None or (first is not None and self._head_margin(first) > 0)
+        self.residency: Residency | None = None
+        self.disk_gbps: float | None = None  # at which it was loaded, with `memory`
         try:
-            self._core = _core.Engine(
-                data, kernels, self.threads, context or min(longest, DEFAULT_CONTEXT)
-            )
+            usual = DEFAULT_CONTEXT if self.memory is None else BUDGET_CONTEXT
+            self._core = self._start(kernels, context or min(longest, usual))
         except ValueError as error:
             raise FallowError(f"packed model {self.path}: {error}; pack it again") from error
-        if isinstance(plan, Plan):
-            self.use_plan(plan)
-        else:
-            self.use_plan(None if plan is False else self._packed_plan())
+        except _core.DiskError as error:
+            raise FallowError(str(error)) from error
+        self.use_plan(first)
         self.last_logits: np.ndarray | None = None
+
+    def _start(self, kernels: str, context: int) -> Any:
+        if self.memory is None:
+            data = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
+            return _core.Engine(data, kernels, self.threads, context)
+        _ = self.tokenizer  # reading it takes memory for a moment, in which weights lie afterwards
+        header = min(self.file.offsets.values(), default=0)
+        core = _core.Engine(str(self.path), header, kernels, self.threads, context)
+        self.file.forget_pages()
+        _return_freed_memory()
+        self.residency = found = self._choose_residency(context)
+        start = time.perf_counter()
+        core.load([(p.offset, p.size) for p in found.resident])
+        size = sum(p.size for p in found.resident)
+        self.disk_gbps = size / (time.perf_counter() - start) / 1e9
+        if "lm_head.weight" in self.file.tensors:
+            core.embed_from_file(self.file.offsets[EMBEDDING])
+        if found.streamed:
+            core.stream(
+                [
+                    (layer, [(p.matrix, p.is_rest, p.offset, p.size) for p in parts])
+                    for layer, parts in found.streamed.items()
+                ],
+                SLOTS,
+            )
+        return core
+
+    def _choose_residency(self, context: int) -> Residency:
+        """What of the weights fits, when all else is in memory already."""
+        assert self.memory is not None
+        taken = rss_bytes() + RESERVE
+        options = residencies(parts_of(self.file, self._coarse_head))
+        found = next((r for r in options if taken + r.memory <= self.memory), None)
+        if found is None:
+            least = taken + min(r.memory for r in options)
+            raise FallowError(
+                f"--memory {self.memory / 1e6:.0f} MB is too little for {self.name} with a context "
+                f"of {context} tokens; the least is {np.ceil(least / 1e6):.0f} MB"
+            )
+        return found
+
+    def describe_memory(self) -> str:
+        """One line: what a budget leaves in memory, what is read per pass, and what that allows."""
+        if self.residency is None or self.memory is None or self.disk_gbps is None:
+            return ""
+        resident = sum(p.size for p in self.residency.resident)
+        read = self.residency.pass_bytes
+        line = f"memory {self.memory / 1e6:.0f} MB: {resident / 1e6:.0f} MB of weights stay"
+        if not read:
+            return f"{line}, nothing is read from the disk"
+        return (
+            f"{line}, {read / 1e6:.0f} MB ({read / (read + resident):.0%}) are read per pass; "
+            f"at {self.disk_gbps:.2f} GB/s at most {1e9 * self.disk_gbps / read:.1f} passes/s"
+        )
 
     def _check_version(self) -> None:
         version = self.file.metadata.get("fallow.version")
@@ -147,8 +225,8 @@ class Engine:
         return value
 
     def _packed_plan(self) -> Plan | None:
-        stored = self.file.metadata.get("fallow.plan")
-        return None if stored is None else Plan.from_bytes(bytes(stored), f"in {self.path}")
+        stored = self.file.tensors.get("plan")
+        return None if stored is None else Plan.from_bytes(bytes(stored.data), f"in {self.path}")
 
     @property
     def context(self) -> int:
@@ -170,7 +248,8 @@ class Engine:
             FallowError: the plan is for another model, or its arrays do not fit.
         """
         self._core.set_cuts([] if plan is None else self._cuts(plan))
-        self._core.set_head_margin(0.0 if plan is None else self._head_margin(plan))
+        margin = self._head_margin(plan) if plan is not None and self._coarse_head else 0.0
+        self._core.set_head_margin(margin)
         self.plan: Plan | None = plan
 
     def _head_margin(self, plan: Plan) -> float:
@@ -296,13 +375,19 @@ class Engine:
         if f"{name}.base" not in tensors:
             return tensors[f"{name}.weight"]
         _, layer, part = name.split(".")
-        import gguf
-
-        kind = gguf.GGMLQuantizationType(self.file.get(f"fallow.{part}_planes")[int(layer)]).name
+        kind = self._matrix_type(int(layer), part)
         base, rest = tensors[f"{name}.base"], tensors[f"{name}.rest"]
         data = join_planes(kind, *(t.data.reshape(t.shape) for t in (base, rest)))
         shape = (base.shape[0], self._count("fallow.hidden_size"))
         return StoredTensor(name, shape, kind, data.reshape(-1))
+
+    def _matrix_type(self, layer: int, part: str) -> str:
+        whole = self.file.tensors.get(f"layers.{layer}.{part}.weight")
+        if whole is not None:
+            return whole.type
+        import gguf
+
+        return gguf.GGMLQuantizationType(self.file.get(f"fallow.{part}_planes")[layer]).name
 
     def reset(self, keep: int = 0) -> None:
         """Forgets what was read after the first `keep` tokens."""
@@ -334,7 +419,10 @@ class Engine:
         """
         tokens = self._check_ids(ids)
         logits = np.empty((len(tokens) if every else 1, self._core.vocab_size), dtype=np.float32)
-        self._core.forward(tokens, every, dense, logits)
+        try:
+            self._core.forward(tokens, every, dense, logits)
+        except _core.DiskError as error:
+            raise FallowError(str(error)) from error
         self.last_logits = logits[-1]
         return logits
 
@@ -485,6 +573,8 @@ class Engine:
             self.stats.bytes_per_token = figures["bytes_read"] / decoded
             self.stats.gbps = figures["bytes_read"] / seconds / 1e9
             self.stats.sparsity_per_layer = self.idle_neurons().tolist()
+            for name, value in disk_figures(figures, decoded).items():
+                setattr(self.stats, name, value)
         self.stats.peak_rss_mb = peak_rss_mb()
         self.stats.logits_hash = self.logits_hash()
 
@@ -501,7 +591,7 @@ class Engine:
     def dtype_name(self) -> str:
         """The type of gate_proj or, without one, up_proj: what most weights are."""
         name = "gate_proj" if self.file.get("fallow.gated") else "up_proj"
-        return self.matrix(f"layers.0.{name}").type.lower()
+        return self._matrix_type(0, name).lower()
 
     def core_stats(self) -> dict[str, Any]:
         """Counters of the core since `reset_stats`: see csrc/engine.h."""
@@ -516,6 +606,17 @@ class Engine:
             if self.last_logits is None
             else hashlib.sha256(self.last_logits.tobytes()).hexdigest()[:16]
         )
+
+
+def disk_figures(figures: dict[str, Any], tokens: int) -> dict[str, float]:
+    """What `Stats` says of the disk, from the core's counters over some tokens."""
+    disk = figures["disk"]
+    return {
+        "disk_bytes_per_token": disk["bytes"] / tokens,
+        "stall_ms_per_token": 1e3 * figures["seconds"]["disk"] / tokens,
+        "hit_rate": max(0.0, 1 - disk["bytes"] / figures["bytes_read"]),
+        "read_ahead_rate": disk["in_time"] / disk["waits"] if disk["waits"] else 1.0,
+    }
 
 
 @dataclass
@@ -588,6 +689,12 @@ def peak_rss_mb() -> float:
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def rss_bytes() -> int:
+    """The process's resident memory now, mapped files included."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def _tokenizer(file: GgufFile) -> TextTokenizer:

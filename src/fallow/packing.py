@@ -572,7 +572,7 @@ def _write(
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)
     if plan is not None:
-        writer.add_array("fallow.plan", np.frombuffer(plan.to_bytes(), dtype=np.uint8).tolist())
+        writer.add_tensor("plan", np.frombuffer(plan.to_bytes(), dtype=np.int8))
     with progress(f"pack, down_proj_t {down}", len(model.layers)) as ticker:
         for name, values in source.vectors():
             writer.add_tensor(name, values)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class GgufFile:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    offsets: dict[str, int] = field(default_factory=dict)  # of tensors, from the file's start
 
     @property
     def architecture(self) -> str:
@@ -71,6 +73,14 @@ class GgufFile:
         if default is ...:
             raise FallowError(f"GGUF {self.path} has no {key}; is it a language model?")
         return default
+
+    def forget_pages(self) -> None:
+        """Lets go of what was read of the mapped file; it is read again when it is used."""
+        base: Any = next(iter(self.tensors.values())).data if self.tensors else None
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            base.madvise(mmap.MADV_DONTNEED)
 
 
 def read_gguf(path: str | Path) -> GgufFile:
@@ -91,7 +101,8 @@ def read_gguf(path: str | Path) -> GgufFile:
         name: StoredTensor(name, tuple(shape), kind, data[offset : offset + n_bytes])
         for name, shape, kind, offset, n_bytes in header["tensors"]
     }
-    return GgufFile(path, header["fields"], tensors)
+    offsets = {name: offset for name, _, _, offset, _ in header["tensors"]}
+    return GgufFile(path, header["fields"], tensors, offsets)
 
 
 def _map_file(path: Path, what: str) -> np.ndarray:

@@ -1,0 +1,122 @@
+"""Which weights stay in memory under a budget, and which come from the disk for every pass.
+
+A pass over a dense model needs every weight once, always in the same order. Of such a cycle a cache
+that takes in what was just read keeps nothing until it is needed again, and no policy hits more
+often than keeping a fixed part (Belady's rule, on a cycle). So a part of the FFN's matrices stays,
+and the others pass through two slots, read ahead while earlier layers compute. Layers that are read
+are spread evenly, so that the disk always has work. Where a model is in planes (docs/packed.md) its
+second planes are read first of all: the first ones alone are a model that can guess ahead.
+"""
+
+import re
+from dataclasses import dataclass
+
+from fallow.errors import UsageError
+from fallow.weights import GgufFile
+
+SLOTS = 2
+SECTOR = 4096  # as csrc/disk.h has it
+EMBEDDING = "embed_tokens.weight"
+STREAMED = ("gate_proj", "up_proj", "down_proj_t")
+# What the process takes after the engine is ready: logits, the sampler's and Python's arrays.
+RESERVE = 16_000_000
+_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 800MB (of 1e6 bytes) or 1.5GiB.
+
+    Raises:
+        UsageError: anything else.
+    """
+    found = re.fullmatch(r"\s*(\d*\.?\d+)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if not found or unit is None or not float(found[1]) * unit >= 1:
+        raise UsageError(f"--memory {text!r} is not a size; give one such as 800MB or 1.5GB")
+    return int(float(found[1]) * unit)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor: its place in the file, bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+    @property
+    def room(self) -> int:
+        """Bytes of memory: whole sectors."""
+        return -(-self.size // SECTOR) * SECTOR
+
+    @property
+    def matrix(self) -> str:
+        return self.name.split(".")[-2:][0]
+
+    @property
+    def layer(self) -> int:
+        return int(self.name.split(".")[1])
+
+    @property
+    def is_rest(self) -> bool:
+        return self.name.endswith(".rest")
+
+
+@dataclass(frozen=True)
+class Residency:
+    """What stays in memory, and what of each layer is read for every pass."""
+
+    resident: list[Part]
+    streamed: dict[int, list[Part]]  # by layer, ascending
+
+    @property
+    def slot(self) -> int:
+        """Bytes of the largest layer's streamed parts."""
+        return max((sum(p.room for p in parts) for parts in self.streamed.values()), default=0)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of weights in memory at most."""
+        return sum(p.room for p in self.resident) + SLOTS * self.slot
+
+    @property
+    def pass_bytes(self) -> int:
+        """Read from the disk for a pass over the model."""
+        return sum(p.size for parts in self.streamed.values() for p in parts)
+
+
+def parts_of(file: GgufFile, coarse_head: bool) -> list[Part]:
+    """The tensors that the engine computes with, in the file's order.
+
+    An embedding that is not the head too is left out: of it a token needs one row, from the file.
+    """
+    unused = {"plan"} if coarse_head else {"plan", "lm_head_coarse.codes"}
+    if "lm_head.weight" in file.tensors:
+        unused.add(EMBEDDING)
+    return [
+        Part(name, file.offsets[name], tensor.data.nbytes)
+        for name, tensor in file.tensors.items()
+        if name not in unused
+    ]
+
+
+def residencies(parts: list[Part]) -> list[Residency]:
+    """From all parts in memory to all of the FFNs read for every pass, one part more each time.
+
+    One matrix of all layers goes before the next: so slots are small.
+    """
+    movable = [p for p in parts if p.matrix in STREAMED and not p.name.endswith(".bias")]
+    movable.sort(key=lambda p: (not p.is_rest, STREAMED.index(p.matrix), _spread(p.layer)))
+    found = []
+    for count in range(len(movable) + 1):
+        gone = set(movable[:count])
+        streamed: dict[int, list[Part]] = {}
+        for part in sorted(gone, key=lambda p: (p.layer, p.offset)):
+            streamed.setdefault(part.layer, []).append(part)
+        found.append(Residency([p for p in parts if p not in gone], streamed))
+    return found
+
+
+def _spread(i: int) -> int:
+    """The bits of i in reverse: of numbers in this order the first few are far apart."""
+    return int(f"{i:016b}"[::-1], 2)

@@ -1,0 +1,271 @@
+"""A memory budget: the same logits to the bit, whatever of the model comes from the disk."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import VOCABULARY, make_folder
+from fallow import engine as module
+from fallow.engine import Engine
+from fallow.errors import FallowError, UsageError
+from fallow.memory import RESERVE, SLOTS, parse_size, parts_of, residencies
+from fallow.models import ARCHITECTURES
+from fallow.packing import pack
+from fallow.weights import read_gguf
+from test_planes import plan_for
+
+IDS = np.random.default_rng(1).integers(2, VOCABULARY, 60)
+LAYERS = 5
+Packed = dict[str, Path]
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """Every architecture as F32, and a Llama in planes."""
+    root, found = tmp_path_factory.mktemp("memory"), {}
+    for name in ARCHITECTURES:
+        folder = make_folder(name, root / name, num_hidden_layers=LAYERS)
+        found[name] = root / f"{name}.gguf"
+        pack(folder, found[name], quant="f32")
+    folder = make_folder("llama", root / "wide", num_hidden_layers=LAYERS, hidden_size=256)
+    found["planes"] = root / "planes.gguf"
+    pack(folder, found["planes"], quant="q4_k", planes=True)
+    return found
+
+
+@pytest.fixture
+def no_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budgets count weights alone: this process is far larger than these models."""
+    monkeypatch.setattr(module, "rss_bytes", lambda: 0)
+
+
+def budgets(path: Path) -> list[int]:
+    """Five from all weights in memory to none of the FFNs'."""
+    sizes = [r.memory for r in residencies(parts_of(read_gguf(path), False))]
+    chosen = [sizes[i] for i in np.linspace(0, len(sizes) - 1, 5).astype(int)]
+    return [RESERVE + max(size, min(sizes)) for size in chosen]
+
+
+def logits(engine: Engine) -> list[np.ndarray]:
+    """In a block, a few at once, and one by one."""
+    engine.reset()
+    parts = [(IDS[:20], False), (IDS[20:24], True)]
+    parts += [(IDS[i : i + 1], False) for i in range(24, 40)]
+    found = [engine.forward(part, every=True, dense=dense) for part, dense in parts]
+    engine.reset()
+    return [*found, engine.forward(IDS, every=True)]
+
+
+@pytest.mark.usefixtures("no_overhead")
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "planes"])
+def test_logits_do_not_depend_on_the_budget(name: str, packed: Packed) -> None:
+    expected = logits(Engine(packed[name], threads=2))
+    streamed = []
+    for budget in budgets(packed[name]):
+        engine = Engine(packed[name], threads=2, memory=budget)
+        assert engine.residency is not None
+        for found, whole in zip(logits(engine), expected, strict=True):
+            np.testing.assert_array_equal(found, whole)
+        disk = engine.core_stats()["disk"]
+        assert (disk["bytes"] > 0) == (engine.residency.pass_bytes > 0)
+        streamed.append(engine.residency.pass_bytes)
+    assert streamed == sorted(streamed)
+    assert streamed[0] == 0
+    assert len(set(streamed)) > 2
+
+
+@pytest.mark.usefixtures("no_overhead")
+def test_plans_do_not_depend_on_the_budget(packed: Packed) -> None:
+    found = []
+    for budget in (None, budgets(packed["planes"])[2]):
+        engine = Engine(packed["planes"], threads=2, memory=budget)
+        layers = {"threshold.inter": 0.02, "threshold.up_coarse": 0.1, "threshold.gate_coarse": 0.3}
+        plan = plan_for(engine, **{k.removeprefix("threshold."): v for k, v in layers.items()})
+        plan.arrays = {
+            k: np.resize(v, (LAYERS, *v.shape[1:])).astype(np.float32)
+            for k, v in plan.arrays.items()
+        }
+        engine.use_plan(plan)
+        found.append(logits(engine))
+    for mapped, streamed in zip(*found, strict=True):
+        np.testing.assert_array_equal(mapped, streamed)
+
+
+@pytest.mark.usefixtures("no_overhead")
+def test_coarse_rows_alone_need_no_disk(packed: Packed) -> None:
+    """What a model in planes guesses with, while its second planes are not there."""
+    sizes = residencies(parts_of(read_gguf(packed["planes"]), False))
+    only_rest = next(r for r in sizes if len(r.streamed) == LAYERS)
+    assert all(p.is_rest for parts in only_rest.streamed.values() for p in parts)
+    found = []
+    for budget in (None, RESERVE + only_rest.memory):
+        engine = Engine(packed["planes"], threads=2, memory=budget)
+        taps = ("gate_coarse", "up_coarse", "down_coarse")
+        plan = plan_for(engine, **dict.fromkeys(taps, np.inf))
+        plan.arrays = {
+            k: np.resize(v, (LAYERS, *v.shape[1:])).astype(np.float32)
+            for k, v in plan.arrays.items()
+        }
+        engine.use_plan(plan)
+        engine.reset_stats()
+        found.append(np.concatenate([engine.forward([token]) for token in IDS[:5]]))
+        waited = engine.core_stats()["disk"]["waits"]
+        assert waited == 0
+        found.append(engine.forward(IDS[5:9], every=True, dense=True))  # what checks the guesses
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(found[1], found[3])
+
+
+def test_residencies(packed: Packed) -> None:
+    """One part more is read each time, from layers that are far apart; second planes first, and
+    one matrix after the other."""
+    for name in ("llama", "planes"):
+        parts = parts_of(read_gguf(packed[name]), False)
+        found = residencies(parts)
+        counts = [sum(len(ps) for ps in r.streamed.values()) for r in found]
+        assert counts == list(range(len(found)))
+        for r in found:
+            streamed = [p for ps in r.streamed.values() for p in ps]
+            assert sorted(p.name for p in [*r.resident, *streamed]) == sorted(p.name for p in parts)
+            assert list(r.streamed) == sorted(r.streamed)
+            largest = max((sum(p.room for p in ps) for ps in r.streamed.values()), default=0)
+            assert r.memory == sum(p.room for p in r.resident) + SLOTS * largest
+        assert {p.layer for p in _streamed(found[2])} == {0, 4}
+        assert {p.matrix for p in _streamed(found[LAYERS])} == {"gate_proj"}
+    assert all(p.is_rest for p in _streamed(found[3 * LAYERS]))
+    assert not all(p.is_rest for p in _streamed(found[3 * LAYERS + 1]))
+
+
+def _streamed(residency: Any) -> list[Any]:
+    return [p for parts in residency.streamed.values() for p in parts]
+
+
+def test_sizes() -> None:
+    cases = {"800MB": 800e6, "1.5GB": 1.5e9, " 2 gib ": 2**31, "1000000": 1e6, ".5GB": 5e8}
+    for text, size in cases.items():
+        assert parse_size(text) == size
+    for text in ("", "MB", "0MB", "-1MB", "8 apples", "nan", "1e400GB", "0.1B"):
+        with pytest.raises(UsageError, match="is not a size; give one such as 800MB"):
+            parse_size(text)
+
+
+def test_too_little_memory_names_the_least(packed: Packed) -> None:
+    with pytest.raises(
+        FallowError, match=r"--memory 20 MB is too little .*; the least is (\d+) MB"
+    ):
+        Engine(packed["llama"], memory="20MB")
+
+
+# The disk fails -----------------------------------------------------------------------------------
+
+SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+// Every third read fails as FAULT says, from the FROM-th on; others are the system's own.
+ssize_t pread(int fd, void* to, size_t n, off_t at) {
+  static ssize_t (*real)(int, void*, size_t, off_t);
+  static int calls;
+  if (!real) real = dlsym(RTLD_NEXT, "pread");
+  const char* fault = getenv("FAULT");
+  const int call = __sync_add_and_fetch(&calls, 1);
+  if (fault && call >= atoi(getenv("FROM")) && call % 3 == 0) {
+    if (!strcmp(fault, "short") && n > 4096) n = 4096;
+    if (!strcmp(fault, "interrupted")) return errno = EINTR, -1;
+    if (!strcmp(fault, "broken")) return errno = EIO, -1;
+    if (!strcmp(fault, "cut")) return 0;
+  }
+  return real(fd, to, n, at);
+}
+ssize_t pread64(int fd, void* to, size_t n, off_t at) { return pread(fd, to, n, at); }
+"""
+CHILD = """
+import sys
+import numpy as np
+from fallow import engine as module
+from fallow.errors import FallowError
+module.rss_bytes = lambda: 0
+try:
+    engine = module.Engine(sys.argv[1], threads=2, memory=int(sys.argv[2]))
+    for start in range(0, 60, 6):
+        engine.forward(np.arange(2, 62)[start : start + 6], dense=True)
+    print(engine.logits_hash())
+except FallowError as error:
+    print("error:", error)
+"""
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shim")
+    (folder / "shim.c").write_text(SHIM)
+    command = ["gcc", "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c", "-ldl"]
+    subprocess.run(command, check=True)
+    return folder / "shim.so"
+
+
+def run_with(shim: Path, path: Path, fault: str | None, first: int = 1) -> str:
+    environment = os.environ | {"LD_PRELOAD": str(shim), "FROM": str(first)}
+    environment |= {"FAULT": fault} if fault else {}
+    arguments = [sys.executable, "-c", CHILD, path, str(budgets(path)[-1])]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="interposes the reader of Linux")
+def test_failing_reads_end_in_an_error_or_change_nothing(packed: Packed, shim: Path) -> None:
+    path = packed["planes"]
+    expected = run_with(shim, path, None)
+    assert len(expected) == 16
+    assert run_with(shim, path, "short") == expected
+    assert run_with(shim, path, "interrupted") == expected
+    loading = len(residencies(parts_of(read_gguf(path), False))[-1].resident)
+    for first in (1, 3 * loading):  # while loading, and while running
+        assert "Input/output error" in run_with(shim, path, "broken", first)
+        assert "ends too early; was it cut?" in run_with(shim, path, "cut", first)
+
+
+@pytest.mark.usefixtures("no_overhead")
+def test_a_file_that_changes_while_it_runs(packed: Packed, tmp_path: Path) -> None:
+    def start(name: str) -> tuple[Path, Engine]:
+        path = tmp_path / name
+        path.write_bytes(packed["llama"].read_bytes())
+        return path, Engine(path, threads=2, memory=budgets(path)[-1])
+
+    path, engine = start("replaced.gguf")
+    expected = engine.forward(IDS[:8])
+    (tmp_path / "new").write_bytes(b"another file")
+    os.replace(tmp_path / "new", path)  # the engine goes on with the one that it opened
+    engine.reset()
+    np.testing.assert_array_equal(engine.forward(IDS[:8]), expected)
+
+    path, engine = start("cut.gguf")
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(FallowError, match=r"was written to while it was running|ends too early"):
+        engine.forward(IDS[:8])
+
+    path, engine = start("written.gguf")
+    engine.forward(IDS[:8])
+    with path.open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(b"x")
+    with pytest.raises(FallowError, match="was written to while it was running; start again"):
+        engine.forward(IDS[:8])
+
+
+@pytest.mark.usefixtures("no_overhead")
+def test_two_engines_on_one_file(packed: Packed) -> None:
+    path = packed["llama"]
+    engines = [Engine(path, threads=2, memory=budgets(path)[-1]) for _ in range(2)]
+    found = [e.forward(IDS[i : i + 1]) for i in range(8) for e in engines]
+    for first, second in zip(found[::2], found[1::2], strict=True):
+        np.testing.assert_array_equal(first, second)
