@@ -5,8 +5,7 @@ llama.cpp with its weights mapped, with and without repacking (a copy in anonymo
 the faster one counts. Page caches are dropped before each. Needs root, cgroup v1 and
 llama-cpp-python==0.3.36:
 
-    python benchmarks/memory.py qwen2.5-1.5b
-    python benchmarks/memory.py --report    # writes docs/results/memory.md
+    python benchmarks/memory.py qwen2.5-1.5b    # writes benchmarks/results/memory
 """
 
 import argparse
@@ -14,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +93,8 @@ def ours(kind: str, path: str, limit: str) -> dict[str, Any]:
 def llama(path: str, repack: bool) -> dict[str, Any]:
     import llama_cpp
 
+    from fallow.baselines import LlamaCpp
+
     usual = llama_cpp.llama_model_default_params
 
     def parameters() -> Any:
@@ -103,26 +103,11 @@ def llama(path: str, repack: bool) -> dict[str, Any]:
         return found
 
     llama_cpp.llama_cpp.llama_model_default_params = parameters
-    model = llama_cpp.Llama(
-        path, n_ctx=PROMPT + NEW, n_threads=THREADS, n_threads_batch=THREADS, verbose=False
-    )
+    engine = LlamaCpp(path, THREADS, PROMPT + LLAMA_NEW)
     text = TEST.read_text(encoding="utf-8")[: 16 * PROMPT * PROMPTS].encode()
-    ids = model.tokenize(text, add_bos=False)[: PROMPT * PROMPTS]
-    runs = []
-    for start in range(0, PROMPT * PROMPTS, PROMPT):
-        model.reset()
-        begun = time.perf_counter()
-        model.eval(ids[start : start + PROMPT])
-        first = time.perf_counter()
-        for _ in range(LLAMA_NEW):
-            model.eval([model.sample(temp=0.0)])
-        runs.append(
-            {
-                "ttft_ms": 1e3 * (first - begun),
-                "decode_tps": LLAMA_NEW / (time.perf_counter() - first),
-            }
-        )
-    return {"runs": runs}
+    ids = engine.model.tokenize(text, add_bos=False)
+    starts = range(0, PROMPT * PROMPTS, PROMPT)
+    return {"runs": [engine.run(ids[i : i + PROMPT + LLAMA_NEW], PROMPT) for i in starts]}
 
 
 def main() -> None:

@@ -301,22 +301,6 @@ class BoundEngine {
     engine_->set_stream(streamer_.get(), std::move(layers));
   }
 
- private:
-  Extent extent(uint64_t offset, uint64_t size) const {
-    if (!file_ || offset % kSector != 0 || size == 0 || offset > file_->size() || size > file_->size() - offset)
-      throw nb::value_error("no such part of the file");
-    return {offset, size};
-  }
-
-  void start(int n_threads, uint32_t context) {
-    if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
-    if (context < 1 || context > model_.config.context_length)
-      throw nb::value_error("context must be 1 to the model's own");
-    engine_.emplace(model_, kernels_, n_threads, context);
-  }
-
- public:
-
   void forward(ConstIndices tokens, bool all, bool dense, WritableRows logits) {
     const size_t n = tokens.size();
     if (n == 0 || n > engine_->context() - engine_->position())
@@ -402,6 +386,21 @@ class BoundEngine {
   const char* kernels() const { return kernels_.name; }
 
  private:
+  void start(int n_threads, uint32_t context) {
+    if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
+    if (context < 1 || context > model_.config.context_length)
+      throw nb::value_error("context must be 1 to the model's own");
+    engine_.emplace(model_, kernels_, n_threads, context);
+  }
+
+  // A part of the file that is not mapped.
+  Extent extent(uint64_t offset, uint64_t size) const {
+    if (!file_ || offset % kSector != 0 || size == 0 || offset > file_->size() ||
+        size > file_->size() - offset)
+      throw nb::value_error("no such part of the file");
+    return {offset, size};
+  }
+
   size_t width_of(Tap tap) const {
     const Config& c = model_.config;
     if (tap == kOInput) return size_t{c.n_heads} * c.head_dim;

@@ -6,8 +6,6 @@
 
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -40,7 +38,6 @@ class File {
   File& operator=(const File&) = delete;
 
   uint64_t size() const { return size_; }
-  bool is_direct() const { return direct_; }
   // Reads an extent into `to`, which has room for whole sectors and begins at one. Throws DiskError.
   void read(const Extent& from, uint8_t* to) const;
   // Throws DiskError if the file was written to, cut or replaced in place.

@@ -84,13 +84,7 @@ def test_plans_do_not_depend_on_the_budget(packed: Packed) -> None:
     found = []
     for budget in (None, budgets(packed["planes"])[2]):
         engine = Engine(packed["planes"], threads=2, memory=budget)
-        layers = {"threshold.inter": 0.02, "threshold.up_coarse": 0.1, "threshold.gate_coarse": 0.3}
-        plan = plan_for(engine, **{k.removeprefix("threshold."): v for k, v in layers.items()})
-        plan.arrays = {
-            k: np.resize(v, (LAYERS, *v.shape[1:])).astype(np.float32)
-            for k, v in plan.arrays.items()
-        }
-        engine.use_plan(plan)
+        engine.use_plan(plan_for(engine, inter=0.02, up_coarse=0.1, gate_coarse=0.3))
         found.append(logits(engine))
     for mapped, streamed in zip(*found, strict=True):
         np.testing.assert_array_equal(mapped, streamed)
@@ -101,17 +95,12 @@ def test_coarse_rows_alone_need_no_disk(packed: Packed) -> None:
     """What a model in planes guesses with, while its second planes are not there."""
     sizes = residencies(parts_of(read_gguf(packed["planes"]), False))
     only_rest = next(r for r in sizes if len(r.streamed) == LAYERS)
-    assert all(p.is_rest for parts in only_rest.streamed.values() for p in parts)
+    assert all(p.is_rest for p in _streamed(only_rest))
     found = []
     for budget in (None, RESERVE + only_rest.memory):
         engine = Engine(packed["planes"], threads=2, memory=budget)
         taps = ("gate_coarse", "up_coarse", "down_coarse")
-        plan = plan_for(engine, **dict.fromkeys(taps, np.inf))
-        plan.arrays = {
-            k: np.resize(v, (LAYERS, *v.shape[1:])).astype(np.float32)
-            for k, v in plan.arrays.items()
-        }
-        engine.use_plan(plan)
+        engine.use_plan(plan_for(engine, **dict.fromkeys(taps, np.inf)))
         engine.reset_stats()
         found.append(np.concatenate([engine.forward([token]) for token in IDS[:5]]))
         waited = engine.core_stats()["disk"]["waits"]
@@ -127,11 +116,10 @@ def test_residencies(packed: Packed) -> None:
     for name in ("llama", "planes"):
         parts = parts_of(read_gguf(packed[name]), False)
         found = residencies(parts)
-        counts = [sum(len(ps) for ps in r.streamed.values()) for r in found]
-        assert counts == list(range(len(found)))
+        assert [len(_streamed(r)) for r in found] == list(range(len(found)))
         for r in found:
-            streamed = [p for ps in r.streamed.values() for p in ps]
-            assert sorted(p.name for p in [*r.resident, *streamed]) == sorted(p.name for p in parts)
+            names = sorted(p.name for p in [*r.resident, *_streamed(r)])
+            assert names == sorted(p.name for p in parts)
             assert list(r.streamed) == sorted(r.streamed)
             largest = max((sum(p.room for p in ps) for ps in r.streamed.values()), default=0)
             assert r.memory == sum(p.room for p in r.resident) + SLOTS * largest

@@ -61,8 +61,9 @@ def test_planes_are_joined_to_the_same_bytes(kind: str) -> None:
 
 
 def plan_for(engine: Engine, rule: str = "two_stage", **thresholds: float) -> Plan:
-    weights = np.ones((N_LAYERS, engine.matrix("layers.0.up_proj").shape[0]), dtype=np.float32)
-    arrays = {f"threshold.{tap}": np.full(N_LAYERS, v) for tap, v in thresholds.items()}
+    n_layers = engine._core.n_layers
+    weights = np.ones((n_layers, engine._core.intermediate_size), dtype=np.float32)
+    arrays = {f"threshold.{tap}": np.full(n_layers, v) for tap, v in thresholds.items()}
     arrays |= {"weight.gate_act": weights}
     arrays |= {f"error.{tap}": ERROR * weights for tap in ("gate_coarse", "up_coarse")}
     return engine_plan(engine, rule, arrays)
