@@ -263,12 +263,19 @@ class BoundEngine {
     fallow::load(*file_, extents, image_->data());
   }
 
-  // Rows of the embedding, which begins at `offset` of the file, are read one by one.
-  void embed_from_file(uint64_t offset) {
-    const Matrix& w = model_.embed_tokens;
+  // The embedding, or the head, or one that is both, stays in the file, from `offset` on, but for `room`
+  // rows; all of them come in ranges of that many bytes.
+  void rows_from_file(bool embedding, bool head, uint64_t offset, size_t room,
+                      uint64_t range_bytes) {
+    const Matrix& w = embedding ? model_.embed_tokens : model_.lm_head;
     extent(offset, w.bytes());
-    embedding_ = std::make_unique<RowReader>(*file_, offset, w.row_bytes);
-    engine_->set_embedding(embedding_.get());
+    if (!(embedding || head) || room == 0 || (head && model_.lm_head.rows != w.rows))
+      throw nb::value_error("no rows, or no room for them");
+    file_rows_.push_back(
+        std::make_unique<FileRows>(*file_, offset, w.row_bytes, w.rows, room, range_bytes));
+    FileRows* rows = file_rows_.back().get();
+    if (embedding) engine_->set_embedding(rows);
+    if (head) engine_->set_head(rows);
   }
 
   // (layer, [(matrix, its second plane?, offset, bytes)]), layers ascending
@@ -363,8 +370,16 @@ class BoundEngine {
     seconds["other"] = t.other;
     seconds["disk"] = t.disk;
     result["seconds"] = seconds;
+    uint64_t bytes = streamer_ ? streamer_->bytes_read() : 0, wanted = 0, missing = 0;
+    for (const auto& rows : file_rows_) {
+      bytes += rows->bytes_read();
+      wanted += rows->wanted();
+      missing += rows->missing();
+    }
     nb::dict disk;
-    disk["bytes"] = streamer_ ? streamer_->bytes_read() : 0;
+    disk["bytes"] = bytes;
+    disk["rows"] = wanted;
+    disk["missing_rows"] = missing;
     disk["waits"] = streamer_ ? streamer_->waits() : 0;
     disk["in_time"] = streamer_ ? streamer_->in_time() : 0;
     result["disk"] = disk;
@@ -374,6 +389,7 @@ class BoundEngine {
   void reset_stats() {
     engine_->reset_stats();
     if (streamer_) streamer_->reset_stats();
+    for (const auto& rows : file_rows_) rows->reset_stats();
   }
 
   std::vector<float> down_norm(size_t layer) const {
@@ -425,7 +441,7 @@ class BoundEngine {
   std::unique_ptr<Pages> image_;
   Packed model_;
   const Kernels& kernels_;
-  std::unique_ptr<RowReader> embedding_;
+  std::vector<std::unique_ptr<FileRows>> file_rows_;
   std::unique_ptr<Streamer> streamer_;
   std::optional<Engine> engine_;
 };
@@ -611,7 +627,8 @@ NB_MODULE(_core, m) {
       .def(nb::init<const std::string&, uint64_t, const std::string&, int, uint32_t>(), "path"_a,
            "header_bytes"_a, "kernels"_a, "n_threads"_a, "context"_a)
       .def("load", &BoundEngine::load, "parts"_a)
-      .def("embed_from_file", &BoundEngine::embed_from_file, "offset"_a)
+      .def("rows_from_file", &BoundEngine::rows_from_file, "embedding"_a, "head"_a, "offset"_a,
+           "room"_a, "range_bytes"_a)
       .def("stream", &BoundEngine::stream, "units"_a, "n_slots"_a)
       .def("forward", &BoundEngine::forward, "tokens"_a, "all"_a, "dense"_a, "logits"_a)
       .def("set_cuts", &BoundEngine::set_cuts, "cuts"_a)

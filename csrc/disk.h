@@ -68,17 +68,52 @@ class Pages {
   uint64_t size_;
 };
 
-// Single rows of a matrix in a file, of row_bytes each from `offset` on.
-class RowReader {
+// A matrix that stays in its file: rows of row_bytes each from `offset` on. `room` of those that were
+// wanted before are in memory; which one leaves for another is the first, round and round, that was not
+// wanted again since its last turn (a clock with several chances).
+class FileRows {
  public:
-  RowReader(const File& file, uint64_t offset, uint64_t row_bytes);
-  // Valid until the next call. Throws DiskError.
-  const uint8_t* row(uint64_t index);
+  // Ranges of rows are of `range_bytes` or little more.
+  FileRows(const File& file, uint64_t offset, uint64_t row_bytes, size_t n_rows, size_t room,
+           uint64_t range_bytes);
+
+  size_t room() const { return row_in_.size(); }
+  // Until the next call these rows, at most room(), lie at data() + slots[i] * row_bytes. Throws
+  // DiskError.
+  void fetch(const int32_t* rows, size_t n, int32_t* slots);
+  const uint8_t* data() const { return rows_.data(); }
+  // Whether so many of these rows are missing that reading the whole matrix takes less time.
+  bool better_whole(const int32_t* rows, size_t n) const;
+
+  // Rows that follow each other, at most range_rows(), valid until the next call. Throws DiskError.
+  const uint8_t* range(size_t first, size_t n);
+  size_t range_rows() const { return range_rows_; }
+
+  // Since the last reset_stats.
+  uint64_t bytes_read() const { return bytes_read_; }
+  uint64_t wanted() const { return wanted_; }  // rows that fetch was asked for
+  uint64_t missing() const { return missing_; }  // of these, what had to be read
+  void reset_stats() { bytes_read_ = wanted_ = missing_ = 0; }
 
  private:
+  size_t free_slot();
+  // Whole sectors around some rows.
+  Extent around(uint64_t first, uint64_t n) const;
+
   const File& file_;
   uint64_t offset_, row_bytes_;
-  Pages pages_;
+  size_t range_rows_;
+  Pages rows_;
+  std::vector<int32_t> slot_of_;  // of each row of the matrix; -1: it is not in memory
+  std::vector<int32_t> row_in_;   // of each slot; -1: none
+  std::vector<uint8_t> chances_;  // turns that a slot's row stays
+  std::vector<uint64_t> used_;    // the call that wanted it last
+  std::vector<int32_t> to_read_;  // slots
+  uint64_t call_ = 0;
+  size_t hand_ = 0;
+  Pages sectors_;  // a row's, for each reader
+  std::unique_ptr<Pages> range_;
+  uint64_t bytes_read_ = 0, wanted_ = 0, missing_ = 0;
 };
 
 // Reads extents to their own places in `image`, with several threads.

@@ -114,7 +114,8 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
       attn_input_(block_, config_.hidden_size),
       o_input_(block_, size_t{config_.n_heads} * config_.head_dim),
       ffn_input_(block_, config_.hidden_size),
-      cut_input_(block_, std::max(attn_input_.width, o_input_.width)) {
+      cut_input_(block_, std::max(attn_input_.width, o_input_.width)),
+      token_input_(1, config_.hidden_size) {
   const size_t hidden = config_.hidden_size, d_ff = config_.intermediate_size;
   const size_t kv = size_t{config_.n_kv_heads} * config_.head_dim;
   residual_.resize(block_ * hidden);
@@ -202,11 +203,11 @@ void Engine::set_stream(Streamer* streamer, std::vector<StreamedLayer> layers) {
   streamed_ = std::move(layers);
 }
 
-// Whether an FFN needs what is not in memory. Where only second planes are not, one token under a plan
-// that reads every row coarse does without.
+// Whether an FFN needs what is not in memory. Where only second planes are not, a few tokens under a
+// plan that reads every row coarse do without.
 bool Engine::reads_streamed(size_t l, size_t n) const {
   if (!streamer_ || streamed_[l].places.empty()) return false;
-  if (!streamed_[l].only_rest || n > 1 || is_dense()) return true;
+  if (!streamed_[l].only_rest || !as_decode(n) || is_dense()) return true;
   const auto is_coarse = [&](Tap tap) {
     return cut(l, tap).by == Cut::By::kThreshold && std::isinf(cut(l, tap).value);
   };
@@ -229,8 +230,7 @@ void Engine::forward(const int32_t* tokens, size_t n, bool all, bool dense, floa
   dense_ = dense;
   for (size_t start = 0, size; start < n; start += size) {
     const size_t rest = n - start;
-    // A block takes as long as kFew tokens one by one, which a plan makes shorter still.
-    size = rest <= kFew && !as_decode(rest) ? 1 : std::min(block_, rest);
+    size = std::min(block_, rest);
     block(tokens + start, size);
     if (all) {
       head(size, true, logits + start * config_.vocab_size);
@@ -245,8 +245,10 @@ void Engine::forward(const int32_t* tokens, size_t n, bool all, bool dense, floa
 void Engine::block(const int32_t* tokens, size_t n) {
   Clock clock;
   turned_ = nullptr;
+  const double disk = timing_.disk;
   embed(tokens, n);
   clock.mark(timing_.other);
+  timing_.other -= timing_.disk - disk;
   for (size_t l = 0; l < config_.n_layers; ++l) {
     attention(l, n);
     ffn(l, n);
@@ -257,12 +259,22 @@ void Engine::block(const int32_t* tokens, size_t n) {
 void Engine::embed(const int32_t* tokens, size_t n) {
   const size_t hidden = config_.hidden_size;
   const Matrix& table = model_.embed_tokens;
-  for (size_t t = 0; t < n; ++t) {
+  const uint8_t* data = embedding_ ? embedding_->data() : table.data;
+  slots_.resize(std::max(slots_.size(), n));
+  for (size_t t = 0, fetched = 0; t < n; ++t) {
     float* x = residual_.data() + t * hidden;
-    const auto token = static_cast<size_t>(tokens[t]);
-    kernels_.decode(table.type,
-                    embedding_ ? embedding_->row(token) : table.data + token * table.row_bytes,
-                    hidden, x);
+    int32_t row = tokens[t];
+    if (embedding_) {
+      if (t == fetched) {
+        Clock clock;
+        const size_t more = std::min(embedding_->room(), n - t);
+        embedding_->fetch(tokens + t, more, slots_.data() + t);
+        fetched += more;
+        clock.mark(timing_.disk);
+      }
+      row = slots_[t];
+    }
+    kernels_.decode(table.type, data + static_cast<size_t>(row) * table.row_bytes, hidden, x);
     for (size_t i = 0; i < hidden; ++i) x[i] *= config_.embedding_scale;
     if (model_.embed_positions)
       add_to(x, model_.embed_positions + (position_ + t) * hidden, hidden);
@@ -444,13 +456,20 @@ void Engine::ffn(size_t l, size_t n) {
     clock.mark(timing_.disk);
   }
   const double selecting = timing_.select;
-  if (n > 1) {
-    as_decode(n) ? ffn_few(l, n, input) : ffn_block(l, n, input);
-  } else if (has_cut(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) ||
-             !is_fixed(cut(l, kGateAct)) || !is_fixed(cut(l, kInter))) {
-    ffn_sparse_one(l, input);
+  const size_t hidden = config_.hidden_size;
+  if (!as_decode(n)) {
+    ffn_block(l, n, input);
+  } else if (n > 1 && is_dense()) {
+    ffn_few(l, n, input);
   } else {
-    ffn_one(l, input);
+    // The first token last: what comes out lies in its place.
+    for (size_t t = n; t-- > 1;) {
+      std::copy_n(input.x.data() + t * hidden, hidden, token_input_.x.data());
+      prepare(token_input_, 1);
+      ffn_token(l, token_input_);
+      std::copy_n(branch_.data(), hidden, branch_.data() + t * hidden);
+    }
+    ffn_token(l, input);
   }
   for_tokens(n, [&](size_t t, int worker) {
     float* y = branch_.data() + t * config_.hidden_size;
@@ -462,6 +481,16 @@ void Engine::ffn(size_t l, size_t n) {
   timing_.ffn -= timing_.select - selecting;
   add_branch(layer.ffn_post_norm, n);
   clock.mark(timing_.other);
+}
+
+// The first token of `input`.
+void Engine::ffn_token(size_t l, Input& input) {
+  if (has_cut(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) || !is_fixed(cut(l, kGateAct)) ||
+      !is_fixed(cut(l, kInter))) {
+    ffn_sparse_one(l, input);
+  } else {
+    ffn_one(l, input);
+  }
 }
 
 // Every thread takes a range of neurons from gate_proj to its own sum of down_proj_t rows, and waits
@@ -1002,58 +1031,120 @@ void Engine::add_branch(const Norm& post_norm, size_t n) {
 
 void Engine::head(size_t n, bool all, float* logits) {
   Clock clock;
+  const double disk = timing_.disk;
   const size_t hidden = config_.hidden_size, first = all ? 0 : n - 1, count = n - first;
   if (first > 0)
     std::copy_n(residual_.begin() + static_cast<std::ptrdiff_t>(first * hidden), hidden,
                 residual_.begin());
   normalize_into(model_.norm, count, ffn_input_);
   const bool coarse = has_shortlist();
-  const Product product{coarse ? model_.lm_head_coarse : model_.lm_head, model_.lm_head_bias, logits,
-                        kTaps};
-  multiply(ffn_input_, count, &product, &product + 1);
-  if (coarse) complete_head(count, logits);
+  const size_t vocab = config_.vocab_size;
+  const auto product = [&](const Matrix& w, const float* bias, float* y) {
+    const Product p{w, bias, y, kTaps, vocab};
+    multiply(ffn_input_, count, &p, &p + 1);
+  };
+  if (coarse) {
+    product(model_.lm_head_coarse, model_.lm_head_coarse_bias, logits);
+    complete_head(count, logits);
+  } else {
+    for_head([&](const Matrix& w, size_t row) {
+      product(w, model_.lm_head_bias ? model_.lm_head_bias + row : nullptr, logits + row);
+    });
+  }
   clock.mark(timing_.head);
+  timing_.head -= timing_.disk - disk;
+}
+
+// Calls use(w, row) with the head or, where it stays on the disk, parts of it that begin at `row`.
+template <class Use>
+void Engine::for_head(const Use& use) {
+  if (!head_rows_) return use(model_.lm_head, 0);
+  Matrix part = model_.lm_head;
+  for (size_t row = 0; row < model_.lm_head.rows; row += part.rows) {
+    part.rows = std::min(head_rows_->range_rows(), model_.lm_head.rows - row);
+    Clock clock;
+    part.data = head_rows_->range(row, part.rows);
+    clock.mark(timing_.disk);
+    use(part, row);
+  }
 }
 
 // Logits within `margin_` of the largest approximate one become exact.
 void Engine::complete_head(size_t n, float* logits) {
-  const Matrix& w = model_.lm_head;
   const size_t vocab = config_.vocab_size;
   std::vector<float> lowest(n);
   for_tokens(n, [&](size_t t, int) { lowest[t] = largest(logits + t * vocab, vocab) - margin_; });
-  std::vector<size_t> completed(workers_.size());
-  pool_.run([&](int worker) {
-    Worker& scratch = workers_[static_cast<size_t>(worker)];
-    if (n == 1) {
-      const Share share = share_of(vocab, worker, pool_.size());
-      std::vector<int32_t>& rows = scratch.candidates;
-      rows.clear();
-      for (size_t i = share.begin; i < share.end; ++i)
-        if (logits[i] >= lowest[0]) rows.push_back(static_cast<int32_t>(i));
-      scratch.exact.resize(rows.size());
-      kernels_.gemv_rows[w.type](w.data, w.row_bytes, rows.data(), 0, rows.size(), w.cols,
-                                 ffn_input_.activation(), scratch.exact.data());
-      for (size_t i = 0; i < rows.size(); ++i) {
-        const auto row = static_cast<size_t>(rows[i]);
-        logits[row] = scratch.exact[i] + (model_.lm_head_bias ? model_.lm_head_bias[row] : 0.0f);
+  if (as_decode(n)) {
+    for (size_t t = 0; t < n; ++t) complete_head_token(t, lowest[t], logits + t * vocab);
+    return;
+  }
+  for_head([&](const Matrix& w, size_t begin) {
+    pool_.run([&](int worker) {
+      Worker& scratch = workers_[static_cast<size_t>(worker)];
+      scratch.exact.resize(n * kPanel);
+      const Share share = share_of(pieces(w.rows, kPanel), worker, pool_.size());
+      for (size_t panel = share.begin; panel < share.end; ++panel) {
+        const size_t row = panel * kPanel, rows = std::min(kPanel, w.rows - row);
+        multiply_panel(ffn_input_, n, w, row, rows, scratch.exact.data(), kPanel, worker);
+        for (size_t t = 0; t < n; ++t)
+          for (size_t r = 0; r < rows; ++r) {
+            float& logit = logits[t * vocab + begin + row + r];
+            const float bias = model_.lm_head_bias ? model_.lm_head_bias[begin + row + r] : 0.0f;
+            if (logit >= lowest[t]) logit = scratch.exact[t * kPanel + r] + bias;
+          }
       }
-      completed[static_cast<size_t>(worker)] = rows.size();
-      return;
-    }
-    scratch.exact.resize(n * kPanel);
-    const Share share = share_of(pieces(vocab, kPanel), worker, pool_.size());
-    for (size_t panel = share.begin; panel < share.end; ++panel) {
-      const size_t row = panel * kPanel, rows = std::min(kPanel, vocab - row);
-      multiply_panel(ffn_input_, n, w, row, rows, scratch.exact.data(), kPanel, worker);
-      for (size_t t = 0; t < n; ++t)
-        for (size_t r = 0; r < rows; ++r) {
-          float& logit = logits[t * vocab + row + r];
-          const float bias = model_.lm_head_bias ? model_.lm_head_bias[row + r] : 0.0f;
-          if (logit >= lowest[t]) logit = scratch.exact[t * kPanel + r] + bias;
-        }
-    }
+    });
   });
-  for (size_t rows : completed) bytes_read_ += rows * w.row_bytes;
+}
+
+void Engine::complete_head_token(size_t t, float lowest, float* logits) {
+  const Matrix& w = model_.lm_head;
+  pool_.run([&](int worker) {
+    std::vector<int32_t>& rows = workers_[static_cast<size_t>(worker)].candidates;
+    rows.clear();
+    const Share share = share_of(config_.vocab_size, worker, pool_.size());
+    for (size_t i = share.begin; i < share.end; ++i)
+      if (logits[i] >= lowest) rows.push_back(static_cast<int32_t>(i));
+  });
+  std::vector<int32_t>& all = workers_[0].candidates;
+  for (size_t i = 1; i < workers_.size(); ++i)
+    all.insert(all.end(), workers_[i].candidates.begin(), workers_[i].candidates.end());
+  bytes_read_ += all.size() * w.row_bytes;
+  // Exact logits of `rows`, which lie at data + places[i] * row_bytes.
+  const auto complete = [&](const int32_t* rows, size_t n, const uint8_t* data,
+                            const int32_t* places) {
+    pool_.run([&](int worker) {
+      std::vector<float>& exact = workers_[static_cast<size_t>(worker)].exact;
+      const Share share = share_of(n, worker, pool_.size());
+      exact.resize(share.end - share.begin);
+      kernels_.gemv_rows[w.type](data, w.row_bytes, places + share.begin, 0, exact.size(), w.cols,
+                                 ffn_input_.activation(t), exact.data());
+      for (size_t i = share.begin; i < share.end; ++i) {
+        const auto row = static_cast<size_t>(rows[i]);
+        const float bias = model_.lm_head_bias ? model_.lm_head_bias[row] : 0.0f;
+        logits[row] = exact[i - share.begin] + bias;
+      }
+    });
+  };
+  if (!head_rows_) return complete(all.data(), all.size(), w.data, all.data());
+  slots_.resize(std::max(slots_.size(), all.size()));
+  if (head_rows_->better_whole(all.data(), all.size())) {
+    size_t begin = 0, end = 0;
+    for_head([&](const Matrix& part, size_t first) {
+      for (; end < all.size() && static_cast<size_t>(all[end]) < first + part.rows; ++end)
+        slots_[end] = all[end] - static_cast<int32_t>(first);
+      complete(all.data() + begin, end - begin, part.data, slots_.data() + begin);
+      begin = end;
+    });
+    return;
+  }
+  for (size_t begin = 0, n; begin < all.size(); begin += n) {
+    n = std::min(head_rows_->room(), all.size() - begin);
+    Clock clock;
+    head_rows_->fetch(all.data() + begin, n, slots_.data());
+    clock.mark(timing_.disk);
+    complete(all.data() + begin, n, head_rows_->data(), slots_.data());
+  }
 }
 
 void Engine::normalize(const Norm& norm, const float* x, size_t width, float* y) const {
@@ -1125,13 +1216,13 @@ void Engine::multiply(const Input& input, size_t n, const Product* begin, const 
       if (n == 1) {
         gemv(p->w, nullptr, first, last - first, x, y, worker);
       } else if (as_decode(n)) {
-        gemv_tokens(p->w, first, last - first, input, n, y, p->w.rows, worker);
+        gemv_tokens(p->w, first, last - first, input, n, y, p->step(), worker);
       } else {
         multiply_block(input, n, *p, worker);
         continue;
       }
       if (p->bias)
-        for (size_t t = 0; t < n; ++t) add_to(y + t * p->w.rows, p->bias + first, last - first);
+        for (size_t t = 0; t < n; ++t) add_to(y + t * p->step(), p->bias + first, last - first);
     }
   });
   if (as_decode(n))
@@ -1149,9 +1240,9 @@ void Engine::multiply_block(const Input& input, size_t n, const Product& p, int 
   for (size_t panel = share.begin; panel < share.end; ++panel) {
     const size_t row = panel * kPanel, rows = std::min(kPanel, p.w.rows - row);
     float* y = p.y + row;
-    multiply_panel(input, n, p.w, row, rows, y, p.w.rows, worker);
+    multiply_panel(input, n, p.w, row, rows, y, p.step(), worker);
     if (p.bias)
-      for (size_t t = 0; t < n; ++t) add_to(y + t * p.w.rows, p.bias + row, rows);
+      for (size_t t = 0; t < n; ++t) add_to(y + t * p.step(), p.bias + row, rows);
   }
 }
 

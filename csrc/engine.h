@@ -76,13 +76,14 @@ class Engine {
   void set_head_margin(float nats);
   float head_margin() const { return margin_; }
 
-  // From now on rows of embed_tokens come from there.
-  void set_embedding(RowReader* rows) { embedding_ = rows; }
+  // From now on rows of embed_tokens, or of lm_head, come from there.
+  void set_embedding(FileRows* rows) { embedding_ = rows; }
+  void set_head(FileRows* rows) { head_rows_ = rows; }
 
   // From now on these layers' matrices come from the disk; one entry per layer.
   void set_stream(Streamer* streamer, std::vector<StreamedLayer> layers);
 
-  // Tokens that go through the dense model together as one by one would, to the bit, in less time.
+  // Tokens that go through the model together as one by one would, to the bit, in less time.
   static constexpr size_t kFew = 8;
 
   // Appends n tokens to the cache. logits (n, vocab) if `all`, else those of the last token; `dense`:
@@ -118,13 +119,14 @@ class Engine {
     const float* bias;
     float* y;
     Tap input;
+    size_t stride = 0;  // from token to token; 0: rows
+
+    size_t step() const { return stride > 0 ? stride : w.rows; }
   };
 
   bool is_dense() const { return cuts_.empty() || dense_; }
   // Whether n tokens take the products of decode; otherwise they are a block of prefill.
-  bool as_decode(size_t n) const {
-    return n == 1 || (n <= kFew && is_dense() && !has_shortlist());
-  }
+  static bool as_decode(size_t n) { return n <= kFew; }
   bool has_shortlist() const { return margin_ > 0 && !dense_; }
   void block(const int32_t* tokens, size_t n);
   void embed(const int32_t* tokens, size_t n);
@@ -145,6 +147,7 @@ class Engine {
   void correct(const Correction& correction, size_t n, const Input& input);
   void activate_coarse(const Cut& cut, size_t begin, size_t n, float* values, float* scores,
                        int worker);
+  void ffn_token(size_t layer, Input& input);
   void ffn_one(size_t layer, const Input& input);
   void ffn_few(size_t layer, size_t n, const Input& input);
   static size_t keep_above(const Cut& cut, float* values, Share range, int32_t* rows);
@@ -170,6 +173,9 @@ class Engine {
   void add_branch(const Norm& post_norm, size_t n);
   void head(size_t n, bool all, float* logits);
   void complete_head(size_t n, float* logits);
+  void complete_head_token(size_t t, float lowest, float* logits);
+  template <class Use>
+  void for_head(const Use& use);
 
   void normalize(const Norm& norm, const float* x, size_t width, float* y) const;
   void normalize_into(const Norm& norm, size_t n, Input& input);
@@ -195,13 +201,13 @@ class Engine {
   uint32_t context_, position_ = 0;
   size_t block_;  // tokens per block of prefill
   std::vector<LayerCuts> cuts_;
-  RowReader* embedding_ = nullptr;
+  FileRows *embedding_ = nullptr, *head_rows_ = nullptr;
   Streamer* streamer_ = nullptr;
   std::vector<StreamedLayer> streamed_;
   float margin_ = 0;
   bool dense_ = false;  // this forward() leaves cuts and margin alone
 
-  Input attn_input_, o_input_, ffn_input_, cut_input_;
+  Input attn_input_, o_input_, ffn_input_, cut_input_, token_input_;
   // (block, ...)
   std::vector<float> residual_, q_, k_, v_, branch_, gate_, up_, cos_, sin_;
   std::vector<float> coarse_;      // (block, d_ff), for plans that read rows coarse
@@ -210,6 +216,7 @@ class Engine {
   std::vector<float> partial_;     // (threads, kFew, hidden): threads' sums of down_proj_t rows
   std::vector<int32_t> rows_;      // neurons that are not zero, ascending
   size_t n_rows_ = 0;
+  std::vector<int32_t> slots_;     // of rows that come from a file
   // f16 (layers, kv_heads, panels of positions, head_dim, kPanel) and (layers, kv_heads, panels of
   // columns, context, kPanel), as the batched products take them.
   std::vector<uint16_t> k_cache_, v_cache_;
@@ -228,7 +235,7 @@ class Engine {
     std::vector<float> rows, panel;  // weights, keys or values as float
     std::vector<uint16_t> panel_half, half;
     std::vector<int32_t> candidates;  // of the head
-    std::vector<float> exact;         // their logits
+    std::vector<float> exact;         // their logits, or those of a panel
   };
   std::vector<Worker> workers_;
 

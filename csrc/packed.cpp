@@ -269,9 +269,11 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
   model.lm_head = in.has("lm_head.weight")
                       ? in.matrix("lm_head.weight", c.vocab_size, c.hidden_size)
                       : model.embed_tokens;
+  model.lm_head_bias = in.optional_vector("lm_head.bias", c.vocab_size);
   if (in.has("lm_head_coarse.codes"))
     model.lm_head_coarse = in.two_bits("lm_head_coarse.codes", c.vocab_size, c.hidden_size);
-  model.lm_head_bias = in.optional_vector("lm_head.bias", c.vocab_size);
+  model.lm_head_coarse_bias = in.optional_vector("lm_head_coarse.bias", c.vocab_size);
+  if (!model.lm_head_coarse_bias) model.lm_head_coarse_bias = model.lm_head_bias;
   model.embed_positions = in.table("embed_positions", c.context_length, c.hidden_size);
   model.norm = in.norm("norm", c.hidden_size);
   return model;

@@ -82,6 +82,7 @@ struct Packed {
   Matrix embed_tokens;                  // (vocab, hidden)
   Matrix lm_head;                       // the same as embed_tokens where the head is tied
   Matrix lm_head_coarse;                // approximates lm_head in two bits; data may be null
+  const float* lm_head_coarse_bias = nullptr;  // in place of lm_head_bias
   const float* embed_positions = nullptr;  // (context, hidden)
   const float* lm_head_bias = nullptr;
   Norm norm;

@@ -109,6 +109,25 @@ def cutting_plan(engine: Engine) -> Plan:
     return engine_plan(engine, "cats", arrays)
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_few_tokens_under_a_plan(name: str, packed: dict[str, Path]) -> None:
+    engine = Engine(packed[name], threads=2)
+    n_layers, taps = engine._core.n_layers, engine._taps_of
+    plans = [
+        cutting_plan(engine),
+        engine_plan(engine, "topk", {"kept": np.array([0.4])}),
+        engine_plan(engine, "two_stage", {"threshold.inter": np.full(n_layers, 0.05)}),
+    ]
+    by_input = dataclasses.replace(engine_plan(engine, "teal", {}), where="input")
+    thresholds = {f"threshold.{tap}": np.full(n_layers, 0.3) for tap in taps(by_input)}
+    plans.append(dataclasses.replace(by_input, arrays=thresholds))
+    dense = one_by_one(engine)
+    for plan in plans:
+        engine.use_plan(plan)
+        check_a_few(engine)
+        assert np.abs(one_by_one(engine) - dense).max() > 1e-4
+
+
 def test_dense_leaves_the_plan_aside(packed: dict[str, Path]) -> None:
     engine = Engine(packed["llama"])
     expected = one_by_one(engine)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import VOCABULARY, make_folder
+from conftest import VOCABULARY, engine_plan, make_folder
 from fallow import engine as module
+from fallow import memory
 from fallow.engine import Engine
 from fallow.errors import FallowError, UsageError
-from fallow.memory import RESERVE, SLOTS, parse_size, parts_of, residencies
+from fallow.memory import RESERVE, SLOTS, head_rows, parse_size, parts_of, residencies
 from fallow.models import ARCHITECTURES
 from fallow.packing import pack
 from fallow.weights import read_gguf
@@ -35,6 +36,12 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     folder = make_folder("llama", root / "wide", num_hidden_layers=LAYERS, hidden_size=256)
     found["planes"] = root / "planes.gguf"
     pack(folder, found["planes"], quant="q4_k", planes=True)
+    for tied in (False, True):
+        name = "tied" if tied else "untied"
+        changes = {"hidden_size": 32, "tie_word_embeddings": tied}
+        folder = make_folder("llama", root / name, num_hidden_layers=LAYERS, **changes)
+        found[name] = root / f"{name}.gguf"
+        pack(folder, found[name], quant="f32", shortlist=True)
     return found
 
 
@@ -54,8 +61,8 @@ def budgets(path: Path) -> list[int]:
 def logits(engine: Engine) -> list[np.ndarray]:
     """In a block, a few at once, and one by one."""
     engine.reset()
-    parts = [(IDS[:20], False), (IDS[20:24], True)]
-    parts += [(IDS[i : i + 1], False) for i in range(24, 40)]
+    parts = [(IDS[:20], False), (IDS[20:24], True), (IDS[24:27], False)]
+    parts += [(IDS[i : i + 1], False) for i in range(27, 40)]
     found = [engine.forward(part, every=True, dense=dense) for part, dense in parts]
     engine.reset()
     return [*found, engine.forward(IDS, every=True)]
@@ -72,7 +79,7 @@ def test_logits_do_not_depend_on_the_budget(name: str, packed: Packed) -> None:
         for found, whole in zip(logits(engine), expected, strict=True):
             np.testing.assert_array_equal(found, whole)
         disk = engine.core_stats()["disk"]
-        assert (disk["bytes"] > 0) == (engine.residency.pass_bytes > 0)
+        assert (disk["waits"] > 0) == (engine.residency.pass_bytes > 0)
         streamed.append(engine.residency.pass_bytes)
     assert streamed == sorted(streamed)
     assert streamed[0] == 0
@@ -108,6 +115,44 @@ def test_coarse_rows_alone_need_no_disk(packed: Packed) -> None:
         found.append(engine.forward(IDS[5:9], every=True, dense=True))  # what checks the guesses
     np.testing.assert_array_equal(found[0], found[2])
     np.testing.assert_array_equal(found[1], found[3])
+
+
+@pytest.fixture
+def small_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the head a few rows stay, and it is read in parts of 64."""
+    monkeypatch.setattr(memory, "HEAD_ROWS", 40)
+    monkeypatch.setattr(memory, "RANGE", 64 * 32 * 4)
+    monkeypatch.setattr(module, "RANGE", 64 * 32 * 4)
+
+
+@pytest.mark.usefixtures("no_overhead", "small_head")
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_rows_of_the_head_come_from_the_file(name: str, packed: Packed) -> None:
+    """Those that a shortlist wants, more or fewer than there is room for, or all."""
+    path = packed[name]
+    file = read_gguf(path)
+    options = residencies(parts_of(file, True), head_rows(file))
+    assert [r.head is not None for r in options[:3]] == [False, True, True]
+    assert options[1].memory < options[0].memory
+    assert options[0].pass_bytes == options[1].pass_bytes == 0
+    for margin in (0.5, 2.0, 1000.0):
+        found = []
+        for budget in (None, RESERVE + options[1].memory, RESERVE + options[-1].memory):
+            arrays = {"head_margin": np.array([margin])}
+            plan = engine_plan(Engine(path, plan=False), "two_stage", arrays)
+            engine = Engine(path, plan, threads=2, memory=budget)
+            found.append(logits(engine))
+            if budget is None:
+                continue
+            disk = engine.core_stats()["disk"]
+            assert 0 < disk["missing_rows"] < disk["rows"]  # some serve more than once
+            engine.use_plan(None)
+            found.append(logits(engine))
+        plan_mapped, *others = found
+        dense = logits(Engine(path, plan=False, threads=2))
+        for expected, some in zip((plan_mapped, dense) * 2, others, strict=True):
+            for a, b in zip(some, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
 
 
 def test_residencies(packed: Packed) -> None:

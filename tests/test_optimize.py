@@ -61,14 +61,19 @@ def test_coarse_head_spends_its_error_where_inputs_are_quiet() -> None:
     def error(approximate: np.ndarray) -> float:
         return float(np.square(fresh @ (approximate - weight).T).mean())
 
-    rounded = decode_head(coarse_head(weight, np.eye(64, dtype=np.float32)))
-    assert error(decode_head(coarse_head(weight, moment))) < 0.5 * error(rounded)
+    mean = fresh.mean(axis=0).astype(np.float32)
+    rounded, _ = coarse_head(weight, np.eye(64, dtype=np.float32), mean)
+    codes, bias = coarse_head(weight, moment, mean)
+    found = decode_head(codes)
+    assert error(found) < 0.5 * error(decode_head(rounded))
+    np.testing.assert_allclose(bias, (weight - found) @ mean, atol=1e-4)
 
 
 def test_coarse_head_of_white_inputs_is_rounding() -> None:
     weight = np.random.default_rng(1).standard_normal((400, 32)).astype(np.float32)
     weight[7] = 0
-    found = decode_head(coarse_head(weight, np.eye(32, dtype=np.float32)))
+    none = np.zeros(32, dtype=np.float32)
+    found = decode_head(coarse_head(weight, np.eye(32, dtype=np.float32), none)[0])
     assert (found[7] == 0).all()
     for row, values in zip(weight, found, strict=True):
         levels = np.unique(values)
@@ -107,6 +112,7 @@ def test_likely_tokens_have_exact_logits(shortlisted: Path, together: int) -> No
     head = tensors["lm_head.weight"].dequantize()
     hidden = np.linalg.lstsq(head, exact.T, rcond=None)[0].T  # 64 unknowns, 300 logits each
     coarse = hidden @ decode_head(tensors["lm_head_coarse.codes"].data.reshape(VOCABULARY, -1)).T
+    coarse += tensors["lm_head_coarse.bias"].data.view(np.float32)
     near = coarse >= coarse.max(axis=1, keepdims=True) - margin
     clear = np.abs(coarse - coarse.max(axis=1, keepdims=True) + margin) > 0.02
     tolerance = 1e-6 if together == 1 else 0.02

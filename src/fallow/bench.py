@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import numpy as np
 from fallow import _core
 from fallow.engine import Engine, disk_figures, peak_rss_mb
 from fallow.errors import FallowError, UsageError
+from fallow.files import atomic_path
+from fallow.memory import parse_size
 from fallow.plan import Plan
 from fallow.progress import progress
 from fallow.text import load_text
@@ -90,6 +92,54 @@ def bench(
         if baseline:
             baseline.close()
     return _summary(engine, ours, theirs, stream, against) | {"peak_rss_mb": peak}
+
+
+def bench_budgets(
+    path: str | Path, budgets: Sequence[str], arguments: Sequence[str]
+) -> list[dict[str, Any]]:
+    """`fallow bench PATH --memory` of each budget in turn, with further arguments of the command.
+
+    Each in a process of its own, since memory once taken is not all given back. A budget that does
+    not work has `error` in place of figures.
+    """
+    found: list[dict[str, Any]] = []
+    with progress("budgets", len(budgets)) as ticker:
+        for budget in budgets:
+            command = [sys.executable, "-m", "fallow", "bench", str(path), "--memory", budget]
+            done = subprocess.run(
+                [*command, *arguments, "--json"], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+                found.append({"memory_mb": parse_size(budget) / 1e6, "error": lines[-1]})
+            else:
+                found.append(json.loads(done.stdout.splitlines()[-1]))
+            ticker.advance()
+    return found
+
+
+def draw_budgets(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A figure of decode and of what is waited for, against the budget."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = sorted((r for r in rows if "error" not in r), key=lambda r: r["memory_mb"])
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(5.5, 6), sharex=True)
+    budgets = [r["memory_mb"] for r in rows]
+    top.plot(budgets, [r["decode_tps"] for r in rows], marker="o")
+    top.set_ylabel("decode, tokens/s")
+    bottom.plot(budgets, [r["stall_ms_per_token"] for r in rows], marker="o")
+    bottom.set_ylabel("waiting for the disk, ms/token")
+    bottom.set_xlabel("memory budget, MB")
+    for axis in (top, bottom):
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    plt.close(figure)
 
 
 def run_once(engine: Engine, ids: np.ndarray, prompt_tokens: int) -> dict[str, float]:

@@ -402,11 +402,26 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option("-p", help="Tokens of prefill.")] = 512,
     new_tokens: Annotated[int, typer.Option("-n", help="Tokens of decode.")] = 128,
     runs: Annotated[int, typer.Option(help="Runs; medians are reported.")] = 5,
-    memory: MemoryOption = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What the process may take, 800MB say; or several, comma-separated."),
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Of several budgets: also draw tok/s, as .png or .svg.")
+    ] = None,
     text: TextOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time prefill and decode, alternating with another engine if asked to."""
+    if memory and "," in memory:
+        if against or source:
+            raise UsageError("--against goes with one --memory, not with several")
+        given = {"--plan": plan, "--threads": threads, "--text": text, "--runs": runs}
+        given |= {"-p": prompt_tokens, "-n": new_tokens}
+        _bench_budgets(file, memory.split(","), given, figure, as_json)
+        return
+    if figure:
+        raise UsageError("--figure draws several budgets; give --memory 1GB,800MB say")
     loaded_plan = _load_plan(plan)
     from fallow.bench import bench as run
 
@@ -426,6 +441,41 @@ def bench(
         _print_json(result)
         return
     _print_bench(result)
+
+
+def _bench_budgets(
+    file: Path, budgets: list[str], given: dict[str, Any], figure: Path | None, as_json: bool
+) -> None:
+    from fallow.bench import bench_budgets, draw_budgets
+    from fallow.memory import parse_size
+
+    budgets = [budget.strip() for budget in budgets if budget.strip()]
+    for budget in budgets:
+        parse_size(budget)
+    arguments = [str(part) for kv in given.items() if kv[1] is not None for part in kv]
+    rows = bench_budgets(file, budgets, arguments)
+    if all("error" in r for r in rows):
+        raise FallowError(f"no budget works; the last one: {rows[-1]['error']}")
+    if figure:
+        draw_budgets(rows, figure)
+    if as_json:
+        _print_json({"budgets": rows})
+        return
+    table = []
+    for r in rows:
+        cells = [f"{r['memory_mb']:.0f}"]
+        if "error" in r:
+            cells += ["-"] * 5
+        else:
+            cells += [f"{r['decode_tps']:.2f}", f"{r['stall_ms_per_token']:.1f}"]
+            cells += [f"{r['disk_bytes_per_token'] / 1e6:.0f}", f"{r['hit_rate']:.0%}"]
+            cells += [f"{r['peak_rss_mb']:.0f}"]
+        table.append(cells)
+    columns = ["MB", "tok/s", "ms/token waiting", "MB/token from disk", "in memory", "peak MB"]
+    _print_table("Memory budgets", columns, table)
+    for r in rows:
+        if "error" in r:
+            print(f"{r['memory_mb']:.0f} MB: {r['error']}")
 
 
 def _print_bench(r: dict[str, Any]) -> None:

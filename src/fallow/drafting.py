@@ -1,8 +1,9 @@
-"""Guesses of the next tokens that cost nothing, for the lossless mode of the engine.
+"""Guesses of the next tokens that cost nothing, for the lossless mode and for memory budgets.
 
-The dense model reads a few tokens at once in less time than one by one, to the bit with the same
-logits. Tokens guessed ahead are read along; those that are not what the model then says are
-forgotten. What comes out is the dense model's own text, whatever the guesses were.
+A model reads a few tokens at once in less time than one by one, to the bit with the same logits;
+where its weights come from the disk, in little more than one alone. Tokens guessed ahead are read
+along; those that are not what the model then says are forgotten. What comes out is the model's own
+text, whatever the guesses were.
 """
 
 from collections import deque
@@ -17,6 +18,7 @@ FADING = 0.98  # of what was counted, per guess: texts change
 # Time of a pass of 1, 2, 3 ... tokens over that of one token, until TIMED passes of each are timed:
 # Qwen2.5-1.5B, 2 threads with AVX-512.
 PASS_COST = (1.0, 1.2, 1.7, 2.2, 2.8, 3.3)
+STREAMED_COST = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7)  # where weights come from the disk
 TIMED = 3
 
 
@@ -27,14 +29,15 @@ class Lookup:
     by what a longer pass takes on this machine.
     """
 
-    def __init__(self, ids: Sequence[int]) -> None:
-        """`ids`: the text so far."""
+    def __init__(self, ids: Sequence[int], pass_cost: Sequence[float] = PASS_COST) -> None:
+        """`ids`: the text so far; `pass_cost`: of a pass, as of PASS_COST, until it is timed."""
+        self._pass_cost = pass_cost
         self._ids: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}  # where an n-gram last ended
         self._found = 0, 0  # length of the suffix, where its earlier occurrence ended
         self._held = [share * PRIOR for share in HOLDING]
         self._tried = [PRIOR] * LONGEST
-        self._seconds: list[deque[float]] = [deque(maxlen=9) for _ in PASS_COST]
+        self._seconds: list[deque[float]] = [deque(maxlen=9) for _ in pass_cost]
         for token in ids:
             self.add(token)
 
@@ -56,7 +59,7 @@ class Lookup:
         share = self._held[n - 1] / self._tried[n - 1]
         kept, best, length = 1.0, 1.0, 0
         expected = 1.0  # tokens of a pass
-        for k in range(1, min(most, len(self._ids) - end, len(PASS_COST) - 1) + 1):
+        for k in range(1, min(most, len(self._ids) - end, len(self._pass_cost) - 1) + 1):
             kept *= share
             expected += kept
             if expected / self._cost(k) > best:
@@ -67,7 +70,7 @@ class Lookup:
         """Time of a pass with k guesses over that of one without."""
         one, more = self._seconds[0], self._seconds[k]
         if min(len(one), len(more)) < TIMED:
-            return PASS_COST[k]
+            return self._pass_cost[k]
         return median(more) / median(one)
 
     def learn(self, proposed: int, held: int, seconds: float) -> None:

@@ -15,13 +15,17 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fallow import _core
-from fallow.drafting import Lookup
+from fallow.drafting import PASS_COST, STREAMED_COST, Lookup
 from fallow.errors import FallowError, UsageError
 from fallow.memory import (
     EMBEDDING,
+    EMBEDDING_ROWS,
+    HEAD,
+    RANGE,
     RESERVE,
     SLOTS,
     Residency,
+    head_rows,
     parse_size,
     parts_of,
     residencies,
@@ -81,8 +85,8 @@ class Stats:
     stall_ms_per_token: float = 0.0
     hit_rate: float = 1.0
     read_ahead_rate: float = 1.0
-    drafted: int = 0  # tokens guessed ahead, in the lossless mode
-    accepted: int = 0  # of these, what the dense model said too
+    drafted: int = 0  # tokens guessed ahead, in the lossless mode or under a memory budget
+    accepted: int = 0  # of these, what the model said too
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -165,8 +169,11 @@ class Engine:
         core.load([(p.offset, p.size) for p in found.resident])
         size = sum(p.size for p in found.resident)
         self.disk_gbps = size / (time.perf_counter() - start) / 1e9
-        if "lm_head.weight" in self.file.tensors:
-            core.embed_from_file(self.file.offsets[EMBEDDING])
+        tied = HEAD not in self.file.tensors
+        if found.head:
+            core.rows_from_file(tied, True, found.head.part.offset, found.head.room, RANGE)
+        if not tied:
+            core.rows_from_file(True, False, self.file.offsets[EMBEDDING], EMBEDDING_ROWS, RANGE)
         if found.streamed:
             core.stream(
                 [
@@ -181,7 +188,10 @@ class Engine:
         """What of the weights fits, when all else is in memory already."""
         assert self.memory is not None
         taken = rss_bytes() + RESERVE
-        options = residencies(parts_of(self.file, self._coarse_head))
+        options = residencies(
+            parts_of(self.file, self._coarse_head),
+            head_rows(self.file) if self._coarse_head else None,
+        )
         found = next((r for r in options if taken + r.memory <= self.memory), None)
         if found is None:
             least = taken + min(r.memory for r in options)
@@ -191,6 +201,11 @@ class Engine:
             )
         return found
 
+    @property
+    def _streams(self) -> bool:
+        """Whether every pass reads from the disk."""
+        return self.residency is not None and bool(self.residency.streamed)
+
     def describe_memory(self) -> str:
         """One line: what a budget leaves in memory, what is read per pass, and what that allows."""
         if self.residency is None or self.memory is None or self.disk_gbps is None:
@@ -198,8 +213,10 @@ class Engine:
         resident = sum(p.size for p in self.residency.resident)
         read = self.residency.pass_bytes
         line = f"memory {self.memory / 1e6:.0f} MB: {resident / 1e6:.0f} MB of weights stay"
+        if head := self.residency.head:
+            line += f", and {head.room} of the head's {head.n_rows} rows"
         if not read:
-            return f"{line}, nothing is read from the disk"
+            return line if head else f"{line}, nothing is read from the disk"
         return (
             f"{line}, {read / 1e6:.0f} MB ({read / (read + resident):.0%}) are read per pass; "
             f"at {self.disk_gbps:.2f} GB/s at most {1e9 * self.disk_gbps / read:.1f} passes/s"
@@ -412,7 +429,7 @@ class Engine:
         """Reads more tokens; logits (T, vocabulary) of all of them, or (1, vocabulary) of the last.
 
         With `dense` the plan is left aside. Up to `_core.FEW` tokens have to the bit the logits
-        that they have one by one, of the dense model in less time.
+        that they have one by one, in less time.
 
         Raises:
             FallowError: an id outside the vocabulary, no ids, or the context is full.
@@ -513,8 +530,11 @@ class Engine:
         decode_start, ends = time.perf_counter(), set(self.tokenizer.eos_ids)
         new: list[int] = []
         text = ""
-        picks = self._verified if lossless else self._picks
-        for token in picks(ids, logits, sampler):
+        if lossless or self._streams:
+            tokens = self._verified(ids, logits, sampler, dense=lossless)
+        else:
+            tokens = self._picks(logits, sampler)
+        for token in tokens:
             if token in ends:
                 break
             new.append(token)
@@ -532,16 +552,18 @@ class Engine:
                 break
         self._finish(len(new), time.perf_counter() - decode_start)
 
-    def _picks(self, ids: np.ndarray, logits: np.ndarray, sampler: "Sampler") -> Iterator[int]:
-        """What the sampler picks, token after token; `logits` are those after `ids`."""
+    def _picks(self, logits: np.ndarray, sampler: "Sampler") -> Iterator[int]:
+        """What the sampler picks, token after token; `logits` are those of the prompt."""
         while True:
             token = sampler.pick(logits)
             yield token
             logits = self.forward([token])[0]
 
-    def _verified(self, ids: np.ndarray, logits: np.ndarray, sampler: "Sampler") -> Iterator[int]:
-        """As `_picks` of the dense model, in passes that also read guesses."""
-        lookup = Lookup(ids.tolist())
+    def _verified(
+        self, ids: np.ndarray, logits: np.ndarray, sampler: "Sampler", dense: bool
+    ) -> Iterator[int]:
+        """As `_picks`, of the dense model if asked to, in passes that also read guesses."""
+        lookup = Lookup(ids.tolist(), STREAMED_COST if self._streams else PASS_COST)
         token = sampler.pick(logits)
         while True:
             yield token
@@ -549,7 +571,7 @@ class Engine:
             position = self._core.position
             guesses = lookup.propose(min(_core.FEW, self.context - position) - 1)
             start = time.perf_counter()
-            rows = self.forward([token, *guesses], every=True, dense=True)
+            rows = self.forward([token, *guesses], every=True, dense=dense)
             seconds = time.perf_counter() - start
             self.stats.drafted += len(guesses)
             for held, row in enumerate(rows):

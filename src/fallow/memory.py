@@ -6,6 +6,9 @@ often than keeping a fixed part (Belady's rule, on a cycle). So a part of the FF
 and the others pass through two slots, read ahead while earlier layers compute. Layers that are read
 are spread evenly, so that the disk always has work. Where a model is in planes (docs/packed.md) its
 second planes are read first of all: the first ones alone are a model that can guess ahead.
+
+The head is another matter where a plan has a shortlist: of its rows a token needs some hundreds,
+which are mostly those that earlier tokens needed. So it goes first, but for a cache of rows.
 """
 
 import re
@@ -16,7 +19,10 @@ from fallow.weights import GgufFile
 
 SLOTS = 2
 SECTOR = 4096  # as csrc/disk.h has it
-EMBEDDING = "embed_tokens.weight"
+HEAD_ROWS = 16384  # of the head, in memory
+EMBEDDING_ROWS = 256  # of an embedding that is not the head: a block of prefill
+RANGE = 4_000_000  # bytes at once where all of such a matrix is read
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 STREAMED = ("gate_proj", "up_proj", "down_proj_t")
 # What the process takes after the engine is ready: logits, the sampler's and Python's arrays.
 RESERVE = 16_000_000
@@ -63,11 +69,26 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """A matrix that stays in the file, but for some of its rows."""
+
+    part: Part
+    n_rows: int
+    room: int  # rows
+
+    @property
+    def memory(self) -> int:
+        """Bytes of these rows, and of what csrc/disk.h, FileRows, keeps about each."""
+        return self.room * (self.part.size // self.n_rows + 16) + 4 * self.n_rows + RANGE
+
+
+@dataclass(frozen=True)
 class Residency:
     """What stays in memory, and what of each layer is read for every pass."""
 
     resident: list[Part]
     streamed: dict[int, list[Part]]  # by layer, ascending
+    head: Rows | None = None  # if it is not resident
 
     @property
     def slot(self) -> int:
@@ -77,7 +98,8 @@ class Residency:
     @property
     def memory(self) -> int:
         """Bytes of weights in memory at most."""
-        return sum(p.room for p in self.resident) + SLOTS * self.slot
+        head = self.head.memory if self.head else 0
+        return sum(p.room for p in self.resident) + SLOTS * self.slot + head
 
     @property
     def pass_bytes(self) -> int:
@@ -90,8 +112,8 @@ def parts_of(file: GgufFile, coarse_head: bool) -> list[Part]:
 
     An embedding that is not the head too is left out: of it a token needs one row, from the file.
     """
-    unused = {"plan"} if coarse_head else {"plan", "lm_head_coarse.codes"}
-    if "lm_head.weight" in file.tensors:
+    unused = {"plan"} if coarse_head else {"plan", "lm_head_coarse.codes", "lm_head_coarse.bias"}
+    if HEAD in file.tensors:
         unused.add(EMBEDDING)
     return [
         Part(name, file.offsets[name], tensor.data.nbytes)
@@ -100,20 +122,34 @@ def parts_of(file: GgufFile, coarse_head: bool) -> list[Part]:
     ]
 
 
-def residencies(parts: list[Part]) -> list[Residency]:
+def head_rows(file: GgufFile) -> Rows:
+    """The head as a matrix that stays in the file."""
+    name = HEAD if HEAD in file.tensors else EMBEDDING
+    tensor = file.tensors[name]
+    part = Part(name, file.offsets[name], tensor.data.nbytes)
+    return Rows(part, tensor.shape[0], min(HEAD_ROWS, tensor.shape[0]))
+
+
+def residencies(parts: list[Part], head: Rows | None = None) -> list[Residency]:
     """From all parts in memory to all of the FFNs read for every pass, one part more each time.
 
-    One matrix of all layers goes before the next: so slots are small.
+    First of all goes the `head`, if it may, and memory is won by that. One matrix of all layers
+    goes before the next: so slots are small.
     """
+    found = [Residency(parts, {})]
+    if head and head.memory < head.part.room:
+        parts = [p for p in parts if p.name != head.part.name]
+        found.append(Residency(parts, {}, head))
+    else:
+        head = None
     movable = [p for p in parts if p.matrix in STREAMED and not p.name.endswith(".bias")]
     movable.sort(key=lambda p: (not p.is_rest, STREAMED.index(p.matrix), _spread(p.layer)))
-    found = []
-    for count in range(len(movable) + 1):
+    for count in range(1, len(movable) + 1):
         gone = set(movable[:count])
         streamed: dict[int, list[Part]] = {}
         for part in sorted(gone, key=lambda p: (p.layer, p.offset)):
             streamed.setdefault(part.layer, []).append(part)
-        found.append(Residency([p for p in parts if p not in gone], streamed))
+        found.append(Residency([p for p in parts if p not in gone], streamed, head))
     return found
 
 

@@ -143,7 +143,7 @@ class Packer:
         self._planes = planes
         self._matrices = self._source.matrices(quant)
         if self._source.has_coarse_head if shortlist is None else shortlist:
-            self._matrices["lm_head_coarse.codes"] = self._source.coarse_head()
+            self._matrices |= self._source.coarse_head()
         self._reference = _Reference(self.model, load_text(text, "evaluation"))
 
     @property
@@ -307,28 +307,35 @@ class _Source:
         """Whether the head's rows are whole bytes of two-bit weights."""
         return bool(self.model.module.get_output_embeddings().weight.shape[1] % 4 == 0)
 
-    def coarse_head(self) -> Matrix:
+    def coarse_head(self) -> dict[str, Matrix]:
         """A copy of the head in two bits, rounded for hidden states of the calibration text.
 
         Raises:
             FallowError: its rows are not whole bytes.
         """
-        weight = self.model.module.get_output_embeddings().weight.detach()
+        head = self.model.module.get_output_embeddings()
+        weight = head.weight.detach()
         cols = weight.shape[1]
         if not self.has_coarse_head:
             raise FallowError(
                 f"{self.model.name} has {cols} hidden units, no multiple of 4: there is no "
                 "coarse head for it; pack without --shortlist"
             )
-        moment = torch.zeros(cols, cols)
+        moment, mean = torch.zeros(cols, cols), torch.zeros(cols)
         windows = self._calibration_windows(HEAD_WINDOWS)
         with progress("hidden states", len(windows)) as ticker:
             for window in windows:
                 hidden = final_hidden(self.model, window).float()
                 moment += hidden.T @ hidden / windows.size
+                mean += hidden.sum(dim=0) / windows.size
                 ticker.advance()
-        codes = coarse_head(weight.numpy(), moment.numpy())
-        return Matrix("I8", codes.shape, codes)
+        codes, bias = coarse_head(weight.numpy(), moment.numpy(), mean.numpy())
+        if head.bias is not None:
+            bias = bias + _floats(head.bias)
+        return {
+            "lm_head_coarse.codes": Matrix("I8", codes.shape, codes),
+            "lm_head_coarse.bias": Matrix("F32", bias.shape, bias),
+        }
 
     def _calibration_windows(self, limit: int) -> np.ndarray:
         context = min(CHECK_CONTEXT, self.config.max_position_embeddings)

@@ -20,21 +20,27 @@ DAMPING = 0.01  # of the inputs' mean variance, as in GPTQ's code
 ROWS_AT_ONCE = 16384
 
 
-def coarse_head(weight: np.ndarray, moment: np.ndarray) -> np.ndarray:
-    """A head (vocabulary, d_model) in two bits, (vocabulary, d_model / 4 + 4) bytes.
+def coarse_head(
+    weight: np.ndarray, moment: np.ndarray, mean: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A head (vocabulary, d_model) in two bits, (vocabulary, d_model / 4 + 4) bytes, and its bias.
 
     A row's codes and its scale lie as csrc/two_bits.h describes. Rounding errors are made up for as
-    far as `moment`, E[h hᵀ] (d_model, d_model) of the hidden states, lets them (fallow.gptq).
+    far as `moment`, E[h hᵀ] (d_model, d_model) of the hidden states, lets them (fallow.gptq). The
+    bias (vocabulary,) is what the logits of `mean`, E[h] (d_model,), are then short of.
     """
     factor = MomentFactor.from_moment(torch.from_numpy(moment).double(), DAMPING)
-    parts = []
+    parts, biases = [], []
     with progress("coarse head", len(weight)) as ticker:
         for start in range(0, len(weight), ROWS_AT_ONCE):
             rows = torch.from_numpy(weight[start : start + ROWS_AT_ONCE].astype(np.float32))
             scale = _scales(rows)
-            parts.append(_encode(_round(rows, scale, factor), scale))
+            codes = _round(rows, scale, factor)
+            parts.append(_encode(codes, scale))
+            error = rows - _value(codes, scale[:, None])
+            biases.append((error @ torch.from_numpy(mean)).numpy())
             ticker.advance(len(rows))
-    return np.concatenate(parts)
+    return np.concatenate(parts), np.concatenate(biases)
 
 
 def _scales(rows: torch.Tensor) -> torch.Tensor:

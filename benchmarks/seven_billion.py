@@ -1,0 +1,200 @@
+"""Random weights in the shape of Mistral-7B, some 4 GB at 4 bits: a source GGUF and a packed model.
+
+For speed alone: it says nothing. Weights are Gaussian, sizes those of Mistral-7B-v0.1 but for the
+vocabulary and tokenizer, which are SmolLM2's; both files hold blocks of the same types, not the
+same values. The packed plan leaves as many neurons idle, and wants as many exact rows of the head,
+as Qwen2.5-Coder's plan at +1 % PPL does; on random weights they are others for every token, which
+no cache can foresee.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NAME, FINGERPRINT = "mistral-7b-shape", "random"
+LAYERS, HIDDEN, D_FF, HEADS, KV_HEADS, CONTEXT = 32, 4096, 14336, 32, 8, 4096
+HEAD_DIM = HIDDEN // HEADS
+KV = HEAD_DIM * KV_HEADS
+ROPE_BASE = 10000.0
+SPREAD = 0.02  # of weights
+IDLE_GATE, IDLE = 0.05, 0.45  # neurons left out after gate_proj, and after up_proj
+EXACT_ROWS = 0.005  # of the head
+POOL = 4096  # different rows of a matrix; others are copies
+
+
+class RowPool:
+    """Rows of quantised Gaussian weights."""
+
+    def __init__(self) -> None:
+        self._random = np.random.default_rng(0)
+        self._rows: dict[tuple[str, int], Any] = {}
+
+    def rows(self, kind: str, width: int) -> Any:
+        """All there are, POOL of them."""
+        from fallow.packing import quantize
+
+        if (kind, width) not in self._rows:
+            values = SPREAD * self._random.standard_normal((POOL, width), dtype=np.float32)
+            self._rows[kind, width] = quantize(values, kind)
+        return self._rows[kind, width]
+
+    def choose(self, rows: int) -> np.ndarray:
+        return self._random.integers(0, POOL, rows)
+
+    def matrix(self, kind: str, rows: int, width: int) -> np.ndarray:
+        return self.rows(kind, width).data[self.choose(rows)]
+
+
+def make(source: Path, packed: Path) -> None:
+    """Writes both files."""
+    import fallow
+    from fallow.catalog import ALIASES, resolve
+    from fallow.weights import read_gguf
+
+    small = packed.with_name("small.gguf")
+    fallow.pack("smollm2", small)
+    pool = RowPool()
+    _write_source(source, read_gguf(resolve(ALIASES["smollm2"])), pool)
+    _write_packed(packed, read_gguf(small), pool)
+    small.unlink()
+
+
+def _write_source(path: Path, small: Any, pool: RowPool) -> None:
+    import gguf
+
+    tokens = list(small.get("tokenizer.ggml.tokens"))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(D_FF)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_freq_base(ROPE_BASE)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types(list(small.get("tokenizer.ggml.token_type")))
+    writer.add_token_merges(list(small.get("tokenizer.ggml.merges")))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+    def add(name: str, kind: str, rows: int, width: int) -> None:
+        raw = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(f"{name}.weight", pool.matrix(kind, rows, width), raw_dtype=raw)
+
+    ones = np.ones(HIDDEN, dtype=np.float32)
+    add("token_embd", "Q4_K", len(tokens), HIDDEN)
+    add("output", "Q6_K", len(tokens), HIDDEN)
+    writer.add_tensor("output_norm.weight", ones)
+    for i in range(LAYERS):
+        writer.add_tensor(f"blk.{i}.attn_norm.weight", ones)
+        writer.add_tensor(f"blk.{i}.ffn_norm.weight", ones)
+        for name, rows in {"q": HIDDEN, "k": KV, "v": KV, "output": HIDDEN}.items():
+            add(f"blk.{i}.attn_{name}", "Q4_K", rows, HIDDEN)
+        add(f"blk.{i}.ffn_gate", "Q4_K", D_FF, HIDDEN)
+        add(f"blk.{i}.ffn_up", "Q4_K", D_FF, HIDDEN)
+        add(f"blk.{i}.ffn_down", "Q4_K", HIDDEN, D_FF)
+    _finish(writer)
+
+
+def _write_packed(path: Path, small: Any, pool: RowPool) -> None:
+    import gguf
+
+    from fallow.engine import PACKED_VERSION
+    from fallow.packing import _add, dequantize
+    from fallow.shortlist import coarse_head
+
+    vocabulary = small.get("fallow.vocab_size")
+    metadata = {
+        "version": PACKED_VERSION,
+        "model": NAME,
+        "fingerprint": FINGERPRINT,
+        "hidden_size": HIDDEN,
+        "intermediate_size": D_FF,
+        "n_layers": LAYERS,
+        "n_heads": HEADS,
+        "n_kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "context_length": CONTEXT,
+        "rotary_dim": HEAD_DIM,
+        "attention_scale": HEAD_DIM**-0.5,
+        "sliding_window": [0] * LAYERS,
+        "rope": [0] * LAYERS,
+        "n_outliers": 0,
+    }
+    for key in ("model_type", "vocab_size", "rope_scale", "embedding_scale", "norm_eps"):
+        metadata[key] = small.get(f"fallow.{key}")
+    for key in ("layer_norm", "gated", "parallel", "activation", "fused"):
+        metadata[key] = small.get(f"fallow.{key}")
+    writer = gguf.GGUFWriter(path, "fallow")
+    writer.add_custom_alignment(4096)
+    for key, value in metadata.items():
+        _add(writer, f"fallow.{key}", value)
+    writer.add_string("tokenizer.huggingface.json", small.get("tokenizer.huggingface.json"))
+    _add(writer, "fallow.eos_token_ids", [2])
+    ones = np.ones(HIDDEN, dtype=np.float32)
+
+    def add(name: str, kind: str, data: np.ndarray) -> None:
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+
+    chosen = pool.choose(vocabulary)
+    head = pool.rows("Q6_K", HIDDEN)
+    coarse, _ = coarse_head(
+        dequantize(head), np.eye(HIDDEN, dtype=np.float32), np.zeros(HIDDEN, dtype=np.float32)
+    )
+    writer.add_tensor("plan", np.frombuffer(_plan().to_bytes(), dtype=np.int8))
+    writer.add_tensor("norm.weight", ones)
+    angles = ROPE_BASE ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    writer.add_tensor("rope.0.inv_freq", angles.astype(np.float32))
+    add("embed_tokens.weight", "Q4_K", pool.matrix("Q4_K", vocabulary, HIDDEN))
+    add("lm_head.weight", "Q6_K", head.data[chosen])
+    add("lm_head_coarse.codes", "I8", coarse[chosen])
+    for i in range(LAYERS):
+        here = f"layers.{i}"
+        writer.add_tensor(f"{here}.attn_norm.weight", ones)
+        writer.add_tensor(f"{here}.ffn_norm.weight", ones)
+        writer.add_tensor(f"{here}.down_norm", np.ones(D_FF, dtype=np.float32))
+        for name, rows in {"q": HIDDEN, "k": KV, "v": KV, "o": HIDDEN}.items():
+            add(f"{here}.{name}_proj.weight", "Q4_K", pool.matrix("Q4_K", rows, HIDDEN))
+        for name in ("gate_proj", "up_proj", "down_proj_t"):
+            add(f"{here}.{name}.weight", "Q4_K", pool.matrix("Q4_K", D_FF, HIDDEN))
+    _finish(writer)
+
+
+def _plan() -> Any:
+    """Thresholds by quantiles of what Gaussian weights make of a normed input, N(0, 1) each."""
+    from fallow.plan import Plan
+
+    random = np.random.default_rng(1)
+    gate, up = SPREAD * HIDDEN**0.5 * random.standard_normal((2, 1_000_000))
+    act = gate / (1 + np.exp(-gate))
+    logits = np.sort(SPREAD * HIDDEN**0.5 * random.standard_normal((100, POOL)), axis=1)
+    margin = logits[:, -1] - logits[:, -int(EXACT_ROWS * POOL)]
+    thresholds = {"gate_act": np.quantile(np.abs(act), IDLE_GATE)}
+    thresholds["inter"] = np.quantile(np.abs(act * up), IDLE)
+    arrays = {f"threshold.{tap}": np.full(LAYERS, value) for tap, value in thresholds.items()}
+    return Plan(
+        model=NAME,
+        fingerprint=FINGERPRINT,
+        rule="two_stage",
+        where="inter",
+        knob=0.0,
+        knob_name="",
+        arrays={
+            **arrays,
+            "weight.gate_act": np.ones((LAYERS, D_FF), dtype=np.float32),
+            "head_margin": np.array([margin.mean()]),
+        },
+    )
+
+
+def _finish(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
