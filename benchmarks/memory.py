@@ -2,9 +2,9 @@
 
 For each limit: the model that `fallow optimize` packed, with its plan and `--memory`, and
 llama.cpp with its weights mapped, with and without repacking (a copy in anonymous memory), of which
-the faster one counts. Page caches are dropped before each. One limit leaves half of the FFN in
-memory. Needs root, cgroup v1, llama-cpp-python==0.3.36, and packed models of
-benchmarks/optimize.py:
+the faster one counts; alternating, since disks are shared. Page caches are dropped before each. One
+limit leaves half of the FFN in memory. Needs root, cgroup v1, llama-cpp-python==0.3.36, and packed
+models of benchmarks/optimize.py:
 
     python benchmarks/memory.py qwen2.5-1.5b    # writes benchmarks/results/memory
     python benchmarks/memory.py --report        # writes docs/results/memory.md
@@ -30,9 +30,10 @@ RESULTS = ROOT / "benchmarks" / "results" / "memory"
 CGROUP = Path("/sys/fs/cgroup/memory/fallow-benchmark")
 LIMITS_MB = {"qwen2.5-1.5b": (1000, 800, 600), "gemma3": (300, 250), "smollm2": (200, 150)}
 ENOUGH_MB = 8000  # nothing comes from the disk
-# Tokens of a prompt; fed after it one by one, by us and by llama.cpp; and answered.
-PROMPT, FED, LLAMA_FED, NEW = 256, 512, 24, 96
-PROMPTS, ROUNDS = 3, 5
+# Tokens of a prompt; fed after it one by one, by us in the first round and later, and by llama.cpp;
+# and answered.
+PROMPT, FED, LATER_FED, LLAMA_FED, NEW = 256, 512, 128, 24, 96
+PROMPTS, ROUNDS, COST_ROUNDS = 3, 3, 5
 OURS, LLAMA = "fallow", ("llama.cpp", "llama.cpp without repacking")
 
 
@@ -48,21 +49,22 @@ def run(name: str) -> None:
     path = folder / "result.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
-    def step(key: str, kind: str, file: Path, limit: int) -> None:
+    def step(key: str, kind: str, file: Path, limit: int, tokens: int = 0) -> None:
         if key not in result:
-            result[key] = in_cgroup(limit, [kind, str(file), str(limit)])
+            result[key] = in_cgroup(limit, [kind, str(file), str(limit), str(tokens)])
             path.write_text(json.dumps(result, indent=1) + "\n")
 
     step("cost", "cost", packed, ENOUGH_MB)
-    step("enough", OURS, packed, ENOUGH_MB)
+    step("enough", OURS, packed, ENOUGH_MB, FED)
     enough = result["enough"]
-    half = int(enough["fed"]["peak_rss_mb"] - enough["resident_ffn_mb"] / 2)
+    half = result.setdefault(
+        "half_mb", int(enough["fed"]["peak_rss_mb"] - enough["resident_ffn_mb"] / 2)
+    )
     for limit in (half, *LIMITS_MB[name]):
-        step(f"{limit} MB, {OURS}", OURS, packed, limit)
-        for kind in LLAMA:
-            step(f"{limit} MB, {kind}", kind, source, limit)
-    result["half_mb"] = half
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        for i in range(ROUNDS):
+            step(f"{limit} MB, {OURS}, {i}", OURS, packed, limit, LATER_FED if i else FED)
+            for kind in LLAMA:
+                step(f"{limit} MB, {kind}, {i}", kind, source, limit, LLAMA_FED)
 
 
 def in_cgroup(limit_mb: int, arguments: list[str]) -> dict[str, Any]:
@@ -82,20 +84,20 @@ def in_cgroup(limit_mb: int, arguments: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(kind: str, path: str, limit: str) -> dict[str, Any]:
+def child(kind: str, path: str, limit: str, tokens: str) -> dict[str, Any]:
     if kind in LLAMA:
-        return llama(path, repack=kind == LLAMA[0])
-    return cost(path, limit) if kind == "cost" else ours(path, limit)
+        return llama(path, kind == LLAMA[0], int(tokens))
+    return cost(path, limit) if kind == "cost" else ours(path, limit, int(tokens))
 
 
 def text_ids(tokenizer: Any, tokens: int) -> np.ndarray:
-    from fallow.text import cut_windows, load_text
+    # Not all of the text, whose tokens would count as the process's memory.
+    part = TEST.read_text(encoding="utf-8")[: 16 * tokens]
+    return np.array(tokenizer.with_bos(tokenizer.encode(part))[:tokens])
 
-    return cut_windows(load_text(TEST, "evaluation"), tokenizer, tokens, 1)[0]
 
-
-def ours(path: str, limit: str) -> dict[str, Any]:
-    """A text fed token by token, then answers to prompts with guesses checked on the way."""
+def ours(path: str, limit: str, tokens: int) -> dict[str, Any]:
+    """A text fed token by token; if it is long, then answers with guesses checked on the way."""
     from fallow import Engine
     from fallow.bench import run_once
     from fallow.engine import peak_rss_mb
@@ -104,10 +106,10 @@ def ours(path: str, limit: str) -> dict[str, Any]:
     start = time.perf_counter()
     engine = Engine(path, threads=THREADS, context=PROMPT + FED, memory=f"{limit}MB")
     started = time.perf_counter() - start
-    ids = text_ids(engine.tokenizer, PROMPT + FED)
+    ids = text_ids(engine.tokenizer, PROMPT + tokens)
     fed = run_once(engine, ids, PROMPT)
     answers = []
-    for prompt in np.split(ids, len(ids) // PROMPT)[:PROMPTS]:
+    for prompt in np.split(ids, len(ids) // PROMPT)[:PROMPTS] if tokens == FED else []:
         for _ in engine.generate(prompt, NEW):
             pass
         answers.append(engine.stats.to_json())
@@ -134,11 +136,11 @@ def cost(path: str, limit: str) -> dict[str, Any]:
         for memory in (None, f"{limit}MB")
     ]
     ids = text_ids(engines[0].tokenizer, PROMPT + PROMPT // 2)
-    runs = [[run_once(e, ids, PROMPT)["decode_tps"] for e in engines] for _ in range(ROUNDS)]
+    runs = [[run_once(e, ids, PROMPT)["decode_tps"] for e in engines] for _ in range(COST_ROUNDS)]
     return {"decode_tps": runs}
 
 
-def llama(path: str, repack: bool) -> dict[str, Any]:
+def llama(path: str, repack: bool, tokens: int) -> dict[str, Any]:
     import llama_cpp
 
     from fallow.baselines import LlamaCpp
@@ -153,7 +155,7 @@ def llama(path: str, repack: bool) -> dict[str, Any]:
     llama_cpp.llama_cpp.llama_model_default_params = parameters
     engine = LlamaCpp(path, THREADS, PROMPT + FED)
     text = TEST.read_text(encoding="utf-8")[: 16 * PROMPT].encode()
-    ids = engine.model.tokenize(text, add_bos=False)[: PROMPT + LLAMA_FED]
+    ids = engine.model.tokenize(text, add_bos=False)[: PROMPT + tokens]
     return engine.run(ids, PROMPT)
 
 
@@ -161,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--child", nargs=3)
+    parser.add_argument("--child", nargs=4)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(*arguments.child)))
@@ -178,8 +180,9 @@ Decode of the model that `fallow optimize --max-ppl-increase 1` packed ([quality
 `--memory`, and of llama.cpp on the source GGUF, each in a cgroup (v1) that is limited to the budget
 and 5 %, page cache included. `benchmarks/memory.py` does it.
 
-- **fed**: {FED} tokens of the WikiText-2 raw test text one by one, after {PROMPT} of prefill; of
-  llama.cpp {LLAMA_FED}. **/ llama.cpp** is over the faster of llama.cpp with and without repacking.
+- **fed**: tokens of the WikiText-2 raw test text one by one, after {PROMPT} of prefill: {FED}, then
+  {LATER_FED} in each further round; of llama.cpp {LLAMA_FED}. **/ llama.cpp** is over the faster of
+  llama.cpp with and without repacking in the same round: median (range) of {ROUNDS} rounds.
 - **answers**: median over {PROMPTS} greedy answers of {NEW} tokens, in which several tokens are
   guessed from earlier text and checked in one pass; the same text to the bit.
 - **peak**: VmHWM of the whole process, MB of 1e6 bytes. **half** is the budget that leaves half of
@@ -199,7 +202,7 @@ Decode with a budget that holds all over decode of the mapped file, {rounds} alt
 
 
 def report() -> str:
-    lines, costs = [INTRODUCTION], [COST.format(rounds=ROUNDS)]
+    lines, costs = [INTRODUCTION], [COST.format(rounds=COST_ROUNDS)]
     for path in sorted(RESULTS.glob("*/result.json")):
         name, result = path.parent.name, json.loads(path.read_text())
         where = json.loads((path.parent / "machine.json").read_text())
@@ -215,21 +218,30 @@ def report() -> str:
 
 
 def _row(name: str, result: dict[str, Any], limit: int | None) -> str:
-    found = result["enough" if limit is None else f"{limit} MB, {OURS}"]
-    fed = found["fed"]
-    answers = median(a["decode_tps"] for a in found["answers"])
-    theirs = [result.get(f"{limit} MB, {kind}", {}) for kind in LLAMA]
-    best = max(theirs, key=lambda r: r.get("decode_tps", 0.0))
-    tps, first = best.get("decode_tps"), PROMPT / best.get("prefill_tps", np.nan)
+    rounds = [result["enough"]] if limit is None else []
+    best = []
+    for i in range(ROUNDS) if limit else ():
+        rounds.append(result[f"{limit} MB, {OURS}, {i}"])
+        theirs = [result[f"{limit} MB, {kind}, {i}"] for kind in LLAMA]
+        best.append(max(theirs, key=lambda r: r.get("decode_tps", 0.0)))
+    fed = rounds[0]["fed"] | {"decode_tps": median(r["fed"]["decode_tps"] for r in rounds)}
+    answers = median(a["decode_tps"] for a in rounds[0]["answers"])
+    theirs_tps = theirs_first = ratio = "-"
+    if best:
+        ratios = [
+            r["fed"]["decode_tps"] / b["decode_tps"] for r, b in zip(rounds, best, strict=True)
+        ]
+        ratio = f"**{median(ratios):.1f}** ({min(ratios):.1f} to {max(ratios):.1f})"
+        theirs_tps = f"{median(b['decode_tps'] for b in best):.2f}"
+        theirs_first = f"{PROMPT / median(b['prefill_tps'] for b in best):.1f}"
     budget = "enough" if limit is None else f"{limit}"
     return (
         f"| {name} | {budget}{' (half)' if limit == result['half_mb'] else ''} "
         f"| {fed['peak_rss_mb']:.0f} | {fed['decode_tps']:.2f} "
-        f"| {f'{tps:.2f}' if tps else '-'} "
-        f"| {'**' + format(fed['decode_tps'] / tps, '.1f') + '**' if tps else '-'} | {answers:.2f} "
+        f"| {theirs_tps} | {ratio} | {answers:.2f} "
         f"| {fed['disk_bytes_per_token'] / 1e6:.0f} | {fed['hit_rate']:.1%} "
         f"| {fed['stall_ms_per_token']:.1f} | {fed['ttft_ms'] / 1e3:.1f} "
-        f"| {f'{first:.1f}' if tps else '-'} |"
+        f"| {theirs_first} |"
     )
 
 

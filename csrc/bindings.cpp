@@ -248,7 +248,7 @@ class BoundEngine {
       : file_(std::make_unique<File>(path)), image_(std::make_unique<Pages>(file_->size())),
         kernels_(kernels_of(kernels)) {
     if (header_bytes > file_->size()) throw nb::value_error("the header is longer than the file");
-    fallow::load(*file_, {{0, header_bytes}}, image_->data());
+    fallow::load(*file_, {{0, header_bytes}}, *image_);
     model_ = read_packed(image_->data(), file_->size());
     image_->forget(0, header_bytes);
     start(n_threads, context);
@@ -260,7 +260,7 @@ class BoundEngine {
     std::vector<Extent> extents;
     for (const auto& [offset, size] : parts) extents.push_back(extent(offset, size));
     nb::gil_scoped_release release;
-    fallow::load(*file_, extents, image_->data());
+    fallow::load(*file_, extents, *image_);
   }
 
   // The embedding, or the head, or one that is both, stays in the file, from `offset` on, but for `room`
@@ -406,7 +406,8 @@ class BoundEngine {
     if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
     if (context < 1 || context > model_.config.context_length)
       throw nb::value_error("context must be 1 to the model's own");
-    engine_.emplace(model_, kernels_, n_threads, context);
+    engine_.emplace(model_, kernels_, n_threads, context,
+                    file_ ? Engine::kSmallBlock : Engine::kBlock);
   }
 
   // A part of the file that is not mapped.

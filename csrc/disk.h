@@ -60,6 +60,8 @@ class Pages {
   Pages& operator=(const Pages&) = delete;
 
   uint8_t* data() const { return data_; }
+  // That all of [offset, offset + size) will be resident: huge pages inside it take no more memory then.
+  void expect(uint64_t offset, uint64_t size);
   // Gives whole pages inside [offset, offset + size) back; they read as zero.
   void forget(uint64_t offset, uint64_t size);
 
@@ -116,8 +118,8 @@ class FileRows {
   uint64_t bytes_read_ = 0, wanted_ = 0, missing_ = 0;
 };
 
-// Reads extents to their own places in `image`, with several threads.
-void load(const File& file, const std::vector<Extent>& extents, uint8_t* image);
+// Reads extents, ascending, to their own places in `image`, with several threads.
+void load(const File& file, const std::vector<Extent>& extents, Pages& image);
 
 // Units of extents, read ahead round and round: unit 0, 1, ..., n - 1, 0, ...
 class Streamer {

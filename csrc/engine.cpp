@@ -10,9 +10,6 @@
 namespace fallow {
 namespace {
 
-// Tokens of a block of prefill: enough to pay for unpacking the weights, few enough that the
-// buffers of a 1.5B model stay below 40 MB.
-constexpr size_t kBlock = 256;
 // Queries that attention answers at once, and cached positions that it decodes at once.
 constexpr size_t kQueries = 96, kPositions = 128;
 // Rows of down_proj_t that are decoded at once in prefill.
@@ -108,9 +105,10 @@ Activation Engine::Input::activation(size_t token) const {
           sum.data() + token * (width / 32), sum16.data() + token * (width / 16)};
 }
 
-Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint32_t context)
+Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint32_t context,
+               size_t block)
     : model_(model), config_(model.config), kernels_(kernels), pool_(n_threads), context_(context),
-      block_(std::min<size_t>(kBlock, context)),
+      block_(std::min<size_t>(block, context)),
       attn_input_(block_, config_.hidden_size),
       o_input_(block_, size_t{config_.n_heads} * config_.head_dim),
       ffn_input_(block_, config_.hidden_size),

@@ -301,6 +301,30 @@ def test_plan_import(run: Any, folders: dict[str, Path], tmp_path: Path) -> None
     assert "threshold.gate_pre" in run(*command).out
 
 
+def test_several_memory_budgets(
+    run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path
+) -> None:
+    packed, figure = tmp_path / "packed.gguf", tmp_path / "budgets.svg"
+    assert run("pack", folders["llama"], "--quant", "f32", "-o", packed).code == 0
+    given = ("--text", texts[1], "-p", 16, "-n", 4, "--runs", 1, "--threads", 1)
+    command = ("bench", packed, "--memory", "1MB,3GB", *given)
+    table = run(*command, "--figure", figure)
+    assert "ms/token waiting" in table.out
+    assert "1 MB: error: --memory 1 MB is too little" in table.out
+    assert "<svg" in figure.read_text()
+    too_small, enough = run(*command, "--json").json["budgets"]
+    assert too_small["memory_mb"] == 1
+    assert "the least is" in too_small["error"]
+    assert enough["memory_mb"] == 3000
+    assert 0 < enough["peak_rss_mb"] <= 3000
+    assert enough["disk_bytes_per_token"] < 5000  # rows of the embedding
+    assert "no budget works" in error(run("bench", packed, "--memory", "1MB,2MB", *given), 1)
+    assert "'x' is not a size" in error(run("bench", packed, "--memory", "1GB,x", *given), 2)
+    assert "--figure draws several" in error(run("bench", packed, "--figure", figure, *given), 2)
+    several = ("--against", "llama.cpp", "--source", packed)
+    assert "goes with one --memory" in error(run(*command, *several), 2)
+
+
 # One line, what and where and the remedy, and an exit code ------------------------------------
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import VOCABULARY, engine_plan, make_folder
 from fallow import engine as module
 from fallow import memory
-from fallow.engine import Engine
+from fallow.engine import Engine, Sampler
 from fallow.errors import FallowError, UsageError
 from fallow.memory import RESERVE, SLOTS, head_rows, parse_size, parts_of, residencies
 from fallow.models import ARCHITECTURES
@@ -20,7 +20,7 @@ from fallow.packing import pack
 from fallow.weights import read_gguf
 from test_planes import plan_for
 
-IDS = np.random.default_rng(1).integers(2, VOCABULARY, 60)
+IDS = np.random.default_rng(1).integers(2, VOCABULARY, 120)
 LAYERS = 5
 Packed = dict[str, Path]
 
@@ -153,6 +153,53 @@ def test_rows_of_the_head_come_from_the_file(name: str, packed: Packed) -> None:
         for expected, some in zip((plan_mapped, dense) * 2, others, strict=True):
             for a, b in zip(some, expected, strict=True):
                 np.testing.assert_array_equal(a, b)
+
+
+class Foresight:
+    """In place of Lookup: guesses what comes, but for every third token."""
+
+    def __init__(self, ids: list[int], pass_cost: object) -> None:
+        self._at, self.tokens = len(ids), list(ids)
+
+    def add(self, token: int) -> None:
+        self.tokens.append(token)
+        self._at += 1
+
+    def propose(self, most: int) -> list[int]:
+        return [t if (self._at + i) % 3 else 2 for i, t in enumerate(COMING[self._at :][:most])]
+
+    def learn(self, proposed: int, held: int, seconds: float) -> None:
+        assert held <= proposed
+
+
+COMING: list[int] = []
+
+
+@pytest.mark.usefixtures("no_overhead")
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_guesses_do_not_change_the_text(
+    temperature: float, packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes from the disk is read for several tokens at once, under a plan too."""
+    path, prompt = packed["planes"], IDS[:24]
+    engine = Engine(path, threads=2)
+    plan = plan_for(engine, inter=0.02, up_coarse=0.1)
+    engine.use_plan(plan)
+    sampler = Sampler(temperature=temperature, seed=3)
+    COMING[:] = prompt.tolist()
+    logits = engine.forward(prompt)[0]
+    for _ in range(60):
+        COMING.append(sampler.pick(logits))
+        logits = engine.forward(COMING[-1:])[0]
+    options: dict[str, Any] = {"max_tokens": 60, "temperature": temperature, "seed": 3}
+    expected = "".join(engine.generate(prompt, **options))
+    assert engine.stats.drafted == 0
+
+    monkeypatch.setattr(module, "Lookup", Foresight)
+    streamed = Engine(path, threads=2, memory=budgets(path)[-1])
+    streamed.use_plan(plan)
+    assert "".join(streamed.generate(prompt, **options)) == expected
+    assert 0 < streamed.stats.accepted < streamed.stats.drafted
 
 
 def test_residencies(packed: Packed) -> None:

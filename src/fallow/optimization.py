@@ -60,9 +60,10 @@ SCORE_TOKENS = 256  # per layer, whose scores' quantiles are thresholds
 # one too large for any cache, and never taken to be less than nothing.
 TIMED_BYTES, ROW_RUNS = 1 << 26, 5
 PREFERENCES = ("speed", "bytes")
-# Nats below the largest coarse logit. On WikiText-2, Qwen2.5-Coder: 12 costs 0.0011 nats and 3,300 exact
-# rows per token, 13 0.0006 and 6,000, 14 0.0004 and 10,700.
-HEAD_MARGIN = 13.0
+# Nats below the largest coarse logit. On WikiText-2, Qwen2.5-Coder: 12 costs 0.0011 nats and 3,300
+# exact rows per token, 13 0.0006 and 6,000, 14 0.0004 and 10,700. Where the head stays on the disk,
+# rows are time: 20, 29 and more ms per token.
+HEAD_MARGIN = 12.0
 # Logarithm of the price, in nats for all of the FFN's bytes.
 LOWEST_PRICE, HIGHEST_PRICE, PRICE_STEPS = -3.0, 1.5, 7
 # Of loss per nat of divergence, no less is believed; and a cost that nothing pays.
