@@ -182,7 +182,8 @@ and 5 %, page cache included. `benchmarks/memory.py` does it.
 
 - **fed**: tokens of the WikiText-2 raw test text one by one, after {PROMPT} of prefill: {FED}, then
   {LATER_FED} in each further round; of llama.cpp {LLAMA_FED}. **/ llama.cpp** is over the faster of
-  llama.cpp with and without repacking in the same round: median (range) of {ROUNDS} rounds.
+  llama.cpp with and without repacking in the same round: median (range) of up to
+  {ROUNDS} rounds.
 - **answers**: median over {PROMPTS} greedy answers of {NEW} tokens, in which several tokens are
   guessed from earlier text and checked in one pass; the same text to the bit.
 - **peak**: VmHWM of the whole process, MB of 1e6 bytes. **half** is the budget that leaves half of
@@ -221,8 +222,10 @@ def _row(name: str, result: dict[str, Any], limit: int | None) -> str:
     rounds = [result["enough"]] if limit is None else []
     best = []
     for i in range(ROUNDS) if limit else ():
+        theirs = [result.get(f"{limit} MB, {kind}, {i}") for kind in LLAMA]
+        if None in theirs:
+            continue  # not finished
         rounds.append(result[f"{limit} MB, {OURS}, {i}"])
-        theirs = [result[f"{limit} MB, {kind}, {i}"] for kind in LLAMA]
         best.append(max(theirs, key=lambda r: r.get("decode_tps", 0.0)))
     fed = rounds[0]["fed"] | {"decode_tps": median(r["fed"]["decode_tps"] for r in rounds)}
     answers = median(a["decode_tps"] for a in rounds[0]["answers"])

@@ -269,7 +269,7 @@ class BoundEngine {
                       uint64_t range_bytes) {
     const Matrix& w = embedding ? model_.embed_tokens : model_.lm_head;
     extent(offset, w.bytes());
-    if (!(embedding || head) || room == 0 || (head && model_.lm_head.rows != w.rows))
+    if (!(embedding || head) || room == 0 || room > w.rows || (head && model_.lm_head.rows != w.rows))
       throw nb::value_error("no rows, or no room for them");
     file_rows_.push_back(
         std::make_unique<FileRows>(*file_, offset, w.row_bytes, w.rows, room, range_bytes));

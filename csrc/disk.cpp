@@ -137,6 +137,13 @@ FileRows::FileRows(const File& file, uint64_t offset, uint64_t row_bytes, size_t
       rows_(room * row_bytes), slot_of_(n_rows, -1), row_in_(room, -1), chances_(room), used_(room),
       sectors_(kReaders * Extent{0, row_bytes + 2 * kSector}.room()) {
   rows_.expect(0, room * row_bytes);
+  for (size_t first = 0, n; first < room; first += n) {
+    n = std::min(range_rows_, room - first);
+    std::memcpy(rows_.data() + first * row_bytes, range(first, n), n * row_bytes);
+  }
+  for (size_t i = 0; i < room; ++i) slot_of_[i] = row_in_[i] = static_cast<int32_t>(i);
+  range_.reset();
+  reset_stats();
 }
 
 Extent FileRows::around(uint64_t first, uint64_t n) const {

@@ -75,7 +75,8 @@ class Pages {
 // wanted again since its last turn (a clock with several chances).
 class FileRows {
  public:
-  // Ranges of rows are of `range_bytes` or little more.
+  // Ranges of rows are of `range_bytes` or little more. The first rows are in memory from the start:
+  // tokens of low numbers are the frequent ones. Throws DiskError.
   FileRows(const File& file, uint64_t offset, uint64_t row_bytes, size_t n_rows, size_t room,
            uint64_t range_bytes);
 

@@ -173,7 +173,8 @@ class Engine:
         if found.head:
             core.rows_from_file(tied, True, found.head.part.offset, found.head.room, RANGE)
         if not tied:
-            core.rows_from_file(True, False, self.file.offsets[EMBEDDING], EMBEDDING_ROWS, RANGE)
+            room = min(EMBEDDING_ROWS, core.vocab_size)
+            core.rows_from_file(True, False, self.file.offsets[EMBEDDING], room, RANGE)
         if found.streamed:
             core.stream(
                 [
