@@ -178,8 +178,8 @@ INTRODUCTION = f"""# Under a memory limit
 
 Decode of the model that `fallow optimize --max-ppl-increase 1` packed ([quality](optimize.md)) with
 `--memory`, and of llama.cpp on the source GGUF, each in a cgroup (v1) that is limited to the budget
-and 5 %, page cache included. `benchmarks/memory.py` does it. Qwen2.5-Coder's file is that plan packed
-again with a head margin of 12 nats in place of 14, which costs 0.0007 nats of divergence more.
+and 5 %, page cache included. `benchmarks/memory.py` does it. Qwen2.5-Coder's file is that plan
+packed again with a head margin of 12 nats in place of 14: 0.0007 nats of divergence more.
 
 - **fed**: tokens of the WikiText-2 raw test text one by one, after {PROMPT} of prefill: {FED}, then
   {LATER_FED} in each further round; of llama.cpp {LLAMA_FED}. **/ llama.cpp** is over the faster of
