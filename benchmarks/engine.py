@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tradeoff import DATA, ROOT, record_machine
+from tradeoff import DATA, ROOT, machine_line, record_machine
 
 RESULTS = ROOT / "benchmarks" / "results" / "engine"
 TEST, VALIDATION = DATA / "wikitext2" / "wiki.test.raw", DATA / "wikitext2" / "wiki.valid.detok.txt"
@@ -196,7 +196,7 @@ def report() -> str:
         openvino = r["openvino"]
         lines = [
             f"## {path.parent.name}\n",
-            f"{where['cpu']}, {where['threads']} threads, commits {', '.join(where['commits'])}; "
+            f"{machine_line(where)}; "
             f"{d['kernels']} kernels. Packed {r['file_mb']:.0f} MB from {r['source_mb']:.0f} MB; "
             f"self-check KL {r['self_check']['kl']:.5f} nats, "
             f"PPL {r['self_check']['ppl_change_percent']:+.3f} %.\n",

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from engine import TEST, THREADS
-from tradeoff import DATA, ROOT, record_machine
+from tradeoff import DATA, ROOT, machine_line, record_machine
 
 RESULTS = ROOT / "benchmarks" / "results" / "lossless"
 OPTIMIZED = ROOT / "benchmarks" / "results" / "optimize"
@@ -114,9 +114,7 @@ def report() -> str:
                 f"| {name} | {label} | **{middle:.2f}** ({low:.2f} to {high:.2f}) "
                 f"| {accepted / max(1, drafted):.0%} | {drafted / new:.2f} |"
             )
-    costs.append(
-        f"\n{where['cpu']}, {where['threads']} threads, commits {', '.join(where['commits'])}."
-    )
+    costs.append(f"\n{machine_line(where)}.")
     return "\n".join([*lines, *costs, *drafted_lines]) + "\n"
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 import optimize
 from engine import TEST, THREADS
-from tradeoff import ROOT, record_machine
+from tradeoff import ROOT, machine_line, record_machine
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory"
 CGROUP = Path("/sys/fs/cgroup/memory/fallow-benchmark")
@@ -213,9 +213,7 @@ def report() -> str:
         limits = [None, result["half_mb"], *LIMITS_MB[name]]
         lines += [_row(name, result, limit) for limit in limits]
     lines += costs
-    lines.append(
-        f"\n{where['cpu']}, {where['threads']} threads, commits {', '.join(where['commits'])}."
-    )
+    lines.append(f"\n{machine_line(where)}.")
     return "\n".join(lines) + "\n"
 
 

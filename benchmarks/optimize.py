@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from engine import NEW, PROMPT, RUNS, TEST, THREADS, VALIDATION, bench
-from tradeoff import DATA, ROOT, record_machine
+from tradeoff import DATA, ROOT, machine_line, record_machine
 
 RESULTS = ROOT / "benchmarks" / "results" / "optimize"
 LIMIT = 1.0  # percent
@@ -215,7 +215,7 @@ def report() -> str:
             f"| **{s['decode_ratio']:.2f}** ({low:.2f} to {high:.2f}) "
             f"| {o['decode_ratio_dense']:.2f} | {o['seconds'] / 60:.0f} |"
         )
-    lines.append(f"\n{where['cpu']}, {where['threads']} threads, commits {', '.join(commits)}.")
+    lines.append(f"\n{machine_line(where | {'commits': commits})}.")
     transfers = [
         f"| {path.parent.name} | {Path(r['optimize']['calibration_text']).name} "
         f"| {_change(r['quality'])} | {_change(r['code'])} |"

@@ -14,7 +14,7 @@ import argparse
 import json
 from typing import Any
 
-from tradeoff import DATA, ROOT, measure
+from tradeoff import DATA, ROOT, machine_line, measure
 
 RESULTS = ROOT / "benchmarks" / "results" / "selectors"
 SPARSITY = 0.5
@@ -100,8 +100,7 @@ def report() -> str:
         lines = [
             f"## {path.parent.name}, {path.parent.parent.name}\n",
             f"Dense PPL {table[0]['ppl']:.2f} ± {table[0]['ppl_se']:.2f}, {table[0]['windows']} "
-            f"windows; {where['cpu']}, {where['threads']} threads, "
-            f"commits {', '.join(where['commits'])}.\n",
+            f"windows; {machine_line(where)}.\n",
             "| selector | S(inter) | recall | energy | FFN bytes | PPL change % | KL nats/token |",
             "|---|---|---|---|---|---|---|",
         ]

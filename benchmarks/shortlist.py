@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine import TEST, THREADS
-from tradeoff import ROOT, record_machine
+from tradeoff import ROOT, machine_line, record_machine
 
 RESULTS = ROOT / "benchmarks" / "results" / "shortlist"
 MARGINS = (10.0, 11.0, 12.0, 13.0, 14.0)
@@ -128,9 +128,7 @@ def report() -> str:
                 f"| {r['exact_rows']:.3f} | {r['head_bytes_ratio']:.2f} | {r['bytes_ratio']:.2f} "
                 f"| **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}) |"
             )
-    lines.append(
-        f"\n{where['cpu']}, {where['threads']} threads, commits {', '.join(where['commits'])}."
-    )
+    lines.append(f"\n{machine_line(where)}.")
     return "\n".join(lines) + "\n"
 
 

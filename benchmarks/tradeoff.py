@@ -88,6 +88,11 @@ def record_machine(path: Path) -> None:
     path.write_text(json.dumps(entry, indent=1) + "\n")
 
 
+def machine_line(where: dict[str, Any]) -> str:
+    """What `record_machine` wrote, in words."""
+    return f"{where['cpu']}, {where['threads']} threads, commits {', '.join(where['commits'])}"
+
+
 INTRODUCTION = """# Sparsity against quality
 
 Every rule at several sparsities; a target of +1 % PPL is the point where the rule costs that much

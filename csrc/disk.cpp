@@ -135,7 +135,7 @@ FileRows::FileRows(const File& file, uint64_t offset, uint64_t row_bytes, size_t
     : file_(file), offset_(offset), row_bytes_(row_bytes),
       range_rows_(std::max<size_t>(range_bytes / row_bytes / kTogether, 1) * kTogether),
       rows_(room * row_bytes), slot_of_(n_rows, -1), row_in_(room, -1), chances_(room), used_(room),
-      sectors_(kReaders * Extent{0, row_bytes + 2 * kSector}.room()) {
+      sectors_(kReaders * row_room()) {
   rows_.expect(0, room * row_bytes);
   for (size_t first = 0, n; first < room; first += n) {
     n = std::min(range_rows_, room - first);
@@ -191,12 +191,11 @@ void FileRows::fetch(const int32_t* rows, size_t n, int32_t* slots) {
   }
   wanted_ += n;
   if (to_read_.empty()) return;
-  const uint64_t each = Extent{0, row_bytes_ + 2 * kSector}.room();
   try {
     in_threads(to_read_.size(), [&](size_t i, size_t reader) {
       const auto slot = static_cast<size_t>(to_read_[i]);
       const auto row = static_cast<uint64_t>(row_in_[slot]);
-      uint8_t* sectors = sectors_.data() + reader * each;
+      uint8_t* sectors = sectors_.data() + reader * row_room();
       file_.read(around(row, 1), sectors);
       std::memcpy(rows_.data() + slot * row_bytes_,
                   sectors + (offset_ + row * row_bytes_) % kSector, row_bytes_);

@@ -100,6 +100,8 @@ class FileRows {
 
  private:
   size_t free_slot();
+  // Bytes of the sectors that a row may lie in.
+  uint64_t row_room() const { return Extent{0, row_bytes_ + 2 * kSector}.room(); }
   // Whole sectors around some rows.
   Extent around(uint64_t first, uint64_t n) const;
 

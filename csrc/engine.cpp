@@ -227,8 +227,7 @@ void Engine::reset_stats() {
 void Engine::forward(const int32_t* tokens, size_t n, bool all, bool dense, float* logits) {
   dense_ = dense;
   for (size_t start = 0, size; start < n; start += size) {
-    const size_t rest = n - start;
-    size = std::min(block_, rest);
+    size = std::min(block_, n - start);
     block(tokens + start, size);
     if (all) {
       head(size, true, logits + start * config_.vocab_size);
@@ -258,7 +257,7 @@ void Engine::embed(const int32_t* tokens, size_t n) {
   const size_t hidden = config_.hidden_size;
   const Matrix& table = model_.embed_tokens;
   const uint8_t* data = embedding_ ? embedding_->data() : table.data;
-  slots_.resize(std::max(slots_.size(), n));
+  if (embedding_) slots_.resize(std::max(slots_.size(), n));
   for (size_t t = 0, fetched = 0; t < n; ++t) {
     float* x = residual_.data() + t * hidden;
     int32_t row = tokens[t];
@@ -470,9 +469,9 @@ void Engine::ffn(size_t l, size_t n) {
     ffn_token(l, input);
   }
   for_tokens(n, [&](size_t t, int worker) {
-    float* y = branch_.data() + t * config_.hidden_size;
-    if (layer.down_bias) add_to(y, layer.down_bias, config_.hidden_size);
-    apply(cut(l, kFfnOut), y, config_.hidden_size, worker);
+    float* y = branch_.data() + t * hidden;
+    if (layer.down_bias) add_to(y, layer.down_bias, hidden);
+    apply(cut(l, kFfnOut), y, hidden, worker);
   });
   if (streams) streamer_->done();
   clock.mark(timing_.ffn);

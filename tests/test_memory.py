@@ -159,10 +159,9 @@ class Foresight:
     """In place of Lookup: guesses what comes, but for every third token."""
 
     def __init__(self, ids: list[int], pass_cost: object) -> None:
-        self._at, self.tokens = len(ids), list(ids)
+        self._at = len(ids)
 
     def add(self, token: int) -> None:
-        self.tokens.append(token)
         self._at += 1
 
     def propose(self, most: int) -> list[int]:
