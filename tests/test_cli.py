@@ -123,6 +123,7 @@ def test_packed_model(
     same = run("evaluate", packed, *sizes, "--against", folders["llama"], "--decode", "--json").json
     assert same["kl_to_dense"]["mean"] == pytest.approx(sparse["kl_to_dense"]["mean"], rel=0.1)
     assert "sparsity achieved" in run("evaluate", packed, *sizes).out
+    assert run("evaluate", packed, *sizes, "--memory", "3GB", "--json").json == sparse
 
     timed = ("bench", packed, "--text", texts[1], "-p", 16, "-n", 4, "--runs", 2, "--threads", 1)
     result = run(*timed, "--json").json
@@ -142,6 +143,10 @@ def test_errors_about_packed_models(run: Any, folders: dict[str, Path], tmp_path
     assert "belong together" in error(run("bench", packed, "--against", "llama.cpp"), 2)
     assert "not a packed model" not in error(run("bench", tmp_path / "none.gguf"), 1)
     assert "are for packed models" in error(run("evaluate", folders["opt"], "--decode"), 2)
+    assert "are for packed models" in error(run("evaluate", folders["opt"], "--memory", "1GB"), 2)
+    both = ("--memory", "1GB", "--against", folders["opt"])
+    assert "--memory is for one model" in error(run("evaluate", packed, *both), 2)
+    assert "the least is" in error(run("evaluate", packed, "--memory", "20MB", "--context", 32), 1)
     assert "needs a packed model" in error(run("generate", folders["opt"], "x", "--top-k", 3), 2)
     assert "not whole blocks" in error(
         run("pack", folders["opt"], "--quant", "q8_0", "-o", tmp_path / "x.gguf"), 1

@@ -11,12 +11,14 @@ import pytest
 
 from conftest import VOCABULARY, engine_plan, make_folder
 from fallow import engine as module
-from fallow import memory
-from fallow.engine import Engine, Sampler
+from fallow import memory, quality
+from fallow.engine import Engine, Sampler, packed_windows
 from fallow.errors import FallowError, UsageError
 from fallow.memory import RESERVE, SLOTS, head_rows, parse_size, parts_of, residencies
 from fallow.models import ARCHITECTURES
 from fallow.packing import pack
+from fallow.quality import evaluate_engine
+from fallow.text import load_text
 from fallow.weights import read_gguf
 from test_planes import plan_for
 
@@ -222,6 +224,36 @@ def test_residencies(packed: Packed) -> None:
 
 def _streamed(residency: Any) -> list[Any]:
     return [p for parts in residency.streamed.values() for p in parts]
+
+
+@pytest.mark.usefixtures("no_overhead")
+def test_evaluation_does_not_depend_on_the_budget(
+    packed: Packed, texts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose dense logits lie in a file meanwhile, and come in parts of 20 tokens."""
+    monkeypatch.setattr(quality, "LOGITS_AT_ONCE", 20 * VOCABULARY)
+    monkeypatch.setattr(quality, "LOGITS_AT_ONCE_IN_BUDGET", 20 * VOCABULARY)
+    path, found = packed["planes"], []
+    for budget in (None, budgets(path)[-1]):
+        engine = Engine(path, threads=2, memory=budget)
+        plan = plan_for(engine, inter=0.02, up_coarse=0.1, gate_coarse=0.3)
+        windows = packed_windows(path, load_text(texts[1], "evaluation"), 50, 3)
+        for decode in (False, True):
+            given = {"context": 50, "decode": decode}
+            cut = evaluate_engine(engine, plan, texts[1], windows=windows, **given)
+            found.append(cut.to_json())
+            assert found[-1]["kl_to_dense"]["mean"] > 0
+        assert found[-1] == evaluate_engine(engine, plan, texts[1], windows=3, **given).to_json()
+    assert found[:2] == found[2:]
+
+
+def test_what_the_caller_needs_is_left_to_it(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "rss_bytes", lambda: 0)
+    path, budget = packed["llama"], budgets(packed["llama"])[2]
+    found = [Engine(path, memory=budget + n, reserve=n).residency for n in (0, 1_000_000)]
+    assert found[0] == found[1] != Engine(path, memory=budget + 1_000_000).residency
 
 
 def test_sizes() -> None:

@@ -5,10 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 import fallow
 from fallow.errors import FallowError
-from fallow.tokenizer import TextTokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from fallow.tokenizer import (
+    TextTokenizer,
+    tokenizer_from_folder,
+    tokenizer_from_gguf,
+    tokenizer_from_json,
+)
 from fallow.weights import GgufFile
 
 
@@ -46,6 +52,18 @@ def test_sentencepiece_merges_by_score() -> None:
     assert tokenizer.encode("A").tolist() == [3]  # a byte
     assert tokenizer.decode([9, 3]) == " abA"
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos) == (1, (2,), True)
+
+
+def test_json_in_less_memory_is_the_same_tokenizer() -> None:
+    gguf = json.loads(tokenizer_from_gguf(gguf_file()).backend.to_str())
+    old = gguf | {"model": gguf["model"] | {"merges": ["a b", "▁ a", "▁ ab"]}}
+    gap = gguf | {"added_tokens": [gguf["added_tokens"][0] | {"id": 99, "content": "<new>"}]}
+    word = {"type": "WordLevel", "vocab": {"a": 0, "<unk>": 1}, "unk_token": "<unk>"}
+    for content in (gguf, old, gap, gguf | {"model": word, "added_tokens": []}):
+        text = json.dumps(content)
+        assert tokenizer_from_json(text).to_str() == Tokenizer.from_str(text).to_str()
+    with pytest.raises(Exception, match="line 1"):
+        tokenizer_from_json("{")
 
 
 def test_space_prefix() -> None:

@@ -295,7 +295,10 @@ def pack(
         ),
     ] = None,
     down: Annotated[
-        str | None, typer.Option(help="Type of down_proj; default: the smallest that passes.")
+        str | None,
+        typer.Option(
+            help="Type of down_proj, such as q4_k (minutes); default: the smallest that passes."
+        ),
     ] = None,
     shortlist: Annotated[
         bool,
@@ -524,6 +527,7 @@ def evaluate(
         bool, typer.Option("--decode", help="For a packed model: read token by token.")
     ] = False,
     threads: ThreadsOption = None,
+    memory: MemoryOption = None,
     allow_leakage: LeakageOption = False,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -536,17 +540,15 @@ def evaluate(
         load_task(path, task_items)  # a wrong file is reported before hours of work
     subject: Any
     if _is_packed(model):
-        from fallow.engine import Engine
-
-        subject = Engine(model, loaded_plan, threads, context=context)
+        subject, result = _evaluate_packed(
+            model, loaded_plan, text, context, windows, against, decode, threads, memory,
+            allow_leakage, dtype,
+        )  # fmt: skip
         loaded_plan = subject.plan
-        result = _evaluate_packed(
-            subject, text, context, windows, against, decode, threads, allow_leakage, dtype
-        )
     else:
-        if against is not None or decode:
+        if against is not None or decode or memory is not None:
             raise UsageError(
-                "--against and --decode are for packed models; make one with fallow pack"
+                "--against, --decode and --memory are for packed models; make one with fallow pack"
             )
         subject = _load(model, dtype)
         from fallow.evaluation import evaluate as run
@@ -570,19 +572,33 @@ def _is_packed(model: str) -> bool:
 
 
 def _evaluate_packed(
-    engine: Any,
+    model: str,
+    plan: Any,
     text: Path | None,
     context: int,
     windows: int | None,
     against: str | None,
     decode: bool,
     threads: int | None,
+    memory: str | None,
     allow_leakage: bool,
     dtype: str,
-) -> Any:
-    from fallow.engine import Engine
-    from fallow.quality import evaluate_engine
+) -> tuple[Any, Any]:
+    """The engine, with its plan in use, and what it came to."""
+    from fallow.engine import Engine, packed_windows
+    from fallow.progress import console
+    from fallow.quality import BUDGET_RESERVE, evaluate_engine
+    from fallow.text import load_text
 
+    if memory is not None and against is not None:
+        raise UsageError("--memory is for one model; leave out --against or --memory")
+    source, cut = load_text(text, "evaluation"), None
+    if memory is not None:
+        cut = packed_windows(model, source, context, windows)
+    reserve = BUDGET_RESERVE if memory is not None else 0
+    engine = Engine(model, plan, threads, context=context, memory=memory, reserve=reserve)
+    if memory is not None:
+        console.print(engine.describe_memory(), highlight=False)
     other: Any = None
     if against is not None:
         if _is_packed(against):
@@ -592,16 +608,17 @@ def _evaluate_packed(
             from fallow.evaluation import dense_logits
 
             other = partial(dense_logits, reference)
-    return evaluate_engine(
+    result = evaluate_engine(
         engine,
         engine.plan,
-        text,
+        source,
         context=context,
-        windows=windows,
+        windows=windows if cut is None else cut,
         against=other,
         decode=decode,
         allow_leakage=allow_leakage,
     )
+    return engine, result
 
 
 def _plus_minus(value: float, error: float | None, digits: int) -> str:

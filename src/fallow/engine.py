@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from fallow import _core
 from fallow.drafting import PASS_COST, STREAMED_COST, Lookup
@@ -33,7 +32,7 @@ from fallow.memory import (
 from fallow.plan import Plan
 from fallow.planes import join_planes
 from fallow.text import Text, cut_windows
-from fallow.tokenizer import TextTokenizer
+from fallow.tokenizer import TextTokenizer, tokenizer_from_json
 from fallow.weights import GgufFile, StoredTensor, read_gguf
 
 PACKED_VERSION = 2
@@ -63,6 +62,13 @@ def is_packed(path: str | Path) -> bool:
         if file.read(4) != b"GGUF":
             return False
     return "fallow.version" in read_gguf(path).metadata
+
+
+def packed_windows(
+    path: str | Path, text: Text, context: int, limit: int | None = None
+) -> np.ndarray:
+    """As `Engine.windows`, for a text that is cut before an engine takes the memory."""
+    return cut_windows(text, _tokenizer(read_gguf(path)), context, limit)
 
 
 @dataclass
@@ -105,6 +111,7 @@ class Engine:
         kernels: one of `_core.KERNELS`, "portable" say; default: the fastest that runs here.
         memory: bytes that the process may take, or a size such as "800MB": weights that do not fit
             are read from the file for every pass over the model. Default: the file is mapped.
+        reserve: bytes of `memory` that are left to the caller, for logits of many tokens say.
 
     Raises:
         FallowError: no packed model, damaged, the plan is for another model, or `memory` is less
@@ -121,6 +128,7 @@ class Engine:
         context: int | None = None,
         kernels: str = "",
         memory: int | str | None = None,
+        reserve: int = 0,
     ) -> None:
         self.path = Path(path)
         self.memory = parse_size(memory) if isinstance(memory, str) else memory
@@ -144,6 +152,7 @@ class Engine:
         # Under a budget the coarse head is in memory only if this plan uses it.
         self._coarse_head = memory is None or (first is not None and self._head_margin(first) > 0)
         self.residency: Residency | None = None
+        self._reserve = RESERVE + reserve
         self.disk_gbps: float | None = None  # at which it was loaded, with `memory`
         try:
             usual = DEFAULT_CONTEXT if self.memory is None else BUDGET_CONTEXT
@@ -188,7 +197,7 @@ class Engine:
     def _choose_residency(self, context: int) -> Residency:
         """What of the weights fits, when all else is in memory already."""
         assert self.memory is not None
-        taken = rss_bytes() + RESERVE
+        taken = rss_bytes() + self._reserve
         options = residencies(
             parts_of(self.file, self._coarse_head),
             head_rows(self.file) if self._coarse_head else None,
@@ -254,6 +263,10 @@ class Engine:
     def kernels(self) -> str:
         """Which instruction set's kernels run."""
         return self._core.kernels
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self._core.vocab_size
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -721,8 +734,10 @@ def rss_bytes() -> int:
 
 
 def _tokenizer(file: GgufFile) -> TextTokenizer:
+    key = "tokenizer.huggingface.json"
     try:
-        backend = Tokenizer.from_str(file.get("tokenizer.huggingface.json"))
+        backend = tokenizer_from_json(file.get(key))
+        del file.metadata[key]  # 14 MB of Qwen2.5's
     except FallowError:
         raise
     except Exception as error:  # tokenizers raises nothing more specific

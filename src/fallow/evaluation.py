@@ -20,9 +20,9 @@ from fallow.quality import (
     Logits,
     WindowResult,
     compare_logits,
+    parts_of_window,
     summarise,
     token_losses,
-    tokens_at_once,
 )
 from fallow.rules._base import per_token_topk
 from fallow.taps import attach
@@ -199,8 +199,7 @@ def window_losses(model: Model, windows: np.ndarray, plan: Plan | None) -> np.nd
         for window in windows:
             hidden = final_hidden(model, window)
             logits, targets = logits_of(model, hidden[:-1]), window[1:]
-            step = tokens_at_once(model.vocabulary_size)
-            pieces = [slice(i, i + step) for i in range(0, len(targets), step)]
+            pieces = parts_of_window(len(targets), model.vocabulary_size)
             parts = [token_losses(logits(piece), targets[piece]) for piece in pieces]
             losses.append(np.concatenate(parts).mean())
     return np.array(losses)

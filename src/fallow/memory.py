@@ -25,7 +25,7 @@ RANGE = 4_000_000  # bytes at once where all of such a matrix is read
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 STREAMED = ("gate_proj", "up_proj", "down_proj_t")
 # What the process takes after the engine is ready: logits, the sampler's and Python's arrays.
-RESERVE = 28_000_000
+RESERVE = 24_000_000
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

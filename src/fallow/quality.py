@@ -3,10 +3,11 @@
 No torch: the base install measures what it runs.
 """
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -17,9 +18,12 @@ from fallow.plan import Plan
 from fallow.progress import progress
 from fallow.text import Text, check_no_leakage, load_text
 
-# Logits of a whole window of Gemma-3 would take 1 GB; they are made for as many tokens at a time,
-# and compared for as many as the processor's cache holds (five times faster than all at once).
-LOGITS_AT_ONCE, LOGITS_COMPARED = 1 << 26, 1 << 21
+# Logits of a whole window of Gemma-3 would take 1 GB; they are made for as many tokens at a time
+# (fewer under a memory budget), and compared for as many as the processor's cache holds (five times
+# faster than all at once).
+LOGITS_AT_ONCE, LOGITS_AT_ONCE_IN_BUDGET, LOGITS_COMPARED = 1 << 26, 1 << 22, 1 << 19
+# What evaluating takes beyond what an engine takes itself: both sides' logits and their comparison.
+BUDGET_RESERVE = 60_000_000  # bytes
 SPARSITY_TAPS = ("x", "gate_act", "up", "inter")
 
 Logits = Callable[[slice], np.ndarray]
@@ -43,17 +47,24 @@ class WindowResult:
 
 
 def compare_logits(
-    window: np.ndarray, dense: Logits, sparse: list[Logits], vocabulary: int
+    window: np.ndarray,
+    dense: Logits,
+    sparse: list[Logits],
+    vocabulary: int,
+    at_once: int = LOGITS_AT_ONCE,
 ) -> tuple[WindowResult, list[WindowResult]]:
-    """Loss of dense and sparse logits on a window (T,), KL and agreement of each sparse one."""
+    """Loss of dense and sparse logits on a window (T,), KL and agreement of each sparse one.
+
+    Each is asked for the window's tokens in turn, for about `at_once` logits at a time.
+    """
     targets = window[1:]
     n = len(targets)
     loss = np.zeros((1 + len(sparse), n))
     kl = np.zeros((1 + len(sparse), n))
     same = np.ones((1 + len(sparse), n))
     few = max(1, LOGITS_COMPARED // vocabulary)
-    for start in range(0, n, step := tokens_at_once(vocabulary)):
-        part = slice(start, min(start + step, n))
+    for part in parts_of_window(n, vocabulary, at_once):
+        start = part.start
         dense_part, sparse_parts = dense(part), [logits(part) for logits in sparse]
         for at in range(start, part.stop, few):
             here = slice(at, min(at + few, part.stop))
@@ -83,9 +94,10 @@ def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def tokens_at_once(vocabulary: int) -> int:
-    """How many tokens' logits are made at a time."""
-    return max(1, LOGITS_AT_ONCE // vocabulary)
+def parts_of_window(n: int, vocabulary: int, at_once: int = LOGITS_AT_ONCE) -> Iterator[slice]:
+    """n tokens in parts of about `at_once` logits."""
+    step = max(1, at_once // vocabulary)
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -146,7 +158,7 @@ def evaluate_engine(
     text: str | Path | Text | None = None,
     *,
     context: int = 1024,
-    windows: int | None = None,
+    windows: int | np.ndarray | None = None,
     against: Engine | Callable[[np.ndarray], Logits] | None = None,
     decode: bool = False,
     allow_leakage: bool = False,
@@ -154,6 +166,8 @@ def evaluate_engine(
     """As `fallow.evaluate`, on a packed model and the engine that runs it; needs no torch.
 
     Args:
+        windows: how many of the text's windows, or the text's windows themselves, cut already
+            (`fallow.engine.packed_windows`).
         against: what changes and KL are relative to: an engine, run dense, or a function that
             gives another model's logits of a window (T,); default: this engine.
         decode: read token by token, as generation does, instead of in blocks: slower, and the
@@ -165,17 +179,16 @@ def evaluate_engine(
     source = load_text(text, "evaluation")
     if plan is not None:
         check_no_leakage(plan.calibration_sha256, source, allow_leakage)
-    cut = engine.windows(source, context, windows)
+    cut = windows if isinstance(windows, np.ndarray) else engine.windows(source, context, windows)
+    at_once = LOGITS_AT_ONCE if engine.memory is None else LOGITS_AT_ONCE_IN_BUDGET
     dense, sparse = [], []
-    with progress("evaluate", len(cut)) as ticker:
+    with progress("evaluate", len(cut)) as ticker, tempfile.TemporaryFile() as kept:
         for window in cut:
-            baseline = _baseline_logits(against or engine, window, decode)
+            baseline = _baseline(against or engine, window, decode, at_once, kept)
             engine.use_plan(plan)
             engine.reset_stats()
-            logits = _engine_logits(engine, window, decode)
-            if not np.isfinite(logits).all():
-                raise FallowError(f"{engine.path}: NaN or infinite logits; pack the model again")
-            d, results = compare_logits(window, baseline, [logits.__getitem__], logits.shape[1])
+            logits, vocabulary = _read(engine, window, decode), engine.vocabulary_size
+            d, results = compare_logits(window, baseline, [logits], vocabulary, at_once)
             results[0].sparsity = {"inter": engine.idle_neurons()[:, None]}
             results[0].achieved_sparsity = float(results[0].sparsity["inter"].mean())
             dense.append(d)
@@ -184,20 +197,51 @@ def evaluate_engine(
     return summarise(engine, plan, source, cut, dense, sparse)
 
 
-def _engine_logits(engine: Engine, window: np.ndarray, decode: bool) -> np.ndarray:
-    if not decode:
-        return engine.logits(window)
+def _read(engine: Engine, window: np.ndarray, decode: bool) -> Logits:
+    """An engine's logits, made as they are asked for, in the tokens' order."""
     engine.reset()
-    return np.concatenate([engine.forward(window[i : i + 1]) for i in range(len(window))])
+
+    def logits(part: slice) -> np.ndarray:
+        ids, step = window[part], 1 if decode else part.stop - part.start
+        found = [engine.forward(ids[i : i + step], every=True) for i in range(0, len(ids), step)]
+        if not all(np.isfinite(values).all() for values in found):
+            raise FallowError(f"{engine.path}: NaN or infinite logits; pack the model again")
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    return logits
 
 
-def _baseline_logits(
-    against: Engine | Callable[[np.ndarray], Logits], window: np.ndarray, decode: bool
+def _baseline(
+    against: Engine | Callable[[np.ndarray], Logits],
+    window: np.ndarray,
+    decode: bool,
+    at_once: int,
+    kept: IO[bytes],
 ) -> Logits:
+    """Logits to compare with; an engine's are all made now, under a budget into the file `kept`."""
     if not isinstance(against, Engine):
         return against(window)
     against.use_plan(None)
-    return _engine_logits(against, window, decode).__getitem__
+    logits, vocabulary = _read(against, window, decode), against.vocabulary_size
+    parts = parts_of_window(len(window) - 1, vocabulary, at_once)
+    if against.memory is None:
+        return np.concatenate([logits(part) for part in parts]).__getitem__
+    kept.seek(0)
+    try:
+        for part in parts:
+            kept.write(logits(part).data)
+    except OSError as error:
+        raise FallowError(
+            f"cannot keep a window's logits in {tempfile.gettempdir()}: {error.strerror}; set "
+            "TMPDIR to a folder with space"
+        ) from error
+
+    def stored(part: slice) -> np.ndarray:
+        kept.seek(4 * part.start * vocabulary)
+        data = kept.read(4 * (part.stop - part.start) * vocabulary)
+        return np.frombuffer(data, dtype=np.float32).reshape(-1, vocabulary)
+
+    return stored
 
 
 def summarise(

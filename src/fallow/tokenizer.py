@@ -84,6 +84,31 @@ def _raise_exception(message: str) -> None:
     raise FallowError(f"the model's chat template refuses the prompt: {message}")
 
 
+def tokenizer_from_json(text: str) -> Tokenizer:
+    """What `Tokenizer.from_str` makes of a tokenizer.json, in less memory.
+
+    The vocabulary is handed over apart from the rest: parsed all at once, what is freed lies in
+    pieces between what stays, 11 MB of Qwen2.5's 39.
+
+    Raises:
+        Exception: as `Tokenizer.from_str` does, or as a dict does that lacks a key.
+    """
+    content = json.loads(text)
+    model, added = content["model"], content["added_tokens"]
+    if model.get("type") != "BPE":
+        return Tokenizer.from_str(text)
+    empty = {"added_tokens": [], "model": model | {"vocab": {}, "merges": []}}
+    backend = Tokenizer.from_str(json.dumps(content | empty))
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model.pop("merges")]
+    vocabulary = model.pop("vocab")
+    options = {k: v for k, v in model.items() if k != "type" and v is not None}
+    backend.model = BPE(vocabulary, merges, **options)
+    backend.add_tokens([AddedToken(**{k: v for k, v in t.items() if k != "id"}) for t in added])
+    if any(backend.token_to_id(token["content"]) != token["id"] for token in added):
+        return Tokenizer.from_str(text)  # ids with gaps
+    return backend
+
+
 def tokenizer_from_folder(folder: Path) -> TextTokenizer:
     """The tokenizer of a Hugging Face folder: tokenizer.json, and what lies beside it.
 
