@@ -6,8 +6,9 @@ the faster one counts; alternating, since disks are shared. Page caches are drop
 limit leaves half of the FFN in memory. Needs root, cgroup v1, llama-cpp-python==0.3.36, and packed
 models of benchmarks/optimize.py:
 
-    python benchmarks/memory.py qwen2.5-1.5b    # writes benchmarks/results/memory
-    python benchmarks/memory.py --report        # writes docs/results/memory.md
+    python benchmarks/memory.py qwen2.5-1.5b        # writes benchmarks/results/memory
+    python benchmarks/memory.py mistral-7b-shape    # random weights, 8 GB of disk
+    python benchmarks/memory.py --report            # writes docs/results/memory.md
 """
 
 import argparse
@@ -23,48 +24,72 @@ from typing import Any
 import numpy as np
 
 import optimize
+import seven_billion
 from engine import TEST, THREADS
 from tradeoff import ROOT, machine_line, record_machine
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory"
 CGROUP = Path("/sys/fs/cgroup/memory/fallow-benchmark")
-LIMITS_MB = {"qwen2.5-1.5b": (1000, 800, 600), "gemma3": (300, 250), "smollm2": (200, 150)}
+LIMITS_MB = {
+    "qwen2.5-1.5b": (1000, 800, 600),
+    "gemma3": (300, 250),
+    "smollm2": (200, 150),
+    seven_billion.NAME: (2000,),
+}
 ENOUGH_MB = 8000  # nothing comes from the disk
-# Tokens of a prompt; fed after it one by one, by us in the first round and later, and by llama.cpp;
-# and answered.
-PROMPT, FED, LATER_FED, LLAMA_FED, NEW = 256, 512, 128, 24, 96
-PROMPTS, ROUNDS, COST_ROUNDS = 3, 3, 5
+# Tokens of a prompt, and fed after it one by one: to us in the first round and later, to llama.cpp.
+PROMPT, FED, LATER_FED, LLAMA_FED = 256, 512, 96, 16
+# The same of random weights, whose answers say nothing.
+SHORT_PROMPT, SHORT_FED, SHORT_LLAMA_FED = 64, 48, 8
+NEW, PROMPTS, ROUNDS, COST_ROUNDS = 96, 3, 3, 5
 OURS, LLAMA = "fallow", ("llama.cpp", "llama.cpp without repacking")
 
 
 def run(name: str) -> None:
-    from fallow.catalog import ALIASES, resolve
-
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     record_machine(folder / "machine.json")
-    packed, source = optimize.RESULTS / name / "packed.gguf", resolve(ALIASES[name])
-    if not packed.exists():
-        raise SystemExit(f"run first: python benchmarks/optimize.py {name}")
+    is_random = name == seven_billion.NAME
+    packed, source = files(name, folder)
     path = folder / "result.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if is_random:
+        prompt, fed, later, llama_fed = SHORT_PROMPT, SHORT_FED, SHORT_FED, SHORT_LLAMA_FED
+    else:
+        prompt, fed, later, llama_fed = PROMPT, FED, LATER_FED, LLAMA_FED
 
     def step(key: str, kind: str, file: Path, limit: int, tokens: int = 0) -> None:
         if key not in result:
-            result[key] = in_cgroup(limit, [kind, str(file), str(limit), str(tokens)])
+            arguments = [kind, str(file), str(limit), str(prompt), str(tokens)]
+            result[key] = in_cgroup(limit, arguments)
             path.write_text(json.dumps(result, indent=1) + "\n")
 
-    step("cost", "cost", packed, ENOUGH_MB)
-    step("enough", OURS, packed, ENOUGH_MB, FED)
-    enough = result["enough"]
-    half = result.setdefault(
-        "half_mb", int(enough["fed"]["peak_rss_mb"] - enough["resident_ffn_mb"] / 2)
-    )
-    for limit in (half, *LIMITS_MB[name]):
+    limits = LIMITS_MB[name]
+    if not is_random:
+        step("cost", "cost", packed, ENOUGH_MB)
+        step("enough", OURS, packed, ENOUGH_MB, fed)
+        peak, ffn = result["enough"]["fed"]["peak_rss_mb"], result["enough"]["resident_ffn_mb"]
+        limits = (result.setdefault("half_mb", int(peak - ffn / 2)), *limits)
+    for limit in limits:
         for i in range(ROUNDS):
-            step(f"{limit} MB, {OURS}, {i}", OURS, packed, limit, LATER_FED if i else FED)
+            step(f"{limit} MB, {OURS}, {i}", OURS, packed, limit, later if i else fed)
             for kind in LLAMA:
-                step(f"{limit} MB, {kind}, {i}", kind, source, limit, LLAMA_FED)
+                step(f"{limit} MB, {kind}, {i}", kind, source, limit, llama_fed)
+
+
+def files(name: str, folder: Path) -> tuple[Path, Path]:
+    """The packed model, and the GGUF that it was packed from."""
+    from fallow.catalog import ALIASES, resolve
+
+    if name == seven_billion.NAME:
+        packed, source = folder / "packed.gguf", folder / "source.gguf"
+        if not packed.exists():
+            seven_billion.make(source, packed)
+        return packed, source
+    packed = optimize.RESULTS / name / "packed.gguf"
+    if not packed.exists():
+        raise SystemExit(f"run first: python benchmarks/optimize.py {name}")
+    return packed, resolve(ALIASES[name])
 
 
 def in_cgroup(limit_mb: int, arguments: list[str]) -> dict[str, Any]:
@@ -84,10 +109,10 @@ def in_cgroup(limit_mb: int, arguments: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(kind: str, path: str, limit: str, tokens: str) -> dict[str, Any]:
+def child(kind: str, path: str, limit: str, prompt: str, tokens: str) -> dict[str, Any]:
     if kind in LLAMA:
-        return llama(path, kind == LLAMA[0], int(tokens))
-    return cost(path, limit) if kind == "cost" else ours(path, limit, int(tokens))
+        return llama(path, kind == LLAMA[0], int(prompt), int(tokens))
+    return cost(path, limit) if kind == "cost" else ours(path, limit, int(prompt), int(tokens))
 
 
 def text_ids(tokenizer: Any, tokens: int) -> np.ndarray:
@@ -96,8 +121,8 @@ def text_ids(tokenizer: Any, tokens: int) -> np.ndarray:
     return np.array(tokenizer.with_bos(tokenizer.encode(part))[:tokens])
 
 
-def ours(path: str, limit: str, tokens: int) -> dict[str, Any]:
-    """A text fed token by token; if it is long, then answers with guesses checked on the way."""
+def ours(path: str, limit: str, prompt: int, tokens: int) -> dict[str, Any]:
+    """A text fed token by token; if it has FED, then answers with guesses checked on the way."""
     from fallow import Engine
     from fallow.bench import run_once
     from fallow.engine import peak_rss_mb
@@ -106,11 +131,11 @@ def ours(path: str, limit: str, tokens: int) -> dict[str, Any]:
     start = time.perf_counter()
     engine = Engine(path, threads=THREADS, context=PROMPT + FED, memory=f"{limit}MB")
     started = time.perf_counter() - start
-    ids = text_ids(engine.tokenizer, PROMPT + tokens)
-    fed = run_once(engine, ids, PROMPT)
+    ids = text_ids(engine.tokenizer, prompt + tokens)
+    fed = run_once(engine, ids, prompt)
     answers = []
-    for prompt in np.split(ids, len(ids) // PROMPT)[:PROMPTS] if tokens == FED else []:
-        for _ in engine.generate(prompt, NEW):
+    for part in np.split(ids, len(ids) // prompt)[:PROMPTS] if tokens == FED else []:
+        for _ in engine.generate(part, NEW):
             pass
         answers.append(engine.stats.to_json())
     assert engine.residency is not None
@@ -140,7 +165,7 @@ def cost(path: str, limit: str) -> dict[str, Any]:
     return {"decode_tps": runs}
 
 
-def llama(path: str, repack: bool, tokens: int) -> dict[str, Any]:
+def llama(path: str, repack: bool, prompt: int, tokens: int) -> dict[str, Any]:
     import llama_cpp
 
     from fallow.baselines import LlamaCpp
@@ -155,15 +180,15 @@ def llama(path: str, repack: bool, tokens: int) -> dict[str, Any]:
     llama_cpp.llama_cpp.llama_model_default_params = parameters
     engine = LlamaCpp(path, THREADS, PROMPT + FED)
     text = TEST.read_text(encoding="utf-8")[: 16 * PROMPT].encode()
-    ids = engine.model.tokenize(text, add_bos=False)[: PROMPT + tokens]
-    return engine.run(ids, PROMPT)
+    ids = engine.model.tokenize(text, add_bos=False)[: prompt + tokens]
+    return engine.run(ids, prompt)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--child", nargs=4)
+    parser.add_argument("--child", nargs=5)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(*arguments.child)))
@@ -178,11 +203,12 @@ INTRODUCTION = f"""# Under a memory limit
 
 Decode of the model that `fallow optimize --max-ppl-increase 1` packed ([quality](optimize.md)) with
 `--memory`, and of llama.cpp on the source GGUF, each in a cgroup (v1) that is limited to the budget
-and 5 %, page cache included. `benchmarks/memory.py` does it. Qwen2.5-Coder's file is that plan
-packed again with a head margin of 12 nats in place of 14: 0.0007 nats of divergence more.
+and 5 %, page cache included. `benchmarks/memory.py` does it. `{seven_billion.NAME}` has random
+weights ({seven_billion.__name__}.py says which), for speed alone.
 
 - **fed**: tokens of the WikiText-2 raw test text one by one, after {PROMPT} of prefill: {FED}, then
-  {LATER_FED} in each further round; of llama.cpp {LLAMA_FED}. **/ llama.cpp** is over the faster of
+  {LATER_FED} in each further round; of llama.cpp {LLAMA_FED}. Of `{seven_billion.NAME}`
+  {SHORT_FED} after {SHORT_PROMPT}, and {SHORT_LLAMA_FED}. **/ llama.cpp** is over the faster of
   llama.cpp with and without repacking in the same round: median (range) of up to
   {ROUNDS} rounds.
 - **answers**: median over {PROMPTS} greedy answers of {NEW} tokens, in which several tokens are
@@ -208,9 +234,12 @@ def report() -> str:
     for path in sorted(RESULTS.glob("*/result.json")):
         name, result = path.parent.name, json.loads(path.read_text())
         where = json.loads((path.parent / "machine.json").read_text())
-        ratios = [budget / mapped for mapped, budget in result["cost"]["decode_tps"]]
-        costs.append(f"| {name} | {median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} |")
-        limits = [None, result["half_mb"], *LIMITS_MB[name]]
+        limits: list[int | None] = [*LIMITS_MB[name]]
+        if "cost" in result:
+            limits = [None, result["half_mb"], *limits]
+            ratios = [budget / mapped for mapped, budget in result["cost"]["decode_tps"]]
+            spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+            costs.append(f"| {name} | {median(ratios):.3f} | {spread} |")
         lines += [_row(name, result, limit) for limit in limits]
     lines += costs
     lines.append(f"\n{machine_line(where)}.")
@@ -227,7 +256,9 @@ def _row(name: str, result: dict[str, Any], limit: int | None) -> str:
         rounds.append(result[f"{limit} MB, {OURS}, {i}"])
         best.append(max(theirs, key=lambda r: r.get("decode_tps", 0.0)))
     fed = rounds[0]["fed"] | {"decode_tps": median(r["fed"]["decode_tps"] for r in rounds)}
-    answers = median(a["decode_tps"] for a in rounds[0]["answers"])
+    answered = [a["decode_tps"] for a in rounds[0]["answers"]]
+    answers = f"{median(answered):.2f}" if answered else "-"
+    prompt = SHORT_PROMPT if name == seven_billion.NAME else PROMPT
     theirs_tps = theirs_first = ratio = "-"
     if best:
         ratios = [
@@ -235,12 +266,12 @@ def _row(name: str, result: dict[str, Any], limit: int | None) -> str:
         ]
         ratio = f"**{median(ratios):.1f}** ({min(ratios):.1f} to {max(ratios):.1f})"
         theirs_tps = f"{median(b['decode_tps'] for b in best):.2f}"
-        theirs_first = f"{PROMPT / median(b['prefill_tps'] for b in best):.1f}"
+        theirs_first = f"{prompt / median(b['prefill_tps'] for b in best):.1f}"
     budget = "enough" if limit is None else f"{limit}"
     return (
-        f"| {name} | {budget}{' (half)' if limit == result['half_mb'] else ''} "
+        f"| {name} | {budget}{' (half)' if limit and limit == result.get('half_mb') else ''} "
         f"| {fed['peak_rss_mb']:.0f} | {fed['decode_tps']:.2f} "
-        f"| {theirs_tps} | {ratio} | {answers:.2f} "
+        f"| {theirs_tps} | {ratio} | {answers} "
         f"| {fed['disk_bytes_per_token'] / 1e6:.0f} | {fed['hit_rate']:.1%} "
         f"| {fed['stall_ms_per_token']:.1f} | {fed['ttft_ms'] / 1e3:.1f} "
         f"| {theirs_first} |"
