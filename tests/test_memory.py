@@ -1,8 +1,10 @@
 """A memory budget: the same logits to the bit, whatever of the model comes from the disk."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +292,7 @@ ssize_t pread(int fd, void* to, size_t n, off_t at) {
   const int call = __sync_add_and_fetch(&calls, 1);
   if (fault && call >= atoi(getenv("FROM")) && call % 3 == 0) {
     if (!strcmp(fault, "short") && n > 4096) n = 4096;
+    if (!strcmp(fault, "slow")) usleep(3000);
     if (!strcmp(fault, "interrupted")) return errno = EINTR, -1;
     if (!strcmp(fault, "broken")) return errno = EIO, -1;
     if (!strcmp(fault, "cut")) return 0;
@@ -306,6 +309,13 @@ from fallow.errors import FallowError
 module.rss_bytes = lambda: 0
 try:
     engine = module.Engine(sys.argv[1], threads=2, memory=int(sys.argv[2]))
+    try:
+        while sys.argv[3] == "until interrupted":
+            print("running", flush=True)
+            engine.reset()
+            engine.forward(np.arange(2, 62))
+    except KeyboardInterrupt:
+        engine.reset()
     for start in range(0, 60, 6):
         engine.forward(np.arange(2, 62)[start : start + 6], dense=True)
     print(engine.logits_hash())
@@ -323,13 +333,24 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shim.so"
 
 
-def run_with(shim: Path, path: Path, fault: str | None, first: int = 1) -> str:
+def start_with(
+    shim: Path, path: Path, fault: str | None, first: int = 1, how: str = "once"
+) -> subprocess.Popen[str]:
     environment = os.environ | {"LD_PRELOAD": str(shim), "FROM": str(first)}
     environment |= {"FAULT": fault} if fault else {}
-    arguments = [sys.executable, "-c", CHILD, path, str(budgets(path)[-1])]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    arguments = [sys.executable, "-c", CHILD, path, str(budgets(path)[-1]), how]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def ending(child: subprocess.Popen[str]) -> str:
+    """The last line that it prints."""
+    out, _ = child.communicate(timeout=120)
+    assert child.returncode == 0
+    return out.splitlines()[-1]
+
+
+def run_with(shim: Path, path: Path, fault: str | None, first: int = 1) -> str:
+    return ending(start_with(shim, path, fault, first))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="interposes the reader of Linux")
@@ -343,6 +364,25 @@ def test_failing_reads_end_in_an_error_or_change_nothing(packed: Packed, shim: P
     for first in (1, 3 * loading):  # while loading, and while running
         assert "Input/output error" in run_with(shim, path, "broken", first)
         assert "ends too early; was it cut?" in run_with(shim, path, "cut", first)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="interposes the reader of Linux")
+def test_ctrl_c_amid_reads_leaves_an_engine_that_works(packed: Packed, shim: Path) -> None:
+    path = packed["planes"]
+    expected = run_with(shim, path, None)
+    child = start_with(shim, path, "slow", how="until interrupted")
+    assert child.stdout
+    assert child.stdout.readline() == "running\n"
+    time.sleep(0.2)
+    child.send_signal(signal.SIGINT)
+    assert ending(child) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="interposes the reader of Linux")
+def test_two_processes_on_one_file(packed: Packed, shim: Path) -> None:
+    path = packed["planes"]
+    children = [start_with(shim, path, None) for _ in range(2)]
+    assert [ending(child) for child in children] == [run_with(shim, path, None)] * 2
 
 
 @pytest.mark.usefixtures("no_overhead")
