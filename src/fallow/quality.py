@@ -59,29 +59,35 @@ def compare_logits(
     """
     targets = window[1:]
     n = len(targets)
-    loss = np.zeros((1 + len(sparse), n))
-    kl = np.zeros((1 + len(sparse), n))
-    same = np.ones((1 + len(sparse), n))
-    few = max(1, LOGITS_COMPARED // vocabulary)
+    loss, kl, same = np.zeros((3, 1 + len(sparse), n))
     for part in parts_of_window(n, vocabulary, at_once):
-        start = part.start
-        dense_part, sparse_parts = dense(part), [logits(part) for logits in sparse]
-        for at in range(start, part.stop, few):
-            here = slice(at, min(at + few, part.stop))
-            rows = slice(at - start, here.stop - start)
-            log_p = log_softmax(dense_part[rows])
-            p, best = np.exp(log_p), log_p.argmax(axis=-1)
-            loss[0, here] = _losses(log_p, targets[here])
-            for i, logits in enumerate(sparse_parts, start=1):
-                log_q = log_softmax(logits[rows])
-                loss[i, here] = _losses(log_q, targets[here])
-                same[i, here] = log_q.argmax(axis=-1) == best
-                kl[i, here] = np.einsum("tv,tv->t", p, log_p - log_q)
+        loss[:, part], kl[:, part], same[:, part] = _compare(
+            dense(part), [logits(part) for logits in sparse], targets[part]
+        )
     results = [
         WindowResult(loss=float(loss[i].mean()), kl=kl[i], top1=float(same[i].mean()))
         for i in range(1 + len(sparse))
     ]
     return results[0], results[1:]
+
+
+def _compare(
+    dense: np.ndarray, sparse: list[np.ndarray], targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loss, KL and agreement, (1 + S, n) each, dense first, of some tokens' (n, vocabulary)."""
+    loss, kl, same = np.zeros((3, 1 + len(sparse), len(targets)))
+    few = max(1, LOGITS_COMPARED // dense.shape[1])
+    for start in range(0, len(targets), few):
+        here = slice(start, start + few)
+        log_p = log_softmax(dense[here])
+        p, best = np.exp(log_p), log_p.argmax(axis=-1)
+        loss[0, here], same[0, here] = _losses(log_p, targets[here]), 1
+        for i, logits in enumerate(sparse, start=1):
+            log_q = log_softmax(logits[here])
+            loss[i, here] = _losses(log_q, targets[here])
+            same[i, here] = log_q.argmax(axis=-1) == best
+            kl[i, here] = np.einsum("tv,tv->t", p, log_p - log_q)
+    return loss, kl, same
 
 
 def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
