@@ -247,13 +247,13 @@ on the first 1024 tokens of the WikiText-2 raw test text ({WARM} of them to warm
 and orders are fitted on the validation text. `benchmarks/neuron_cache.py` does it.
 
 - **Hits**: share of the needed neurons that are in memory, for a cache of 25, 50 and 75 % of them.
-  Which half of the neurons a token needs is nearly a matter of chance: no policy, not even one that
-  knows the future, gets far beyond the share that is in memory, so that a fixed part is as good as
-  any cache.
+  Which neurons a token needs is nearly a matter of chance: the best policy is two or three points
+  above a fixed part, the most frequent ones, and LRU is no better than that; one that knows the
+  future would still miss a fifth of them at half.
 - **Bundles**: a disk reads few bytes at a time slowly, so that neurons (their rows of `up_proj` and
   `down_proj`) have to be read in bundles. The table gives the share of bundles of which a token
-  needs at least one neuron. Ordering by co-activation (spectral bisection) gains little over the
-  order of the checkpoint: at 16 neurons nearly all bundles are needed.
+  needs at least one neuron. Ordered by co-activation (spectral bisection) hardly fewer are needed
+  than in the order of the checkpoint: of 16 neurons one or more nearly always.
 - **Time**: of reading the needed bundles, ordered by co-activation, over that of reading everything
   in order, at the speeds measured here. Above 1 it is faster to read everything.
 
