@@ -36,7 +36,6 @@ LIMITS_MB = {
     "smollm2": (200, 150),
     seven_billion.NAME: (2000,),
 }
-DOWN = {"qwen2.5-1.5b": "q4_k"}  # fewer bits than optimize gives it: here bytes are time
 ENOUGH_MB = 8000  # nothing comes from the disk
 # Tokens of a prompt, and fed after it one by one: to us in the first round and later, to llama.cpp.
 PROMPT, FED, LATER_FED, LLAMA_FED = 256, 512, 96, 16
@@ -83,23 +82,16 @@ def run(name: str) -> None:
 
 def files(name: str, folder: Path) -> tuple[Path, Path]:
     """The packed model, and the GGUF that it was packed from."""
-    import fallow
     from fallow.catalog import ALIASES, resolve
-    from fallow.optimization import HEAD_MARGIN
 
     if name == seven_billion.NAME:
         packed, source = folder / "packed.gguf", folder / "source.gguf"
         if not packed.exists():
             seven_billion.make(source, packed)
         return packed, source
-    packed, optimized = folder / "packed.gguf", optimize.RESULTS / name / "packed.gguf"
+    packed = optimize.RESULTS / name / "packed.gguf"
     if not packed.exists():
-        if not optimized.exists():
-            raise SystemExit(f"run first: python benchmarks/optimize.py {name}")
-        plan = fallow.Engine(optimized).plan
-        assert plan is not None
-        plan.arrays["head_margin"] = np.array([HEAD_MARGIN])
-        fallow.pack(name, packed, plan=plan, shortlist=True, down=DOWN.get(name))
+        raise SystemExit(f"run first: python benchmarks/optimize.py {name}")
     return packed, resolve(ALIASES[name])
 
 
@@ -212,10 +204,9 @@ def main() -> None:
 
 INTRODUCTION = f"""# Under a memory limit
 
-Decode of the model that `fallow optimize --max-ppl-increase 1` packed ([quality](optimize.md)) with
-`--memory`, and of llama.cpp on the source GGUF, each in a cgroup (v1) that is limited to the budget
+Decode of the model that `fallow optimize --max-ppl-increase 1` packed with `--memory`, and of llama.cpp on the source GGUF, each in a cgroup (v1) that is limited to the budget
 and 5 %, page cache included. `benchmarks/memory.py` does it. `{seven_billion.NAME}` has random
-weights ({seven_billion.__name__}.py says which), for speed alone.
+weights (benchmarks/seven_billion.py), for speed alone.
 
 - **fed**: tokens of the WikiText-2 raw test text one by one, after {PROMPT} of prefill: {FED}, then
   {LATER_FED} in each further round; of llama.cpp {LLAMA_FED}. Of `{seven_billion.NAME}`

@@ -295,10 +295,7 @@ def pack(
         ),
     ] = None,
     down: Annotated[
-        str | None,
-        typer.Option(
-            help="Type of down_proj, such as q4_k (minutes); default: the smallest that passes."
-        ),
+        str | None, typer.Option(help="Type of down_proj; default: the smallest that passes.")
     ] = None,
     shortlist: Annotated[
         bool,

@@ -20,7 +20,6 @@ from fallow.engine import PACKED_VERSION, Engine
 from fallow.errors import FallowError, UsageError
 from fallow.evaluation import final_hidden, logits_of
 from fallow.files import atomic_path, check_writable
-from fallow.gptq import MomentFactor, compensated
 from fallow.model import Model, find_model, load
 from fallow.plan import Plan
 from fallow.planes import PLANE_TYPES, split_planes
@@ -34,7 +33,6 @@ from fallow.weights import StoredTensor, read_gguf
 # What a packed dense model may differ from its source, per token of the self-check.
 LARGEST_KL = 0.002  # nats
 LARGEST_PPL_CHANGE = 0.2  # percent
-ASKED_FOR = 5.0  # times that, with a type of down_proj_t that was asked for
 CHECK_WINDOWS = 2
 CHECK_CONTEXT = 512
 # Neurons per layer whose rows of down_proj_t are kept as F16: those that rounding harms most. Some
@@ -46,13 +44,6 @@ HEAD_WINDOWS = 8  # whose hidden states say how to round the coarse head
 # Types for down_proj_t from a GGUF source, smallest first; the K types need rows of whole 256s.
 DOWN_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
 DOWN_TYPES_NARROW = ("Q5_0", "Q5_1", "Q8_0")
-# Of these, one that is asked for is rounded with compensation (fallow.gptq), which takes minutes.
-COMPENSATED_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K")
-# Neurons that make up for each other: on layer 14 of Qwen2.5-Coder, groups of 1280 leave 0.72 of
-# what plain rounding to Q4_K adds to the output's squared error, of 2987 0.62, all 8960 together
-# 0.52; the time goes with their square. So with a damping of 0.1; of all together 0.01 leaves 0.63.
-LARGEST_GROUP, DOWN_DAMPING = 4096, 0.1
-DOWN_WINDOWS = 24
 QUANT_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16", "F16", "F32")
 _ACTIVATIONS = {
     "silu": "silu",
@@ -87,10 +78,9 @@ class SelfCheck:
     top1_agreement: float
     tokens: int
 
-    def passes(self, allowed: float = 1.0) -> bool:
-        """Whether it is within so many times what a packed model may differ."""
-        change = abs(self.ppl_change_percent)
-        return self.kl <= allowed * LARGEST_KL and change <= allowed * LARGEST_PPL_CHANGE
+    @property
+    def passed(self) -> bool:
+        return self.kl <= LARGEST_KL and abs(self.ppl_change_percent) <= LARGEST_PPL_CHANGE
 
     def __str__(self) -> str:
         return (
@@ -117,8 +107,7 @@ def pack(
         plan: stored in the file, and used by the engine unless another is given.
         quant: type of all matrices, for a Hugging Face folder (default Q8_0). A GGUF keeps its own.
         down: type of down_proj_t; default: for a GGUF the smallest that passes the check, else
-            that of `quant`. One of 4 or 5 bits that is asked for is rounded neuron by neuron, later
-            ones making up for the error, and may cost five times as much in the check.
+            that of `quant`.
         shortlist: add a coarse copy of the head (2 bits), by which a plan with a `head_margin`
             spares most tokens' exact logits.
         planes: the FFN's matrices in two planes (docs/packed.md), by which a plan may read
@@ -151,8 +140,6 @@ class Packer:
         name = None if isinstance(model, Model) else str(model)
         self._source = _Source(load(model, "float32"), name)
         self._types = self._source.down_types(quant, down)
-        self._allowed = 1.0 if down is None else ASKED_FOR
-        self._source.compensates = down is not None
         self._planes = planes
         self._matrices = self._source.matrices(quant)
         if self._source.has_coarse_head if shortlist is None else shortlist:
@@ -181,15 +168,14 @@ class Packer:
                 _write(temporary, source, self._matrices, kind, plan, self._planes)
                 check = self._reference.check(temporary, n_threads or os.cpu_count() or 1)
                 console.print(f"down_proj_t {kind}: {check}", highlight=False)
-                if check.passes(self._allowed) or not source.keeps_bytes:
+                if check.passed or not source.keeps_bytes:
                     self._types = (kind,)  # of further files
                     break
             assert check is not None
-            if not check.passes(self._allowed) and source.keeps_bytes:
+            if not check.passed and source.keeps_bytes:
                 raise FallowError(
                     f"the packed model differs too much from {source.model.name} ({check}; at most "
-                    f"{self._allowed * LARGEST_KL:g} nats and "
-                    f"{self._allowed * LARGEST_PPL_CHANGE:g} %); nothing was written; try "
+                    f"{LARGEST_KL} nats and {LARGEST_PPL_CHANGE} %); nothing was written; try "
                     "--down q8_0, and please report this model"
                 )
         return check
@@ -201,8 +187,6 @@ class _Source:
     def __init__(self, model: Model, name: str | None) -> None:
         self.model = model
         self.config = model.module.config
-        self.compensates = False  # in down_proj_t, types of COMPENSATED_TYPES
-        self._compensated: dict[tuple[int, str], tuple[Matrix, np.ndarray]] = {}
         path = find_model(name) if name is not None else None
         self.gguf = read_gguf(path) if path is not None and path.is_file() else None
         problem = model.architecture.check(self.config)
@@ -386,56 +370,8 @@ class _Source:
             return matrix, np.empty(0, dtype=int), None
         harm = np.square(dequantize(matrix) - values).sum(axis=1) * self.energy[layer]
         neurons = np.sort(np.argsort(-harm)[:n])
-        if self.compensates and kind in COMPENSATED_TYPES:
-            if (layer, kind) not in self._compensated:  # optimize packs twice
-                self._compensated[layer, kind] = self._compensate(layer, matrix, values, neurons)
-            matrix, values = self._compensated[layer, kind]
         matrix.data[neurons] = 0  # zero bytes are zero weights in every type
         return matrix, neurons, quantize(values[neurons], "F16")
-
-    def _compensate(
-        self, layer: int, matrix: Matrix, values: np.ndarray, exact: np.ndarray
-    ) -> tuple[Matrix, np.ndarray]:
-        """The matrix rounded again, and its values (d_ff, d_model), of which `exact` are kept."""
-        kept, values = set(exact.tolist()), values.copy()
-        data = matrix.data.copy()
-        for neurons, moment in self._groups[layer]:
-            factor = MomentFactor.from_moment(moment.double(), DOWN_DAMPING)
-
-            def rounded(i: int, row: torch.Tensor, neurons: np.ndarray = neurons) -> torch.Tensor:
-                if neurons[i] in kept:
-                    values[neurons[i]] = row
-                    return row
-                one = quantize(row[None].numpy(), matrix.type)
-                data[neurons[i]] = one.data[0]
-                return torch.from_numpy(dequantize(one))[0]
-
-            compensated(torch.from_numpy(values[neurons]), factor, rounded)
-        return Matrix(matrix.type, matrix.shape, data), values
-
-    @cached_property
-    def _groups(self) -> list[list[tuple[np.ndarray, torch.Tensor]]]:
-        """Of each layer groups of neurons, the loudest first, and E[inter interᵀ] of each."""
-        model, width = self.model, self.model.intermediate_size
-        found = [
-            [
-                (neurons, torch.zeros(len(neurons), len(neurons)))
-                for neurons in np.array_split(np.argsort(-energy), -(-width // LARGEST_GROUP))
-            ]
-            for energy in self.energy
-        ]
-        windows = self._calibration_windows(DOWN_WINDOWS)
-
-        def add(layer: int, value: torch.Tensor) -> None:
-            for neurons, moment in found[layer]:
-                part = value[:, neurons].float()
-                moment.addmm_(part.T, part, alpha=1 / windows.size)
-
-        with progress("moments", len(windows)) as ticker, attach(model.layers, {"inter": add}):
-            for window in windows:
-                model.hidden(window[None])
-                ticker.advance()
-        return found
 
     def n_outliers(self, kind: str) -> int:
         return 0 if kind in ("F32", "F16", "BF16") else min(OUTLIERS, self.model.intermediate_size)
