@@ -204,9 +204,10 @@ def main() -> None:
 
 INTRODUCTION = f"""# Under a memory limit
 
-Decode of the model that `fallow optimize --max-ppl-increase 1` packed with `--memory`, and of llama.cpp on the source GGUF, each in a cgroup (v1) that is limited to the budget
-and 5 %, page cache included. `benchmarks/memory.py` does it. `{seven_billion.NAME}` has random
-weights (benchmarks/seven_billion.py), for speed alone.
+Decode of the model that `fallow optimize --max-ppl-increase 1` packed with `--memory`, and of
+llama.cpp on the source GGUF, each in a cgroup (v1) that is limited to the budget and 5 %, page
+cache included. `benchmarks/memory.py` does it. `{seven_billion.NAME}` has random weights
+(benchmarks/seven_billion.py), for speed alone.
 
 - **fed**: tokens of the WikiText-2 raw test text one by one, after {PROMPT} of prefill: {FED}, then
   {LATER_FED} in each further round; of llama.cpp {LLAMA_FED}. Of `{seven_billion.NAME}`
@@ -230,9 +231,18 @@ Decode with a budget that holds all over decode of the mapped file, {rounds} alt
 | model | ratio | range |
 |---|---|---|"""
 
+QUALITY = f"""
+## Quality
+
+Of the same files, whatever the budget, against the source GGUF on {optimize.WINDOWS} windows of
+1024 tokens of the WikiText-2 raw test text.
+
+| model | PPL change % | KL nats |
+|---|---|---|"""
+
 
 def report() -> str:
-    lines, costs = [INTRODUCTION], [COST.format(rounds=COST_ROUNDS)]
+    lines, costs, quality = [INTRODUCTION], [COST.format(rounds=COST_ROUNDS)], [QUALITY]
     for path in sorted(RESULTS.glob("*/result.json")):
         name, result = path.parent.name, json.loads(path.read_text())
         where = json.loads((path.parent / "machine.json").read_text())
@@ -243,7 +253,10 @@ def report() -> str:
             spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
             costs.append(f"| {name} | {median(ratios):.3f} | {spread} |")
         lines += [_row(name, result, limit) for limit in limits]
-    lines += costs
+        if "quality" in result:
+            q = result["quality"]
+            quality.append(f"| {name} | {optimize.change(q)} | {q['kl_to_dense']['mean']:.4f} |")
+    lines += [*costs, *quality]
     lines.append(f"\n{machine_line(where)}.")
     return "\n".join(lines) + "\n"
 

@@ -212,7 +212,7 @@ def report() -> str:
         low, high = s["decode_ratio_range"]
         lines.append(
             f"| {path.parent.name} | {o['selector']} "
-            f"| {_change(q)} ({q['windows']} windows) "
+            f"| {change(q)} ({q['windows']} windows) "
             f"| {q['kl_to_dense']['mean']:.4f} | {q['achieved_sparsity']:.2f} "
             f"| {b['ratio_to_source']:.3f} | {b['ffn_ratio']:.3f} "
             f"| **{s['decode_ratio']:.2f}** ({low:.2f} to {high:.2f}) "
@@ -221,7 +221,7 @@ def report() -> str:
     lines.append(f"\n{machine_line(where | {'commits': commits})}.")
     transfers = [
         f"| {path.parent.name} | {Path(r['optimize']['calibration_text']).name} "
-        f"| {_change(r['quality'])} | {_change(r['code'])} |"
+        f"| {change(r['quality'])} | {change(r['code'])} |"
         for path, r in found
         if "code" in r
     ]
@@ -247,7 +247,7 @@ def report() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _change(quality: dict[str, Any]) -> str:
+def change(quality: dict[str, Any]) -> str:
     return f"{quality['ppl_change_percent']:+.2f} ± {quality['ppl_change_se']:.2f}"
 
 
