@@ -60,8 +60,8 @@ def run(name: str) -> None:
 
     def step(key: str, kind: str, file: Path, limit: int, tokens: int = 0) -> None:
         if key not in result:
-            arguments = [kind, str(file), str(limit), str(prompt), str(tokens)]
-            result[key] = in_cgroup(limit, arguments)
+            sizes = [str(n) for n in (limit, prompt + fed, prompt, tokens)]
+            result[key] = in_cgroup(limit, [kind, str(file), *sizes])
             path.write_text(json.dumps(result, indent=1) + "\n")
 
     limits = LIMITS_MB[name]
@@ -72,7 +72,7 @@ def run(name: str) -> None:
         step("cost", "cost", packed, ENOUGH_MB)
         step("enough", OURS, packed, ENOUGH_MB, fed)
         peak, ffn = result["enough"]["fed"]["peak_rss_mb"], result["enough"]["resident_ffn_mb"]
-        limits = (result.setdefault("half_mb", int(peak - ffn / 2)), *limits)
+        limits = (*limits, result.setdefault("half_mb", int(peak - ffn / 2)))
     for limit in limits:
         for i in range(ROUNDS):
             step(f"{limit} MB, {OURS}, {i}", OURS, packed, limit, later if i else fed)
@@ -112,10 +112,11 @@ def in_cgroup(limit_mb: int, arguments: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(kind: str, path: str, limit: str, prompt: str, tokens: str) -> dict[str, Any]:
+def child(kind: str, path: str, *sizes: str) -> dict[str, Any]:
+    limit, context, prompt, tokens = map(int, sizes)
     if kind in LLAMA:
-        return llama(path, kind == LLAMA[0], int(prompt), int(tokens))
-    return cost(path, limit) if kind == "cost" else ours(path, limit, int(prompt), int(tokens))
+        return llama(path, kind == LLAMA[0], context, prompt, tokens)
+    return cost(path, limit) if kind == "cost" else ours(path, limit, context, prompt, tokens)
 
 
 def text_ids(tokenizer: Any, tokens: int) -> np.ndarray:
@@ -124,7 +125,7 @@ def text_ids(tokenizer: Any, tokens: int) -> np.ndarray:
     return np.array(tokenizer.with_bos(tokenizer.encode(part))[:tokens])
 
 
-def ours(path: str, limit: str, prompt: int, tokens: int) -> dict[str, Any]:
+def ours(path: str, limit: int, context: int, prompt: int, tokens: int) -> dict[str, Any]:
     """A text fed token by token; if it has FED, then answers with guesses checked on the way."""
     from fallow import Engine
     from fallow.bench import run_once
@@ -154,7 +155,7 @@ def ours(path: str, limit: str, prompt: int, tokens: int) -> dict[str, Any]:
     }
 
 
-def cost(path: str, limit: str) -> dict[str, Any]:
+def cost(path: str, limit: int) -> dict[str, Any]:
     """Decode of the mapped file and, alternating, with a budget that holds all of it."""
     from fallow import Engine
     from fallow.bench import run_once
@@ -168,7 +169,7 @@ def cost(path: str, limit: str) -> dict[str, Any]:
     return {"decode_tps": runs}
 
 
-def llama(path: str, repack: bool, prompt: int, tokens: int) -> dict[str, Any]:
+def llama(path: str, repack: bool, context: int, prompt: int, tokens: int) -> dict[str, Any]:
     import llama_cpp
 
     from fallow.baselines import LlamaCpp
@@ -181,7 +182,7 @@ def llama(path: str, repack: bool, prompt: int, tokens: int) -> dict[str, Any]:
         return found
 
     llama_cpp.llama_cpp.llama_model_default_params = parameters
-    engine = LlamaCpp(path, THREADS, PROMPT + FED)
+    engine = LlamaCpp(path, THREADS, context)
     text = TEST.read_text(encoding="utf-8")[: 16 * PROMPT].encode()
     ids = engine.model.tokenize(text, add_bos=False)[: prompt + tokens]
     return engine.run(ids, prompt)
@@ -191,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--child", nargs=5)
+    parser.add_argument("--child", nargs=6)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(*arguments.child)))
@@ -252,7 +253,8 @@ def report() -> str:
             ratios = [budget / mapped for mapped, budget in result["cost"]["decode_tps"]]
             spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
             costs.append(f"| {name} | {median(ratios):.3f} | {spread} |")
-        lines += [_row(name, result, limit) for limit in limits]
+        begun = [n for n in limits if n is None or f"{n} MB, {LLAMA[-1]}, 0" in result]
+        lines += [_row(name, result, limit) for limit in begun]
         if "quality" in result:
             q = result["quality"]
             quality.append(f"| {name} | {optimize.change(q)} | {q['kl_to_dense']['mean']:.4f} |")
