@@ -5,6 +5,7 @@ Fitted on the WikiText-2 validation text, measured on the WikiText-2 raw test te
 
     python benchmarks/selector.py smollm2 gemma3 qwen2.5-1.5b
     python benchmarks/selector.py --trained smollm2     # trains the selector `learned` too
+    python benchmarks/selector.py --inputs smollm2      # input sparsity at low levels
     python benchmarks/selector.py --report    # writes docs/results/selectors.md
 
 (Not selectors.py: scripts here would import it instead of the standard library's module.)
@@ -33,6 +34,7 @@ ALL = (
 BEST = ("lowbit:gate=3:up=3", "lowbit:gate=3:up=3:cett=1", "lowbit:up=3:cett=1")
 WINDOWS = 40
 WINDOWS_OF_ALL = {"smollm2": 12, "gemma3": 7, "qwen2.5-1.5b": 5}
+INPUTS, INPUT_SPARSITIES = ("teal", "wina"), (0.05, 0.1, 0.2)
 TRAINED = ("learned:rank=64", "learned:rank=64:gate=1")
 
 
@@ -112,10 +114,11 @@ def report() -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    recall, energy = (f"{row[k]:.3f}" if k in row else "" for k in ("recall", "energy_recall"))
+    keys = ("recall", "energy_recall", "ffn_bytes")
+    recall, energy, read = (f"{row[k]:.3f}" if k in row else "" for k in keys)
     return (
         f"| `{row['rule']}` | {row['achieved_sparsity']:.3f} | {recall} | {energy} "
-        f"| {row['ffn_bytes']:.3f} | {row['ppl_change_percent']:+.2f} ± {row['ppl_change_se']:.2f} "
+        f"| {read} | {row['ppl_change_percent']:+.2f} ± {row['ppl_change_se']:.2f} "
         f"| {row['kl_to_dense']:.4f} ± {row['kl_se']:.4f} |"
     )
 
@@ -124,9 +127,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
     parser.add_argument("--trained", action="store_true")
+    parser.add_argument("--inputs", action="store_true")
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     for name in arguments.models:
+        if arguments.inputs:
+            windows = WINDOWS_OF_ALL[name]
+            measure(name, RESULTS / "inputs", INPUTS, INPUT_SPARSITIES, (), windows)
+            continue
         measure(name, RESULTS / "best", (*FRAME[:2], *BEST), (SPARSITY,), (), WINDOWS)
         trained = train_all(name) if arguments.trained else ()
         rules = [*ALL, *(plan.rule for plan in trained)]

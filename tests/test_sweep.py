@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,10 @@ def test_ctrl_c_keeps_finished_windows_and_the_run_continues(
     monkeypatch.setattr(sweep, "run_window", lambda *a, **k: measured.append(1) or real(*a, **k))
     assert run(model, texts, tmp_path / "out", rows) == whole
     assert len(measured) == 3  # the two finished windows were not measured again
-    run(model, texts, tmp_path / "out", rows)
+    shutil.rmtree(tmp_path / "out" / "plans")
+    assert run(model, texts, tmp_path / "out", rows) == whole
     assert len(measured) == 3
+    assert not (tmp_path / "out" / "plans").exists()  # nor is what is measured calibrated again
 
 
 def test_a_half_written_line_is_measured_again(

@@ -93,6 +93,10 @@ class Store:
         self._file.add(*cells)
         self.cells.update({(cell["row"], cell["window"]): cell for cell in cells})
 
+    def is_missing(self, row: Row, windows: int) -> bool:
+        """Whether one of so many windows is not measured under a row."""
+        return any((row.key, w) not in self.cells for w in range(windows))
+
     def plan_path(self, row: Row) -> Path:
         return self.folder / "plans" / f"{row.key}.plan"
 
@@ -140,9 +144,10 @@ def tradeoff(
             "validation_windows": validation_windows,
         },
     )
+    to_measure = [row for row in rows if store.is_missing(row, len(cut))]
     try:
         plans = _calibrate(
-            model, rows, store, calibration_source, context, calibration_windows,
+            model, rows, to_measure, store, calibration_source, context, calibration_windows,
             validation_windows, scores,
         )  # fmt: skip
         _measure(model, rows, plans, cut, store)
@@ -175,6 +180,7 @@ def _trained_scores(
 def _calibrate(
     model: Model,
     rows: Sequence[Row],
+    to_measure: Sequence[Row],
     store: Store,
     text: Text,
     context: int,
@@ -189,6 +195,8 @@ def _calibrate(
         if path.exists():
             plans[row.key] = Plan.load(path)
             _check_training(plans[row.key], scores, store)
+            continue
+        if row not in to_measure:
             continue
         if calibrator is None:
             calibrator = Calibrator(
