@@ -42,6 +42,7 @@ PROMPT, FED, LATER_FED, LLAMA_FED = 256, 512, 96, 16
 # The same of random weights, whose answers say nothing.
 SHORT_PROMPT, SHORT_FED, SHORT_LLAMA_FED = 64, 48, 8
 NEW, PROMPTS, ROUNDS, COST_ROUNDS = 96, 3, 3, 5
+QUALITY_WINDOWS = 20
 OURS, LLAMA = "fallow", ("llama.cpp", "llama.cpp without repacking")
 
 
@@ -66,9 +67,6 @@ def run(name: str) -> None:
 
     limits = LIMITS_MB[name]
     if not is_random:
-        if "quality" not in result:
-            result["quality"] = optimize.quality(name, packed, TEST, optimize.WINDOWS)
-            path.write_text(json.dumps(result, indent=1) + "\n")
         step("cost", "cost", packed, ENOUGH_MB)
         step("enough", OURS, packed, ENOUGH_MB, fed)
         peak, ffn = result["enough"]["fed"]["peak_rss_mb"], result["enough"]["resident_ffn_mb"]
@@ -78,6 +76,9 @@ def run(name: str) -> None:
             step(f"{limit} MB, {OURS}, {i}", OURS, packed, limit, later if i else fed)
             for kind in LLAMA:
                 step(f"{limit} MB, {kind}, {i}", kind, source, limit, llama_fed)
+    if not is_random and "quality" not in result:
+        result["quality"] = optimize.quality(name, packed, TEST, QUALITY_WINDOWS)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def files(name: str, folder: Path) -> tuple[Path, Path]:
@@ -235,8 +236,8 @@ Decode with a budget that holds all over decode of the mapped file, {rounds} alt
 QUALITY = f"""
 ## Quality
 
-Of the same files, whatever the budget, against the source GGUF on {optimize.WINDOWS} windows of
-1024 tokens of the WikiText-2 raw test text.
+Of the same files, whatever the budget, against the source GGUF on {QUALITY_WINDOWS} windows of 1024
+tokens of the WikiText-2 raw test text.
 
 | model | PPL change % | KL nats |
 |---|---|---|"""
