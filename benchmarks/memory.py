@@ -43,6 +43,7 @@ PROMPT, FED, LATER_FED, LLAMA_FED = 256, 512, 96, 16
 SHORT_PROMPT, SHORT_FED, SHORT_LLAMA_FED = 64, 48, 8
 NEW, PROMPTS, ROUNDS, COST_ROUNDS = 96, 3, 3, 5
 QUALITY_WINDOWS = 20
+LONGEST = 300  # seconds, of one child: a copy that does not fit is read again and again
 OURS, LLAMA = "fallow", ("llama.cpp", "llama.cpp without repacking")
 
 
@@ -75,7 +76,8 @@ def run(name: str) -> None:
         for i in range(ROUNDS):
             step(f"{limit} MB, {OURS}, {i}", OURS, packed, limit, later if i else fed)
             for kind in LLAMA:
-                step(f"{limit} MB, {kind}, {i}", kind, source, limit, llama_fed)
+                if "failed" not in result.get(f"{limit} MB, {kind}, 0", {}):
+                    step(f"{limit} MB, {kind}, {i}", kind, source, limit, llama_fed)
     if not is_random and "quality" not in result:
         result["quality"] = optimize.quality(name, packed, TEST, QUALITY_WINDOWS)
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -107,7 +109,12 @@ def in_cgroup(limit_mb: int, arguments: list[str]) -> dict[str, Any]:
         (CGROUP / "cgroup.procs").write_text(str(os.getpid()))
 
     command = [sys.executable, __file__, "--child", *arguments]
-    done = subprocess.run(command, preexec_fn=enter, stdout=subprocess.PIPE, text=True)
+    try:
+        done = subprocess.run(
+            command, preexec_fn=enter, stdout=subprocess.PIPE, text=True, timeout=LONGEST
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {LONGEST} s"}
     if done.returncode:
         return {"failed": f"exit status {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
@@ -268,11 +275,14 @@ def _row(name: str, result: dict[str, Any], limit: int | None) -> str:
     rounds = [result["enough"]] if limit is None else []
     best = []
     for i in range(ROUNDS) if limit else ():
-        theirs = [result.get(f"{limit} MB, {kind}, {i}") for kind in LLAMA]
+        first = {kind: result[f"{limit} MB, {kind}, 0"] for kind in LLAMA}
+        works = [kind for kind in LLAMA if "failed" not in first[kind]]
+        theirs = [result.get(f"{limit} MB, {kind}, {i}") for kind in works]
         if None in theirs:
             continue  # not finished
         rounds.append(result[f"{limit} MB, {OURS}, {i}"])
-        best.append(max(theirs, key=lambda r: r.get("decode_tps", 0.0)))
+        if theirs:
+            best.append(max(theirs, key=lambda r: r.get("decode_tps", 0.0)))
     fed = rounds[0]["fed"] | {"decode_tps": median(r["fed"]["decode_tps"] for r in rounds)}
     answered = [a["decode_tps"] for a in rounds[0]["answers"]]
     answers = f"{median(answered):.2f}" if answered else "-"
