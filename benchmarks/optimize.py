@@ -175,7 +175,8 @@ nats of loss on held-out text, 0.0098 nats by coarse rows 0.0064; `--planes` mea
 leaves more neurons idle for it. Rounding down_proj to Q4_K, with errors made up for by other
 neurons (GPTQ on 8,000 tokens of WikiText), did not pay: 0.0063 nats on other text. Nor did it on
 12,000 tokens of the Python reference, with neurons in three groups: 0.0034 nats in place of 0.0060
-on text of that kind, and 1.3 ± 0.2 % of PPL more than Q5_K, under the plan, on WikiText.
+on text of that kind; but on WikiText, with a head margin of 12 in place of 14, which is a part of
+it, 1.3 ± 0.2 % of PPL more than Q5_K.
 """
 
 
