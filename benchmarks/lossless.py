@@ -8,14 +8,13 @@ model's own sparse plan would give at that:
     python benchmarks/lossless.py --report    # writes docs/results/lossless.md
 """
 
-import argparse
 import json
 import statistics
 import time
 from typing import Any
 
 from engine import TEST, THREADS
-from tradeoff import DATA, ROOT, machine_line, record_machine
+from tradeoff import DATA, ROOT, machine_line, record_machine, run_and_report
 
 RESULTS = ROOT / "benchmarks" / "results" / "lossless"
 OPTIMIZED = ROOT / "benchmarks" / "results" / "optimize"
@@ -147,16 +146,5 @@ def drafts(name: str, passes: dict[str, float]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*")
-    parser.add_argument("--report", action="store_true")
-    arguments = parser.parse_args()
-    for name in arguments.models:
-        run(name)
-    if arguments.report:
-        (ROOT / "docs" / "results" / "lossless.md").write_text(report())
-
-
 if __name__ == "__main__":
-    main()
+    run_and_report(__doc__, run, report, "lossless.md")

@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,9 +39,9 @@ LIMITS_MB = {
 }
 ENOUGH_MB = 8000  # nothing comes from the disk
 # Tokens of a prompt, and fed after it one by one: to us in the first round and later, to llama.cpp.
-PROMPT, FED, LATER_FED, LLAMA_FED = 256, 512, 128, 24
+USUAL = PROMPT, FED, LATER_FED, LLAMA_FED = 256, 512, 128, 24
 # The same of random weights, whose answers say nothing.
-SHORT_PROMPT, SHORT_FED, SHORT_LLAMA_FED = 64, 48, 8
+SHORT = SHORT_PROMPT, SHORT_FED, _, SHORT_LLAMA_FED = 64, 48, 48, 8
 NEW, PROMPTS, ROUNDS, COST_ROUNDS = 96, 3, 3, 5
 QUALITY_WINDOWS = 20
 LONGEST = 300  # seconds, of one child: a copy that does not fit is read again and again
@@ -55,16 +56,16 @@ def run(name: str) -> None:
     packed, source = files(name, folder)
     path = folder / "result.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if is_random:
-        prompt, fed, later, llama_fed = SHORT_PROMPT, SHORT_FED, SHORT_FED, SHORT_LLAMA_FED
-    else:
-        prompt, fed, later, llama_fed = PROMPT, FED, LATER_FED, LLAMA_FED
+    prompt, fed, later, llama_fed = SHORT if is_random else USUAL
+
+    def keep(key: str, do: Callable[[], dict[str, Any]]) -> None:
+        if key not in result:
+            result[key] = do()
+            path.write_text(json.dumps(result, indent=1) + "\n")
 
     def step(key: str, kind: str, file: Path, limit: int, tokens: int = 0) -> None:
-        if key not in result:
-            sizes = [str(n) for n in (limit, prompt + fed, prompt, tokens)]
-            result[key] = in_cgroup(limit, [kind, str(file), *sizes])
-            path.write_text(json.dumps(result, indent=1) + "\n")
+        sizes = [str(n) for n in (limit, prompt + fed, prompt, tokens)]
+        keep(key, lambda: in_cgroup(limit, [kind, str(file), *sizes]))
 
     limits = LIMITS_MB[name]
     if not is_random:
@@ -78,9 +79,8 @@ def run(name: str) -> None:
             for kind in LLAMA:
                 if "failed" not in result.get(f"{limit} MB, {kind}, 0", {}):
                     step(f"{limit} MB, {kind}, {i}", kind, source, limit, llama_fed)
-    if not is_random and "quality" not in result:
-        result["quality"] = optimize.quality(name, packed, TEST, QUALITY_WINDOWS)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+    if not is_random:
+        keep("quality", lambda: optimize.quality(name, packed, TEST, QUALITY_WINDOWS))
 
 
 def files(name: str, folder: Path) -> tuple[Path, Path]:
@@ -141,7 +141,7 @@ def ours(path: str, limit: int, context: int, prompt: int, tokens: int) -> dict[
     from fallow.memory import STREAMED
 
     start = time.perf_counter()
-    engine = Engine(path, threads=THREADS, context=PROMPT + FED, memory=f"{limit}MB")
+    engine = Engine(path, threads=THREADS, context=context, memory=f"{limit}MB")
     started = time.perf_counter() - start
     ids = text_ids(engine.tokenizer, prompt + tokens)
     fed = run_once(engine, ids, prompt)

@@ -8,7 +8,6 @@ from the validation text. Reads are timed on this disk, O_DIRECT, four threads. 
     python benchmarks/neuron_cache.py --report    # writes docs/results/neuron_cache.md
 """
 
-import argparse
 import json
 import mmap
 import os
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tradeoff import DATA, ROOT, machine_line, record_machine
+from tradeoff import DATA, ROOT, machine_line, record_machine, run_and_report
 
 RESULTS = ROOT / "benchmarks" / "results" / "neuron_cache"
 KEPT = 0.5
@@ -45,13 +44,18 @@ def keep_best(used: np.ndarray, held: np.ndarray, worth: np.ndarray, room: int) 
     return found
 
 
-def replay(trace: np.ndarray, room: int, worth_at: Callable[[int], np.ndarray]) -> float:
+def replay(trace: np.ndarray, keep: Callable[[int, np.ndarray, np.ndarray], np.ndarray]) -> float:
+    """Hit rate if `keep(t, used, held)` says what is held after token t; (d_ff,) bool each."""
     held, hits, wanted = np.zeros(trace.shape[1], dtype=bool), 0, 0
     for t, used in enumerate(trace):
         if t >= WARM:
             hits, wanted = hits + int((used & held).sum()), wanted + int(used.sum())
-        held = keep_best(used, held, worth_at(t), room)
+        held = keep(t, used, held)
     return hits / wanted
+
+
+def replay_best(trace: np.ndarray, room: int, worth_at: Callable[[int], np.ndarray]) -> float:
+    return replay(trace, lambda t, used, held: keep_best(used, held, worth_at(t), room))
 
 
 def lru(trace: np.ndarray, frequency: np.ndarray, room: int) -> float:
@@ -61,7 +65,7 @@ def lru(trace: np.ndarray, frequency: np.ndarray, room: int) -> float:
         last[trace[t]] = t
         return last + 1e-6 * frequency  # of one token's neurons the frequent ones
 
-    return replay(trace, room, worth)
+    return replay_best(trace, room, worth)
 
 
 def lfu(trace: np.ndarray, frequency: np.ndarray, room: int) -> float:
@@ -71,18 +75,17 @@ def lfu(trace: np.ndarray, frequency: np.ndarray, room: int) -> float:
         counts[:] = DECAY * counts + trace[t]
         return counts.copy()
 
-    return replay(trace, room, worth)
+    return replay_best(trace, room, worth)
 
 
 def tiny_lfu(trace: np.ndarray, frequency: np.ndarray, room: int) -> float:
     """LRU, but what is read takes a place only from what was used less (arXiv:1512.00727)."""
     d_ff = trace.shape[1]
     counts, last = np.zeros(d_ff), np.full(d_ff, -1.0)
-    held, hits, wanted = np.zeros(d_ff, dtype=bool), 0, 0
-    for t, used in enumerate(trace):
-        if t >= WARM:
-            hits, wanted = hits + int((used & held).sum()), wanted + int(used.sum())
-        counts = DECAY * counts + used
+
+    def keep(t: int, used: np.ndarray, held: np.ndarray) -> np.ndarray:
+        held = held.copy()
+        counts[:] = DECAY * counts + used
         new = np.flatnonzero(used & ~held)
         last[used] = t
         free = room - int(held.sum())
@@ -93,7 +96,9 @@ def tiny_lfu(trace: np.ndarray, frequency: np.ndarray, room: int) -> float:
         better = counts[new[: len(victims)]] > counts[victims]
         held[victims[better]] = False
         held[new[: len(victims)][better]] = True
-    return hits / wanted
+        return held
+
+    return replay(trace, keep)
 
 
 def pinned(trace: np.ndarray, frequency: np.ndarray, room: int) -> float:
@@ -108,7 +113,7 @@ def optimal(trace: np.ndarray, frequency: np.ndarray, room: int) -> float:
     ahead = np.full((tokens, d_ff), tokens, dtype=np.int32)
     for t in range(tokens - 2, -1, -1):
         ahead[t] = np.where(trace[t + 1], t + 1, ahead[t + 1])
-    return replay(trace, room, lambda t: -ahead[t].astype(float))
+    return replay_best(trace, room, lambda t: -ahead[t].astype(float))
 
 
 POLICIES: dict[str, Policy] = {
@@ -293,16 +298,5 @@ def _cells(rates: list[float]) -> str:
     return " | ".join(f"{rate:.1%}" for rate in rates)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*")
-    parser.add_argument("--report", action="store_true")
-    arguments = parser.parse_args()
-    for name in arguments.models:
-        run(name)
-    if arguments.report:
-        (ROOT / "docs" / "results" / "neuron_cache.md").write_text(report())
-
-
 if __name__ == "__main__":
-    main()
+    run_and_report(__doc__, run, report, "neuron_cache.md")

@@ -7,7 +7,6 @@ a margin; WikiText-2 raw test text, decode with the margins in turn:
     python benchmarks/shortlist.py --report    # writes docs/results/shortlist.md
 """
 
-import argparse
 import json
 import statistics
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from engine import TEST, THREADS
-from tradeoff import ROOT, machine_line, record_machine
+from tradeoff import ROOT, machine_line, record_machine, run_and_report
 
 RESULTS = ROOT / "benchmarks" / "results" / "shortlist"
 MARGINS = (10.0, 11.0, 12.0, 13.0, 14.0)
@@ -132,16 +131,5 @@ def report() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*")
-    parser.add_argument("--report", action="store_true")
-    arguments = parser.parse_args()
-    for name in arguments.models:
-        run(name)
-    if arguments.report:
-        (ROOT / "docs" / "results" / "shortlist.md").write_text(report())
-
-
 if __name__ == "__main__":
-    main()
+    run_and_report(__doc__, run, report, "shortlist.md")

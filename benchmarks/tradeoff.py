@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,20 @@ def measure(
         windows=windows,
         trained=trained,
     )
+
+
+def run_and_report(
+    description: str | None, run: Callable[[str], None], report: Callable[[], str], document: str
+) -> None:
+    """A script's command line: models to run, and --report for docs/results/`document`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        run(name)
+    if arguments.report:
+        (ROOT / "docs" / "results" / document).write_text(report())
 
 
 def record_machine(path: Path) -> None:

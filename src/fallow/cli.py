@@ -589,10 +589,11 @@ def _evaluate_packed(
 
     if memory is not None and against is not None:
         raise UsageError("--memory is for one model; leave out --against or --memory")
-    source, cut = load_text(text, "evaluation"), None
+    source = load_text(text, "evaluation")
+    cut: Any = windows
+    reserve = 0
     if memory is not None:
-        cut = packed_windows(model, source, context, windows)
-    reserve = BUDGET_RESERVE if memory is not None else 0
+        cut, reserve = packed_windows(model, source, context, windows), BUDGET_RESERVE
     engine = Engine(model, plan, threads, context=context, memory=memory, reserve=reserve)
     if memory is not None:
         console.print(engine.describe_memory(), highlight=False)
@@ -610,7 +611,7 @@ def _evaluate_packed(
         engine.plan,
         source,
         context=context,
-        windows=windows if cut is None else cut,
+        windows=cut,
         against=other,
         decode=decode,
         allow_leakage=allow_leakage,

@@ -76,9 +76,7 @@ def _compare(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Loss, KL and agreement, (1 + S, n) each, dense first, of some tokens' (n, vocabulary)."""
     loss, kl, same = np.zeros((3, 1 + len(sparse), len(targets)))
-    few = max(1, LOGITS_COMPARED // dense.shape[1])
-    for start in range(0, len(targets), few):
-        here = slice(start, start + few)
+    for here in parts_of_window(len(targets), dense.shape[1], LOGITS_COMPARED):
         log_p = log_softmax(dense[here])
         p, best = np.exp(log_p), log_p.argmax(axis=-1)
         loss[0, here], same[0, here] = _losses(log_p, targets[here]), 1
@@ -92,12 +90,8 @@ def _compare(
 
 def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Next-token loss (n,) nats, of logits (n, vocabulary) and the tokens (n,) that came."""
-    few = max(1, LOGITS_COMPARED // logits.shape[1])
-    parts = [
-        _losses(log_softmax(logits[i : i + few]), targets[i : i + few])
-        for i in range(0, len(targets), few)
-    ]
-    return np.concatenate(parts)
+    parts = parts_of_window(len(targets), logits.shape[1], LOGITS_COMPARED)
+    return np.concatenate([_losses(log_softmax(logits[part]), targets[part]) for part in parts])
 
 
 def parts_of_window(n: int, vocabulary: int, at_once: int = LOGITS_AT_ONCE) -> Iterator[slice]:
@@ -188,7 +182,10 @@ def evaluate_engine(
     cut = windows if isinstance(windows, np.ndarray) else engine.windows(source, context, windows)
     at_once = LOGITS_AT_ONCE if engine.memory is None else LOGITS_AT_ONCE_IN_BUDGET
     dense, sparse = [], []
-    with progress("evaluate", len(cut)) as ticker, tempfile.TemporaryFile() as kept:
+    with (
+        progress("evaluate", len(cut)) as ticker,
+        tempfile.SpooledTemporaryFile(max_size=1) as kept,  # no file before it is written to
+    ):
         for window in cut:
             baseline = _baseline(against or engine, window, decode, at_once, kept)
             engine.use_plan(plan)
