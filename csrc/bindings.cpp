@@ -636,8 +636,9 @@ NB_MODULE(_core, m) {
       .def("rewind", &BoundEngine::rewind, "position"_a)
       .def("stats", &BoundEngine::stats)
       .def("reset_stats", &BoundEngine::reset_stats)
-      .def("set_head_margin", [](BoundEngine& e, float nats) { e.engine().set_head_margin(nats); },
-           "nats"_a)
+      .def("set_shortlist",
+           [](BoundEngine& e, float nats, size_t most) { e.engine().set_shortlist(nats, most); },
+           "nats"_a, "most"_a)
       .def("down_norm", &BoundEngine::down_norm, "layer"_a)
       .def_prop_ro("position", [](BoundEngine& e) { return e.engine().position(); })
       .def_prop_ro("context", [](BoundEngine& e) { return e.engine().context(); })

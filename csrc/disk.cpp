@@ -23,10 +23,6 @@ constexpr uint64_t kHugePage = 2 << 20;
 // Ranges are of a multiple of so many rows: whole panels of them (kPanel).
 constexpr size_t kTogether = 64;
 constexpr uint8_t kChances = 3;
-// Time of one scattered row over that of one among all: four threads read a sector in 23 microseconds
-// on average, and the 152,000 rows of Qwen2.5-Coder's head in 54 ms, which would be 65; less, since a
-// disk that is busy with other weights is held up by bytes.
-constexpr size_t kScattered = 40;
 
 std::string reason(int error) { return std::strerror(error); }
 
@@ -149,13 +145,6 @@ FileRows::FileRows(const File& file, uint64_t offset, uint64_t row_bytes, size_t
 Extent FileRows::around(uint64_t first, uint64_t n) const {
   const uint64_t begin = offset_ + first * row_bytes_, sector = begin / kSector * kSector;
   return {sector, begin + n * row_bytes_ - sector};
-}
-
-bool FileRows::better_whole(const int32_t* rows, size_t n) const {
-  if (n * kScattered < slot_of_.size()) return false;
-  size_t missing = 0;
-  for (size_t i = 0; i < n; ++i) missing += slot_of_[static_cast<size_t>(rows[i])] < 0;
-  return missing * kScattered >= slot_of_.size();
 }
 
 size_t FileRows::free_slot() {

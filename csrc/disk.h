@@ -85,8 +85,6 @@ class FileRows {
   // DiskError.
   void fetch(const int32_t* rows, size_t n, int32_t* slots);
   const uint8_t* data() const { return rows_.data(); }
-  // Whether so many of these rows are missing that reading the whole matrix takes less time.
-  bool better_whole(const int32_t* rows, size_t n) const;
 
   // Rows that follow each other, at most range_rows(), valid until the next call. Throws DiskError.
   const uint8_t* range(size_t first, size_t n);

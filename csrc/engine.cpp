@@ -4,6 +4,8 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <iterator>
 #include <numeric>
 #include <utility>
 
@@ -194,7 +196,10 @@ void Engine::set_cuts(std::vector<LayerCuts> cuts) {
   for (Worker& w : workers_) w.short_of.resize(rank > 0 ? rank + config_.intermediate_size : 0);
 }
 
-void Engine::set_head_margin(float nats) { margin_ = model_.lm_head_coarse.data ? nats : 0; }
+void Engine::set_shortlist(float nats, size_t most) {
+  margin_ = model_.lm_head_coarse.data ? nats : 0;
+  most_exact_ = most > 0 ? most : config_.vocab_size;
+}
 
 void Engine::set_stream(Streamer* streamer, std::vector<StreamedLayer> layers) {
   streamer_ = streamer;
@@ -1066,11 +1071,26 @@ void Engine::for_head(const Use& use) {
   }
 }
 
-// Logits within `margin_` of the largest approximate one become exact.
+// The coarse logit from which on logits become exact. Equal ones may exceed the limit.
+float Engine::lowest_exact(const float* logits, std::vector<float>& near) const {
+  const float* end = logits + config_.vocab_size;
+  const float lowest = largest(logits, config_.vocab_size) - margin_;
+  const auto is_near = [&](float logit) { return logit >= lowest; };
+  if (static_cast<size_t>(std::count_if(logits, end, is_near)) <= most_exact_) return lowest;
+  near.clear();
+  std::copy_if(logits, end, std::back_inserter(near), is_near);
+  const auto last = near.begin() + static_cast<ptrdiff_t>(most_exact_ - 1);
+  std::nth_element(near.begin(), last, near.end(), std::greater<>());
+  return *last;
+}
+
+// Logits on the shortlist become exact.
 void Engine::complete_head(size_t n, float* logits) {
   const size_t vocab = config_.vocab_size;
   std::vector<float> lowest(n);
-  for_tokens(n, [&](size_t t, int) { lowest[t] = largest(logits + t * vocab, vocab) - margin_; });
+  for_tokens(n, [&](size_t t, int worker) {
+    lowest[t] = lowest_exact(logits + t * vocab, workers_[static_cast<size_t>(worker)].exact);
+  });
   if (as_decode(n)) {
     for (size_t t = 0; t < n; ++t) complete_head_token(t, lowest[t], logits + t * vocab);
     return;
@@ -1125,16 +1145,6 @@ void Engine::complete_head_token(size_t t, float lowest, float* logits) {
   };
   if (!head_rows_) return complete(all.data(), all.size(), w.data, all.data());
   slots_.resize(std::max(slots_.size(), all.size()));
-  if (head_rows_->better_whole(all.data(), all.size())) {
-    size_t begin = 0, end = 0;
-    for_head([&](const Matrix& part, size_t first) {
-      for (; end < all.size() && static_cast<size_t>(all[end]) < first + part.rows; ++end)
-        slots_[end] = all[end] - static_cast<int32_t>(first);
-      complete(all.data() + begin, end - begin, part.data, slots_.data() + begin);
-      begin = end;
-    });
-    return;
-  }
   for (size_t begin = 0, n; begin < all.size(); begin += n) {
     n = std::min(head_rows_->room(), all.size() - begin);
     Clock clock;

@@ -76,10 +76,10 @@ class Engine {
   // Empty: dense. Otherwise one entry per layer.
   void set_cuts(std::vector<LayerCuts> cuts);
 
-  // Logits farther than this below the largest may come from lm_head_coarse; 0: all are exact. Stays
-  // 0 where the model has no lm_head_coarse.
-  void set_head_margin(float nats);
-  float head_margin() const { return margin_; }
+  // Logits farther than this below the largest may come from lm_head_coarse, as may all but the
+  // `most` largest; 0 nats: all are exact, 0 logits: no limit. The margin stays 0 where the model has
+  // no lm_head_coarse.
+  void set_shortlist(float nats, size_t most);
 
   // From now on rows of embed_tokens, or of lm_head, come from there.
   void set_embedding(FileRows* rows) { embedding_ = rows; }
@@ -177,6 +177,7 @@ class Engine {
   void sum_partials(size_t n);
   void add_branch(const Norm& post_norm, size_t n);
   void head(size_t n, bool all, float* logits);
+  float lowest_exact(const float* logits, std::vector<float>& near) const;
   void complete_head(size_t n, float* logits);
   void complete_head_token(size_t t, float lowest, float* logits);
   template <class Use>
@@ -210,6 +211,7 @@ class Engine {
   Streamer* streamer_ = nullptr;
   std::vector<StreamedLayer> streamed_;
   float margin_ = 0;
+  size_t most_exact_ = 0;
   bool dense_ = false;  // this forward() leaves cuts and margin alone
 
   Input attn_input_, o_input_, ffn_input_, cut_input_, token_input_;

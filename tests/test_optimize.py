@@ -90,9 +90,9 @@ def shortlisted(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def margin_plan(path: Path, margin: float) -> Plan:
-    engine = Engine(path)
-    return engine_plan(engine, "two_stage", {"head_margin": np.array([margin])})
+def margin_plan(path: Path, margin: float, limit: int = 0) -> Plan:
+    arrays = {"head_margin": np.array([margin]), "head_limit": np.array([limit])}
+    return engine_plan(Engine(path), "two_stage", arrays)
 
 
 @pytest.mark.parametrize("together", [1, 5, 64])
@@ -121,6 +121,27 @@ def test_likely_tokens_have_exact_logits(shortlisted: Path, together: int) -> No
     assert 0.01 < near.mean() < 0.5
     assert np.abs(coarse - exact)[~near].max() > 0.1  # or nothing was tested
     np.testing.assert_allclose(logits(margin_plan(shortlisted, 1e3)), exact, atol=tolerance)
+
+
+@pytest.mark.parametrize("together", [1, 5, 64])
+def test_shortlist_has_a_limit(shortlisted: Path, together: int) -> None:
+    """Of the logits within the margin only the largest coarse ones become exact."""
+    engine = Engine(shortlisted, threads=2)
+    found = []
+    for limit in (1, 3, 0):
+        engine.use_plan(margin_plan(shortlisted, 1.5, limit))
+        engine.reset()
+        parts = [IDS[i : i + together] for i in range(0, len(IDS), together)]
+        found.append(np.concatenate([engine.forward(part, every=True) for part in parts]))
+    limited = 0
+    for one, three, unlimited in zip(*found, strict=True):
+        near = np.flatnonzero(one != unlimited)  # and the largest, which is exact in all
+        expected = one.copy()
+        chosen = near[np.argsort(-one[near])[:2]]
+        expected[chosen] = unlimited[chosen]
+        np.testing.assert_array_equal(three, expected)
+        limited += len(near) > 2
+    assert limited > len(IDS) / 2
 
 
 def test_shortlist_spares_bytes(shortlisted: Path) -> None:

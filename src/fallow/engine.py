@@ -150,7 +150,7 @@ class Engine:
             )
         first = plan if isinstance(plan, Plan) else None if plan is False else self._packed_plan()
         # Under a budget the coarse head is in memory only if this plan uses it.
-        self._coarse_head = memory is None or (first is not None and self._head_margin(first) > 0)
+        self._coarse_head = memory is None or (first is not None and self._shortlist(first)[0] > 0)
         self.residency: Residency | None = None
         self._reserve = RESERVE + reserve
         self.disk_gbps: float | None = None  # at which it was loaded, with `memory`
@@ -279,17 +279,16 @@ class Engine:
             FallowError: the plan is for another model, or its arrays do not fit.
         """
         self._core.set_cuts([] if plan is None else self._cuts(plan))
-        margin = self._head_margin(plan) if plan is not None and self._coarse_head else 0.0
-        self._core.set_head_margin(margin)
+        shortlist = self._shortlist(plan) if plan is not None and self._coarse_head else (0.0, 0)
+        self._core.set_shortlist(*shortlist)
         self.plan: Plan | None = plan
 
-    def _head_margin(self, plan: Plan) -> float:
-        """Nats below the coarse head's largest logit down to which logits are exact; 0: all."""
-        margin = plan.arrays.get("head_margin")
-        if margin is None:
-            return 0.0
-        self._check_array(plan, "head_margin", margin, (1,))
-        return float(margin[0])
+    def _shortlist(self, plan: Plan) -> tuple[float, int]:
+        """Which logits are exact: nats below the coarse head's largest, 0: all; and how many."""
+        arrays = [plan.arrays.get(name, np.zeros(1)) for name in ("head_margin", "head_limit")]
+        for name, array in zip(("head_margin", "head_limit"), arrays, strict=True):
+            self._check_array(plan, name, array, (1,))
+        return float(arrays[0][0]), int(arrays[1][0])
 
     def _cuts(self, plan: Plan) -> list[_Cut]:
         """The plan in the core's terms: (layer, tap, how, value, weights, errors, correction)."""

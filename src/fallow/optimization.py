@@ -60,10 +60,13 @@ SCORE_TOKENS = 256  # per layer, whose scores' quantiles are thresholds
 # one too large for any cache, and never taken to be less than nothing.
 TIMED_BYTES, ROW_RUNS = 1 << 26, 5
 PREFERENCES = ("speed", "bytes")
-# Nats below the largest coarse logit. On WikiText-2, Qwen2.5-Coder: 12 costs 0.0011 nats and 3,300
-# exact rows per token, 13 0.0006 and 6,000, 14 0.0004 and 10,700. Where the head stays on the disk,
-# rows are time: 20, 29 and more ms per token.
+# Nats below the largest coarse logit, and of the vocabulary how much at most. On WikiText-2,
+# Qwen2.5-Coder: 12 nats cost 0.0008 nats of divergence and 3,300 exact rows per token, 11 0.0012
+# and 1,800, 10 0.0020 and 1,000; 12 and at most 2,000 rows 0.0018 and 1,200, as much PPL as 11.
+# Where many rows are near none matters much, and of a head on the disk they would take as long as
+# a layer.
 HEAD_MARGIN = 12.0
+HEAD_SHARE, HEAD_LEAST = 1 / 64, 1024  # of rows, whichever is more
 # Logarithm of the price, in nats for all of the FFN's bytes.
 LOWEST_PRICE, HIGHEST_PRICE, PRICE_STEPS = -3.0, 1.5, 7
 # Of loss per nat of divergence, no less is believed; and a cost that nothing pays.
@@ -152,7 +155,9 @@ def optimize(
     source_text = load_text(text, "evaluation")
     fit_text = load_text(calibration_text, "calibration")
     check_no_leakage(fit_text.sha256, source_text, allow_leakage=False)
-    packer = Packer(model, quant=quant, down=down, shortlist=None, planes=planes)
+    packer = Packer(
+        model, quant=quant, down=down, shortlist=None, planes=planes, calibration_text=fit_text
+    )
     source = packer.model
     context = min(context, packer.context_length)
     cut = source.windows(fit_text, context, windows + validation_windows)
@@ -202,7 +207,9 @@ class Candidates:
         self.calibration = Calibration(model, windows)
         self.weights = gate_weights(self.calibration)
         tensors = engine.file.tensors
-        self.head_margin = HEAD_MARGIN if "lm_head_coarse.codes" in tensors else 0.0
+        coarse = tensors.get("lm_head_coarse.codes")
+        self.head_margin = HEAD_MARGIN if coarse else 0.0
+        self.head_limit = max(HEAD_LEAST, int(coarse.shape[0] * HEAD_SHARE)) if coarse else 0
 
         def sizes(matrix: str, plane: str) -> np.ndarray:
             names = [f"layers.{i}.{matrix}.{plane}" for i in range(self.n_layers)]
@@ -324,6 +331,7 @@ class Candidates:
             arrays["threshold.gate_act"] = np.zeros(self.n_layers, dtype=np.float32)
         arrays |= self.weights
         arrays["head_margin"] = np.array([head_margin])
+        arrays["head_limit"] = np.array([self.head_limit])
         return Plan(
             model=self.model.name,
             fingerprint=self.model.fingerprint,

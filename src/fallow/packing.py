@@ -40,7 +40,12 @@ CHECK_CONTEXT = 512
 # layer take Q8_0 from 0.0022 to 0.0003 nats, sixteen to 0.0002.
 OUTLIERS = 8
 OUTLIER_WINDOWS = 2
-HEAD_WINDOWS = 8  # whose hidden states say how to round the coarse head
+# Hidden states say how to round the coarse head: of windows from all over the calibration text and
+# of some from the default text. On Qwen2.5-Coder and WikiText-2 logits are off by 0.94 nats
+# (standard deviation) with 40 windows of 1024 of the Python reference, 0.87 without compensation,
+# 0.60 with 16 of WikiText-2's validation text, 0.58 with 64 of 256; 0.59 with 32 of the reference
+# beside them, which on code makes 0.78 of 0.95.
+HEAD_CONTEXT, HEAD_WINDOWS, HEAD_DEFAULT_WINDOWS = 256, 64, 32
 # Types for down_proj_t from a GGUF source, smallest first; the K types need rows of whole 256s.
 DOWN_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
 DOWN_TYPES_NARROW = ("Q5_0", "Q5_1", "Q8_0")
@@ -136,6 +141,7 @@ class Packer:
         shortlist: bool | None = False,  # None: where there can be one
         planes: bool = False,
         text: str | Path | Text | None = None,
+        calibration_text: Text | None = None,  # beside the default one, for the coarse head
     ) -> None:
         name = None if isinstance(model, Model) else str(model)
         self._source = _Source(load(model, "float32"), name)
@@ -143,7 +149,7 @@ class Packer:
         self._planes = planes
         self._matrices = self._source.matrices(quant)
         if self._source.has_coarse_head if shortlist is None else shortlist:
-            self._matrices |= self._source.coarse_head()
+            self._matrices |= self._source.coarse_head(calibration_text)
         self._reference = _Reference(self.model, load_text(text, "evaluation"))
 
     @property
@@ -307,8 +313,8 @@ class _Source:
         """Whether the head's rows are whole bytes of two-bit weights."""
         return bool(self.model.module.get_output_embeddings().weight.shape[1] % 4 == 0)
 
-    def coarse_head(self) -> dict[str, Matrix]:
-        """A copy of the head in two bits, rounded for hidden states of the calibration text.
+    def coarse_head(self, text: Text | None) -> dict[str, Matrix]:
+        """A copy of the head in two bits, rounded for hidden states of this text and the default.
 
         Raises:
             FallowError: its rows are not whole bytes.
@@ -322,7 +328,11 @@ class _Source:
                 "coarse head for it; pack without --shortlist"
             )
         moment, mean = torch.zeros(cols, cols), torch.zeros(cols)
-        windows = self._calibration_windows(HEAD_WINDOWS)
+        default = load_text(None, "calibration")
+        texts = [(default, HEAD_WINDOWS)]
+        if text is not None and text.sha256 != default.sha256:
+            texts = [(text, HEAD_WINDOWS), (default, HEAD_DEFAULT_WINDOWS)]
+        windows = np.concatenate([self._spread_windows(*of_text) for of_text in texts])
         with progress("hidden states", len(windows)) as ticker:
             for window in windows:
                 hidden = final_hidden(self.model, window).float()
@@ -336,6 +346,11 @@ class _Source:
             "lm_head_coarse.codes": Matrix("I8", codes.shape, codes),
             "lm_head_coarse.bias": Matrix("F32", bias.shape, bias),
         }
+
+    def _spread_windows(self, text: Text, count: int) -> np.ndarray:
+        context = min(HEAD_CONTEXT, self.config.max_position_embeddings)
+        windows = self.model.windows(text, context)
+        return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
 
     def _calibration_windows(self, limit: int) -> np.ndarray:
         context = min(CHECK_CONTEXT, self.config.max_position_embeddings)

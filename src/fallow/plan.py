@@ -29,8 +29,8 @@ class Plan:
 
     `arrays` are the rule's: `threshold.{tap}` (L,) in units of the value it cuts, or the one
     number of a per-token rule. Any plan may also have `head_margin` (1,), nats: logits that the
-    coarse head of a packed model puts farther below the largest stay coarse. The file is
-    safetensors; everything else is JSON in its metadata.
+    coarse head of a packed model puts farther below the largest stay coarse, as do all but its
+    `head_limit` (1,) largest. The file is safetensors; everything else is JSON in its metadata.
     """
 
     model: str
@@ -121,7 +121,7 @@ class Plan:
             raise FallowError(f"plan {path} lacks {', '.join(sorted(missing))}; calibrate again")
         for name, array in arrays.items():
             signed = name.partition(".")[0] not in (
-                "threshold", "weight", "kept", "tau", "head_margin",
+                "threshold", "weight", "kept", "tau", "head_margin", "head_limit",
             )  # fmt: skip
             if not (np.isfinite(array) & (signed | (array >= 0))).all():
                 raise FallowError(
