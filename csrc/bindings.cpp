@@ -14,6 +14,7 @@
 #include <optional>
 #include <tuple>
 
+#include "bits.h"
 #include "dequant.h"
 #include "engine.h"
 #include "gguf.h"
@@ -36,6 +37,9 @@ using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu
 using WritableRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstIndices = Indices;
+using BitArray = nb::ndarray<const uint64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using WritableIndices = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using CountRows = nb::ndarray<uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Counts = nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 nb::dict gguf_header(Bytes data) {
@@ -537,6 +541,47 @@ nb::bytes quantize_k_array(const std::string& type, ConstFloats x, int n_threads
   return nb::bytes(out.data(), out.size());
 }
 
+BitRows bit_rows(const BitArray& rows) {
+  if (rows.shape(1) == 0 || rows.shape(1) % kLineWords != 0)
+    throw nb::value_error("rows of bits must be whole lines of 64 bytes");
+  return {rows.data(), rows.shape(0), rows.shape(1)};
+}
+
+void nearest_rows(BitArray rows, BitArray codebook, Indices offset, size_t planes,
+                  WritableIndices labels, WritableIndices overlap, int n_threads,
+                  const std::string& kernels) {
+  const BitRows x = bit_rows(rows), c = bit_rows(codebook);
+  if (planes != 1 && planes != kWeightPlanes) throw nb::value_error("planes must be 1 or 4");
+  if (x.words != c.words || offset.size() == 0 || c.n != offset.size() * planes ||
+      labels.size() != x.n || overlap.size() != x.n)
+    throw nb::value_error("nearest_rows: sizes do not match");
+  const Kernels& table = kernels_of(kernels);
+  nb::gil_scoped_release release;
+  nearest(table, x, c, planes, offset.data(), labels.data(), overlap.data(), n_threads);
+}
+
+void row_overlaps(BitArray rows, BitArray others, CountRows counts, int n_threads,
+                  const std::string& kernels) {
+  const BitRows x = bit_rows(rows), y = bit_rows(others);
+  if (x.words != y.words || counts.shape(0) != x.n || counts.shape(1) != y.n)
+    throw nb::value_error("row_overlaps: sizes do not match");
+  const Kernels& table = kernels_of(kernels);
+  nb::gil_scoped_release release;
+  overlaps(table, x, y, counts.data(), n_threads);
+}
+
+void add_rows_of_bits(BitArray rows, Indices labels, CountRows counts, int n_threads) {
+  const BitRows x = bit_rows(rows);
+  const size_t n_labels = counts.shape(0);
+  if (labels.size() != x.n || counts.shape(1) != 64 * x.words || n_threads < 1)
+    throw nb::value_error("add_rows: sizes do not match");
+  for (size_t i = 0; i < x.n; ++i)
+    if (labels.data()[i] >= 0 && static_cast<size_t>(labels.data()[i]) >= n_labels)
+      throw nb::value_error("add_rows: a label is outside the counts");
+  nb::gil_scoped_release release;
+  add_rows(x, labels.data(), n_labels, counts.data(), n_threads);
+}
+
 void check_rows(const Rows& scores, const Floats& thresholds) {
   if (scores.shape(0) != thresholds.size())
     throw nb::value_error("one threshold per row of scores is needed");
@@ -588,6 +633,17 @@ NB_MODULE(_core, m) {
       },
       "scores"_a, "tau"_a, "thresholds"_a, "n_threads"_a = 1,
       "Per row: the largest score whose tail stays within tau^2 of the row's sum of squares.");
+
+  m.attr("LINE_WORDS") = kLineWords;
+  m.attr("WEIGHT_PLANES") = kWeightPlanes;
+  m.def("nearest_rows", &nearest_rows, "rows"_a, "codebook"_a, "offset"_a, "planes"_a, "labels"_a,
+        "overlap"_a, "n_threads"_a = 1, "kernels"_a = "",
+        "For each row of bits (uint64, whole lines) the label c with the largest 2 overlap - "
+        "offset[c], and that overlap; see csrc/bits.h.");
+  m.def("row_overlaps", &row_overlaps, "rows"_a, "others"_a, "counts"_a, "n_threads"_a = 1,
+        "kernels"_a = "", "counts[i, j] = bits in both rows[i] and others[j].");
+  m.def("add_rows", &add_rows_of_bits, "rows"_a, "labels"_a, "counts"_a, "n_threads"_a = 1,
+        "Adds each row's bits to counts[label], labels below 0 left out.");
 
   m.def("quantize_k", &quantize_k_array, "type"_a, "x"_a, "n_threads"_a = 1,
         "Blocks (bytes) of Q4_K, Q5_K or Q6_K that are close to x.");

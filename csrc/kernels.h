@@ -55,6 +55,9 @@ using AxpyPlanes = void (*)(const uint8_t* base, const uint8_t* rest, const int3
 // Rows per panel of the batched products.
 constexpr size_t kPanel = 32;
 
+// Rows on either side of a tile of bit counts.
+constexpr size_t kBitTile = 4;
+
 struct Kernels {
   const char* name;  // "portable", "avx2", "avx512", "avx512_bf16", "neon", "neon_dotprod"
 
@@ -99,6 +102,10 @@ struct Kernels {
   // The threshold that leaves the k largest of n magnitudes above it: the (n - k)-th smallest, 0 if
   // k >= n.
   float (*topk_threshold)(const float* magnitudes, size_t n, size_t k);
+  // counts[r * kBitTile + c] = bits that are set in both rows[r] and others[c], each of `words` words, a
+  // multiple of 8.
+  void (*and_tile)(const uint64_t* const* rows, const uint64_t* const* others, size_t words,
+                   uint32_t* counts);
   void (*silu)(float* x, size_t n);
   void (*gelu_tanh)(float* x, size_t n);
 };

@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #define FALLOW_INLINE inline __attribute__((always_inline))
@@ -537,6 +538,40 @@ void add_float(Kernels& table, uint32_t type) {
   table.axpy_rows[type] = axpy_rows_float<L>;
 }
 
+// Bits of every byte, from a table of nibbles (Mula's method).
+FALLOW_INLINE __m256i bits_per_byte(__m256i v) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i table = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  return _mm256_add_epi8(
+      _mm256_shuffle_epi8(table, _mm256_and_si256(v, nibble)),
+      _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble)));
+}
+
+// One row with all others: four sums of bytes are emptied before they can pass 255.
+void and_tile(const uint64_t* const* rows, const uint64_t* const* others, size_t words,
+              uint32_t* counts) {
+  constexpr size_t kStep = 4, kMost = 31 * kStep;  // words of a register, and of 31 of them
+  const __m256i zero = _mm256_setzero_si256();
+  for (size_t r = 0; r < kBitTile; ++r) {
+    __m256i sums[kBitTile] = {zero, zero, zero, zero};
+    for (size_t begin = 0; begin < words; begin += kMost) {
+      __m256i bytes[kBitTile] = {zero, zero, zero, zero};
+      for (size_t i = begin; i < std::min(begin + kMost, words); i += kStep) {
+        const __m256i row = load256(rows[r] + i);
+        for (size_t c = 0; c < kBitTile; ++c)
+          bytes[c] = _mm256_add_epi8(
+              bytes[c], bits_per_byte(_mm256_and_si256(row, load256(others[c] + i))));
+      }
+      for (size_t c = 0; c < kBitTile; ++c)
+        sums[c] = _mm256_add_epi64(sums[c], _mm256_sad_epu8(bytes[c], zero));
+    }
+    // Sums are below 2^31: their upper halves are zero.
+    for (size_t c = 0; c < kBitTile; ++c)
+      counts[r * kBitTile + c] = static_cast<uint32_t>(sum_lanes(sums[c]));
+  }
+}
+
 Kernels make() {
   Kernels table = portable_kernels();  // what is not below stays scalar
   table.name = "avx2";
@@ -558,6 +593,7 @@ Kernels make() {
   table.join = join_planes;
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;
+  table.and_tile = and_tile;
   table.silu = silu;
   table.gelu_tanh = gelu_tanh;
   return table;

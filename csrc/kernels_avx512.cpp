@@ -1151,6 +1151,44 @@ void add_float(Kernels& table, uint32_t type) {
   table.axpy_rows[type] = axpy_rows_float<L>;
 }
 
+// Of processors with an instruction for it; the others do as AVX2 does.
+__attribute__((target("avx512vpopcntdq"))) void and_tile(const uint64_t* const* rows,
+                                                         const uint64_t* const* others,
+                                                         size_t words, uint32_t* counts) {
+  static_assert(kBitTile == 4);
+  __m512i sums[4][4];
+  for (auto& row : sums)
+    for (__m512i& sum : row) sum = _mm512_setzero_si512();
+  for (size_t i = 0; i < words; i += 8) {
+    __m512i other[4];
+#pragma GCC unroll 4
+    for (size_t c = 0; c < 4; ++c) other[c] = _mm512_loadu_si512(others[c] + i);
+#pragma GCC unroll 4
+    for (size_t r = 0; r < 4; ++r) {
+      const __m512i row = _mm512_loadu_si512(rows[r] + i);
+#pragma GCC unroll 4
+      for (size_t c = 0; c < 4; ++c)
+        sums[r][c] = _mm512_add_epi64(
+            sums[r][c], _mm512_popcnt_epi64(_mm512_and_si512(row, other[c])));
+    }
+  }
+  // Of 16 sums of eight lanes each to one register, 16 lanes of 32 bits. First two sums share lanes,
+  // then columns stand side by side in each quarter, then quarters are added and rows follow rows.
+  __m512i rows_of[4];
+#pragma GCC unroll 4
+  for (size_t r = 0; r < 4; ++r) {
+    const __m512i even = _mm512_add_epi64(sums[r][0], _mm512_slli_epi64(sums[r][2], 32));
+    const __m512i odd = _mm512_add_epi64(sums[r][1], _mm512_slli_epi64(sums[r][3], 32));
+    rows_of[r] = _mm512_add_epi64(_mm512_unpacklo_epi64(even, odd),
+                                  _mm512_unpackhi_epi64(even, odd));  // columns 0, 2, 1, 3
+  }
+  const auto halved = [](__m512i a, __m512i b) {
+    return _mm512_add_epi64(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xDD));
+  };
+  const __m512i all = halved(halved(rows_of[0], rows_of[1]), halved(rows_of[2], rows_of[3]));
+  _mm512_storeu_si512(counts, _mm512_shuffle_epi32(all, _MM_PERM_DBCA));
+}
+
 Kernels make() {
   Kernels table = portable_kernels();  // Q2_K and Q3_K stay scalar
   table.name = "avx512";
@@ -1175,6 +1213,8 @@ Kernels make() {
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;
   table.topk_threshold = topk_threshold;
+  table.and_tile = avx2_kernels()->and_tile;
+  if (__builtin_cpu_supports("avx512vpopcntdq")) table.and_tile = and_tile;
   table.silu = silu;
   table.gelu_tanh = gelu_tanh;
   return table;

@@ -5,6 +5,8 @@
 #if defined(__aarch64__)
 
 #include <arm_neon.h>
+
+#include <algorithm>
 #if defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -528,6 +530,25 @@ void add_float(Kernels& table, uint32_t type) {
   table.axpy_rows[type] = axpy_rows_float<L>;
 }
 
+void and_tile(const uint64_t* const* rows, const uint64_t* const* others, size_t words,
+              uint32_t* counts) {
+  constexpr size_t kStep = 2, kMost = 31 * kStep;  // words of a register, and of 31 of them
+  for (size_t r = 0; r < kBitTile; ++r) {
+    uint32_t* of_row = counts + r * kBitTile;
+    std::fill(of_row, of_row + kBitTile, 0);
+    for (size_t begin = 0; begin < words; begin += kMost) {
+      uint8x16_t bytes[kBitTile] = {vdupq_n_u8(0), vdupq_n_u8(0), vdupq_n_u8(0), vdupq_n_u8(0)};
+      for (size_t i = begin; i < std::min(begin + kMost, words); i += kStep) {
+        const uint64x2_t row = vld1q_u64(rows[r] + i);
+        for (size_t c = 0; c < kBitTile; ++c)
+          bytes[c] = vaddq_u8(bytes[c], vcntq_u8(vreinterpretq_u8_u64(
+                                            vandq_u64(row, vld1q_u64(others[c] + i)))));
+      }
+      for (size_t c = 0; c < kBitTile; ++c) of_row[c] += vaddlvq_u8(bytes[c]);
+    }
+  }
+}
+
 Kernels make() {
   Kernels table = portable_kernels();  // what is not below stays scalar
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -553,6 +574,7 @@ Kernels make() {
   table.join = join_planes;
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;
+  table.and_tile = and_tile;
   table.silu = silu;
   table.gelu_tanh = gelu_tanh;
   return table;

@@ -1,5 +1,6 @@
 // The scalar twin of every kernel: oracle in the tests, and what runs where there is nothing faster.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -228,6 +229,17 @@ void add_float(Kernels& table, uint32_t type) {
   table.axpy_rows[type] = axpy_rows_float<F>;
 }
 
+void and_tile(const uint64_t* const* rows, const uint64_t* const* others, size_t words,
+              uint32_t* counts) {
+  for (size_t r = 0; r < kBitTile; ++r)
+    for (size_t c = 0; c < kBitTile; ++c) {
+      uint32_t count = 0;
+      for (size_t i = 0; i < words; ++i)
+        count += static_cast<uint32_t>(std::popcount(rows[r][i] & others[c][i]));
+      counts[r * kBitTile + c] = count;
+    }
+}
+
 Kernels make() {
   Kernels table{};
   table.name = "portable";
@@ -254,6 +266,7 @@ Kernels make() {
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;
   table.topk_threshold = topk_threshold;
+  table.and_tile = and_tile;
   table.silu = silu;
   table.gelu_tanh = gelu_tanh;
   return table;

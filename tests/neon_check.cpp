@@ -269,6 +269,24 @@ void check_conversions(const Kernels& neon) {
   }
 }
 
+void check_bits(const Kernels& neon) {
+  for (size_t words : {8, 24, 136, 1032}) {  // the last two pass 255 per byte
+    std::vector<uint64_t> bits(2 * kBitTile * words);
+    for (uint64_t& word : bits) word = uint64_t{rng()} << 32 | rng();
+    std::fill_n(bits.begin(), words, ~uint64_t{0});
+    std::fill_n(bits.begin() + static_cast<ptrdiff_t>(kBitTile * words), words, ~uint64_t{0});
+    const uint64_t *rows[kBitTile], *others[kBitTile];
+    for (size_t i = 0; i < kBitTile; ++i) {
+      rows[i] = bits.data() + i * words;
+      others[i] = bits.data() + (kBitTile + i) * words;
+    }
+    std::vector<uint32_t> found(kBitTile * kBitTile), expected(kBitTile * kBitTile);
+    neon.and_tile(rows, others, words, found.data());
+    portable_kernels().and_tile(rows, others, words, expected.data());
+    equal("and_tile " + std::to_string(words), found, expected);
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -282,6 +300,7 @@ int main(int count, char** arguments) {
   check_gemm(*neon);
   check_vectors(*neon);
   check_conversions(*neon);
+  check_bits(*neon);
   std::printf("%d of %d comparisons failed\n", failed, compared);
   return failed > 0;
 }

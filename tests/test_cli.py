@@ -513,3 +513,40 @@ def test_public_names() -> None:
         assert callable(getattr(fallow, name))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fallow.nothing
+
+
+def test_patterns(folders: dict[str, Path], texts: Texts, tmp_path: Path, run: Any) -> None:
+    """Collected, clustered and scored; and what goes wrong in one line."""
+    store, made = tmp_path / "s", tmp_path / "c.safetensors"
+    options = ["--context", 32, "--calibration-text", texts[0], "--text", texts[1]]
+    collected = run(
+        "patterns", "collect", folders["llama"], "-o", store, *options, "--windows", 8, "--json"
+    )
+    assert collected.code == 0
+    assert collected.json["rows"] == 256
+    assert (collected.json["rule"], collected.json["widths"]) == ("topk", {"inter": 37})
+    clustered = run("patterns", "cluster", store, "-o", made, "--clusters", 9, "--json").json
+    assert clustered["n_clusters"] == 9
+    assert clustered["mean"]["cluster"]["recall"] > clustered["mean"]["random"]["recall"]
+    table = run("patterns", "cluster", store, "-o", made, "--clusters", 9, "--layers", "1")
+    assert "recall of 64 held-out tokens" in table.out
+    assert made.exists()
+    for arguments, code, message in (
+        (["collect", folders["llama"], "-o", store, *options], 1, "n windows 8, not"),
+        (["collect", folders["llama"], "-o", tmp_path / "t", "--rule", "x"], 2, "unknown rule"),
+        (
+            ["collect", folders["llama"], "-o", tmp_path / "t", *options, "--taps", "x"],
+            2,
+            "unknown tap 'x'",
+        ),
+        (["cluster", tmp_path, "-o", made], 1, "no pattern store"),
+        (["cluster", store, "-o", made, "--budget", 1.5], 2, "outside (0, 1)"),
+        (["cluster", store, "-o", made, "--clusters", 300], 2, "300 clusters of 192 rows"),
+        (["cluster", store, "-o", made, "--layers", "7"], 2, "layer 7 is outside 0 to 1"),
+        (["cluster", store, "-o", made, "--layers", "a"], 2, "--layers"),
+        (["cluster", store, "-o", made, "--tap", "up"], 2, "has no 'up'"),
+    ):
+        result = run("patterns", *arguments)
+        assert result.code == code, result.err
+        assert message in result.err
+        assert result.err.strip().splitlines()[-1].startswith("error: ")

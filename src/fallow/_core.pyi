@@ -23,6 +23,30 @@ def tail_thresholds(
     scores: np.ndarray, tau: float, thresholds: np.ndarray, n_threads: int = 1
 ) -> None: ...
 
+LINE_WORDS: int
+WEIGHT_PLANES: int
+
+def nearest_rows(
+    rows: np.ndarray,
+    codebook: np.ndarray,
+    offset: np.ndarray,
+    planes: int,
+    labels: np.ndarray,
+    overlap: np.ndarray,
+    n_threads: int = 1,
+    kernels: str = "",
+) -> None: ...
+def row_overlaps(
+    rows: np.ndarray,
+    others: np.ndarray,
+    counts: np.ndarray,
+    n_threads: int = 1,
+    kernels: str = "",
+) -> None: ...
+def add_rows(
+    rows: np.ndarray, labels: np.ndarray, counts: np.ndarray, n_threads: int = 1
+) -> None: ...
+
 KERNELS: list[str]
 TAPS: list[str]
 FEW: int

@@ -170,11 +170,13 @@ def calibrate(
     context: int = 1024,
     windows: int = 8,
     validation_windows: int = 4,
+    measure: bool = True,
 ) -> Plan:
     """A plan for `model` by `rule` at a target sparsity, a knob, or a largest PPL increase (%).
 
     Thresholds are fitted on the first `windows` windows of the text, and judged on the next
-    `validation_windows`. None as text is the calibration half of the default text.
+    `validation_windows` if they are to be judged (`measure`). None as text is the calibration half
+    of the default text.
 
     Raises:
         FallowError: the text is too short, or the model computes NaN.
@@ -184,4 +186,6 @@ def calibrate(
     calibrator = Calibrator(
         model, text, context=context, windows=windows, validation_windows=validation_windows
     )
-    return calibrator.plan(rule, sparsity=sparsity, knob=knob, max_ppl_increase=max_ppl_increase)
+    return calibrator.plan(
+        rule, sparsity=sparsity, knob=knob, max_ppl_increase=max_ppl_increase, measure=measure
+    )

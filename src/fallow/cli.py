@@ -33,6 +33,11 @@ select_app = typer.Typer(
 )
 app.add_typer(select_app, name="select")
 
+patterns_app = typer.Typer(
+    help="Collect and cluster patterns: which neurons are active.", no_args_is_help=True
+)
+app.add_typer(patterns_app, name="patterns")
+
 ModelArg = Annotated[
     str,
     typer.Argument(
@@ -811,6 +816,120 @@ def select_train(
         patience=patience,
     )
     _report_plan(plan, output, as_json)
+
+
+@patterns_app.command("collect")
+def patterns_collect(
+    model: ModelArg,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The store, a folder.")],
+    rule: Annotated[str | None, typer.Option(help="See: fallow rules. Default: topk.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Of the rule; default: 0.5.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan, in place of a rule.")] = None,
+    text: TextOption = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="What the rule is fitted on, as --text of calibrate.")
+    ] = None,
+    taps: Annotated[
+        str, typer.Option(help="Of inter, gate_pre, gate_act, up, ffn_out; comma-separated.")
+    ] = "inter",
+    context: ContextOption = 1024,
+    windows: Annotated[int | None, typer.Option(help="The first N windows; default: all.")] = None,
+    magnitudes: Annotated[
+        bool, typer.Option("--magnitudes", help="Also keep how loud neurons are: 16 bits each.")
+    ] = False,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Keep which neurons a rule leaves active for every token of a text; goes on if stopped."""
+    loaded_plan = _load_plan(plan)
+    if loaded_plan is not None and (rule or sparsity is not None):
+        raise UsageError("give --plan, or --rule and --sparsity")
+    from fallow.calibration import calibrate as fit
+    from fallow.calibration import check_request
+
+    rule, sparsity = rule or "topk", 0.5 if sparsity is None else sparsity
+    check_request(rule, sparsity, None, None)
+    loaded = _load(model, dtype)
+    if loaded_plan is None:
+        loaded_plan = fit(
+            loaded, rule, sparsity=sparsity, text=calibration_text, context=context, measure=False
+        )
+    from fallow.patterns.collect import collect
+
+    store = collect(
+        loaded,
+        loaded_plan,
+        output,
+        text,
+        taps=tuple(tap.strip() for tap in taps.split(",")),
+        context=context,
+        windows=windows,
+        magnitudes=magnitudes,
+    )
+    header = store.header
+    if as_json:
+        _print_json({"path": str(output), "rows": store.n_rows} | vars(header))
+        return
+    print(f"written: {output}: {store.n_rows} tokens, {header.n_layers} layers, {taps}")
+
+
+@patterns_app.command("cluster")
+def patterns_cluster(
+    store: Annotated[Path, typer.Argument(help="A folder of fallow patterns collect.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file of codebooks.")],
+    clusters: Annotated[int, typer.Option(help="Centroids per layer.")] = 256,
+    budget: Annotated[float, typer.Option(help="Share of the neurons in a centroid.")] = 0.5,
+    algorithm: Annotated[
+        str, typer.Option(help="lloyd, or as published: published, and its baseline, binary.")
+    ] = "lloyd",
+    tap: Annotated[str, typer.Option(help="Of the store's.")] = "inter",
+    layers: Annotated[str | None, typer.Option(help="Such as 0,13,27; default: all.")] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="A store to score on; default: the last windows.")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the windows to score on.")] = 0.25,
+    restarts: Annotated[int, typer.Option(min=1, help="The best of so many fits.")] = 1,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Loud neurons count for more; needs magnitudes.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the first centroids.")] = 0,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make codebooks of patterns at an equal budget, and score them on held-out windows."""
+    from fallow.patterns.codebooks import cluster_store
+    from fallow.patterns.store import PatternStore
+
+    report = cluster_store(
+        PatternStore(store),
+        output,
+        clusters,
+        budget,
+        algorithm=algorithm,
+        tap=tap,
+        layers=None if layers is None else [int(n) for n in _numbers("--layers", layers)],
+        test=None if test is None else PatternStore(test),
+        held_out=held_out,
+        seed=seed,
+        restarts=restarts,
+        energy=energy,
+        n_threads=threads or os.cpu_count() or 1,
+    )
+    if as_json:
+        _print_json(report.to_json())
+        return
+    names = list(report.layers[0].scores)
+    rows = [
+        [str(r.layer), *(f"{r.scores[n]['recall']:.4f}" for n in names), str(r.passes)]
+        for r in report.layers
+    ]
+    rows.append(["mean", *(f"{report.mean(n):.4f}" for n in names), ""])
+    _print_table(
+        f"recall of {report.test_rows} held-out tokens, {clusters} clusters, budget {budget:g}",
+        ["layer", *names, "passes"],
+        rows,
+    )
+    print(f"written: {output} ({report.codebook_bytes / 1e6:.1f} MB of centroids)")
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -1,0 +1,400 @@
+"""From a store to codebooks of its layers, and what they tell of held-out windows (METHODS 3.6)."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fallow import _core
+from fallow.errors import FallowError, UsageError
+from fallow.files import atomic_path, check_writable, write_json
+from fallow.patterns import published
+from fallow.patterns.clustering import Codebook, budget_size, fit, largest
+from fallow.patterns.store import PatternStore, chunks, n_words, pack_bits, row_sizes, unpack_bits
+from fallow.progress import console
+
+ALGORITHMS = ("lloyd", "published", "binary")
+ROWS_AT_ONCE = 4096
+
+
+@dataclass
+class Coverage:
+    """How masks cover the truth, summed over rows (METHODS 3.6)."""
+
+    overlap: int = 0  # neurons in both
+    active: int = 0
+    chosen: int = 0
+    # Of (|inter_i| ||down_proj[:, i]||)², as shares of each row's sum; None without magnitudes.
+    energy: float | None = None
+    energy_active: float = 0.0
+
+    @property
+    def recall(self) -> float:
+        return self.overlap / self.active
+
+    @property
+    def precision(self) -> float:
+        return self.overlap / self.chosen
+
+    def add(self, rows: np.ndarray, masks: np.ndarray, magnitudes: np.ndarray | None) -> None:
+        """Rows (n, words) against masks alike, or one for all; magnitudes (n, width)."""
+        masks = np.broadcast_to(masks, rows.shape)
+        self.overlap += int(row_sizes(rows & masks).sum())
+        self.active += int(row_sizes(rows).sum())
+        self.chosen += int(row_sizes(masks).sum())
+        if magnitudes is not None:
+            energy = np.square(magnitudes.astype(np.float32))
+            kept = unpack_bits(masks, magnitudes.shape[1])
+            self.energy = (self.energy or 0.0) + float((energy * kept).sum())
+            self.energy_active += float(energy.sum())
+
+    def to_json(self) -> dict[str, float]:
+        found = {
+            "recall": self.recall,
+            "precision": self.precision,
+            "f1": 2 * self.overlap / (self.active + self.chosen),
+        }
+        if self.energy is not None:
+            found["energy_recall"] = self.energy / self.energy_active
+        return found
+
+
+@dataclass
+class LayerResult:
+    """One layer: scores of the held-out rows by what chose the mask."""
+
+    layer: int
+    scores: dict[str, dict[str, float]]  # "cluster" is the oracle's choice; and the baselines
+    train_recall: float | None
+    passes: int
+    density: float  # of the centroids
+    active: float  # of the rows
+
+
+@dataclass
+class ClusterReport:
+    """Codebooks of a store's layers."""
+
+    path: str
+    model: str
+    rule: str
+    tap: str
+    algorithm: str
+    n_clusters: int
+    budget: float
+    codebook_bytes: int
+    train_rows: int
+    test_rows: int
+    test_text: str
+    layers: list[LayerResult] = field(default_factory=list)
+
+    def mean(self, name: str, score: str = "recall") -> float:
+        """A score's mean over layers."""
+        return float(np.mean([layer.scores[name][score] for layer in self.layers]))
+
+    def to_json(self) -> dict[str, Any]:
+        names = self.layers[0].scores
+        means = {n: {s: self.mean(n, s) for s in names[n]} for n in names}
+        return asdict(self) | {"mean": means}
+
+
+def cluster_store(
+    store: PatternStore,
+    output: str | Path,
+    n_clusters: int,
+    budget: float = 0.5,
+    *,
+    algorithm: str = "lloyd",
+    tap: str = "inter",
+    layers: Sequence[int] | None = None,
+    test: PatternStore | None = None,
+    held_out: float = 0.25,
+    seed: int = 0,
+    restarts: int = 1,
+    energy: bool = False,
+    n_threads: int = 1,
+) -> ClusterReport:
+    """Fits a codebook per layer, writes them, and scores them on windows they were not fitted on.
+
+    Finished layers and passes are kept beside the output until it is written, so that a stopped run
+    goes on there.
+
+    Args:
+        algorithm: "lloyd"; "published": METHODS 3.2, one codebook for all layers, whose centroids
+            have a share of `budget` neurons; or "binary", its baseline, on one chunk.
+        test: what to score on; default: the last `held_out` of the store's windows.
+        energy: of Lloyd: neurons count with their mean share of the energy, in 15 steps.
+
+    Raises:
+        UsageError: an unknown algorithm, a budget outside (0, 1), more clusters than rows, or
+            `energy` of a store without magnitudes.
+        FallowError: the test store is of another model or rule.
+    """
+    if algorithm not in ALGORITHMS:
+        raise UsageError(f"unknown algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
+    header = store.header
+    width = header.widths.get(tap, 0)
+    size = budget_size(budget, width) if width else 0
+    wanted = list(range(header.n_layers)) if layers is None else list(layers)
+    for layer in wanted:
+        store.rows(layer, tap)  # or it says what is wrong
+    n_train = header.n_windows
+    if test is None:
+        n_train -= round(held_out * header.n_windows)
+        if not 0 < n_train < header.n_windows:
+            raise UsageError(
+                f"{header.n_windows} windows cannot be split at {held_out:g}; collect more of them"
+            )
+    else:
+        test.check_model(header.fingerprint, header.model)
+        if (test.header.rule, test.header.knob) != (header.rule, header.knob):
+            raise FallowError(
+                f"pattern store {test.folder} is of rule {test.header.rule} at "
+                f"{test.header.knob:g}, not of {header.rule} at {header.knob:g}"
+            )
+    check_writable(output)
+    train = _Part(store, tap, 0, n_train)
+    held = _Part(store, tap, n_train, header.n_windows) if test is None else _Part(test, tap)
+    settings = asdict(header) | {
+        "n_clusters": n_clusters, "budget": budget, "algorithm": algorithm, "tap": tap,
+        "n_train": n_train, "seed": seed, "restarts": restarts, "energy": energy,
+    }  # fmt: skip
+    state = _State(Path(f"{output}.parts"), settings)
+    made: list[Codebook] = []
+    pooled: Codebook | None = None
+    report = ClusterReport(
+        str(output), header.model, header.rule, tap, algorithm, n_clusters, budget, 0,
+        train.n_rows, held.n_rows, held.store.header.text,
+    )  # fmt: skip
+    for layer in wanted:
+        if algorithm == "lloyd":
+            rows = train.rows(layer)
+            codebook = state.finished(layer)
+            if codebook is None:
+                codebook = fit(
+                    rows,
+                    width,
+                    n_clusters,
+                    budget,
+                    seed=seed,
+                    restarts=restarts,
+                    weights=_energy_weights(train, layer) if energy else None,
+                    n_threads=n_threads,
+                    start=state.begun(layer) if restarts == 1 else None,
+                    after_pass=partial(state.keep, layer, finished=False),
+                )
+                state.keep(layer, codebook, finished=True)
+        else:
+            pooled = pooled or _pooled(train, wanted, algorithm, n_clusters, budget, n_threads)
+            codebook = pooled
+        made.append(codebook)
+        result = _score(codebook, train, held, layer, size, seed, n_threads)
+        report.layers.append(result)
+        console.print(
+            f"layer {layer}: recall {result.scores['cluster']['recall']:.4f}, static "
+            f"{result.scores['static']['recall']:.4f}, {result.passes} passes",
+            highlight=False,
+        )
+    report.codebook_bytes = sum(c.centroids.nbytes for c in ([pooled] if pooled else made))
+    metadata = {k: json.dumps(v) for k, v in settings.items()}
+    save_codebooks(output, dict(zip(wanted, made, strict=True)), metadata)
+    state.remove()
+    return report
+
+
+class _Part:
+    """Some windows of a store, one after the other."""
+
+    def __init__(self, store: PatternStore, tap: str, first: int = 0, end: int | None = None):
+        self.store, self.tap = store, tap
+        context = store.header.context
+        end = store.header.n_windows if end is None else end
+        self._rows = slice(first * context, end * context)
+        self.n_rows = (end - first) * context
+
+    def rows(self, layer: int) -> np.ndarray:
+        return self.store.rows(layer, self.tap)[self._rows]
+
+    def magnitudes(self, layer: int) -> np.ndarray | None:
+        """None where the store has none."""
+        if not self.store.header.magnitudes or self.tap != "inter":
+            return None
+        return self.store.magnitudes(layer)[self._rows]
+
+
+def _energy_weights(part: _Part, layer: int) -> np.ndarray:
+    """Of each neuron the mean energy where it is active, 0 to 15, the largest 15."""
+    magnitudes = part.magnitudes(layer)
+    if magnitudes is None:
+        raise UsageError("energy weights need magnitudes; collect the store with --magnitudes")
+    width = magnitudes.shape[1]
+    energy = np.zeros(width)
+    for rows in chunks(len(magnitudes), ROWS_AT_ONCE):
+        energy += np.square(magnitudes[rows].astype(np.float32)).sum(axis=0)
+    mean = energy / np.maximum(frequencies(part.rows(layer), width), 1)
+    # The loudest neurons are hundreds of times as loud as most, which shall not all be 0.
+    scaled = np.sqrt(mean / max(np.quantile(mean, 0.99), 1e-30))
+    return np.clip(np.round(15 * scaled), 1, 15).astype(np.uint8)
+
+
+def _pooled(
+    train: _Part,
+    layers: list[int],
+    algorithm: str,
+    n_clusters: int,
+    budget: float,
+    n_threads: int,
+) -> Codebook:
+    """One codebook for all layers. A chunk is one window of each."""
+    context, width = train.store.header.context, train.store.header.widths[train.tap]
+
+    def chunk(window: int) -> np.ndarray:
+        part = slice(window * context, (window + 1) * context)
+        return np.concatenate([train.rows(layer)[part] for layer in layers])
+
+    readers: list[published.Chunk] = [
+        partial(chunk, window) for window in range(train.n_rows // context)
+    ]
+    if algorithm == "binary":
+        centroids = published.binary_k_means(readers[0](), width, n_clusters, n_threads=n_threads)
+        return Codebook(centroids, width)
+    found = published.cluster(
+        readers, width, n_clusters, zero_fraction=1 - budget, n_threads=n_threads
+    )
+    return Codebook(found.centroids, width, [0] * found.passes)
+
+
+def _score(
+    codebook: Codebook,
+    train: _Part,
+    held: _Part,
+    layer: int,
+    size: int,
+    seed: int,
+    n_threads: int,
+) -> LayerResult:
+    rows, width = held.rows(layer), codebook.width
+    magnitudes = held.magnitudes(layer)
+    context = held.store.header.context
+    count = frequencies(train.rows(layer), width, n_threads).astype(np.float64)
+    rng = np.random.default_rng((seed, layer))
+    static = pack_bits(largest((count - np.arange(width) / (2 * width))[None], size))
+    scores = {name: Coverage() for name in ("cluster", "static", "previous", "random")}
+    for part in chunks(len(rows), context):  # a window, so that tokens have those before them
+        some = np.ascontiguousarray(rows[part])
+        loud = None if magnitudes is None else magnitudes[part]
+        labels, _ = codebook.nearest(some, n_threads)
+        scores["cluster"].add(some, codebook.centroids[labels], loud)
+        scores["static"].add(some, static, loud)
+        scores["random"].add(some, pack_bits(largest(rng.random((1, width)), size)), loud)
+        scores["previous"].add(some[1:], some[:-1], None if loud is None else loud[1:])
+    history, n_train = codebook.history, frequencies(train.rows(layer), width).sum()
+    return LayerResult(
+        layer=layer,
+        scores={name: score.to_json() for name, score in scores.items()},
+        train_recall=history[-1] / n_train if history and codebook.weights is None else None,
+        passes=len(history),
+        density=float(row_sizes(codebook.centroids).mean() / width),
+        active=scores["cluster"].active / (len(rows) * width),
+    )
+
+
+def frequencies(rows: np.ndarray, width: int, n_threads: int = 1) -> np.ndarray:
+    """How many of the rows (n, words) each neuron is active in, (width,) int64."""
+    total = np.zeros((1, 64 * n_words(width)), dtype=np.uint32)
+    labels = np.zeros(ROWS_AT_ONCE, dtype=np.int32)
+    for part in chunks(len(rows), ROWS_AT_ONCE):
+        some = np.ascontiguousarray(rows[part])
+        _core.add_rows(some, labels[: len(some)], total, n_threads)
+    return total[0, :width].astype(np.int64)
+
+
+class _State:
+    """Codebooks of a run that is not finished: a folder of one file per layer.
+
+    Raises:
+        FallowError: the folder is of a run with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self._folder = folder
+        text = json.dumps(settings, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        path = folder / "settings.json"
+        if path.exists():
+            if json.loads(path.read_text(encoding="utf-8")) != digest:
+                raise FallowError(
+                    f"{folder} is left of a run with other settings or patterns; delete it, or "
+                    "choose another output"
+                )
+        else:
+            write_json(path, digest)
+
+    def keep(self, layer: int, codebook: Codebook, *, finished: bool) -> None:
+        metadata = {"history": json.dumps(codebook.history), "finished": json.dumps(finished)}
+        save_codebooks(self._file(layer), {layer: codebook}, metadata)
+
+    def finished(self, layer: int) -> Codebook | None:
+        return self._load(layer, True)
+
+    def begun(self, layer: int) -> Codebook | None:
+        return self._load(layer, False)
+
+    def _load(self, layer: int, finished: bool) -> Codebook | None:
+        path = self._file(layer)
+        if not path.exists():
+            return None
+        codebooks, metadata = load_codebooks(path)
+        codebooks[layer].history = json.loads(metadata["history"])
+        return codebooks[layer] if json.loads(metadata["finished"]) == finished else None
+
+    def _file(self, layer: int) -> Path:
+        return self._folder / f"layer.{layer:03d}"
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder)
+
+
+def save_codebooks(
+    path: str | Path, codebooks: dict[int, Codebook], metadata: dict[str, str]
+) -> None:
+    """Writes codebooks by layer as safetensors, whole or not at all."""
+    from safetensors.numpy import save
+
+    arrays = {f"layers.{i}.centroids": c.centroids for i, c in codebooks.items()}
+    weights = {i: c.weights for i, c in codebooks.items()}
+    arrays |= {f"layers.{i}.weights": w for i, w in weights.items() if w is not None}
+    width = next(iter(codebooks.values())).width
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(arrays, metadata=metadata | {"width": str(width)}))
+
+
+def load_codebooks(path: str | Path) -> tuple[dict[int, Codebook], dict[str, str]]:
+    """Codebooks by layer, and their metadata.
+
+    Raises:
+        FallowError: the file is missing, truncated, or no file of codebooks.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        width = int(metadata["width"])
+        layers = [int(name.split(".")[1]) for name in arrays if name.endswith(".centroids")]
+        codebooks = {
+            i: Codebook(
+                arrays[f"layers.{i}.centroids"], width, [], arrays.get(f"layers.{i}.weights")
+            )
+            for i in sorted(layers)
+        }
+    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
+        raise FallowError(f"{path} is no file of codebooks ({error}); cluster again") from error
+    return codebooks, metadata

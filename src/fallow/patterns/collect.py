@@ -1,0 +1,109 @@
+"""Runs a model under a plan over a text and keeps which neurons were active."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fallow.capture import as_floats, non_finite_error
+from fallow.errors import UsageError
+from fallow.model import Model
+from fallow.patterns.store import Header, PatternStore, StoreWriter
+from fallow.plan import Plan
+from fallow.progress import progress
+from fallow.taps import Tap, attach
+from fallow.text import Text, load_text
+
+# What the published definition looks at: outputs of gate_proj, up_proj and down_proj.
+PUBLISHED_TAPS = ("gate_pre", "up", "ffn_out")
+
+
+def collect(
+    model: Model,
+    plan: Plan,
+    folder: str | Path,
+    text: str | Path | Text | None = None,
+    *,
+    taps: tuple[str, ...] = ("inter",),
+    context: int = 1024,
+    windows: int | None = None,
+    magnitudes: bool = False,
+) -> PatternStore:
+    """Active sets of a text's tokens: what the plan leaves other than zero, by tap and layer.
+
+    The model runs with the plan in the loop, as it would in use. A run that was stopped goes on
+    where it stopped.
+
+    Args:
+        taps: of FFN_TAPS; see fallow.taps.
+        context, windows: tokens per window, and how many of the text's windows (None: all).
+        magnitudes: also keep each token's out_norm, as energy recall needs it: two bytes per
+            neuron.
+
+    Raises:
+        FallowError: text shorter than a window, plan for another model, NaN, a folder that holds
+            something else, or a full disk.
+        UsageError: a tap that the model lacks, or magnitudes without `inter`.
+    """
+    plan.check_model(model.fingerprint, model.name)
+    if magnitudes and "inter" not in taps:
+        raise UsageError("--magnitudes are those of inter; add it to --taps")
+    source = load_text(text, "evaluation")
+    cut = model.windows(source, context, windows)
+    layer = model.layers[0]
+    for tap in taps:
+        if tap not in layer.ffn_taps:
+            raise UsageError(f"unknown tap {tap!r}; this model has {', '.join(layer.ffn_taps)}")
+    widths = {
+        tap: layer.down_proj.out_features if tap == "ffn_out" else layer.down_proj.in_features
+        for tap in taps
+    }
+    header = Header(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        rule=plan.rule,
+        knob=plan.knob,
+        knob_name=plan.knob_name,
+        text=source.name,
+        text_sha256=source.sha256,
+        n_layers=len(model.layers),
+        context=context,
+        n_windows=len(cut),
+        widths=widths,
+        magnitudes=magnitudes,
+    )
+    recorder = _Recorder(model, taps, magnitudes)
+    writer = StoreWriter(folder, header, cut)
+    left = [i for i in range(len(cut)) if i not in writer.done]
+    with (
+        progress("patterns", len(left)) as ticker,
+        model.sparse(plan),
+        attach(model.layers, {tap: recorder.tap(tap) for tap in taps}),
+    ):
+        for window in left:
+            model.hidden(cut[window][None])
+            writer.add(window, recorder.active, recorder.magnitudes)
+            ticker.advance()
+    return PatternStore(folder)
+
+
+class _Recorder:
+    """The last window's active sets."""
+
+    def __init__(self, model: Model, taps: tuple[str, ...], magnitudes: bool) -> None:
+        n_layers = len(model.layers)
+        self._norms = [layer.down_norm for layer in model.layers] if magnitudes else []
+        self.active: dict[str, list[np.ndarray]] = {t: [np.empty(0)] * n_layers for t in taps}
+        self.magnitudes: list[np.ndarray] = [np.empty(0)] * n_layers if magnitudes else []
+
+    def tap(self, name: str) -> Tap:
+        def keep(layer: int, value: torch.Tensor) -> None:
+            if not torch.isfinite(value).all():
+                raise non_finite_error(name, layer, int((~torch.isfinite(value)).sum()))
+            self.active[name][layer] = (value != 0).numpy()
+            if name == "inter" and self._norms:
+                out_norm = value.abs().float() * self._norms[layer]
+                norm = torch.linalg.vector_norm(out_norm, dim=1, keepdim=True).clamp_min(1e-30)
+                self.magnitudes[layer] = as_floats(out_norm / norm)
+
+        return keep

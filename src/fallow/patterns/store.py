@@ -1,0 +1,263 @@
+"""A folder of patterns: which neurons were active, for every token, tap and layer of a text.
+
+docs/patterns.md specifies it. Rows of bits lie in one file per tap and layer, at a place that the
+token's number gives, so that runs that were stopped, or several workers, fill the same folder, and
+any part of it is read through a memory map.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fallow import _core
+from fallow.errors import FallowError, UsageError
+from fallow.files import JsonLines, atomic_path, write_json
+
+FORMAT = 1
+MAGNITUDES = "magnitudes"  # a file beside the bits of `inter`
+_HEADER, _TOKENS, _DONE = "store.json", "tokens.npy", "done.jsonl"
+_LINE = 64 * _core.LINE_WORDS  # bits
+
+
+def n_words(width: int) -> int:
+    """Words of 64 bits in a row of that many neurons: whole lines of 64 bytes."""
+    return -(-width // _LINE) * _core.LINE_WORDS
+
+
+def pack_bits(active: np.ndarray) -> np.ndarray:
+    """Rows (n, words) uint64 of active sets (n, width) bool; zero behind the last neuron."""
+    n, width = active.shape
+    rows = np.zeros((n, n_words(width) * 8), dtype=np.uint8)
+    packed = np.packbits(active, axis=1, bitorder="little")
+    rows[:, : packed.shape[1]] = packed
+    return rows.view("<u8")
+
+
+def unpack_bits(rows: np.ndarray, width: int) -> np.ndarray:
+    """Active sets (n, width) bool of rows (n, words)."""
+    data = np.ascontiguousarray(rows, dtype="<u8").view(np.uint8)
+    return np.unpackbits(data, axis=1, count=width, bitorder="little").view(bool)
+
+
+def row_sizes(rows: np.ndarray) -> np.ndarray:
+    """How many neurons are active in each row, (n,) int64."""
+    return np.bitwise_count(rows).sum(axis=1, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a store holds, and of what."""
+
+    model: str
+    fingerprint: str
+    rule: str
+    knob: float
+    knob_name: str
+    text: str
+    text_sha256: str
+    n_layers: int
+    context: int  # tokens of a window; a document of its own to the model
+    n_windows: int
+    widths: dict[str, int]  # neurons (or outputs) by tap
+    magnitudes: bool = False
+
+
+class PatternStore:
+    """The patterns of a text. Row t of a tap and layer is token t % context of window t // context.
+
+    Args:
+        folder: a store that was collected to the end.
+
+    Raises:
+        FallowError: no store, one of another format, unfinished, or with a file cut short.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.header = _read_header(self.folder)
+        missing = self.header.n_windows - len(_done(self.folder))
+        if missing:
+            raise FallowError(
+                f"pattern store {folder} lacks {missing} of {self.header.n_windows} windows; "
+                "run fallow patterns collect again to finish it"
+            )
+        for path, size in _files(self.folder, self.header).items():
+            found = path.stat().st_size if path.exists() else 0
+            if found != size:
+                raise FallowError(
+                    f"{path} has {found} bytes, not {size}: it was cut; collect the store again"
+                )
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return tuple(self.header.widths)
+
+    @property
+    def n_rows(self) -> int:
+        """Tokens, hence rows per tap and layer."""
+        return self.header.n_windows * self.header.context
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Token ids, (n_windows, context) int32."""
+        path = self.folder / _TOKENS
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise FallowError(f"cannot read {path}; collect the store again") from error
+        if tokens.shape != (self.header.n_windows, self.header.context):
+            raise FallowError(f"{path} has the shape {tokens.shape}; collect the store again")
+        return tokens
+
+    def rows(self, layer: int, tap: str = "inter") -> np.ndarray:
+        """Bits of a tap and layer, (n_rows, words) uint64, mapped.
+
+        Raises:
+            UsageError: a tap or a layer that the store lacks.
+        """
+        width = self._width(layer, tap)
+        path = _bits_file(self.folder, tap, layer)
+        return np.memmap(path, dtype="<u8", mode="r", shape=(self.n_rows, n_words(width)))
+
+    def magnitudes(self, layer: int) -> np.ndarray:
+        """Each token's out_norm over its norm, (n_rows, width) float16, mapped; 0 where inactive.
+
+        Raises:
+            UsageError: the store has none.
+        """
+        width = self._width(layer, "inter")
+        if not self.header.magnitudes:
+            raise UsageError(f"{self.folder} has no magnitudes; collect it with --magnitudes")
+        path = _bits_file(self.folder, MAGNITUDES, layer)
+        return np.memmap(path, dtype="<f2", mode="r", shape=(self.n_rows, width))
+
+    def check_model(self, fingerprint: str, name: str) -> None:
+        """Raises FallowError if the patterns are of another model."""
+        if self.header.fingerprint != fingerprint:
+            raise FallowError(
+                f"pattern store {self.folder} is of {self.header.model} (fingerprint "
+                f"{self.header.fingerprint}), not of {name} (fingerprint {fingerprint})"
+            )
+
+    def _width(self, layer: int, tap: str) -> int:
+        if tap not in self.header.widths:
+            raise UsageError(f"{self.folder} has no {tap!r}; it has {', '.join(self.taps)}")
+        if not 0 <= layer < self.header.n_layers:
+            raise UsageError(f"layer {layer} is outside 0 to {self.header.n_layers - 1}")
+        return self.header.widths[tap]
+
+
+class StoreWriter:
+    """Fills a store window by window, in any order; what an earlier run finished stays.
+
+    Raises:
+        FallowError: the folder holds a store of something else, or cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, header: Header, tokens: np.ndarray) -> None:
+        self.folder, self.header = Path(folder), header
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FallowError(f"cannot write {folder}: {error.strerror}") from error
+        if (self.folder / _HEADER).exists():
+            found = _read_header(self.folder)
+            if found != header:
+                raise FallowError(
+                    f"{folder} holds patterns of {_difference(found, header)}; "
+                    "choose another folder, or delete it"
+                )
+        else:
+            with atomic_path(self.folder / _TOKENS) as path:
+                np.save(path, tokens.astype(np.int32))
+            write_json(self.folder / _HEADER, {"format": FORMAT} | asdict(header))
+        self._log = JsonLines(self.folder / _DONE)
+        self.done = set(self._log.found)
+
+    def add(
+        self,
+        window: int,
+        active: Mapping[str, list[np.ndarray]],
+        magnitudes: list[np.ndarray] | None = None,
+    ) -> None:
+        """Writes a window: bool (context, width) by tap and layer, and `magnitudes` of `inter`.
+
+        Raises:
+            FallowError: the disk is full, say; the window then counts as missing.
+        """
+        for tap, layers in active.items():
+            for layer, of_layer in enumerate(layers):
+                self._write(tap, layer, window, pack_bits(of_layer))
+        for layer, of_layer in enumerate(magnitudes or []):
+            self._write(MAGNITUDES, layer, window, of_layer.astype("<f2"))
+        self._log.add(window)
+        self.done.add(window)
+
+    def _write(self, what: str, layer: int, window: int, rows: np.ndarray) -> None:
+        path = _bits_file(self.folder, what, layer)
+        data = rows.tobytes()
+        try:
+            file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(file, data[written:], window * len(data) + written)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise FallowError(
+                f"cannot write {path}: {error.strerror}; make room and run the same command again"
+            ) from error
+
+
+def _bits_file(folder: Path, what: str, layer: int) -> Path:
+    return folder / f"{what}.{layer:03d}"
+
+
+def _files(folder: Path, header: Header) -> dict[Path, int]:
+    """Every file of rows and its bytes."""
+    rows = header.n_windows * header.context
+    sizes = {tap: rows * n_words(width) * 8 for tap, width in header.widths.items()}
+    if header.magnitudes:
+        sizes[MAGNITUDES] = rows * header.widths["inter"] * 2
+    layers = range(header.n_layers)
+    return {_bits_file(folder, what, i): size for what, size in sizes.items() for i in layers}
+
+
+def _read_header(folder: Path) -> Header:
+    path = folder / _HEADER
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.pop("format") != FORMAT:
+            raise FallowError(f"pattern store {folder} has another format; collect it again")
+        return Header(**fields)
+    except OSError as error:
+        raise FallowError(
+            f"{folder} is no pattern store: cannot read {path.name} ({error.strerror}); "
+            "make one with fallow patterns collect"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FallowError(f"{path} is damaged; collect the store again") from error
+
+
+def _done(folder: Path) -> set[int]:
+    path = folder / _DONE
+    return set(JsonLines(path).found) if path.exists() else set()
+
+
+def _difference(found: Header, wanted: Header) -> str:
+    """The first thing in which a store differs, in words."""
+    for name, value in asdict(wanted).items():
+        other = getattr(found, name)
+        if other != value:
+            return f"{name.replace('_', ' ')} {other}, not {value}"
+    return "the same"
+
+
+def chunks(n_rows: int, rows: int) -> Iterable[slice]:
+    """[0, n_rows) in pieces of at most `rows`."""
+    return (slice(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows))
