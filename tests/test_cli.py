@@ -550,3 +550,20 @@ def test_patterns(folders: dict[str, Path], texts: Texts, tmp_path: Path, run: A
         assert result.code == code, result.err
         assert message in result.err
         assert result.err.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_similarity(folders: dict[str, Path], texts: Texts, tmp_path: Path, run: Any) -> None:
+    options = ["--calibration-text", texts[0], "--text", texts[1], "--documents", 3]
+    command = ["patterns", "similarity", folders["llama"], "-o", tmp_path / "s", "--context", 64]
+    found = run(*command, *options, "--json")
+    assert found.code == 0
+    assert found.json["rows"][0]["agreement"] == [1.0, 1.0]
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {"similarity.json", "similarity.png"}
+    assert "unrelated tokens agree" in run(*command, *options).out
+    (tmp_path / "paragraph1.txt").write_text(
+        'paragraphMain = """the gate lets them"""\nparagraph95 = """the gate lets one"""'
+    )
+    published = [*command, "--published", tmp_path, "--calibration-text", texts[0]]
+    assert run(*published, "--json").json["variants"][0]["prefix"] == [1.0, 1.0]
+    assert "row by row" in run(*published).out
+    assert run(*command, *options, "--kind", "swap").code == 2

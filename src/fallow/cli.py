@@ -841,24 +841,14 @@ def patterns_collect(
     as_json: JsonOption = False,
 ) -> None:
     """Keep which neurons a rule leaves active for every token of a text; goes on if stopped."""
-    loaded_plan = _load_plan(plan)
-    if loaded_plan is not None and (rule or sparsity is not None):
-        raise UsageError("give --plan, or --rule and --sparsity")
-    from fallow.calibration import calibrate as fit
-    from fallow.calibration import check_request
-
-    rule, sparsity = rule or "topk", 0.5 if sparsity is None else sparsity
-    check_request(rule, sparsity, None, None)
-    loaded = _load(model, dtype)
-    if loaded_plan is None:
-        loaded_plan = fit(
-            loaded, rule, sparsity=sparsity, text=calibration_text, context=context, measure=False
-        )
+    loaded, used = _with_plan(
+        model, dtype, plan, rule or "topk", sparsity, calibration_text, context
+    )
     from fallow.patterns.collect import collect
 
     store = collect(
         loaded,
-        loaded_plan,
+        used,
         output,
         text,
         taps=tuple(tap.strip() for tap in taps.split(",")),
@@ -871,6 +861,118 @@ def patterns_collect(
         _print_json({"path": str(output), "rows": store.n_rows} | vars(header))
         return
     print(f"written: {output}: {store.n_rows} tokens, {header.n_layers} layers, {taps}")
+
+
+def _with_plan(
+    model: str,
+    dtype: str,
+    plan: Path | None,
+    rule: str,
+    sparsity: float | None,
+    calibration_text: Path | None,
+    context: int,
+) -> tuple[Any, Any]:
+    """The model, and the plan, or one of the rule at a sparsity, 0.5 without one."""
+    loaded_plan = _load_plan(plan)
+    from fallow.calibration import calibrate as fit
+    from fallow.calibration import check_request
+
+    if loaded_plan is not None and sparsity is not None:
+        raise UsageError("give --plan, or --rule and --sparsity")
+    sparsity = 0.5 if sparsity is None else sparsity
+    check_request(rule, sparsity, None, None)
+    loaded = _load(model, dtype)
+    if loaded_plan is None:
+        loaded_plan = fit(
+            loaded, rule, sparsity=sparsity, text=calibration_text, context=context, measure=False
+        )
+    return loaded, loaded_plan
+
+
+@patterns_app.command("similarity")
+def patterns_similarity(
+    model: ModelArg,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for similarity.json and its figure.")
+    ] = Path("similarity"),
+    rule: Annotated[
+        str | None, typer.Option(help="See: fallow rules. Default: topk; percentile as published.")
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Of the rule; default: 0.5.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan, in place of a rule.")] = None,
+    text: TextOption = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="What the rule is fitted on, as --text of calibrate.")
+    ] = None,
+    published: Annotated[
+        Path | None, typer.Option(help="A folder of the published texts: their test, not ours.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="Of edits: substitute, insert or delete.")] = (
+        "substitute"
+    ),
+    tap: Annotated[str | None, typer.Option(help="Default: inter; gate_pre as published.")] = None,
+    documents: Annotated[int, typer.Option(help="Windows of the text.")] = 12,
+    context: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the edits.")] = 0,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Edit texts, and measure how far active sets of the other tokens change."""
+    check_writable(output / "similarity.json")
+    rule = rule or ("percentile" if published else "topk")
+    loaded, used = _with_plan(model, dtype, plan, rule, sparsity, calibration_text, context)
+    from fallow.files import write_json
+    from fallow.patterns.similarity import draw, edit_test, published_test
+
+    if published:
+        variants = published_test(loaded, used, published, tap=tap or "gate_pre")
+        result: dict[str, Any] = {"variants": [v.to_json() for v in variants]}
+    else:
+        report = edit_test(
+            loaded,
+            used,
+            text,
+            tap=tap or "inter",
+            documents=documents,
+            context=context,
+            kind=kind,
+            seed=seed,
+        )
+        result = report.to_json()
+        draw(report, output / "similarity.png")
+    write_json(output / "similarity.json", result)
+    if as_json:
+        _print_json(result)
+    elif published:
+        _print_variants(result["variants"])
+    else:
+        _print_similarity(result)
+
+
+def _print_similarity(r: dict[str, Any]) -> None:
+    names = ("agreement", "jaccard", "kappa_unrelated", "kappa_frequency")
+    rows = [
+        [f"{row['edited']:.0%}", row["stratum"], *(f"{_mean(row[n]):.4f}" for n in names)]
+        for row in r["rows"]
+    ]
+    unrelated, frequency = _mean(r["unrelated_agreement"]), _mean(r["frequency_agreement"])
+    _print_table(
+        f"{r['documents']} documents, {r['kind']}, mean of layers; unrelated tokens agree "
+        f"{unrelated:.4f}, by frequency {frequency:.4f}",
+        ["edited", "tokens", *(n.replace("_", " over ") for n in names)],
+        rows,
+    )
+
+
+def _print_variants(variants: list[dict[str, Any]]) -> None:
+    rows = []
+    for v in variants:
+        cells = [v["sample"], v["variant"], f"{v['prefix_tokens'] / v['tokens']:.0%}"]
+        for name in ("prefix", "row_by_row", "behind", "aligned", "shifted"):
+            cells.append("-" if v[name] is None else f"{_mean(v[name]):.4f}")
+        rows.append([*cells, f"{v['best_shift']:+d}"])
+    columns = ["sample", "variant", "shared prefix", "in it", "row by row", "behind it", "aligned"]
+    _print_table("agreement, mean of layers", [*columns, "shifted", "by rows"], rows)
 
 
 @patterns_app.command("cluster")

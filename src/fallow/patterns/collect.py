@@ -72,7 +72,7 @@ def collect(
         widths=widths,
         magnitudes=magnitudes,
     )
-    recorder = _Recorder(model, taps, magnitudes)
+    recorder = Recorder(model, taps, magnitudes)
     writer = StoreWriter(folder, header, cut)
     left = [i for i in range(len(cut)) if i not in writer.done]
     with (
@@ -87,10 +87,10 @@ def collect(
     return PatternStore(folder)
 
 
-class _Recorder:
-    """The last window's active sets."""
+class Recorder:
+    """Keeps the last window's active sets: bool (T, width) by tap and layer."""
 
-    def __init__(self, model: Model, taps: tuple[str, ...], magnitudes: bool) -> None:
+    def __init__(self, model: Model, taps: tuple[str, ...], magnitudes: bool = False) -> None:
         n_layers = len(model.layers)
         self._norms = [layer.down_norm for layer in model.layers] if magnitudes else []
         self.active: dict[str, list[np.ndarray]] = {t: [np.empty(0)] * n_layers for t in taps}
