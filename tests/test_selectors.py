@@ -15,9 +15,10 @@ from fallow.errors import FallowError, UsageError
 from fallow.evaluation import run_window
 from fallow.models import ARCHITECTURES
 from fallow.packing import pack
+from fallow.patterns.store import unpack_bits
 from fallow.plan import Plan
 from fallow.rules import Arrays, find_rule
-from fallow.selectors import SELECTORS
+from fallow.selectors import SELECTORS, cluster
 from fallow.selectors._base import Seen, Selector, watch
 from fallow.selectors._compensation import RIDGE
 from fallow.selectors._rounding import top_bits
@@ -42,6 +43,8 @@ NAMES = (
     "ahead:map=0",
     "ahead:map=3:gate=2:up=2:rank=2",
     "ahead:cett=1",
+    "cluster:k=9",
+    "cluster:k=9:oracle=1",
 )
 
 
@@ -145,6 +148,8 @@ def expected_score(plan: Plan, layer: Layer, index: int, seen: dict[str, Any]) -
         means = np.take_along_axis(arrays["means"][index], bucket, axis=0)
         return np.abs(seen["gate_act"]) * means
     options = find_rule(plan.rule).options
+    if name == "cluster":
+        return cluster_rate(arrays, options, index, seen["x"], truth)
     if name == "learned":
         return learned_score(arrays, options, layer, index, seen)
 
@@ -207,6 +212,23 @@ def learned_score(
     if up:
         squared = squared * (up[0] ** 2 + variance.get("up", 0))
     return np.sqrt(squared) * layer.down_norm.double().numpy()
+
+
+def cluster_rate(
+    arrays: Arrays, options: dict[str, int], index: int, x: np.ndarray, truth: np.ndarray
+) -> np.ndarray:
+    """The chosen cluster's rate per neuron; of equal ones the neurons of lower number first."""
+    width = truth.shape[1]
+    centroids = unpack_bits(arrays["centroids"][index], width)
+    assert (centroids.sum(axis=1) == round(0.5 * width)).all()
+    if options["oracle"]:
+        k = round(0.5 * width)
+        active = truth > np.sort(truth, axis=1)[:, -k - 1 : -k]
+        labels = (active.astype(int) @ centroids.T).argmax(axis=1)
+    else:
+        choice = arrays["choice"][index] * arrays["choice.scale"][index].astype(float)[:, None]
+        labels = (x @ choice.T + arrays["bias"][index]).argmax(axis=1)
+    return arrays["rate"][index][labels] + np.arange(width, 0, -1) / (2 * width)
 
 
 @pytest.mark.parametrize("selector", [n for n in NAMES if n != "random"])
@@ -335,6 +357,48 @@ def test_compensation_is_the_best_of_its_rank(
         np.testing.assert_allclose(bias, mean_y - mean_x @ expected, atol=2e-3 * np.abs(y).max())
         left = ((y - x @ product - bias) ** 2).sum(axis=1) @ weight
         assert left < (y**2).sum(axis=1) @ weight
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "phi3"])
+def test_cluster_of_the_largest_expected_overlap(
+    name: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+) -> None:
+    """Ridge regression of active sets on x, summed over centroids; and what and=1 leaves."""
+    model, calibrator = tiny[name], calibrators[name]
+    plans = [plan_of(calibrators[name], f"cluster:k=6:and={both}", 0.5) for both in (0, 1)]
+    found: dict[tuple[int, str], list[np.ndarray]] = {}
+
+    def keep(tap: str) -> Any:
+        return lambda i, v: found.setdefault((i, tap), []).append(v.double().numpy().copy())
+
+    first_input = next(iter(model.layers[0].ffn_inputs))
+    with attach(model.layers, {tap: keep(tap) for tap in (first_input, "inter")}):
+        for window in calibrator.calibration.windows:
+            model.hidden(window[None])
+    for index, layer in enumerate(model.layers):
+        x, inter = (np.concatenate(found[index, tap]) for tap in (first_input, "inter"))
+        truth = np.abs(inter) * layer.down_norm.double().numpy()
+        k = round(0.5 * truth.shape[1])
+        active = truth > np.sort(truth, axis=1)[:, -k - 1 : -k]
+        ridge = np.sqrt(cluster.RIDGE * (x**2).sum(axis=0).mean()) * np.eye(x.shape[1])
+        rows = np.block([[x, np.ones((len(x), 1))], [ridge, np.zeros((x.shape[1], 1))]])
+        targets = np.pad(active.astype(float), ((0, x.shape[1]), (0, 0)))
+        weights = np.linalg.lstsq(rows, targets, rcond=None)[0]
+        arrays = plans[0].arrays
+        centroids = unpack_bits(arrays["centroids"][index], truth.shape[1])
+        expected = weights @ centroids.T
+        choice = arrays["choice"][index] * arrays["choice.scale"][index][:, None]
+        np.testing.assert_allclose(choice.T, expected[:-1], atol=0.02 * np.abs(expected).max())
+        np.testing.assert_allclose(arrays["bias"][index], expected[-1], rtol=1e-3)
+    alone, both = (seen_by(model, plan)[0] for plan in plans)  # of equal input
+    truth = np.abs(both["inter"]) * model.layers[0].down_norm.double().numpy()
+    best = truth > np.sort(truth, axis=1)[:, -k - 1 : -k]
+    np.testing.assert_array_equal(both["after"] != 0, (alone["after"] != 0) & best)
+
+
+def test_more_clusters_than_tokens(calibrators: dict[str, Calibrator]) -> None:
+    with pytest.raises(UsageError, match="k=129 clusters of 128 calibration tokens"):
+        calibrators["llama"].plan("cluster:k=129", sparsity=0.5)
 
 
 def test_scores_are_shared_by_budget_and_compensation() -> None:

@@ -1,0 +1,167 @@
+"""Which of some typical patterns a token's is: one choice for all neurons of a layer.
+
+The patterns are a codebook of the calibration text (fallow.patterns.clustering): as many masks as
+clusters, in place of a score per neuron, are what an engine would have to read to choose.
+"""
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from fallow.capture import Calibration
+from fallow.errors import UsageError
+from fallow.patterns.clustering import fit, one_pass
+from fallow.patterns.store import pack_bits, unpack_bits
+from fallow.progress import progress
+from fallow.rules import Arrays
+from fallow.rules._base import per_token_topk
+from fallow.selectors._base import Seen, Selector, watch
+from fallow.selectors._compensation import from_int8, to_int8
+from fallow.taps import Layer
+
+BUDGET = 0.5  # of the patterns that are clustered, and of centroids
+RIDGE = 0.01  # of the inputs' mean variance
+
+
+class Cluster(Selector):
+    """Keeps the k neurons that are most often active in the cluster chosen for the token.
+
+    Chosen is the cluster with the largest expected overlap, sum over its neurons of P(i active),
+    which a linear regression of the active sets on the FFN's input x gives: (C W) x + C b, one row
+    per cluster. With oracle=1 it is the one that overlaps the true active set most, a bound
+    (arXiv:2507.14179; METHODS 3.4). With and=1 only neurons of the true active set remain, as
+    published.
+    """
+
+    name = "cluster"
+    paper = "METHODS 3.6 (ours); arXiv:2507.14179"
+    known = (
+        "before gate: saves gate_proj, up_proj and down_proj; oracle=1 or and=1: not before down"
+    )
+    options: ClassVar[dict[str, int]] = {"k": 64, "oracle": 0, "and": 0, "compensation": 0}
+    option_ranges: ClassVar[dict[str, range]] = {
+        "k": range(1, 16385),
+        "oracle": range(2),
+        "and": range(2),
+        "compensation": Selector.option_ranges["compensation"],
+    }
+
+    def __init__(self, knob: float, arrays: Arrays) -> None:
+        super().__init__(knob, arrays)
+        self._choice: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def extra_bytes(cls, layer: Layer) -> int:
+        """The choice in int8 with a scale and a bias per cluster, and one centroid's bits."""
+        d_model, d_ff = layer.down_proj.weight.shape
+        return cls.options["k"] * (d_model + 4) + d_ff // 8
+
+    @classmethod
+    def extra_multiplications(cls, layer: Layer) -> int:
+        return int(cls.options["k"] * layer.down_proj.out_features)
+
+    @classmethod
+    def scores_key(cls) -> str:
+        return f"selector:cluster:k={cls.options['k']}"
+
+    @classmethod
+    def learn_scores(cls, calibration: Calibration) -> Arrays:
+        k = cls.options["k"]
+        if k > calibration.n_tokens:
+            raise UsageError(
+                f"k={k} clusters of {calibration.n_tokens} calibration tokens; give more"
+            )
+        rows, regressions = _patterns(calibration)
+        parts: dict[str, list[np.ndarray]] = {}
+        width = calibration.layers[0].down_proj.in_features
+        with progress("codebooks", len(rows)) as ticker:
+            for of_layer, regression in zip(rows, regressions, strict=True):
+                codebook = fit(of_layer, width, k, BUDGET, n_threads=torch.get_num_threads())
+                found = one_pass(of_layer, codebook.centroids)
+                rate = found.counts[:, :width] / np.maximum(found.sizes, 1)[:, None]
+                centroids = unpack_bits(codebook.centroids, width)
+                values = torch.from_numpy(centroids.astype(np.float32)) @ regression
+                choice, scale = to_int8(values[:, :-1])
+                layer_arrays = {
+                    # Of equal rates those of the centroid come first.
+                    "rate": np.round(250 * rate + 2 * centroids).astype(np.uint8),
+                    "centroids": codebook.centroids,
+                    "choice": choice,
+                    "choice.scale": scale,
+                    "bias": values[:, -1].numpy().astype(np.float32),
+                }
+                for name, array in layer_arrays.items():
+                    parts.setdefault(name, []).append(array)
+                ticker.advance()
+        return {name: np.stack(arrays) for name, arrays in parts.items()}
+
+    @classmethod
+    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
+        d_model, d_ff = layers[0].down_proj.weight.shape
+        n, k = len(layers), cls.options["k"]
+        words = pack_bits(np.zeros((1, d_ff), dtype=bool)).shape[1]
+        return {
+            "rate": (n, k, d_ff),
+            "centroids": (n, k, words),
+            "choice": (n, k, d_model),
+            "choice.scale": (n, k),
+            "bias": (n, k),
+        }
+
+    def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
+        if self.options["oracle"]:
+            active = seen.out_norm > per_token_topk(seen.out_norm, BUDGET)
+            centroids = unpack_bits(self.arrays["centroids"][index], active.shape[1])
+            labels = (active.float() @ torch.from_numpy(centroids).float().T).argmax(dim=1)
+        else:
+            if index not in self._choice:
+                self._choice[index] = from_int8(self.arrays, "choice", index)
+            bias = torch.from_numpy(self.arrays["bias"][index])
+            labels = nn.functional.linear(seen.x.float(), self._choice[index], bias).argmax(dim=1)
+        # Distinct, so that exactly k stay: of equal rates the neurons of lower number.
+        width = seen.out_norm.shape[1]
+        order = torch.arange(width, 0, -1) / (2 * width)
+        rate = torch.from_numpy(self.arrays["rate"][index])[labels] + order
+        if self.options["and"]:
+            both = [
+                s > super(Cluster, self).threshold(index, "inter", s) for s in (rate, seen.out_norm)
+            ]
+            return seen.out_norm * both[0] * both[1]
+        return rate
+
+    def threshold(self, layer: int, tap: str, score: torch.Tensor) -> float | torch.Tensor:
+        if not self.options["and"]:
+            return super().threshold(layer, tap, score)
+        return 0.0
+
+
+RULE = Cluster
+
+
+def _patterns(calibration: Calibration) -> tuple[list[np.ndarray], list[torch.Tensor]]:
+    """Per layer: the dense model's active sets (tokens, words), and their regression on x.
+
+    The regression, (d_ff, d_model + 1), gives P(neuron is active) of (x, 1).
+    """
+    layers = calibration.layers
+    d_model, d_ff = layers[0].down_proj.weight.shape
+    rows: list[list[np.ndarray]] = [[] for _ in layers]
+    moments = torch.zeros(len(layers), d_model + 1, d_model + 1)
+    products = torch.zeros(len(layers), d_ff, d_model + 1)
+
+    def add(index: int, inter: torch.Tensor, seen: Seen) -> None:
+        active = seen.out_norm > per_token_topk(seen.out_norm, BUDGET)
+        rows[index].append(pack_bits(active.numpy()))
+        x = nn.functional.pad(seen.x.float(), (0, 1), value=1.0)
+        moments[index] += x.T @ x
+        products[index] += active.float().T @ x
+
+    calibration.run("patterns", watch(layers, add))
+    regressions = []
+    for moment, product in zip(moments, products, strict=True):
+        damped = moment.double()
+        damped.diagonal()[:-1].add_(RIDGE * moment.diagonal()[:-1].mean().double())
+        regressions.append(torch.linalg.solve(damped, product.double().T).T.float())
+    return [np.concatenate(parts) for parts in rows], regressions
