@@ -1,0 +1,314 @@
+"""Clustering of patterns: its speed at the published scale, and what clusters tell.
+
+Steps that are done are kept, and a stopped run continues with the next. Needs a C compiler,
+scikit-learn for the comparison, 20 GB of disk for `scale`, and for a model half an hour:
+
+    python benchmarks/patterns.py scale           # 10.68 M synthetic rows, and the kernel's limit
+    python benchmarks/patterns.py qwen2.5-1.5b    # stores, one layer against scikit-learn, recall
+    python benchmarks/patterns.py --report        # writes docs/results/patterns.md
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from engine import TEST, THREADS, VALIDATION
+from tradeoff import ROOT, machine_line, record_machine, run_and_report
+
+RESULTS = ROOT / "benchmarks" / "results" / "patterns"
+# The published scale (METHODS 3.1).
+SCALE_ROWS, SCALE_WIDTH, SCALE_CLUSTERS = 10_682_368, 14336, 2048
+PROTOTYPES = 2048  # that synthetic rows differ from in a quarter of their bits
+RULE, SPARSITY, CONTEXT = "topk", 0.5, 1024
+TRAIN_WINDOWS, TEST_WINDOWS = 195, 16  # 200,000 tokens
+CLUSTERS = (1, 16, 128, 512, 2048)
+PUBLISHED_CLUSTERS = (512, 2048)
+KERNEL_RUNS = 9
+
+
+def run(name: str) -> None:
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    record_machine(folder / "machine.json")
+    path = folder / "result.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def keep(key: str, do: Callable[[], Any]) -> None:
+        if key not in result:
+            result[key] = do()
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+    if name == "scale":
+        keep("kernel", kernel)
+        keep("pass", published_scale)
+        return
+    stores = {part: stored(name, folder, part) for part in ("train", "test")}
+    keep("layer", lambda: one_layer(stores["train"]))
+    keep("scikit-learn", lambda: scikit_learn(stores["train"]))
+    for k in CLUSTERS:
+        keep(f"lloyd {k}", lambda k=k: clustered(stores, folder, k, "lloyd"))
+    for algorithm in ("published", "binary"):
+        for k in PUBLISHED_CLUSTERS:
+            keep(f"{algorithm} {k}", lambda k=k, a=algorithm: clustered(stores, folder, k, a))
+
+
+# Speed -------------------------------------------------------------------------------------------
+
+
+def kernel() -> dict[str, Any]:
+    """Words of 64 bits per second of one thread: the kernel on rows in the cache, and the limit."""
+    from fallow.patterns.clustering import nearest
+
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "popcount"
+        source = ROOT / "benchmarks" / "popcount.c"
+        subprocess.run(["cc", "-O3", "-march=native", source, "-o", program], check=True)
+
+        def limit() -> float:
+            done = subprocess.run([program], check=True, capture_output=True, text=True)
+            return float(done.stdout)
+
+        rng = np.random.default_rng(0)
+        found = {}
+        for width in (SCALE_WIDTH, 8960, 2048, 1536):
+            words = -(-width // 512) * 8
+            rows, centroids = (
+                rng.integers(0, 2**64, (n, words), dtype=np.uint64) for n in (4096, 2048)
+            )
+            runs = []
+            for _ in range(KERNEL_RUNS):
+                most = limit()
+                start = time.perf_counter()
+                nearest(rows, centroids)
+                seconds = time.perf_counter() - start
+                runs.append((len(rows) * len(centroids) * words / seconds, most))
+            found[str(width)] = runs
+    return found
+
+
+def published_scale() -> dict[str, Any]:
+    """One pass of assignment and update over rows that are read from the disk."""
+    from fallow.patterns.clustering import one_pass, update
+    from fallow.patterns.store import n_words
+
+    words, path = n_words(SCALE_WIDTH), RESULTS / "scale" / "rows.bits"
+    if not path.exists() or path.stat().st_size != SCALE_ROWS * words * 8:
+        make_rows(path, words)
+    os.sync()
+    rows = np.memmap(path, dtype=np.uint64, mode="r", shape=(SCALE_ROWS, words))
+    step = SCALE_ROWS // SCALE_CLUSTERS
+    centroids = np.ascontiguousarray(rows[::step][:SCALE_CLUSTERS])
+    start = time.perf_counter()
+    found = one_pass(rows, centroids, n_threads=THREADS)
+    assigned = time.perf_counter() - start
+    update(found, SCALE_WIDTH, SCALE_WIDTH // 2)
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return {
+        "rows": SCALE_ROWS,
+        "width": SCALE_WIDTH,
+        "clusters": SCALE_CLUSTERS,
+        "seconds": seconds,
+        "update_seconds": seconds - assigned,
+        "private_mb": private_mb(),
+    }
+
+
+def private_mb() -> float:
+    """Memory of the process that is no page of a mapped file, MB of 1e6 bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e6
+
+
+def make_rows(path: Path, words: int) -> None:
+    """Rows that follow prototypes of half of the neurons, a quarter of the bits flipped."""
+    rng = np.random.Generator(np.random.SFC64(0))
+    prototypes = rng.integers(0, 2**64, (PROTOTYPES, words), dtype=np.uint64)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        for first in range(0, SCALE_ROWS, 65536):
+            n = min(65536, SCALE_ROWS - first)
+            a, b = (rng.integers(0, 2**64, (n, words), dtype=np.uint64) for _ in range(2))
+            file.write((prototypes[rng.integers(0, PROTOTYPES, n)] ^ (a & b)).tobytes())
+
+
+def one_layer(store: Any) -> dict[str, Any]:
+    """The middle layer to convergence."""
+    from fallow.patterns.clustering import fit
+
+    layer, width = store.header.n_layers // 2, store.header.widths["inter"]
+    rows = store.rows(layer)
+    start = time.perf_counter()
+    made = fit(rows, width, 2048, 0.5, n_threads=THREADS)
+    return {
+        "layer": layer,
+        "rows": len(rows),
+        "seconds": time.perf_counter() - start,
+        "passes": len(made.history),
+        "recall": made.history[-1] / int(np.bitwise_count(rows).sum(dtype=np.int64)),
+    }
+
+
+def scikit_learn(store: Any) -> dict[str, Any]:
+    """The same layer as 0/1 floats; quality by the same measure, masks of the same size."""
+    from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
+
+    from fallow.patterns.clustering import fit, largest, nearest
+    from fallow.patterns.store import pack_bits, unpack_bits
+
+    layer, width = store.header.n_layers // 2, store.header.widths["inter"]
+    rows = np.ascontiguousarray(store.rows(layer))
+    active = unpack_bits(rows, width).astype(np.float32)
+    start = time.perf_counter()
+    with threadpool_limits(THREADS):
+        model = MiniBatchKMeans(2048, batch_size=16384, random_state=0, n_init=1).fit(active)
+    seconds = time.perf_counter() - start
+    score = model.cluster_centers_ - np.arange(width) * 1e-9
+    centroids = pack_bits(largest(score.astype(np.float64), width // 2))
+    theirs = int(nearest(rows, centroids, n_threads=THREADS)[1].sum(dtype=np.int64))
+    start, reached = time.perf_counter(), []
+
+    def stop_at_equal(codebook: Any) -> None:
+        if codebook.history[-1] >= theirs and not reached:
+            reached.append(time.perf_counter() - start)
+
+    fit(rows, width, 2048, 0.5, n_threads=THREADS, after_pass=stop_at_equal)
+    return {
+        "seconds": seconds,
+        "iterations": int(model.n_iter_),
+        "recall": theirs / int(active.sum(dtype=np.float64)),
+        "our_seconds_to_equal": reached[0] if reached else None,
+    }
+
+
+# What clusters tell ------------------------------------------------------------------------------
+
+
+def stored(name: str, folder: Path, part: str) -> Any:
+    import fallow
+    from fallow.calibration import calibrate
+    from fallow.patterns.collect import collect
+    from fallow.patterns.store import PatternStore
+
+    path = folder / f"{part}.store"
+    try:
+        return PatternStore(path)
+    except fallow.FallowError:
+        pass
+    model = fallow.load(name)
+    plan = calibrate(model, RULE, sparsity=SPARSITY, text=VALIDATION, measure=False)
+    text, windows = (VALIDATION, TRAIN_WINDOWS) if part == "train" else (TEST, TEST_WINDOWS)
+    return collect(
+        model, plan, path, text, context=CONTEXT, windows=windows, magnitudes=part == "test"
+    )
+
+
+def clustered(stores: dict[str, Any], folder: Path, k: int, algorithm: str) -> dict[str, Any]:
+    from fallow.patterns.codebooks import cluster_store
+
+    output = folder / f"{algorithm}-{k}.codebooks"
+    start = time.perf_counter()
+    report = cluster_store(
+        stores["train"],
+        output,
+        k,
+        0.5,
+        algorithm=algorithm,
+        test=stores["test"],
+        n_threads=THREADS,
+    )
+    output.unlink()
+    return report.to_json() | {"seconds": time.perf_counter() - start}
+
+
+INTRODUCTION = f"""# Patterns
+
+`benchmarks/patterns.py` does it. Patterns are those of rule `{RULE}` at {SPARSITY:.0%} in the loop;
+codebooks are fitted on the WikiText-2 validation text and scored on the raw test text."""
+
+
+def report() -> str:
+    lines = [INTRODUCTION]
+    scale = _load("scale")
+    if "kernel" in scale:
+        lines.append(
+            "\n## Speed\n\nThe kernel is one thread's assignment of 4096 rows to 2048 centroids; "
+            "the limit is benchmarks/popcount.c, "
+            f"which needs no memory. Medians of {KERNEL_RUNS} runs in turn.\n\n"
+            "| neurons | 1e9 words/s | of the limit |\n|---|---|---|"
+        )
+        for width, runs in scale["kernel"].items():
+            speed, shares = median(r[0] for r in runs), [r[0] / r[1] for r in runs]
+            lines.append(
+                f"| {width} | {speed / 1e9:.1f} | **{median(shares):.0%}** "
+                f"({min(shares):.0%} to {max(shares):.0%}) |"
+            )
+    if "pass" in scale:
+        p = scale["pass"]
+        lines.append(
+            f"\nOne pass (assignment and update) over {p['rows'] / 1e6:.2f} M rows of {p['width']} "
+            f"neurons and {p['clusters']} centroids, read from the disk: {p['seconds']:.0f} s with "
+            f"{THREADS} threads, of which the update {p['update_seconds']:.1f}; "
+            f"{p['private_mb']:.0f} MB of memory besides the mapped file's cached pages."
+        )
+    for path in sorted(RESULTS.glob("*/result.json")):
+        name, result = path.parent.name, json.loads(path.read_text())
+        if name != "scale":
+            lines += _model_lines(name, result)
+    wheres = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*/machine.json"))]
+    lines += [f"\n{line}." for line in dict.fromkeys(map(machine_line, wheres))]
+    return "\n".join(lines) + "\n"
+
+
+def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
+    lines = [f"\n## {name}"]
+    if "layer" in result:
+        r = result["layer"]
+        lines.append(
+            f"\nLayer {r['layer']}, {r['rows']} tokens, 2048 clusters to convergence: "
+            f"{r['seconds']:.0f} s, {r['passes']} passes, recall {r['recall']:.4f} on these tokens."
+        )
+    if "scikit-learn" in result:
+        r = result["scikit-learn"]
+        equal = r["our_seconds_to_equal"]
+        ours = "never" if equal is None else f"after {equal:.1f} s, **{r['seconds'] / equal:.0f}**"
+        lines.append(
+            f"scikit-learn's MiniBatchKMeans on 0/1 floats: {r['seconds']:.0f} s, recall "
+            f"{r['recall']:.4f}; ours is as good {ours} times faster."
+        )
+    columns = ("cluster", "static", "previous", "random")
+    lines.append(
+        "\nRecall of held-out tokens, mean of layers; `cluster` is an oracle's choice.\n\n"
+        "| codebook | K | density | cluster | energy | static | previous | random | MB | s |\n"
+        "|---|---|---|---|---|---|---|---|---|---|"
+    )
+    for key, r in result.items():
+        if key in ("layer", "scikit-learn"):
+            continue
+        means = [f"{r['mean'][c]['recall']:.4f}" for c in columns]
+        energy = r["mean"]["cluster"].get("energy_recall")
+        density = np.mean([layer["density"] for layer in r["layers"]])
+        lines.append(
+            f"| {r['algorithm']} | {r['n_clusters']} | {density:.2f} | **{means[0]}** "
+            f"| {'-' if energy is None else f'{energy:.4f}'} | {' | '.join(means[1:])} "
+            f"| {r['codebook_bytes'] / 1e6:.1f} | {r['seconds']:.0f} |"
+        )
+    return lines
+
+
+def _load(name: str) -> dict[str, Any]:
+    path = RESULTS / name / "result.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    run_and_report(__doc__, run, report, "patterns.md")
