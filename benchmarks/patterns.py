@@ -32,6 +32,20 @@ TRAIN_WINDOWS, TEST_WINDOWS = 195, 16  # 200,000 tokens
 CLUSTERS = (1, 16, 128, 512, 2048)
 PUBLISHED_CLUSTERS = (512, 2048)
 KERNEL_RUNS = 9
+# In the loop: clusters and what they are compared with, at the shares of neurons that stay.
+PPL_WINDOWS, PPL_CALIBRATION, PPL_CLUSTERS = 4, 48, 512
+_CLUSTER = f"cluster:k={PPL_CLUSTERS}"
+PPL_RULES = (
+    *(
+        "oracle",
+        f"{_CLUSTER}:oracle=1",
+        f"{_CLUSTER}:oracle=1:and=1",
+        _CLUSTER,
+        f"{_CLUSTER}:and=1",
+    ),
+    *("static", "random", "gate", "lowbit:gate=3:up=3"),
+)
+PPL_BUDGETS = (0.6, 0.7, 0.8, 0.9)  # of the predicted cluster and static; of all, a half
 
 
 def run(name: str) -> None:
@@ -58,6 +72,7 @@ def run(name: str) -> None:
     for algorithm in ("published", "binary"):
         for k in PUBLISHED_CLUSTERS:
             keep(f"{algorithm} {k}", lambda k=k, a=algorithm: clustered(stores, folder, k, a))
+    keep("ppl", lambda: perplexity(name))
 
 
 # Speed -------------------------------------------------------------------------------------------
@@ -230,6 +245,44 @@ def clustered(stores: dict[str, Any], folder: Path, k: int, algorithm: str) -> d
     return report.to_json() | {"seconds": time.perf_counter() - start}
 
 
+def perplexity(name: str) -> list[dict[str, Any]]:
+    """PPL changes with each rule's neurons in the loop, on windows of the test text."""
+    import fallow
+    from fallow.calibration import Calibrator
+    from fallow.evaluation import run_window
+    from fallow.metrics import ppl_change_percent
+    from fallow.rules import find_rule
+    from fallow.text import load_text
+
+    model = fallow.load(name)
+    calibrator = Calibrator(
+        model, VALIDATION, context=CONTEXT, windows=PPL_CALIBRATION, validation_windows=1
+    )
+    cells = [(rule, 0.5) for rule in PPL_RULES]
+    cells += [(rule, kept) for kept in PPL_BUDGETS for rule in (_CLUSTER, "static")]
+    plans = [calibrator.plan(rule, sparsity=1 - kept, measure=False) for rule, kept in cells]
+    windows = model.windows(load_text(TEST, "evaluation"), CONTEXT, PPL_WINDOWS)
+    results = [run_window(model, window, plans) for window in windows]
+    dense = np.array([d.loss for d, _ in results])
+    rows = []
+    for i, (rule, kept) in enumerate(cells):
+        found = [r[i] for _, r in results]
+        change, error = ppl_change_percent(np.array([r.loss for r in found]), dense)
+        cost = getattr(find_rule(rule), "ffn_bytes", lambda *_: None)
+        rows.append(
+            {
+                "rule": rule,
+                "kept": kept,
+                "ppl_change_percent": change,
+                "ppl_change_se": error,
+                "recall": float(np.mean([r.recall for r in found])),
+                "energy_recall": float(np.mean([r.energy_recall for r in found])),
+                "ffn_bytes": cost(kept, model.layers[0]),
+            }
+        )
+    return rows
+
+
 INTRODUCTION = f"""# Patterns
 
 `benchmarks/patterns.py` does it. Patterns are those of rule `{RULE}` at {SPARSITY:.0%} in the loop;
@@ -292,7 +345,7 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|"
     )
     for key, r in result.items():
-        if key in ("layer", "scikit-learn"):
+        if key in ("layer", "scikit-learn", "ppl"):
             continue
         means = [f"{r['mean'][c]['recall']:.4f}" for c in columns]
         energy = r["mean"]["cluster"].get("energy_recall")
@@ -301,6 +354,21 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
             f"| {r['algorithm']} | {r['n_clusters']} | {density:.2f} | **{means[0]}** "
             f"| {'-' if energy is None else f'{energy:.4f}'} | {' | '.join(means[1:])} "
             f"| {r['codebook_bytes'] / 1e6:.1f} | {r['seconds']:.0f} |"
+        )
+    if "ppl" in result:
+        lines.append(
+            f"\nIn the loop, {PPL_WINDOWS} windows of {CONTEXT}; {PPL_CLUSTERS} clusters and all "
+            f"else from {PPL_CALIBRATION} windows. `oracle=1`: the cluster that the true active "
+            "set is nearest to, else the one predicted from the FFN's input; `and=1`: of it the "
+            "truly active neurons alone. **FFN bytes** as in [selectors.md](selectors.md).\n\n"
+            "| rule | kept | PPL change % | recall | energy | FFN bytes |\n"
+            "|---|---|---|---|---|---|"
+        )
+    for r in result.get("ppl", []):
+        lines.append(
+            f"| `{r['rule']}` | {r['kept']:.0%} "
+            f"| {r['ppl_change_percent']:+.1f} ± {r['ppl_change_se']:.1f} | {r['recall']:.3f} "
+            f"| {r['energy_recall']:.3f} | {r['ffn_bytes']:.3f} |"
         )
     return lines
 

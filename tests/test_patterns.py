@@ -3,6 +3,9 @@
 import errno
 import os
 import shutil
+import signal
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fallow
-from fallow import _core
+from fallow import _core, workers
 from fallow.calibration import Calibrator
 from fallow.errors import FallowError, UsageError
 from fallow.patterns import clustering, published
@@ -365,6 +368,26 @@ def test_weights_make_the_objective(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gain[chosen[k]].min() >= gain[~chosen[k]].max()
 
 
+def test_mini_batches_come_first() -> None:
+    active, _ = planted_rows(3000, 200, 30, seed=1)
+    rows = pack_bits(active)
+    whole = fit(rows, 200, 30, 0.5)
+    found = fit(rows, 200, 30, 0.5, batch=200)
+    assert (np.diff(found.history[:-1]) > 0).all()
+    assert found.history[0] > whole.history[0]  # the first whole pass begins from better ones
+    assert found.history[-1] > 0.99 * whole.history[-1]
+    with pytest.raises(UsageError, match="batches of 0 rows"):
+        fit(rows, 200, 30, 0.5, batch=0)
+
+
+def test_parts_of_mapped_rows(store: PatternStore) -> None:
+    mapped = store.mapped(1, first=2, end=9)
+    np.testing.assert_array_equal(mapped.open(), store.rows(1)[64:288])
+    parts = mapped.split(5)
+    np.testing.assert_array_equal(np.concatenate([p.open() for p in parts]), mapped.open())
+    assert len(mapped.split(1000)) == 224
+
+
 def test_bad_requests() -> None:
     rows = pack_bits(random_rows(10, 40))
     with pytest.raises(UsageError, match="11 clusters of 10 rows"):
@@ -555,3 +578,62 @@ def test_published_on_a_store(store: PatternStore, tmp_path: Path) -> None:
         np.testing.assert_array_equal(made[0].centroids, made[1].centroids)  # pooled
         assert 0 < report.layers[0].scores["cluster"]["recall"] <= 1
     assert report.codebook_bytes == 6 * 64
+
+
+# Workers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ray_workers() -> Iterator[None]:
+    ray = pytest.importorskip("ray")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+@pytest.mark.usefixtures("ray_workers")
+def test_workers_find_the_same_centroids(store: PatternStore, tmp_path: Path) -> None:
+    reports = [cluster_store(store, tmp_path / f"{n}", 12, 0.5, workers=n) for n in (1, 2)]
+    alone, shared = (load_codebooks(tmp_path / f"{n}")[0] for n in (1, 2))
+    for layer in alone:
+        np.testing.assert_array_equal(alone[layer].centroids, shared[layer].centroids)
+    first, second = ([r.train_recall for r in report.layers] for report in reports)
+    assert first == second
+
+
+@pytest.mark.usefixtures("ray_workers")
+def test_workers_collect_the_same_rows(
+    store: PatternStore,
+    tiny: dict[str, fallow.Model],
+    topk_plan: Plan,
+    texts: Texts,
+    tmp_path: Path,
+) -> None:
+    shared = collect(
+        tiny["llama"], topk_plan, tmp_path / "s", texts[0],
+        context=32, windows=12, magnitudes=True, workers=2,
+    )  # fmt: skip
+    for layer in range(2):
+        np.testing.assert_array_equal(shared.rows(layer), store.rows(layer))
+        np.testing.assert_array_equal(shared.magnitudes(layer), store.magnitudes(layer))
+
+
+@pytest.mark.usefixtures("ray_workers")
+def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
+    def dies_once(flag: str, number: int) -> int:  # inside, so that it travels with its code
+        try:
+            os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return number
+        os.kill(os.getpid(), signal.SIGKILL)
+        return -1
+
+    parts = [(str(tmp_path / "flag"), i) for i in range(5)]
+    assert sorted(workers.results(dies_once, parts, 2)) == [(i, i) for i in range(5)]
+
+
+def test_no_worker() -> None:
+    with pytest.raises(UsageError, match="--workers 0 is too few"):
+        list(workers.results(print, [], 0))

@@ -57,6 +57,9 @@ TextOption = Annotated[
     Path | None,
     typer.Option("--text", help="UTF-8 text; default: half of the Python language reference."),
 ]
+WorkersOption = Annotated[
+    int, typer.Option(min=1, help="Processes of Ray (pip install 'fallow[ray]'); 1: this one.")
+]
 ContextOption = Annotated[int, typer.Option(help="Tokens per window.")]
 DtypeOption = Annotated[
     str,
@@ -76,9 +79,11 @@ def main() -> None:
     except FallowError as error:
         _fail(str(error), error.exit_code)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in LAB_PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in (*LAB_PACKAGES, "ray"):
             raise
-        _fail(f"this command needs {error.name}; install it with: pip install 'fallow[lab]'", 1)
+        extra = "ray" if package == "ray" else "lab"
+        _fail(f"this needs {error.name}; install it with: pip install 'fallow[{extra}]'", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -837,6 +842,7 @@ def patterns_collect(
     magnitudes: Annotated[
         bool, typer.Option("--magnitudes", help="Also keep how loud neurons are: 16 bits each.")
     ] = False,
+    workers: WorkersOption = 1,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -855,6 +861,7 @@ def patterns_collect(
         context=context,
         windows=windows,
         magnitudes=magnitudes,
+        workers=workers,
     )
     header = store.header
     if as_json:
@@ -994,6 +1001,10 @@ def patterns_cluster(
     energy: Annotated[
         bool, typer.Option("--energy", help="Loud neurons count for more; needs magnitudes.")
     ] = False,
+    batch: Annotated[
+        int | None, typer.Option(help="A first run in mini-batches of so many rows.")
+    ] = None,
+    workers: WorkersOption = 1,
     seed: Annotated[int, typer.Option(help="Of the first centroids.")] = 0,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -1015,6 +1026,8 @@ def patterns_cluster(
         seed=seed,
         restarts=restarts,
         energy=energy,
+        batch=batch,
+        workers=workers,
         n_threads=threads or os.cpu_count() or 1,
     )
     if as_json:

@@ -8,6 +8,8 @@ count are the best for a cluster. With |x| = |c| = B it is k-means on the rows, 
 distance is then 2 (B - |x and c|).
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,8 +17,9 @@ import numpy as np
 
 from fallow import _core
 from fallow.errors import UsageError
-from fallow.patterns.store import chunks, pack_bits, row_sizes, unpack_bits
+from fallow.patterns.store import MappedRows, chunks, pack_bits, row_sizes, unpack_bits
 from fallow.progress import progress
+from fallow.workers import results
 
 ROWS_AT_ONCE = 65536
 # k-means++ sees this many rows per centroid: seeding takes as long as one pass then.
@@ -122,8 +125,33 @@ def one_pass(
     return total
 
 
+def pass_over(
+    rows: np.ndarray | MappedRows,
+    centroids: np.ndarray,
+    weights: np.ndarray | None = None,
+    n_threads: int = 1,
+    workers: int = 1,
+) -> Pass:
+    """A pass over all rows, of mapped ones in several workers; whole numbers, so all the same."""
+    if workers == 1 or isinstance(rows, np.ndarray):
+        return one_pass(_opened(rows), centroids, weights, n_threads)
+    parts = [(part, centroids, weights, n_threads) for part in rows.split(workers)]
+    found = [result for _, result in results(_pass_of_part, parts, workers)]
+    return functools.reduce(operator.add, found)
+
+
+def _pass_of_part(
+    rows: MappedRows, centroids: np.ndarray, weights: np.ndarray | None, n_threads: int
+) -> Pass:
+    return one_pass(rows.open(), centroids, weights, n_threads)
+
+
+def _opened(rows: np.ndarray | MappedRows) -> np.ndarray:
+    return rows.open() if isinstance(rows, MappedRows) else rows
+
+
 def fit(
-    rows: np.ndarray,
+    rows: np.ndarray | MappedRows,
     width: int,
     n_clusters: int,
     budget: float,
@@ -133,6 +161,8 @@ def fit(
     max_passes: int = MAX_PASSES,
     weights: np.ndarray | None = None,
     n_threads: int = 1,
+    workers: int = 1,
+    batch: int | None = None,
     start: Codebook | None = None,
     after_pass: AfterPass | None = None,
 ) -> Codebook:
@@ -144,15 +174,21 @@ def fit(
     Args:
         budget: share of the neurons that every centroid has, in (0, 1).
         weights: of neurons, whole numbers 0 to 15, (width,); None: all count alike.
+        workers: processes that share each pass, if rows are mapped.
+        batch: rows of a mini-batch: a first run over the rows, in which centroids are updated
+            after every batch, saves whole passes where rows are many.
         start: a codebook to go on from, in place of k-means++ (one restart).
         after_pass: called with the codebook after each pass, to keep it.
 
     Raises:
         UsageError: a budget outside (0, 1), or K above the number of rows.
     """
-    size = budget_size(budget, width)
-    if not 1 <= n_clusters <= min(len(rows), MAX_CLUSTERS):
-        raise UsageError(f"{n_clusters} clusters of {len(rows)} rows; give 1 to the number of rows")
+    size, opened = budget_size(budget, width), _opened(rows)
+    count = len(opened)
+    if not 1 <= n_clusters <= min(count, MAX_CLUSTERS):
+        raise UsageError(f"{n_clusters} clusters of {count} rows; give 1 to the number of rows")
+    if batch is not None and batch < 1:
+        raise UsageError(f"batches of {batch} rows; give at least 1")
     if weights is not None:
         weights = np.ascontiguousarray(weights, dtype=np.uint8)
         if weights.shape != (width,) or weights.max(initial=0) > _WEIGHTS:
@@ -161,30 +197,46 @@ def fit(
     for i in range(restarts if start is None else 1):
         rng = np.random.default_rng((seed, i))
         if start is None:
-            seeds = unpack_bits(plus_plus(rows, n_clusters, rng, n_threads), width)
+            seeds = unpack_bits(plus_plus(opened, n_clusters, rng, n_threads), width)
             each = Pass(0, seeds, np.ones(n_clusters, dtype=np.int64), [])  # a cluster of its own
             made = Codebook(update(each, width, size, weights), width, [], weights)
+            if batch is not None:
+                _mini_batches(opened, made, size, batch, n_threads)
         else:
             made = Codebook(start.centroids, width, list(start.history), weights)
-        _lloyd(rows, made, size, max_passes, n_threads, after_pass)
+        _lloyd(rows, made, size, max_passes, n_threads, workers, after_pass)
         if best is None or made.history[-1] > best.history[-1]:
             best = made
     assert best is not None
     return best
 
 
+def _mini_batches(
+    rows: np.ndarray, codebook: Codebook, size: int, batch: int, n_threads: int
+) -> None:
+    """One run over the rows, in place: centroids follow the counts so far (Sculley, WWW 2010)."""
+    total: Pass | None = None
+    with progress("mini-batches", -(-len(rows) // batch)) as ticker:
+        for part in chunks(len(rows), batch):
+            found = one_pass(rows[part], codebook.centroids, codebook.weights, n_threads)
+            total = found if total is None else total + found
+            codebook.centroids = update(total, codebook.width, size, codebook.weights)
+            ticker.advance()
+
+
 def _lloyd(
-    rows: np.ndarray,
+    rows: np.ndarray | MappedRows,
     codebook: Codebook,
     size: int,
     max_passes: int,
     n_threads: int,
+    workers: int,
     after_pass: AfterPass | None,
 ) -> None:
     """Passes until the objective stays, in place."""
     with progress(f"clustering into {codebook.n_clusters}") as ticker:
         while len(codebook.history) < max_passes:
-            found = one_pass(rows, codebook.centroids, codebook.weights, n_threads)
+            found = pass_over(rows, codebook.centroids, codebook.weights, n_threads, workers)
             stays = bool(codebook.history) and found.overlap <= codebook.history[-1]
             codebook.history.append(found.overlap)
             if stays:

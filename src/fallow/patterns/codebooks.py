@@ -16,7 +16,15 @@ from fallow.errors import FallowError, UsageError
 from fallow.files import atomic_path, check_writable, write_json
 from fallow.patterns import published
 from fallow.patterns.clustering import Codebook, budget_size, fit, largest
-from fallow.patterns.store import PatternStore, chunks, n_words, pack_bits, row_sizes, unpack_bits
+from fallow.patterns.store import (
+    MappedRows,
+    PatternStore,
+    chunks,
+    n_words,
+    pack_bits,
+    row_sizes,
+    unpack_bits,
+)
 from fallow.progress import console
 
 ALGORITHMS = ("lloyd", "published", "binary")
@@ -118,6 +126,8 @@ def cluster_store(
     seed: int = 0,
     restarts: int = 1,
     energy: bool = False,
+    batch: int | None = None,
+    workers: int = 1,
     n_threads: int = 1,
 ) -> ClusterReport:
     """Fits a codebook per layer, writes them, and scores them on windows they were not fitted on.
@@ -130,6 +140,7 @@ def cluster_store(
             have a share of `budget` neurons; or "binary", its baseline, on one chunk.
         test: what to score on; default: the last `held_out` of the store's windows.
         energy: of Lloyd: neurons count with their mean share of the energy, in 15 steps.
+        batch, workers: of Lloyd, as for `fit`.
 
     Raises:
         UsageError: an unknown algorithm, a budget outside (0, 1), more clusters than rows, or
@@ -163,7 +174,7 @@ def cluster_store(
     held = _Part(store, tap, n_train, header.n_windows) if test is None else _Part(test, tap)
     settings = asdict(header) | {
         "n_clusters": n_clusters, "budget": budget, "algorithm": algorithm, "tap": tap,
-        "n_train": n_train, "seed": seed, "restarts": restarts, "energy": energy,
+        "n_train": n_train, "seed": seed, "restarts": restarts, "energy": energy, "batch": batch,
     }  # fmt: skip
     state = _State(Path(f"{output}.parts"), settings)
     made: list[Codebook] = []
@@ -174,11 +185,10 @@ def cluster_store(
     )  # fmt: skip
     for layer in wanted:
         if algorithm == "lloyd":
-            rows = train.rows(layer)
             codebook = state.finished(layer)
             if codebook is None:
                 codebook = fit(
-                    rows,
+                    train.mapped(layer),
                     width,
                     n_clusters,
                     budget,
@@ -186,6 +196,8 @@ def cluster_store(
                     restarts=restarts,
                     weights=_energy_weights(train, layer) if energy else None,
                     n_threads=n_threads,
+                    workers=workers,
+                    batch=batch,
                     start=state.begun(layer) if restarts == 1 else None,
                     after_pass=partial(state.keep, layer, finished=False),
                 )
@@ -214,12 +226,15 @@ class _Part:
     def __init__(self, store: PatternStore, tap: str, first: int = 0, end: int | None = None):
         self.store, self.tap = store, tap
         context = store.header.context
-        end = store.header.n_windows if end is None else end
-        self._rows = slice(first * context, end * context)
-        self.n_rows = (end - first) * context
+        self._first, self._end = first, store.header.n_windows if end is None else end
+        self._rows = slice(first * context, self._end * context)
+        self.n_rows = (self._end - first) * context
+
+    def mapped(self, layer: int) -> MappedRows:
+        return self.store.mapped(layer, self.tap, self._first, self._end)
 
     def rows(self, layer: int) -> np.ndarray:
-        return self.store.rows(layer, self.tap)[self._rows]
+        return self.mapped(layer).open()
 
     def magnitudes(self, layer: int) -> np.ndarray | None:
         """None where the store has none."""

@@ -1,5 +1,6 @@
 """Runs a model under a plan over a text and keeps which neurons were active."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -7,15 +8,17 @@ import torch
 
 from fallow.capture import as_floats, non_finite_error
 from fallow.errors import UsageError
-from fallow.model import Model
-from fallow.patterns.store import Header, PatternStore, StoreWriter
+from fallow.model import Model, load
+from fallow.patterns.store import Header, PatternStore, StoreWriter, write_window
 from fallow.plan import Plan
 from fallow.progress import progress
 from fallow.taps import Tap, attach
 from fallow.text import Text, load_text
+from fallow.workers import results
 
 # What the published definition looks at: outputs of gate_proj, up_proj and down_proj.
 PUBLISHED_TAPS = ("gate_pre", "up", "ffn_out")
+WINDOWS_OF_A_TASK = 8  # what is done again if a worker dies
 
 
 def collect(
@@ -28,6 +31,7 @@ def collect(
     context: int = 1024,
     windows: int | None = None,
     magnitudes: bool = False,
+    workers: int = 1,
 ) -> PatternStore:
     """Active sets of a text's tokens: what the plan leaves other than zero, by tap and layer.
 
@@ -39,6 +43,7 @@ def collect(
         context, windows: tokens per window, and how many of the text's windows (None: all).
         magnitudes: also keep each token's out_norm, as energy recall needs it: two bytes per
             neuron.
+        workers: processes of Ray that share the windows, each with a copy of the model.
 
     Raises:
         FallowError: text shorter than a window, plan for another model, NaN, a folder that holds
@@ -72,19 +77,46 @@ def collect(
         widths=widths,
         magnitudes=magnitudes,
     )
-    recorder = Recorder(model, taps, magnitudes)
     writer = StoreWriter(folder, header, cut)
-    left = [i for i in range(len(cut)) if i not in writer.done]
-    with (
-        progress("patterns", len(left)) as ticker,
-        model.sparse(plan),
-        attach(model.layers, {tap: recorder.tap(tap) for tap in taps}),
-    ):
-        for window in left:
-            model.hidden(cut[window][None])
-            writer.add(window, recorder.active, recorder.magnitudes)
-            ticker.advance()
+    left = np.array([i for i in range(len(cut)) if i not in writer.done], dtype=np.int64)
+    own = model if workers == 1 else (model.name, model.dtype_name)
+    size = 1 if workers == 1 else WINDOWS_OF_A_TASK
+    parts = [(own, plan, writer.folder, header, cut[some], some) for some in _split(left, size)]
+    with progress("patterns", len(left)) as ticker:
+        for _, finished in results(_collect_part, parts, workers):
+            writer.finish(finished)
+            ticker.advance(len(finished))
     return PatternStore(folder)
+
+
+def _split(numbers: np.ndarray, size: int) -> list[np.ndarray]:
+    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
+
+
+def _collect_part(
+    model: Model | tuple[str, str],
+    plan: Plan,
+    folder: Path,
+    header: Header,
+    windows: np.ndarray,
+    numbers: np.ndarray,
+) -> list[int]:
+    """Writes the rows of some windows; the model itself, or in another process what to load."""
+    if not isinstance(model, Model):
+        model = _loaded(*model)
+    taps = tuple(header.widths)
+    recorder = Recorder(model, taps, header.magnitudes)
+    with model.sparse(plan), attach(model.layers, {tap: recorder.tap(tap) for tap in taps}):
+        for number, window in zip(numbers, windows, strict=True):
+            model.hidden(window[None])
+            write_window(folder, int(number), recorder.active, recorder.magnitudes)
+    return [int(number) for number in numbers]
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str, dtype: str) -> Model:
+    """A worker serves several parts with one copy."""
+    return load(name, dtype)
 
 
 class Recorder:

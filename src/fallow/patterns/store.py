@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,29 @@ def unpack_bits(rows: np.ndarray, width: int) -> np.ndarray:
 def row_sizes(rows: np.ndarray) -> np.ndarray:
     """How many neurons are active in each row, (n,) int64."""
     return np.bitwise_count(rows).sum(axis=1, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class MappedRows:
+    """Rows of a file: what a worker needs to read them itself."""
+
+    path: Path
+    first: int
+    n: int
+    words: int
+
+    def open(self) -> np.ndarray:
+        """Bits (n, words) uint64, mapped."""
+        shape, offset = (self.n, self.words), self.first * self.words * 8
+        return np.memmap(self.path, dtype="<u8", mode="r", shape=shape, offset=offset)
+
+    def split(self, count: int) -> "list[MappedRows]":
+        """As that many parts, of about equal size; fewer of fewer rows."""
+        edges = np.unique(np.linspace(0, self.n, count + 1).round().astype(int))
+        return [
+            MappedRows(self.path, self.first + int(a), int(b - a), self.words)
+            for a, b in pairwise(edges)
+        ]
 
 
 @dataclass(frozen=True)
@@ -119,9 +143,16 @@ class PatternStore:
         Raises:
             UsageError: a tap or a layer that the store lacks.
         """
-        width = self._width(layer, tap)
+        return self.mapped(layer, tap).open()
+
+    def mapped(
+        self, layer: int, tap: str = "inter", first: int = 0, end: int | None = None
+    ) -> MappedRows:
+        """The same rows, or those of some windows, not yet open. Raises as `rows`."""
+        words, context = n_words(self._width(layer, tap)), self.header.context
+        count = (self.header.n_windows if end is None else end) - first
         path = _bits_file(self.folder, tap, layer)
-        return np.memmap(path, dtype="<u8", mode="r", shape=(self.n_rows, n_words(width)))
+        return MappedRows(path, first * context, count * context, words)
 
     def magnitudes(self, layer: int) -> np.ndarray:
         """Each token's out_norm over its norm, (n_rows, width) float16, mapped; 0 where inactive.
@@ -178,40 +209,44 @@ class StoreWriter:
         self._log = JsonLines(self.folder / _DONE)
         self.done = set(self._log.found)
 
-    def add(
-        self,
-        window: int,
-        active: Mapping[str, list[np.ndarray]],
-        magnitudes: list[np.ndarray] | None = None,
-    ) -> None:
-        """Writes a window: bool (context, width) by tap and layer, and `magnitudes` of `inter`.
+    def finish(self, windows: Iterable[int]) -> None:
+        """Windows whose rows are written count from now on. Raises FallowError: disk full, say."""
+        self._log.add(*windows)
+        self.done.update(windows)
 
-        Raises:
-            FallowError: the disk is full, say; the window then counts as missing.
-        """
-        for tap, layers in active.items():
-            for layer, of_layer in enumerate(layers):
-                self._write(tap, layer, window, pack_bits(of_layer))
-        for layer, of_layer in enumerate(magnitudes or []):
-            self._write(MAGNITUDES, layer, window, of_layer.astype("<f2"))
-        self._log.add(window)
-        self.done.add(window)
 
-    def _write(self, what: str, layer: int, window: int, rows: np.ndarray) -> None:
-        path = _bits_file(self.folder, what, layer)
-        data = rows.tobytes()
+def write_window(
+    folder: Path,
+    window: int,
+    active: Mapping[str, list[np.ndarray]],
+    magnitudes: Iterable[np.ndarray] = (),
+) -> None:
+    """Writes a window's rows to their place: bool (context, width) by tap and layer.
+
+    Raises:
+        FallowError: the disk is full, say.
+    """
+    for tap, layers in active.items():
+        for layer, of_layer in enumerate(layers):
+            _write(_bits_file(folder, tap, layer), window, pack_bits(of_layer))
+    for layer, of_layer in enumerate(magnitudes):
+        _write(_bits_file(folder, MAGNITUDES, layer), window, of_layer.astype("<f2"))
+
+
+def _write(path: Path, window: int, rows: np.ndarray) -> None:
+    data = rows.tobytes()
+    try:
+        file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
         try:
-            file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
-            try:
-                written = 0
-                while written < len(data):
-                    written += os.pwrite(file, data[written:], window * len(data) + written)
-            finally:
-                os.close(file)
-        except OSError as error:
-            raise FallowError(
-                f"cannot write {path}: {error.strerror}; make room and run the same command again"
-            ) from error
+            written = 0
+            while written < len(data):
+                written += os.pwrite(file, data[written:], window * len(data) + written)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise FallowError(
+            f"cannot write {path}: {error.strerror}; make room and run the same command again"
+        ) from error
 
 
 def _bits_file(folder: Path, what: str, layer: int) -> Path:
