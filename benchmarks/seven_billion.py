@@ -19,7 +19,7 @@ KV = HEAD_DIM * KV_HEADS
 ROPE_BASE = 10000.0
 SPREAD = 0.02  # of weights
 IDLE_GATE, IDLE = 0.05, 0.45  # neurons left out after gate_proj, and after up_proj
-EXACT_ROWS = 0.005  # of the head
+EXACT_ROWS = 0.009  # of the head
 POOL = 4096  # different rows of a matrix; others are copies
 
 

@@ -375,7 +375,7 @@ def test_mini_batches_come_first() -> None:
     found = fit(rows, 200, 30, 0.5, batch=200)
     assert (np.diff(found.history[:-1]) > 0).all()
     assert found.history[0] > whole.history[0]  # the first whole pass begins from better ones
-    assert found.history[-1] > 0.99 * whole.history[-1]
+    assert found.history[-1] > 0.97 * whole.history[-1]
     with pytest.raises(UsageError, match="batches of 0 rows"):
         fit(rows, 200, 30, 0.5, batch=0)
 
