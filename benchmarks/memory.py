@@ -233,6 +233,9 @@ for speed alone.
   the FFN's bytes in memory.
 - **hits**: of the bytes that a token needs the share that was in memory.
 
+Of others that read weights as they go, neurostream 0.2.1 refuses both models ("unsupported
+architecture: qwen2"), and airllm 4.0.0 needs a Hugging Face folder, which these are not.
+
 | model | budget MB | peak MB | fed tok/s | llama.cpp | **/ llama.cpp** | answers tok/s | MB/token \
 from disk | hits | waiting ms/token | first token s | llama.cpp's |
 |---|---|---|---|---|---|---|---|---|---|---|---|"""

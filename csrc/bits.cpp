@@ -47,9 +47,14 @@ struct Best {
 
   static constexpr int32_t kNone = std::numeric_limits<int32_t>::min();
 
-  // Written without branches, so that the compiler takes four columns at once.
+  // After some tiles few rows find a better label. The inner loops have no branches, so that the
+  // compiler takes four columns at once.
   void add(size_t first, const int32_t* scores, int32_t label_of_first) {
-    for (size_t r = 0; r < kBitTile; ++r)
+    for (size_t r = 0; r < kBitTile; ++r) {
+      int32_t some = 0;
+      for (size_t c = 0; c < kBitTile; ++c)
+        some |= -(scores[r * kBitTile + c] > score[first + r][c]);
+      if (!some) continue;
       for (size_t c = 0; c < kBitTile; ++c) {
         int32_t &best = score[first + r][c], &best_label = label[first + r][c];
         const int32_t found = scores[r * kBitTile + c];
@@ -57,6 +62,7 @@ struct Best {
         best = better ? found : best;
         best_label = better ? label_of_first + static_cast<int32_t>(c) : best_label;
       }
+    }
   }
 
   void add(size_t row, int32_t found, int32_t found_label) {
