@@ -15,7 +15,7 @@ install: $(INSTALLED) $(SMOLLM2)
 $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard src/fallow/*.py src/fallow/*/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet '.[lab,dev]'
+	$(BIN)/python -m pip install --quiet '.[lab,ray,dev]'
 	touch $@
 
 $(SMOLLM2): $(INSTALLED)
