@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class ClusterReport:
     train_rows: int
     test_rows: int
     test_text: str
-    layers: list[LayerResult] = field(default_factory=list)
+    layers: list[LayerResult]
 
     def mean(self, name: str, score: str = "recall") -> float:
         """A score's mean over layers."""
@@ -150,74 +150,95 @@ def cluster_store(
     if algorithm not in ALGORITHMS:
         raise UsageError(f"unknown algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
     header = store.header
-    width = header.widths.get(tap, 0)
-    size = budget_size(budget, width) if width else 0
     wanted = list(range(header.n_layers)) if layers is None else list(layers)
     for layer in wanted:
         store.rows(layer, tap)  # or it says what is wrong
-    n_train = header.n_windows
+    width = header.widths[tap]
+    size = budget_size(budget, width)
+    train, held = _split(store, tap, test, held_out)
+    check_writable(output)
+    settings = asdict(header) | {
+        "n_clusters": n_clusters, "budget": budget, "algorithm": algorithm, "tap": tap,
+        "train_rows": train.n_rows, "seed": seed, "restarts": restarts, "energy": energy,
+        "batch": batch,
+    }  # fmt: skip
+    state = _State(Path(f"{output}.parts"), settings)
+    if algorithm == "lloyd":
+
+        def make(layer: int) -> Codebook:
+            finished = state.finished(layer)
+            if finished is not None:
+                return finished
+            made = fit(
+                train.mapped(layer),
+                width,
+                n_clusters,
+                budget,
+                seed=seed,
+                restarts=restarts,
+                weights=_energy_weights(train, layer) if energy else None,
+                n_threads=n_threads,
+                workers=workers,
+                batch=batch,
+                start=state.begun(layer) if restarts == 1 else None,
+                after_pass=partial(state.keep, layer, finished=False),
+            )
+            state.keep(layer, made, finished=True)
+            return made
+    else:
+        pooled = _pooled(train, wanted, algorithm, n_clusters, budget, n_threads)
+
+        def make(layer: int) -> Codebook:
+            return pooled
+
+    codebooks, results = {}, []
+    for layer in wanted:
+        codebooks[layer] = make(layer)
+        results.append(_score(codebooks[layer], train, held, layer, size, seed, n_threads))
+        recalls = {name: score["recall"] for name, score in results[-1].scores.items()}
+        console.print(
+            f"layer {layer}: recall {recalls['cluster']:.4f}, static {recalls['static']:.4f}, "
+            f"{results[-1].passes} passes",
+            highlight=False,
+        )
+    save_codebooks(output, codebooks, {k: json.dumps(v) for k, v in settings.items()})
+    state.remove()
+    distinct = {id(c.centroids): c.centroids.nbytes for c in codebooks.values()}
+    return ClusterReport(
+        path=str(output),
+        model=header.model,
+        rule=header.rule,
+        tap=tap,
+        algorithm=algorithm,
+        n_clusters=n_clusters,
+        budget=budget,
+        codebook_bytes=sum(distinct.values()),
+        train_rows=train.n_rows,
+        test_rows=held.n_rows,
+        test_text=held.store.header.text,
+        layers=results,
+    )
+
+
+def _split(
+    store: PatternStore, tap: str, test: PatternStore | None, held_out: float
+) -> tuple["_Part", "_Part"]:
+    """What to fit on and what to score on."""
+    header = store.header
     if test is None:
-        n_train -= round(held_out * header.n_windows)
+        n_train = header.n_windows - round(held_out * header.n_windows)
         if not 0 < n_train < header.n_windows:
             raise UsageError(
                 f"{header.n_windows} windows cannot be split at {held_out:g}; collect more of them"
             )
-    else:
-        test.check_model(header.fingerprint, header.model)
-        if (test.header.rule, test.header.knob) != (header.rule, header.knob):
-            raise FallowError(
-                f"pattern store {test.folder} is of rule {test.header.rule} at "
-                f"{test.header.knob:g}, not of {header.rule} at {header.knob:g}"
-            )
-    check_writable(output)
-    train = _Part(store, tap, 0, n_train)
-    held = _Part(store, tap, n_train, header.n_windows) if test is None else _Part(test, tap)
-    settings = asdict(header) | {
-        "n_clusters": n_clusters, "budget": budget, "algorithm": algorithm, "tap": tap,
-        "n_train": n_train, "seed": seed, "restarts": restarts, "energy": energy, "batch": batch,
-    }  # fmt: skip
-    state = _State(Path(f"{output}.parts"), settings)
-    made: list[Codebook] = []
-    pooled: Codebook | None = None
-    report = ClusterReport(
-        str(output), header.model, header.rule, tap, algorithm, n_clusters, budget, 0,
-        train.n_rows, held.n_rows, held.store.header.text,
-    )  # fmt: skip
-    for layer in wanted:
-        if algorithm == "lloyd":
-            codebook = state.finished(layer)
-            if codebook is None:
-                codebook = fit(
-                    train.mapped(layer),
-                    width,
-                    n_clusters,
-                    budget,
-                    seed=seed,
-                    restarts=restarts,
-                    weights=_energy_weights(train, layer) if energy else None,
-                    n_threads=n_threads,
-                    workers=workers,
-                    batch=batch,
-                    start=state.begun(layer) if restarts == 1 else None,
-                    after_pass=partial(state.keep, layer, finished=False),
-                )
-                state.keep(layer, codebook, finished=True)
-        else:
-            pooled = pooled or _pooled(train, wanted, algorithm, n_clusters, budget, n_threads)
-            codebook = pooled
-        made.append(codebook)
-        result = _score(codebook, train, held, layer, size, seed, n_threads)
-        report.layers.append(result)
-        console.print(
-            f"layer {layer}: recall {result.scores['cluster']['recall']:.4f}, static "
-            f"{result.scores['static']['recall']:.4f}, {result.passes} passes",
-            highlight=False,
+        return _Part(store, tap, 0, n_train), _Part(store, tap, n_train, header.n_windows)
+    test.check_model(header.fingerprint, header.model)
+    if (test.header.rule, test.header.knob) != (header.rule, header.knob):
+        raise FallowError(
+            f"pattern store {test.folder} is of rule {test.header.rule} at {test.header.knob:g}, "
+            f"not of {header.rule} at {header.knob:g}"
         )
-    report.codebook_bytes = sum(c.centroids.nbytes for c in ([pooled] if pooled else made))
-    metadata = {k: json.dumps(v) for k, v in settings.items()}
-    save_codebooks(output, dict(zip(wanted, made, strict=True)), metadata)
-    state.remove()
-    return report
+    return _Part(store, tap), _Part(test, tap)
 
 
 class _Part:
@@ -309,11 +330,15 @@ def _score(
         scores["static"].add(some, static, loud)
         scores["random"].add(some, pack_bits(largest(rng.random((1, width)), size)), loud)
         scores["previous"].add(some[1:], some[:-1], None if loud is None else loud[1:])
-    history, n_train = codebook.history, frequencies(train.rows(layer), width).sum()
+    history = codebook.history  # sums of overlaps, of Lloyd's passes alone
     return LayerResult(
         layer=layer,
         scores={name: score.to_json() for name, score in scores.items()},
-        train_recall=history[-1] / n_train if history and codebook.weights is None else None,
+        train_recall=(
+            history[-1] / count.sum()
+            if history and history[-1] and codebook.weights is None
+            else None
+        ),
         passes=len(history),
         density=float(row_sizes(codebook.centroids).mean() / width),
         active=scores["cluster"].active / (len(rows) * width),
