@@ -69,10 +69,10 @@ def run(name: str) -> None:
     keep("scikit-learn", lambda: scikit_learn(stores["train"]))
     for k in CLUSTERS:
         keep(f"lloyd {k}", lambda k=k: clustered(stores, folder, k, "lloyd"))
+    keep("ppl", lambda: perplexity(name))
     for algorithm in ("published", "binary"):
         for k in PUBLISHED_CLUSTERS:
             keep(f"{algorithm} {k}", lambda k=k, a=algorithm: clustered(stores, folder, k, a))
-    keep("ppl", lambda: perplexity(name))
 
 
 # Speed -------------------------------------------------------------------------------------------
