@@ -348,7 +348,7 @@ def test_usage_errors(run: Any, folders: dict[str, Path], texts: Texts, tmp_path
     base = ("calibrate", model, "-o", out, "--rule")
     assert error(run(*base, "magic", "--sparsity", 0.5), 2) == (
         "unknown rule 'magic'; known rules: cats, cett, fat, gate_tail, gate_topk, percentile, "
-        "relu, tail, teal, topk, two_stage, wina; known selectors: ahead, blend, gate, "
+        "relu, tail, teal, topk, two_stage, wina; known selectors: ahead, blend, cluster, gate, "
         "gate_bucket, learned, lowbit, lowrank, oracle, previous, random, static"
     )
     assert error(run(*base, "topk", "--sparsity", 1.0), 2) == (

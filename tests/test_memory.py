@@ -302,11 +302,13 @@ ssize_t pread(int fd, void* to, size_t n, off_t at) {
 ssize_t pread64(int fd, void* to, size_t n, off_t at) { return pread(fd, to, n, at); }
 """
 CHILD = """
+import signal
 import sys
 import numpy as np
 from fallow import engine as module
 from fallow.errors import FallowError
 module.rss_bytes = lambda: 0
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 try:
     engine = module.Engine(sys.argv[1], threads=2, memory=int(sys.argv[2]))
     try:

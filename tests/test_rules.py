@@ -358,7 +358,7 @@ def test_unknown_rule() -> None:
         find_rule("magic")
     assert str(error.value) == (
         "unknown rule 'magic'; known rules: cats, cett, fat, gate_tail, gate_topk, percentile, "
-        "relu, tail, teal, topk, two_stage, wina; known selectors: ahead, blend, gate, "
+        "relu, tail, teal, topk, two_stage, wina; known selectors: ahead, blend, cluster, gate, "
         "gate_bucket, learned, lowbit, lowrank, oracle, previous, random, static"
     )
 

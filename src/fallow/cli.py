@@ -83,7 +83,7 @@ def main() -> None:
         if package not in (*LAB_PACKAGES, "ray"):
             raise
         extra = "ray" if package == "ray" else "lab"
-        _fail(f"this needs {error.name}; install it with: pip install 'fallow[{extra}]'", 1)
+        _fail(f"this command needs {error.name}; install it with: pip install 'fallow[{extra}]'", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
