@@ -66,13 +66,13 @@ def run(name: str) -> None:
         return
     stores = {part: stored(name, folder, part) for part in ("train", "test")}
     keep("layer", lambda: one_layer(stores["train"]))
-    keep("scikit-learn", lambda: scikit_learn(stores["train"]))
     for k in CLUSTERS:
         keep(f"lloyd {k}", lambda k=k: clustered(stores, folder, k, "lloyd"))
     keep("ppl", lambda: perplexity(name))
     for algorithm in ("published", "binary"):
         for k in PUBLISHED_CLUSTERS:
             keep(f"{algorithm} {k}", lambda k=k, a=algorithm: clustered(stores, folder, k, a))
+    keep("scikit-learn", lambda: scikit_learn(stores["train"]))
 
 
 # Speed -------------------------------------------------------------------------------------------
