@@ -242,7 +242,9 @@ def clustered(stores: dict[str, Any], folder: Path, k: int, algorithm: str) -> d
         n_threads=THREADS,
     )
     output.unlink()
-    return report.to_json() | {"seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    names = {"path": output.name, "test_text": TEST.name}
+    return report.to_json() | names | {"seconds": seconds}
 
 
 def perplexity(name: str) -> list[dict[str, Any]]:
@@ -327,7 +329,7 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
     if "layer" in result:
         r = result["layer"]
         lines.append(
-            f"\nLayer {r['layer']}, {r['rows']} tokens, 2048 clusters to convergence: "
+            f"\nLayer {r['layer']}, {r['rows']} tokens, 2048 clusters to convergence or 100 passes: "
             f"{r['seconds']:.0f} s, {r['passes']} passes, recall {r['recall']:.4f} on these tokens."
         )
     if "scikit-learn" in result:
