@@ -329,7 +329,7 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
     if "layer" in result:
         r = result["layer"]
         lines.append(
-            f"\nLayer {r['layer']}, {r['rows']} tokens, 2048 clusters to convergence or 100 passes: "
+            f"\nLayer {r['layer']}, {r['rows']} tokens, 2048 clusters, at most 100 passes: "
             f"{r['seconds']:.0f} s, {r['passes']} passes, recall {r['recall']:.4f} on these tokens."
         )
     if "scikit-learn" in result:
