@@ -60,6 +60,11 @@ TextOption = Annotated[
 WorkersOption = Annotated[
     int, typer.Option(min=1, help="Processes of Ray (pip install 'fallow[ray]'); 1: this one.")
 ]
+RuleSparsityOption = Annotated[float | None, typer.Option(help="Of the rule; default: 0.5.")]
+PlanForRuleOption = Annotated[Path | None, typer.Option(help="A plan, in place of a rule.")]
+RuleTextOption = Annotated[
+    Path | None, typer.Option(help="What the rule is fitted on, as --text of calibrate.")
+]
 ContextOption = Annotated[int, typer.Option(help="Tokens per window.")]
 DtypeOption = Annotated[
     str,
@@ -828,12 +833,10 @@ def patterns_collect(
     model: ModelArg,
     output: Annotated[Path, typer.Option("--output", "-o", help="The store, a folder.")],
     rule: Annotated[str | None, typer.Option(help="See: fallow rules. Default: topk.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Of the rule; default: 0.5.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan, in place of a rule.")] = None,
+    sparsity: RuleSparsityOption = None,
+    plan: PlanForRuleOption = None,
     text: TextOption = None,
-    calibration_text: Annotated[
-        Path | None, typer.Option(help="What the rule is fitted on, as --text of calibrate.")
-    ] = None,
+    calibration_text: RuleTextOption = None,
     taps: Annotated[
         str, typer.Option(help="Of inter, gate_pre, gate_act, up, ffn_out; comma-separated.")
     ] = "inter",
@@ -905,12 +908,10 @@ def patterns_similarity(
     rule: Annotated[
         str | None, typer.Option(help="See: fallow rules. Default: topk; percentile as published.")
     ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Of the rule; default: 0.5.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan, in place of a rule.")] = None,
+    sparsity: RuleSparsityOption = None,
+    plan: PlanForRuleOption = None,
     text: TextOption = None,
-    calibration_text: Annotated[
-        Path | None, typer.Option(help="What the rule is fitted on, as --text of calibrate.")
-    ] = None,
+    calibration_text: RuleTextOption = None,
     published: Annotated[
         Path | None, typer.Option(help="A folder of the published texts: their test, not ours.")
     ] = None,

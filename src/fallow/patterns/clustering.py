@@ -100,12 +100,13 @@ class Pass:
 
 
 def one_pass(
-    rows: np.ndarray,
+    rows: np.ndarray | MappedRows,
     centroids: np.ndarray,
     weights: np.ndarray | None = None,
     n_threads: int = 1,
 ) -> Pass:
     """Assigns all rows (n, words), mapped or in memory, and counts; memory does not depend on n."""
+    rows = _opened(rows)
     k, words = centroids.shape
     total = Pass(0, np.zeros((k, 64 * words), dtype=np.uint32), np.zeros(k, dtype=np.int64), [])
     for part in chunks(len(rows), ROWS_AT_ONCE):
@@ -134,16 +135,10 @@ def pass_over(
 ) -> Pass:
     """A pass over all rows, of mapped ones in several workers; whole numbers, so all the same."""
     if workers == 1 or isinstance(rows, np.ndarray):
-        return one_pass(_opened(rows), centroids, weights, n_threads)
+        return one_pass(rows, centroids, weights, n_threads)
     parts = [(part, centroids, weights, n_threads) for part in rows.split(workers)]
-    found = [result for _, result in results(_pass_of_part, parts, workers)]
+    found = [result for _, result in results(one_pass, parts, workers)]
     return functools.reduce(operator.add, found)
-
-
-def _pass_of_part(
-    rows: MappedRows, centroids: np.ndarray, weights: np.ndarray | None, n_threads: int
-) -> Pass:
-    return one_pass(rows.open(), centroids, weights, n_threads)
 
 
 def _opened(rows: np.ndarray | MappedRows) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from fallow.capture import as_floats, non_finite_error
 from fallow.errors import UsageError
 from fallow.model import Model, load
-from fallow.patterns.store import Header, PatternStore, StoreWriter, write_window
+from fallow.patterns.store import Header, PatternStore, StoreWriter, chunks, write_window
 from fallow.plan import Plan
 from fallow.progress import progress
 from fallow.taps import Tap, attach
@@ -59,10 +59,7 @@ def collect(
     for tap in taps:
         if tap not in layer.ffn_taps:
             raise UsageError(f"unknown tap {tap!r}; this model has {', '.join(layer.ffn_taps)}")
-    widths = {
-        tap: layer.down_proj.out_features if tap == "ffn_out" else layer.down_proj.in_features
-        for tap in taps
-    }
+    widths = {tap: tap_width(model, tap) for tap in taps}
     header = Header(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -81,7 +78,8 @@ def collect(
     left = np.array([i for i in range(len(cut)) if i not in writer.done], dtype=np.int64)
     own = model if workers == 1 else (model.name, model.dtype_name)
     size = 1 if workers == 1 else WINDOWS_OF_A_TASK
-    parts = [(own, plan, writer.folder, header, cut[some], some) for some in _split(left, size)]
+    numbers = [left[part] for part in chunks(len(left), size)]
+    parts = [(own, plan, writer.folder, header, cut[some], some) for some in numbers]
     with progress("patterns", len(left)) as ticker:
         for _, finished in results(_collect_part, parts, workers):
             writer.finish(finished)
@@ -89,8 +87,10 @@ def collect(
     return PatternStore(folder)
 
 
-def _split(numbers: np.ndarray, size: int) -> list[np.ndarray]:
-    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
+def tap_width(model: Model, tap: str) -> int:
+    """Values per token of one of FFN_TAPS."""
+    down = model.layers[0].down_proj
+    return down.out_features if tap == "ffn_out" else down.in_features
 
 
 def _collect_part(

@@ -19,7 +19,7 @@ import numpy as np
 
 from fallow.errors import FallowError, UsageError
 from fallow.model import Model
-from fallow.patterns.collect import Recorder
+from fallow.patterns.collect import Recorder, tap_width
 from fallow.patterns.store import pack_bits, row_sizes, unpack_bits
 from fallow.plan import Plan
 from fallow.progress import progress
@@ -143,7 +143,7 @@ def edit_test(
                 other = patterns(edited.ids)
                 for stratum, pairs in edited.pairs.items():
                     if len(pairs):
-                        values = _compare(original, other, pairs, _width(model, tap))
+                        values = _compare(original, other, pairs, tap_width(model, tap))
                         found.setdefault((share, stratum), []).append(values)
                 ticker.advance()
     return _edit_report(model, plan, tap, source, kind, windows, originals, found, rng)
@@ -190,11 +190,6 @@ def edit(
     return Edited(changed, {"before": pairs[before], "after": pairs[~before], "edited": edited})
 
 
-def _width(model: Model, tap: str) -> int:
-    down = model.layers[0].down_proj
-    return down.out_features if tap == "ffn_out" else down.in_features
-
-
 def _compare(x: list[np.ndarray], y: list[np.ndarray], pairs: np.ndarray, width: int) -> np.ndarray:
     """Mean agreement and Jaccard of these pairs of positions, (2, L)."""
     rows = [(a[pairs[:, 0]], b[pairs[:, 1]]) for a, b in zip(x, y, strict=True)]
@@ -217,7 +212,7 @@ def _edit_report(
     found: dict[tuple[float, str], list[np.ndarray]],
     rng: np.random.Generator,
 ) -> EditReport:
-    width, documents, context = _width(model, tap), len(windows), windows.shape[1]
+    width, documents, context = tap_width(model, tap), len(windows), windows.shape[1]
     baselines = []
     for layer in range(len(model.layers)):
         rows = np.concatenate([original[layer] for original in originals])
@@ -312,7 +307,7 @@ def published_test(
         FallowError: the folder holds no such texts.
     """
     samples = read_samples(folder)
-    width, found = _width(model, tap), []
+    width, found = tap_width(model, tap), []
     with (
         recording(model, plan, tap) as patterns,
         progress("published test", sum(map(len, samples.values()))) as ticker,
