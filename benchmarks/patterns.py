@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +31,13 @@ PROTOTYPES = 2048  # that synthetic rows differ from in a quarter of their bits
 RULE, SPARSITY, CONTEXT = "topk", 0.5, 1024
 TRAIN_WINDOWS, TEST_WINDOWS = 195, 16  # 200,000 tokens
 CLUSTERS = (1, 16, 128, 512, 2048)
-PUBLISHED_CLUSTERS = (512, 2048)
+MANY_CLUSTERS = 16384  # in the first, middle and last layer alone
+# The published algorithm and its baseline: clusters and density.
+PUBLISHED = [(a, k, 0.5) for a in ("published", "binary") for k in (2048, 512)]
+PUBLISHED += [("published", 2048, density) for density in (0.6, 0.7, 0.8)]
+PREDICTED_CLUSTERS = 512
+FEATURES = (("token",), ("previous",), ("token", "previous"), ("token", "previous", "below"))
+PREDICTED_EPOCHS = 3
 KERNEL_RUNS = 9
 # In the loop: clusters and what they are compared with, at the shares of neurons that stay.
 PPL_WINDOWS, PPL_CALIBRATION, PPL_CLUSTERS = 4, 48, 512
@@ -68,10 +75,16 @@ def run(name: str) -> None:
     keep("layer", lambda: one_layer(stores["train"]))
     for k in CLUSTERS:
         keep(f"lloyd {k}", lambda k=k: clustered(stores, folder, k, "lloyd"))
+    keep("oracle lloyd", lambda: oracles(name, folder, [("lloyd", k, 0.5) for k in CLUSTERS]))
+    last = stores["train"].header.n_layers - 1
+    some = [0, last // 2 + 1, last]
+    keep(f"lloyd {MANY_CLUSTERS}", lambda: clustered(stores, folder, MANY_CLUSTERS, layers=some))
+    keep("predicted", lambda: predicted(stores, folder, [1, *some[1:]]))
     keep("ppl", lambda: perplexity(name))
-    for algorithm in ("published", "binary"):
-        for k in PUBLISHED_CLUSTERS:
-            keep(f"{algorithm} {k}", lambda k=k, a=algorithm: clustered(stores, folder, k, a))
+    for algorithm, k, density in PUBLISHED:
+        key = f"{algorithm} {k} {density:g}"
+        keep(key, lambda a=algorithm, k=k, d=density: clustered(stores, folder, k, a, d))
+    keep("oracle published", lambda: oracles(name, folder, PUBLISHED))
     keep("scikit-learn", lambda: scikit_learn(stores["train"]))
 
 
@@ -156,19 +169,30 @@ def make_rows(path: Path, words: int) -> None:
 
 
 def one_layer(store: Any) -> dict[str, Any]:
-    """The middle layer to convergence."""
-    from fallow.patterns.clustering import fit
+    """The middle layer until no pass raises the objective at all."""
+    from fallow.patterns.clustering import TOLERANCE, fit
 
     layer, width = store.header.n_layers // 2, store.header.widths["inter"]
     rows = store.rows(layer)
-    start = time.perf_counter()
-    made = fit(rows, width, 2048, 0.5, n_threads=THREADS)
+    start, passes = time.perf_counter(), []
+    fit(
+        rows, width, 2048, 0.5, n_threads=THREADS, tolerance=0, max_passes=1000,
+        after_pass=lambda made: passes.append((time.perf_counter() - start, made.history[-1])),
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    bits = int(np.bitwise_count(rows).sum(dtype=np.int64))
+    recalls = [overlap / bits for _, overlap in passes]
+    stops = [b <= a * (1 + TOLERANCE) for a, b in pairwise(recalls)]
+    by_default = stops.index(True) + 1 if True in stops else len(stops)
     return {
         "layer": layer,
         "rows": len(rows),
-        "seconds": time.perf_counter() - start,
-        "passes": len(made.history),
-        "recall": made.history[-1] / int(np.bitwise_count(rows).sum(dtype=np.int64)),
+        "seconds": seconds,
+        "passes": len(passes) + 1,
+        "recall": recalls[-1],
+        "default_seconds": passes[by_default][0],
+        "default_passes": by_default + 1,
+        "default_recall": recalls[by_default],
     }
 
 
@@ -196,7 +220,7 @@ def scikit_learn(store: Any) -> dict[str, Any]:
         if codebook.history[-1] >= theirs and not reached:
             reached.append(time.perf_counter() - start)
 
-    fit(rows, width, 2048, 0.5, n_threads=THREADS, after_pass=stop_at_equal)
+    fit(rows, width, 2048, 0.5, n_threads=THREADS, tolerance=0, after_pass=stop_at_equal)
     return {
         "seconds": seconds,
         "iterations": int(model.n_iter_),
@@ -227,24 +251,96 @@ def stored(name: str, folder: Path, part: str) -> Any:
     )
 
 
-def clustered(stores: dict[str, Any], folder: Path, k: int, algorithm: str) -> dict[str, Any]:
+def clustered(
+    stores: dict[str, Any],
+    folder: Path,
+    k: int,
+    algorithm: str = "lloyd",
+    density: float = 0.5,
+    layers: list[int] | None = None,
+) -> dict[str, Any]:
     from fallow.patterns.codebooks import cluster_store
 
-    output = folder / f"{algorithm}-{k}.codebooks"
+    output = codebooks(folder, algorithm, k, density)
     start = time.perf_counter()
     report = cluster_store(
         stores["train"],
         output,
         k,
-        0.5,
+        density,
         algorithm=algorithm,
+        layers=layers,
         test=stores["test"],
         n_threads=THREADS,
     )
-    output.unlink()
     seconds = time.perf_counter() - start
     names = {"path": output.name, "test_text": TEST.name}
     return report.to_json() | names | {"seconds": seconds}
+
+
+def codebooks(folder: Path, algorithm: str, k: int, density: float) -> Path:
+    return folder / f"{algorithm}-{k}-{density:g}.codebooks"
+
+
+def oracles(name: str, folder: Path, made: list[tuple[str, int, float]]) -> list[dict[str, Any]]:
+    """PPL with each codebook's nearest centroid, chosen from the true active set in the loop.
+
+    `alone`: all neurons of the centroid; else, as published, those of them that are truly active.
+    """
+    import fallow
+    from fallow.evaluation import window_losses
+    from fallow.metrics import ppl_change_percent
+    from fallow.patterns.codebooks import load_codebooks
+    from fallow.taps import attach
+    from fallow.text import load_text
+
+    model = fallow.load(name)
+    windows = model.windows(load_text(TEST, "evaluation"), CONTEXT, PPL_WINDOWS)
+    dense = window_losses(model, windows, None)
+    rows = []
+    for algorithm, k, density in made:
+        books, _ = load_codebooks(codebooks(folder, algorithm, k, density))
+        for alone in (False, True):
+            with attach(model.layers, {"inter": masked_by(books, model.layers, alone)}):
+                losses = window_losses(model, windows, None)
+            change, error = ppl_change_percent(losses, dense)
+            rows.append(
+                {"algorithm": algorithm, "n_clusters": k, "density": density, "alone": alone}
+                | {"ppl_change_percent": change, "ppl_change_se": error}
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def masked_by(books: dict[int, Any], layers: list[Any], alone: bool) -> Any:
+    import torch
+
+    from fallow.patterns.store import pack_bits, unpack_bits
+    from fallow.rules._base import per_token_topk
+
+    def mask(index: int, inter: Any) -> Any:
+        out_norm = inter.abs().float() * layers[index].down_norm
+        active = (out_norm > per_token_topk(out_norm, SPARSITY)).numpy()
+        labels, _ = books[index].nearest(pack_bits(active), THREADS)
+        kept = unpack_bits(books[index].centroids[labels], active.shape[1])
+        return inter * torch.from_numpy(kept if alone else kept & active)
+
+    return mask
+
+
+def predicted(stores: dict[str, Any], folder: Path, layers: list[int]) -> list[dict[str, Any]]:
+    """Recall with clusters predicted before the layer runs, from several features."""
+    from fallow.patterns.prediction import predict_clusters
+
+    books = codebooks(folder, "lloyd", PREDICTED_CLUSTERS, 0.5)
+    reports = [
+        predict_clusters(
+            stores["train"], books, features=features, test=stores["test"], layers=layers,
+            epochs=PREDICTED_EPOCHS, n_threads=THREADS,
+        )
+        for features in FEATURES
+    ]  # fmt: skip
+    return [r.to_json() | {"test_text": TEST.name} for r in reports]
 
 
 def perplexity(name: str) -> list[dict[str, Any]]:
@@ -329,8 +425,10 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
     if "layer" in result:
         r = result["layer"]
         lines.append(
-            f"\nLayer {r['layer']}, {r['rows']} tokens, 2048 clusters, at most 100 passes: "
-            f"{r['seconds']:.0f} s, {r['passes']} passes, recall {r['recall']:.4f} on these tokens."
+            f"\nLayer {r['layer']}, {r['rows']} tokens, 2048 clusters, until no pass gains: "
+            f"**{r['seconds']:.0f} s**, {r['passes']} passes, recall {r['recall']:.4f} on these "
+            f"tokens; until one gains less than 1e-4, as by default: {r['default_seconds']:.0f} s, "
+            f"{r['default_passes']} passes, {r['default_recall']:.4f}."
         )
     if "scikit-learn" in result:
         r = result["scikit-learn"]
@@ -346,17 +444,49 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
         "| codebook | K | density | cluster | energy | static | previous | random | MB | s |\n"
         "|---|---|---|---|---|---|---|---|---|---|"
     )
-    for key, r in result.items():
-        if key in ("layer", "scikit-learn", "ppl"):
+    for r in result.values():
+        if "codebook_bytes" not in r:
             continue
         means = [f"{r['mean'][c]['recall']:.4f}" for c in columns]
         energy = r["mean"]["cluster"].get("energy_recall")
         density = np.mean([layer["density"] for layer in r["layers"]])
         lines.append(
-            f"| {r['algorithm']} | {r['n_clusters']} | {density:.2f} | **{means[0]}** "
+            f"| {r['algorithm']}{_only(r)} | {r['n_clusters']} | {density:.2f} | **{means[0]}** "
             f"| {'-' if energy is None else f'{energy:.4f}'} | {' | '.join(means[1:])} "
             f"| {r['codebook_bytes'] / 1e6:.1f} | {r['seconds']:.0f} |"
         )
+    oracle = result.get("oracle lloyd", []) + result.get("oracle published", [])
+    if oracle:
+        lines.append(
+            f"\nPPL change in the loop, {PPL_WINDOWS} windows of {CONTEXT}, with the centroid "
+            "nearest to the true active set (an oracle): of it the truly active neurons, as "
+            "published, or all.\n\n| codebook | K | density | and truly active | all |\n|---|---|---|---|---|"
+        )
+    for both, alone in zip(oracle[::2], oracle[1::2], strict=True):
+        cells = [
+            f"{r['ppl_change_percent']:+.1f} ± {r['ppl_change_se']:.1f} %" for r in (both, alone)
+        ]
+        lines.append(
+            f"| {both['algorithm']} | {both['n_clusters']} | {both['density']:.2f} "
+            f"| {' | '.join(cells)} |"
+        )
+    if "predicted" in result:
+        first = result["predicted"][0]
+        layers = ", ".join(str(r["layer"]) for r in first["layers"])
+        lines.append(
+            f"\nOf {first['n_clusters']} clusters the one predicted before the layer runs, layers "
+            f"{layers}: one hidden layer of {first['hidden']}. `token`: its id, `previous`: the "
+            "cluster of the token before, `below`: the active set of the layer below.\n\n"
+            "| known | right | recall | energy | static | oracle |\n|---|---|---|---|---|---|"
+        )
+        for r in result["predicted"]:
+            mean = r["mean"]
+            lines.append(
+                f"| {', '.join(r['features'])} | {np.mean(r['accuracy']):.1%} "
+                f"| **{mean['predicted']['recall']:.4f}** "
+                f"| {mean['predicted']['energy_recall']:.4f} | {mean['static']['recall']:.4f} "
+                f"| {mean['cluster']['recall']:.4f} |"
+            )
     if "ppl" in result:
         lines.append(
             f"\nIn the loop, {PPL_WINDOWS} windows of {CONTEXT}; {PPL_CLUSTERS} clusters and all "
@@ -373,6 +503,13 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
             f"| {r['energy_recall']:.3f} | {r['ffn_bytes']:.3f} |"
         )
     return lines
+
+
+def _only(r: dict[str, Any]) -> str:
+    """Which layers, if not all."""
+    layers = [layer["layer"] for layer in r["layers"]]
+    whole = layers == list(range(len(layers))) and len(layers) > 3
+    return "" if whole else f", layers {', '.join(map(str, layers))}"
 
 
 def _load(name: str) -> dict[str, Any]:

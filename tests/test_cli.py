@@ -530,7 +530,10 @@ def test_patterns(folders: dict[str, Path], texts: Texts, tmp_path: Path, run: A
     assert clustered["mean"]["cluster"]["recall"] > clustered["mean"]["random"]["recall"]
     table = run("patterns", "cluster", store, "-o", made, "--clusters", 9, "--layers", "1")
     assert "recall of 64 held-out tokens" in table.out
-    assert made.exists()
+    run("patterns", "cluster", store, "-o", made, "--clusters", 9)
+    predict = ["patterns", "predict", store, made, "--hidden", 8, "--epochs", 1]
+    assert len(run(*predict, "--json").json["accuracy"]) == 2
+    assert "from token, below" in run(*predict, "--features", "token,below").out
     for arguments, code, message in (
         (["collect", folders["llama"], "-o", store, *options], 1, "n windows 8, not"),
         (["collect", folders["llama"], "-o", tmp_path / "t", "--rule", "x"], 2, "unknown rule"),
@@ -545,6 +548,8 @@ def test_patterns(folders: dict[str, Path], texts: Texts, tmp_path: Path, run: A
         (["cluster", store, "-o", made, "--layers", "7"], 2, "layer 7 is outside 0 to 1"),
         (["cluster", store, "-o", made, "--layers", "a"], 2, "--layers"),
         (["cluster", store, "-o", made, "--tap", "up"], 2, "has no 'up'"),
+        (["predict", store, made, "--features", "x"], 2, "known: token, previous, below"),
+        (["predict", store, store / "store.json"], 1, "no file of codebooks"),
     ):
         result = run("patterns", *arguments)
         assert result.code == code, result.err
@@ -564,6 +569,8 @@ def test_similarity(folders: dict[str, Path], texts: Texts, tmp_path: Path, run:
         'paragraphMain = """the gate lets them"""\nparagraph95 = """the gate lets one"""'
     )
     published = [*command, "--published", tmp_path, "--calibration-text", texts[0]]
+    (tmp_path / "s" / "similarity.png").unlink()
     assert run(*published, "--json").json["variants"][0]["prefix"] == [1.0, 1.0]
     assert "row by row" in run(*published).out
+    assert (tmp_path / "s" / "similarity.png").read_bytes().startswith(b"\x89PNG")
     assert run(*command, *options, "--kind", "swap").code == 2

@@ -22,12 +22,16 @@ from fallow.patterns import clustering, published
 from fallow.patterns.clustering import budget_size, fit, nearest, one_pass
 from fallow.patterns.codebooks import cluster_store, frequencies, load_codebooks
 from fallow.patterns.collect import PUBLISHED_TAPS, collect
+from fallow.patterns.prediction import predict_clusters
 from fallow.patterns.store import (
+    Header,
     PatternStore,
+    StoreWriter,
     n_words,
     pack_bits,
     row_sizes,
     unpack_bits,
+    write_window,
 )
 from fallow.plan import Plan
 from fallow.taps import attach
@@ -299,7 +303,7 @@ def test_lloyd_equals_a_plain_one(threads: int) -> None:
 def test_objective_never_falls() -> None:
     for seed in range(5):
         rows = pack_bits(random_rows(700, 130, seed))
-        found = fit(rows, 130, 40, 0.3, seed=seed)
+        found = fit(rows, 130, 40, 0.3, seed=seed, tolerance=0)
         assert (np.diff(found.history[:-1]) > 0).all()  # and the last pass changed nothing
         assert found.history[-1] == found.history[-2]
         assert (row_sizes(found.centroids) == 39).all()
@@ -578,6 +582,70 @@ def test_published_on_a_store(store: PatternStore, tmp_path: Path) -> None:
         np.testing.assert_array_equal(made[0].centroids, made[1].centroids)  # pooled
         assert 0 < report.layers[0].scores["cluster"]["recall"] <= 1
     assert report.codebook_bytes == 6 * 64
+
+
+# Prediction --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted_store(tmp_path_factory: pytest.TempPathFactory) -> PatternStore:
+    """Layer 0's cluster follows that of the token before, layer 1's that of layer 0, and layer 2's
+    is the token's own."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 40, (40, 32))
+    folder = tmp_path_factory.mktemp("planted") / "s"
+    header = Header(
+        "m", "f", "topk", 0.5, "k", "text", "sha", n_layers=3, context=32, n_windows=40,
+        widths={"inter": 60},
+    )  # fmt: skip
+    writer = StoreWriter(folder, header, tokens)
+    prototypes = rng.random((3, 4, 60))
+    chain = (np.arange(32) + rng.integers(0, 4, (40, 1))) % 4
+    for window in range(40):
+        labels = (chain[window], (chain[window] * 3 + 1) % 4, tokens[window] % 4)
+        rows = [
+            clustering.largest(p[i] + 0.2 * rng.random((32, 60)), 30)
+            for p, i in zip(prototypes, labels, strict=True)
+        ]
+        write_window(folder, window, {"inter": rows})
+    writer.finish(range(40))
+    return PatternStore(folder)
+
+
+def test_prediction_finds_what_a_feature_tells(planted_store: PatternStore, tmp_path: Path) -> None:
+    cluster_store(planted_store, tmp_path / "c", 4, 0.5, restarts=3)
+    tells = {"previous": {0, 1}, "below": {1}, "token": {2}}
+    for feature, layers in tells.items():
+        found = predict_clusters(
+            planted_store, tmp_path / "c", features=[feature], hidden=32, epochs=60
+        )
+        assert (found.train_rows, found.test_rows) == (30 * 32, 10 * 32)
+        for layer, result in enumerate(found.layers):
+            recalls = {name: score["recall"] for name, score in result.scores.items()}
+            assert recalls["static"] < recalls["cluster"]
+            if layer in layers:
+                assert found.accuracy[layer] > 0.9, feature
+                assert recalls["predicted"] > 0.97 * recalls["cluster"]
+            else:
+                assert found.accuracy[layer] < 0.6, feature
+    together = predict_clusters(planted_store, tmp_path / "c", hidden=32, epochs=60)
+    assert min(together.accuracy) > 0.85
+    again = predict_clusters(planted_store, tmp_path / "c", hidden=32, epochs=60)
+    assert again.to_json() == together.to_json()
+
+
+def test_bad_prediction_requests(
+    store: PatternStore, planted_store: PatternStore, tmp_path: Path
+) -> None:
+    cluster_store(planted_store, tmp_path / "c", 4, layers=[1])
+    with pytest.raises(UsageError, match="unknown features \\['x'\\]; known: token"):
+        predict_clusters(planted_store, tmp_path / "c", features=["x"])
+    with pytest.raises(UsageError, match="no codebook of layer 0"):
+        predict_clusters(planted_store, tmp_path / "c", layers=[0])
+    with pytest.raises(FallowError, match="is of model m, pattern store"):
+        predict_clusters(store, tmp_path / "c")
+    with pytest.raises(FallowError, match="no file of codebooks"):
+        predict_clusters(store, tmp_path / "none")
 
 
 # Workers -----------------------------------------------------------------------------------------

@@ -930,10 +930,11 @@ def patterns_similarity(
     rule = rule or ("percentile" if published else "topk")
     loaded, used = _with_plan(model, dtype, plan, rule, sparsity, calibration_text, context)
     from fallow.files import write_json
-    from fallow.patterns.similarity import draw, edit_test, published_test
+    from fallow.patterns.similarity import draw, draw_variants, edit_test, published_test
 
     if published:
         variants = published_test(loaded, used, published, tap=tap or "gate_pre")
+        draw_variants(variants, output / "similarity.png")
         result: dict[str, Any] = {"variants": [v.to_json() for v in variants]}
     else:
         report = edit_test(
@@ -1046,6 +1047,58 @@ def patterns_cluster(
         rows,
     )
     print(f"written: {output} ({report.codebook_bytes / 1e6:.1f} MB of centroids)")
+
+
+@patterns_app.command("predict")
+def patterns_predict(
+    store: Annotated[Path, typer.Argument(help="A folder of fallow patterns collect.")],
+    codebooks: Annotated[Path, typer.Argument(help="A file of fallow patterns cluster.")],
+    features: Annotated[
+        str, typer.Option(help="Of token, previous (its cluster), below (the layer's active set).")
+    ] = "token,previous,below",
+    layers: Annotated[str | None, typer.Option(help="Such as 0,13,27; default: all.")] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="A store to score on; default: the last windows.")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the windows to score on.")] = 0.25,
+    hidden: Annotated[int, typer.Option(min=1, help="Width of the hidden layer.")] = 128,
+    epochs: Annotated[int, typer.Option(min=1, help="Runs over the training windows.")] = 6,
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict clusters from what is known before a layer runs; scored on held-out windows."""
+    from fallow.patterns.prediction import predict_clusters
+    from fallow.patterns.store import PatternStore
+
+    report = predict_clusters(
+        PatternStore(store),
+        codebooks,
+        features=[name.strip() for name in features.split(",") if name.strip()],
+        test=None if test is None else PatternStore(test),
+        held_out=held_out,
+        layers=None if layers is None else [int(n) for n in _numbers("--layers", layers)],
+        hidden=hidden,
+        epochs=epochs,
+        seed=seed,
+        n_threads=threads or os.cpu_count() or 1,
+    )
+    if as_json:
+        _print_json(report.to_json())
+        return
+    names = ("predicted", "cluster", "static")
+    rows = [
+        [str(r.layer), f"{a:.3f}", *(f"{r.scores[n]['recall']:.4f}" for n in names)]
+        for r, a in zip(report.layers, report.accuracy, strict=True)
+    ]
+    mean = sum(report.accuracy) / len(rows)
+    rows.append(["mean", f"{mean:.3f}", *(f"{report.mean(n):.4f}" for n in names)])
+    _print_table(
+        f"recall of {report.test_rows} held-out tokens, {report.n_clusters} clusters, from "
+        f"{', '.join(report.features)}",
+        ["layer", "right", *names],
+        rows,
+    )
 
 
 def _numbers(option: str, text: str) -> list[float]:

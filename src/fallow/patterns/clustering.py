@@ -25,6 +25,9 @@ ROWS_AT_ONCE = 65536
 # k-means++ sees this many rows per centroid: seeding takes as long as one pass then.
 SEED_ROWS = 16
 MAX_PASSES = 100
+# A pass that raises the objective by less than this share of it is the last: behind it recall
+# gains less than 0.001 (docs/results/patterns.md).
+TOLERANCE = 1e-4
 _WEIGHTS = 2**_core.WEIGHT_PLANES - 1  # the largest
 MAX_CLUSTERS = 2**20
 
@@ -154,6 +157,7 @@ def fit(
     seed: int = 0,
     restarts: int = 1,
     max_passes: int = MAX_PASSES,
+    tolerance: float = TOLERANCE,
     weights: np.ndarray | None = None,
     n_threads: int = 1,
     workers: int = 1,
@@ -163,8 +167,8 @@ def fit(
 ) -> Codebook:
     """A codebook for rows (n, words) of `width` neurons; the best of `restarts`.
 
-    Ends when a pass no longer raises the objective. Clusters that lose all their rows are given
-    the rows that fit worst.
+    Ends when a pass raises the objective by no more than a share of `tolerance`: with 0, when it
+    no longer does. Clusters that lose all their rows are given the rows that fit worst.
 
     Args:
         budget: share of the neurons that every centroid has, in (0, 1).
@@ -199,7 +203,7 @@ def fit(
                 _mini_batches(opened, made, size, batch, n_threads)
         else:
             made = Codebook(start.centroids, width, list(start.history), weights)
-        _lloyd(rows, made, size, max_passes, n_threads, workers, after_pass)
+        _lloyd(rows, made, size, max_passes, tolerance, n_threads, workers, after_pass)
         if best is None or made.history[-1] > best.history[-1]:
             best = made
     assert best is not None
@@ -224,15 +228,17 @@ def _lloyd(
     codebook: Codebook,
     size: int,
     max_passes: int,
+    tolerance: float,
     n_threads: int,
     workers: int,
     after_pass: AfterPass | None,
 ) -> None:
-    """Passes until the objective stays, in place."""
+    """Passes until the objective hardly rises, in place."""
     with progress(f"clustering into {codebook.n_clusters}") as ticker:
         while len(codebook.history) < max_passes:
             found = pass_over(rows, codebook.centroids, codebook.weights, n_threads, workers)
-            stays = bool(codebook.history) and found.overlap <= codebook.history[-1]
+            before = codebook.history[-1:]
+            stays = bool(before) and found.overlap <= before[0] * (1 + tolerance)
             codebook.history.append(found.overlap)
             if stays:
                 return

@@ -85,8 +85,23 @@ class LayerResult:
     active: float  # of the rows
 
 
+class Scored:
+    """A report with a result per layer."""
+
+    layers: list[LayerResult]
+
+    def mean(self, name: str, score: str = "recall") -> float:
+        """A score's mean over layers."""
+        return float(np.mean([layer.scores[name][score] for layer in self.layers]))
+
+    def to_json(self) -> dict[str, Any]:
+        names = self.layers[0].scores
+        means = {n: {s: self.mean(n, s) for s in names[n]} for n in names}
+        return vars(self) | {"layers": [asdict(layer) for layer in self.layers], "mean": means}
+
+
 @dataclass
-class ClusterReport:
+class ClusterReport(Scored):
     """Codebooks of a store's layers."""
 
     path: str
@@ -101,15 +116,6 @@ class ClusterReport:
     test_rows: int
     test_text: str
     layers: list[LayerResult]
-
-    def mean(self, name: str, score: str = "recall") -> float:
-        """A score's mean over layers."""
-        return float(np.mean([layer.scores[name][score] for layer in self.layers]))
-
-    def to_json(self) -> dict[str, Any]:
-        names = self.layers[0].scores
-        means = {n: {s: self.mean(n, s) for s in names[n]} for n in names}
-        return asdict(self) | {"mean": means}
 
 
 def cluster_store(
@@ -155,7 +161,7 @@ def cluster_store(
         store.rows(layer, tap)  # or it says what is wrong
     width = header.widths[tap]
     size = budget_size(budget, width)
-    train, held = _split(store, tap, test, held_out)
+    train, held = split(store, tap, test, held_out)
     check_writable(output)
     settings = asdict(header) | {
         "n_clusters": n_clusters, "budget": budget, "algorithm": algorithm, "tap": tap,
@@ -194,7 +200,7 @@ def cluster_store(
     codebooks, results = {}, []
     for layer in wanted:
         codebooks[layer] = make(layer)
-        results.append(_score(codebooks[layer], train, held, layer, size, seed, n_threads))
+        results.append(score_layer(codebooks[layer], train, held, layer, seed, n_threads, size))
         recalls = {name: score["recall"] for name, score in results[-1].scores.items()}
         console.print(
             f"layer {layer}: recall {recalls['cluster']:.4f}, static {recalls['static']:.4f}, "
@@ -220,9 +226,9 @@ def cluster_store(
     )
 
 
-def _split(
+def split(
     store: PatternStore, tap: str, test: PatternStore | None, held_out: float
-) -> tuple["_Part", "_Part"]:
+) -> tuple["Part", "Part"]:
     """What to fit on and what to score on."""
     header = store.header
     if test is None:
@@ -231,17 +237,17 @@ def _split(
             raise UsageError(
                 f"{header.n_windows} windows cannot be split at {held_out:g}; collect more of them"
             )
-        return _Part(store, tap, 0, n_train), _Part(store, tap, n_train, header.n_windows)
+        return Part(store, tap, 0, n_train), Part(store, tap, n_train, header.n_windows)
     test.check_model(header.fingerprint, header.model)
     if (test.header.rule, test.header.knob) != (header.rule, header.knob):
         raise FallowError(
             f"pattern store {test.folder} is of rule {test.header.rule} at {test.header.knob:g}, "
             f"not of {header.rule} at {header.knob:g}"
         )
-    return _Part(store, tap), _Part(test, tap)
+    return Part(store, tap), Part(test, tap)
 
 
-class _Part:
+class Part:
     """Some windows of a store, one after the other."""
 
     def __init__(self, store: PatternStore, tap: str, first: int = 0, end: int | None = None):
@@ -249,7 +255,13 @@ class _Part:
         context = store.header.context
         self._first, self._end = first, store.header.n_windows if end is None else end
         self._rows = slice(first * context, self._end * context)
-        self.n_rows = (self._end - first) * context
+        self.context, self.n_windows = context, self._end - first
+        self.n_rows = self.n_windows * context
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Token ids, (n_rows,)."""
+        return np.array(self.store.tokens[self._first : self._end]).ravel()
 
     def mapped(self, layer: int) -> MappedRows:
         return self.store.mapped(layer, self.tap, self._first, self._end)
@@ -264,7 +276,7 @@ class _Part:
         return self.store.magnitudes(layer)[self._rows]
 
 
-def _energy_weights(part: _Part, layer: int) -> np.ndarray:
+def _energy_weights(part: Part, layer: int) -> np.ndarray:
     """Of each neuron the mean energy where it is active, 0 to 15, the largest 15."""
     magnitudes = part.magnitudes(layer)
     if magnitudes is None:
@@ -280,7 +292,7 @@ def _energy_weights(part: _Part, layer: int) -> np.ndarray:
 
 
 def _pooled(
-    train: _Part,
+    train: Part,
     layers: list[int],
     algorithm: str,
     n_clusters: int,
@@ -306,16 +318,24 @@ def _pooled(
     return Codebook(found.centroids, width, [0] * found.passes)
 
 
-def _score(
+def score_layer(
     codebook: Codebook,
-    train: _Part,
-    held: _Part,
+    train: Part,
+    held: Part,
     layer: int,
-    size: int,
     seed: int,
     n_threads: int,
+    budget: int | None = None,
+    predicted: np.ndarray | None = None,
 ) -> LayerResult:
+    """Scores of the held-out rows by what chooses their mask.
+
+    Args:
+        budget: neurons of the baselines' masks; default: as many as a centroid has.
+        predicted: labels (n_rows,) that something predicted; a mask of its own.
+    """
     rows, width = held.rows(layer), codebook.width
+    size = int(row_sizes(codebook.centroids[:1])[0]) if budget is None else budget
     magnitudes = held.magnitudes(layer)
     context = held.store.header.context
     count = frequencies(train.rows(layer), width, n_threads).astype(np.float64)
@@ -329,6 +349,9 @@ def _score(
         scores["cluster"].add(some, codebook.centroids[labels], loud)
         scores["static"].add(some, static, loud)
         scores["random"].add(some, pack_bits(largest(rng.random((1, width)), size)), loud)
+        if predicted is not None:
+            mask = codebook.centroids[predicted[part]]
+            scores.setdefault("predicted", Coverage()).add(some, mask, loud)
         scores["previous"].add(some[1:], some[:-1], None if loud is None else loud[1:])
     history = codebook.history  # sums of overlaps, of Lloyd's passes alone
     return LayerResult(
@@ -353,6 +376,23 @@ def frequencies(rows: np.ndarray, width: int, n_threads: int = 1) -> np.ndarray:
         some = np.ascontiguousarray(rows[part])
         _core.add_rows(some, labels[: len(some)], total, n_threads)
     return total[0, :width].astype(np.int64)
+
+
+def check_store(store: PatternStore, metadata: dict[str, str], path: str | Path) -> str:
+    """The tap of codebooks with these metadata.
+
+    Raises:
+        FallowError: they are not of this store's model and rule.
+    """
+    header = asdict(store.header)
+    for name in ("model", "fingerprint", "rule", "knob"):
+        found = json.loads(metadata.get(name, "null"))
+        if found != header[name]:
+            raise FallowError(
+                f"{path} is of {name} {found}, pattern store {store.folder} of "
+                f"{header[name]}; give codebooks that were made of such a store"
+            )
+    return str(json.loads(metadata["tap"]))
 
 
 class _State:

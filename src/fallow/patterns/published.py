@@ -156,9 +156,11 @@ def update(
     _core.add_rows(rows, labels, counts, n_threads)
     sizes = np.bincount(labels[labels >= 0], minlength=k)
     old = unpack_bits(centroids, width)
-    mean = counts[:, :width] / np.maximum(sizes, 1)[:, None]
-    beta = (old * history + mean * capacity) / (history + capacity)
-    new = beta > np.quantile(beta, zero_fraction, axis=1, keepdims=True)
+    # beta times the cluster's size times (H + w), which orders a centroid's neurons as beta does.
+    beta = old * (history * np.maximum(sizes, 1))[:, None] + counts[:, :width] * np.int64(capacity)
+    # What is above the quantile, interpolated or not, is above the order statistic below it.
+    below = int(zero_fraction * (width - 1))
+    new = beta > np.partition(beta, below, axis=1)[:, below, None]
     new[sizes == 0] = old[sizes == 0]
     return new
 

@@ -401,23 +401,45 @@ def _shifted(
 
 def draw(report: EditReport, path: str | Path) -> None:
     """Heat maps of the unedited tokens behind the first edit: layer against share of edits."""
+    rows = [row for row in report.rows if row.stratum == "after"]
+    if not rows:
+        raise FallowError("no token behind an edit is unedited; there is nothing to draw")
+    names = ("agreement", "jaccard", "kappa_frequency")
+    maps = {n.replace("_", " over "): [getattr(row, n) for row in rows] for n in names}
+    title = f"{report.model}, {report.rule}, {report.tap}: unedited tokens behind an edit"
+    _draw_maps(maps, [f"{row.edited:.0%}" for row in rows], "tokens replaced", title, path)
+
+
+def draw_variants(variants: list[Variant], path: str | Path) -> None:
+    """Heat maps of the published test: layer against variant, mean of the samples."""
+    names = sorted({v.variant for v in variants}, reverse=True)
+    maps = {}
+    for what in ("row_by_row", "prefix", "behind", "aligned", "shifted"):
+        by_variant = [[getattr(v, what) for v in variants if v.variant == name] for name in names]
+        there = [[values for values in some if values is not None] for some in by_variant]
+        if all(there):
+            maps[what.replace("_", " ")] = [np.mean(values, axis=0) for values in there]
+    _draw_maps(maps, names, "variant", "agreement with the original, as published", path)
+
+
+def _draw_maps(maps: dict[str, Any], columns: list[str], what: str, title: str, path: Any) -> None:
+    """Side by side, of values (columns, layers)."""
     import matplotlib.pyplot as plt
 
     from fallow.files import atomic_path
 
-    rows = [row for row in report.rows if row.stratum == "after"]
-    if not rows:
-        raise FallowError("no token behind an edit is unedited; there is nothing to draw")
-    figure, axes = plt.subplots(1, 3, figsize=(12, 5), layout="constrained", sharey=True)
-    for axis, name in zip(axes, ("agreement", "jaccard", "kappa_frequency"), strict=True):
-        values = np.array([getattr(row, name) for row in rows]).T
+    figure, axes = plt.subplots(
+        1, len(maps), figsize=(4 * len(maps), 5), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, (name, rows) in zip(axes[0], maps.items(), strict=True):
+        values = np.array(rows).T
         image = axis.imshow(values, aspect="auto", vmin=min(0.0, values.min()), vmax=1)
-        axis.set_xticks(range(len(rows)), [f"{row.edited:.0%}" for row in rows])
-        axis.set_xlabel("tokens replaced")
-        axis.set_title(name.replace("_", " over "))
+        axis.set_xticks(range(len(columns)), columns)
+        axis.set_xlabel(what)
+        axis.set_title(name)
         figure.colorbar(image, ax=axis)
-    axes[0].set_ylabel("layer")
-    figure.suptitle(f"{report.model}, {report.rule}, {report.tap}: unedited tokens behind an edit")
+    axes[0][0].set_ylabel("layer")
+    figure.suptitle(title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
     plt.close(figure)
