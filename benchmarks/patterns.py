@@ -460,7 +460,8 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
         lines.append(
             f"\nPPL change in the loop, {PPL_WINDOWS} windows of {CONTEXT}, with the centroid "
             "nearest to the true active set (an oracle): of it the truly active neurons, as "
-            "published, or all.\n\n| codebook | K | density | and truly active | all |\n|---|---|---|---|---|"
+            "published, or all.\n\n"
+            "| codebook | K | density | and truly active | all |\n|---|---|---|---|---|"
         )
     for both, alone in zip(oracle[::2], oracle[1::2], strict=True):
         cells = [
