@@ -557,6 +557,39 @@ def test_patterns(folders: dict[str, Path], texts: Texts, tmp_path: Path, run: A
         assert result.err.strip().splitlines()[-1].startswith("error: ")
 
 
+def test_law_fit(tmp_path: Path, run: Any) -> None:
+    curves = []
+    for i, limit in enumerate((0.39, 0.38)):
+        tokens = [10**9 * (n + 1) for n in range(12)]
+        noise = [0.0003 * (-1) ** (n // 2) for n in range(12)]
+        ratios = [limit - 0.1 * (n + 1) ** -0.7 + noise[n] for n in range(12)]
+        curves.append(tmp_path / f"{i}.json")
+        curves[-1].write_text(json.dumps({"token_passed": tokens, "activation_ratio": ratios}))
+    command = ["law", "fit", *curves, "-o", tmp_path / "o", "--draws", 20, "--at", "1e11"]
+    found = run(*command, "--tokens-for", "0.38,0.9", "--json").json
+    first = found["fits"][0]
+    assert (first["form"], first["at"][0]["x"]) == ("silu", 100.0)
+    assert first["params"]["A0"] == pytest.approx(0.39, abs=0.01)
+    assert first["tokens_for"][1]["x"] is None
+    assert 0.37 < found["joint"]["limit"] < 0.4
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {"law.json", "law.png"}
+    assert json.loads((tmp_path / "o" / "law.json").read_text()) == found
+    text = run(*command, "--tokens-for", "0.9").out
+    for part in ("one limit A0 for all", "A = 0.9: never", "at 100 × 1e9 tokens: A = 0.3", "AICc"):
+        assert part in text
+    (tmp_path / "bad.json").write_text('{"token_passed": [1e9, 2e9], "activation_ratio": [0.1]}')
+    for arguments, code, message in (
+        ([tmp_path / "bad.json"], 1, "token_passed has 2 values, activation_ratio 1"),
+        ([tmp_path / "none.json"], 1, "cannot read curve"),
+        ([curves[0], "--form", "x"], 2, "unknown form 'x'; known: relu"),
+        ([curves[0], "--drop-first", 10], 1, "2 points are too few for the 3 parameters"),
+        ([curves[0], "--at", "x"], 2, "--at"),
+    ):
+        result = run("law", "fit", *arguments, "-o", tmp_path / "p")
+        assert (result.code, message in result.err) == (code, True), result.err
+    assert not (tmp_path / "p" / "law.json").exists()
+
+
 def test_similarity(folders: dict[str, Path], texts: Texts, tmp_path: Path, run: Any) -> None:
     options = ["--calibration-text", texts[0], "--text", texts[1], "--documents", 3]
     command = ["patterns", "similarity", folders["llama"], "-o", tmp_path / "s", "--context", 64]

@@ -38,6 +38,9 @@ patterns_app = typer.Typer(
 )
 app.add_typer(patterns_app, name="patterns")
 
+law_app = typer.Typer(help="How sparse a model becomes with training.", no_args_is_help=True)
+app.add_typer(law_app, name="law")
+
 ModelArg = Annotated[
     str,
     typer.Argument(
@@ -1099,6 +1102,102 @@ def patterns_predict(
         ["layer", "right", *names],
         rows,
     )
+
+
+@law_app.command("fit")
+def law_fit(
+    curves: Annotated[list[Path], typer.Argument(help="Files of points; see docs/laws.md.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for law.json and law.png.")
+    ] = Path("law"),
+    form: Annotated[
+        str, typer.Option(help="relu, silu, piecewise or a rival; auto: by the direction.")
+    ] = "auto",
+    drop_first: Annotated[int, typer.Option(help="Points of the warm-up to leave out.")] = 0,
+    unit: Annotated[
+        float | None, typer.Option(help="Tokens that 1 in token_passed stands for.")
+    ] = None,
+    at: Annotated[str, typer.Option(help="Predict A at so many tokens, such as 1e11,1e12.")] = "",
+    tokens_for: Annotated[str, typer.Option(help="Tokens until A is that, such as 0.08.")] = "",
+    draws: Annotated[int, typer.Option(min=20, help="Of the bootstrap.")] = 400,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit laws to curves of the activation ratio: parameters, intervals, rivals, predictions."""
+    from fallow.files import write_json
+    from fallow.laws.curves import load_curve
+    from fallow.laws.figures import draw
+    from fallow.laws.fitting import fit_jointly, fit_law
+
+    check_writable(output / "law.json")
+    loaded = [load_curve(path, unit) for path in curves]
+    fits = [
+        fit_law(
+            curve,
+            form,
+            drop_first=drop_first,
+            at=[x / curve.unit for x in _numbers("--at", at)],
+            tokens_for=_numbers("--tokens-for", tokens_for),
+            draws=draws,
+            seed=seed,
+        )
+        for curve in loaded
+    ]
+    result: dict[str, Any] = {"fits": [f.to_json() for f in fits]}
+    if len(fits) > 1 and len({f.form for f in fits}) == 1:
+        result["joint"] = vars(fit_jointly(loaded, form, drop_first=drop_first))
+    write_json(output / "law.json", result)
+    draw(loaded, fits, output / "law.png")
+    if as_json:
+        _print_json(result)
+        return
+    for law in result["fits"]:
+        _print_law(law)
+    if "joint" in result:
+        joint = result["joint"]
+        low, high = joint["interval"]
+        print(
+            f"one limit A0 for all: {joint['limit']:.4f} ({low:.4f} to {high:.4f}); that they have "
+            f"the same has p = {joint['p_value']:.2g}"
+        )
+    print(f"written: {output}/law.json and law.png")
+
+
+def _print_law(law: dict[str, Any]) -> None:
+    rows = []
+    for name, value in law["params"].items():
+        numbers = (value, *law["intervals"][name], *law["bootstrap"][name])
+        rows.append([name, *(f"{number:.4g}" for number in numbers)])
+    _print_table(
+        f"{law['curve']}: {law['formula']}, {law['n_points']} points, mean error "
+        f"{100 * law['mae']:.3f} points",
+        ["parameter", "value", "95 %: profile", "to", "bootstrap", "to"],
+        rows,
+    )
+    if law["warning"]:
+        print(f"warning: {law['warning']}")
+    rivals = [
+        [
+            r["form"],
+            r["formula"],
+            f"{100 * r['mae']:.3f}",
+            "-" if r["aicc"] is None else f"{r['aicc']:.1f}",
+            "-" if r["extrapolation_mae"] is None else f"{100 * r['extrapolation_mae']:.3f}",
+        ]
+        for r in law["rivals"]
+    ]
+    _print_table(
+        "it and its rivals; errors in points, the last of a fit to the first 60 % of the rest",
+        ["form", "formula", "error", "AICc", "of the rest"],
+        rivals,
+    )
+    for p in law["at"]:
+        low, high = p["interval"]
+        print(f"at {p['x']:.4g} × {law['unit']}: A = {p['ratio']:.4f} ({low:.4f} to {high:.4f})")
+    for p in law["tokens_for"]:
+        ends = " to ".join("no end" if end is None else f"{end:.4g}" for end in p["interval"])
+        reached = "never" if p["x"] is None else f"at {p['x']:.4g} ({ends}) × {law['unit']}"
+        print(f"A = {p['ratio']:g}: {reached}")
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -1,0 +1,395 @@
+"""A law fitted to a curve: parameters with two kinds of interval, rivals, and what follows.
+
+Residuals of a training curve may hang together from point to point. Where they do, n points count
+for n (1 - ρ) / (1 + ρ), ρ their lag-1 autocorrelation (never below 0), and are resampled in blocks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fallow.errors import FallowError, UsageError
+from fallow.laws.curves import TOKENS, Curve
+from fallow.laws.forms import BOUNDS, FORMS, Fit, Form, find_form, fit
+
+LEVEL = 0.95
+DRAWS = 400  # of the bootstrap
+TRAIN_SHARE = 0.6  # of a curve's points, from which the rest is predicted
+REFITS = (0, 3, 6)  # points dropped at the beginning
+RIVALS = ("power", "shifted power", "exponential", "logarithm", "shifted logarithm")
+BAND_POINTS, BAND_AHEAD = 100, 3.0  # up to three times the last x
+Interval = tuple[float, float]
+
+
+@dataclass
+class Rival:
+    """How a form does on the same curve. Errors are of activation ratios."""
+
+    form: str
+    formula: str
+    n_params: int
+    params: dict[str, float]
+    mae: float
+    aicc: float | None  # None of too few points
+    extrapolation_mae: float | None  # of the last points, from the first TRAIN_SHARE
+
+
+@dataclass
+class Prediction:
+    """A law's ratio at x, or the x at which it reaches a ratio: 95 % intervals of the latter two.
+
+    `x` is None where the law never reaches the ratio; ends of an interval are None where some draws
+    of the bootstrap do not.
+    """
+
+    x: float | None  # 1e9 tokens, or d_model / L
+    ratio: float
+    interval: tuple[float | None, float | None]
+
+
+@dataclass
+class LawFit:
+    """A fitted law. `params` are those of the formula, D in 1e9 tokens."""
+
+    curve: str
+    form: str
+    formula: str
+    unit: str  # of x
+    n_points: int
+    dropped: int
+    params: dict[str, float]
+    intervals: dict[str, Interval]  # 95 %, by profile likelihood
+    bootstrap: dict[str, Interval]  # 95 %, of refits to resampled residuals
+    mae: float
+    rmse: float
+    autocorrelation: float
+    identified: bool
+    warning: str | None
+    refits: dict[int, dict[str, float]]  # by points dropped besides
+    rivals: list[Rival]
+    at: list[Prediction]  # of the ratio
+    tokens_for: list[Prediction]  # of x
+    band_x: list[float]
+    band: list[Interval]  # of the law at band_x
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fit_law(
+    curve: Curve,
+    form: str = "auto",
+    *,
+    drop_first: int = 0,
+    at: Sequence[float] = (),
+    tokens_for: Sequence[float] = (),
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> LawFit:
+    """Fits a law to a curve (METHODS 4.4, P3 5.1).
+
+    Args:
+        form: one of FORMS, or "auto": relu of a falling curve, silu of a rising one, and piecewise
+            for width-depth ratios.
+        drop_first: points of the warm-up to leave out.
+        at: x (1e9 tokens) to predict A at.
+        tokens_for: A to find x for.
+
+    Raises:
+        UsageError: an unknown form, or a negative `drop_first`.
+        FallowError: fewer points than parameters are left.
+    """
+    if drop_first < 0:
+        raise UsageError(f"--drop-first {drop_first} is negative")
+    used = curve.without_first(drop_first)
+    wanted = _auto(used) if form == "auto" else find_form(form)
+    if len(used) <= len(wanted.params):
+        raise FallowError(
+            f"{curve.name}: {len(used)} points are too few for the {len(wanted.params)} parameters "
+            f"of {wanted.formula}; it takes one more"
+        )
+    best = fit(wanted, used.x, used.ratio)
+    rho = autocorrelation(used.ratio - best(used.x))
+    refitted = resample(best, used, rho, draws, seed)
+    intervals = {name: profile(best, used, name, rho) for name in wanted.params}
+    bootstrap = {
+        name: _interval([draw.params[name] for draw in refitted]) for name in wanted.params
+    }
+    residuals = used.ratio - best(used.x)
+    warning = _not_identified(best, used, intervals)
+    band_x = np.geomspace(used.x[0], BAND_AHEAD * used.x[-1], BAND_POINTS)
+    band = np.array([draw(band_x) for draw in refitted])
+    return LawFit(
+        curve=curve.name,
+        form=wanted.name,
+        formula=wanted.formula,
+        unit="1e9 tokens" if curve.kind == TOKENS else "d_model / L",
+        n_points=len(used),
+        dropped=drop_first,
+        params=best.params,
+        intervals=intervals,
+        bootstrap=bootstrap,
+        mae=float(np.abs(residuals).mean()),
+        rmse=float(np.sqrt((residuals**2).mean())),
+        autocorrelation=rho,
+        identified=warning is None,
+        warning=warning,
+        refits={
+            n: fit(wanted, used.x[n:], used.ratio[n:]).params
+            for n in REFITS
+            if len(used) - n > len(wanted.params)
+        },
+        rivals=[_rival(FORMS[n], used) for n in _rivals_of(wanted, used)],
+        at=[
+            Prediction(x, float(best(x)[0]), _interval([draw(x)[0] for draw in refitted]))
+            for x in at
+        ],
+        tokens_for=[_tokens_for(best, refitted, ratio) for ratio in tokens_for],
+        band_x=band_x.tolist(),
+        band=[_interval(values) for values in band.T],
+    )
+
+
+def _auto(curve: Curve) -> Form:
+    if curve.kind != TOKENS:
+        return FORMS["piecewise"]
+    half = len(curve) // 2
+    falls = curve.ratio[half:].mean() < curve.ratio[:half].mean() if half else True
+    return FORMS["relu" if falls else "silu"]
+
+
+def _rivals_of(form: Form, curve: Curve) -> list[str]:
+    """The form itself first."""
+    if curve.kind != TOKENS:
+        return [form.name, "logarithm", "exponential"]
+    same = (form.name, "power") if form.name == "silu" else (form.name,)
+    return [form.name, *(name for name in RIVALS if name not in same)]
+
+
+# Intervals ---------------------------------------------------------------------------------------
+
+
+def autocorrelation(residuals: np.ndarray) -> float:
+    """Lag-1, never below 0; at most 0.9."""
+    power = float((residuals**2).sum())
+    return float(np.clip((residuals[1:] * residuals[:-1]).sum() / power, 0, 0.9)) if power else 0.0
+
+
+def profile(best: Fit, curve: Curve, name: str, rho: float) -> Interval:
+    """Where a parameter may lie so that the rest still fits, by an F test at 95 %.
+
+    An end that no value excludes is the parameter's bound, or infinite.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import f
+
+    freedom = max(len(curve) * (1 - rho) / (1 + rho) - len(best.form.params), 1.0)
+    # A perfect fit has no interval to speak of; rounding is not a residual.
+    least = max(best.sse, 1e-24)
+    limit = np.log1p(f.ppf(LEVEL, 1, freedom) / freedom)
+    value = best.params[name]
+    positive = name in best.form.theta
+
+    def excess(at: float, near: Fit | None = None) -> tuple[float, Fit]:
+        fixed = {name: np.exp(at) if positive else at}
+        found = fit(best.form, curve.x, curve.ratio, fixed, near)
+        grid = fit(best.form, curve.x, curve.ratio, fixed) if near is not None else found
+        found = min(found, grid, key=lambda each: each.sse)
+        return float(np.log(max(found.sse, 1e-24) / least) - limit), found
+
+    centre = float(np.log(value)) if positive else value
+    ends = []
+    for sign, bound in zip((-1, 1), _limits(best.form, name), strict=True):
+        step, inside, near = sign * (0.02 if positive else 0.01 * abs(centre) + 1e-6), centre, best
+        while True:
+            outside = inside + step
+            if (outside - bound) * sign >= 0:
+                outside = bound
+            if not np.isfinite(outside):
+                break
+            above, near = excess(outside, near)
+            if above > 0 or outside == bound:
+                break
+            inside, step = outside, 1.7 * step
+        if np.isfinite(outside) and above > 0:
+            outside = brentq(lambda v, n=near: excess(v, n)[0], inside, outside, rtol=1e-4)
+        ends.append(float(np.exp(outside)) if positive else float(outside))
+    return ends[0], ends[1]
+
+
+def _limits(form: Form, name: str) -> Interval:
+    """Where to stop looking; logarithms for θ."""
+    if name in form.theta:
+        low, high = np.log(BOUNDS[name])
+        return float(low), float(high)
+    if name == form.names[1]:
+        return form.offset
+    if form.log_gain:
+        return -30.0, float(np.log(form.gain[1]))
+    return form.gain
+
+
+def resample(best: Fit, curve: Curve, rho: float, draws: int, seed: int) -> list[Fit]:
+    """Refits to the fit plus its own residuals, drawn with replacement in blocks."""
+    rng = np.random.default_rng(seed)
+    n, fitted = len(curve), best(curve.x)
+    residuals = (curve.ratio - fitted) * np.sqrt(n / (n - len(best.form.params)))
+    residuals -= residuals.mean()
+    block = max(1, round((1 + rho) / (1 - rho)))
+    found = []
+    for _ in range(draws):
+        starts = rng.integers(0, n - block + 1, -(-n // block))
+        drawn = (starts[:, None] + np.arange(block)).ravel()[:n]
+        y = fitted + residuals[drawn]
+        # From the fit, and from the grid: a draw may lie in another valley.
+        both = [fit(best.form, curve.x, y, near=best), fit(best.form, curve.x, y)]
+        found.append(min(both, key=lambda each: each.sse))
+    return found
+
+
+def _interval(values: Sequence[float] | np.ndarray) -> Interval:
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(np.asarray(values), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _not_identified(best: Fit, curve: Curve, intervals: dict[str, Interval]) -> str | None:
+    """Why the limit A0 cannot be told from this curve; None if it can."""
+    if best.form.names[1] != "A0" or curve.kind != TOKENS:
+        return None
+    low, high = intervals["A0"]
+    spread = float(curve.ratio.max() - curve.ratio.min())
+    if low > 0 and high < 1 and high - low < spread:
+        return None
+    return (
+        f"A0 is not identified: anything from {low:.3g} to {high:.3g} fits, while the curve itself "
+        f"spans {spread:.3g}; train longer, or do not rely on the limit"
+    )
+
+
+# What follows ------------------------------------------------------------------------------------
+
+
+def _rival(form: Form, curve: Curve) -> Rival:
+    whole = fit(form, curve.x, curve.ratio)
+    n, p = len(curve), len(form.params) + 1  # the noise's variance is one more
+    aicc = None
+    if n - p - 1 > 0:
+        aicc = n * float(np.log(max(whole.sse, 1e-24) / n)) + 2 * p * n / (n - p - 1)
+    return Rival(
+        form=form.name,
+        formula=form.formula,
+        n_params=len(form.params),
+        params=whole.params,
+        mae=float(np.abs(curve.ratio - whole(curve.x)).mean()),
+        aicc=aicc,
+        extrapolation_mae=extrapolation_error(form, curve),
+    )
+
+
+def extrapolation_error(form: Form, curve: Curve) -> float | None:
+    """Mean absolute error on the last points of a fit to the first ones; None if those are few."""
+    n = round(TRAIN_SHARE * len(curve))
+    if n <= len(form.params) or n == len(curve):
+        return None
+    early = fit(form, curve.x[:n], curve.ratio[:n])
+    return float(np.abs(curve.ratio[n:] - early(curve.x[n:])).mean())
+
+
+def _tokens_for(best: Fit, draws: list[Fit], ratio: float) -> Prediction:
+    """Draws that never reach the ratio count as infinite."""
+    found = crossing(best, ratio)
+    if found is None:
+        return Prediction(None, ratio, (None, None))
+    reached = [crossing(draw, ratio) for draw in draws]
+    values = np.sort([np.inf if x is None else x for x in reached])
+    tail = (1 - LEVEL) / 2
+    ends = [float(values[round(q * (len(values) - 1))]) for q in (tail, 1 - tail)]
+    low, high = (end if np.isfinite(end) else None for end in ends)
+    return Prediction(found, ratio, (low, high))
+
+
+def crossing(law: Fit, ratio: float) -> float | None:
+    """The x in 1e-6 to 1e9 (1e9 tokens) at which a law has that value."""
+    from scipy.optimize import brentq
+
+    def gap(log_x: float) -> float:
+        return float(law(np.exp(log_x))[0] - ratio)
+
+    ends = float(np.log(1e-6)), float(np.log(1e9))
+    if gap(ends[0]) * gap(ends[1]) > 0:
+        return None
+    return float(np.exp(brentq(gap, *ends)))
+
+
+# Several sizes -----------------------------------------------------------------------------------
+
+
+@dataclass
+class JointFit:
+    """One limit A0 for several curves, everything else each curve's own."""
+
+    curves: list[str]
+    form: str
+    limit: float
+    interval: Interval
+    p_value: float  # of all limits being the same, by a likelihood-ratio test
+    own_limits: dict[str, float]
+
+
+def fit_jointly(curves: Sequence[Curve], form: str = "auto", *, drop_first: int = 0) -> JointFit:
+    """Curves of one form with a limit in common; does it depend on the model's size?
+
+    The likelihood of a limit is the product of each curve's, with its own noise.
+
+    Raises:
+        UsageError: fewer than two curves.
+        FallowError: curves that differ in form, or too few points.
+    """
+    from scipy.optimize import brentq, minimize_scalar
+    from scipy.stats import chi2
+
+    if len(curves) < 2:
+        raise UsageError("a joint fit takes two curves at least")
+    used = [curve.without_first(drop_first) for curve in curves]
+    forms = {(_auto(c) if form == "auto" else find_form(form)).name for c in used}
+    if len(forms) > 1:
+        raise FallowError(f"the curves are of forms {', '.join(sorted(forms))}; give --form")
+    law = FORMS[forms.pop()]
+    own = [fit(law, c.x, c.ratio) for c in used]
+
+    def cost(limit: float) -> float:
+        """-2 ln likelihood over that of each curve's own limit."""
+        total = 0.0
+        for curve, best in zip(used, own, strict=True):
+            rho = autocorrelation(curve.ratio - best(curve.x))
+            fixed = fit(law, curve.x, curve.ratio, {law.names[1]: limit})
+            n = len(curve) * (1 - rho) / (1 + rho)
+            total += n * np.log(max(fixed.sse, 1e-24) / max(best.sse, 1e-24))
+        return total
+
+    low, high = law.offset if np.isfinite(law.offset[0]) else (-1.0, 1.0)
+    grid = np.linspace(low, high, 201)
+    start = int(np.argmin([cost(v) for v in grid]))
+    near = grid[max(start - 1, 0)], grid[min(start + 1, 200)]
+    limit = float(minimize_scalar(cost, bounds=near, method="bounded", options={"xatol": 1e-6}).x)
+    least, allowed = cost(limit), float(chi2.ppf(LEVEL, 1))
+    ends = []
+    for sign, bound in ((-1, low), (1, high)):
+        step, inside = 1e-4, limit
+        while (inside - bound) * sign < 0 and cost(inside) - least <= allowed:
+            outside, step = inside, 1.7 * step
+            inside = min(max(inside + sign * step, low), high)
+        if cost(inside) - least > allowed:
+            inside = brentq(lambda v: cost(v) - least - allowed, outside, inside)
+        ends.append(float(inside))
+    return JointFit(
+        curves=[c.name for c in used],
+        form=law.name,
+        limit=limit,
+        interval=(ends[0], ends[1]),
+        p_value=float(chi2.sf(max(least, 0.0), len(used) - 1)),
+        own_limits={c.name: f.offset for c, f in zip(used, own, strict=True)},
+    )
