@@ -590,6 +590,32 @@ def test_law_fit(tmp_path: Path, run: Any) -> None:
     assert not (tmp_path / "p" / "law.json").exists()
 
 
+def test_law_train_sweep_and_advise(tmp_path: Path, run: Any) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("\n".join(f"the ship number {n} sailed at dawn" for n in range(9000)))
+    small = ["--hidden-size", 64, "--layers", 1, "--intermediate-size", 40, "--vocabulary", 300]
+    small += ["--tokens", "2e4", "--context", 64, "--batch", 8, "--checkpoints", 2]
+    command = ["law", "train", "--text", text, "-o", tmp_path / "m", *small]
+    found = run(*command, "--json").json
+    assert len(found["sha256"]) == 64
+    assert found["sha256"] in run(*command, "--json").out  # done already
+    assert "activation ratio" in run(*command).out
+    bad = run(*command, "--seed", 1)
+    assert (bad.code, "another seed" in bad.err) == (1, True)
+    assert run(*command, "--activation", "x").code == 2
+    (tmp_path / "c.toml").write_text(
+        f'[base]\ntext = "{text}"\nhidden_size = 64\nlayers = 1\nintermediate_size = 40\n'
+        "vocabulary = 300\ntokens = 2e4\ncontext = 64\nbatch = 8\ncheckpoints = 2\n"
+    )
+    swept = run("law", "sweep", tmp_path / "c.toml", "-o", tmp_path / "s", "--json").json
+    assert swept["rows"][0]["sha256"] == found["sha256"]
+    assert "width / depth" in run("law", "sweep", tmp_path / "c.toml", "-o", tmp_path / "s").out
+    advice = run("law", "advise", "--params", "1e9", "--tokens", "2e11", "--json").json
+    assert 0.06 < advice["ratio"] < 0.09
+    assert "FFN at most" in run("law", "advise", "--params", "1e9", "--tokens", "2e11").out
+    assert run("law", "advise", "--params", "-1", "--tokens", "2e11").code == 2
+
+
 def test_similarity(folders: dict[str, Path], texts: Texts, tmp_path: Path, run: Any) -> None:
     options = ["--calibration-text", texts[0], "--text", texts[1], "--documents", 3]
     command = ["patterns", "similarity", folders["llama"], "-o", tmp_path / "s", "--context", 64]

@@ -1163,6 +1163,117 @@ def law_fit(
     print(f"written: {output}/law.json and law.png")
 
 
+@law_app.command("train")
+def law_train(
+    text: Annotated[Path, typer.Option(help="What to train on; .xz too. Its end is held out.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the model.")],
+    activation: Annotated[str, typer.Option(help="relu or silu.")] = "relu",
+    hidden_size: Annotated[int, typer.Option(help="d_model, a multiple of 64.")] = 192,
+    layers: Annotated[int, typer.Option(help="How many.")] = 5,
+    intermediate_size: Annotated[int, typer.Option(help="d_ff, neurons per layer.")] = 480,
+    tokens: Annotated[float, typer.Option(help="To see; such as 4e7.")] = 4e7,
+    vocabulary: Annotated[int, typer.Option(help="Of a tokenizer trained on the text.")] = 2048,
+    context: ContextOption = 256,
+    batch: Annotated[int, typer.Option(help="Windows per step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 3e-3,
+    checkpoints: Annotated[int, typer.Option(help="Points of the curve, log-spaced.")] = 12,
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train a small LLaMA-like model and measure how sparse it becomes; goes on if stopped."""
+    from fallow.laws.training import Settings, train
+
+    report = train(
+        output,
+        text,
+        Settings(
+            activation=activation,
+            hidden_size=hidden_size,
+            layers=layers,
+            intermediate_size=intermediate_size,
+            vocabulary=vocabulary,
+            tokens=round(tokens),
+            context=context,
+            batch=batch,
+            learning_rate=learning_rate,
+            checkpoints=checkpoints,
+            seed=seed,
+        ),
+        device,
+    )
+    if as_json:
+        _print_json(report.to_json())
+        return
+    print(
+        f"written: {output}: {report.non_embedding_parameters / 1e6:.2f} M parameters besides "
+        f"embeddings, {report.epochs:.2f} epochs, activation ratio {report.activation_ratio:.4f}, "
+        f"validation loss {report.validation_loss:.3f}; the curve: {report.curve}"
+    )
+
+
+@law_app.command("sweep")
+def law_sweep(
+    config: Annotated[Path, typer.Argument(help="A TOML file of runs; see docs/laws.md.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of all models.")],
+    workers: WorkersOption = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train a grid of small models, and put their activation ratios in one table."""
+    from fallow.laws.sweeping import sweep
+
+    table = sweep(config, output, workers=workers, device=device)
+    if as_json:
+        _print_json({"output": str(output), "rows": table})
+        return
+    rows = [
+        [
+            row["run"],
+            f"{row['non_embedding_parameters'] / 1e6:.2f}",
+            f"{row['width_depth']:.0f}",
+            f"{row['tokens'] / 1e6:.1f}",
+            f"{row['validation_loss']:.3f}",
+            f"{row['last_ratio']:.4f}",
+            f"{row['activation_ratio']:.4f}",
+            "-" if row["limit"] is None else f"{row['limit']:.4f}",
+        ]
+        for row in table
+    ]
+    columns = ["run", "M parameters", "width / depth", "M tokens", "loss", "A before decay"]
+    _print_table("trained", [*columns, "A", "limit"], rows)
+    print(f"written: {output}/sweep.json")
+
+
+@law_app.command("advise")
+def law_advise(
+    params: Annotated[float, typer.Option(help="Parameters besides embeddings, such as 1e9.")],
+    tokens: Annotated[float, typer.Option(help="To train on, such as 2e11.")],
+    activation: Annotated[str, typer.Option(help="relu or silu.")] = "relu",
+    curve: Annotated[
+        list[Path] | None, typer.Option(help="Also rest on this curve of law train; repeatable.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What activation ratio to expect of a model, and how much faster its FFN could be."""
+    from fallow.laws.advice import advise, own_basis
+
+    found = advise(params, tokens, activation, [own_basis(path) for path in curve or ()])
+    if as_json:
+        _print_json(found.to_json())
+        return
+    for warning in found.warnings:
+        print(f"warning: {warning}")
+    low, high = found.interval
+    print(f"activation ratio at +1 % PPL: {found.ratio:.3f} ({low:.3f} to {high:.3f})")
+    for what, value, (low, high) in (
+        ("active neurons known at no cost", found.known_ceiling, found.known_interval),
+        ("gate_proj computed to know them", found.gate_ceiling, found.gate_interval),
+    ):
+        print(f"FFN at most {value:.1f} times faster ({low:.1f} to {high:.1f}), {what}")
+    print(f"rests on: {', '.join(found.rests_on)}")
+
+
 def _print_law(law: dict[str, Any]) -> None:
     rows = []
     for name, value in law["params"].items():

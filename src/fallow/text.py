@@ -1,6 +1,7 @@
 """Calibration and evaluation text, cut into windows of tokens."""
 
 import hashlib
+import lzma
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class Text:
 
 
 def load_text(source: str | Path | Text | None, half: Half) -> Text:
-    """The text of `source`: a file's path, a Text as it is, or None for the default text.
+    """The text of `source`: a file's path (.xz too), a Text as it is, or None for the default text.
 
     The default is the Python language reference which every CPython carries
     (`pydoc_data.topics`); its topics, in alphabetical order, go to the two halves in turn, so that
@@ -51,7 +52,10 @@ def load_text(source: str | Path | Text | None, half: Half) -> Text:
         return _default_text(half)
     path = Path(source)
     try:
-        content = path.read_bytes().decode("utf-8")
+        raw = path.read_bytes()
+        content = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")
+    except lzma.LZMAError as error:
+        raise FallowError(f"text {path} is no whole xz file ({error}); fetch it again") from error
     except OSError as error:
         raise FallowError(f"cannot read text {path}: {error.strerror}; check --text") from error
     except UnicodeDecodeError as error:

@@ -1,0 +1,516 @@
+"""Trains small LLaMA-like models to see how sparse they become (METHODS 4.4 to 4.6).
+
+The folder that a training leaves is a Hugging Face model, so that every other command works on it:
+
+    config.json, model.safetensors, tokenizer.json    the trained model
+    curve.json               what `fallow law fit` reads; a point per checkpoint, docs/laws.md
+    checkpoints/<tokens>/    the like after so many tokens, with its profile and cett.plan
+    training.json            settings
+    state.pt                 what a stopped training goes on from
+
+The learning rate warms up, stays, and decays (WSD). As the published curves do, this one ends
+before the decay.
+"""
+
+import hashlib
+import json
+import math
+import pickle
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fallow.calibration import calibrate
+from fallow.errors import FallowError, UsageError
+from fallow.evaluation import window_losses
+from fallow.files import atomic_path, check_writable, write_json, write_text
+from fallow.laws.curves import RATIO, TOKENS
+from fallow.model import keep_freed_memory, load, quieten_transformers, use_fastest_float32
+from fallow.profiling import DEAD, profile
+from fallow.progress import console
+from fallow.text import Text, load_text
+
+ACTIVATIONS = ("relu", "silu")
+WARM_UP, DECAY = 0.02, 0.1  # shares of the steps
+LAST_RATE = 0.1  # of the learning rate, at the end of the decay
+BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
+HELD_OUT = 0.02  # of the text, its last paragraphs; more of a short one
+CHARACTERS_PER_TOKEN = 6  # at most, of small vocabularies
+FIRST_CHECKPOINT = 1 / 50  # of the tokens
+PPL_INCREASE = 1.0  # percent: CETT-PPL-1 %
+FIT_WINDOWS, JUDGE_WINDOWS = 32, 32  # of the held-out text, for that
+SAVE_SECONDS = 120.0  # between states
+REPORT_SECONDS = 30.0
+TOKENIZER_CHARACTERS = 10_000_000  # of the text that the tokenizer is trained on
+END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training. Non-embedding parameters: layers (4 d² + 3 d d_ff), d = hidden_size."""
+
+    activation: str = "relu"
+    hidden_size: int = 192
+    layers: int = 5
+    intermediate_size: int = 480
+    head_size: int = 64
+    vocabulary: int = 2048
+    tokens: int = 40_000_000
+    context: int = 256
+    batch: int = 32  # windows
+    learning_rate: float = 3e-3
+    checkpoints: int = 12
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / (self.context * self.batch))
+
+    @property
+    def all_tokens(self) -> int:
+        """Those of whole steps."""
+        return self.steps * self.batch * self.context
+
+    @property
+    def stable_steps(self) -> int:
+        """Steps before the decay."""
+        return max(1, round((1 - DECAY) * self.steps))
+
+    def check(self) -> None:
+        """Raises UsageError for what cannot be trained."""
+        if self.activation not in ACTIVATIONS:
+            raise UsageError(
+                f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}"
+            )
+        if self.hidden_size % self.head_size:
+            raise UsageError(
+                f"--hidden-size {self.hidden_size} is no multiple of heads of {self.head_size}"
+            )
+        for name, value in asdict(self).items():
+            if not isinstance(value, str) and (value < 0 or (value == 0 and name != "seed")):
+                raise UsageError(f"--{name.replace('_', '-')} {value} is too small")
+        if not 260 <= self.vocabulary <= 65536:
+            raise UsageError(f"--vocabulary {self.vocabulary} is outside 260 to 65536")
+
+    def checkpoint_steps(self) -> list[int]:
+        """Log-spaced, up to the last step before the decay."""
+        last = self.stable_steps
+        first = max(1, round(FIRST_CHECKPOINT * last))
+        return sorted({round(s) for s in np.geomspace(first, last, self.checkpoints)})
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        warm_up = max(1, round(WARM_UP * self.steps))
+        if step < warm_up:
+            return self.learning_rate * (step + 1) / warm_up
+        left = (self.steps - step) / max(1, self.steps - self.stable_steps)
+        return self.learning_rate * (LAST_RATE + (1 - LAST_RATE) * min(1.0, left))
+
+
+@dataclass
+class TrainReport:
+    """What a training gave."""
+
+    path: str
+    curve: str
+    parameters: int
+    non_embedding_parameters: int
+    tokens: int
+    epochs: float
+    validation_loss: float
+    activation_ratio: float  # of the final model, behind the decay
+    sha256: str  # of model.safetensors
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train(
+    folder: str | Path, text: str | Path | Text, settings: Settings, device: str = "auto"
+) -> TrainReport:
+    """Trains a model and measures it at every checkpoint; goes on where a stopped run was.
+
+    Args:
+        device: "cpu", "cuda", or "auto", a GPU if there is one.
+
+    Raises:
+        UsageError: settings that do not fit together, or a GPU that is not there.
+        FallowError: the text is too short, the folder is of another training, or the loss is NaN:
+            the last good state stays.
+    """
+    settings.check()
+    device = _device(device)
+    use_fastest_float32()
+    keep_freed_memory()
+    quieten_transformers()
+    folder = Path(folder)
+    check_writable(folder / "training.json")
+    source = load_text(text, "calibration")
+    _claim(folder, settings, source)
+    run = _Run(folder, settings, prepare(folder, source, settings), device)
+    if not (folder / "model.safetensors").exists():
+        run.restore()
+        run.finish()
+    return run.report()
+
+
+def _device(name: str) -> str:
+    there = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if there else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {name!r}; known: auto, cpu, cuda")
+    if name == "cuda" and not there:
+        raise UsageError("--device cuda, but torch finds no GPU here; give --device cpu")
+    return name
+
+
+def _claim(folder: Path, settings: Settings, source: Text) -> None:
+    """Raises FallowError if the folder is of another training."""
+    path, mine = folder / "training.json", asdict(settings) | {"text_sha256": source.sha256}
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FallowError(f"{path} is damaged; delete {folder} to begin again") from error
+        changed = [k for k, v in mine.items() if found.get(k) != v]
+        if changed:
+            raise FallowError(
+                f"{folder} is of a training with another {', '.join(changed)}; choose another "
+                "--output, or delete it"
+            )
+        return
+    write_json(path, mine)
+
+
+# Text --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids to train on, (n,) uint16, and text that is held out."""
+
+    ids: np.ndarray
+    held_out: Text
+    windows: int  # of context tokens and the one behind
+
+    def batch(self, settings: Settings, step: int) -> np.ndarray:
+        """Windows (batch, context + 1) int64: every epoch has its own order."""
+        numbers = np.arange(step * settings.batch, (step + 1) * settings.batch)
+        rows = []
+        for number in numbers:
+            epoch, place = divmod(int(number), self.windows)
+            start = int(self._order(settings.seed, epoch)[place]) * settings.context
+            rows.append(self.ids[start : start + settings.context + 1])
+        return np.stack(rows).astype(np.int64)
+
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        if _ORDER.get("key") != (seed, epoch, self.windows):
+            order = np.random.default_rng((seed, epoch)).permutation(self.windows)
+            _ORDER.update(key=(seed, epoch, self.windows), order=order)
+        return _ORDER["order"]
+
+
+_ORDER: dict[str, Any] = {}  # the epoch's, which is asked for at every step
+
+
+def prepare(folder: Path, source: Text, settings: Settings) -> Corpus:
+    """The text's tokens, cached in the folder, by a tokenizer that is trained on the same text.
+
+    Raises:
+        FallowError: the text is too short.
+    """
+    length = len(source.content)
+    judged = (FIT_WINDOWS + JUDGE_WINDOWS) * settings.context * CHARACTERS_PER_TOKEN
+    cut = source.content.find("\n", length - max(round(HELD_OUT * length), judged))
+    if judged > length / 2 or cut < 0:
+        raise FallowError(
+            f"text {source.name} has {length} characters; {judged} are held out to judge by, so "
+            f"give one of {4 * judged} at least"
+        )
+    parts = source.content[:cut], source.content[cut + 1 :]
+    tokenizer = _tokenizer(folder / "tokenizer.json", parts[0], settings.vocabulary)
+    path = folder / "tokens.npy"
+    if not path.exists():
+        console.print("tokenising", highlight=False)
+        # In pieces: the tokenizer keeps much more per character than the ids.
+        lines = parts[0].split("\n")
+        pieces = ["\n".join(lines[i : i + 1000]) + "\n" for i in range(0, len(lines), 1000)]
+        ids = [np.array(tokenizer.encode(piece).ids, dtype=np.uint16) for piece in pieces]
+        with atomic_path(path) as temporary:
+            np.save(temporary, np.concatenate(ids))
+    ids = np.load(path, mmap_mode="r")
+    windows = (len(ids) - 1) // settings.context
+    if windows < settings.batch:
+        raise FallowError(
+            f"text {source.name} has {len(ids)} tokens, less than a step of {settings.batch} "
+            f"windows of {settings.context}; give a longer --text"
+        )
+    return Corpus(ids, Text(f"{source.name}, its end", parts[1]), windows)
+
+
+def _tokenizer(path: Path, text: str, vocabulary: int) -> Any:
+    """Byte-level BPE."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if path.exists():
+        return Tokenizer.from_file(str(path))
+    console.print("training the tokenizer", highlight=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text[:TOKENIZER_CHARACTERS].split("\n"), trainer)
+    write_text(path, tokenizer.to_str())
+    return tokenizer
+
+
+# The run -----------------------------------------------------------------------------------------
+
+
+class _Run:
+    """A training between its first and its last step."""
+
+    def __init__(self, folder: Path, settings: Settings, corpus: Corpus, device: str) -> None:
+        self.folder, self.settings, self.corpus, self.device = folder, settings, corpus, device
+        self.module = _module(settings).to(device)
+        matrices = [p for p in self.module.parameters() if p.ndim > 1]
+        others = [p for p in self.module.parameters() if p.ndim <= 1]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimiser = torch.optim.AdamW(
+            groups,
+            lr=settings.learning_rate,
+            betas=BETAS,
+            weight_decay=WEIGHT_DECAY,
+            fused=True,
+        )
+        self.half = _has_bfloat16(device)
+        self.step = 0
+        self.losses: list[float] = []  # of every step
+
+    @property
+    def non_embedding(self) -> int:
+        """Parameters besides the embedding, which the head shares."""
+        embedding = self.settings.vocabulary * self.settings.hidden_size
+        return sum(p.numel() for p in self.module.parameters()) - embedding
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.settings.batch * self.settings.context
+
+    def restore(self) -> None:
+        """Raises FallowError if the state is damaged."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            needed = self.settings.all_tokens / (self.corpus.windows * self.settings.context)
+            console.print(
+                f"{self.settings.all_tokens} tokens are {needed:.2f} epochs of this text",
+                highlight=False,
+            )
+            return
+        try:
+            state = torch.load(path, weights_only=True, map_location=self.device)
+            self.module.load_state_dict(state["module"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.step, self.losses = state["step"], state["losses"]
+        except (
+            OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError,
+        ) as error:  # fmt: skip
+            raise FallowError(f"{path} is damaged; delete {self.folder} to begin again") from error
+        console.print(f"goes on after {self.tokens} tokens", highlight=False)
+
+    def save(self) -> None:
+        state = {
+            "module": self.module.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "losses": self.losses,
+        }
+        with atomic_path(self.folder / "state.pt") as temporary:
+            torch.save(state, temporary)
+
+    def finish(self) -> None:
+        """The steps that are left, with measurements at the checkpoints."""
+        checkpoints = set(self.settings.checkpoint_steps())
+        measured = _points(self.folder / "curve.json")
+        if self.step in checkpoints and self.tokens not in measured[TOKENS]:
+            self._measure()
+        saved = reported = time.monotonic()
+        began = self.step, reported
+        while self.step < self.settings.steps:
+            self._take_step()
+            now = time.monotonic()
+            at_checkpoint, last = self.step in checkpoints, self.step == self.settings.steps
+            if at_checkpoint or last or now - saved > SAVE_SECONDS:
+                self.save()
+                saved = now
+            if at_checkpoint:
+                self._measure()
+            if last or now - reported > REPORT_SECONDS:
+                self._report(began, now)
+                reported = now
+        self._save_final()
+
+    def _take_step(self) -> None:
+        batch = torch.from_numpy(self.corpus.batch(self.settings, self.step)).to(self.device)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.settings.rate(self.step)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
+            logits = self.module(input_ids=batch[:, :-1]).logits
+        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FallowError(
+                f"the loss is {value} after {self.tokens} tokens; {self.folder}/state.pt has the "
+                "last good state; begin again elsewhere with a lower --learning-rate"
+            )
+        self.optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
+        self.optimiser.step()
+        self.step += 1
+        self.losses.append(value)
+
+    def _report(self, began: tuple[int, float], now: float) -> None:
+        step, start = began
+        per_step = self.settings.batch * self.settings.context
+        speed = (self.step - step) * per_step / max(now - start, 1e-9)
+        left = (self.settings.steps - self.step) * per_step / max(speed, 1e-9)
+        console.print(
+            f"{self.tokens / 1e6:.1f} M tokens of {self.settings.tokens / 1e6:.0f}: loss "
+            f"{np.mean(self.losses[-20:]):.3f}, {speed:.0f} tokens/s, {left / 60:.0f} min left",
+            highlight=False,
+        )
+
+    def _measure(self) -> None:
+        """A checkpoint: its model, and a point of the curve."""
+        folder = self.folder / "checkpoints" / str(self.tokens)
+        self._write_model(folder)
+        found = measure(folder, self.corpus.held_out, self.settings)
+        curve = _points(self.folder / "curve.json")
+        curve |= {"activation": self.settings.activation, "parameters": self.non_embedding}
+        recent = self.losses[-20:]
+        point = {TOKENS: self.tokens, "train_loss": float(np.mean(recent))} | found
+        for name, value in point.items():
+            curve.setdefault(name, []).append(value)
+        write_json(self.folder / "curve.json", curve)
+        console.print(
+            f"{self.tokens} tokens: {RATIO} {found[RATIO]:.4f}, zeros {found['zero_ratio']:.4f}, "
+            f"validation loss {found['validation_loss']:.3f}",
+            highlight=False,
+        )
+
+    def _save_final(self) -> None:
+        """The trained model; its weights last, as they say that it is whole."""
+        folder = self.folder / "final"
+        self._write_model(folder)
+        write_json(self.folder / "final.json", measure(folder, self.corpus.held_out, self.settings))
+        for path in sorted(folder.iterdir(), key=lambda p: p.name == "model.safetensors"):
+            path.replace(self.folder / path.name)
+        folder.rmdir()
+        (self.folder / "state.pt").unlink()
+
+    def _write_model(self, folder: Path) -> None:
+        from transformers import PreTrainedTokenizerFast
+
+        self.module.save_pretrained(folder)
+        path = str(self.folder / "tokenizer.json")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=path, eos_token=END)
+        tokenizer.save_pretrained(folder)
+
+    def report(self) -> TrainReport:
+        found = json.loads((self.folder / "final.json").read_text(encoding="utf-8"))
+        weights = self.folder / "model.safetensors"
+        return TrainReport(
+            path=str(self.folder),
+            curve=str(self.folder / "curve.json"),
+            parameters=sum(p.numel() for p in self.module.parameters()),
+            non_embedding_parameters=self.non_embedding,
+            tokens=self.settings.all_tokens,
+            epochs=self.settings.all_tokens / (self.corpus.windows * self.settings.context),
+            validation_loss=found["validation_loss"],
+            activation_ratio=found[RATIO],
+            sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
+        )
+
+
+def _module(settings: Settings) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        config = LlamaConfig(
+            vocab_size=settings.vocabulary,
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.intermediate_size,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.hidden_size // settings.head_size,
+            num_key_value_heads=settings.hidden_size // settings.head_size,
+            hidden_act=settings.activation,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=0,
+        )
+        return LlamaForCausalLM(config).train()
+
+
+def _has_bfloat16(device: str) -> bool:
+    """Whether products in bf16 have instructions of their own; weights stay float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in 2.6
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def _points(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {TOKENS: [], RATIO: []}
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def measure(folder: Path, held_out: Text, settings: Settings) -> dict[str, Any]:
+    """A checkpoint on held-out text: thresholds from its first windows, figures from the next.
+
+    Leaves `cett.plan`, `profile.json` and `profile.npz` in the folder.
+
+    Raises:
+        FallowError: the held-out text is too short.
+    """
+    model, context = load(str(folder)), settings.context
+    plan = calibrate(
+        model,
+        "cett",
+        max_ppl_increase=PPL_INCREASE,
+        text=held_out,
+        context=context,
+        windows=FIT_WINDOWS,
+        validation_windows=JUDGE_WINDOWS,
+    )
+    plan.save(folder / "cett.plan")
+    seen = profile(model, held_out, context=context, windows=FIT_WINDOWS + JUDGE_WINDOWS)
+    seen.save(folder)
+    windows = model.windows(held_out, context, FIT_WINDOWS + JUDGE_WINDOWS)
+    assert plan.achieved_sparsity is not None
+    return {
+        RATIO: 1 - plan.achieved_sparsity,
+        "ppl_change_percent": plan.achieved_ppl_increase,
+        "ppl_change_se": plan.achieved_ppl_increase_se,
+        "cett": plan.knob,
+        "zero_ratio": seen.summary["natural_sparsity"],
+        "dead": float((seen.arrays["firing_frequency"] < DEAD).mean()),
+        "validation_loss": float(window_losses(model, windows, None).mean()),
+    }
