@@ -193,8 +193,8 @@ profile likelihood; published values outside are marked. Errors are mean absolut
 
 
 NOTES = """
-- **SiLU 0.8B**: 13 of the last 14 points, from 119e9 tokens on, lie above the published law: it seems
-  to be of fewer points than are public. Points 8 to 19 alone give alpha 0.99, c 0.55, A0 0.383.
+- **SiLU 0.8B**: 13 of the last 14 points, from 119e9 tokens on, lie above the published law, which
+  seems to be of fewer points than are public: points 8 to 19 alone give 0.99, 0.55 and 0.383.
 - **ReLU 2.4B**: the published law is of up to 800e9 tokens, the public curve ends at 291e9, which
   does not tell the limit. A fit without the first 3 points is that of the authors' data repository
   (2.11, -3.82, 9.05e-6, 0.0712).

@@ -33,15 +33,15 @@ TRAIN_WINDOWS, TEST_WINDOWS = 195, 16  # 200,000 tokens
 CLUSTERS = (1, 16, 128, 512, 2048)
 MANY_CLUSTERS = 16384  # in the first, middle and last layer alone
 # The published algorithm and its baseline: clusters and density. Minutes each, most on Qwen.
-PUBLISHED = [("published", 2048, 0.5), ("binary", 2048, 0.5), ("published", 2048, 0.6)]
-MORE_PUBLISHED = [("published", 512, 0.5), ("published", 2048, 0.7), ("published", 2048, 0.8)]
+PUBLISHED = [("published", 2048, 0.5), ("binary", 2048, 0.5)]
+MORE_PUBLISHED = [("published", 512, 0.5), *(("published", 2048, d) for d in (0.6, 0.7, 0.8))]
 ALL_OF_IT = ("smollm2",)
 PREDICTED_CLUSTERS = 512
 FEATURES = (("token",), ("previous",), ("token", "previous"), ("token", "previous", "below"))
 PREDICTED_EPOCHS = 3
 KERNEL_RUNS = 9
 # In the loop: clusters and what they are compared with, at the shares of neurons that stay.
-PPL_WINDOWS, PPL_CALIBRATION, PPL_CLUSTERS = 4, 48, 512
+PPL_WINDOWS, PPL_CALIBRATION, PPL_CLUSTERS = 4, 24, 512
 _CLUSTER = f"cluster:k={PPL_CLUSTERS}"
 PPL_RULES = (
     *(

@@ -6,7 +6,9 @@ leaves to chance or to its library is fixed here: ties go to the lower row and t
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -61,20 +63,26 @@ def cluster(
     before: list[np.ndarray] = []
     changes: list[float] = []
     batches = range(0, len(chunks), workers)
-    with progress("published clustering", passes * len(batches)) as ticker:
+
+    def learn(chunk: Chunk, history: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.ascontiguousarray(chunk())
+        labels = assign(rows, centroids, capacity)
+        return labels, update(rows, labels, centroids, width, history, capacity, zero_fraction)
+
+    with (
+        ThreadPoolExecutor(n_threads) as pool,  # of the workers, as many at a time
+        progress("published clustering", passes * len(batches)) as ticker,
+    ):
         for number in range(1, passes + 1):
             assigned = []
             for batch, first in enumerate(batches, 1):
-                history = number * batch * capacity
-                ones = np.zeros((len(centroids), width), dtype=np.int32)
                 some = chunks[first : first + workers]
-                for chunk in some:
-                    rows = np.ascontiguousarray(chunk())
-                    labels = assign(rows, centroids, capacity, n_threads)
+                ones = np.zeros((len(centroids), width), dtype=np.int32)
+                for labels, new in pool.map(
+                    partial(learn, history=number * batch * capacity), some
+                ):
                     assigned.append(labels)
-                    ones += update(
-                        rows, labels, centroids, width, history, capacity, zero_fraction, n_threads
-                    )
+                    ones += new
                 merged = pack_bits(2 * ones >= len(some))
                 changed = int(row_sizes(merged ^ centroids).sum())
                 changes.append(changed / (len(centroids) * width))
@@ -111,9 +119,7 @@ def first_centroids(
     return np.stack(found)
 
 
-def assign(
-    rows: np.ndarray, centroids: np.ndarray, capacity: int, n_threads: int = 1
-) -> np.ndarray:
+def assign(rows: np.ndarray, centroids: np.ndarray, capacity: int) -> np.ndarray:
     """Labels (R,): in turn each centroid takes its nearest free rows; -1 for those left over.
 
     The distance is one-sided, |x| - |x and c|: neurons of x that c misses.
@@ -125,7 +131,7 @@ def assign(
     for start in range(0, len(centroids), _CENTROIDS_AT_ONCE):
         some = centroids[start : start + _CENTROIDS_AT_ONCE]
         overlaps = np.empty((len(free), len(some)), dtype=np.uint32)
-        _core.row_overlaps(np.ascontiguousarray(rows[free]), some, overlaps, n_threads)
+        _core.row_overlaps(np.ascontiguousarray(rows[free]), some, overlaps, 1)
         distances = sizes[free][:, None] - overlaps.astype(np.int64)
         left = np.arange(len(free))
         for i in range(len(some)):
@@ -147,13 +153,12 @@ def update(
     history: int,
     capacity: int,
     zero_fraction: float,
-    n_threads: int = 1,
 ) -> np.ndarray:
     """New centroids (K, width) bool from one chunk: beta = (c H + mu w) / (H + w) above its
     quantile. An empty cluster keeps its own."""
     k = len(centroids)
     counts = np.zeros((k, 64 * rows.shape[1]), dtype=np.uint32)
-    _core.add_rows(rows, labels, counts, n_threads)
+    _core.add_rows(rows, labels, counts, 1)
     sizes = np.bincount(labels[labels >= 0], minlength=k)
     old = unpack_bits(centroids, width)
     # beta times the cluster's size times (H + w), which orders a centroid's neurons as beta does.
