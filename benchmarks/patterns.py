@@ -35,7 +35,7 @@ MANY_CLUSTERS = 16384  # in the first, middle and last layer alone
 # The published algorithm and its baseline: clusters and density. Minutes each, most on Qwen.
 PUBLISHED = [("published", 2048, 0.5), ("binary", 2048, 0.5)]
 MORE_PUBLISHED = [("published", 512, 0.5), *(("published", 2048, d) for d in (0.6, 0.7, 0.8))]
-ALL_OF_IT = ("smollm2",)
+ALL_OF_IT = ("smollm2",)  # and codebooks weighted by energy: magnitudes of others are too large
 PREDICTED_CLUSTERS = 512
 FEATURES = (("token",), ("previous",), ("token", "previous"), ("token", "previous", "below"))
 PREDICTED_EPOCHS = 3
@@ -77,6 +77,11 @@ def run(name: str) -> None:
     for k in CLUSTERS:
         keep(f"lloyd {k}", lambda k=k: clustered(stores, folder, k, "lloyd"))
     keep("oracle lloyd", lambda: oracles(name, folder, [("lloyd", k, 0.5) for k in CLUSTERS]))
+    if name in ALL_OF_IT:
+        weighted = [("energy", k, 0.5) for k in (128, 2048)]
+        for _, k, _ in weighted:
+            keep(f"energy {k}", lambda k=k: clustered(stores, folder, k, "energy"))
+        keep("oracle energy", lambda: oracles(name, folder, weighted))
     last = stores["train"].header.n_layers - 1
     some = [0, last // 2 + 1, last]
     keep(f"lloyd {MANY_CLUSTERS}", lambda: clustered(stores, folder, MANY_CLUSTERS, layers=some))
@@ -249,8 +254,9 @@ def stored(name: str, folder: Path, part: str) -> Any:
     plan = calibrate(model, RULE, sparsity=SPARSITY, text=VALIDATION, measure=False)
     text, windows = (VALIDATION, TRAIN_WINDOWS) if part == "train" else (TEST, TEST_WINDOWS)
     return collect(
-        model, plan, path, text, context=CONTEXT, windows=windows, magnitudes=part == "test"
-    )
+        model, plan, path, text, context=CONTEXT, windows=windows,
+        magnitudes=part == "test" or name in ALL_OF_IT,
+    )  # fmt: skip
 
 
 def clustered(
@@ -270,13 +276,14 @@ def clustered(
         output,
         k,
         density,
-        algorithm=algorithm,
+        algorithm="lloyd" if algorithm == "energy" else algorithm,
+        energy=algorithm == "energy",
         layers=layers,
         test=stores["test"],
         n_threads=THREADS,
     )
     seconds = time.perf_counter() - start
-    names = {"path": output.name, "test_text": TEST.name}
+    names = {"path": output.name, "test_text": TEST.name, "algorithm": algorithm}
     return report.to_json() | names | {"seconds": seconds}
 
 
@@ -457,7 +464,9 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
             f"| {'-' if energy is None else f'{energy:.4f}'} | {' | '.join(means[1:])} "
             f"| {r['codebook_bytes'] / 1e6:.1f} | {r['seconds']:.0f} |"
         )
-    oracle = result.get("oracle lloyd", []) + result.get("oracle published", [])
+    oracle = [
+        row for what in ("lloyd", "energy", "published") for row in result.get(f"oracle {what}", [])
+    ]
     if oracle:
         lines.append(
             f"\nPPL change in the loop, {PPL_WINDOWS} windows of {CONTEXT}, with the centroid "
@@ -494,7 +503,7 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
         lines.append(
             f"\nIn the loop, {PPL_WINDOWS} windows of {CONTEXT}; {PPL_CLUSTERS} clusters and all "
             f"else from {PPL_CALIBRATION} windows. `oracle=1`: the cluster that the true active "
-            "set is nearest to, else the one predicted from the FFN's input; `and=1`: of it the "
+            "set is nearest to, else the one predicted from the FFN's input, all weighted by energy; `and=1`: of it the "
             "truly active neurons alone. **FFN bytes** as in [selectors.md](selectors.md).\n\n"
             "| rule | kept | PPL change % | recall | energy | FFN bytes |\n"
             "|---|---|---|---|---|---|"

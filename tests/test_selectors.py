@@ -217,18 +217,20 @@ def learned_score(
 def cluster_rate(
     arrays: Arrays, options: dict[str, int], index: int, x: np.ndarray, truth: np.ndarray
 ) -> np.ndarray:
-    """The chosen cluster's rate per neuron; of equal ones the neurons of lower number first."""
+    """The chosen cluster's rate times loudness; of equal rates the lower numbers first."""
     width = truth.shape[1]
     centroids = unpack_bits(arrays["centroids"][index], width)
+    weighted = centroids * arrays["weights"][index].astype(int)
     assert (centroids.sum(axis=1) == round(0.5 * width)).all()
     if options["oracle"]:
         k = round(0.5 * width)
         active = truth > np.sort(truth, axis=1)[:, -k - 1 : -k]
-        labels = (active.astype(int) @ centroids.T).argmax(axis=1)
+        labels = (active.astype(int) @ weighted.T).argmax(axis=1)
     else:
         choice = arrays["choice"][index] * arrays["choice.scale"][index].astype(float)[:, None]
         labels = (x @ choice.T + arrays["bias"][index]).argmax(axis=1)
-    return arrays["rate"][index][labels] + np.arange(width, 0, -1) / (2 * width)
+    rate = arrays["rate"][index][labels] + np.arange(width, 0, -1) / (2 * width)
+    return rate * arrays["loudness"][index].astype(np.float64)
 
 
 @pytest.mark.parametrize("selector", [n for n in NAMES if n != "random"])
@@ -386,7 +388,12 @@ def test_cluster_of_the_largest_expected_overlap(
         weights = np.linalg.lstsq(rows, targets, rcond=None)[0]
         arrays = plans[0].arrays
         centroids = unpack_bits(arrays["centroids"][index], truth.shape[1])
-        expected = weights @ centroids.T
+        energy = truth**2 / (truth**2).sum(axis=1, keepdims=True) * active
+        loudness = energy.sum(axis=0) / np.maximum(active.sum(axis=0), 1)
+        np.testing.assert_allclose(
+            arrays["loudness"][index], np.maximum(loudness, 1e-6 * loudness.max()), rtol=1e-4
+        )
+        expected = weights @ (centroids * arrays["weights"][index].astype(float)).T
         choice = arrays["choice"][index] * arrays["choice.scale"][index][:, None]
         np.testing.assert_allclose(choice.T, expected[:-1], atol=0.02 * np.abs(expected).max())
         np.testing.assert_allclose(arrays["bias"][index], expected[-1], rtol=1e-3)

@@ -274,6 +274,18 @@ def update(found: Pass, width: int, size: int, weights: np.ndarray | None = None
     return pack_bits(largest(score - rank / (4 * width), size))
 
 
+def energy_weights(energy: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Weights 1 to 15 of neurons, (width,) uint8, by their energy where they are active.
+
+    Energies are sums over tokens, `counts` how many of them a neuron was active for. The square
+    root, since the loudest neurons are hundreds of times as loud as most, which shall not all be
+    0.
+    """
+    mean = energy / np.maximum(counts, 1)
+    scaled = np.sqrt(mean / max(float(np.quantile(mean, 0.99)), 1e-30))
+    return np.clip(np.round(_WEIGHTS * scaled), 1, _WEIGHTS).astype(np.uint8)
+
+
 def largest(score: np.ndarray, size: int) -> np.ndarray:
     """Of each row of scores (n, width), without equals, where its `size` largest are: bool."""
     threshold = np.partition(score, score.shape[1] - size, axis=1)[:, -size]

@@ -15,7 +15,7 @@ from fallow import _core
 from fallow.errors import FallowError, UsageError
 from fallow.files import atomic_path, check_writable, write_json
 from fallow.patterns import published
-from fallow.patterns.clustering import Codebook, budget_size, fit, largest
+from fallow.patterns.clustering import Codebook, budget_size, energy_weights, fit, largest
 from fallow.patterns.store import (
     MappedRows,
     PatternStore,
@@ -277,7 +277,7 @@ class Part:
 
 
 def _energy_weights(part: Part, layer: int) -> np.ndarray:
-    """Of each neuron the mean energy where it is active, 0 to 15, the largest 15."""
+    """Raises UsageError if the store has no magnitudes."""
     magnitudes = part.magnitudes(layer)
     if magnitudes is None:
         raise UsageError("energy weights need magnitudes; collect the store with --magnitudes")
@@ -285,10 +285,7 @@ def _energy_weights(part: Part, layer: int) -> np.ndarray:
     energy = np.zeros(width)
     for rows in chunks(len(magnitudes), ROWS_AT_ONCE):
         energy += np.square(magnitudes[rows].astype(np.float32)).sum(axis=0)
-    mean = energy / np.maximum(frequencies(part.rows(layer), width), 1)
-    # The loudest neurons are hundreds of times as loud as most, which shall not all be 0.
-    scaled = np.sqrt(mean / max(np.quantile(mean, 0.99), 1e-30))
-    return np.clip(np.round(15 * scaled), 1, 15).astype(np.uint8)
+    return energy_weights(energy, frequencies(part.rows(layer), width))
 
 
 def _pooled(

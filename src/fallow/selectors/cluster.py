@@ -4,6 +4,7 @@ The patterns are a codebook of the calibration text (fallow.patterns.clustering)
 clusters, in place of a score per neuron, are what an engine would have to read to choose.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from fallow.capture import Calibration
 from fallow.errors import UsageError
-from fallow.patterns.clustering import fit, one_pass
+from fallow.patterns.clustering import energy_weights, fit, one_pass
 from fallow.patterns.store import pack_bits, unpack_bits
 from fallow.progress import progress
 from fallow.rules import Arrays
@@ -26,13 +27,14 @@ RIDGE = 0.01  # of the inputs' mean variance
 
 
 class Cluster(Selector):
-    """Keeps the k neurons that are most often active in the cluster chosen for the token.
+    """Keeps the k neurons with the largest expected energy in the cluster chosen for the token.
 
-    Chosen is the cluster with the largest expected overlap, sum over its neurons of P(i active),
-    which a linear regression of the active sets on the FFN's input x gives: (C W) x + C b, one row
-    per cluster. With oracle=1 it is the one that overlaps the true active set most, a bound
-    (arXiv:2507.14179; METHODS 3.4). With and=1 only neurons of the true active set remain, as
-    published.
+    That is how often a neuron is active in the cluster times its mean energy when it is. Overlaps
+    count neurons by weights of their energy. Chosen is the cluster with the largest expected
+    overlap, sum over its neurons of w_i P(i active), which a linear regression of the active sets
+    on the FFN's input x gives: (C w W) x + C w b, one row per cluster. With oracle=1 it is the one
+    that overlaps the true active set most, a bound (arXiv:2507.14179; METHODS 3.4). With and=1 only
+    neurons of the true active set remain, as published.
     """
 
     name = "cluster"
@@ -73,20 +75,29 @@ class Cluster(Selector):
             raise UsageError(
                 f"k={k} clusters of {calibration.n_tokens} calibration tokens; give more"
             )
-        rows, regressions = _patterns(calibration)
+        found = _patterns(calibration)
         parts: dict[str, list[np.ndarray]] = {}
         width = calibration.layers[0].down_proj.in_features
-        with progress("codebooks", len(rows)) as ticker:
-            for of_layer, regression in zip(rows, regressions, strict=True):
-                codebook = fit(of_layer, width, k, BUDGET, n_threads=torch.get_num_threads())
-                found = one_pass(of_layer, codebook.centroids)
-                rate = found.counts[:, :width] / np.maximum(found.sizes, 1)[:, None]
+        with progress("codebooks", len(found)) as ticker:
+            for seen in found:
+                rows = np.concatenate(seen.rows)
+                weights = energy_weights(seen.energy, seen.counts)
+                codebook = fit(
+                    rows, width, k, BUDGET, weights=weights, n_threads=torch.get_num_threads()
+                )
+                last = one_pass(rows, codebook.centroids, weights)
+                rate = last.counts[:, :width] / np.maximum(last.sizes, 1)[:, None]
                 centroids = unpack_bits(codebook.centroids, width)
-                values = torch.from_numpy(centroids.astype(np.float32)) @ regression
+                weighted = torch.from_numpy((centroids * weights).astype(np.float32))
+                values = weighted @ seen.regression()
                 choice, scale = to_int8(values[:, :-1])
+                loudness = seen.energy / np.maximum(seen.counts, 1)
                 layer_arrays = {
                     # Of equal rates those of the centroid come first.
                     "rate": np.round(250 * rate + 2 * centroids).astype(np.uint8),
+                    # Above 0, so that rates tell even silent neurons apart.
+                    "loudness": np.maximum(loudness, 1e-6 * loudness.max()).astype(np.float32),
+                    "weights": weights,
                     "centroids": codebook.centroids,
                     "choice": choice,
                     "choice.scale": scale,
@@ -104,6 +115,8 @@ class Cluster(Selector):
         words = pack_bits(np.zeros((1, d_ff), dtype=bool)).shape[1]
         return {
             "rate": (n, k, d_ff),
+            "loudness": (n, d_ff),
+            "weights": (n, d_ff),
             "centroids": (n, k, words),
             "choice": (n, k, d_model),
             "choice.scale": (n, k),
@@ -114,7 +127,8 @@ class Cluster(Selector):
         if self.options["oracle"]:
             active = seen.out_norm > per_token_topk(seen.out_norm, BUDGET)
             centroids = unpack_bits(self.arrays["centroids"][index], active.shape[1])
-            labels = (active.float() @ torch.from_numpy(centroids).float().T).argmax(dim=1)
+            weighted = torch.from_numpy((centroids * self.arrays["weights"][index]).astype("f4"))
+            labels = (active.float() @ weighted.T).argmax(dim=1)
         else:
             if index not in self._choice:
                 self._choice[index] = from_int8(self.arrays, "choice", index)
@@ -124,12 +138,14 @@ class Cluster(Selector):
         width = seen.out_norm.shape[1]
         order = torch.arange(width, 0, -1) / (2 * width)
         rate = torch.from_numpy(self.arrays["rate"][index])[labels] + order
+        expected = rate * torch.from_numpy(self.arrays["loudness"][index])
         if self.options["and"]:
             both = [
-                s > super(Cluster, self).threshold(index, "inter", s) for s in (rate, seen.out_norm)
+                s > super(Cluster, self).threshold(index, "inter", s)
+                for s in (expected, seen.out_norm)
             ]
             return seen.out_norm * both[0] * both[1]
-        return rate
+        return expected
 
     def threshold(self, layer: int, tap: str, score: torch.Tensor) -> float | torch.Tensor:
         if not self.options["and"]:
@@ -140,28 +156,47 @@ class Cluster(Selector):
 RULE = Cluster
 
 
-def _patterns(calibration: Calibration) -> tuple[list[np.ndarray], list[torch.Tensor]]:
-    """Per layer: the dense model's active sets (tokens, words), and their regression on x.
+@dataclass
+class _Patterns:
+    """What the dense model's active sets are in one layer, and how they hang on x."""
 
-    The regression, (d_ff, d_model + 1), gives P(neuron is active) of (x, 1).
-    """
+    rows: list[np.ndarray]  # (tokens, words) of each window
+    energy: np.ndarray  # (d_ff,): of each token's energy the neuron's share, where active, summed
+    counts: np.ndarray  # (d_ff,)
+    moments: torch.Tensor  # (d_model + 1, d_model + 1) of (x, 1)
+    products: torch.Tensor  # (d_ff, d_model + 1) of active sets and (x, 1)
+
+    def regression(self) -> torch.Tensor:
+        """P(neuron is active) of (x, 1), (d_ff, d_model + 1), by ridge regression."""
+        damped = self.moments.double()
+        damped.diagonal()[:-1].add_(RIDGE * damped.diagonal()[:-1].mean())
+        return torch.linalg.solve(damped, self.products.double().T).T.float()
+
+
+def _patterns(calibration: Calibration) -> list[_Patterns]:
     layers = calibration.layers
     d_model, d_ff = layers[0].down_proj.weight.shape
-    rows: list[list[np.ndarray]] = [[] for _ in layers]
-    moments = torch.zeros(len(layers), d_model + 1, d_model + 1)
-    products = torch.zeros(len(layers), d_ff, d_model + 1)
+    found = [
+        _Patterns(
+            [],
+            np.zeros(d_ff),
+            np.zeros(d_ff, dtype=np.int64),
+            torch.zeros(d_model + 1, d_model + 1),
+            torch.zeros(d_ff, d_model + 1),
+        )
+        for _ in layers
+    ]
 
     def add(index: int, inter: torch.Tensor, seen: Seen) -> None:
-        active = seen.out_norm > per_token_topk(seen.out_norm, BUDGET)
-        rows[index].append(pack_bits(active.numpy()))
+        active, into = seen.out_norm > per_token_topk(seen.out_norm, BUDGET), found[index]
+        into.rows.append(pack_bits(active.numpy()))
+        energy = seen.out_norm.square()
+        energy /= energy.sum(dim=1, keepdim=True).clamp_min(1e-30)
+        into.energy += (energy * active).sum(dim=0).numpy()
+        into.counts += active.sum(dim=0).numpy()
         x = nn.functional.pad(seen.x.float(), (0, 1), value=1.0)
-        moments[index] += x.T @ x
-        products[index] += active.float().T @ x
+        into.moments += x.T @ x
+        into.products += active.float().T @ x
 
     calibration.run("patterns", watch(layers, add))
-    regressions = []
-    for moment, product in zip(moments, products, strict=True):
-        damped = moment.double()
-        damped.diagonal()[:-1].add_(RIDGE * moment.diagonal()[:-1].mean().double())
-        regressions.append(torch.linalg.solve(damped, product.double().T).T.float())
-    return [np.concatenate(parts) for parts in rows], regressions
+    return found
