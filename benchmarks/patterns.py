@@ -503,8 +503,9 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
         lines.append(
             f"\nIn the loop, {PPL_WINDOWS} windows of {CONTEXT}; {PPL_CLUSTERS} clusters and all "
             f"else from {PPL_CALIBRATION} windows. `oracle=1`: the cluster that the true active "
-            "set is nearest to, else the one predicted from the FFN's input, all weighted by energy; `and=1`: of it the "
-            "truly active neurons alone. **FFN bytes** as in [selectors.md](selectors.md).\n\n"
+            "set is nearest to, else the one predicted from the FFN's input, neurons weighted by "
+            "their energy; `and=1`: of it the truly active neurons alone. **FFN bytes** as in "
+            "[selectors.md](selectors.md).\n\n"
             "| rule | kept | PPL change % | recall | energy | FFN bytes |\n"
             "|---|---|---|---|---|---|"
         )
