@@ -166,8 +166,9 @@ class _Classifier(nn.Module):
             self.parts["previous"] = nn.Embedding(inputs.n_clusters + 1, hidden)
         if inputs.below is not None:
             self.parts["below"] = nn.Linear(inputs.width, hidden)
-        for part in self.parts.values():
-            nn.init.normal_(part.get_parameter("weight"), std=0.3)
+        for part in self.parts.values():  # torch's own are too loud; those of `below` add up
+            if isinstance(part, nn.Embedding):
+                nn.init.normal_(part.weight, std=0.3)
         self.bias = nn.Parameter(torch.zeros(hidden))
         self.last = nn.Linear(hidden, inputs.n_clusters)
 
