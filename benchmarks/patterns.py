@@ -54,6 +54,10 @@ PPL_RULES = (
     *("static", "random", "gate", "lowbit:gate=3:up=3"),
 )
 PPL_BUDGETS = (0.6, 0.7, 0.8, 0.9)  # of the predicted cluster and static; of all, a half
+PPL_CELLS = [
+    *((rule, 0.5) for rule in PPL_RULES),
+    *((rule, kept) for kept in PPL_BUDGETS for rule in (_CLUSTER, "static")),
+]
 
 
 def run(name: str) -> None:
@@ -74,6 +78,8 @@ def run(name: str) -> None:
         return
     stores = {part: stored(name, folder, part) for part in ("train", "test")}
     keep("layer", lambda: one_layer(stores["train"]))
+    # Before models are loaded: its floats are 7 GB of Qwen.
+    keep("scikit-learn", lambda: scikit_learn(stores["train"]))
     for k in CLUSTERS:
         keep(f"lloyd {k}", lambda k=k: clustered(stores, folder, k, "lloyd"))
     keep("oracle lloyd", lambda: oracles(name, folder, [("lloyd", k, 0.5) for k in CLUSTERS]))
@@ -86,13 +92,13 @@ def run(name: str) -> None:
     some = [0, last // 2 + 1, last]
     keep(f"lloyd {MANY_CLUSTERS}", lambda: clustered(stores, folder, MANY_CLUSTERS, layers=some))
     keep("predicted", lambda: predicted(stores, folder, [1, *some[1:]]))
-    keep("ppl", lambda: perplexity(name))
+    keep("ppl", lambda: perplexity(name, PPL_CELLS))
+    keep("ppl near all", lambda: perplexity(name, [(_CLUSTER, kept) for kept in (0.95, 0.98)]))
     made = PUBLISHED + (MORE_PUBLISHED if name in ALL_OF_IT else [])
     for algorithm, k, density in made:
         key = f"{algorithm} {k} {density:g}"
         keep(key, lambda a=algorithm, k=k, d=density: clustered(stores, folder, k, a, d))
     keep("oracle published", lambda: oracles(name, folder, made))
-    keep("scikit-learn", lambda: scikit_learn(stores["train"]))
 
 
 # Speed -------------------------------------------------------------------------------------------
@@ -352,7 +358,7 @@ def predicted(stores: dict[str, Any], folder: Path, layers: list[int]) -> list[d
     return [r.to_json() | {"test_text": TEST.name} for r in reports]
 
 
-def perplexity(name: str) -> list[dict[str, Any]]:
+def perplexity(name: str, cells: list[tuple[str, float]]) -> list[dict[str, Any]]:
     """PPL changes with each rule's neurons in the loop, on windows of the test text."""
     import fallow
     from fallow.calibration import Calibrator
@@ -365,8 +371,6 @@ def perplexity(name: str) -> list[dict[str, Any]]:
     calibrator = Calibrator(
         model, VALIDATION, context=CONTEXT, windows=PPL_CALIBRATION, validation_windows=1
     )
-    cells = [(rule, 0.5) for rule in PPL_RULES]
-    cells += [(rule, kept) for kept in PPL_BUDGETS for rule in (_CLUSTER, "static")]
     plans = [calibrator.plan(rule, sparsity=1 - kept, measure=False) for rule, kept in cells]
     windows = model.windows(load_text(TEST, "evaluation"), CONTEXT, PPL_WINDOWS)
     results = [run_window(model, window, plans) for window in windows]
@@ -394,6 +398,37 @@ INTRODUCTION = f"""# Patterns
 
 `benchmarks/patterns.py` does it. Patterns are those of rule `{RULE}` at {SPARSITY:.0%} in the loop;
 codebooks are fitted on the WikiText-2 validation text and scored on the raw test text."""
+
+
+ANSWER = """
+## Is clustering a useful predictor?
+
+**For choosing neurons: no.** The patterns of tokens do not fall into clusters. Of Qwen's active
+neurons an oracle's choice among 2048 typical sets of half of them covers 64.5 %, the most frequent
+ones 58.1 %, chance 50 %; with 16384 clusters the middle layer covers no more of new text, since
+each describes the dozen tokens it was fitted on. Half of the neurons, truly the largest, cost 0.7 %
+of PPL; the best of 2048 clusters doubles PPL even if an oracle chooses it, with or without the
+truly inactive neurons.
+
+**The choice is not what is missing.** A linear map of the FFN's input finds clusters as good in the
+loop as the oracle's (+132 % against +142 %), and the token's id with the cluster of the token
+before, both known before the layer runs, give two thirds of the recall that the oracle has over
+static. What is missing is in the clusters: a hundred tokens share one, and hardly their neurons.
+
+**What it is worth.** At equal bytes a predicted cluster loses six times less than the static mask.
+But 3-bit copies of `gate_proj` and `up_proj`, which tell neurons one by one, read 74 % of the FFN's
+bytes at +1.9 %, and a cluster that reads 93 % still costs +12 %. Hence there is no engine mode. As
+a prefetch hint a cluster names 64 % of the needed neurons, where the most frequent ones, pinned,
+are 60 % in the same layers: nothing that a disk would notice ([neuron_cache](neuron_cache.md)).
+
+**K.** For analysis 128 clusters per layer give three fifths of what 2048 give over static, in 4 MB
+in place of 66. Counting neurons by their energy matters as much as K: it takes a third off the loss
+in the loop at 512 clusters (the selector counts so, the oracles of plain codebooks do not).
+
+**The published algorithm** covers less than the static mask at equal density. Its centroids freeze
+at their first rows (in its update a one never loses to a zero), and are shared by layers whose
+neurons have nothing in common; its headline, 79 %, is recall at 60 % density with the cluster
+chosen from the truth."""
 
 
 def report() -> str:
@@ -424,6 +459,7 @@ def report() -> str:
         name, result = path.parent.name, json.loads(path.read_text())
         if name != "scale":
             lines += _model_lines(name, result)
+    lines.append(ANSWER)
     wheres = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*/machine.json"))]
     lines += [f"\n{line}." for line in dict.fromkeys(map(machine_line, wheres))]
     return "\n".join(lines) + "\n"
@@ -509,7 +545,7 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
             "| rule | kept | PPL change % | recall | energy | FFN bytes |\n"
             "|---|---|---|---|---|---|"
         )
-    for r in result.get("ppl", []):
+    for r in result.get("ppl", []) + result.get("ppl near all", []):
         lines.append(
             f"| `{r['rule']}` | {r['kept']:.0%} "
             f"| {r['ppl_change_percent']:+.1f} ± {r['ppl_change_se']:.1f} | {r['recall']:.3f} "
