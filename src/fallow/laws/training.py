@@ -18,6 +18,7 @@ import math
 import pickle
 import time
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -205,18 +206,14 @@ class Corpus:
         rows = []
         for number in numbers:
             epoch, place = divmod(int(number), self.windows)
-            start = int(self._order(settings.seed, epoch)[place]) * settings.context
+            start = int(_order(settings.seed, epoch, self.windows)[place]) * settings.context
             rows.append(self.ids[start : start + settings.context + 1])
         return np.stack(rows).astype(np.int64)
 
-    def _order(self, seed: int, epoch: int) -> np.ndarray:
-        if _ORDER.get("key") != (seed, epoch, self.windows):
-            order = np.random.default_rng((seed, epoch)).permutation(self.windows)
-            _ORDER.update(key=(seed, epoch, self.windows), order=order)
-        return _ORDER["order"]
 
-
-_ORDER: dict[str, Any] = {}  # the epoch's, which is asked for at every step
+@lru_cache(maxsize=2)  # a step may lie in two epochs
+def _order(seed: int, epoch: int, windows: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(windows)
 
 
 def prepare(folder: Path, source: Text, settings: Settings) -> Corpus:
