@@ -150,7 +150,9 @@ class _Inputs:
         batch = {n: torch.from_numpy(a[rows]) for n, a in found.items() if a is not None}
         if self.below is not None:
             active = unpack_bits(self.below[rows], self.width)
-            batch["below"] = torch.from_numpy(active.astype(np.float32))
+            # Of length 1: a step of Adam moves all of a row's weights, half of which add up.
+            signs = (2 * active.astype(np.float32) - 1) / np.float32(self.width**0.5)
+            batch["below"] = torch.from_numpy(signs)
         return batch
 
 
@@ -166,9 +168,8 @@ class _Classifier(nn.Module):
             self.parts["previous"] = nn.Embedding(inputs.n_clusters + 1, hidden)
         if inputs.below is not None:
             self.parts["below"] = nn.Linear(inputs.width, hidden)
-        for part in self.parts.values():  # torch's own are too loud; those of `below` add up
-            if isinstance(part, nn.Embedding):
-                nn.init.normal_(part.weight, std=0.3)
+        for part in self.parts.values():
+            nn.init.normal_(part.get_parameter("weight"), std=0.3)
         self.bias = nn.Parameter(torch.zeros(hidden))
         self.last = nn.Linear(hidden, inputs.n_clusters)
 
