@@ -418,14 +418,15 @@ of PPL; the best of 2048 clusters doubles PPL even if an oracle chooses it, with
 truly inactive neurons.
 
 **The choice is not what is missing.** A linear map of the FFN's input finds clusters as good in the
-loop as the oracle's (+132 % against +142 %), and the token's id with the cluster of the token
-before, both known before the layer runs, give two thirds of the recall that the oracle has over
-static. What is missing is in the clusters: a hundred tokens share one, and hardly their neurons.
+loop as the oracle's (+132 % against +142 %), and before the layer runs the token's id with the
+cluster of the token before give two thirds of the recall that the oracle of 512 has over static,
+with the active set of the layer below 93 % of it. What is missing is in the clusters: a hundred
+tokens share one, and hardly their neurons.
 
 **What it is worth.** At equal bytes a predicted cluster loses six times less than the static mask.
 But 3-bit copies of `gate_proj` and `up_proj`, which tell neurons one by one, read 74 % of the FFN's
 bytes at +1.9 %, and a cluster that reads 93 % still costs +12 %. Hence there is no engine mode. As
-a prefetch hint a cluster names 64 % of the needed neurons, where the most frequent ones, pinned,
+a prefetch hint a cluster names 66 % of the needed neurons, where the most frequent ones, pinned,
 are 60 % in the same layers: nothing that a disk would notice ([neuron_cache](neuron_cache.md)).
 
 **K.** For analysis 128 clusters per layer give three fifths of what 2048 give over static, in 4 MB
