@@ -425,9 +425,10 @@ tokens share one, and hardly their neurons.
 
 **What it is worth.** At equal bytes a predicted cluster loses six times less than the static mask.
 But 3-bit copies of `gate_proj` and `up_proj`, which tell neurons one by one, read 74 % of the FFN's
-bytes at +1.9 %, and a cluster that reads 93 % still costs +12 %. Hence there is no engine mode. As
-a prefetch hint a cluster names 66 % of the needed neurons, where the most frequent ones, pinned,
-are 60 % in the same layers: nothing that a disk would notice ([neuron_cache](neuron_cache.md)).
+bytes at +1.9 %, and a cluster that reads 93 % still costs +12 %; it costs +3 % only where 98 % are
+kept, and choosing reads more than is spared. Hence there is no engine mode. As a prefetch hint a
+cluster names 66 % of the needed neurons, where the most frequent ones, pinned, are 60 % in the same
+layers: nothing that a disk would notice ([neuron_cache](neuron_cache.md)).
 
 **K.** For analysis 128 clusters per layer give three fifths of what 2048 give over static, in 4 MB
 in place of 66. Counting neurons by their energy matters as much as K: it takes a third off the loss
