@@ -13,7 +13,6 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from multiprocessing import get_context
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from engine import TEST, THREADS, VALIDATION
-from tradeoff import ROOT, machine_line, record_machine, run_and_report
+from tradeoff import ROOT, keeper, machine_line, run_and_report
 
 RESULTS = ROOT / "benchmarks" / "results" / "patterns"
 # The published scale (METHODS 3.1).
@@ -65,16 +64,7 @@ PPL_CELLS = [
 
 def run(name: str) -> None:
     folder = RESULTS / name
-    folder.mkdir(parents=True, exist_ok=True)
-    record_machine(folder / "machine.json")
-    path = folder / "result.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def keep(key: str, do: Callable[[], Any]) -> None:
-        if key not in result:
-            result[key] = do()
-            path.write_text(json.dumps(result, indent=1) + "\n")
-
+    keep = keeper(folder)
     if name == "scale":
         keep("kernel", kernel)
         keep("pass", published_scale)

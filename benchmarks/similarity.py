@@ -9,7 +9,6 @@ minutes:
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from engine import TEST, VALIDATION
 from neuron_cache import lru
-from tradeoff import DATA, ROOT, machine_line, record_machine, run_and_report
+from tradeoff import DATA, ROOT, keeper, machine_line, run_and_report
 
 RESULTS = ROOT / "benchmarks" / "results" / "similarity"
 TEXTS = {
@@ -38,35 +37,29 @@ def run(name: str) -> None:
     from fallow.patterns.similarity import draw, draw_variants, edit_test, published_test
 
     folder = RESULTS / name
-    folder.mkdir(parents=True, exist_ok=True)
-    record_machine(folder / "machine.json")
-    path = folder / "result.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def keep(key: str, do: Callable[[], Any]) -> None:
-        if key not in result:
-            result[key] = rounded(do())
-            path.write_text(json.dumps(result, indent=1) + "\n")
-
+    keep = keeper(folder)
     model = fallow.load(name)
     plan = calibrate(model, "topk", sparsity=0.5, text=VALIDATION, measure=False)
 
     def edits() -> Any:
         report = edit_test(model, plan, TEST)
         draw(report, folder / "edits.png")
-        return report.to_json()
+        return rounded(report.to_json())
 
     def as_published() -> Any:
         shares = calibrate(model, "percentile", sparsity=0.5, text=VALIDATION, measure=False)
         variants = published_test(model, shares, DATA / "similarity")
         draw_variants(variants, folder / "published.png")
-        return [v.to_json() for v in variants]
+        return rounded([v.to_json() for v in variants])
 
     keep("edits", edits)
     for kind in ("insert", "delete"):
-        keep(kind, lambda k=kind: edit_test(model, plan, TEST, shares=(0.1,), kind=k).to_json())
+        keep(
+            kind,
+            lambda k=kind: rounded(edit_test(model, plan, TEST, shares=(0.1,), kind=k).to_json()),
+        )
     keep("published", as_published)
-    keep("firing", lambda: firing(model, plan, folder))
+    keep("firing", lambda: rounded(firing(model, plan, folder)))
 
 
 def rounded(value: Any) -> Any:

@@ -77,6 +77,21 @@ def run_and_report(
         (ROOT / "docs" / "results" / document).write_text(report())
 
 
+def keeper(folder: Path) -> Callable[[str, Callable[[], Any]], None]:
+    """Records the machine, and gives a function that does a step unless result.json has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record_machine(folder / "machine.json")
+    path = folder / "result.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def keep(key: str, do: Callable[[], Any]) -> None:
+        if key not in result:
+            result[key] = do()
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+    return keep
+
+
 def record_machine(path: Path) -> None:
     """Where the results come from; a run that was continued has several commits."""
     import torch

@@ -49,6 +49,11 @@ ModelArg = Annotated[
     ),
 ]
 PackedArg = Annotated[Path, typer.Argument(help="A file that fallow pack wrote.")]
+LayersOption = Annotated[str | None, typer.Option(help="Such as 0,13,27; default: all.")]
+TestStoreOption = Annotated[
+    Path | None, typer.Option(help="A store to score on; default: the last windows.")
+]
+HeldOutOption = Annotated[float, typer.Option(help="Share of the windows to score on.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="Default: all processors.")]
 MemoryOption = Annotated[
     str | None,
@@ -997,11 +1002,9 @@ def patterns_cluster(
         str, typer.Option(help="lloyd, or as published: published, and its baseline, binary.")
     ] = "lloyd",
     tap: Annotated[str, typer.Option(help="Of the store's.")] = "inter",
-    layers: Annotated[str | None, typer.Option(help="Such as 0,13,27; default: all.")] = None,
-    test: Annotated[
-        Path | None, typer.Option(help="A store to score on; default: the last windows.")
-    ] = None,
-    held_out: Annotated[float, typer.Option(help="Share of the windows to score on.")] = 0.25,
+    layers: LayersOption = None,
+    test: TestStoreOption = None,
+    held_out: HeldOutOption = 0.25,
     restarts: Annotated[int, typer.Option(min=1, help="The best of so many fits.")] = 1,
     energy: Annotated[
         bool, typer.Option("--energy", help="Loud neurons count for more; needs magnitudes.")
@@ -1025,7 +1028,7 @@ def patterns_cluster(
         budget,
         algorithm=algorithm,
         tap=tap,
-        layers=None if layers is None else [int(n) for n in _numbers("--layers", layers)],
+        layers=_layers(layers),
         test=None if test is None else PatternStore(test),
         held_out=held_out,
         seed=seed,
@@ -1059,11 +1062,9 @@ def patterns_predict(
     features: Annotated[
         str, typer.Option(help="Of token, previous (its cluster), below (the layer's active set).")
     ] = "token,previous,below",
-    layers: Annotated[str | None, typer.Option(help="Such as 0,13,27; default: all.")] = None,
-    test: Annotated[
-        Path | None, typer.Option(help="A store to score on; default: the last windows.")
-    ] = None,
-    held_out: Annotated[float, typer.Option(help="Share of the windows to score on.")] = 0.25,
+    layers: LayersOption = None,
+    test: TestStoreOption = None,
+    held_out: HeldOutOption = 0.25,
     hidden: Annotated[int, typer.Option(min=1, help="Width of the hidden layer.")] = 128,
     epochs: Annotated[int, typer.Option(min=1, help="Runs over the training windows.")] = 6,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
@@ -1080,7 +1081,7 @@ def patterns_predict(
         features=[name.strip() for name in features.split(",") if name.strip()],
         test=None if test is None else PatternStore(test),
         held_out=held_out,
-        layers=None if layers is None else [int(n) for n in _numbers("--layers", layers)],
+        layers=_layers(layers),
         hidden=hidden,
         epochs=epochs,
         seed=seed,
@@ -1309,6 +1310,10 @@ def _print_law(law: dict[str, Any]) -> None:
         ends = " to ".join("no end" if end is None else f"{end:.4g}" for end in p["interval"])
         reached = "never" if p["x"] is None else f"at {p['x']:.4g} ({ends}) × {law['unit']}"
         print(f"A = {p['ratio']:g}: {reached}")
+
+
+def _layers(text: str | None) -> list[int] | None:
+    return None if text is None else [int(n) for n in _numbers("--layers", text)]
 
 
 def _numbers(option: str, text: str) -> list[float]:

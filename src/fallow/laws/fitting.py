@@ -111,13 +111,13 @@ def fit_law(
             f"of {wanted.formula}; it takes one more"
         )
     best = fit(wanted, used.x, used.ratio)
-    rho = autocorrelation(used.ratio - best(used.x))
+    residuals = used.ratio - best(used.x)
+    rho = autocorrelation(residuals)
     refitted = resample(best, used, rho, draws, seed)
     intervals = {name: profile(best, used, name, rho) for name in wanted.params}
     bootstrap = {
         name: _interval([draw.params[name] for draw in refitted]) for name in wanted.params
     }
-    residuals = used.ratio - best(used.x)
     warning = _not_identified(best, used, intervals)
     band_x = np.geomspace(used.x[0], BAND_AHEAD * used.x[-1], BAND_POINTS)
     band = np.array([draw(band_x) for draw in refitted])
@@ -177,6 +177,11 @@ def autocorrelation(residuals: np.ndarray) -> float:
     return float(np.clip((residuals[1:] * residuals[:-1]).sum() / power, 0, 0.9)) if power else 0.0
 
 
+def effective_points(n: int, rho: float) -> float:
+    """For how many independent points n with that autocorrelation count."""
+    return n * (1 - rho) / (1 + rho)
+
+
 def profile(best: Fit, curve: Curve, name: str, rho: float) -> Interval:
     """Where a parameter may lie so that the rest still fits, by an F test at 95 %.
 
@@ -185,7 +190,7 @@ def profile(best: Fit, curve: Curve, name: str, rho: float) -> Interval:
     from scipy.optimize import brentq
     from scipy.stats import f
 
-    freedom = max(len(curve) * (1 - rho) / (1 + rho) - len(best.form.params), 1.0)
+    freedom = max(effective_points(len(curve), rho) - len(best.form.params), 1.0)
     # A perfect fit has no interval to speak of; rounding is not a residual.
     least = max(best.sse, 1e-24)
     limit = np.log1p(f.ppf(LEVEL, 1, freedom) / freedom)
@@ -359,14 +364,16 @@ def fit_jointly(curves: Sequence[Curve], form: str = "auto", *, drop_first: int 
         raise FallowError(f"the curves are of forms {', '.join(sorted(forms))}; give --form")
     law = FORMS[forms.pop()]
     own = [fit(law, c.x, c.ratio) for c in used]
+    points = [
+        effective_points(len(c), autocorrelation(c.ratio - best(c.x)))
+        for c, best in zip(used, own, strict=True)
+    ]
 
     def cost(limit: float) -> float:
         """-2 ln likelihood over that of each curve's own limit."""
         total = 0.0
-        for curve, best in zip(used, own, strict=True):
-            rho = autocorrelation(curve.ratio - best(curve.x))
+        for curve, best, n in zip(used, own, points, strict=True):
             fixed = fit(law, curve.x, curve.ratio, {law.names[1]: limit})
-            n = len(curve) * (1 - rho) / (1 + rho)
             total += n * np.log(max(fixed.sse, 1e-24) / max(best.sse, 1e-24))
         return total
 

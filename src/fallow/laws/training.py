@@ -70,12 +70,16 @@ class Settings:
 
     @property
     def steps(self) -> int:
-        return math.ceil(self.tokens / (self.context * self.batch))
+        return math.ceil(self.tokens / self.step_tokens)
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch * self.context
 
     @property
     def all_tokens(self) -> int:
         """Those of whole steps."""
-        return self.steps * self.batch * self.context
+        return self.steps * self.step_tokens
 
     @property
     def stable_steps(self) -> int:
@@ -305,16 +309,20 @@ class _Run:
         return sum(p.numel() for p in self.module.parameters()) - embedding
 
     @property
+    def epochs(self) -> float:
+        """How often the whole training reads the text."""
+        return self.settings.all_tokens / (self.corpus.windows * self.settings.context)
+
+    @property
     def tokens(self) -> int:
-        return self.step * self.settings.batch * self.settings.context
+        return self.step * self.settings.step_tokens
 
     def restore(self) -> None:
         """Raises FallowError if the state is damaged."""
         path = self.folder / "state.pt"
         if not path.exists():
-            needed = self.settings.all_tokens / (self.corpus.windows * self.settings.context)
             console.print(
-                f"{self.settings.all_tokens} tokens are {needed:.2f} epochs of this text",
+                f"{self.settings.all_tokens} tokens are {self.epochs:.2f} epochs of this text",
                 highlight=False,
             )
             return
@@ -383,7 +391,7 @@ class _Run:
 
     def _report(self, began: tuple[int, float], now: float) -> None:
         step, start = began
-        per_step = self.settings.batch * self.settings.context
+        per_step = self.settings.step_tokens
         speed = (self.step - step) * per_step / max(now - start, 1e-9)
         left = (self.settings.steps - self.step) * per_step / max(speed, 1e-9)
         console.print(
@@ -437,7 +445,7 @@ class _Run:
             parameters=sum(p.numel() for p in self.module.parameters()),
             non_embedding_parameters=self.non_embedding,
             tokens=self.settings.all_tokens,
-            epochs=self.settings.all_tokens / (self.corpus.windows * self.settings.context),
+            epochs=self.epochs,
             validation_loss=found["validation_loss"],
             activation_ratio=found[RATIO],
             sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
