@@ -126,6 +126,24 @@ def tiny(folders: dict[str, Path]) -> dict[str, "fallow.Model"]:
     return {name: fallow.load(folder) for name, folder in folders.items()}
 
 
+TALK = """{% for m in messages %}
+{%- if m.content == "refuse" %}{{ raise_exception("no such talk") }}{% endif -%}
+{{ m.role }}: {{ m.content }}
+{% endfor %}assistant:"""
+
+
+@pytest.fixture(scope="session")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny packed model with a chat template."""
+    from fallow.packing import pack
+
+    root = tmp_path_factory.mktemp("talking")
+    folder = make_folder("llama", root / "model")
+    (folder / "chat_template.jinja").write_text(TALK)
+    pack(folder, root / "talking.gguf", quant="f32")
+    return root / "talking.gguf"
+
+
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Calibration and evaluation text."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fallow.plan import Plan
     from fallow.profiling import profile
     from fallow.quality import Evaluation
+    from fallow.sparsified import densify, load_sparse, save_sparse, sparsify
     from fallow.sweep import tradeoff
 
 # Found when first used: importing fallow needs no torch.
@@ -26,11 +27,15 @@ _PUBLIC = {
     "Plan": "fallow.plan",
     "UsageError": "fallow.errors",
     "calibrate": "fallow.calibration",
+    "densify": "fallow.sparsified",
     "evaluate": "fallow.evaluation",
     "load": "fallow.model",
+    "load_sparse": "fallow.sparsified",
     "optimize": "fallow.optimization",
     "pack": "fallow.packing",
     "profile": "fallow.profiling",
+    "save_sparse": "fallow.sparsified",
+    "sparsify": "fallow.sparsified",
     "tradeoff": "fallow.sweep",
 }
 
@@ -43,11 +48,15 @@ __all__ = [
     "Plan",
     "UsageError",
     "calibrate",
+    "densify",
     "evaluate",
     "load",
+    "load_sparse",
     "optimize",
     "pack",
     "profile",
+    "save_sparse",
+    "sparsify",
     "tradeoff",
 ]
 

@@ -38,6 +38,7 @@ from fallow.weights import GgufFile, StoredTensor, read_gguf
 PACKED_VERSION = 2
 DEFAULT_CONTEXT = 4096
 BUDGET_CONTEXT = 1024  # under a memory budget
+PREFILL_STEP = 512  # tokens of a prompt between which an answer can be stopped
 
 # How the core finds a cut's threshold: csrc/engine.h, Cut::By.
 _THRESHOLD, _TOPK, _TAIL = 1, 2, 3
@@ -76,9 +77,11 @@ class Stats:
     """One answer's figures. Prefill and decode are never merged."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of these, what the cache held already
     new_tokens: int = 0
+    finish: str = ""  # "stop": an end token or a stop text; "length": max_tokens; "": broken off
     ttft_ms: float = 0.0  # from the call to the first token
-    prefill_tps: float = 0.0  # tokens per second
+    prefill_tps: float = 0.0  # tokens per second, of those that were read
     decode_tps: float = 0.0
     bytes_per_token: float = 0.0  # weights and cache read per decoded token
     gbps: float = 0.0  # those bytes per second, 1e9
@@ -94,8 +97,30 @@ class Stats:
     drafted: int = 0  # tokens guessed ahead, in the lossless mode or under a memory budget
     accepted: int = 0  # of these, what the model said too
 
+    @property
+    def sparsity(self) -> float:
+        """Share of neurons idle while decoding, mean of layers."""
+        return float(np.mean(self.sparsity_per_layer)) if self.sparsity_per_layer else 0.0
+
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """A token of an answer. Log-probabilities are the model's own, before any sampling option."""
+
+    id: int
+    logprob: float = 0.0  # nats
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and theirs
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer; no text: nothing yet. `tokens` are those that the text is made of."""
+
+    text: str = ""
+    tokens: tuple[TokenChoice, ...] = ()
 
 
 class Engine:
@@ -162,6 +187,8 @@ class Engine:
         except _core.DiskError as error:
             raise FallowError(str(error)) from error
         self.use_plan(first)
+        self.stats = Stats()  # of the last answer
+        self._held: list[int] = []  # the tokens that the cache holds
         self.last_logits: np.ndarray | None = None
 
     def _start(self, kernels: str, context: int) -> Any:
@@ -422,6 +449,7 @@ class Engine:
     def reset(self, keep: int = 0) -> None:
         """Forgets what was read after the first `keep` tokens."""
         self._core.rewind(keep)
+        del self._held[keep:]
 
     def windows(self, text: Text, context: int, limit: int | None = None) -> np.ndarray:
         """The text as windows of token ids, (n, context): see `cut_windows`.
@@ -452,7 +480,9 @@ class Engine:
         try:
             self._core.forward(tokens, every, dense, logits)
         except _core.DiskError as error:
+            self._core.rewind(len(self._held))
             raise FallowError(str(error)) from error
+        self._held += tokens.tolist()
         self.last_logits = logits[-1]
         return logits
 
@@ -509,20 +539,43 @@ class Engine:
             UsageError: a sampling option out of range.
         """
         sampler = Sampler(temperature, top_p, top_k, min_p, seed)
+        ids = self.tokenizer.prompt(prompt, chat) if isinstance(prompt, str) else prompt
+        pieces = self.answer(ids, max_tokens, sampler, stop, lossless=lossless)
+        return (piece.text for piece in pieces if piece.text)
+
+    def answer(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        max_tokens: int,
+        sampler: "Sampler",
+        stop: Sequence[str] = (),
+        *,
+        lossless: bool = False,
+        reuse: bool = False,
+        top_logprobs: int | None = None,
+    ) -> Iterator[Piece]:
+        """As `generate`, of a prompt (T,), with the tokens.
+
+        Closing the iterator ends the answer; it gives pieces without text where that takes long.
+
+        Args:
+            reuse: leave out what the cache holds of the prompt, from an answer before. Rounding may
+                then differ a little from that of a prompt that was read at once.
+            top_logprobs: tell log-probabilities, and those of so many of the likeliest tokens.
+
+        Raises:
+            FallowError: the prompt is empty or longer than the context.
+            UsageError: max_tokens below 1.
+        """
         if max_tokens < 1:
             raise UsageError("--max-new-tokens must be at least 1")
-        ids = self._prompt_ids(prompt, chat)
-        if len(ids) + max_tokens > self.context:
+        tokens = np.asarray(ids)
+        if len(tokens) + max_tokens > self.context:
             raise FallowError(
-                f"prompt of {len(ids)} tokens and {max_tokens} new ones exceed the context of "
+                f"prompt of {len(tokens)} tokens and {max_tokens} new ones exceed the context of "
                 f"{self.context}; shorten the prompt or raise --context"
             )
-        return self._stream(ids, max_tokens, sampler, tuple(stop), lossless)
-
-    def _prompt_ids(self, prompt: str | Sequence[int] | np.ndarray, chat: bool) -> np.ndarray:
-        if isinstance(prompt, str):
-            return self.tokenizer.prompt(prompt, chat)
-        return np.asarray(prompt)
+        return self._stream(tokens, max_tokens, sampler, tuple(stop), lossless, reuse, top_logprobs)
 
     def _stream(
         self,
@@ -531,55 +584,64 @@ class Engine:
         sampler: "Sampler",
         stop: tuple[str, ...],
         lossless: bool,
-    ) -> Iterator[str]:
+        reuse: bool,
+        top_logprobs: int | None,
+    ) -> Iterator[Piece]:
         self.stats = Stats(prompt_tokens=len(ids))
         start = time.perf_counter()
-        self.reset()
+        # The last token is always read: its logits are needed.
+        self.reset(keep=_common(self._held, ids[:-1].tolist()) if reuse else 0)
+        self.stats.cached_tokens = read = len(self._held)
         self.reset_stats()
-        logits = self.forward(ids, dense=lossless)[0]
+        step = len(ids) if self._streams else PREFILL_STEP  # streaming reads the file every time
+        while True:
+            logits = self.forward(ids[read : read + step], dense=lossless)[0]
+            read += step
+            if read >= len(ids):
+                break
+            yield Piece()
         self.stats.ttft_ms = 1e3 * (time.perf_counter() - start)
-        self.stats.prefill_tps = len(ids) / (self.stats.ttft_ms / 1e3)
+        new = len(ids) - self.stats.cached_tokens
+        self.stats.prefill_tps = new / (self.stats.ttft_ms / 1e3)
         self.reset_stats()
         decode_start, ends = time.perf_counter(), set(self.tokenizer.eos_ids)
-        new: list[int] = []
-        text = ""
         if lossless or self._streams:
             tokens = self._verified(ids, logits, sampler, dense=lossless)
         else:
             tokens = self._picks(logits, sampler)
-        for token in tokens:
-            if token in ends:
-                break
-            new.append(token)
-            whole = self.tokenizer.decode(new)
-            cut = min((i for s in stop if (i := whole.find(s)) >= 0), default=-1)
-            done = cut >= 0 or len(new) == max_tokens
-            if cut >= 0:
-                whole = whole[:cut]
-            # A token may end inside a character; what may still change is held back.
-            held = 0 if done else max(_unfinished(whole), _stop_begun(whole, stop))
-            if len(whole) - held > len(text):
-                yield whole[len(text) : len(whole) - held]
-                text = whole[: len(whole) - held]
-            if done:
-                break
-        self._finish(len(new), time.perf_counter() - decode_start)
+        text = _AnswerText(self.tokenizer, stop)
+        try:
+            for token, row in tokens:
+                if token in ends:
+                    self.stats.finish = "stop"
+                    yield text.rest()
+                    break
+                self.stats.new_tokens += 1
+                full = self.stats.new_tokens == max_tokens
+                piece = text.add(_choice(token, row, top_logprobs), full)
+                if text.stopped or full:
+                    self.stats.finish = "stop" if text.stopped else "length"
+                yield piece
+                if self.stats.finish:
+                    break
+        finally:
+            self._finish(time.perf_counter() - decode_start)
 
-    def _picks(self, logits: np.ndarray, sampler: "Sampler") -> Iterator[int]:
-        """What the sampler picks, token after token; `logits` are those of the prompt."""
+    def _picks(self, logits: np.ndarray, sampler: "Sampler") -> Iterator[tuple[int, np.ndarray]]:
+        """What the sampler picks of which logits; at first of these, the prompt's."""
         while True:
             token = sampler.pick(logits)
-            yield token
+            yield token, logits
             logits = self.forward([token])[0]
 
     def _verified(
         self, ids: np.ndarray, logits: np.ndarray, sampler: "Sampler", dense: bool
-    ) -> Iterator[int]:
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """As `_picks`, of the dense model if asked to, in passes that also read guesses."""
         lookup = Lookup(ids.tolist(), STREAMED_COST if self._streams else PASS_COST)
-        token = sampler.pick(logits)
+        token, row = sampler.pick(logits), logits
         while True:
-            yield token
+            yield token, row
             lookup.add(token)
             position = self._core.position
             guesses = lookup.propose(min(_core.FEW, self.context - position) - 1)
@@ -592,17 +654,16 @@ class Engine:
                 if held == len(guesses) or token != guesses[held]:
                     break
                 self.stats.accepted += 1
-                yield token
+                yield token, row
             lookup.learn(len(guesses), held, seconds)
             for guess in guesses[:held]:
                 lookup.add(guess)
             self.reset(keep=position + 1 + held)
 
-    def _finish(self, new_tokens: int, seconds: float) -> None:
+    def _finish(self, seconds: float) -> None:
         figures = self.core_stats()
         # Of the tokens that were read those that were wrong guesses count for nothing.
         decoded = figures["tokens"] - (self.stats.drafted - self.stats.accepted)
-        self.stats.new_tokens = new_tokens
         if decoded:
             self.stats.decode_tps = decoded / seconds
             self.stats.bytes_per_token = figures["bytes_read"] / decoded
@@ -696,6 +757,66 @@ class Sampler:
         keep = min(keep, max(1, int((p >= self.min_p * p[0]).sum())))
         p = p[:keep] / p[:keep].sum()
         return int(self._random.choice(order[:keep], p=p))
+
+
+class _AnswerText:
+    """The text of an answer as it grows. What a later token may change is held back."""
+
+    def __init__(self, tokenizer: TextTokenizer, stop: tuple[str, ...]) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._choices: list[TokenChoice] = []
+        self._given, self._given_tokens = 0, 0  # characters, tokens
+        self.stopped = False  # a stop text came
+
+    def add(self, choice: TokenChoice, last: bool) -> Piece:
+        """What one more token lets say; of the last token all."""
+        self._choices.append(choice)
+        text = self._decode(len(self._choices))
+        cut = min((i for s in self._stop if (i := text.find(s)) >= 0), default=-1)
+        if cut >= 0:
+            self.stopped = True
+            return self._give(text[:cut], self._tokens_before(cut), last=True)
+        held = 0 if last else max(_unfinished(text), _stop_begun(text, self._stop))
+        return self._give(text[: len(text) - held], len(self._choices), last)
+
+    def rest(self) -> Piece:
+        """What is still held back."""
+        return self._give(self._decode(len(self._choices)), len(self._choices), last=True)
+
+    def _give(self, text: str, tokens: int, last: bool) -> Piece:
+        if len(text) <= self._given and not last:
+            return Piece()  # the tokens wait for their text
+        piece = Piece(text[self._given :], tuple(self._choices[self._given_tokens : tokens]))
+        self._given, self._given_tokens = max(self._given, len(text)), tokens
+        return piece
+
+    def _tokens_before(self, cut: int) -> int:
+        """Tokens that begin before a place of the text."""
+        tokens = len(self._choices)
+        while tokens and len(self._decode(tokens - 1)) >= cut:
+            tokens -= 1
+        return tokens
+
+    def _decode(self, tokens: int) -> str:
+        return self._tokenizer.decode([choice.id for choice in self._choices[:tokens]])
+
+
+def _choice(token: int, logits: np.ndarray, top: int | None) -> TokenChoice:
+    """A token with its log-probability, and the `top` likeliest tokens with theirs."""
+    if top is None:
+        return TokenChoice(token)
+    row = logits.astype(np.float64)
+    row -= row.max()
+    row -= np.log(np.exp(row).sum())
+    best = np.argsort(-row, kind="stable")[:top]
+    return TokenChoice(token, float(row[token]), tuple((int(i), float(row[i])) for i in best))
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def _unfinished(text: str) -> int:

@@ -29,7 +29,7 @@ RESERVE = 24_000_000
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--memory") -> int:
     """Bytes of a size such as 800MB (of 1e6 bytes) or 1.5GiB.
 
     Raises:
@@ -38,7 +38,7 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*(\d*\.?\d+)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(found[2].upper()) if found else None
     if not found or unit is None or not float(found[1]) * unit >= 1:
-        raise UsageError(f"--memory {text!r} is not a size; give one such as 800MB or 1.5GB")
+        raise UsageError(f"{option} {text!r} is not a size; give one such as 800MB or 1.5GB")
     return int(float(found[1]) * unit)
 
 

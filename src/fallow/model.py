@@ -165,7 +165,7 @@ class Model:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | np.ndarray,
         plan: Plan | None = None,
         *,
         max_new_tokens: int = 64,
@@ -173,14 +173,14 @@ class Model:
         seed: int = 0,
         chat: bool = False,
     ) -> str:
-        """Continues a prompt, or answers it as a chat message, with the plan's neurons idle.
+        """Continues a prompt (text or ids), or answers it as a chat message, under a plan.
 
         A reference: nothing is skipped, masked values are computed and set to zero.
 
         Raises:
             FallowError: the prompt is empty or longer than the model's context.
         """
-        ids = self.tokenizer.prompt(prompt, chat)
+        ids = self.tokenizer.prompt(prompt, chat) if isinstance(prompt, str) else prompt
         limit = self.module.config.max_position_embeddings
         if len(ids) == 0:
             raise FallowError("the prompt is empty; give some text")

@@ -108,8 +108,8 @@ def evaluate_task(
 
 
 @dataclass(frozen=True)
-class _Ids:
-    """A pair's token ids, the last `n_scored` of which are the continuation's."""
+class ScoredIds:
+    """A text's token ids, the last `n_scored` of which are the continuation's."""
 
     ids: np.ndarray
     n_scored: int
@@ -126,13 +126,13 @@ Result = tuple[float, bool]
 
 def _score(model: "Model | Engine", plan: Plan | None, items: list[Item], label: str) -> np.ndarray:
     """1.0 for each item answered right, (items,)."""
-    read: Callable[[list[_Ids]], list[Result]]
+    read: Callable[[list[ScoredIds]], list[Result]]
     at_work: AbstractContextManager[None]
     if isinstance(model, Engine):
         model.use_plan(plan)
-        read, room, at_work = partial(_read_engine, model), model.context, nullcontext()
+        read, room, at_work = partial(read_engine, model), model.context, nullcontext()
     else:
-        read, at_work = partial(_read_model, model), model.sparse(plan)
+        read, at_work = partial(read_model, model), model.sparse(plan)
         room = model.module.config.max_position_embeddings
     right = np.zeros(len(items))
     with at_work, progress(label, len(items)) as ticker:
@@ -148,17 +148,18 @@ def _score(model: "Model | Engine", plan: Plan | None, items: list[Item], label:
     return right
 
 
-def _encode(tokenizer: TextTokenizer, room: int, context: str, text: str) -> _Ids:
+def _encode(tokenizer: TextTokenizer, room: int, context: str, text: str) -> ScoredIds:
     """Of a pair longer than `room` tokens, the last ones."""
     whole = tokenizer.encode(context + text)
     n_scored = len(whole) - min(len(tokenizer.encode(context)), len(whole) - 1)
     whole = tokenizer.with_bos(whole)[-room:]
     if len(whole) == n_scored:
         raise FallowError("a task item has an empty context and the model has no BOS token")
-    return _Ids(whole, n_scored)
+    return ScoredIds(whole, n_scored)
 
 
-def _read_model(model: "Model", pairs: list[_Ids]) -> list[Result]:
+def read_model(model: "Model", pairs: list[ScoredIds]) -> list[Result]:
+    """Scores continuations with whatever plan the model runs under."""
     limit = max(1, TOKENS_AT_ONCE // max(len(p.ids) for p in pairs))
     found: list[Result] = []
     for start in range(0, len(pairs), limit):
@@ -166,7 +167,7 @@ def _read_model(model: "Model", pairs: list[_Ids]) -> list[Result]:
     return found
 
 
-def _read_batch(model: "Model", pairs: list[_Ids]) -> list[Result]:
+def _read_batch(model: "Model", pairs: list[ScoredIds]) -> list[Result]:
     longest = max(len(p.ids) for p in pairs)
     # Padded on the right, where causal attention never looks back from the text.
     hidden = model.hidden(np.stack([np.pad(p.ids, (0, longest - len(p.ids))) for p in pairs]))
@@ -176,8 +177,8 @@ def _read_batch(model: "Model", pairs: list[_Ids]) -> list[Result]:
     ]
 
 
-def _read_engine(engine: Engine, pairs: list[_Ids]) -> list[Result]:
-    """Reads what all pairs begin with once."""
+def read_engine(engine: Engine, pairs: list[ScoredIds]) -> list[Result]:
+    """Scores continuations under the engine's plan; what all begin with is read once."""
     shared = min(p.first for p in pairs)
     differ = (np.stack([p.ids[:shared] for p in pairs]) != pairs[0].ids[:shared]).any(axis=0)
     shared = int(differ.argmax()) if differ.any() else shared
@@ -193,7 +194,7 @@ def _read_engine(engine: Engine, pairs: list[_Ids]) -> list[Result]:
     return found
 
 
-def _result(logits: np.ndarray, pair: _Ids) -> Result:
+def _result(logits: np.ndarray, pair: ScoredIds) -> Result:
     """From the logits (n_scored, vocabulary) of the continuation's tokens."""
     if not np.isfinite(logits).all():
         raise FallowError("NaN or infinite logits; try --dtype float32, or pack the model again")

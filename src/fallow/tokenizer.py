@@ -1,6 +1,7 @@
 """Text to token ids, from a GGUF's metadata or a Hugging Face folder. Needs no transformers."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from tokenizers.models import BPE
 
 from fallow.errors import FallowError
 from fallow.weights import GgufFile
+
+Message = Mapping[str, str]
+"""One of a conversation: {"role": "system", "user" or "assistant", "content": text}."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,21 @@ class TextTokenizer:
     def decode(self, ids: Any) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def chat(self, prompt: str) -> np.ndarray:
-        """Ids of a conversation with one user message, ready for the answer.
+    def chat(self, conversation: str | Sequence[Message]) -> np.ndarray:
+        """Ids of a conversation, or of one user message, ready for the answer.
 
         Raises:
-            FallowError: the model has no chat template.
+            FallowError: the model has no chat template, or it refuses the conversation.
+        """
+        if isinstance(conversation, str):
+            conversation = [{"role": "user", "content": conversation}]
+        return self.with_bos(self.encode(self.render(conversation), special=True))
+
+    def render(self, conversation: Sequence[Message], answer: bool = True) -> str:
+        """A conversation as the model's chat template writes it; `answer`: up to where one begins.
+
+        Raises:
+            FallowError: the model has no chat template, or it refuses the conversation.
         """
         if self.chat_template is None:
             raise FallowError("this model has no chat template; prompt it with plain text")
@@ -55,19 +69,18 @@ class TextTokenizer:
         )
         environment.globals["raise_exception"] = _raise_exception
         try:
-            text = environment.from_string(self.chat_template).render(
-                messages=[{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
+            return environment.from_string(self.chat_template).render(
+                messages=[dict(message) for message in conversation],
+                add_generation_prompt=answer,
                 bos_token=self._token(self.bos_id),
                 eos_token=self._token(self.eos_ids[0] if self.eos_ids else None),
             )
         except TemplateError as error:
             raise FallowError(f"the model's chat template does not work: {error}") from error
-        return self.encode(text, special=True)
 
     def prompt(self, text: str, chat: bool = False) -> np.ndarray:
         """Ids of a text to continue, or with `chat` to answer; BOS where the model wants it."""
-        return self.with_bos(self.chat(text) if chat else self.encode(text))
+        return self.chat(text) if chat else self.with_bos(self.encode(text))
 
     def with_bos(self, ids: np.ndarray) -> np.ndarray:
         """The ids with BOS in front, if the model wants one and it is not there."""

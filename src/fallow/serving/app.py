@@ -1,0 +1,512 @@
+"""The routes. Every error has OpenAI's form; a client that goes away frees the engine."""
+
+import asyncio
+import hmac
+import json
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import numpy as np
+from anyio import CapacityLimiter, to_thread
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+
+from fallow.engine import Piece, Sampler, Stats, TokenChoice
+from fallow.errors import FallowError
+from fallow.serving import schemas as api
+from fallow.serving.limits import Limits
+from fallow.serving.telemetry import Telemetry
+from fallow.serving.worker import Busy, Closing, Job, Worker
+from fallow.tokenizer import TextTokenizer
+
+CLIENT_GONE = 499  # nobody reads it
+KEEP_ALIVE = 15.0  # seconds between comments on a stream that has nothing to say
+EVENT_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+NAMES = {
+    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
+    429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
+
+
+def create_app(
+    worker: Worker,
+    name: str,
+    api_key: str | None = None,
+    max_body: int = 1 << 20,
+    on_stop: Callable[[], None] | None = None,
+) -> FastAPI:
+    """The server's application.
+
+    Args:
+        name: what the model is called; requests for another one are refused.
+        api_key: what clients must send as `Authorization: Bearer KEY`; None: nothing.
+        max_body: largest request, bytes.
+    """
+    app = FastAPI(title="fallow", summary="One packed model behind OpenAI's API.", docs_url=None)
+    telemetry = Telemetry(worker)
+    app.add_middleware(Limits, max_body=max_body, telemetry=telemetry)
+    answering = _Answering(worker, name, telemetry)
+    guarded = [Depends(partial(_check_key, api_key))] if api_key is not None else []
+    errors = (400, 408, 413, 429, 500, 503, *((401,) if api_key is not None else ()))
+    responses: Any = {code: {"model": api.ErrorResponse} for code in errors}
+    # Depends() of a bearer scheme tells the schema that there is a key.
+    if api_key is not None:
+        guarded.append(Depends(HTTPBearer(auto_error=False)))
+
+    @app.get("/health")
+    async def health() -> api.Health:
+        """Whether the server takes requests, and how many wait."""
+        return api.Health(model=name, waiting=worker.waiting, running=worker.running)
+
+    @app.get(
+        "/metrics",
+        dependencies=guarded,
+        responses=_only(responses, 401),
+        response_class=PlainTextResponse,
+    )
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(telemetry.text(), media_type=telemetry.content_type)
+
+    @app.get("/v1/models", dependencies=guarded, responses=_only(responses, 401))
+    async def models() -> api.ModelList:
+        return api.ModelList(data=[answering.card])
+
+    @app.get(
+        "/v1/models/{model:path}",
+        dependencies=guarded,
+        responses=_only(responses, 401) | {404: {"model": api.ErrorResponse}},
+    )
+    async def model(model: str) -> api.ModelCard:
+        answering.check_model(model)
+        return answering.card
+
+    answers = responses | {404: {"model": api.ErrorResponse}, 200: EVENT_STREAM}
+
+    @app.post(
+        "/v1/chat/completions",
+        dependencies=guarded,
+        responses=answers,
+        response_model=api.ChatResponse,
+    )
+    async def chat(body: api.ChatRequest, request: Request) -> Any:
+        """Answers a conversation by the model's chat template."""
+        return await answering.chat(body, request)
+
+    @app.post(
+        "/v1/completions",
+        dependencies=guarded,
+        responses=answers,
+        response_model=api.CompletionResponse,
+    )
+    async def completions(body: api.CompletionRequest, request: Request) -> Any:
+        """Continues a text, or each of several."""
+        return await answering.completions(body, request)
+
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(FallowError, _fallow_error)
+    app.add_exception_handler(Exception, _defect)
+    app.openapi = partial(_openapi, app, name)  # type: ignore[method-assign]
+    return app
+
+
+def _only(responses: dict[Any, Any], code: int) -> dict[Any, Any]:
+    return {code: responses[code]} if code in responses else {}
+
+
+def _openapi(app: FastAPI, name: str) -> dict[str, Any]:
+    """FastAPI's schema, with the one model's name and without the 422 that we answer as 400."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version="1", summary=app.summary, routes=app.routes)
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(unused, None)
+        for request in ("ChatRequest", "CompletionRequest"):
+            schema["components"]["schemas"][request]["properties"]["model"]["enum"] = [name]
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+# Errors ------------------------------------------------------------------------------------------
+
+
+def _error(
+    code: int, message: str, param: str | None = None, name: str | None = None, **headers: str
+) -> JSONResponse:
+    body = {"message": message, "type": NAMES.get(code, "server_error"), "param": param}
+    return JSONResponse({"error": body | {"code": name}}, code, headers or None)
+
+
+def _invalid(request: Request, error: Any) -> JSONResponse:
+    kind = request.headers.get("content-type", "nothing")
+    if "json" not in kind:
+        return _error(400, f"the body is said to be {kind}; send Content-Type: application/json")
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:])
+    return _error(400, f"{where or 'the body'}: {first['msg']}", param=where or None)
+
+
+def _http_error(request: Request, error: Any) -> JSONResponse:
+    return _error(error.status_code, str(error.detail), **(error.headers or {}))
+
+
+def _fallow_error(request: Request, error: Any) -> JSONResponse:
+    if isinstance(error, Busy):
+        return _error(429, str(error), None, None, **{"Retry-After": str(error.retry_after)})
+    if isinstance(error, Closing):
+        return _error(503, str(error))
+    return _error(500, str(error))
+
+
+def _defect(request: Request, error: Any) -> JSONResponse:
+    return _error(500, f"a defect of the server: {type(error).__name__}; see its log")
+
+
+def _check_key(expected: str, request: Request) -> None:
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    # Compared in constant time: how long a wrong key takes must not tell how wrong it is.
+    right = hmac.compare_digest(given.strip().encode(), expected.encode())
+    if scheme.lower() != "bearer" or not right:
+        raise HTTPException(
+            401,
+            "the API key is missing or wrong; send Authorization: Bearer KEY",
+            {"WWW-Authenticate": "Bearer"},
+        )
+
+
+class _BadRequest(HTTPException):
+    def __init__(self, message: str) -> None:
+        super().__init__(400, message)
+
+
+# Answers -----------------------------------------------------------------------------------------
+
+
+class _Answering:
+    """From a request to jobs, and from what they deliver to a response."""
+
+    def __init__(self, worker: Worker, name: str, telemetry: Telemetry) -> None:
+        self.worker, self.name, self.telemetry = worker, name, telemetry
+        self.card = api.ModelCard(id=name, created=int(time.time()))
+        # The tokenizer has settings that differ between text and conversations: one at a time.
+        self._one_at_a_time = CapacityLimiter(1)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        return self.worker.engine.tokenizer
+
+    def check_model(self, name: str) -> None:
+        if name != self.name:
+            raise HTTPException(404, f"there is no model {name!r} here; this is {self.name!r}")
+
+    async def chat(self, body: api.ChatRequest, request: Request) -> Any:
+        self.check_model(body.model)
+        messages = [
+            {"role": m.role.replace("developer", "system"), "content": m.text}
+            for m in body.messages
+        ]
+        ids = await self._encode(partial(self.tokenizer.chat, messages))
+        wanted = body.max_completion_tokens or body.max_tokens
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        run = self._run(body, request, [ids], wanted, top)
+        made: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+        if body.stream:
+            return self._streamed(body, run, made | {"object": "chat.completion.chunk"}, True)
+        answer = await run.collect()
+        return api.ChatResponse(
+            **made,
+            model=self.name,
+            choices=[
+                api.ChatChoice(
+                    index=0,
+                    message=api.AnswerMessage(content=answer.texts[0]),
+                    logprobs=_chat_logprobs(self.tokenizer, answer.tokens[0], top),
+                    finish_reason=answer.stats[0].finish,
+                )
+            ],
+            usage=_usage(answer.stats),
+        )
+
+    async def completions(self, body: api.CompletionRequest, request: Request) -> Any:
+        self.check_model(body.model)
+        prompts: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+        if isinstance(prompts[0], int):
+            prompts = [prompts]
+        ids = [
+            await self._encode(partial(self.tokenizer.prompt, p))
+            if isinstance(p, str)
+            else np.asarray(p)
+            for p in prompts
+        ]
+        run = self._run(body, request, ids, body.max_tokens, body.logprobs)
+        made: dict[str, Any] = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+        if body.stream:
+            return self._streamed(body, run, made | {"object": "text_completion"}, False)
+        answer = await run.collect()
+        return api.CompletionResponse(
+            **made,
+            model=self.name,
+            choices=[
+                api.CompletionChoice(
+                    index=i,
+                    text=answer.texts[i],
+                    logprobs=_logprobs(self.tokenizer, answer.tokens[i], body.logprobs, 0),
+                    finish_reason=answer.stats[i].finish,
+                )
+                for i in range(len(ids))
+            ],
+            usage=_usage(answer.stats),
+        )
+
+    async def _encode(self, encode: Callable[[], np.ndarray]) -> np.ndarray:
+        try:
+            return await to_thread.run_sync(encode, limiter=self._one_at_a_time)
+        except FallowError as error:  # the chat template refuses it
+            raise _BadRequest(str(error)) from error
+
+    def _run(
+        self,
+        body: api.ChatRequest | api.CompletionRequest,
+        request: Request,
+        prompts: Sequence[np.ndarray],
+        max_tokens: int | None,
+        top_logprobs: int | None,
+    ) -> "_Run":
+        """Raises HTTPException 400 for a prompt that the model cannot read."""
+        engine = self.worker.engine
+        seed = secrets.randbits(63) if body.seed is None else body.seed % (1 << 64)
+        client = body.user or (request.client.host if request.client else "")
+        run = _Run(self.worker, request, self.telemetry)
+        for i, ids in enumerate(prompts):
+            room = engine.context - len(ids)
+            if len(ids) == 0:
+                raise _BadRequest("there are no tokens to read; give some text")
+            if room < 1:
+                raise _BadRequest(
+                    f"the prompt of {len(ids)} tokens fills the context of {engine.context}; "
+                    "shorten it, or serve with a larger --context"
+                )
+            if ids.max() >= engine.vocabulary_size:
+                raise _BadRequest(
+                    f"token id {ids.max()} is outside the vocabulary of {engine.vocabulary_size}"
+                )
+            run.jobs.append(
+                Job(
+                    client,
+                    ids,
+                    min(max_tokens or room, room),
+                    Sampler(
+                        1.0 if body.temperature is None else body.temperature,
+                        body.top_p or 1.0,
+                        body.top_k or 0,
+                        body.min_p or 0.0,
+                        seed,
+                    ),
+                    partial(run.deliver, i),
+                    body.stops,
+                    top_logprobs,
+                )
+            )
+        run.start()
+        return run
+
+    def _streamed(
+        self,
+        body: api.ChatRequest | api.CompletionRequest,
+        run: "_Run",
+        made: dict[str, Any],
+        is_chat: bool,
+    ) -> StreamingResponse:
+        wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+        events = self._chunks(run, made, is_chat, wants_usage)
+        return StreamingResponse(events, media_type="text/event-stream")
+
+    async def _chunks(
+        self, run: "_Run", made: dict[str, Any], is_chat: bool, wants_usage: bool
+    ) -> AsyncIterator[str]:
+        made = made | {"model": self.name}
+        top = run.jobs[0].top_logprobs
+        offsets, stats = [0] * len(run.jobs), []
+
+        def chunk(index: int, piece: Piece, finish: str | None, first: bool = False) -> str:
+            choice: dict[str, Any] = {"index": index, "finish_reason": finish}
+            if is_chat:
+                role = {"role": "assistant"} if first else {}
+                choice["delta"] = role if finish else role | {"content": piece.text}
+                found: Any = _chat_logprobs(self.tokenizer, piece.tokens, top)
+            else:
+                choice["text"] = piece.text
+                found = _logprobs(self.tokenizer, piece.tokens, top, offsets[index])
+                offsets[index] += len(piece.text)
+            choice["logprobs"] = found.model_dump() if found and piece.tokens else None
+            return _event(made | {"choices": [choice]})
+
+        try:
+            if is_chat:
+                yield chunk(0, Piece(), None, first=True)
+            async for index, event in run.events():
+                if event is None:
+                    yield ": waiting\n\n"
+                elif isinstance(event, Stats):
+                    stats.append(event)
+                    yield chunk(index, Piece(), event.finish)
+                else:
+                    yield chunk(index, event, None)
+            if wants_usage:
+                yield _event(made | {"choices": [], "usage": _usage(stats).model_dump()})
+        except FallowError as error:
+            yield _event({"error": {"message": str(error), "type": "server_error"}})
+        yield "data: [DONE]\n\n"
+
+
+class _Collected:
+    def __init__(self, n: int) -> None:
+        self.texts = [""] * n
+        self.tokens: list[tuple[TokenChoice, ...]] = [()] * n
+        self.stats = [Stats()] * n
+
+
+class _Run:
+    """The jobs of one request, and what they deliver."""
+
+    def __init__(self, worker: Worker, request: Request, telemetry: Telemetry) -> None:
+        self.jobs: list[Job] = []
+        self._worker, self._request, self._telemetry = worker, request, telemetry
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Piece | Stats | Exception]] = asyncio.Queue()
+
+    def deliver(self, index: int, event: Piece | Stats | Exception) -> None:
+        """Called in the worker's thread."""
+        with suppress(RuntimeError):  # the loop has ended: nobody listens
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+    def start(self) -> None:
+        """Raises Busy or Closing."""
+        self._worker.submit(*self.jobs)
+
+    async def events(self) -> AsyncIterator[tuple[int, Piece | Stats | None]]:
+        """What comes, None where nothing does for a while; leaving it cancels what is left."""
+        left = len(self.jobs)
+        try:
+            while left:
+                try:
+                    index, event = await asyncio.wait_for(self._queue.get(), KEEP_ALIVE)
+                except TimeoutError:
+                    yield 0, None
+                    continue
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, Stats):
+                    left -= 1
+                    self._telemetry.answered(event)
+                yield index, event
+        finally:
+            for job in self.jobs:
+                self._worker.cancel(job)
+
+    async def collect(self) -> _Collected:
+        """All of it. Raises HTTPException 499 when the client goes away."""
+        task = asyncio.ensure_future(self._collect())
+        gone = asyncio.ensure_future(self._gone())
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            if not task.done():
+                task.cancel()
+        if not task.done():
+            with suppress(asyncio.CancelledError):
+                await task
+            raise HTTPException(CLIENT_GONE, "the client has gone")
+        return task.result()
+
+    async def _collect(self) -> _Collected:
+        found = _Collected(len(self.jobs))
+        async for index, event in self.events():
+            if isinstance(event, Stats):
+                found.stats[index] = event
+            elif event is not None:
+                found.texts[index] += event.text
+                found.tokens[index] += event.tokens
+        return found
+
+    async def _gone(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+
+
+def _event(value: Any) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def _usage(stats: Sequence[Stats]) -> api.Usage:
+    """Tokens add up; of the figures those of the last answer."""
+    prompt, new = sum(s.prompt_tokens for s in stats), sum(s.new_tokens for s in stats)
+    last = stats[-1]
+    return api.Usage(
+        prompt_tokens=prompt,
+        completion_tokens=new,
+        total_tokens=prompt + new,
+        prompt_tokens_details=api.CachedTokens(cached_tokens=sum(s.cached_tokens for s in stats)),
+        sparsity=api.Sparsity(
+            neurons_idle=last.sparsity,
+            neurons_idle_per_layer=[round(v, 4) for v in last.sparsity_per_layer],
+            bytes_per_token=last.bytes_per_token,
+            decode_tps=last.decode_tps,
+        ),
+    )
+
+
+def _top(tokenizer: TextTokenizer, token: int, logprob: float) -> dict[str, Any]:
+    text = tokenizer.backend.decode([token], skip_special_tokens=False)
+    whole = "\ufffd" not in text  # else a part of a character
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+
+
+def _chat_logprobs(
+    tokenizer: TextTokenizer, tokens: Sequence[TokenChoice], top: int | None
+) -> api.ChatLogprobs | None:
+    if top is None:
+        return None
+    return api.ChatLogprobs(
+        content=[
+            api.TokenLogprob(
+                **_top(tokenizer, t.id, t.logprob),
+                top_logprobs=[api.TopToken(**_top(tokenizer, *each)) for each in t.top],
+            )
+            for t in tokens
+        ]
+    )
+
+
+def _logprobs(
+    tokenizer: TextTokenizer, tokens: Sequence[TokenChoice], top: int | None, offset: int
+) -> api.CompletionLogprobs | None:
+    """The older form, of /v1/completions; `offset` characters went before."""
+    if top is None:
+        return None
+    texts = [_top(tokenizer, t.id, 0)["token"] for t in tokens]
+    starts = np.cumsum([offset, *map(len, texts)])[:-1]
+    return api.CompletionLogprobs(
+        tokens=texts,
+        token_logprobs=[t.logprob for t in tokens],
+        top_logprobs=[
+            {each["token"]: each["logprob"] for each in (_top(tokenizer, *x) for x in t.top)}
+            for t in tokens
+        ]
+        if top
+        else None,
+        text_offset=[int(i) for i in starts],
+    )

@@ -1,0 +1,81 @@
+"""Listens, and shuts down without losing a request."""
+
+import asyncio
+import signal
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from fallow.engine import Engine
+from fallow.errors import FallowError
+from fallow.progress import console
+from fallow.serving.app import create_app
+from fallow.serving.worker import Worker
+
+CLOSE_SECONDS = 5.0  # for responses to leave, after the last answer has ended
+
+
+def serve(
+    engine: Engine,
+    name: str,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    queue: int = 16,
+    api_key: str | None = None,
+    max_body: int = 1 << 20,
+    grace: float = 30.0,
+) -> None:
+    """Serves until SIGINT or SIGTERM; then what waits fails and what runs has `grace` seconds.
+
+    Raises:
+        FallowError: the address is not to be had.
+    """
+    worker = Worker(engine, queue)
+    app = create_app(worker, name, api_key, max_body)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(grace + CLOSE_SECONDS),
+        h11_max_incomplete_event_size=1 << 16,
+    )
+    server = _Server(config, worker, grace)
+    try:
+        server.run()
+    except SystemExit as error:  # uvicorn's answer to an address in use
+        raise FallowError(
+            f"cannot listen on {host}:{port}; it is in use or not allowed, choose another --port"
+        ) from error
+    finally:
+        worker.close(0)
+        worker.join(CLOSE_SECONDS)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, worker: Worker, grace: float) -> None:
+        super().__init__(config)
+        self._worker, self._grace = worker, grace
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started:
+            for server in self.servers:
+                for socket in server.sockets:
+                    host, port = socket.getsockname()[:2]
+                    console.print(
+                        f"serving {self._worker.engine.name} on http://{host}:{port}/v1, "
+                        "Ctrl-C ends",
+                        highlight=False,
+                    )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # As uvicorn's, which would also end the process by the signal after the shutdown.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+        if self._loop is not None:  # not here: the signal may have come while a lock is held
+            self._loop.call_soon_threadsafe(self._worker.close, self._grace)
