@@ -5,12 +5,15 @@ of two, and a stopped training goes on:
 
     python benchmarks/laws.py published coverage
     python benchmarks/laws.py train    # all of OWN, one after another; `train relu` for one
+    python benchmarks/laws.py keep     # the ReLU model in bfloat16, as tests/data/relu has it
     python benchmarks/laws.py engine   # decode of the ReLU model, sparse against dense
     python benchmarks/laws.py --report    # writes docs/results/laws.md
 """
 
 import argparse
+import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -23,6 +26,7 @@ from tradeoff import DATA, ROOT, machine_line, record_machine
 RESULTS = ROOT / "benchmarks" / "results" / "laws"
 MODELS = RESULTS / "models"
 TEXT = DATA / "corpus" / "eltec-eng.txt.xz"
+KEPT = ROOT / "tests" / "data" / "relu"
 MOST_DROPPED = 12  # points of the warm-up that the published fit may have left out
 # Curves of known parameters for coverage: as the published ones, with noise of their size.
 TRUE = {
@@ -34,7 +38,7 @@ TRIALS, POINTS, SPAN = 250, 32, (3.0, 250.0)
 
 
 def steps() -> dict[str, Any]:
-    return {"published": published, "coverage": coverage, "engine": engine}
+    return {"published": published, "coverage": coverage, "keep": keep, "engine": engine}
 
 
 def own() -> dict[str, Any]:
@@ -150,6 +154,19 @@ def frequencies(folder: Path) -> dict[str, list[float]]:
     return {name: np.sort(rates[i])[places].round(4).tolist() for name, i in layers.items()}
 
 
+def keep() -> dict[str, Any]:
+    """Writes the ReLU model where tests find it: the naturally sparse model, 5 MB."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(MODELS / "relu", dtype=torch.bfloat16)
+    module.save_pretrained(KEPT)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MODELS / "relu" / name, KEPT / name)
+    weights = (KEPT / "model.safetensors").read_bytes()
+    return {"sha256": hashlib.sha256(weights).hexdigest(), "mb": len(weights) / 1e6}
+
+
 def engine() -> dict[str, Any]:
     """Decode of the ReLU model under rule `relu` against its own dense decode, alternating."""
     import fallow
@@ -159,13 +176,10 @@ def engine() -> dict[str, Any]:
     from fallow.laws.training import prepare
     from fallow.text import load_text
 
-    folder = MODELS / "relu"
-    corpus = prepare(folder, load_text(TEXT, "calibration"), own()["relu"])
-    plan = calibrate(
-        fallow.load(str(folder)), "relu", knob=0.0, text=corpus.held_out, measure=False
-    )
-    packed = folder / "packed.gguf"
-    fallow.pack(str(folder), packed)
+    corpus = prepare(MODELS / "relu", load_text(TEXT, "calibration"), own()["relu"])
+    plan = calibrate(fallow.load(str(KEPT)), "relu", knob=0.0, text=corpus.held_out, measure=False)
+    packed = MODELS / "relu" / "packed.gguf"
+    fallow.pack(str(KEPT), packed)
     engine = Engine(packed, threads=THREADS, context=PROMPT + NEW)
     ids = engine.tokenizer.encode(corpus.held_out.content)[: PROMPT + NEW]
     runs = run_in_turn(engine, {"dense": None, "relu": plan}, ids, PROMPT, ENGINE_RUNS)
@@ -219,6 +233,13 @@ def report() -> str:
     found = {n: json.loads(path.read_text()) for n, path in made.items() if path.exists()}
     if found:
         lines += _own_lines(found)
+    if (RESULTS / "keep.json").exists():
+        kept = json.loads((RESULTS / "keep.json").read_text())
+        lines.append(
+            f"\nThe model `relu` is kept in bfloat16, {kept['mb']:.1f} MB, as `tests/data/relu` "
+            f"(SHA-256 `{kept['sha256'][:16]}`); `benchmarks/laws.py train relu` and then `keep` "
+            "make it again, with one thread or two to the bit, some 40 minutes of two cores."
+        )
     if (RESULTS / "engine.json").exists():
         lines += _engine_lines(json.loads((RESULTS / "engine.json").read_text()))
     lines.append(f"\n{machine_line(json.loads((RESULTS / 'machine.json').read_text()))}.")
