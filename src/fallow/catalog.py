@@ -89,7 +89,11 @@ def locate(alias: Alias) -> Path | None:
 
 
 def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Raises FallowError if the user has no home folder."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise FallowError("there is no home folder for models; set XDG_CACHE_HOME") from error
     return Path(base) / "fallow"
 
 

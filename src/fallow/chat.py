@@ -125,7 +125,7 @@ class _Screen:
         self.notes = Console(stderr=True, highlight=False, markup=False, style="dim")
 
     def note(self, text: str) -> None:
-        self.notes.print(text)
+        self.notes.print(text, soft_wrap=True)
 
     def do(self, line: str) -> None:
         """A command, or something to answer."""

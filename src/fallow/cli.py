@@ -1,5 +1,6 @@
 """The command line. Every command is a function here; the work is done elsewhere."""
 
+import io
 import json
 import os
 import sys
@@ -8,20 +9,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from fallow.errors import FallowError, UsageError
 from fallow.files import check_writable
 
-LAB_PACKAGES = ("torch", "transformers", "accelerate", "scipy", "matplotlib", "huggingface_hub")
+# Of which extra a package is that a command may lack.
+EXTRAS = {
+    "lab": ("torch", "transformers", "accelerate", "scipy", "matplotlib", "huggingface_hub"),
+    "ray": ("ray",),
+    "report": ("plotly",),
+    "harness": ("lm_eval",),
+    "server": ("fastapi", "uvicorn", "prometheus_client"),
+}
+SERVER_RESERVE = 32_000_000  # bytes of a memory budget for requests and responses
 
 INTERRUPTED = 130  # what Typer makes of Ctrl-C: 128 + SIGINT, as in shells
 
 app = typer.Typer(
     help="Activation sparsity for language models: measure, calibrate, evaluate.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 plan_app = typer.Typer(
@@ -87,19 +93,25 @@ LeakageOption = Annotated[
 
 def main() -> None:
     """Entry point: one line for an error, exit code 2 for usage and 1 for the rest."""
+    _prepare_streams()
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except FallowError as error:
         _fail(str(error), error.exit_code)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in (*LAB_PACKAGES, "ray"):
+        extra = next((name for name, has in EXTRAS.items() if package in has), None)
+        if extra is None:
             raise
-        extra = "ray" if package == "ray" else "lab"
         _fail(f"this command needs {error.name}; install it with: pip install 'fallow[{extra}]'", 1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(1)
+    except OSError as error:  # the disk that stdout goes to is full, say
+        _discard_output()
+        where = "cannot write the output" if error.filename is None else error.filename
+        _fail(f"{where}: {error.strerror or error}", 1)
     except Exception as error:
         # Typer's own usage errors, whose class is private to it.
         message = getattr(error, "format_message", None)
@@ -112,6 +124,23 @@ def main() -> None:
         if code == INTERRUPTED:
             _fail("interrupted", INTERRUPTED)
         sys.exit(code or 0)
+
+
+def _prepare_streams() -> None:
+    """Gives closed streams a place, and lets stdout print any text whatever the locale.
+
+    Without a place of its own the next file that is opened would take a stream's number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """What is left to print cannot be: not even when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> None:
@@ -138,6 +167,9 @@ def _print_json(value: Any) -> None:
 
 
 def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table()
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
@@ -173,6 +205,51 @@ def models(as_json: JsonOption = False) -> None:
         print(f"{entry['alias']}: {entry['description']}")
         print(f"  {entry['path'] or 'not installed'}")
         print(f"  {entry['install']}")
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Whose disk is timed.")] = Path("."),
+    as_json: JsonOption = False,
+) -> None:
+    """Look at processor, memory, disk and packages, and warn of what makes fallow slower."""
+    from fallow.doctor import examine
+
+    found = examine(folder)
+    if as_json:
+        _print_json(found)
+    else:
+        _print_examination(found)
+
+
+def _print_examination(r: dict[str, Any]) -> None:
+    cpu, count, ram, speed = r["processor"], r["cores"], r["memory"], r["bandwidth_gbps"]
+    quota = "" if count["cgroup"] is None else f", {count['cgroup']:g} by its cgroup"
+    limit = "" if ram["cgroup"] is None else f", its cgroup allows {ram['cgroup'] / 1e9:.1f} GB"
+    disk = r["disk"]["error"] or f"{r['disk']['gbps']:.2f} GB/s"
+    models = ", ".join(name for name, is_here in r["models"].items() if is_here)
+    lacks = cpu["better_kernels_lack"]
+    better = [f"not {name}, for want of {', '.join(lacks[name])}" for name in lacks]
+    lines = {
+        "fallow": f"{r['fallow']}, Python {r['python']}, {r['system']}",
+        "processor": f"{cpu['name']}, {cpu['architecture']}",
+        "kernels": "; ".join([cpu["kernels"], *better]),
+        "cores": f"{count['machine']}, {count['affinity']} for this process{quota}",
+        "memory": f"{ram['total'] / 1e9:.1f} GB, {ram['available'] / 1e9:.1f} available{limit}",
+        "reads memory": f"{speed['one_thread']:.1f} GB/s with one thread, "
+        f"{speed['all_threads']:.1f} with {speed['threads']}",
+        "reads disk": f"{disk}, {r['disk']['folder']}",
+        "numpy": f"{r['numpy']['version']}, {r['numpy']['blas'] or 'no BLAS'}",
+        "torch": "none" if r["torch"] is None else f"{r['torch']} threads",
+        "models": models or "none; see: fallow models",
+    }
+    for name, value in lines.items():
+        print(f"{name:13} {value}")
+    for extra, packages in r["extras"].items():
+        said = ", ".join(f"{name} {version or '(missing)'}" for name, version in packages.items())
+        print(f"[{extra}]".ljust(13), said)
+    for warning in r["warnings"]:
+        print(f"warning: {warning}")
 
 
 @app.command()
@@ -267,6 +344,163 @@ def _median_weight(row: dict[str, Any], name: str) -> float:
 
 
 @app.command()
+def report(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="As for fallow profile.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path(
+        "report.html"
+    ),
+    text: TextOption = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="Text that thresholds are fitted on; not --text.")
+    ] = None,
+    context: ContextOption = 1024,
+    windows: Annotated[int, typer.Option(help="How many windows of each text.")] = 8,
+    rules: Annotated[str, typer.Option(help="Of the trade-off, comma-separated.")] = (
+        "topk,cats,tail"
+    ),
+    sparsities: Annotated[str, typer.Option(help="Their targets, comma-separated.")] = (
+        "0.3,0.5,0.7"
+    ),
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan to show; default: tail at +1 % PPL.")
+    ] = None,
+    sample: Annotated[Path | None, typer.Option(help="Text to show token by token.")] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="TEXT TEXT", help="Two texts whose active neurons are compared."),
+    ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="What bench --json or optimize --json printed; repeatable."),
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of finished parts; default: OUTPUT.work.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """One HTML file of all that can be seen of models: for a phone too, offline; resumable."""
+    names = [name.strip() for name in rules.split(",") if name.strip()]
+    targets = _numbers("--sparsities", sparsities)
+    from fallow.reporting.page import report as run
+
+    found = run(
+        models,
+        output,
+        text=text,
+        calibration_text=calibration_text,
+        context=context,
+        windows=windows,
+        rules=names,
+        sparsities=targets,
+        plan=plan,
+        sample=sample,
+        compare=compare,
+        results=results or (),
+        work=work,
+        dtype=dtype,
+    )
+    size = output.stat().st_size
+    if as_json:
+        _print_json({"output": str(output), "bytes": size, "models": found})
+        return
+    for row in found:
+        print(
+            f"{row['model']}: PPL {_plus_minus(row['ppl'], row['ppl_se'], 2)}; rule {row['rule']} "
+            f"at sparsity {row['sparsity']:.1%} "
+            f"{_plus_minus(row['ppl_change_percent'], row['ppl_change_se'], 2)} %"
+        )
+    print(f"written: {output}, {size / 1e6:.1f} MB")
+
+
+@app.command()
+def neurons(
+    model: ModelArg,
+    layer: Annotated[int, typer.Option(help="From 0.")],
+    neuron: Annotated[int, typer.Option(help="From 0.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="UTF-8 text, each a type with a rate of its own; repeatable. Default: both "
+            "halves of the Python language reference."
+        ),
+    ] = None,
+    snippets: Annotated[int, typer.Option(min=1, help="The strongest, to show.")] = 10,
+    context: ContextOption = 1024,
+    windows: Annotated[int, typer.Option(help="How many windows of each text.")] = 8,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Ask an OpenAI-compatible server for an explanation and score it; "
+            "http://127.0.0.1:8080/v1 is fallow serve. Key: FALLOW_API_KEY or OPENAI_API_KEY.",
+        ),
+    ] = None,
+    explain_model: Annotated[
+        str | None, typer.Option(help="What the server calls its model.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """What a neuron does: where it is active most, how often it fires, which tokens it raises."""
+    if (explain is None) != (explain_model is None):
+        raise UsageError("--explain and --explain-model, the model's name there, belong together")
+    from fallow.explanation import RANDOM, STRONG, Endpoint, key_from_environment
+    from fallow.explanation import explain as run_explain
+    from fallow.neurons import examine
+
+    endpoint = None
+    if explain is not None and explain_model is not None:
+        endpoint = Endpoint(explain, explain_model, key_from_environment())
+    found = examine(
+        _load(model, dtype),
+        [(layer, neuron)],
+        text or None,
+        context=context,
+        windows=windows,
+        snippets=max(snippets, STRONG) if endpoint else snippets,
+        random_snippets=RANDOM if endpoint else 0,
+    )[0]
+    explanation = None if endpoint is None else run_explain(found, endpoint).to_json()
+    found.snippets = found.snippets[:snippets]
+    result = found.to_json() | ({} if explanation is None else {"explanation": explanation})
+    if as_json:
+        _print_json(result)
+        return
+    _print_neuron(result)
+
+
+def _print_neuron(r: dict[str, Any]) -> None:
+    print(f"{r['model']}, layer {r['layer']}, neuron {r['neuron']}")
+    for rate in r["rates"]:
+        print(
+            f"  in a token's louder half on {rate['top_half']:.2%} of {rate['tokens']} tokens, "
+            f"other than zero on {rate['natural']:.2%}: {rate['text']}"
+        )
+    for direction in ("raised", "lowered"):
+        tokens = ", ".join(f"{t['token']!r} {t['logit']:+.3f}" for t in r[direction])
+        print(f"  {direction} by one unit of inter: {tokens}")
+    print("strongest snippets: out_norm, inter, and the token in its context")
+    for s in r["snippets"]:
+        peak = s["peak"]
+        before, token, after = (
+            _printable("".join(s["tokens"][part]))
+            for part in (slice(0, peak), slice(peak, peak + 1), slice(peak + 1, None))
+        )
+        print(f"  {s['out_norm'][peak]:8.3f} {s['inter'][peak]:+9.3f}  {before}«{token}»{after}")
+    if "explanation" in r:
+        e = r["explanation"]
+        score = f"score {e['score']:.3f}" if e["reason"] is None else f"no score: {e['reason']}"
+        print(f"explanation by {e['model']}: {_printable(e['text'])}")
+        print(f"  {score}, {e['scored_snippets']} of {e['held_out_snippets']} held-out snippets")
+
+
+def _printable(text: str) -> str:
+    """One line that no control character in it can disturb."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+
+
+@app.command()
 def calibrate(
     model: ModelArg,
     rule: Annotated[str, typer.Option(help="See: fallow rules.")],
@@ -346,6 +580,26 @@ def pack(
         return
     print(f"self-check against {model}: {check}")
     print(f"written: {output}, {size:.0f} MB")
+
+
+@app.command()
+def export(
+    model: ModelArg,
+    plan: Annotated[Path, typer.Option(help="A plan for it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a Hugging Face folder with the plan in it, for transformers: fallow.load_sparse."""
+    loaded_plan = _load_plan(plan)
+    from fallow.model import find_model
+    from fallow.sparsified import export as run
+
+    run(_load(model, dtype), loaded_plan, output, find_model(model))
+    if as_json:
+        _print_json({"path": str(output), "rule": loaded_plan.rule})
+        return
+    print(f"written: {output}; in Python: fallow.load_sparse({str(output)!r})")
 
 
 @app.command()
@@ -1463,7 +1717,7 @@ def _print_stream(engine: Any, prompt: str, pieces: Any, as_json: bool) -> None:
     console.print(
         f"{stats.new_tokens} tokens, {stats.decode_tps:.1f} tok/s, "
         f"{stats.bytes_per_token / 1e6:.0f} MB/token, first after {stats.ttft_ms:.0f} ms, "
-        f"{_mean(stats.sparsity_per_layer):.0%} of neurons idle"
+        f"{stats.sparsity:.0%} of neurons idle"
         + (f", {stats.accepted} of {stats.drafted} guesses held" if stats.drafted else ""),
         highlight=False,
     )
@@ -1471,6 +1725,105 @@ def _print_stream(engine: Any, prompt: str, pieces: Any, as_json: bool) -> None:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+@app.command()
+def harness(
+    model: Annotated[str, typer.Argument(help="A packed model, or any other.")],
+    tasks: Annotated[str, typer.Option(help="Names that lm-eval knows: arc_easy,lambada_openai.")],
+    plan: Annotated[
+        Path | None, typer.Option(help="What dense is compared with; default: the packed plan.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of a task.")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder of your own tasks.")] = None,
+    threads: ThreadsOption = None,
+    context: Annotated[int | None, typer.Option(help="Packed models: tokens of cache.")] = None,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness, dense and with a plan, in one table."""
+    loaded_plan = _load_plan(plan)
+    from fallow.harness import compare, open_model
+
+    opened = open_model(model, threads=threads, context=context, dtype=dtype)
+    rows = compare(opened, loaded_plan, tasks.split(","), limit, fewshot, include_path)
+    if as_json:
+        _print_json(rows)
+        return
+    cells = [
+        [
+            row["task"],
+            row["metric"],
+            _plus_minus(row["dense"], row["dense_se"], 4),
+            "-" if row["sparse"] is None else _plus_minus(row["sparse"], row["sparse_se"], 4),
+            "-" if row["change"] is None else _plus_minus(row["change"], row["change_se"], 4),
+        ]
+        for row in rows
+    ]
+    _print_table(f"{model}, lm-eval", ["task", "metric", "dense", "sparse", "change"], cells)
+
+
+@app.command()
+def chat(
+    file: PackedArg,
+    plan: Annotated[Path | None, typer.Option(help="A plan; default: the packed one.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0: the most likely token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="The likeliest tokens of this probability.")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="That many likeliest tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    stats: Annotated[bool, typer.Option("--stats", help="Show sparsity and speed.")] = False,
+    threads: ThreadsOption = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of cache; default: at most 4096.")
+    ] = None,
+    memory: MemoryOption = None,
+) -> None:
+    """Talk to a packed model; /help tells the commands."""
+    from fallow.chat import Conversation
+    from fallow.chat import chat as run
+    from fallow.engine import Engine, Sampler
+
+    engine = Engine(file, _load_plan(plan), threads, context=context, memory=memory)
+    sampler = Sampler(temperature, top_p, top_k, seed=seed)
+    run(Conversation(engine, sampler, max_new_tokens, system), stats)
+
+
+@app.command()
+def serve(
+    file: PackedArg,
+    plan: Annotated[Path | None, typer.Option(help="A plan; default: the packed one.")] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0: other machines may ask too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8080,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default: the file's name.")
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 16,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="FALLOW_API_KEY", help="What clients must send; better by variable."),
+    ] = None,
+    max_body: Annotated[str, typer.Option(help="Largest request.")] = "1MB",
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish, at the end.")] = 30.0,
+    threads: ThreadsOption = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of cache; default: at most 4096.")
+    ] = None,
+    memory: MemoryOption = None,
+) -> None:
+    """Serve a packed model to clients of OpenAI's API."""
+    # Before the engine, which takes what is left of a memory budget.
+    from fallow.engine import Engine
+    from fallow.memory import parse_size
+    from fallow.serving.server import serve as run
+
+    largest = parse_size(max_body, "--max-body")
+    engine = Engine(
+        file, _load_plan(plan), threads, context=context, memory=memory, reserve=SERVER_RESERVE
+    )
+    run(engine, name or file.stem, host, port, queue, api_key, largest, grace)
 
 
 @plan_app.command("show")

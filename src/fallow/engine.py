@@ -15,7 +15,7 @@ import numpy as np
 
 from fallow import _core
 from fallow.drafting import PASS_COST, STREAMED_COST, Lookup
-from fallow.errors import FallowError, UsageError
+from fallow.errors import FallowError, UsageError, in_one_line
 from fallow.memory import (
     EMBEDDING,
     EMBEDDING_ROWS,
@@ -32,7 +32,7 @@ from fallow.memory import (
 from fallow.plan import Plan
 from fallow.planes import join_planes
 from fallow.text import Text, cut_windows
-from fallow.tokenizer import TextTokenizer, tokenizer_from_json
+from fallow.tokenizer import TextTokenizer, tokenizer_from_json, usable
 from fallow.weights import GgufFile, StoredTensor, read_gguf
 
 PACKED_VERSION = 2
@@ -183,7 +183,8 @@ class Engine:
             usual = DEFAULT_CONTEXT if self.memory is None else BUDGET_CONTEXT
             self._core = self._start(kernels, context or min(longest, usual))
         except ValueError as error:
-            raise FallowError(f"packed model {self.path}: {error}; pack it again") from error
+            reason = in_one_line(error)
+            raise FallowError(f"packed model {self.path}: {reason}; pack it again") from error
         except _core.DiskError as error:
             raise FallowError(str(error)) from error
         self.use_plan(first)
@@ -386,6 +387,8 @@ class Engine:
         if tap in ("inter", "down_coarse") and plan.rule.partition(":")[0] in _BY_OUTPUT_NORM:
             return down_norm
         if plan.rule == "wina":
+            if not tap.endswith("_proj"):
+                raise FallowError(f"this plan of wina cuts {tap!r}, no input; calibrate again")
             return self._column_norms(layer, tap)
         return None
 
@@ -856,21 +859,18 @@ def rss_bytes() -> int:
 def _tokenizer(file: GgufFile) -> TextTokenizer:
     key = "tokenizer.huggingface.json"
     try:
-        backend = tokenizer_from_json(file.get(key))
-        del file.metadata[key]  # 14 MB of Qwen2.5's
-    except FallowError:
-        raise
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise FallowError(f"packed model {file.path} has a damaged tokenizer: {error}") from error
+        with usable(f"the tokenizer of packed model {file.path}"):
+            backend = tokenizer_from_json(file.get(key))
+            del file.metadata[key]  # 14 MB of Qwen2.5's
+            return TextTokenizer(
+                backend,
+                bos_id=file.get("tokenizer.ggml.bos_token_id", None),
+                eos_ids=tuple(file.get("fallow.eos_token_ids", ())),
+                add_bos=bool(file.get("tokenizer.ggml.add_bos_token", False)),
+                chat_template=file.get("tokenizer.chat_template", None),
+            )
     finally:
         _return_freed_memory()
-    return TextTokenizer(
-        backend,
-        bos_id=file.get("tokenizer.ggml.bos_token_id", None),
-        eos_ids=tuple(file.get("fallow.eos_token_ids", ())),
-        add_bos=bool(file.get("tokenizer.ggml.add_bos_token", False)),
-        chat_template=file.get("tokenizer.chat_template", None),
-    )
 
 
 def _return_freed_memory() -> None:

@@ -1,14 +1,24 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what is read back of them."""
 
 import json
 import os
+import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from fallow.errors import FallowError
+
+if TYPE_CHECKING:
+    import numpy as np
+from safetensors import SafetensorError
+
+_PREFIX = 40  # characters of a name that its temporary one begins with: names have 255 bytes
 
 
 @contextmanager
@@ -23,9 +33,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         with _explained(path):
             _make_parent(path)
+            _refuse_other_than_files(path)
             # The suffix is kept because some writers (numpy, matplotlib) look at it.
             handle, name = tempfile.mkstemp(
-                dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix
+                dir=path.parent, prefix=f".{path.stem[:_PREFIX]}.", suffix=path.suffix
             )
             temporary = Path(name)
             os.fchmod(handle, 0o666 & ~_umask())
@@ -37,23 +48,69 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `folder`, and gives it that name if the block succeeds.
+
+    Raises:
+        FallowError: the folder is there and not empty, or cannot be written.
+    """
+    folder = Path(folder)
+    temporary = None
+    try:
+        with _explained(folder):
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise FallowError(f"{folder} is there already; choose another name")
+            _make_parent(folder)
+            prefix = f".{folder.name[:_PREFIX]}."
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            os.replace(temporary, folder)
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def check_writable(path: str | Path) -> None:
     """Raises FallowError if `path` could not be written: called before long work, not after it."""
     path = Path(path)
     with _explained(path):
         _make_parent(path)
+        _refuse_other_than_files(path)
         tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def _refuse_other_than_files(path: Path) -> None:
+    """Raises FallowError for folders and devices, OSError for a name that no file can have."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise FallowError(f"cannot write {path}: it is there and no file; choose another name")
 
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        reason = "its folder is a file" if isinstance(error, FileExistsError) else error.strerror
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
         raise FallowError(
             f"cannot write {path}: {reason}; choose a folder with space and write permission"
         ) from error
+
+
+def _reason(error: Exception) -> str | None:
+    """Why a file cannot be written; None of an error that does not say so."""
+    if isinstance(error, FileExistsError):
+        return "its folder is a file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # Of a full disk numpy says "8 requested and 4 written", torch "unexpected pos".
+    is_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
+    is_written = is_torch or isinstance(error, OSError | SafetensorError)
+    return "the disk is full, or fails" if is_written else None
 
 
 def _make_parent(path: Path) -> None:
@@ -76,29 +133,88 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """A JSON document. Raises ValueError for anything else, such as one nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FallowError: it cannot be read, or holds no object; with the `remedy`.
+    """
+    try:
+        found = parse_json(Path(path).read_bytes())
+    except OSError as error:
+        raise FallowError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise FallowError(f"{path} is damaged; {remedy}") from error
+    if not isinstance(found, dict):
+        raise FallowError(f"{path} is damaged; {remedy}")
+    return found
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value that was read has a field's type, such as `int`, `float | None` or `list`.
+
+    A whole number is a float too, True is no number, and neither infinity nor NaN is one.
+    """
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return (type(value) in kinds or float in kinds) and abs(value) <= sys.float_info.max
+    return type(value) in kinds
+
+
+def read_array(path: str | Path, remedy: str) -> "np.ndarray":
+    """The array in a .npy file, mapped.
+
+    Raises:
+        FallowError: it cannot be read, or holds no array of numbers; with the `remedy`.
+    """
+    import numpy as np  # here, since every command imports this module
+
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # whatever numpy's parser of the header raises
+        raise FallowError(f"cannot read {path}; {remedy}") from error
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "biuf":
+        raise FallowError(f"{path} holds no array of numbers; {remedy}")
+    return found
+
+
 class JsonLines:
     """A file of one JSON document per line, to which long work appends what it has finished.
 
-    `found` is what it held: a last line that was cut off when a run was killed is passed over.
+    `found` is what it held. A line without an end was cut off when a run was killed, and what is
+    no JSON was left behind by a machine that lost power: both are passed over.
+
+    Raises:
+        FallowError: the file cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        try:
+            data = self._path.read_bytes() if self._path.exists() else b""
+        except OSError as error:
+            raise FallowError(f"cannot read {path}: {error.strerror}") from error
+        *lines, rest = data.split(b"\n")
         self.found: list[Any] = []
-        for line in text.splitlines():
+        for line in lines:
             with suppress(ValueError):
-                self.found.append(json.loads(line))
-        if text and not text.endswith("\n"):
-            self._append("\n")
+                self.found.append(parse_json(line))
+        self._end = "\n" if rest else ""  # of the line that was cut off
 
     def add(self, *values: Any) -> None:
         """Raises FallowError if the file cannot be written."""
-        self._append("".join(json.dumps(value, allow_nan=False) + "\n" for value in values))
-
-    def _append(self, text: str) -> None:
+        lines = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(text)
+                file.write(self._end + lines)
         except OSError as error:
             raise FallowError(f"cannot write {self._path}: {error.strerror}") from error
+        self._end = ""

@@ -1,10 +1,10 @@
 """A model as fallow sees it: transformers' implementation, its layers, its tokenizer."""
 
 import ctypes
-import json
+import math
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from fallow.catalog import ALIASES, resolve
-from fallow.errors import FallowError, UsageError
+from fallow.errors import FallowError, UsageError, in_one_line
+from fallow.files import read_json
 from fallow.models import Architecture, by_gguf_name, by_model_type
 from fallow.plan import Plan
 from fallow.rules import Rule, find_rule
 from fallow.taps import Layer, attach
 from fallow.text import Text, cut_windows
 from fallow.tokenizer import TextTokenizer, tokenizer_from_folder, tokenizer_from_gguf
-from fallow.weights import GgufFile, fingerprint, read_gguf, read_safetensors
+from fallow.weights import GgufFile, StoredTensor, fingerprint, read_gguf, read_safetensors
 
 # Products of float32 that stay float32: 512 x 512 of N(0, 1) differ by less than this between
 # libraries, while bfloat16 inputs would differ by 1e-1.
@@ -145,9 +146,7 @@ class Model:
         try:
             rule_class = find_rule(plan.rule)
         except UsageError as error:
-            raise FallowError(
-                f"this plan's rule {plan.rule!r} is unknown; update fallow"
-            ) from error
+            raise FallowError(f"cannot run this plan: {error}") from error
         for name, shape in rule_class.shapes(self.layers).items():
             found = plan.arrays[name].shape if name in plan.arrays else "nothing"
             if found != shape:
@@ -240,8 +239,9 @@ def find_model(name: str) -> Path:
     if name in ALIASES:
         return resolve(ALIASES[name])
     path = Path(name)
-    if path.exists():
-        return path
+    with suppress(OSError):  # a name that no file can have
+        if path.exists():
+            return path
     if name.endswith(".gguf") or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FallowError(
             f"model {name} not found: no such file or folder, and no alias "
@@ -273,13 +273,54 @@ def _torch_dtype(dtype: str, n_weights: int) -> torch.dtype:
 
 
 def _load_gguf(name: str, path: Path, dtype: str) -> Model:
-    file = read_gguf(path)
-    architecture = by_gguf_name(file.architecture, f"GGUF {path}")
+    file, where = read_gguf(path), f"GGUF {path}"
+    architecture = by_gguf_name(file.architecture, where)
     assert architecture.gguf_config is not None
-    n_weights = sum(int(np.prod(t.shape)) for t in file.tensors.values())
-    module = _empty_module(architecture, architecture.gguf_config(file))
-    _fill(module, architecture, file, _torch_dtype(dtype, n_weights))
+    with _refusing(f"{where}: transformers cannot build {architecture.hf_class}"):
+        config = architecture.gguf_config(file)
+        _check_size(architecture, config, file.tensors.values(), where)
+        module = _empty_module(architecture, config)
+        _fill(module, architecture, file, _torch_dtype(dtype, n_weights(file.tensors.values())))
     return Model(name, module, tokenizer_from_gguf(file), architecture, fingerprint(file.tensors))
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Makes one line that begins so of whatever transformers raises of a config or weights."""
+    try:
+        yield
+    except (FallowError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        raise FallowError(f"{what}: {in_one_line(error)}") from error
+
+
+def n_weights(tensors: Collection[StoredTensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def _check_size(
+    architecture: Architecture,
+    config: dict[str, Any],
+    tensors: Collection[StoredTensor],
+    where: str,
+) -> None:
+    """Refuses a config of a far larger model than the weights are, before it takes any memory.
+
+    Raises:
+        FallowError: more layers than tensors, or more than twice as many weights.
+    """
+    import transformers
+
+    n_layers, stored = config.get("num_hidden_layers"), n_weights(tensors)
+    if isinstance(n_layers, int) and n_layers > len(tensors):
+        raise FallowError(f"{where} describes {n_layers} layers, but has {len(tensors)} tensors")
+    hf_class = getattr(transformers, architecture.hf_class)
+    with torch.device("meta"):
+        module = hf_class(hf_class.config_class(**config))
+    described = sum(parameter.numel() for parameter in module.parameters())
+    if described > 2 * stored:
+        raise FallowError(f"{where} describes {described} weights, but has {stored}")
 
 
 def _empty_module(architecture: Architecture, config: dict[str, Any]) -> Any:
@@ -288,11 +329,8 @@ def _empty_module(architecture: Architecture, config: dict[str, Any]) -> Any:
     from accelerate import init_empty_weights
 
     hf_class = getattr(transformers, architecture.hf_class)
-    try:
-        with init_empty_weights(include_buffers=False):
-            return hf_class(hf_class.config_class(**config))
-    except Exception as error:  # whatever transformers makes of metadata it cannot use
-        raise FallowError(f"transformers cannot build {architecture.hf_class}: {error}") from error
+    with init_empty_weights(include_buffers=False):
+        return hf_class(hf_class.config_class(**config))
 
 
 def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.dtype) -> None:
@@ -325,32 +363,47 @@ def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.
 
 
 def _load_folder(name: str, folder: Path, dtype: str) -> Model:
+    architecture, tensors = inspect_folder(folder)
+    torch_dtype = _torch_dtype(dtype, n_weights(tensors.values()))
+    module = pretrained(folder, architecture, torch_dtype)
+    return Model(name, module, _load_tokenizer(folder), architecture, fingerprint(tensors))
+
+
+def inspect_folder(folder: Path) -> tuple[Architecture, dict[str, StoredTensor]]:
+    """The architecture of a Hugging Face folder, and its tensors as they are stored.
+
+    Raises:
+        FallowError: config.json or weights are missing or damaged, or do not fit each other.
+    """
+    path = folder / "config.json"
+    config = read_json(path, "download it again")
+    if not isinstance(config.get("model_type"), str):
+        raise FallowError(f"{path} is not a model's config; download it again")
+    architecture = by_model_type(config["model_type"], str(path))
+    tensors = {tensor.name: tensor for tensor in read_safetensors(folder)}
+    with _refusing(f"{path} is not usable"):
+        _check_size(architecture, config, tensors.values(), str(folder))
+    return architecture, tensors
+
+
+def pretrained(folder: Path, architecture: Architecture, dtype: torch.dtype | str) -> Any:
+    """transformers' model of a folder that `inspect_folder` found in order.
+
+    Raises:
+        FallowError: transformers cannot load it, or a tensor is missing or of another shape.
+    """
     import transformers
 
-    config_path = folder / "config.json"
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        model_type = config["model_type"]
-    except OSError as error:
-        raise FallowError(f"cannot read {config_path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise FallowError(f"{config_path} is not a model's config; download it again") from error
-    architecture = by_model_type(model_type, str(config_path))
-    tensors = {t.name: t for t in read_safetensors(folder)}
-    n_weights = sum(int(np.prod(t.shape)) for t in tensors.values())
-    hf_class = getattr(transformers, architecture.hf_class)
-    try:
-        module, info = hf_class.from_pretrained(
+    with _refusing(f"transformers cannot load {folder}"):
+        module, info = getattr(transformers, architecture.hf_class).from_pretrained(
             folder,
-            dtype=_torch_dtype(dtype, n_weights),
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             local_files_only=True,
         )
-    except Exception as error:  # whatever transformers makes of a config it cannot use
-        raise FallowError(f"transformers cannot load {folder}: {error}") from error
     _check_loading(folder, info)
-    return Model(name, module, _load_tokenizer(folder), architecture, fingerprint(tensors))
+    return module
 
 
 def _check_loading(folder: Path, info: dict[str, Any]) -> None:

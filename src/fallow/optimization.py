@@ -25,7 +25,7 @@ from fallow.capture import Calibration
 from fallow.engine import Engine
 from fallow.errors import FallowError, UsageError
 from fallow.evaluation import dense_logits, window_losses
-from fallow.files import JsonLines, atomic_path, check_writable
+from fallow.files import JsonLines, atomic_path, check_writable, fits
 from fallow.metrics import ppl_change_percent
 from fallow.model import Model
 from fallow.packing import Packer
@@ -418,9 +418,10 @@ def _measure_costs(
         raise UsageError(f"{path} belongs to a run with another model, text or option; remove it")
     else:
         console.print(f"continuing with {len(file.found) - 1} costs of {path}", highlight=False)
-    known = {(tap, layer, index): kl for tap, layer, index, kl in file.found[1:]}
-    dense = [_Dense(engine.logits(window)) for window in probe]
     todo = list(candidates.probes())
+    wanted = {(tap, layer, index) for tap, layer, index, _ in todo}
+    known = {tuple(line[:3]): line[3] for line in file.found[1:] if _is_cost(line, wanted)}
+    dense = [_Dense(engine.logits(window)) for window in probe]
     with progress("cost of layers", len(todo)) as ticker:
         for tap, layer, index, plan in todo:
             if (tap, layer, index) not in known:
@@ -440,6 +441,17 @@ def _measure_costs(
             table[layer] = np.interp(GRID, [0, *GRID[levels]], [0, *(points[i] for i in levels)])
             table[layer, levels[-1] + 1 :] = np.inf  # not measured
     return costs
+
+
+def _is_cost(line: Any, wanted: set[tuple[str, int, int]]) -> bool:
+    """Whether a line of a file is a cost; any other is measured again."""
+    return (
+        fits(line, list)
+        and [type(part) for part in line[:3]] == [str, int, int]
+        and tuple(line[:3]) in wanted
+        and len(line) == 4
+        and fits(line[3], float)
+    )
 
 
 class _Dense:

@@ -2,18 +2,18 @@
 
 import datetime
 import json
-import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
 
-from fallow.errors import FallowError
-from fallow.files import atomic_path
+from fallow.errors import FallowError, in_one_line
+from fallow.files import atomic_path, fits, parse_json
 
 FORMAT = 1
 _METADATA_KEY = "fallow_plan"
@@ -72,15 +72,7 @@ class Plan:
         text = json.dumps(self.metadata, allow_nan=False)
         # safetensors writes the memory of an array as it lies, whatever its strides say.
         arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
-        return save(arrays, metadata={_METADATA_KEY: text})
-
-    @classmethod
-    def from_bytes(cls, content: bytes, where: str) -> "Plan":
-        """The plan of a file's content; `where` names it in errors. Raises as `load` does."""
-        with tempfile.NamedTemporaryFile(suffix=".plan") as file:
-            file.write(content)
-            file.flush()
-            return cls.load(file.name)
+        return save_arrays(arrays, metadata={_METADATA_KEY: text})
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -89,45 +81,61 @@ class Plan:
         if not path.is_file():
             raise FallowError(f"cannot read plan {path}: no such file; check --plan")
         try:
-            with safe_open(path, framework="numpy") as file:
-                text = (file.metadata() or {}).get(_METADATA_KEY)
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            content = path.read_bytes()
         except OSError as error:
-            raise FallowError(f"cannot read plan {path}: {error.strerror or error}") from error
-        except SafetensorError as error:
-            raise FallowError(
-                f"plan {path} is truncated or no safetensors file ({error}); calibrate again"
-            ) from error
-        if text is None:
-            raise FallowError(f"{path} is a safetensors file but no plan; make one with calibrate")
+            raise FallowError(f"cannot read plan {path}: {error.strerror}") from error
+        return cls.from_bytes(content, str(path))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> "Plan":
+        """The plan of a file's content; `where` names it in errors. Raises as `load` does."""
         try:
-            metadata = dict(json.loads(text))
+            arrays = load_arrays(content)
+            header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:  # a type numpy lacks
+            raise FallowError(
+                f"plan {where} is truncated or no safetensors file ({in_one_line(error)}); "
+                "calibrate again"
+            ) from error
+        text = header.get("__metadata__", {}).get(_METADATA_KEY)
+        if text is None:
+            raise FallowError(f"{where} is a safetensors file but no plan; make one with calibrate")
+        try:
+            metadata = dict(parse_json(text))
         except (ValueError, TypeError) as error:
-            raise FallowError(f"plan {path} has damaged metadata; calibrate again") from error
-        return cls._from_metadata(path, metadata, arrays)
+            raise FallowError(f"plan {where} has damaged metadata; calibrate again") from error
+        return cls._from_metadata(where, metadata, arrays)
 
     @classmethod
     def _from_metadata(
-        cls, path: Path, metadata: dict[str, Any], arrays: dict[str, np.ndarray]
+        cls, where: str, metadata: dict[str, Any], arrays: dict[str, np.ndarray]
     ) -> "Plan":
         version = metadata.get("format")
         if version != FORMAT:
             raise FallowError(
-                f"plan {path} has format {version}, this fallow reads {FORMAT}; calibrate again"
+                f"plan {where} has format {in_one_line(version)}, this fallow reads {FORMAT}; "
+                "calibrate again"
             )
-        known = {f.name for f in fields(cls)} - {"arrays"}
+        known = {f.name: f.type for f in fields(cls) if f.name != "arrays"}
         missing = {"model", "fingerprint", "rule", "where", "knob", "knob_name"} - set(metadata)
         if missing:
-            raise FallowError(f"plan {path} lacks {', '.join(sorted(missing))}; calibrate again")
+            raise FallowError(f"plan {where} lacks {', '.join(sorted(missing))}; calibrate again")
+        for name in sorted(known.keys() & metadata.keys()):
+            if not fits(metadata[name], known[name]):
+                raise FallowError(
+                    f"plan {where}: {name} cannot be {in_one_line(metadata[name])}; calibrate again"
+                )
         for name, array in arrays.items():
             signed = name.partition(".")[0] not in (
                 "threshold", "weight", "kept", "tau", "head_margin", "head_limit",
             )  # fmt: skip
             if not (np.isfinite(array) & (signed | (array >= 0))).all():
                 raise FallowError(
-                    f"plan {path}: array {name} has NaN, infinity or a negative value; "
+                    f"plan {where}: array {name} has NaN, infinity or a negative value; "
                     "calibrate again"
                 )
+            if name in ("kept", "tau") and (array > 1).any():
+                raise FallowError(f"plan {where}: array {name} exceeds 1; calibrate again")
         return cls(arrays=arrays, **{k: v for k, v in metadata.items() if k in known})
 
     def check_model(self, fingerprint: str, name: str) -> None:

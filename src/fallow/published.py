@@ -1,12 +1,13 @@
 """Thresholds published with P1, as plans."""
 
-import json
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 
 from fallow.errors import FallowError, UsageError
+from fallow.files import parse_json
 from fallow.model import Model
 from fallow.plan import Plan
 from fallow.rules import find_rule
@@ -35,15 +36,17 @@ def import_thresholds(path: str | Path, model: Model, knob: float | None = None)
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         found = {
             _TAPS[name]: [float(layers[f"layer_{i}"]) for i in range(len(layers))]
             for name, layers in content.items()
             if name in _TAPS
         }
+        if not all(math.isfinite(v) and v >= 0 for values in found.values() for v in values):
+            raise ValueError
     except OSError as error:
         raise FallowError(f"cannot read thresholds {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise FallowError(
             f"{path} is no threshold file: expected {{projection: {{layer_0: number, ...}}}}"
         ) from error

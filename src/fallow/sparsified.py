@@ -5,11 +5,9 @@ The folder that `save_sparse` writes is a Hugging Face model with one more file,
 """
 
 import dataclasses
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from fallow.errors import FallowError, UsageError
-from fallow.files import check_writable, write_json
-from fallow.model import Model, quieten_transformers
+from fallow.files import atomic_folder, write_json
+from fallow.model import Model, inspect_folder, pretrained, quieten_transformers
 from fallow.models import by_model_type
 from fallow.plan import Plan
 from fallow.rules import Rule, find_rule
@@ -85,7 +83,7 @@ def save_sparse(module: Any, folder: str | Path, tokenizer: TextTokenizer | None
     state = getattr(module, _STATE, None)
     if state is None:
         raise FallowError("this model is not sparse; apply a plan with fallow.sparsify first")
-    with _new_folder(Path(folder)) as made:
+    with atomic_folder(folder) as made:
         module.save_pretrained(made)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, made)
@@ -98,18 +96,11 @@ def load_sparse(folder: str | Path, dtype: str = "auto") -> Any:
     Raises:
         FallowError: the folder has no plan, or transformers cannot load it.
     """
-    import transformers
-
     folder = Path(folder)
     plan = Plan.load(folder / PLAN_FILE)
     quieten_transformers()
-    try:
-        module = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise FallowError(f"transformers cannot load {folder}: {error}") from error
-    return sparsify(module.eval(), plan)
+    architecture, _ = inspect_folder(folder)
+    return sparsify(pretrained(folder, architecture, dtype).eval(), plan)
 
 
 def export(model: Model, plan: Plan, folder: str | Path, source: Path | None = None) -> None:
@@ -123,7 +114,7 @@ def export(model: Model, plan: Plan, folder: str | Path, source: Path | None = N
         if source is None or not source.is_dir():
             save_sparse(module, folder, model.tokenizer)
             return
-        with _new_folder(Path(folder)) as made:
+        with atomic_folder(folder) as made:
             module.save_pretrained(made)
             for pattern in _COMPANIONS:
                 for path in source.glob(pattern):
@@ -164,23 +155,6 @@ def _fingerprints(module: Any) -> Iterator[str]:
 def _stored(name: str, kind: str, parameter: torch.Tensor) -> StoredTensor:
     values = parameter.detach().to(_TYPES[kind]).contiguous().view(torch.uint8)
     return StoredTensor(name, tuple(parameter.shape), kind, values.numpy().reshape(-1))
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that gets its name if the block succeeds."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FallowError(f"{folder} is there already; choose another name")
-    check_writable(folder)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        yield made
-        made.chmod(0o755)
-        os.replace(made, folder)
-    except OSError as error:
-        raise FallowError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _save_plan(plan: Plan, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from fallow.calibration import Calibrator
-from fallow.errors import FallowError, UsageError
+from fallow.errors import UsageError
 from fallow.evaluation import run_window
-from fallow.files import JsonLines, atomic_path, write_json, write_text
+from fallow.files import JsonLines, atomic_path, fits, read_json, write_json, write_text
 from fallow.metrics import perplexity, ppl_change_percent, standard_error
 from fallow.model import Model
 from fallow.plan import Plan
@@ -71,17 +70,15 @@ class Store:
         self.folder = Path(folder)
         self._check_settings(settings)
         self._file = JsonLines(self.folder / "cells.jsonl")
-        self.cells = {(cell["row"], cell["window"]): cell for cell in self._file.found}
+        whole = filter(_is_whole, self._file.found)
+        self.cells = {(cell["row"], cell["window"]): cell for cell in whole}
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.folder / "run.json"
         if not path.exists():
             write_json(path, settings)
             return
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FallowError(f"{path} is damaged; choose another --output folder") from error
+        found = read_json(path, "choose another --output folder")
         changed = [k for k, v in settings.items() if found.get(k) != v]
         if changed:
             raise UsageError(
@@ -278,6 +275,27 @@ def _cell(
     }
 
 
+SELECTION = (
+    "recall", "energy_recall", "ffn_bytes", "choosing_bytes", "choosing_multiplications",
+)  # fmt: skip
+_NUMBERS = ("knob", "tokens", "dense_loss", "loss", "kl", "top1", "achieved_sparsity")
+_LARGEST_LOSS = 700.0  # nats: a larger one has no perplexity
+
+
+def _is_whole(cell: Any) -> bool:
+    """Whether a line of a file is what `_cell` makes; any other is measured again."""
+    if not isinstance(cell, dict) or not isinstance(cell.get("sparsity"), dict):
+        return False
+    numbers = [*(cell.get(name) for name in _NUMBERS), *cell["sparsity"].values()]
+    return (
+        fits(cell.get("row"), str)
+        and fits(cell.get("window"), int)
+        and all(fits(value, float) and abs(value) < 1e18 for value in numbers)
+        and max(cell["loss"], cell["dense_loss"]) < _LARGEST_LOSS
+        and all(fits(cell.get(name), float | None) for name in SELECTION)
+    )
+
+
 def summarise(
     rows: Sequence[Row], cells: dict[tuple[str, int], dict[str, Any]], n_windows: int
 ) -> list[dict[str, Any]]:
@@ -310,7 +328,7 @@ def _summarise_row(row: Row, cells: list[dict[str, Any]]) -> dict[str, Any]:
         **{
             f"sparsity_{tap}": mean([c["sparsity"][tap] for c in cells])
             for tap in SPARSITY_TAPS
-            if tap in cells[0]["sparsity"]
+            if all(tap in c["sparsity"] for c in cells)
         },
         "ppl": ppl,
         "ppl_se": ppl_se,
@@ -322,11 +340,6 @@ def _summarise_row(row: Row, cells: list[dict[str, Any]]) -> dict[str, Any]:
         "windows": len(cells),
         **_selection(cells),
     }
-
-
-SELECTION = (
-    "recall", "energy_recall", "ffn_bytes", "choosing_bytes", "choosing_multiplications",
-)  # fmt: skip
 
 
 def _selection(cells: list[dict[str, Any]]) -> dict[str, float]:

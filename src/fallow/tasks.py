@@ -1,6 +1,5 @@
 """Zero-shot tasks: multiple choice and word prediction, dense against sparse on the same items."""
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 
 from fallow.engine import Engine
 from fallow.errors import FallowError
+from fallow.files import parse_json
 from fallow.metrics import standard_error
 from fallow.plan import Plan
 from fallow.progress import progress
@@ -60,19 +60,21 @@ def load_task(path: str | Path, limit: int | None = None) -> list[Item]:
 
 def _parse(path: Path, number: int, line: str) -> Item:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         if "query" in entry:
             context = _as_question(entry["query"])
-            pairs = [(context, " " + choice) for choice in entry["choices"]]
+            pairs = [(context, choice) for choice in entry["choices"]]
         elif "context_options" in entry:
-            pairs = [(c, " " + entry["continuation"]) for c in entry["context_options"]]
+            pairs = [(context, entry["continuation"]) for context in entry["context_options"]]
         else:
-            return Item(((entry["context"], " " + entry["continuation"]),))
-        gold = int(entry["gold"])
-        if not 0 <= gold < len(pairs):
+            pairs = [(entry["context"], entry["continuation"])]
+        if not all(isinstance(text, str) for pair in pairs for text in pair):
+            raise TypeError
+        gold = int(entry["gold"]) if len(pairs) > 1 else 0
+        if not 0 <= gold < len(pairs) or not all(text for _, text in pairs):
             raise ValueError
-        return Item(tuple(pairs), gold)
-    except (ValueError, KeyError, TypeError) as error:
+        return Item(tuple((context, " " + text) for context, text in pairs), gold)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise FallowError(
             f"task {path}, line {number} is none of query/choices/gold, "
             "context_options/continuation/gold and context/continuation"
@@ -94,8 +96,8 @@ def evaluate_task(
     packed model without a plan; torch is not needed.
     """
     items = load_task(path, limit)
-    dense = _score(model, None, items, f"{Path(path).stem} dense")
-    sparse = dense if plan is None else _score(model, plan, items, f"{Path(path).stem} sparse")
+    dense = _score(model, None, items, path, "dense")
+    sparse = dense if plan is None else _score(model, plan, items, path, "sparse")
     return {
         "task": Path(path).stem,
         "items": len(items),
@@ -124,7 +126,9 @@ Result = tuple[float, bool]
 """A continuation's log-likelihood in nats, and whether greedy decoding gives it."""
 
 
-def _score(model: "Model | Engine", plan: Plan | None, items: list[Item], label: str) -> np.ndarray:
+def _score(
+    model: "Model | Engine", plan: Plan | None, items: list[Item], path: str | Path, how: str
+) -> np.ndarray:
     """1.0 for each item answered right, (items,)."""
     read: Callable[[list[ScoredIds]], list[Result]]
     at_work: AbstractContextManager[None]
@@ -135,9 +139,13 @@ def _score(model: "Model | Engine", plan: Plan | None, items: list[Item], label:
         read, at_work = partial(read_model, model), model.sparse(plan)
         room = model.module.config.max_position_embeddings
     right = np.zeros(len(items))
-    with at_work, progress(label, len(items)) as ticker:
+    with at_work, progress(f"{Path(path).stem} {how}", len(items)) as ticker:
         for i, item in enumerate(items):
-            scored = read([_encode(model.tokenizer, room, *pair) for pair in item.pairs])
+            try:
+                pairs = [_encode(model.tokenizer, room, *pair) for pair in item.pairs]
+            except FallowError as error:
+                raise FallowError(f"task {path}, item {i + 1}: {error}") from error
+            scored = read(pairs)
             if len(scored) == 1:
                 right[i] = scored[0][1]
             else:
@@ -153,8 +161,10 @@ def _encode(tokenizer: TextTokenizer, room: int, context: str, text: str) -> Sco
     whole = tokenizer.encode(context + text)
     n_scored = len(whole) - min(len(tokenizer.encode(context)), len(whole) - 1)
     whole = tokenizer.with_bos(whole)[-room:]
+    if len(whole) < n_scored:
+        raise FallowError(f"an answer of {n_scored} tokens exceeds the context of {room}")
     if len(whole) == n_scored:
-        raise FallowError("a task item has an empty context and the model has no BOS token")
+        raise FallowError("its context is empty and the model has no BOS token")
     return ScoredIds(whole, n_scored)
 
 

@@ -1,7 +1,8 @@
 """Text to token ids, from a GGUF's metadata or a Hugging Face folder. Needs no transformers."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from tokenizers import (
 )
 from tokenizers.models import BPE
 
-from fallow.errors import FallowError
+from fallow.errors import FallowError, in_one_line
+from fallow.files import read_json
 from fallow.weights import GgufFile
 
 Message = Mapping[str, str]
@@ -34,10 +36,25 @@ class TextTokenizer:
     add_bos: bool = False
     chat_template: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what a damaged file may have in place of ids and a template."""
+        for token_id in (*self.eos_ids, *([] if self.bos_id is None else [self.bos_id])):
+            if type(token_id) is not int or not 0 <= token_id < 2**31:
+                raise ValueError(f"{token_id!r} is no token id")
+        if not isinstance(self.chat_template, str | None):
+            raise ValueError("the chat template is no text")
+
     def encode(self, text: str, special: bool = False) -> np.ndarray:
-        """Token ids, (T,) int64, without BOS. `special` allows control tokens in the text."""
+        """Token ids, (T,) int64, without BOS. `special` allows control tokens in the text.
+
+        Raises:
+            FallowError: the text was made of bytes that are not UTF-8.
+        """
         self.backend.encode_special_tokens = not special
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError:  # it has surrogates
+            ids = self.backend.encode(_without_surrogates(text), add_special_tokens=False).ids
         return np.asarray(ids, dtype=np.int64)
 
     def decode(self, ids: Any) -> str:
@@ -61,7 +78,6 @@ class TextTokenizer:
         """
         if self.chat_template is None:
             raise FallowError("this model has no chat template; prompt it with plain text")
-        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(
@@ -75,8 +91,12 @@ class TextTokenizer:
                 bos_token=self._token(self.bos_id),
                 eos_token=self._token(self.eos_ids[0] if self.eos_ids else None),
             )
-        except TemplateError as error:
-            raise FallowError(f"the model's chat template does not work: {error}") from error
+        except FallowError:
+            raise
+        except Exception as error:  # a template is a program: it may divide by zero
+            raise FallowError(
+                f"the model's chat template does not work: {in_one_line(error)}"
+            ) from error
 
     def prompt(self, text: str, chat: bool = False) -> np.ndarray:
         """Ids of a text to continue, or with `chat` to answer; BOS where the model wants it."""
@@ -92,9 +112,28 @@ class TextTokenizer:
         return "" if token_id is None else self.backend.id_to_token(token_id) or ""
 
 
+def _without_surrogates(text: str) -> str:
+    """The text of a command line that Python could not decode in the locale, if it is UTF-8."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise FallowError("the text has bytes that are not UTF-8; convert it") from error
+
+
 def _raise_exception(message: str) -> None:
     """What chat templates call for a conversation that they cannot express."""
     raise FallowError(f"the model's chat template refuses the prompt: {message}")
+
+
+@contextmanager
+def usable(what: str) -> Iterator[None]:
+    """Makes of whatever a damaged tokenizer raises one line that names it."""
+    try:
+        yield
+    except FallowError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise FallowError(f"{what} is not usable: {in_one_line(error)}") from error
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:
@@ -128,38 +167,38 @@ def tokenizer_from_folder(folder: Path) -> TextTokenizer:
     Raises:
         FallowError: tokenizer.json or another file is missing or damaged.
     """
-    try:
-        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise FallowError(f"{folder}/tokenizer.json is not usable: {error}") from error
-    backend.no_truncation()  # a fine-tuning script may have left both in the file
-    backend.no_padding()
-    config = _read_json(folder / "tokenizer_config.json")
-    bos_id = _special_id(backend, config.get("bos_token"))
-    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
-    if eos is None:
-        eos = _special_id(backend, config.get("eos_token"))
-    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    template = folder / "chat_template.jinja"
-    return TextTokenizer(
-        backend,
-        bos_id=bos_id,
-        eos_ids=tuple(eos_ids),
-        # What the tokenizer itself does, whatever add_bos_token says.
-        add_bos=bos_id is not None and backend.encode("a").ids[:1] == [bos_id],
-        chat_template=template.read_text(encoding="utf-8")
-        if template.exists()
-        else config.get("chat_template"),
+    with usable(f"{folder}/tokenizer.json"):
+        backend = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        backend.no_truncation()  # a fine-tuning script may have left both in the file
+        backend.no_padding()
+    config, generation = (
+        read_json(path, "download it again") if path.exists() else {}
+        for path in (folder / "tokenizer_config.json", folder / "generation_config.json")
     )
+    with usable(f"what {folder} says of its tokenizer"):
+        bos_id = _special_id(backend, config.get("bos_token"))
+        eos = generation.get("eos_token_id")
+        if eos is None:
+            eos = _special_id(backend, config.get("eos_token"))
+        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        template = folder / "chat_template.jinja"
+        return TextTokenizer(
+            backend,
+            bos_id=bos_id,
+            eos_ids=tuple(eos_ids),
+            # What the tokenizer itself does, whatever add_bos_token says.
+            add_bos=bos_id is not None and backend.encode("a").ids[:1] == [bos_id],
+            chat_template=template.read_text(encoding="utf-8")
+            if template.exists()
+            else _template(config.get("chat_template")),
+        )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise FallowError(f"{path} is damaged; download it again") from error
+def _template(found: Any) -> str | None:
+    """A chat template; of several, which have names, the default one."""
+    if isinstance(found, list):
+        return next((one["template"] for one in found if one["name"] == "default"), None)
+    return found
 
 
 def _special_id(backend: Tokenizer, token: Any) -> int | None:
@@ -193,8 +232,13 @@ def tokenizer_from_gguf(file: GgufFile) -> TextTokenizer:
     """The tokenizer stored in a GGUF file: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
 
     Raises:
-        FallowError: another kind of tokenizer, or an unknown way to cut text before BPE.
+        FallowError: another kind of tokenizer, an unknown way to cut text before BPE, or damage.
     """
+    with usable(f"the tokenizer of GGUF {file.path}"):
+        return _from_gguf(file)
+
+
+def _from_gguf(file: GgufFile) -> TextTokenizer:
     kind = file.get("tokenizer.ggml.model")
     tokens = file.get("tokenizer.ggml.tokens")
     types = file.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))

@@ -1,8 +1,9 @@
 """Checkpoint files: GGUF and safetensors, read without torch."""
 
 import hashlib
-import json
+import math
 import mmap
+import operator
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from fallow import _core
-from fallow.errors import FallowError
+from fallow.errors import FallowError, in_one_line
+from fallow.files import parse_json, read_json
 
 N_THREADS = os.cpu_count() or 1
 
@@ -95,7 +97,7 @@ def read_gguf(path: str | Path) -> GgufFile:
         header = _core.gguf_header(data)
     except ValueError as error:  # GgufError, or a name that is not UTF-8
         raise FallowError(
-            f"GGUF {path} is not usable: {error}; download or convert it again"
+            f"GGUF {path} is not usable: {in_one_line(error)}; download or convert it again"
         ) from error
     tensors = {
         name: StoredTensor(name, tuple(shape), kind, data[offset : offset + n_bytes])
@@ -142,12 +144,12 @@ def _safetensors_files(folder: Path) -> list[Path]:
                 "fallow reads safetensors and GGUF weights"
             )
         return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise FallowError(f"{index} is not a safetensors index; download it again") from error
+    places = read_json(index, "download it again").get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise FallowError(f"{index} is not a safetensors index; download it again")
+    names, there = sorted(set(places.values())), {path.name for path in folder.iterdir()}
     for name in names:
-        if not (folder / name).exists():
+        if name not in there:
             raise FallowError(f"shard {folder / name} listed in {index.name} is missing")
     return [folder / name for name in names]
 
@@ -163,7 +165,7 @@ def _safetensors_header(path: Path, data: np.ndarray) -> tuple[dict[str, Any], i
             f"{length} bytes, {len(data) - 8} are there; {remedy}"
         )
     try:
-        header = dict(json.loads(data[8 : 8 + length].tobytes()))
+        header = dict(parse_json(data[8 : 8 + length].tobytes()))
     except (ValueError, TypeError) as error:
         raise FallowError(f"safetensors file {path} has a broken header; {remedy}") from error
     return header, 8 + length
@@ -173,8 +175,8 @@ def _safetensors_tensor(
     path: Path, data: np.ndarray, start: int, name: str, entry: dict[str, Any]
 ) -> StoredTensor:
     try:
-        kind, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
+        kind, shape = entry["dtype"], tuple(operator.index(n) for n in entry["shape"])
+        begin, end = (operator.index(offset) for offset in entry["data_offsets"])
         bits = _SAFETENSORS_BITS[kind]
     except (KeyError, TypeError, ValueError) as error:
         raise FallowError(
@@ -185,7 +187,7 @@ def _safetensors_tensor(
             f"safetensors file {path} is truncated: tensor {name} ends at byte {start + end}, "
             f"the file has {len(data)}; download it again"
         )
-    if (end - begin) * 8 != bits * int(np.prod(shape, dtype=np.int64)):
+    if min(shape, default=0) < 0 or (end - begin) * 8 != bits * math.prod(shape):
         raise FallowError(
             f"safetensors file {path}: tensor {name} of shape {shape} does not fill its bytes"
         )

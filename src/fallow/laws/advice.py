@@ -1,6 +1,5 @@
 """What to expect of a model that is yet to be trained, from published laws and own curves."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fallow.errors import FallowError, UsageError
+from fallow.files import fits, parse_json
 from fallow.laws.curves import BILLION, TOKENS, load_curve
 from fallow.laws.fitting import Interval
 from fallow.laws.forms import FORMS, fit
@@ -87,9 +87,9 @@ def own_basis(path: str | Path) -> Basis:
         FallowError: no such curve, or one that does not say its activation and parameters.
     """
     curve = load_curve(path)
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    content = parse_json(Path(path).read_bytes())
     activation, parameters = content.get("activation"), content.get("parameters")
-    known = isinstance(parameters, int | float) and parameters > 0
+    known = fits(parameters, float) and parameters > 0
     if curve.kind != TOKENS or activation not in ("relu", "silu") or not known:
         raise FallowError(
             f"{path} does not say of what model it is; add activation (relu, silu) and parameters"

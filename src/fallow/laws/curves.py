@@ -5,13 +5,13 @@ tokens, or `width_depth`, and `activation_ratio`; other lists (what `fallow law 
 left alone. METHODS 4.4 and 4.5.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fallow.errors import FallowError, UsageError
+from fallow.files import parse_json
 
 TOKENS, WIDTH_DEPTH, RATIO = "token_passed", "width_depth", "activation_ratio"
 BILLION = 1e9
@@ -55,13 +55,13 @@ def load_curve(path: str | Path, unit: float | None = None) -> Curve:
     if unit is not None and not unit > 0:
         raise UsageError(f"--unit {unit:g} must be positive; 1e9 if tokens are given in billions")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         kind = WIDTH_DEPTH if WIDTH_DEPTH in content else TOKENS
         lists = content[kind], content[RATIO]
         x, ratio = (np.array(values, dtype=np.float64) for values in lists)
     except OSError as error:
         raise FallowError(f"cannot read curve {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise FallowError(
             f"{path} is no curve; it needs the lists {TOKENS} (or {WIDTH_DEPTH}) and {RATIO}"
         ) from error

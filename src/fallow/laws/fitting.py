@@ -219,7 +219,10 @@ def profile(best: Fit, curve: Curve, name: str, rho: float) -> Interval:
                 break
             inside, step = outside, 1.7 * step
         if np.isfinite(outside) and above > 0:
-            outside = brentq(lambda v, n=near: excess(v, n)[0], inside, outside, rtol=1e-4)
+            if excess(inside, near)[0] < 0:
+                outside = brentq(lambda v, n=near: excess(v, n)[0], inside, outside, rtol=1e-4)
+            else:  # a curve almost without noise: the fit is no closer than rounding
+                outside = inside
         ends.append(float(np.exp(outside)) if positive else float(outside))
     return ends[0], ends[1]
 

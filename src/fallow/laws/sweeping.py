@@ -42,20 +42,23 @@ def read_config(path: str | Path) -> list[Run]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FallowError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FallowError(f"{path} is no TOML file: {error}") from error
     unknown = set(content) - {"base", "grid", "run"}
     if unknown:
         raise UsageError(f"{path}: unknown table {min(unknown)!r}; known: base, grid, run")
-    grid = content.get("grid", {})
-    changes = [dict(run) for run in content.get("run", [])]
+    base, grid, own = content.get("base", {}), content.get("grid", {}), content.get("run", [])
+    tables = [base, grid, *own] if isinstance(own, list) else [None]
+    if not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"{path}: write [base], [grid] and [[run]], which are tables")
+    changes = [dict(run) for run in own]
     if grid or not changes:
         for name, values in grid.items():
             if not isinstance(values, list) or not values:
                 raise UsageError(f"{path}: grid.{name} must be a list of values")
         combinations = itertools.product(*grid.values())
         changes += [dict(zip(grid, values, strict=True)) for values in combinations]
-    return [_run(path, content.get("base", {}), change) for change in changes]
+    return [_run(path, base, change) for change in changes]
 
 
 def _run(path: Path, base: dict[str, Any], change: dict[str, Any]) -> Run:
@@ -73,7 +76,10 @@ def _run(path: Path, base: dict[str, Any], change: dict[str, Any]) -> Run:
         elif type(value) not in ((int, float) if wanted is float else (wanted,)):
             raise UsageError(f"{path}: {name} is {value!r}, not of type {wanted.__name__}")
     settings = replace(Settings(), **values)
-    settings.check()
+    try:
+        settings.check()
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
     name = "-".join(f"{k}={Path(str(v)).stem}" for k, v in change.items()) or "base"
     return Run(name, path.parent / text, settings)
 

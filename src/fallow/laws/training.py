@@ -13,9 +13,9 @@ before the decay.
 """
 
 import hashlib
-import json
 import math
 import pickle
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -29,12 +29,22 @@ from torch import nn
 from fallow.calibration import calibrate
 from fallow.errors import FallowError, UsageError
 from fallow.evaluation import window_losses
-from fallow.files import atomic_path, check_writable, write_json, write_text
+from fallow.files import (
+    atomic_folder,
+    atomic_path,
+    check_writable,
+    fits,
+    read_array,
+    read_json,
+    write_json,
+    write_text,
+)
 from fallow.laws.curves import RATIO, TOKENS
 from fallow.model import keep_freed_memory, load, quieten_transformers, use_fastest_float32
 from fallow.profiling import DEAD, profile
 from fallow.progress import console
 from fallow.text import Text, load_text
+from fallow.tokenizer import usable
 
 ACTIVATIONS = ("relu", "silu")
 WARM_UP, DECAY = 0.02, 0.1  # shares of the steps
@@ -49,6 +59,7 @@ SAVE_SECONDS = 120.0  # between states
 REPORT_SECONDS = 30.0
 TOKENIZER_CHARACTERS = 10_000_000  # of the text that the tokenizer is trained on
 END = "<|endoftext|>"
+_FINAL = ".final"  # a folder of the final model, until it is whole
 
 
 @dataclass(frozen=True)
@@ -92,13 +103,13 @@ class Settings:
             raise UsageError(
                 f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}"
             )
+        for name, value in asdict(self).items():
+            if not isinstance(value, str) and not (value > 0 or (value == 0 and name == "seed")):
+                raise UsageError(f"--{name.replace('_', '-')} {value} is too small")
         if self.hidden_size % self.head_size:
             raise UsageError(
                 f"--hidden-size {self.hidden_size} is no multiple of heads of {self.head_size}"
             )
-        for name, value in asdict(self).items():
-            if not isinstance(value, str) and (value < 0 or (value == 0 and name != "seed")):
-                raise UsageError(f"--{name.replace('_', '-')} {value} is too small")
         if not 260 <= self.vocabulary <= 65536:
             raise UsageError(f"--vocabulary {self.vocabulary} is outside 260 to 65536")
 
@@ -161,6 +172,7 @@ def train(
     if not (folder / "model.safetensors").exists():
         run.restore()
         run.finish()
+    run.clear()
     return run.report()
 
 
@@ -179,10 +191,7 @@ def _claim(folder: Path, settings: Settings, source: Text) -> None:
     """Raises FallowError if the folder is of another training."""
     path, mine = folder / "training.json", asdict(settings) | {"text_sha256": source.sha256}
     if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FallowError(f"{path} is damaged; delete {folder} to begin again") from error
+        found = read_json(path, f"delete {folder} to begin again")
         changed = [k for k, v in mine.items() if found.get(k) != v]
         if changed:
             raise FallowError(
@@ -242,10 +251,13 @@ def prepare(folder: Path, source: Text, settings: Settings) -> Corpus:
         # In pieces: the tokenizer keeps much more per character than the ids.
         lines = parts[0].split("\n")
         pieces = ["\n".join(lines[i : i + 1000]) + "\n" for i in range(0, len(lines), 1000)]
-        ids = [np.array(tokenizer.encode(piece).ids, dtype=np.uint16) for piece in pieces]
+        encoded = [np.array(tokenizer.encode(piece).ids, dtype=np.uint16) for piece in pieces]
         with atomic_path(path) as temporary:
-            np.save(temporary, np.concatenate(ids))
-    ids = np.load(path, mmap_mode="r")
+            np.save(temporary, np.concatenate(encoded))
+    remedy = f"delete {folder} to begin again"
+    ids = read_array(path, remedy)
+    if ids.dtype != np.uint16 or ids.ndim != 1 or (len(ids) and ids.max() >= settings.vocabulary):
+        raise FallowError(f"{path} has no ids of this vocabulary; {remedy}")
     windows = (len(ids) - 1) // settings.context
     if windows < settings.batch:
         raise FallowError(
@@ -260,7 +272,8 @@ def _tokenizer(path: Path, text: str, vocabulary: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if path.exists():
-        return Tokenizer.from_file(str(path))
+        with usable(str(path)):
+            return Tokenizer.from_file(str(path))
     console.print("training the tokenizer", highlight=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -403,7 +416,9 @@ class _Run:
     def _measure(self) -> None:
         """A checkpoint: its model, and a point of the curve."""
         folder = self.folder / "checkpoints" / str(self.tokens)
-        self._write_model(folder)
+        if not folder.exists():  # a run that was killed later left it whole
+            with atomic_folder(folder) as made:
+                self._write_model(made)
         found = measure(folder, self.corpus.held_out, self.settings)
         curve = _points(self.folder / "curve.json")
         curve |= {"activation": self.settings.activation, "parameters": self.non_embedding}
@@ -420,13 +435,19 @@ class _Run:
 
     def _save_final(self) -> None:
         """The trained model; its weights last, as they say that it is whole."""
-        folder = self.folder / "final"
-        self._write_model(folder)
-        write_json(self.folder / "final.json", measure(folder, self.corpus.held_out, self.settings))
+        folder = self.folder / _FINAL
+        shutil.rmtree(folder, ignore_errors=True)
+        with atomic_folder(folder) as made:
+            self._write_model(made)
+        found = measure(folder, self.corpus.held_out, self.settings, str(self.folder))
+        write_json(self.folder / "final.json", found)
         for path in sorted(folder.iterdir(), key=lambda p: p.name == "model.safetensors"):
             path.replace(self.folder / path.name)
-        folder.rmdir()
-        (self.folder / "state.pt").unlink()
+
+    def clear(self) -> None:
+        """Removes what a finished training does not need."""
+        shutil.rmtree(self.folder / _FINAL, ignore_errors=True)
+        (self.folder / "state.pt").unlink(missing_ok=True)
 
     def _write_model(self, folder: Path) -> None:
         from transformers import PreTrainedTokenizerFast
@@ -437,7 +458,10 @@ class _Run:
         tokenizer.save_pretrained(folder)
 
     def report(self) -> TrainReport:
-        found = json.loads((self.folder / "final.json").read_text(encoding="utf-8"))
+        path, remedy = self.folder / "final.json", f"delete {self.folder} to begin again"
+        found = read_json(path, remedy)
+        if not all(fits(found.get(name), float) for name in ("validation_loss", RATIO)):
+            raise FallowError(f"{path} is damaged; {remedy}")
         weights = self.folder / "model.safetensors"
         return TrainReport(
             path=str(self.folder),
@@ -482,20 +506,32 @@ def _has_bfloat16(device: str) -> bool:
 
 
 def _points(path: Path) -> dict[str, Any]:
+    """Raises FallowError if a file is there but damaged."""
     if not path.exists():
         return {TOKENS: [], RATIO: []}
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    remedy = f"delete {path.parent} to begin again"
+    curve = read_json(path, remedy)
+    lists = [curve.get(TOKENS), curve.get(RATIO), *(v for v in curve.values() if fits(v, list))]
+    if not all(fits(values, list) and len(values) == len(lists[0]) for values in lists):
+        raise FallowError(f"{path} is damaged; {remedy}")
+    if not all(fits(value, float) for values in lists for value in values):
+        raise FallowError(f"{path} is damaged; {remedy}")
+    return curve
 
 
-def measure(folder: Path, held_out: Text, settings: Settings) -> dict[str, Any]:
+def measure(
+    folder: Path, held_out: Text, settings: Settings, name: str | None = None
+) -> dict[str, Any]:
     """A checkpoint on held-out text: thresholds from its first windows, figures from the next.
 
-    Leaves `cett.plan`, `profile.json` and `profile.npz` in the folder.
+    Leaves `cett.plan`, `profile.json` and `profile.npz` in the folder, of a model of that name, or
+    of the folder's.
 
     Raises:
         FallowError: the held-out text is too short.
     """
     model, context = load(str(folder)), settings.context
+    model.name = name or model.name
     plan = calibrate(
         model,
         "cett",

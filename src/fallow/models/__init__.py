@@ -26,7 +26,7 @@ def by_gguf_name(name: str, where: str) -> Architecture:
 
 
 def _pick(found: dict[str, Architecture], name: str, where: str) -> Architecture:
-    if name not in found:
+    if not isinstance(name, str) or name not in found:  # metadata may be of any type
         raise FallowError(
             f"unknown architecture {name!r} in {where}; known: {', '.join(sorted(found))}"
         )

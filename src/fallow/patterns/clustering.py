@@ -28,7 +28,7 @@ MAX_PASSES = 100
 # A pass that raises the objective by less than this share of it is the last: behind it recall
 # gains less than 0.001 (docs/results/patterns.md).
 TOLERANCE = 1e-4
-_WEIGHTS = 2**_core.WEIGHT_PLANES - 1  # the largest
+LARGEST_WEIGHT = 2**_core.WEIGHT_PLANES - 1
 MAX_CLUSTERS = 2**20
 
 
@@ -190,8 +190,8 @@ def fit(
         raise UsageError(f"batches of {batch} rows; give at least 1")
     if weights is not None:
         weights = np.ascontiguousarray(weights, dtype=np.uint8)
-        if weights.shape != (width,) or weights.max(initial=0) > _WEIGHTS:
-            raise UsageError(f"weights must be {width} numbers from 0 to {_WEIGHTS}")
+        if weights.shape != (width,) or weights.max(initial=0) > LARGEST_WEIGHT:
+            raise UsageError(f"weights must be {width} numbers from 0 to {LARGEST_WEIGHT}")
     best: Codebook | None = None
     for i in range(restarts if start is None else 1):
         rng = np.random.default_rng((seed, i))
@@ -283,7 +283,7 @@ def energy_weights(energy: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """
     mean = energy / np.maximum(counts, 1)
     scaled = np.sqrt(mean / max(float(np.quantile(mean, 0.99)), 1e-30))
-    return np.clip(np.round(_WEIGHTS * scaled), 1, _WEIGHTS).astype(np.uint8)
+    return np.clip(np.round(LARGEST_WEIGHT * scaled), 1, LARGEST_WEIGHT).astype(np.uint8)
 
 
 def largest(score: np.ndarray, size: int) -> np.ndarray:

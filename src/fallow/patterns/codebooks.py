@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,17 @@ from typing import Any
 import numpy as np
 
 from fallow import _core
-from fallow.errors import FallowError, UsageError
-from fallow.files import atomic_path, check_writable, write_json
+from fallow.errors import FallowError, UsageError, in_one_line
+from fallow.files import atomic_path, check_writable, fits, parse_json, write_json
 from fallow.patterns import published
-from fallow.patterns.clustering import Codebook, budget_size, energy_weights, fit, largest
+from fallow.patterns.clustering import (
+    LARGEST_WEIGHT,
+    Codebook,
+    budget_size,
+    energy_weights,
+    fit,
+    largest,
+)
 from fallow.patterns.store import (
     MappedRows,
     PatternStore,
@@ -29,6 +37,7 @@ from fallow.progress import console
 
 ALGORITHMS = ("lloyd", "published", "binary")
 ROWS_AT_ONCE = 4096
+_MADE_OF = ("model", "fingerprint", "rule", "knob")  # what codebooks and a store share
 
 
 @dataclass
@@ -44,11 +53,11 @@ class Coverage:
 
     @property
     def recall(self) -> float:
-        return self.overlap / self.active
+        return self.overlap / max(1, self.active)
 
     @property
     def precision(self) -> float:
-        return self.overlap / self.chosen
+        return self.overlap / max(1, self.chosen)
 
     def add(self, rows: np.ndarray, masks: np.ndarray, magnitudes: np.ndarray | None) -> None:
         """Rows (n, words) against masks alike, or one for all; magnitudes (n, width)."""
@@ -66,10 +75,10 @@ class Coverage:
         found = {
             "recall": self.recall,
             "precision": self.precision,
-            "f1": 2 * self.overlap / (self.active + self.chosen),
+            "f1": 2 * self.overlap / max(1, self.active + self.chosen),
         }
         if self.energy is not None:
-            found["energy_recall"] = self.energy / self.energy_active
+            found["energy_recall"] = self.energy / (self.energy_active or 1.0)
         return found
 
 
@@ -375,21 +384,33 @@ def frequencies(rows: np.ndarray, width: int, n_threads: int = 1) -> np.ndarray:
     return total[0, :width].astype(np.int64)
 
 
-def check_store(store: PatternStore, metadata: dict[str, str], path: str | Path) -> str:
+def check_store(
+    store: PatternStore, codebooks: dict[int, Codebook], metadata: dict[str, str], path: str | Path
+) -> str:
     """The tap of codebooks with these metadata.
 
     Raises:
-        FallowError: they are not of this store's model and rule.
+        FallowError: they are not of this store's model, rule and layers, or damaged.
     """
     header = asdict(store.header)
-    for name in ("model", "fingerprint", "rule", "knob"):
-        found = json.loads(metadata.get(name, "null"))
-        if found != header[name]:
+    try:
+        made_of = {name: parse_json(metadata[name]) for name in (*_MADE_OF, "tap")}
+    except (KeyError, ValueError) as error:
+        raise FallowError(f"{path} does not say what it was made of; cluster again") from error
+    for name in _MADE_OF:
+        if made_of[name] != header[name]:
             raise FallowError(
-                f"{path} is of {name} {found}, pattern store {store.folder} of "
+                f"{path} is of {name} {made_of[name]}, pattern store {store.folder} of "
                 f"{header[name]}; give codebooks that were made of such a store"
             )
-    return str(json.loads(metadata["tap"]))
+    width = header["widths"].get(str(made_of["tap"]))
+    for layer, codebook in codebooks.items():
+        if codebook.width != width or layer >= header["n_layers"]:
+            raise FallowError(
+                f"{path} has a layer {layer} of {codebook.width} values, pattern store "
+                f"{store.folder} has none; give codebooks that were made of such a store"
+            )
+    return str(made_of["tap"])
 
 
 class _State:
@@ -405,7 +426,7 @@ class _State:
         digest = hashlib.sha256(text.encode()).hexdigest()
         path = folder / "settings.json"
         if path.exists():
-            if json.loads(path.read_text(encoding="utf-8")) != digest:
+            if not _holds(path, digest):
                 raise FallowError(
                     f"{folder} is left of a run with other settings or patterns; delete it, or "
                     "choose another output"
@@ -427,15 +448,31 @@ class _State:
         path = self._file(layer)
         if not path.exists():
             return None
-        codebooks, metadata = load_codebooks(path)
-        codebooks[layer].history = json.loads(metadata["history"])
-        return codebooks[layer] if json.loads(metadata["finished"]) == finished else None
+        try:
+            codebooks, metadata = load_codebooks(path)
+            history = parse_json(metadata["history"])
+            if not fits(history, list) or not all(fits(overlap, int) for overlap in history):
+                raise ValueError("no history")
+            codebooks[layer].history = history
+            kept = parse_json(metadata["finished"])
+        except (FallowError, KeyError, TypeError, ValueError) as error:
+            raise FallowError(f"{path} is damaged; delete {self._folder} to begin again") from error
+        return codebooks[layer] if kept == finished else None
 
     def _file(self, layer: int) -> Path:
         return self._folder / f"layer.{layer:03d}"
 
     def remove(self) -> None:
+        """The settings last: without them layers would be taken for those of any other run."""
+        for path in self._folder.glob("*layer.*"):
+            path.unlink()
         shutil.rmtree(self._folder)
+
+
+def _holds(path: Path, value: str) -> bool:
+    with suppress(ValueError):
+        return bool(parse_json(path.read_bytes()) == value)
+    return False
 
 
 def save_codebooks(
@@ -472,6 +509,26 @@ def load_codebooks(path: str | Path) -> tuple[dict[int, Codebook], dict[str, str
             )
             for i in sorted(layers)
         }
-    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
-        raise FallowError(f"{path} is no file of codebooks ({error}); cluster again") from error
+        for layer, codebook in codebooks.items():
+            _check_codebook(layer, codebook)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise FallowError(
+            f"{path} is no file of codebooks ({in_one_line(error)}); cluster again"
+        ) from error
     return codebooks, metadata
+
+
+def _check_codebook(layer: int, codebook: Codebook) -> None:
+    """Raises ValueError for arrays that are no codebook."""
+    centroids, width, weights = codebook.centroids, codebook.width, codebook.weights
+    if layer < 0 or centroids.dtype != np.uint64 or width < 1:
+        raise ValueError(f"layer {layer} has no centroids of bits")
+    if centroids.ndim != 2 or len(centroids) < 1 or centroids.shape[1] != n_words(width):
+        raise ValueError(f"layer {layer} has centroids of shape {centroids.shape}")
+    neurons = pack_bits(np.ones((1, width), dtype=bool))
+    if (centroids & ~neurons).any() or row_sizes(centroids).min() < 1:
+        raise ValueError(f"layer {layer} has centroids of no or of other neurons")
+    if weights is not None and (
+        weights.shape != (width,) or weights.dtype != np.uint8 or weights.max() > LARGEST_WEIGHT
+    ):
+        raise ValueError(f"layer {layer} has no weights from 0 to {LARGEST_WEIGHT}")

@@ -79,7 +79,7 @@ def predict_clusters(
     if unknown or not features:
         raise UsageError(f"unknown features {unknown or '(none)'}; known: {', '.join(FEATURES)}")
     made, metadata = load_codebooks(codebooks)
-    tap = check_store(store, metadata, codebooks)
+    tap = check_store(store, made, metadata, codebooks)
     wanted = sorted(made) if layers is None else list(layers)
     missing = [layer for layer in wanted if layer not in made]
     if missing:

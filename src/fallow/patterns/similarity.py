@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fallow.errors import FallowError, UsageError
+from fallow.errors import FallowError, UsageError, in_one_line
 from fallow.model import Model
 from fallow.patterns.collect import Recorder, tap_width
 from fallow.patterns.store import pack_bits, row_sizes, unpack_bits
@@ -330,9 +330,12 @@ def read_samples(folder: str | Path) -> dict[str, dict[str, str]]:
     """
     samples = {}
     for path in sorted(Path(folder).glob("paragraph*.txt"), key=lambda p: (len(p.name), p.name)):
-        content = path.read_text(encoding="utf-8")
-        pairs = re.findall(r'paragraph(\w+)\s*=\s*("""(?s:.*?)""")', content)
-        texts = {name: ast.literal_eval(text) for name, text in pairs}
+        try:
+            content = path.read_text(encoding="utf-8")
+            pairs = re.findall(r'paragraph(\w+)\s*=\s*("""(?s:.*?)""")', content)
+            texts = {name: ast.literal_eval(text) for name, text in pairs}
+        except (OSError, ValueError, SyntaxError) as error:
+            raise FallowError(f"{path} is damaged ({in_one_line(error)})") from error
         if _MAIN in texts:
             samples[path.stem.removeprefix("paragraph")] = texts
     if not samples:

@@ -5,10 +5,9 @@ token's number gives, so that runs that were stopped, or several workers, fill t
 any part of it is read through a memory map.
 """
 
-import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,12 +15,13 @@ import numpy as np
 
 from fallow import _core
 from fallow.errors import FallowError, UsageError
-from fallow.files import JsonLines, atomic_path, write_json
+from fallow.files import JsonLines, atomic_path, fits, parse_json, read_array, write_json
 
 FORMAT = 1
 MAGNITUDES = "magnitudes"  # a file beside the bits of `inter`
 _HEADER, _TOKENS, _DONE = "store.json", "tokens.npy", "done.jsonl"
 _LINE = 64 * _core.LINE_WORDS  # bits
+_REMEDY = "collect the store again"
 
 
 def n_words(width: int) -> int:
@@ -103,18 +103,16 @@ class PatternStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.header = _read_header(self.folder)
-        missing = self.header.n_windows - len(_done(self.folder))
+        missing = self.header.n_windows - len(_done(self.folder, self.header))
         if missing:
             raise FallowError(
                 f"pattern store {folder} lacks {missing} of {self.header.n_windows} windows; "
                 "run fallow patterns collect again to finish it"
             )
-        for path, size in _files(self.folder, self.header).items():
+        for path, size in _files(self.folder, self.header):
             found = path.stat().st_size if path.exists() else 0
             if found != size:
-                raise FallowError(
-                    f"{path} has {found} bytes, not {size}: it was cut; collect the store again"
-                )
+                raise FallowError(f"{path} has {found} bytes, not {size}: it was cut; {_REMEDY}")
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -129,12 +127,9 @@ class PatternStore:
     def tokens(self) -> np.ndarray:
         """Token ids, (n_windows, context) int32."""
         path = self.folder / _TOKENS
-        try:
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise FallowError(f"cannot read {path}; collect the store again") from error
-        if tokens.shape != (self.header.n_windows, self.header.context):
-            raise FallowError(f"{path} has the shape {tokens.shape}; collect the store again")
+        tokens, shape = read_array(path, _REMEDY), (self.header.n_windows, self.header.context)
+        if tokens.shape != shape or tokens.dtype != np.int32:
+            raise FallowError(f"{path} has {tokens.dtype} of shape {tokens.shape}; {_REMEDY}")
         return tokens
 
     def rows(self, layer: int, tap: str = "inter") -> np.ndarray:
@@ -206,8 +201,8 @@ class StoreWriter:
             with atomic_path(self.folder / _TOKENS) as path:
                 np.save(path, tokens.astype(np.int32))
             write_json(self.folder / _HEADER, {"format": FORMAT} | asdict(header))
+        self.done = _done(self.folder, header)
         self._log = JsonLines(self.folder / _DONE)
-        self.done = set(self._log.found)
 
     def finish(self, windows: Iterable[int]) -> None:
         """Windows whose rows are written count from now on. Raises FallowError: disk full, say."""
@@ -253,35 +248,51 @@ def _bits_file(folder: Path, what: str, layer: int) -> Path:
     return folder / f"{what}.{layer:03d}"
 
 
-def _files(folder: Path, header: Header) -> dict[Path, int]:
+def _files(folder: Path, header: Header) -> Iterator[tuple[Path, int]]:
     """Every file of rows and its bytes."""
     rows = header.n_windows * header.context
     sizes = {tap: rows * n_words(width) * 8 for tap, width in header.widths.items()}
     if header.magnitudes:
         sizes[MAGNITUDES] = rows * header.widths["inter"] * 2
-    layers = range(header.n_layers)
-    return {_bits_file(folder, what, i): size for what, size in sizes.items() for i in layers}
+    for layer in range(header.n_layers):
+        yield from ((_bits_file(folder, what, layer), size) for what, size in sizes.items())
 
 
 def _read_header(folder: Path) -> Header:
     path = folder / _HEADER
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields.pop("format") != FORMAT:
+        found = parse_json(path.read_bytes())
+        if found.pop("format") != FORMAT:
             raise FallowError(f"pattern store {folder} has another format; collect it again")
-        return Header(**fields)
+        header = Header(**found)
+        _check_header(header)
+        return header
     except OSError as error:
         raise FallowError(
             f"{folder} is no pattern store: cannot read {path.name} ({error.strerror}); "
             "make one with fallow patterns collect"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FallowError(f"{path} is damaged; collect the store again") from error
+        raise FallowError(f"{path} is damaged; {_REMEDY}") from error
 
 
-def _done(folder: Path) -> set[int]:
+def _check_header(header: Header) -> None:
+    """Raises ValueError for fields that no store has."""
+    whole = all(fits(getattr(header, field.name), field.type) for field in fields(header))
+    if not whole or min(header.n_layers, header.context, header.n_windows) < 1:
+        raise ValueError
+    for tap, width in header.widths.items():
+        if not tap.isidentifier() or len(tap) > 64 or not fits(width, int) or width < 1:
+            raise ValueError
+    if header.magnitudes and "inter" not in header.widths:
+        raise ValueError
+
+
+def _done(folder: Path, header: Header) -> set[int]:
+    """Windows that are finished."""
     path = folder / _DONE
-    return set(JsonLines(path).found) if path.exists() else set()
+    found = JsonLines(path).found if path.exists() else []
+    return {window for window in found if fits(window, int) and 0 <= window < header.n_windows}
 
 
 def _difference(found: Header, wanted: Header) -> str:

@@ -83,8 +83,9 @@ class Selector(Rule):
     @classmethod
     def scores_key(cls) -> str:
         """The scores' key in a calibration's cache: not budget nor compensation change them."""
+        names = [part for part in cls.name.split(":") if "=" not in part]
         own = [f"{k}={v}" for k, v in cls.options.items() if k not in Selector.options]
-        return ":".join(["selector", cls.name.partition(":")[0], *own])
+        return ":".join(["selector", *names, *own])
 
     @classmethod
     def learn_scores(cls, calibration: Calibration) -> Arrays:

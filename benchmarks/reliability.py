@@ -1,0 +1,172 @@
+"""Damaged files, sudden death, rude clients: a hundred thousand files and hundreds of kills.
+
+Half an hour to an hour of one core each; a stopped step goes on where it was:
+
+    python benchmarks/reliability.py fuzz        # damaged files of every format
+    python benchmarks/reliability.py kill        # every command that writes, killed at any moment
+    python benchmarks/reliability.py load        # many clients at one server: two minutes
+    python benchmarks/reliability.py --report    # writes docs/results/reliability.md
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tradeoff import ROOT, keeper, machine_line
+
+sys.path.append(str(ROOT / "tests"))  # where the short runs of the same are
+
+RESULTS = ROOT / "benchmarks" / "results" / "reliability"
+CASES, SEED = 100_000, 0
+KILLS = 15  # of each command
+
+
+def steps() -> dict[str, Callable[[], None]]:
+    return {"fuzz": fuzz, "kill": kill, "load": load}
+
+
+def fuzz() -> None:
+    """Damaged files by target: see tests/fuzzing.py."""
+    from fuzzing import Fuzzer, shares
+
+    keep = keeper(RESULTS / "fuzz")
+    with tempfile.TemporaryDirectory() as seeds:
+        fuzzer = Fuzzer(SEED, Path(seeds), ROOT / "build" / "fuzz-defects")
+        for name, numbers in shares(CASES).items():
+            keep(name, lambda some={name: numbers}: fuzzer.run(some)[0].to_json())
+            print(name, flush=True)
+
+
+def kill() -> None:
+    """Killed commands: see tests/killing.py."""
+    from killing import COMMANDS, Killer, Server
+
+    keep = keeper(RESULTS / "kill")
+    with tempfile.TemporaryDirectory() as root, Server() as server:
+        for name in COMMANDS:
+            keep(name, lambda n=name: Killer(n, Path(root), server, SEED).run(KILLS).to_json())
+            print(name, flush=True)
+
+
+def load() -> None:
+    """Clients of a server: see load.py."""
+    from fallow.packing import pack
+    from load import load as run
+
+    keep = keeper(RESULTS / "load")
+    with tempfile.TemporaryDirectory() as folder:
+        pack("smollm2", Path(folder) / "model.gguf")
+        keep("smollm2", lambda: run(Path(folder) / "model.gguf"))
+
+
+# Report ------------------------------------------------------------------------------------------
+
+
+INTRODUCTION = """# Reliability
+
+`benchmarks/reliability.py` does it; short runs of the same are tests."""
+
+FUZZ = """
+## Damaged files
+
+Whole files of every format that fallow reads are damaged: bits and bytes changed, parts cut off,
+removed, repeated, swapped or blanked, numbers set to extremes, and the structure of JSON, GGUF and
+safetensors changed (keys dropped, values of other types, NaN, wrong shapes, deep nesting). A
+damaged file must be read, and is then used (a forward pass, a fit, a resumed run), or be refused
+with one line that names it. Anything else is a defect: another exception, a crash, ten seconds of
+processor time, 400 MB of memory. `make fuzz` runs it with any seed."""
+
+KILL = """
+## Killed commands
+
+Every command that writes files is started on a tiny model, killed (SIGKILL) at a random moment,
+and run again. Whatever has its final name must be whole, by reading it and against an undisturbed
+run, and the second run must end with the undisturbed run's files. Time is that of the processor,
+without imports; half of the moments are spread over all of it, half over that behind the first
+file. **Writing**: kills that found files; **temporary**: kills that left temporary files, whose
+names begin with a dot; **continued**: kills that left something which the second run goes on
+from."""
+
+LOAD = """
+## Rude clients
+
+Clients of one `fallow serve` ask for greedy answers to a handful of prompts that begin differently;
+some read them as a stream, some leave in the middle of their own request or of the answer, some
+send garbage. Told to come back (429) they do. Every answer must be the engine's own to that prompt,
+and memory must not grow."""
+
+
+def report() -> str:
+    lines = [INTRODUCTION]
+    for name, table in (
+        ("fuzz", _fuzz_lines), ("kill", _kill_lines), ("load", _load_lines)
+    ):  # fmt: skip
+        path = RESULTS / name / "result.json"
+        if path.exists():
+            lines += table(list(json.loads(path.read_text()).values()))
+            where = json.loads((RESULTS / name / "machine.json").read_text())
+            lines.append(f"\n{machine_line(where)}.")
+    return "\n".join(lines) + "\n"
+
+
+def _fuzz_lines(rows: list[dict[str, Any]]) -> list[str]:
+    total: dict[str, Any] = {"target": "**all**"}
+    names = ("read", "refused", "defects", "seconds")
+    total |= {name: sum(row[name] for row in rows) for name in names}
+    lines = [FUZZ, "\n| files | cases | read | refused | defects | seconds |\n" + "|---" * 6 + "|"]
+    for row in [*rows, total]:
+        cases = row["read"] + row["refused"] + row["defects"]
+        lines.append(
+            f"| {row['target']} | {cases} | {row['read']} | {row['refused']} | {row['defects']} "
+            f"| {row['seconds']:.0f} |"
+        )
+    return lines
+
+
+def _kill_lines(rows: list[dict[str, Any]]) -> list[str]:
+    names = ("kills", "too_late", "writing", "temporary", "continued")
+    heads = ("command", "seconds", "kills", "too late", "writing", "temporary", "continued")
+    lines = [KILL, f"\n| {' | '.join(heads)} | defects |\n" + "|---" * 8 + "|"]
+    for row in rows:
+        cells = [row["command"], f"{row['seconds']:.2f}", *(str(row[name]) for name in names)]
+        lines.append(f"| {' | '.join(cells)} | {len(row['defects'])} |")
+    sums = [str(sum(row[name] for row in rows)) for name in names]
+    defects = sum(len(row["defects"]) for row in rows)
+    lines.append(f"| **all** | | {' | '.join(sums)} | {defects} |")
+    return lines
+
+
+def _load_lines(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [LOAD]
+    for r in rows:
+        lines += [
+            f"\n{r['requests']} requests of {r['clients']} clients on SmolLM2, one thread, "
+            f"{r['seconds']:.0f} s; exit code {r['exit_code']}.\n\n| outcome | requests |\n"
+            "|---|---|",
+        ]
+        lines += [f"| {name} | {count} |" for name, count in r["outcomes"].items()]
+        (first, before), (last, after) = r["memory_mb"][0], r["memory_mb"][-1]
+        lines.append(
+            f"\nMemory besides the model's file: {before:.1f} MB after {first} requests, "
+            f"{after:.1f} MB after {last}."
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("steps", nargs="*", choices=[*steps(), []])
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    for name in arguments.steps:
+        steps()[name]()
+    if arguments.report:
+        (ROOT / "docs" / "results" / "reliability.md").write_text(report())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""Reports: models measured part by part, and one HTML file that shows them."""
+
+import hashlib
+import re
+import shlex
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from fallow.errors import UsageError
+from fallow.files import check_writable, write_text
+from fallow.model import load
+from fallow.plan import Plan
+from fallow.progress import console
+from fallow.reporting.figures import (
+    Section,
+    card_section,
+    comparison_section,
+    distribution_section,
+    natural_section,
+    neurons_section,
+    plan_section,
+    results_section,
+    sample_section,
+    tradeoff_section,
+)
+from fallow.reporting.measure import (
+    COMPARED,
+    EXAMPLE_PPL_INCREASE,
+    EXAMPLE_RULE,
+    Request,
+    check_request,
+    load_sample,
+    measure,
+)
+from fallow.reporting.results import read_results
+from fallow.text import load_text
+
+RULES, SPARSITIES = ("topk", "cats", "tail"), (0.3, 0.5, 0.7)
+_HERE = Path(__file__).parent
+
+
+@dataclass
+class Chapter:
+    """What the page shows of one model, or of results that are of none."""
+
+    name: str
+    id: str
+    sections: list[Section]
+
+
+def report(
+    models: Sequence[str],
+    output: str | Path,
+    *,
+    text: str | Path | None = None,
+    calibration_text: str | Path | None = None,
+    context: int = 1024,
+    windows: int = 8,
+    rules: Sequence[str] = RULES,
+    sparsities: Sequence[float] = SPARSITIES,
+    plan: str | Path | None = None,
+    sample: str | Path | None = None,
+    compare: tuple[str, str] | None = None,
+    results: Sequence[str | Path] = (),
+    work: str | Path | None = None,
+    dtype: str = "auto",
+) -> list[dict[str, Any]]:
+    """Measures models and writes one HTML file that shows what was found.
+
+    Finished parts are kept in the folder `work` (None: `<output>.work`), so that a stopped report
+    goes on. docs/report.md tells how each number is made.
+
+    Args:
+        text: what models are measured on; None: the evaluation half of the default text.
+        rules, sparsities: of the trade-off.
+        plan: a plan file for the one model; None: an example is calibrated.
+        sample: a text file to show token by token.
+        compare: two texts whose active neurons are compared.
+        results: files of what `fallow bench --json` and `fallow optimize --json` printed.
+
+    Returns:
+        The main figures of each model.
+
+    Raises:
+        UsageError: a plan with several models, or the folder's parts have other settings.
+        FallowError: a file, a text or a plan cannot be used, or a model computes NaN.
+    """
+    output = Path(output)
+    models = list(dict.fromkeys(models))
+    if plan is not None and len(models) > 1:
+        raise UsageError("--plan is for one model; give one model, or leave out --plan")
+    request = Request(
+        text=load_text(text, "evaluation"),
+        calibration_text=load_text(calibration_text, "calibration"),
+        context=context,
+        windows=windows,
+        rules=tuple(rules),
+        sparsities=tuple(sparsities),
+        plan=None if plan is None else Plan.load(plan),
+        sample=load_sample(sample),
+        compare=compare or COMPARED,
+    )
+    check_request(request)
+    bars = read_results(results)
+    check_writable(output)
+    folder = Path(f"{output}.work") if work is None else Path(work)
+    options = {
+        "--output": output, "--text": text, "--calibration-text": calibration_text,
+        "--context": context, "--windows": windows, "--rules": ",".join(rules),
+        "--sparsities": ",".join(f"{s:g}" for s in sparsities), "--plan": plan,
+        "--sample": sample, "--compare": compare, "--results": results, "--work": work,
+        "--dtype": dtype,
+    }  # fmt: skip
+    chapters: list[Chapter] = []
+    found = []
+    for name in models:
+        parts = _measured(name, dtype, request, folder)
+        commands = _Commands(name, models, options)
+        chapters.append(Chapter(name, f"model-{len(chapters)}", _sections(parts, commands)))
+        found.append(_main_figures(parts))
+    if bars:
+        section = results_section(bars, _Commands(models[0], models, options).report())
+        chapters.append(Chapter("Results", "results", [section]))
+    write_text(output, render(chapters, request.text.name))
+    return found
+
+
+def _measured(name: str, dtype: str, request: Request, folder: Path) -> dict[str, Any]:
+    console.print(f"loading {name}", highlight=False)
+    own_folder = folder / re.sub(r"[^\w.-]+", "_", name).strip("._")
+    try:
+        return measure(load(name, dtype), request, own_folder)
+    except KeyboardInterrupt:
+        console.print(f"stopped; finished parts are in {folder}, the same command goes on")
+        raise
+
+
+def _sections(parts: dict[str, Any], commands: "_Commands") -> list[Section]:
+    profile, layers = parts["profile"], parts["card"]["layers"]
+    return [
+        card_section(parts["card"], parts["tradeoff"][0], commands.evaluate()),
+        distribution_section(profile, commands.profile()),
+        natural_section(profile, commands.profile()),
+        tradeoff_section(parts["tradeoff"], commands.tradeoff()),
+        plan_section(parts["plan"], commands.plan()),
+        sample_section(parts["sample"], layers, commands.report()),
+        comparison_section(parts["comparison"], commands.report()),
+        neurons_section(parts["neurons"], commands.neurons(parts["neurons"])),
+    ]
+
+
+def _main_figures(parts: dict[str, Any]) -> dict[str, Any]:
+    card, dense, plan = parts["card"], parts["tradeoff"][0], parts["plan"]
+    return {
+        "model": card["model"],
+        "fingerprint": card["fingerprint"],
+        "dtype": card["dtype"],
+        "ppl": dense["ppl"],
+        "ppl_se": dense["ppl_se"],
+        "natural_sparsity": parts["profile"]["natural_sparsity"],
+        "rule": plan["rule"],
+        "sparsity": plan["sparsity"],
+        "ppl_change_percent": plan["ppl_change_percent"],
+        "ppl_change_se": plan["ppl_change_se"],
+    }
+
+
+class _Commands:
+    """The commands that make a model's figures again."""
+
+    def __init__(self, model: str, models: Sequence[str], options: dict[str, Any]) -> None:
+        self._model, self._models, self._options = model, models, options
+
+    def _command(self, *words: Any, options: Sequence[str] = ()) -> str:
+        parts = ["fallow", *map(str, words)]
+        for name in options:
+            value = self._options[name]
+            if name == "--results":
+                parts += [str(word) for path in value for word in (name, path)]
+            elif value is not None and (name, value) != ("--dtype", "auto"):
+                values = value if isinstance(value, tuple) else (value,)
+                parts += [name, *map(str, values)]
+        return shlex.join(parts)
+
+    _TEXT = ("--text", "--context", "--windows", "--dtype")
+
+    def profile(self) -> str:
+        return self._command("profile", self._model, options=self._TEXT)
+
+    def evaluate(self, *plan: Any) -> str:
+        return self._command("evaluate", self._model, *plan, options=self._TEXT)
+
+    def tradeoff(self) -> str:
+        own = ("--rules", "--sparsities", "--calibration-text")
+        return self._command("tradeoff", self._model, options=(*own, *self._TEXT))
+
+    def plan(self) -> str:
+        given = self._options["--plan"]
+        if given is not None:
+            return self.evaluate("--plan", given)
+        text = self._options["--calibration-text"]
+        words = ["--rule", EXAMPLE_RULE, "--max-ppl-increase", f"{EXAMPLE_PPL_INCREASE:g}"]
+        words += ["-o", "example.plan", *([] if text is None else ["--text", text])]
+        make = self._command("calibrate", self._model, *words, options=("--context", "--dtype"))
+        return f"{make} && {self.evaluate('--plan', 'example.plan')}"
+
+    def neurons(self, found: list[dict[str, Any]]) -> str:
+        first = found[0]
+        words = ["--layer", first["layer"], "--neuron", first["neuron"]]
+        command = self._command("neurons", self._model, *words, options=self._TEXT)
+        return f"{command}  # and so for the others"
+
+    def report(self) -> str:
+        return self._command("report", *self._models, options=list(self._options))
+
+
+# The page ----------------------------------------------------------------------------------------
+
+
+def render(chapters: Sequence[Chapter], text: str) -> str:
+    """The whole HTML file; what comes from texts, models and files is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    # `tojson` also escapes what could end a script: <, >, & and quotes.
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.filters |= {
+        "file_name": _file_name,
+        "visible": visible,
+        "shares": shares,
+        "snippet_shares": _snippet_shares,
+        "lowest": lambda values: f"{_ends(values)[0]:.1%}",
+        "highest": lambda values: f"{_ends(values)[1]:.1%}",
+    }
+    scripts = [get_plotlyjs().replace("\r\n", "\n"), _read("page.js")]
+    return environment.get_template("page.html.jinja").render(
+        chapters=chapters,
+        text=text,
+        version=version("fallow"),
+        policy=_policy(scripts),
+        style=Markup(_read("page.css")),
+        plotly=Markup(scripts[0]),
+        script=Markup(scripts[1]),
+    )
+
+
+def _read(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """A content security policy: these scripts and no other, and no network."""
+    digests = [b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    )
+
+
+def _file_name(title: str, chapter: str) -> str:
+    words = re.findall(r"\w+", f"{Path(chapter).name} {title}".lower())
+    return f"{'-'.join(words)}.json"
+
+
+def visible(token: str, line_end: str = "⏎\n") -> str:
+    """A token as it is shown: what has no width gets a sign."""
+    return token.replace("\n", line_end) or "▯"
+
+
+def shares(values: Sequence[float]) -> list[float]:
+    """Places on the scale of colours, 0 to 1; a few extremes do not make the rest alike."""
+    low, high = _ends(values)
+    return np.clip((np.array(values) - low) / max(high - low, 1e-12), 0, 1).round(2).tolist()
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    low, high = np.percentile(values, [5, 95])
+    return float(low), float(high)
+
+
+def _snippet_shares(snippet: dict[str, Any], neuron: dict[str, Any]) -> list[float]:
+    """The same of a snippet's tokens: out_norm over the neuron's largest."""
+    largest = max(max(s["out_norm"]) for s in neuron["snippets"]) or 1.0
+    return [round(value / largest, 2) for value in snippet["out_norm"]]

@@ -1,0 +1,91 @@
+"""Speed and memory that `fallow bench --json` and `fallow optimize --json` printed."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fallow.errors import FallowError
+from fallow.files import parse_json
+
+# What is drawn where a result has it: its key, what it is called, and what to divide it by.
+METRICS = {
+    "decode_tps": ("decode, tokens/s", 1),
+    "prefill_tps": ("prefill, tokens/s", 1),
+    "bytes_per_token": ("read per decoded token, MB", 1e6),
+    "peak_rss_mb": ("peak memory, MB", 1),
+    "file_mb": ("file, MB", 1),
+    "decode_ratio_dense": ("decode over the same file's dense decode", 1),
+    "ppl_change_percent": ("PPL change against the source, %", 1),
+}
+
+
+def read_results(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
+    """Bars by metric: {"label", "value", and of several runs "low" and "high"}.
+
+    A file is what a command printed; its last line counts. A result that also timed another engine,
+    or several memory budgets, gives a bar for each.
+
+    Raises:
+        FallowError: a file is missing, or its last line is no such result.
+    """
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in METRICS.values()}
+    for path in map(Path, paths):
+        line = _last_line(path)
+        try:
+            bars = [
+                bar for label, result in _results(path.stem, line) for bar in _bars(label, result)
+            ]
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise FallowError(
+                f"the last line of {path} is no result of fallow bench --json or fallow optimize "
+                "--json; check --results"
+            ) from error
+        for name, bar in bars:
+            found[name].append(bar)
+    return {name: bars for name, bars in found.items() if bars}
+
+
+def _last_line(path: Path) -> str:
+    try:
+        return (path.read_text(encoding="utf-8").strip().splitlines() or [""])[-1]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no UTF-8 text"
+        raise FallowError(f"cannot read {path}: {reason}; check --results") from error
+
+
+def _results(name: str, line: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The results that a line of JSON holds, and what to call them."""
+    result = parse_json(line)
+    if "budgets" not in result:
+        yield name, result
+    for row in result.get("budgets", []):
+        if "error" not in row:
+            yield f"{name}, {row['memory_mb']:.0f} MB", row
+
+
+def _bars(label: str, result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Metric and bar: of a result, and of the engine that was timed in turn with it."""
+    if "decode_tps" not in result:
+        raise KeyError("decode_tps")
+    for key, (name, unit) in METRICS.items():
+        for prefix, runs, who in (
+            ("", "engine", label),
+            ("baseline_", "baseline", f"{label}: {result.get('baseline')}"),
+        ):
+            if prefix + key in result:
+                values = [_number(run[key], unit) for run in _runs(result, runs) if key in run]
+                spread = {"low": min(values), "high": max(values)} if values else {}
+                value = _number(result[prefix + key], unit)
+                yield name, {"label": who, "value": value} | spread
+
+
+def _runs(result: dict[str, Any], of: str) -> list[dict[str, Any]]:
+    return result.get("all", {}).get(of, [])
+
+
+def _number(value: Any, unit: float) -> float:
+    number = float(value) / unit
+    if not math.isfinite(number):
+        raise ValueError(value)
+    return number

@@ -1,0 +1,89 @@
+"""The documentation site: it builds without a warning, is whole, and asks no other host."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+import fallow
+from fallow.cli import app
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def pages(site: Path) -> list[Path]:
+    return sorted(site.rglob("*.html"))
+
+
+def test_every_document_is_a_page(site: Path) -> None:
+    for source in (ROOT / "docs").rglob("*.md"):
+        page = site / source.relative_to(ROOT / "docs").with_suffix(".html")
+        assert page.exists(), f"{source} has no page"
+
+
+def test_figures_are_there(site: Path) -> None:
+    figures = re.findall(r'<img [^>]*src="([^"]+)"', (site / "results/tradeoff.html").read_text())
+    assert len(figures) == 3
+    for figure in figures:
+        assert (site / "results" / figure).resolve().is_file()
+
+
+def test_nothing_is_fetched_from_other_hosts(site: Path) -> None:
+    fetched = re.compile(r"<(?:script|img|link|iframe|source)\b[^>]*?(?:src|href)=\"([^\"]+)\"")
+    addresses = {found for page in pages(site) for found in fetched.findall(page.read_text())}
+    assert len(addresses) > 5
+    for sheet in site.rglob("*.css"):
+        addresses |= set(re.findall(r"url\(\"?([^)\"]+)", sheet.read_text()))
+    assert [a for a in addresses if re.match(r"(https?:)?//", a)] == []
+
+
+def command_names(group: Any, prefix: str = "fallow") -> list[str]:
+    found = []
+    for name, command in group.commands.items():
+        found.append(f"{prefix} {name}")
+        if hasattr(command, "commands"):
+            found += command_names(command, f"{prefix} {name}")
+    return found
+
+
+def test_every_command_is_described(site: Path) -> None:
+    text = (site / "commands.html").read_text()
+    names = command_names(typer.main.get_command(app))
+    assert {"fallow doctor", "fallow plan show"} <= set(names)
+    for name in names:
+        assert f"<code>{name}</code>" in text, name
+    # Lists of commands have whole sentences.
+    assert "Print what a plan is for, how it was made, and its arrays.</li>" in text
+
+
+def test_every_public_name_is_described(site: Path) -> None:
+    text = (site / "python.html").read_text()
+    for name in fallow.__all__:
+        assert f'<h2 id="{name.lower()}">{name}<' in text, name
+    assert "max_ppl_increase" in text
+    assert "&lt;!-- reference" not in text
+
+
+def test_settings_fetch_no_fonts() -> None:
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert settings["theme"]["font"] is False

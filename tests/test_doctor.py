@@ -1,0 +1,238 @@
+"""`fallow doctor`: what it finds here, and on machines that are made up."""
+
+import copy
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fallow import _core, cli, doctor
+from fallow.errors import UsageError
+
+CPUINFO = """processor\t: 0
+model name\t: Some Processor
+flags\t\t: fpu sse2 {flags}
+"""
+HASWELL = "avx2 fma f16c"
+GOOD: dict[str, Any] = {
+    "processor": {"kernels": "avx2", "better_kernels_lack": {}},
+    "cores": {"machine": 4, "affinity": 4, "cgroup": None, "load": 0.1},
+    "memory": {"total": 8e9, "available": 4e9, "swap_used": 0, "cgroup": None},
+    "disk": {"folder": "/models", "filesystem": "ext4", "gbps": 1.0, "error": None},
+    "numpy": {"version": "2.0", "blas": "openblas"},
+    "torch": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What it finds here."""
+    return doctor.examine(tmp_path_factory.mktemp("disk"))
+
+
+def test_this_machine(found: dict[str, Any]) -> None:
+    assert found["processor"]["kernels"] == _core.KERNELS[0]
+    assert found["cores"]["machine"] == os.cpu_count()
+    assert found["cores"]["affinity"] == found["bandwidth_gbps"]["threads"]
+    assert 0 < found["memory"]["available"] < found["memory"]["total"]
+    assert found["bandwidth_gbps"]["one_thread"] > 0
+    assert found["bandwidth_gbps"]["all_threads"] > 0
+    assert found["numpy"]["version"] == np.__version__
+    assert found["extras"]["lab"]["torch"].startswith("2.")
+    assert set(found["models"]) == {"smollm2", "gemma3", "qwen2.5-1.5b"}
+    assert found["torch"] >= 1
+    assert os.listdir(found["disk"]["folder"]) == []
+    assert (found["disk"]["gbps"] is None) == (found["disk"]["error"] is not None)
+
+
+@pytest.mark.skipif(platform.machine() not in doctor._NEEDS, reason="another architecture")
+def test_what_kernels_need_is_what_the_core_asks_for() -> None:
+    features = set(doctor.processor()["features"])
+    needs = doctor._NEEDS[platform.machine()]
+    assert [name for name, wanted in needs.items() if features >= set(wanted)] == _core.KERNELS
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_command(
+    options: tuple[str, ...],
+    found: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changed = found | {"warnings": ["the disk is full of holes"]}
+    monkeypatch.setattr(doctor, "examine", lambda folder: changed)
+    monkeypatch.setattr(sys, "argv", ["fallow", "doctor", *options])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    if options:
+        assert json.loads(out) == changed
+    else:
+        assert f"kernels       {_core.KERNELS[0]}\n" in out
+        assert f"[lab]         torch {found['extras']['lab']['torch']}, transformers" in out
+        assert out.endswith("warning: the disk is full of holes\n")
+
+
+def test_needs_no_torch() -> None:
+    code = "import fallow.doctor, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        doctor.examine(tmp_path / "none")
+    assert str(error.value) == (
+        f"--folder {tmp_path / 'none'} is no folder; give the one that models are in"
+    )
+
+
+def test_a_disk_that_cannot_be_read_past_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: int) -> float:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(doctor, "_read_speed", refuse)
+    found = doctor.disk(tmp_path)
+    assert (found["gbps"], found["error"]) == (None, "Invalid argument")
+    assert os.listdir(tmp_path) == []
+
+
+# Other machines ----------------------------------------------------------------------------------
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_processor_says_what_better_kernels_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(_core, "KERNELS", ["avx2", "portable"])
+    tree(tmp_path, {"cpuinfo": CPUINFO.format(flags=f"{HASWELL} avx512f avx512bw avx512vl")})
+    found = doctor.processor(tmp_path)
+    assert (found["name"], found["kernels"]) == ("Some Processor", "avx2")
+    assert found["better_kernels_lack"] == {
+        "avx512_bf16": ["avx512dq", "avx512_vnni", "avx512_bf16"],
+        "avx512": ["avx512dq", "avx512_vnni"],
+    }
+
+
+def test_limits_of_cgroups_version_2(tmp_path: Path) -> None:
+    proc = tree(tmp_path / "proc", {"self/cgroup": "0::/slice/job\n", "meminfo": ""})
+    cgroups = tree(
+        tmp_path / "cgroup",
+        {
+            "slice/cpu.max": "150000 100000\n",
+            "slice/job/cpu.max": "max 100000\n",
+            "slice/memory.max": "2000000000\n",
+            "slice/job/memory.max": "3000000000\n",
+        },
+    )
+    assert doctor.cores(proc, cgroups)["cgroup"] == 1.5
+    assert doctor.memory(proc, cgroups)["cgroup"] == 2_000_000_000
+
+
+def test_limits_of_cgroups_version_1(tmp_path: Path) -> None:
+    lines = "4:memory:/job\n1:cpu,cpuacct:/job\n2:cpuset:/\n"
+    proc = tree(tmp_path / "proc", {"self/cgroup": lines})
+    cgroups = tree(
+        tmp_path / "cgroup",
+        {
+            "cpu/cpu.cfs_quota_us": "-1\n",
+            "cpu/cpu.cfs_period_us": "100000\n",
+            "cpu/job/cpu.cfs_quota_us": "50000\n",
+            "cpu/job/cpu.cfs_period_us": "100000\n",
+            "memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "memory/job/memory.limit_in_bytes": "500000000\n",
+        },
+    )
+    assert doctor.cores(proc, cgroups)["cgroup"] == 0.5
+    assert doctor.memory(proc, cgroups)["cgroup"] == 500_000_000
+
+
+def test_a_machine_that_says_nothing(tmp_path: Path) -> None:
+    assert doctor.cores(tmp_path, tmp_path)["cgroup"] is None
+    assert doctor.memory(tmp_path, tmp_path)["cgroup"] is None
+    assert doctor.processor(tmp_path)["name"] == platform.machine()
+    assert doctor.filesystem(tmp_path, tmp_path) is None
+
+
+def test_memory_and_swap(tmp_path: Path) -> None:
+    lines = ("MemTotal: 8 kB", "MemAvailable: 3 kB", "SwapTotal: 5 kB", "SwapFree: 4 kB")
+    found = doctor.memory(tree(tmp_path, {"meminfo": "\n".join(lines) + "\n"}), tmp_path)
+    assert found == {"total": 8192, "available": 3072, "swap_used": 1024, "cgroup": None}
+
+
+def test_nothing_to_warn_of() -> None:
+    assert doctor.warnings(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "warning"),
+    [
+        (
+            "processor",
+            {"kernels": "portable", "better_kernels_lack": {"avx512": ["a"], "avx2": ["fma"]}},
+            "only the portable kernels, which are slow, run on this processor; for better ones it "
+            "lacks fma",
+        ),
+        (
+            "cores",
+            {"affinity": 2},
+            "this process may use 2 of 4 cores; the default is a thread for each, so give "
+            "--threads 2",
+        ),
+        (
+            "cores",
+            {"cgroup": 1.5},
+            "this process may use 1.5 of 4 cores; the default is a thread for each, so give "
+            "--threads 1",
+        ),
+        (
+            "cores",
+            {"load": 2.5},
+            "other processes are at work (load 2.5 on 4 cores): what is measured now is too slow",
+        ),
+        (
+            "memory",
+            {"cgroup": 500_000_000},
+            "500 MB of memory are left; --memory runs models that do not fit",
+        ),
+        ("memory", {"swap_used": 7e6}, "7 MB are swapped out; timings vary with that"),
+        (
+            "disk",
+            {"error": "Invalid argument"},
+            "the disk of /models was not timed: Invalid argument; --memory wants a folder on a "
+            "disk",
+        ),
+        (
+            "disk",
+            {"filesystem": "tmpfs"},
+            "/models is in memory (tmpfs), not on a disk: packed models belong elsewhere if "
+            "memory is short",
+        ),
+        (
+            "numpy",
+            {"blas": None},
+            "numpy was built without a BLAS library: products of matrices are slow",
+        ),
+        ("torch", 1, "torch takes 1 of 4 cores; see OMP_NUM_THREADS"),
+    ],
+)
+def test_warnings(part: str, change: Any, warning: str) -> None:
+    changed = copy.deepcopy(GOOD)
+    changed[part] = changed[part] | change if isinstance(change, dict) else change
+    assert doctor.warnings(changed) == [warning]

@@ -1,0 +1,39 @@
+"""A few kills of a few commands; `benchmarks/reliability.py kill` does hundreds of all of them."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fallow.errors import FallowError
+from killing import Killer, Server, check_whole, files_of
+
+KILLS = 3
+
+
+def test_killed_commands_leave_nothing_half_written(tmp_path: Path) -> None:
+    kills = continued = 0
+    with Server() as server:
+        for name in ("tradeoff", "patterns collect", "plan import"):
+            tally = Killer(name, tmp_path, server, seed=1).run(KILLS)
+            assert tally.defects == []
+            kills += tally.kills - tally.too_late
+            continued += tally.continued
+    assert kills > KILLS  # the others had finished
+    assert continued > 0
+
+
+def test_no_half_written_file_is_overlooked(tmp_path: Path) -> None:
+    """Every kind of file that is cut in the middle is told from a whole one."""
+    refusals = (FallowError, ValueError, OSError, SyntaxError, zipfile.BadZipFile)
+    kinds = set()
+    with Server() as server:
+        for name in ("profile", "tradeoff", "pack"):
+            for path in files_of(Killer(name, tmp_path, server).measure().folder).values():
+                if path.suffix not in (".jsonl", ".csv"):
+                    check_whole(path)
+                    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+                    with pytest.raises(refusals):
+                        check_whole(path)
+                    kinds.add(path.suffix)
+    assert kinds == {".json", ".npz", ".plan", ".png", ".svg", ".gguf"}
