@@ -5,7 +5,7 @@
 
 A case is a whole file, changed as its number and the seed decide (tests/damage.py), and given to
 what reads it. Anything but a result or a FallowError of one line that names the file is a defect:
-another exception, the process's death, more than `SECONDS`, or memory beyond `MEMORY`. Cases run in
+another exception, the process's death, more than `SECONDS`, or more than `MEMORY_MB`. Cases run in
 a process of their own, so that its death is told apart and costs nothing but a new start.
 """
 
@@ -32,11 +32,12 @@ from typing import Any
 import numpy as np
 
 import damage
+from fallow.engine import peak_rss_mb
 from fallow.errors import FallowError
 
 SECONDS = 10.0  # of processor time that a case may take
 LONGEST = 600.0  # seconds of any kind, for a case or to make whole files
-MEMORY = 400_000_000  # bytes that a case may take beyond what the process had
+MEMORY_MB = 400  # that a case may take beyond what the process had
 ADDRESS_SPACE = 4_000_000_000  # bytes beyond what the process had: larger requests fail at once
 Damage = Callable[[np.random.Generator, bytes], bytes]
 DAMAGE: dict[str, Damage] = {
@@ -680,6 +681,54 @@ def export(seeds: Seeds) -> Target:
     return Target([seeds.made("export", make)], use, files=("m/*",), names=("this plan",))
 
 
+def report(seeds: Seeds) -> Target:
+    """`report` that goes on from damaged parts, and damaged results that it shows."""
+    from conftest import OTHER_TEXT, TEXT
+    from fallow import sweep
+    from fallow.reporting import page
+
+    def inputs(folder: Path) -> None:
+        (folder / "calibration.txt").write_text(TEXT)
+        (folder / "text.txt").write_text(OTHER_TEXT)
+
+    texts, model = seeds.made("report-texts", inputs), str(seeds.model())
+    sweep._draw = lambda *_: None  # a figure takes the time of a hundred cases
+    page.get_plotlyjs = lambda: ""
+
+    def run(folder: Path) -> None:
+        page.report(
+            [model], folder / "report.html", text=texts / "text.txt", work=folder / "work",
+            calibration_text=texts / "calibration.txt", results=[folder / "bench.json"],
+            context=16, windows=2, rules=["topk"], sparsities=[0.5],
+        )  # fmt: skip
+
+    def make(folder: Path) -> None:
+        runs = [{"decode_tps": 10.0}, {"decode_tps": 12.0}]
+        result = {"decode_tps": 11.0, "prefill_tps": 90.0, "all": {"engine": runs}}
+        (folder / "bench.json").write_text(json.dumps(result))
+        run(folder)
+
+    files = ("*.json", "*.jsonl", "*.plan")
+    names = ("this plan",)
+    return Target([seeds.made("report", make)], run, files=files, writes=True, names=names)
+
+
+def costs(seeds: Seeds) -> Target:
+    """Costs of layers from which `optimize` goes on."""
+    from fallow import optimization
+
+    engine, calibrator = seeds.engine(), seeds.calibrator()
+    windows = calibrator.calibration.windows[:2]
+    candidates = optimization.Candidates(seeds.loaded(), windows, calibrator.text, engine, "bytes")
+
+    def run(folder: Path) -> None:
+        path, probe = folder / "costs.jsonl", windows[:, :8]
+        found = optimization._measure_costs(candidates, engine, probe, path, {"planes": False})
+        assert not any(np.isnan(table).any() for table in found.values())
+
+    return Target([seeds.made("costs", run)], run, writes=True)
+
+
 def harness(seeds: Seeds) -> Target:
     """No format: every kind of defect there is, so that none is overlooked."""
     import ctypes
@@ -732,6 +781,8 @@ TARGETS: dict[str, tuple[Callable[[Seeds], Target], int]] = {
     "law": (law, 5),
     "runs": (runs, 12),
     "export": (export, 3),
+    "report": (report, 5),
+    "costs": (costs, 10),
     "harness": (harness, 0),  # only if it is asked for
 }
 
@@ -766,7 +817,7 @@ class Runner:
 
     def run(self, number: int) -> Case:
         folder = self.prepare(number)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_rss_mb()
         try:
             self.target.use(folder)
             case = Case(self.name, number, "read")
@@ -774,9 +825,9 @@ class Runner:
             case = self._refusal(number, folder, str(error))
         except BaseException as error:  # a panic of tokenizers' is no Exception
             case = self._defect(number, _place(error), traceback.format_exc())
-        grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-        if grown > MEMORY:
-            return self._defect(number, "too much memory", f"{grown / 1e6:.0f} MB")
+        grown = peak_rss_mb() - before
+        if grown > MEMORY_MB:
+            return self._defect(number, "too much memory", f"{grown:.0f} MB")
         return case
 
     def prepare(self, number: int) -> Path:

@@ -16,7 +16,6 @@ from fallow.errors import FallowError
 
 if TYPE_CHECKING:
     import numpy as np
-from safetensors import SafetensorError
 
 _PREFIX = 40  # characters of a name that its temporary one begins with: names have 255 bytes
 
@@ -92,7 +91,7 @@ def _refuse_other_than_files(path: Path) -> None:
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         reason = _reason(error)
         if reason is None:
             raise
@@ -109,7 +108,9 @@ def _reason(error: Exception) -> str | None:
         return error.strerror
     # Of a full disk numpy says "8 requested and 4 written", torch "unexpected pos".
     is_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
-    is_written = is_torch or isinstance(error, OSError | SafetensorError)
+    # By its name: every command imports this module, few need safetensors.
+    is_safetensors = type(error).__name__ == "SafetensorError"
+    is_written = isinstance(error, OSError) or is_torch or is_safetensors
     return "the disk is full, or fails" if is_written else None
 
 
@@ -178,10 +179,10 @@ def read_array(path: str | Path, remedy: str) -> "np.ndarray":
     import numpy as np  # here, since every command imports this module
 
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # whatever numpy's parser of the header raises
         raise FallowError(f"cannot read {path}; {remedy}") from error
-    if not isinstance(found, np.ndarray) or found.dtype.kind not in "biuf":
+    if found.dtype.kind not in "biuf":
         raise FallowError(f"{path} holds no array of numbers; {remedy}")
     return found
 
@@ -207,14 +208,16 @@ class JsonLines:
         for line in lines:
             with suppress(ValueError):
                 self.found.append(parse_json(line))
-        self._end = "\n" if rest else ""  # of the line that was cut off
+        self._whole = len(data) - len(rest) if rest else None  # bytes of whole lines, if one is cut
 
     def add(self, *values: Any) -> None:
         """Raises FallowError if the file cannot be written."""
         lines = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
         try:
+            if self._whole is not None:
+                os.truncate(self._path, self._whole)
+                self._whole = None
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(self._end + lines)
+                file.write(lines)
         except OSError as error:
             raise FallowError(f"cannot write {self._path}: {error.strerror}") from error
-        self._end = ""

@@ -67,10 +67,10 @@ def _parse(path: Path, number: int, line: str) -> Item:
         elif "context_options" in entry:
             pairs = [(context, entry["continuation"]) for context in entry["context_options"]]
         else:
-            pairs = [(entry["context"], entry["continuation"])]
+            pairs, entry["gold"] = [(entry["context"], entry["continuation"])], 0
         if not all(isinstance(text, str) for pair in pairs for text in pair):
             raise TypeError
-        gold = int(entry["gold"]) if len(pairs) > 1 else 0
+        gold = int(entry["gold"])
         if not 0 <= gold < len(pairs) or not all(text for _, text in pairs):
             raise ValueError
         return Item(tuple((context, " " + text) for context, text in pairs), gold)
