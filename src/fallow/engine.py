@@ -316,7 +316,7 @@ class Engine:
         arrays = [plan.arrays.get(name, np.zeros(1)) for name in ("head_margin", "head_limit")]
         for name, array in zip(("head_margin", "head_limit"), arrays, strict=True):
             self._check_array(plan, name, array, (1,))
-        return float(arrays[0][0]), int(arrays[1][0])
+        return float(arrays[0][0]), int(min(arrays[1][0], 2**31 - 1))
 
     def _cuts(self, plan: Plan) -> list[_Cut]:
         """The plan in the core's terms: (layer, tap, how, value, weights, errors, correction)."""

@@ -97,7 +97,7 @@ class Plan:
                 f"plan {where} is truncated or no safetensors file ({in_one_line(error)}); "
                 "calibrate again"
             ) from error
-        text = header.get("__metadata__", {}).get(_METADATA_KEY)
+        text = (header.get("__metadata__") or {}).get(_METADATA_KEY)
         if text is None:
             raise FallowError(f"{where} is a safetensors file but no plan; make one with calibrate")
         try:

@@ -173,7 +173,8 @@ class PatternStore:
         if tap not in self.header.widths:
             raise UsageError(f"{self.folder} has no {tap!r}; it has {', '.join(self.taps)}")
         if not 0 <= layer < self.header.n_layers:
-            raise UsageError(f"layer {layer} is outside 0 to {self.header.n_layers - 1}")
+            last = self.header.n_layers - 1
+            raise UsageError(f"layer {layer} is outside 0 to {last}, those of {self.folder}")
         return self.header.widths[tap]
 
 
