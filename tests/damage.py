@@ -3,6 +3,7 @@
 Every change is decided by a random generator, hence by its seed.
 """
 
+import copy
 import json
 import struct
 from collections.abc import Callable
@@ -125,7 +126,7 @@ def damage_value(rng: Rng, value: Any) -> Any:
     for _ in range(pick(rng, (1, 1, 2))):
         places = list(_places(value))
         if not places:
-            return pick(rng, ODD_VALUES)
+            return _odd_value(rng)
         holder, key = pick(rng, places)
         _change_place(rng, holder, key)
     return value
@@ -156,7 +157,11 @@ def _change_place(rng: Rng, holder: Any, key: Any) -> None:
     elif how == 4 and isinstance(value, str):
         holder[key] = pick(rng, (value[:-1], value + "x", value.upper(), [value], 0))
     else:
-        holder[key] = pick(rng, ODD_VALUES)
+        holder[key] = _odd_value(rng)
+
+
+def _odd_value(rng: Rng) -> Any:
+    return copy.deepcopy(pick(rng, ODD_VALUES))  # a later change must not reach the list of them
 
 
 def write_json(rng: Rng, value: Any) -> bytes:

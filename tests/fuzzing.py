@@ -894,7 +894,7 @@ class Result:
             setattr(self, case.outcome, getattr(self, case.outcome) + 1)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"seconds": round(self.seconds, 1)}
 
 
 @dataclass

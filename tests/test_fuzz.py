@@ -17,8 +17,8 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
     results = Fuzzer(1, tmp_path / "seeds", tmp_path / "keep").run(shares(CASES))
     assert {r.target: r.kinds for r in results if r.defects} == {}
     assert sum(r.cases for r in results) >= CASES
-    assert all(r.refused for r in results)  # the changes are not for nothing
-    assert sum(r.read for r in results) > CASES / 20
+    # The changes are not for nothing, and some files are of use after them.
+    assert min(sum(r.refused for r in results), sum(r.read for r in results)) > CASES / 20
 
 
 def test_no_defect_is_overlooked(tmp_path: Path) -> None:
