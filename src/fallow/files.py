@@ -6,6 +6,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -168,6 +169,17 @@ def fits(value: Any, kind: Any) -> bool:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return (type(value) in kinds or float in kinds) and abs(value) <= sys.float_info.max
     return type(value) in kinds
+
+
+def check_sums(path: Path) -> None:
+    """Raises ValueError if an archive such as torch writes is damaged: torch looks at no sums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # whatever zipfile makes of it
+        raise ValueError("no whole archive") from error
+    if damaged is not None:
+        raise ValueError(f"{damaged} is damaged")
 
 
 def read_array(path: str | Path, remedy: str) -> "np.ndarray":

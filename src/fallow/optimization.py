@@ -420,7 +420,7 @@ def _measure_costs(
         console.print(f"continuing with {len(file.found) - 1} costs of {path}", highlight=False)
     todo = list(candidates.probes())
     wanted = {(tap, layer, index) for tap, layer, index, _ in todo}
-    known = {tuple(line[:3]): line[3] for line in file.found[1:] if _is_cost(line, wanted)}
+    known = {tuple(line[:3]): float(line[3]) for line in file.found[1:] if _is_cost(line, wanted)}
     dense = [_Dense(engine.logits(window)) for window in probe]
     with progress("cost of layers", len(todo)) as ticker:
         for tap, layer, index, plan in todo:

@@ -1,6 +1,5 @@
 """Thresholds published with P1, as plans."""
 
-import math
 import re
 from pathlib import Path
 
@@ -42,7 +41,8 @@ def import_thresholds(path: str | Path, model: Model, knob: float | None = None)
             for name, layers in content.items()
             if name in _TAPS
         }
-        if not all(math.isfinite(v) and v >= 0 for values in found.values() for v in values):
+        largest = float(np.finfo(np.float32).max)
+        if not all(0 <= v <= largest for values in found.values() for v in values):
             raise ValueError
     except OSError as error:
         raise FallowError(f"cannot read thresholds {path}: {error.strerror}") from error

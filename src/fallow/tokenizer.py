@@ -132,7 +132,9 @@ def usable(what: str) -> Iterator[None]:
         yield
     except FallowError:
         raise
-    except Exception as error:  # tokenizers raises nothing more specific
+    except BaseException as error:  # tokenizers raises nothing more specific, and panics, too
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise FallowError(f"{what} is not usable: {in_one_line(error)}") from error
 
 

@@ -19,7 +19,7 @@ from fallow.calibration import Calibrator
 from fallow.capture import Calibration, non_finite_error
 from fallow.errors import FallowError, UsageError
 from fallow.evaluation import window_losses
-from fallow.files import atomic_path, check_writable
+from fallow.files import atomic_path, check_sums, check_writable
 from fallow.metrics import ppl_change_percent
 from fallow.model import Model
 from fallow.plan import Plan
@@ -125,6 +125,7 @@ class Progress:
     def load(cls, path: Path, settings: dict[str, Any]) -> "Progress":
         """Raises FallowError for a damaged file, UsageError for one of another training."""
         try:
+            check_sums(path)
             content = torch.load(path, weights_only=True)
             found = content.pop("settings")
             content["best"] = {name: value.numpy() for name, value in content["best"].items()}

@@ -32,6 +32,7 @@ from fallow.evaluation import window_losses
 from fallow.files import (
     atomic_folder,
     atomic_path,
+    check_sums,
     check_writable,
     fits,
     read_array,
@@ -340,6 +341,7 @@ class _Run:
             )
             return
         try:
+            check_sums(path)
             state = torch.load(path, weights_only=True, map_location=self.device)
             self.module.load_state_dict(state["module"])
             self.optimiser.load_state_dict(state["optimiser"])
