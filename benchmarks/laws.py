@@ -1,7 +1,7 @@
 """Laws: the eleven published curves fitted anew, whether intervals cover, and models of our own.
 
-Published curves and coverage take some ten minutes of one core; each model of ours one to two hours
-of two, and a stopped training goes on:
+Published curves and coverage take some ten minutes of one core; each model of ours forty minutes of
+two, the large ones hours, minutes with a GPU. A stopped training goes on:
 
     python benchmarks/laws.py published coverage
     python benchmarks/laws.py train    # all of OWN, one after another; `train relu` for one
@@ -42,18 +42,28 @@ def steps() -> dict[str, Any]:
 
 
 def own() -> dict[str, Any]:
-    """Trainings: a pair of equal size and data, and three shapes of equal size."""
+    """Trainings: pairs of equal size and data, and shapes of equal size."""
     from fallow.laws.training import Settings
 
     base = Settings(tokens=40_000_000)
-    shape = replace(base, tokens=12_000_000)
+    large = replace(
+        base, hidden_size=512, layers=8, intermediate_size=1280, learning_rate=1.5e-3
+    )  # 24 M parameters
+    silu = {"activation": "silu"}
     return {
         "relu": base,
-        "silu": replace(base, activation="silu"),
-        # d_model / L of 12, 38 and 160 with 2.1 to 2.4 M parameters, d_ff = 2.5 d_model.
-        "deep": replace(shape, hidden_size=128, layers=11, intermediate_size=320),
-        "middle": shape,
-        "wide": replace(shape, hidden_size=320, layers=2, intermediate_size=800),
+        "silu": replace(base, **silu),
+        # How far does a seed move the curve?
+        "relu-1": replace(base, seed=1),
+        "silu-1": replace(base, seed=1, **silu),
+        "relu-2": replace(base, seed=2),
+        "silu-2": replace(base, seed=2, **silu),
+        "relu-large": large,
+        "silu-large": replace(large, **silu),
+        # With "relu", d_model / L of 12, 38, 85 and 160; 2.1 to 2.4 M parameters.
+        "deep": replace(base, hidden_size=128, layers=11, intermediate_size=320),
+        "wide": replace(base, hidden_size=256, layers=3, intermediate_size=640),
+        "widest": replace(base, hidden_size=320, layers=2, intermediate_size=800),
     }
 
 

@@ -114,6 +114,8 @@ def record_machine(path: Path) -> None:
         "torch": torch.__version__,
         "commits": list(dict.fromkeys([*before, commit or "uncommitted"])),
     }
+    if torch.cuda.is_available():
+        entry["gpu"] = torch.cuda.get_device_name()
     path.write_text(json.dumps(entry, indent=1) + "\n")
 
 
