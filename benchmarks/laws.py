@@ -4,7 +4,8 @@ Published curves and coverage take some ten minutes of one core; each model of o
 two, the large ones hours, minutes with a GPU. A stopped training goes on:
 
     python benchmarks/laws.py published coverage
-    python benchmarks/laws.py train    # all of OWN, one after another; `train relu` for one
+    python benchmarks/laws.py train     # all of own(), one after another; `train relu` for one
+    python benchmarks/laws.py fitted    # the law of each, and their figure
     python benchmarks/laws.py keep     # the ReLU model in bfloat16, as tests/data/relu has it
     python benchmarks/laws.py engine   # decode of the ReLU model, sparse against dense
     python benchmarks/laws.py --report    # writes docs/results/laws.md
@@ -34,11 +35,18 @@ TRUE = {
     "silu": ({"alpha": 0.8, "c": 0.25, "A0": 0.385}, 8e-4),
 }
 THREADS, PROMPT, NEW, ENGINE_RUNS = 1, 64, 256, 9
+LAST_POINTS = 3  # of a curve, for what it came to
 TRIALS, POINTS, SPAN = 250, 32, (3.0, 250.0)
 
 
 def steps() -> dict[str, Any]:
-    return {"published": published, "coverage": coverage, "keep": keep, "engine": engine}
+    return {
+        "published": published,
+        "coverage": coverage,
+        "fitted": fitted,
+        "keep": keep,
+        "engine": engine,
+    }
 
 
 def own() -> dict[str, Any]:
@@ -231,6 +239,31 @@ NOTES = """
   in 5, an exponential, which has no tail at all, in 3. What comes after another two thirds of the
   training is predicted to some 0.03 to 0.2 points by any of the better ones."""
 
+READING = """
+What repeats of arXiv:2411.02335, with a fiftieth to a thousandth of its parameters and less than a
+thousandth of its tokens, and what does not:
+
+- **SiLU rises: yes**, and to the published level. All three seeds go from about 0.14 to 0.4 within
+  the first 10 M tokens and stay there. The fitted limit, 0.405, is identified, and its interval
+  holds all five published limits (0.382 to 0.409); so does the interval of alpha all but that of
+  the smallest model. The form itself is no better than its rivals at telling what comes next.
+- **ReLU falls: not with 2.1 M parameters.** A is 0.06 at first and 0.07 at last; one seed of three
+  ends lower than it began. With 24 M parameters it falls, from 0.033 to 0.025, though the curve
+  does not tell a limit (18 M tokens, one seed). What does grow in every ReLU model is the share of
+  exact zeros, from two thirds to 81 to 92 %: a small model fires fewer neurons but needs as large a
+  share of them.
+- **ReLU needs less than SiLU: yes**, by a factor of 2 at first and of 6 at last, and the small
+  models' 0.05 to 0.08 is again the published level (0.061 to 0.078).
+- **Scale hardly matters: no, at these sizes.** Eleven times the parameters need a third of the
+  share with ReLU (0.025 against 0.07 at 18 M tokens) and half of it with SiLU (0.19 against 0.39).
+  The large pair has seen less than a token per parameter by then, and a fifth of its ReLU neurons
+  is dead.
+- **A grows with width over depth: no.** From 12 over 38 and 85 to 160 the last three checkpoints
+  average 0.067, 0.071 (three seeds: 0.063 to 0.076), 0.063 and 0.052: no rise, and less in the one
+  model that has only two layers. Differences between seeds are as large as those between the
+  other shapes. The published slope is of 9 to 144 layers, most of them more than fit
+  into this size."""
+
 
 def report() -> str:
     lines = [INTRODUCTION]
@@ -239,10 +272,11 @@ def report() -> str:
         lines.append(NOTES)
     if (RESULTS / "coverage.json").exists():
         lines += _coverage_lines(json.loads((RESULTS / "coverage.json").read_text()))
-    made = {n: RESULTS / "own" / f"{n}.json" for n in own()}
-    found = {n: json.loads(path.read_text()) for n, path in made.items() if path.exists()}
-    if found:
+    if found := found_models():
         lines += _own_lines(found)
+    if (RESULTS / "fitted.json").exists():
+        lines += _fitted_lines(json.loads((RESULTS / "fitted.json").read_text()))
+        lines.append(READING)
     if (RESULTS / "keep.json").exists():
         kept = json.loads((RESULTS / "keep.json").read_text())
         lines.append(
@@ -312,32 +346,123 @@ def _coverage_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def found_models() -> dict[str, dict[str, Any]]:
+    """Trainings by name: finished ones, and the curves of those that were stopped."""
+    found = {}
+    for name in own():
+        whole, part = (RESULTS / "own" / f"{name}{end}" for end in (".json", ".curve.json"))
+        if whole.exists():
+            found[name] = json.loads(whole.read_text())
+        elif part.exists():
+            found[name] = {"curve": json.loads(part.read_text())}
+    return found
+
+
+def seeds_of(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Curves of the trainings that differ from this one in the seed alone."""
+    settings = own()
+    same = [n for n in found if replace(settings[n], seed=0) == replace(settings[name], seed=0)]
+    return [found[n]["curve"] for n in same]
+
+
+def fitted() -> dict[str, Any]:
+    """The laws of our own curves, the mean of those that differ in the seed."""
+    from fallow.laws.curves import RATIO, TOKENS, Curve
+    from fallow.laws.fitting import fit_law
+
+    found, laws = found_models(), {}
+    for name in ("relu", "silu", "relu-large", "silu-large"):
+        curves = seeds_of(name, found)
+        x = np.array(curves[0][TOKENS]) / 1e9
+        ratio = np.mean([curve[RATIO] for curve in curves], axis=0)
+        law = fit_law(Curve(name, TOKENS, x, ratio), own()[name].activation).to_json()
+        laws[name] = law | {"seeds": len(curves), "ratio": ratio.tolist()}
+    _draw(found)
+    return laws
+
+
+def _draw(found: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    from fallow.laws.curves import RATIO, TOKENS
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for axes, activation in ((left, "relu"), (middle, "silu")):
+        for name, r in found.items():
+            if name.startswith(activation):
+                line = "--" if name.endswith("large") else "-"
+                axes.semilogx(r["curve"][TOKENS], r["curve"][RATIO], f"o{line}", label=name, ms=3)
+        axes.set(title=f"{activation}, -large has 24 M parameters", xlabel="tokens", ylim=0)
+        axes.legend(fontsize=7)
+    left.set_ylabel("activation ratio at +1 % PPL")
+    for name, r in found.items():
+        s = own()[name]
+        if s.activation == "relu" and "large" not in name:
+            last = r["curve"][RATIO][-LAST_POINTS:]
+            x = s.hidden_size / s.layers
+            right.errorbar(
+                x, np.mean(last), np.ptp(last) / 2, fmt="o", capsize=3, color="tab:blue", ms=4
+            )
+    right.set(title="relu, 2.1 to 2.4 M parameters", xlabel="d_model / layers", ylim=0)
+    figure.savefig(RESULTS / "own.png", dpi=110)
+
+
 def _own_lines(found: dict[str, Any]) -> list[str]:
     settings = own()
     lines = [
-        "\n## Models of our own\n\nTrained on English novels (ELTeC), vocabulary 2048, windows of "
-        "256; `fallow law train` with these settings and seed 0. A is the activation ratio at +1 % "
-        "PPL (rule `cett`) before the learning rate decays, zeros are those of `inter`.\n\n"
-        "| model | activation | d / layers / d_ff | M parameters | M tokens | epochs "
-        "| A by checkpoint | zeros, last | dead, last | loss, last | after the decay: A, loss |\n"
-        + "|---" * 11
+        "\n## Models of our own\n\nTrained on English novels (ELTeC, 19.6 M tokens), vocabulary "
+        "2048, windows of 256, with `fallow law train`; -1 and -2 are other seeds. A is the "
+        "activation ratio at +1 % PPL (rule `cett`; the 1 % is known to ±0.2), from the first "
+        "checkpoint (0.7 M tokens) to the last one before the learning rate decays; "
+        "zeros are those of `inter`.\n\n"
+        "| model | d / layers / d_ff | M parameters | M tokens | A by checkpoint "
+        "| zeros: first, last | dead: first, last | loss, last | after the decay: A, loss |\n"
+        + "|---" * 9
         + "|"
     ]
     for name, r in found.items():
         s, curve = settings[name], r["curve"]
         ratios = ", ".join(f"{v:.3f}" for v in curve["activation_ratio"])
+        zeros, dead = curve["zero_ratio"], curve["dead"]
+        done = "tokens" in r
+        tokens = r["tokens"] if done else curve["token_passed"][-1]
+        end = f"{r['activation_ratio']:.3f}, {r['validation_loss']:.3f}" if done else "stopped"
         lines.append(
-            f"| {name} | {s.activation} | {s.hidden_size} / {s.layers} / {s.intermediate_size} "
-            f"| {r['non_embedding_parameters'] / 1e6:.2f} | {r['tokens'] / 1e6:.0f} "
-            f"| {r['epochs']:.2f} | {ratios} | {curve['zero_ratio'][-1]:.3f} "
-            f"| {curve['dead'][-1]:.2%} | {curve['validation_loss'][-1]:.3f} "
-            f"| {r['activation_ratio']:.3f}, {r['validation_loss']:.3f} |"
+            f"| {name} | {s.hidden_size} / {s.layers} / {s.intermediate_size} "
+            f"| {curve['parameters'] / 1e6:.2f} | {tokens / 1e6:.0f} | {ratios} "
+            f"| {zeros[0]:.3f}, {zeros[-1]:.3f} | {dead[0]:.1%}, {dead[-1]:.1%} "
+            f"| {curve['validation_loss'][-1]:.3f} | {end} |"
         )
-    lines.append(
-        "\nSHA-256 of the weights: "
-        + ", ".join(f"{name} `{r['sha256'][:16]}`" for name, r in found.items())
-        + "."
-    )
+    where = [json.loads(p.read_text()) for p in (RESULTS / "own").glob("*.machine.json")]
+    gpus = sorted({w["gpu"] for w in where if "gpu" in w})
+    lines += [
+        f"\n`relu` was trained on two cores, the others on an {', '.join(gpus)}, seven at a time; "
+        "the large ones were stopped there when the time on it was up. SHA-256 of the weights: "
+        + ", ".join(f"{n} `{r['sha256'][:16]}`" for n, r in found.items() if "sha256" in r)
+        + ".\n\n![A by tokens, and by width over depth](../../benchmarks/results/laws/own.png)"
+    ]
+    return lines
+
+
+def _fitted_lines(laws: dict[str, Any]) -> list[str]:
+    lines = [
+        "\nThe published form fitted to the mean over seeds; 95 % by profile likelihood, errors in "
+        "points, extrapolation as above.\n\n| curve | seeds | A: first, last | alpha | A0 "
+        "| limit identified | error | extrapolation error, law | best rival |\n" + "|---" * 9 + "|"
+    ]
+    for name, law in laws.items():
+        (a, b), (c, d) = law["intervals"]["alpha"], law["intervals"]["A0"]
+        errors = {r["form"]: 100 * r["extrapolation_mae"] for r in law["rivals"]}
+        mine = errors.pop(law["form"])
+        best = min(errors, key=errors.__getitem__)
+        lines.append(
+            f"| {name} | {law['seeds']} | {law['ratio'][0]:.3f}, {law['ratio'][-1]:.3f} "
+            f"| {law['params']['alpha']:.2f} ({a:.2f} to {b:.2f}) "
+            f"| {law['params']['A0']:.3f} ({c:.3f} to {d:.3f}) "
+            f"| {'yes' if law['identified'] else 'no'} | {100 * law['mae']:.2f} | {mine:.2f} "
+            f"| {best} {errors[best]:.2f} |"
+        )
     return lines
 
 
@@ -355,7 +480,7 @@ def _engine_lines(r: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("steps", nargs="*", help="published, coverage, train [NAMES], engine")
+    parser.add_argument("steps", nargs="*", help="see above")
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     wanted = arguments.steps
