@@ -142,7 +142,7 @@ def optimize(
     Raises:
         UsageError: a limit that is no positive percentage, an unknown preference, or the same
             text twice.
-        FallowError: as `pack`; or no plan stays within the limit.
+        FallowError: as `pack`; or the packed model costs more than the limit by itself.
     """
     start = time.monotonic()
     if not (np.isfinite(max_ppl_increase) and max_ppl_increase > 0):
@@ -478,16 +478,16 @@ def _search(
 ) -> tuple[Plan, float]:
     """The plan of the highest price that stays within the limit, and its PPL change, percent."""
     judge = _Judge(source, engine, windows, limit)
+    head_margin, best = _least(candidates, engine, judge, limit)
     if candidates.kinds["coarse"]:
         rates = _loss_rates(candidates, costs, engine, judge, limit)
         costs = {t: rates[k] * costs[t] for k, taps in candidates.kinds.items() for t in taps}
     low, high = LOWEST_PRICE, HIGHEST_PRICE
-    best: tuple[Plan, float] | None = None
     with progress("search", PRICE_STEPS) as ticker:
         for _ in range(PRICE_STEPS):
             price = (low + high) / 2
             choice = candidates.choose(costs, 10**price)
-            plan = candidates.plan(choice, candidates.head_margin)
+            plan = candidates.plan(choice, head_margin)
             engine.use_plan(plan)
             change, error, seen = judge.change()
             shares = ", ".join(f"{t} {GRID[choice[t]].mean():.0%}" for t in candidates.taps)
@@ -501,14 +501,34 @@ def _search(
             else:
                 high = price
             ticker.advance()
-    if best is None:
-        raise FallowError(
-            f"no plan stays within {limit:g} % of PPL on the held-out windows: the packed model "
-            "itself may use it up; raise --max-ppl-increase or give --down q8_0"
-        )
     plan, change = best
     plan.target_ppl_increase, plan.achieved_ppl_increase = limit, change
     return plan, change
+
+
+def _least(
+    candidates: Candidates, engine: Engine, judge: "_Judge", limit: float
+) -> tuple[float, tuple[Plan, float]]:
+    """The head's margin that the limit has room for, and the plan without idle neurons.
+
+    Raises:
+        FallowError: the packed model run dense costs more than the limit.
+    """
+    nothing = {t: np.zeros(candidates.n_layers, dtype=int) for t in candidates.taps}
+    for margin in dict.fromkeys((candidates.head_margin, 0.0)):
+        plan = candidates.plan(nothing, margin)
+        engine.use_plan(plan)
+        change, error, seen = judge.change()
+        what = "dense, with the head's shortlist" if margin else "dense"
+        cost = f"PPL {change:+.2f} ± {error:.2f} % on {seen} windows"
+        console.print(f"{what}: {cost}", highlight=False)
+        if change + error <= limit:
+            return margin, (plan, change)
+    raise FallowError(
+        f"the packed model itself, run dense, costs {cost} of held-out text, more than the "
+        f"{limit:g} % allowed; raise --max-ppl-increase or give --down q8_0 (and --quant q8_0 for "
+        "a Hugging Face folder)"
+    )
 
 
 def _loss_rates(
