@@ -33,7 +33,7 @@ RUDE = {"vanish": 0.1, "vanish early": 0.05, "garbage": 0.1, "stream": 0.35}  # 
 
 def load(packed: Path) -> dict[str, Any]:
     expected = answers(packed)
-    command = [sys.executable, "-m", "fallow.cli", "serve", str(packed), "--port", "0"]
+    command = [sys.executable, "-m", "fallow", "serve", str(packed), "--port", "0"]
     command += ["--threads", "1", "--queue", str(QUEUE), "--name", "model"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None

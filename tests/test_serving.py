@@ -385,7 +385,7 @@ def test_a_client_that_goes_away_frees_the_engine(engine: Engine, stream: bool) 
 
 
 def test_shutdown_finishes_what_runs_and_fails_what_waits(talking: Path) -> None:
-    command = [sys.executable, "-m", "fallow.cli", "serve", str(talking), "--port", "0"]
+    command = [sys.executable, "-m", "fallow", "serve", str(talking), "--port", "0"]
     with subprocess.Popen(
         [*command, "--name", "tiny"],
         stderr=subprocess.PIPE,
@@ -420,7 +420,7 @@ def test_shutdown_finishes_what_runs_and_fails_what_waits(talking: Path) -> None
 def test_an_address_in_use_is_one_line(address: str, talking: Path) -> None:
     port = address.rpartition(":")[2]
     done = subprocess.run(
-        [sys.executable, "-m", "fallow.cli", "serve", str(talking), "--port", port],
+        [sys.executable, "-m", "fallow", "serve", str(talking), "--port", port],
         capture_output=True,
         text=True,
     )

@@ -1,0 +1,89 @@
+"""The command line. Every command is a function here; the work is done elsewhere."""
+
+import io
+import os
+import sys
+
+# Each adds its commands to the app.
+from fallow.cli import (  # noqa: F401
+    laws,
+    looking,
+    packed,
+    patterns,
+    plans,
+    quality,
+    selectors,
+    serving,
+)
+from fallow.cli._shared import app
+from fallow.errors import FallowError
+
+__all__ = ["EXTRAS", "app", "main"]
+
+# Of which extra a package is that a command may lack.
+EXTRAS = {
+    "lab": ("torch", "transformers", "accelerate", "scipy", "matplotlib", "huggingface_hub"),
+    "ray": ("ray",),
+    "report": ("plotly",),
+    "harness": ("lm_eval",),
+    "server": ("fastapi", "uvicorn", "prometheus_client"),
+}
+
+INTERRUPTED = 130  # what Typer makes of Ctrl-C: 128 + SIGINT, as in shells
+
+
+def main() -> None:
+    """Entry point: one line for an error, exit code 2 for usage and 1 for the rest."""
+    _prepare_streams()
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except FallowError as error:
+        _fail(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = next((name for name, has in EXTRAS.items() if package in has), None)
+        if extra is None:
+            raise
+        _fail(f"this command needs {error.name}; install it with: pip install 'fallow[{extra}]'", 1)
+    except BrokenPipeError:
+        _discard_output()
+        sys.exit(1)
+    except OSError as error:  # the disk that stdout goes to is full, say
+        _discard_output()
+        where = "cannot write the output" if error.filename is None else error.filename
+        _fail(f"{where}: {error.strerror or error}", 1)
+    except Exception as error:
+        # Typer's own usage errors, whose class is private to it.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        if not message():  # no arguments at all: the help was printed
+            sys.exit(2)
+        _fail(f"{message().rstrip('.')}; see: fallow --help", 2)
+    else:
+        if code == INTERRUPTED:
+            _fail("interrupted", INTERRUPTED)
+        sys.exit(code or 0)
+
+
+def _prepare_streams() -> None:
+    """Gives closed streams a place, and lets stdout print any text whatever the locale.
+
+    Without a place of its own the next file that is opened would take a stream's number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """What is left to print cannot be: not even when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

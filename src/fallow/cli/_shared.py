@@ -1,0 +1,188 @@
+"""What commands share: the app, options, and how results are printed."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fallow.errors import UsageError
+
+app = typer.Typer(
+    help="Activation sparsity for language models: measure, calibrate, evaluate.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+ModelArg = Annotated[
+    str,
+    typer.Argument(
+        help="An alias (see: fallow models), a Hugging Face folder, a .gguf file, "
+        "or a hub id such as org/name."
+    ),
+]
+PackedArg = Annotated[Path, typer.Argument(help="A file that fallow pack wrote.")]
+LayersOption = Annotated[str | None, typer.Option(help="Such as 0,13,27; default: all.")]
+TestStoreOption = Annotated[
+    Path | None, typer.Option(help="A store to score on; default: the last windows.")
+]
+HeldOutOption = Annotated[float, typer.Option(help="Share of the windows to score on.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Default: all processors.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Packed models: what the process may take, 800MB say; the rest is read from the disk."
+    ),
+]
+TextOption = Annotated[
+    Path | None,
+    typer.Option("--text", help="UTF-8 text; default: half of the Python language reference."),
+]
+WorkersOption = Annotated[
+    int, typer.Option(min=1, help="Processes of Ray (pip install 'fallow[ray]'); 1: this one.")
+]
+RuleSparsityOption = Annotated[float | None, typer.Option(help="Of the rule; default: 0.5.")]
+PlanForRuleOption = Annotated[Path | None, typer.Option(help="A plan, in place of a rule.")]
+RuleTextOption = Annotated[
+    Path | None, typer.Option(help="What the rule is fitted on, as --text of calibrate.")
+]
+ContextOption = Annotated[int, typer.Option(help="Tokens per window.")]
+DtypeOption = Annotated[
+    str,
+    typer.Option(help="float32, bfloat16, float16; auto: float32 up to 1e9 weights."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="End stdout with one JSON document.")]
+LeakageOption = Annotated[
+    bool,
+    typer.Option("--allow-leakage", help="Evaluate on the calibration text all the same."),
+]
+
+
+def load_model(model: str, dtype: str) -> Any:
+    from fallow.model import load
+    from fallow.progress import console
+
+    console.print(f"loading {model}", highlight=False)
+    return load(model, dtype)
+
+
+def load_plan(path: Path | None) -> Any:
+    from fallow.plan import Plan
+
+    return None if path is None else Plan.load(path)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, allow_nan=False), flush=True)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    print(title)
+    # A pipe has no width: give it enough for every column.
+    (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
+
+
+def plus_minus(value: float, error: float | None, digits: int) -> str:
+    spread = "" if error is None else f" ± {error:.{digits}f}"
+    return f"{value:.{digits}f}{spread}"
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} is not a list of numbers such as 0.3,0.5") from error
+
+
+def layer_numbers(text: str | None) -> list[int] | None:
+    return None if text is None else [int(n) for n in numbers("--layers", text)]
+
+
+def report_tradeoff(table: list[dict[str, Any]], output: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({"output": str(output), "rows": table})
+        return
+    from fallow.sweep import target_label
+
+    dense = table[0]
+    # What only selectors, and rules that keep k neurons per token, have.
+    percent, millions = "{:.1%}".format, lambda v: f"{v / 1e6:.2f}"
+    labels: dict[str, tuple[str, Any]] = {
+        "recall": ("recall", percent),
+        "energy_recall": ("energy", percent),
+        "ffn_bytes": ("FFN bytes", percent),
+        "choosing_bytes": ("MB to choose", millions),
+        "choosing_multiplications": ("M mult. to choose", millions),
+    }
+    selection = {key: v for key, v in labels.items() if any(key in r for r in table)}
+    rows = []
+    for r in table[1:]:
+        rows.append(
+            [
+                r["rule"],
+                target_label(r),
+                f"{r['knob']:.4g}",
+                f"{r['achieved_sparsity']:.1%}",
+                f"{r['sparsity_inter']:.1%}",
+                f"{r['ppl']:.2f}",
+                plus_minus(r["ppl_change_percent"], r["ppl_change_se"], 2),
+                plus_minus(r["kl_to_dense"], r["kl_se"], 4),
+                f"{r['top1_agreement']:.1%}",
+                *(show(r[key]) if key in r else "" for key, (_, show) in selection.items()),
+            ]
+        )
+    print_table(
+        f"Dense PPL {plus_minus(dense['ppl'], dense['ppl_se'], 2)}, {dense['windows']} windows",
+        [
+            "rule",
+            "target",
+            "knob",
+            "achieved",
+            "S(inter)",
+            "PPL",
+            "PPL change %",
+            "KL nats/token",
+            "top-1",
+            *(label for label, _ in selection.values()),
+        ],
+        rows,
+    )
+    figures = ("tradeoff", "pareto") if "ffn_bytes" in selection else ("tradeoff",)
+    names = ", ".join(f"{name}.{kind}" for name in figures for kind in ("png", "svg"))
+    print(f"written: {output}/table.csv, table.json, {names}")
+
+
+def write_plan(plan: Any, output: Path, as_json: bool) -> None:
+    plan.save(output)
+    report_plan(plan, output, as_json)
+
+
+def report_plan(plan: Any, output: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({**plan.metadata, "path": str(output)})
+        return
+    _print_plan(plan, str(output))
+
+
+def _print_plan(plan: Any, path: str) -> None:
+    print(f"plan {path}")
+    for name, value in plan.metadata.items():
+        if value is not None and value != "":
+            print(
+                f"  {name:22} {value:.6g}" if isinstance(value, float) else f"  {name:22} {value}"
+            )
+    for name, array in sorted(plan.arrays.items()):
+        print(f"  {name:22} {array.shape} from {array.min():.4g} to {array.max():.4g}")

@@ -1,0 +1,340 @@
+"""Commands that write and run packed models."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fallow.cli._shared import (
+    ContextOption,
+    DtypeOption,
+    JsonOption,
+    MemoryOption,
+    ModelArg,
+    PackedArg,
+    TextOption,
+    ThreadsOption,
+    app,
+    load_model,
+    load_plan,
+    plus_minus,
+    print_json,
+    print_table,
+)
+from fallow.errors import FallowError, UsageError
+from fallow.files import check_writable
+
+
+@app.command()
+def pack(
+    model: ModelArg,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The packed model to write.")],
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan to store in the file and use by default.")
+    ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            help="Type of all matrices of a Hugging Face folder: q8_0, q4_0, q4_k, bf16 …"
+        ),
+    ] = None,
+    down: Annotated[
+        str | None, typer.Option(help="Type of down_proj; default: the smallest that passes.")
+    ] = None,
+    shortlist: Annotated[
+        bool,
+        typer.Option("--shortlist", help="Add a coarse head, which plans of fallow optimize use."),
+    ] = False,
+    planes: Annotated[
+        bool,
+        typer.Option("--planes", help="Cut FFN rows in two, for plans that read some coarse."),
+    ] = False,
+    text: TextOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model in the engine's form, checked against its source before it gets its name."""
+    check_writable(output)
+    loaded_plan = load_plan(plan)
+    from fallow.packing import pack as run
+
+    check = run(
+        model, output, plan=loaded_plan, quant=quant, down=down, shortlist=shortlist,
+        planes=planes, text=text,
+    )  # fmt: skip
+    size = output.stat().st_size / 1e6
+    if as_json:
+        print_json({"path": str(output), "mb": size, "self_check": vars(check)})
+        return
+    print(f"self-check against {model}: {check}")
+    print(f"written: {output}, {size:.0f} MB")
+
+
+@app.command()
+def optimize(
+    model: ModelArg,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The packed model to write.")],
+    max_ppl_increase: Annotated[
+        float, typer.Option(help="Largest PPL increase against the source, percent.")
+    ] = 1.0,
+    text: TextOption = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="Text that the plan is made on; not --text.")
+    ] = None,
+    context: ContextOption = 1024,
+    windows: Annotated[int, typer.Option(help="Windows that thresholds are fitted on.")] = 4,
+    validation_windows: Annotated[int, typer.Option(help="Held-out windows after those.")] = 24,
+    check_windows: Annotated[int, typer.Option(help="Windows of --text.")] = 8,
+    threads: ThreadsOption = None,
+    prefer: Annotated[
+        str, typer.Option(help="speed: only what is faster here; bytes: read as few as possible.")
+    ] = "speed",
+    planes: Annotated[
+        bool,
+        typer.Option(
+            "--planes", help="With --prefer bytes: read some rows coarse; fewer bytes, slower."
+        ),
+    ] = False,
+    quant: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
+    down: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Pack a model with the plan that skips most at a stated loss; calibrate, search and check."""
+    check_writable(output)
+    from fallow.optimization import optimize as run
+
+    result = run(
+        model,
+        output,
+        max_ppl_increase=max_ppl_increase,
+        calibration_text=calibration_text,
+        text=text,
+        context=context,
+        windows=windows,
+        validation_windows=validation_windows,
+        check_windows=check_windows,
+        threads=threads,
+        prefer=prefer,
+        planes=planes,
+        quant=quant,
+        down=down,
+    )
+    if as_json:
+        print_json(result.to_json())
+        return
+    change = plus_minus(result.ppl_change_percent, result.ppl_change_se, 2)
+    print(f"{result.selector}: {result.sparsity_ratio:.0%} of neurons idle")
+    print(f"  PPL {change} % against {model} on {result.text}, KL {result.kl_to_dense:.4f} nats")
+    print(
+        f"  decode {result.decode_tps:.1f} tok/s, {result.decode_ratio_dense:.2f} times dense, "
+        f"{result.threads} threads"
+    )
+    print(f"  {result.bytes_per_token / 1e6:.0f} MB/token, {result.bytes_ratio:.0%} of dense")
+    print(f"written: {output}, after {result.seconds:.0f} s")
+
+
+@app.command()
+def bench(
+    file: PackedArg,
+    plan: Annotated[Path | None, typer.Option(help="A plan; default: the packed one.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Also time another engine: llama.cpp or openvino.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="The GGUF that the other engine reads.")
+    ] = None,
+    threads: ThreadsOption = None,
+    prompt_tokens: Annotated[int, typer.Option("-p", help="Tokens of prefill.")] = 512,
+    new_tokens: Annotated[int, typer.Option("-n", help="Tokens of decode.")] = 128,
+    runs: Annotated[int, typer.Option(help="Runs; medians are reported.")] = 5,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What the process may take, 800MB say; or several, comma-separated."),
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Of several budgets: also draw tok/s, as .png or .svg.")
+    ] = None,
+    text: TextOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time prefill and decode, alternating with another engine if asked to."""
+    if memory and "," in memory:
+        if against or source:
+            raise UsageError("--against goes with one --memory, not with several")
+        given = {"--plan": plan, "--threads": threads, "--text": text, "--runs": runs}
+        given |= {"-p": prompt_tokens, "-n": new_tokens}
+        _bench_budgets(file, memory.split(","), given, figure, as_json)
+        return
+    if figure:
+        raise UsageError("--figure draws several budgets; give --memory 1GB,800MB say")
+    loaded_plan = load_plan(plan)
+    from fallow.bench import bench as run
+
+    result = run(
+        file,
+        loaded_plan,
+        threads=threads,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        runs=runs,
+        against=against,
+        source=source,
+        memory=memory,
+        text=text,
+    )
+    if as_json:
+        print_json(result)
+        return
+    _print_bench(result)
+
+
+def _bench_budgets(
+    file: Path, budgets: list[str], given: dict[str, Any], figure: Path | None, as_json: bool
+) -> None:
+    from fallow.bench import bench_budgets, draw_budgets
+    from fallow.memory import parse_size
+
+    budgets = [budget.strip() for budget in budgets if budget.strip()]
+    for budget in budgets:
+        parse_size(budget)
+    arguments = [str(part) for kv in given.items() if kv[1] is not None for part in kv]
+    rows = bench_budgets(file, budgets, arguments)
+    if all("error" in r for r in rows):
+        raise FallowError(f"no budget works; the last one: {rows[-1]['error']}")
+    if figure:
+        draw_budgets(rows, figure)
+    if as_json:
+        print_json({"budgets": rows})
+        return
+    table = []
+    for r in rows:
+        cells = [f"{r['memory_mb']:.0f}"]
+        if "error" in r:
+            cells += ["-"] * 5
+        else:
+            cells += [f"{r['decode_tps']:.2f}", f"{r['stall_ms_per_token']:.1f}"]
+            cells += [f"{r['disk_bytes_per_token'] / 1e6:.0f}", f"{r['hit_rate']:.0%}"]
+            cells += [f"{r['peak_rss_mb']:.0f}"]
+        table.append(cells)
+    columns = ["MB", "tok/s", "ms/token waiting", "MB/token from disk", "in memory", "peak MB"]
+    print_table("Memory budgets", columns, table)
+    for r in rows:
+        if "error" in r:
+            print(f"{r['memory_mb']:.0f} MB: {r['error']}")
+
+
+def _print_bench(r: dict[str, Any]) -> None:
+    print(f"{r['threads']} threads, {r['kernels']} kernels, medians of {r['runs']} runs")
+    print(f"  prefill  {r['prefill_tps']:.1f} tok/s (first token after {r['ttft_ms']:.0f} ms)")
+    share = f", {r['mbu']:.0%} of what {r['threads']} threads read" if "mbu" in r else ""
+    print(
+        f"  decode   {r['decode_tps']:.2f} tok/s, {r['bytes_per_token'] / 1e6:.0f} MB/token, "
+        f"{r['gbps']:.1f} GB/s{share}"
+    )
+    if "memory_mb" in r:
+        print(
+            f"  memory   {r['memory_mb']:.0f} MB: {r['disk_bytes_per_token'] / 1e6:.0f} MB/token "
+            f"from the disk, {r['hit_rate']:.0%} of the bytes in memory, "
+            f"{r['stall_ms_per_token']:.1f} ms/token waiting"
+        )
+    print(f"  neurons idle {r['sparsity']:.1%}, outside products {r['overhead']:.1%} of decode")
+    print(f"  peak RSS {r['peak_rss_mb']:.0f} MB, file {r['file_mb']:.0f} MB")
+    if "baseline" in r:
+        for phase in ("prefill", "decode"):
+            low, high = r[f"{phase}_ratio_range"]
+            print(
+                f"  {phase} / {r['baseline']}: {r[f'{phase}_ratio']:.2f} "
+                f"({low:.2f} to {high:.2f}), which did {r[f'baseline_{phase}_tps']:.1f} tok/s"
+            )
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str, typer.Argument(help="A packed model, or any other: then nothing is skipped.")
+    ],
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or to answer with --chat.")],
+    plan: Annotated[Path | None, typer.Option(help="A plan; without one: the dense model.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    top_p: Annotated[
+        float, typer.Option(help="Packed models: the likeliest tokens of this probability.")
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Packed models: that many likeliest tokens; 0: all.")
+    ] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Packed models: tokens this likely, relative to the likeliest.")
+    ] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Packed models: end before this text; repeatable.")
+    ] = None,
+    lossless: Annotated[
+        bool,
+        typer.Option(
+            "--lossless", help="Packed models: the dense model's own text, guesses read ahead."
+        ),
+    ] = False,
+    threads: ThreadsOption = None,
+    context: Annotated[
+        int | None, typer.Option(help="Packed models: tokens of cache; default: at most 4096.")
+    ] = None,
+    memory: MemoryOption = None,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt, with the plan's neurons skipped (packed model) or set to zero."""
+    loaded_plan = load_plan(plan)
+    from fallow.engine import Engine, is_packed
+
+    if is_packed(model):
+        from fallow.progress import console
+
+        engine = Engine(model, loaded_plan, threads, context=context, memory=memory)
+        if memory is not None:
+            console.print(engine.describe_memory(), highlight=False)
+        pieces = engine.generate(
+            prompt, max_new_tokens, temperature, top_p, top_k, min_p, seed, stop or (), chat,
+            lossless,
+        )  # fmt: skip
+        _print_stream(engine, prompt, pieces, as_json)
+        return
+    given = (top_p, top_k, min_p, stop, lossless, context, memory)
+    if given != (1.0, 0, 0.0, None, False, None, None):
+        raise UsageError("this option needs a packed model; make one with fallow pack")
+    loaded = load_model(model, dtype)
+    answer = loaded.generate(
+        prompt,
+        loaded_plan,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+    )
+    if as_json:
+        print_json({"prompt": prompt, "text": answer})
+    else:
+        print(answer)
+
+
+def _print_stream(engine: Any, prompt: str, pieces: Any, as_json: bool) -> None:
+    from fallow.progress import console
+
+    text = ""
+    for piece in pieces:
+        text += piece
+        if not as_json:
+            print(piece, end="", flush=True)
+    stats = engine.stats
+    if as_json:
+        print_json({"prompt": prompt, "text": text, "stats": stats.to_json()})
+        return
+    print()
+    console.print(
+        f"{stats.new_tokens} tokens, {stats.decode_tps:.1f} tok/s, "
+        f"{stats.bytes_per_token / 1e6:.0f} MB/token, first after {stats.ttft_ms:.0f} ms, "
+        f"{stats.sparsity:.0%} of neurons idle"
+        + (f", {stats.accepted} of {stats.drafted} guesses held" if stats.drafted else ""),
+        highlight=False,
+    )

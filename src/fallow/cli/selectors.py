@@ -1,0 +1,127 @@
+"""Commands of fallow select."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fallow.cli._shared import (
+    ContextOption,
+    DtypeOption,
+    JsonOption,
+    LeakageOption,
+    ModelArg,
+    TextOption,
+    app,
+    load_model,
+    load_plan,
+    numbers,
+    report_plan,
+    report_tradeoff,
+)
+from fallow.errors import UsageError
+from fallow.files import check_writable
+
+select_app = typer.Typer(
+    help="Compare and train selectors, which predict the neurons that matter.", no_args_is_help=True
+)
+app.add_typer(select_app, name="select")
+
+
+@select_app.command("compare")
+def select_compare(
+    model: ModelArg,
+    selectors: Annotated[
+        str,
+        typer.Option(help="Comma-separated; see: fallow rules. Oracle, random, static are added."),
+    ] = "gate,gate_bucket,lowbit,lowbit:gate=3:up=3",
+    sparsities: Annotated[str, typer.Option(help="Comma-separated targets, [0, 1).")] = "0.5",
+    text: TextOption = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="Text that selectors are fitted on; not --text.")
+    ] = None,
+    trained: Annotated[
+        list[Path] | None,
+        typer.Option(help="Also a plan that fallow select train wrote; repeatable."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of tables, figures and finished work.")
+    ] = Path("selectors"),
+    context: ContextOption = 1024,
+    windows: Annotated[int | None, typer.Option(help="The first N windows; default: all.")] = None,
+    calibration_windows: Annotated[int, typer.Option(help="Windows selectors are fitted on.")] = 8,
+    allow_leakage: LeakageOption = False,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Selectors at equal budget: recall, bytes, operations, PPL and KL, the model in the loop."""
+    from fallow.rules import find_rule
+    from fallow.selectors._base import Selector
+    from fallow.sweep import make_rows
+    from fallow.sweep import tradeoff as run
+
+    plans = [load_plan(path) for path in trained or []]
+    asked = (name.strip() for name in selectors.split(",") if name.strip())
+    names = list(dict.fromkeys(("oracle", "random", "static", *asked, *(p.rule for p in plans))))
+    for name in names:
+        if not issubclass(find_rule(name), Selector):
+            raise UsageError(f"{name} is a rule, not a selector; compare it with fallow tradeoff")
+    rows = make_rows(names, numbers("--sparsities", sparsities))
+    loaded = load_model(model, dtype)
+    table = run(
+        loaded,
+        rows,
+        output,
+        calibration_text=calibration_text,
+        text=text,
+        context=context,
+        windows=windows,
+        calibration_windows=calibration_windows,
+        validation_windows=1,
+        allow_leakage=allow_leakage,
+        trained=plans,
+    )
+    report_tradeoff(table, output, as_json)
+
+
+@select_app.command("train")
+def select_train(
+    model: ModelArg,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write.")],
+    rank: Annotated[int, typer.Option(help="Width of each layer's bottleneck.")] = 64,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Know the exact gate: predict up_proj alone.")
+    ] = False,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens to learn from; a shorter text is read again.")
+    ] = 300_000,
+    sparsity: Annotated[float, typer.Option(help="Share of neurons that rest, [0, 1).")] = 0.5,
+    text: TextOption = None,
+    context: ContextOption = 1024,
+    validation_windows: Annotated[int, typer.Option(help="Held-out windows that judge.")] = 4,
+    checks: Annotated[int, typer.Option(help="How often they do in the course of training.")] = 10,
+    patience: Annotated[int, typer.Option(help="Checks without a better PPL that end it.")] = 3,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train the selector learned; a plan for evaluate, and for compare. Stops and continues."""
+    from fallow.training import check_request
+    from fallow.training import train as run
+
+    check_request(rank, gate, tokens, sparsity, checks, patience)
+    check_writable(output)
+    loaded = load_model(model, dtype)
+    plan = run(
+        loaded,
+        output,
+        rank=rank,
+        gate=gate,
+        tokens=tokens,
+        sparsity=sparsity,
+        text=text,
+        context=context,
+        validation_windows=validation_windows,
+        checks=checks,
+        patience=patience,
+    )
+    report_plan(plan, output, as_json)
