@@ -87,9 +87,9 @@ Every command that writes files is started on a tiny model, killed (SIGKILL) at 
 and run again. Whatever has its final name must be whole, by reading it and against an undisturbed
 run, and the second run must end with the undisturbed run's files. Time is that of the processor,
 without imports; half of the moments are spread over all of it, half over that behind the first
-file. **Writing**: kills that found files; **temporary**: kills that left temporary files, whose
-names begin with a dot; **continued**: kills that left something which the second run goes on
-from."""
+file. **Too late**: trials besides, which found the command finished; **writing**: kills that found
+files; **temporary**: kills that left temporary files, whose names begin with a dot; **continued**:
+kills that left something which the second run goes on from."""
 
 LOAD = """
 ## Rude clients

@@ -254,7 +254,7 @@ class Tally:
     seconds: float
     first_write: float
     kills: int = 0
-    too_late: int = 0  # it had finished
+    too_late: int = 0  # besides: it had finished
     writing: int = 0  # kills after the first file
     temporary: int = 0  # kills that left temporary files
     continued: int = 0  # kills that left something to go on from
@@ -396,19 +396,22 @@ class Killer:
     def _trial(self, usual: Usual, tally: Tally) -> None:
         self._clear()
         late = min(usual.first_write, 0.8 * usual.seconds)
-        begin = late if tally.kills % 2 else 0.0
+        begin = late if (tally.kills + tally.too_late) % 2 else 0.0
         moment = float(self.rng.uniform(begin, usual.seconds))
         process = self.start()
         while (now := process.seconds) is not None and now < moment:
             time.sleep(POLL)
         if now is not None:
             process.kill()
-        tally.kills += 1
-        tally.too_late += process.wait() != -signal.SIGKILL
+        killed = process.wait() == -signal.SIGKILL
         left = files_of(self.out)
-        tally.writing += bool(left)
-        tally.temporary += any(p.name.startswith(".") for p in self.out.rglob("*"))
-        tally.continued += any(_matches(name, self.command.state) for name in left)
+        if killed:
+            tally.kills += 1
+            tally.writing += bool(left)
+            tally.temporary += any(p.name.startswith(".") for p in self.out.rglob("*"))
+            tally.continued += any(_matches(name, self.command.state) for name in left)
+        else:
+            tally.too_late += 1
         problems = [*self._problems(left, usual), *self._again(usual)]
         tally.defects += [f"killed after {moment:.3f} s: {problem}" for problem in problems]
 
