@@ -5,6 +5,7 @@ Half an hour to an hour of one core each; a stopped step goes on where it was:
     python benchmarks/reliability.py fuzz        # damaged files of every format
     python benchmarks/reliability.py kill        # every command that writes, killed at any moment
     python benchmarks/reliability.py load        # many clients at one server: two minutes
+    python benchmarks/reliability.py pages       # reports in a browser; Qwen's takes half an hour
     python benchmarks/reliability.py --report    # writes docs/results/reliability.md
 """
 
@@ -26,7 +27,7 @@ KILLS = 15  # of each command
 
 
 def steps() -> dict[str, Callable[[], None]]:
-    return {"fuzz": fuzz, "kill": kill, "load": load}
+    return {"fuzz": fuzz, "kill": kill, "load": load, "pages": pages}
 
 
 def fuzz() -> None:
@@ -61,6 +62,15 @@ def load() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pack("smollm2", Path(folder) / "model.gguf")
         keep("smollm2", lambda: run(Path(folder) / "model.gguf"))
+
+
+def pages() -> None:
+    """Reports in a browser: see pages.py."""
+    from pages import measure
+
+    keep = keeper(RESULTS / "pages")
+    for name in ("smollm2", "gemma3", "qwen2.5-1.5b"):
+        keep(name, lambda n=name: measure(n))
 
 
 # Report ------------------------------------------------------------------------------------------
@@ -99,11 +109,17 @@ some read them as a stream, some leave in the middle of their own request or of 
 send garbage. Told to come back (429) they do. Every answer must be the engine's own to that prompt,
 and memory must not grow."""
 
+PAGES = """
+## Reports
+
+`fallow report` with its own settings, opened in headless Chromium at the width of a phone and of a
+desk, until the page has loaded and its first figure is drawn; five times each, in a new browser."""
+
 
 def report() -> str:
     lines = [INTRODUCTION]
     for name, table in (
-        ("fuzz", _fuzz_lines), ("kill", _kill_lines), ("load", _load_lines)
+        ("fuzz", _fuzz_lines), ("kill", _kill_lines), ("load", _load_lines), ("pages", _page_lines)
     ):  # fmt: skip
         path = RESULTS / name / "result.json"
         if path.exists():
@@ -153,6 +169,21 @@ def _load_lines(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"\nMemory besides the model's file: {before:.1f} MB after {first} requests, "
             f"{after:.1f} MB after {last}."
+        )
+    return lines
+
+
+def _page_lines(rows: list[dict[str, Any]]) -> list[str]:
+    kinds = list(rows[0]["seconds"])
+    lines = [
+        f"{PAGES}\n\n| report | MB | figures | {', '.join(kinds)}: median (most), seconds "
+        "| errors on the console |\n" + "|---" * 5 + "|"
+    ]
+    for r in rows:
+        times = (f"{r['seconds'][k]['median']:.2f} ({r['seconds'][k]['most']:.2f})" for k in kinds)
+        lines.append(
+            f"| {r['model']} | {r['mb']:.1f} | {r['figures']} | {', '.join(times)} "
+            f"| {len(r['faults'])} |"
         )
     return lines
 
