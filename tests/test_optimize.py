@@ -193,6 +193,7 @@ def test_optimize(
     used = [engine.plan.arrays[f"threshold.{s}"].any() for s in ("gate_act", "inter")]
     assert ("two_stage" in result.selector) == any(used)
     assert ("shortlist" in result.selector) == (engine.plan.arrays["head_margin"][0] > 0)
+    assert ("shortlist" in result.selector) == ("lm_head_coarse.codes" in engine.file.tensors)
     assert (result.bytes_ratio < 1) == (result.selector != "dense")
     if name == "opt":
         assert not used[0]
@@ -222,6 +223,7 @@ def test_a_shortlist_that_costs_too_much_is_left_out(
     )  # fmt: skip
     assert result.selector == "two_stage"
     assert result.validation_ppl_change_percent <= 20.0
+    assert "lm_head_coarse.codes" not in Engine(output).file.tensors
 
 
 def test_dearer_bytes_mean_more_sparsity(

@@ -174,6 +174,8 @@ def optimize(
         plan, loss = _search(candidates, costs, source, engine, validation, max_ppl_increase)
         if prefer == "speed":
             plan = _fastest_part(engine, plan)
+        if plan.arrays["head_margin"][0] == 0:
+            packer.leave_out_coarse_head()
         packer.write(dense, plan)
     costs_path.unlink(missing_ok=True)
     engine = Engine(output, threads=threads, context=context)

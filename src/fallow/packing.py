@@ -46,6 +46,7 @@ OUTLIER_WINDOWS = 2
 # 0.60 with 16 of WikiText-2's validation text, 0.58 with 64 of 256; 0.59 with 32 of the reference
 # beside them, which on code makes 0.78 of 0.95.
 HEAD_CONTEXT, HEAD_WINDOWS, HEAD_DEFAULT_WINDOWS = 256, 64, 32
+COARSE_HEAD = ("lm_head_coarse.codes", "lm_head_coarse.bias")
 # Types for down_proj_t from a GGUF source, smallest first; the K types need rows of whole 256s.
 DOWN_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
 DOWN_TYPES_NARROW = ("Q5_0", "Q5_1", "Q8_0")
@@ -161,6 +162,10 @@ class Packer:
     def context_length(self) -> int:
         """Tokens that the packed model is made for."""
         return self._source.context_length
+
+    def leave_out_coarse_head(self) -> None:
+        """Files written from now on have none: their plan does not use it."""
+        self._matrices = {k: v for k, v in self._matrices.items() if k not in COARSE_HEAD}
 
     def write(
         self, output: str | Path, plan: Plan | None = None, n_threads: int | None = None
@@ -342,10 +347,8 @@ class _Source:
         codes, bias = coarse_head(weight.numpy(), moment.numpy(), mean.numpy())
         if head.bias is not None:
             bias = bias + _floats(head.bias)
-        return {
-            "lm_head_coarse.codes": Matrix("I8", codes.shape, codes),
-            "lm_head_coarse.bias": Matrix("F32", bias.shape, bias),
-        }
+        parts = Matrix("I8", codes.shape, codes), Matrix("F32", bias.shape, bias)
+        return dict(zip(COARSE_HEAD, parts, strict=True))
 
     def _spread_windows(self, text: Text, count: int) -> np.ndarray:
         context = min(HEAD_CONTEXT, self.config.max_position_embeddings)
