@@ -41,7 +41,9 @@ def measure(name: str) -> dict[str, Any]:
                 view.on("console", lambda message: faults.append(message.text))
                 start = time.monotonic()
                 view.goto(page.as_uri(), wait_until="load")
-                view.locator(".main-svg").first.wait_for()
+                first = view.locator(".drawing").first
+                first.scroll_into_view_if_needed()
+                first.locator(".main-svg").first.wait_for()
                 seconds.append(time.monotonic() - start)
                 found["figures"] = view.locator(".drawing").count()
                 browser.close()

@@ -485,13 +485,17 @@ def _search(
         rates = _loss_rates(candidates, costs, engine, judge, limit)
         costs = {t: rates[k] * costs[t] for k, taps in candidates.kinds.items() for t in taps}
     low, high = LOWEST_PRICE, HIGHEST_PRICE
+    judged: dict[bytes, tuple[float, float, int]] = {}  # near prices may choose the same
     with progress("search", PRICE_STEPS) as ticker:
         for _ in range(PRICE_STEPS):
             price = (low + high) / 2
             choice = candidates.choose(costs, 10**price)
             plan = candidates.plan(choice, head_margin)
             engine.use_plan(plan)
-            change, error, seen = judge.change()
+            key = np.stack(list(choice.values())).tobytes()
+            if key not in judged:
+                judged[key] = judge.change()
+            change, error, seen = judged[key]
             shares = ", ".join(f"{t} {GRID[choice[t]].mean():.0%}" for t in candidates.taps)
             console.print(
                 f"price 10^{price:.2f}: {shares}: PPL {change:+.2f} ± {error:.2f} % "
