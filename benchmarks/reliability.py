@@ -69,7 +69,7 @@ def pages() -> None:
     from pages import measure
 
     keep = keeper(RESULTS / "pages")
-    for name in ("smollm2", "gemma3", "qwen2.5-1.5b"):
+    for name in ("smollm2", "qwen2.5-1.5b", "gemma3"):
         keep(name, lambda n=name: measure(n))
 
 
