@@ -30,7 +30,7 @@ test: install lint
 test-sanitize: install
 	scripts/sanitize.sh $(abspath $(BIN)/python)
 
-# A hundred thousand damaged files; SEED=7 takes others. Some forty minutes of one core.
+# A hundred thousand damaged files; SEED=7 takes others. Some ten minutes of one core.
 SEED ?= 0
 CASES ?= 100000
 fuzz: install

@@ -1,11 +1,11 @@
 """Damaged files, sudden death, rude clients: a hundred thousand files and hundreds of kills.
 
-Half an hour to an hour of one core each; a stopped step goes on where it was:
+Some ten minutes of one core each; a stopped step goes on where it was:
 
     python benchmarks/reliability.py fuzz        # damaged files of every format
     python benchmarks/reliability.py kill        # every command that writes, killed at any moment
     python benchmarks/reliability.py load        # many clients at one server: two minutes
-    python benchmarks/reliability.py pages       # reports in a browser; Qwen's takes half an hour
+    python benchmarks/reliability.py pages       # reports in a browser; makes them first: an hour
     python benchmarks/reliability.py --report    # writes docs/results/reliability.md
 """
 
