@@ -23,11 +23,6 @@ ModelArg = Annotated[
     ),
 ]
 PackedArg = Annotated[Path, typer.Argument(help="A file that fallow pack wrote.")]
-LayersOption = Annotated[str | None, typer.Option(help="Such as 0,13,27; default: all.")]
-TestStoreOption = Annotated[
-    Path | None, typer.Option(help="A store to score on; default: the last windows.")
-]
-HeldOutOption = Annotated[float, typer.Option(help="Share of the windows to score on.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="Default: all processors.")]
 MemoryOption = Annotated[
     str | None,
@@ -41,11 +36,6 @@ TextOption = Annotated[
 ]
 WorkersOption = Annotated[
     int, typer.Option(min=1, help="Processes of Ray (pip install 'fallow[ray]'); 1: this one.")
-]
-RuleSparsityOption = Annotated[float | None, typer.Option(help="Of the rule; default: 0.5.")]
-PlanForRuleOption = Annotated[Path | None, typer.Option(help="A plan, in place of a rule.")]
-RuleTextOption = Annotated[
-    Path | None, typer.Option(help="What the rule is fitted on, as --text of calibrate.")
 ]
 ContextOption = Annotated[int, typer.Option(help="Tokens per window.")]
 DtypeOption = Annotated[
@@ -96,19 +86,11 @@ def plus_minus(value: float, error: float | None, digits: int) -> str:
     return f"{value:.{digits}f}{spread}"
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
 def numbers(option: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise UsageError(f"{option} {text!r} is not a list of numbers such as 0.3,0.5") from error
-
-
-def layer_numbers(text: str | None) -> list[int] | None:
-    return None if text is None else [int(n) for n in numbers("--layers", text)]
 
 
 def report_tradeoff(table: list[dict[str, Any]], output: Path, as_json: bool) -> None:
@@ -165,19 +147,14 @@ def report_tradeoff(table: list[dict[str, Any]], output: Path, as_json: bool) ->
     print(f"written: {output}/table.csv, table.json, {names}")
 
 
-def write_plan(plan: Any, output: Path, as_json: bool) -> None:
-    plan.save(output)
-    report_plan(plan, output, as_json)
-
-
 def report_plan(plan: Any, output: Path, as_json: bool) -> None:
     if as_json:
         print_json({**plan.metadata, "path": str(output)})
         return
-    _print_plan(plan, str(output))
+    print_plan(plan, str(output))
 
 
-def _print_plan(plan: Any, path: str) -> None:
+def print_plan(plan: Any, path: str) -> None:
     print(f"plan {path}")
     for name, value in plan.metadata.items():
         if value is not None and value != "":

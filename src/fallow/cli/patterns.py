@@ -9,22 +9,15 @@ import typer
 from fallow.cli._shared import (
     ContextOption,
     DtypeOption,
-    HeldOutOption,
     JsonOption,
-    LayersOption,
     ModelArg,
-    PlanForRuleOption,
-    RuleSparsityOption,
-    RuleTextOption,
-    TestStoreOption,
     TextOption,
     ThreadsOption,
     WorkersOption,
     app,
-    layer_numbers,
     load_model,
     load_plan,
-    mean,
+    numbers,
     print_json,
     print_table,
 )
@@ -35,6 +28,17 @@ patterns_app = typer.Typer(
     help="Collect and cluster patterns: which neurons are active.", no_args_is_help=True
 )
 app.add_typer(patterns_app, name="patterns")
+
+LayersOption = Annotated[str | None, typer.Option(help="Such as 0,13,27; default: all.")]
+TestStoreOption = Annotated[
+    Path | None, typer.Option(help="A store to score on; default: the last windows.")
+]
+HeldOutOption = Annotated[float, typer.Option(help="Share of the windows to score on.")]
+RuleSparsityOption = Annotated[float | None, typer.Option(help="Of the rule; default: 0.5.")]
+PlanForRuleOption = Annotated[Path | None, typer.Option(help="A plan, in place of a rule.")]
+RuleTextOption = Annotated[
+    Path | None, typer.Option(help="What the rule is fitted on, as --text of calibrate.")
+]
 
 
 @patterns_app.command("collect")
@@ -170,10 +174,10 @@ def patterns_similarity(
 def _print_similarity(r: dict[str, Any]) -> None:
     names = ("agreement", "jaccard", "kappa_unrelated", "kappa_frequency")
     rows = [
-        [f"{row['edited']:.0%}", row["stratum"], *(f"{mean(row[n]):.4f}" for n in names)]
+        [f"{row['edited']:.0%}", row["stratum"], *(f"{_mean(row[n]):.4f}" for n in names)]
         for row in r["rows"]
     ]
-    unrelated, frequency = mean(r["unrelated_agreement"]), mean(r["frequency_agreement"])
+    unrelated, frequency = _mean(r["unrelated_agreement"]), _mean(r["frequency_agreement"])
     print_table(
         f"{r['documents']} documents, {r['kind']}, mean of layers; unrelated tokens agree "
         f"{unrelated:.4f}, by frequency {frequency:.4f}",
@@ -187,7 +191,7 @@ def _print_variants(variants: list[dict[str, Any]]) -> None:
     for v in variants:
         cells = [v["sample"], v["variant"], f"{v['prefix_tokens'] / v['tokens']:.0%}"]
         for name in ("prefix", "row_by_row", "behind", "aligned", "shifted"):
-            cells.append("-" if v[name] is None else f"{mean(v[name]):.4f}")
+            cells.append("-" if v[name] is None else f"{_mean(v[name]):.4f}")
         rows.append([*cells, f"{v['best_shift']:+d}"])
     columns = ["sample", "variant", "shared prefix", "in it", "row by row", "behind it", "aligned"]
     print_table("agreement, mean of layers", [*columns, "shifted", "by rows"], rows)
@@ -229,7 +233,7 @@ def patterns_cluster(
         budget,
         algorithm=algorithm,
         tap=tap,
-        layers=layer_numbers(layers),
+        layers=_layers(layers),
         test=None if test is None else PatternStore(test),
         held_out=held_out,
         seed=seed,
@@ -282,7 +286,7 @@ def patterns_predict(
         features=[name.strip() for name in features.split(",") if name.strip()],
         test=None if test is None else PatternStore(test),
         held_out=held_out,
-        layers=layer_numbers(layers),
+        layers=_layers(layers),
         hidden=hidden,
         epochs=epochs,
         seed=seed,
@@ -304,3 +308,11 @@ def patterns_predict(
         ["layer", "right", *names],
         rows,
     )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _layers(text: str | None) -> list[int] | None:
+    return None if text is None else [int(n) for n in numbers("--layers", text)]

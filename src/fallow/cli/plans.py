@@ -1,7 +1,7 @@
 """Commands that make plans and look at them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,12 +11,12 @@ from fallow.cli._shared import (
     JsonOption,
     ModelArg,
     TextOption,
-    _print_plan,
     app,
     load_model,
     load_plan,
     print_json,
-    write_plan,
+    print_plan,
+    report_plan,
 )
 from fallow.files import check_writable
 
@@ -61,7 +61,7 @@ def calibrate(
         windows=windows,
         validation_windows=validation_windows,
     )
-    write_plan(plan, output, as_json)
+    _write_plan(plan, output, as_json)
 
 
 @plan_app.command("show")
@@ -74,7 +74,7 @@ def plan_show(
         arrays = {name: array.tolist() for name, array in plan.arrays.items()}
         print_json({**plan.metadata, "arrays": arrays})
         return
-    _print_plan(plan, str(file))
+    print_plan(plan, str(file))
 
 
 @plan_app.command("import")
@@ -94,7 +94,7 @@ def plan_import(
     from fallow.published import import_thresholds
 
     plan = import_thresholds(file, loaded, knob)
-    write_plan(plan, output, as_json)
+    _write_plan(plan, output, as_json)
 
 
 @app.command()
@@ -115,3 +115,8 @@ def export(
         print_json({"path": str(output), "rule": loaded_plan.rule})
         return
     print(f"written: {output}; in Python: fallow.load_sparse({str(output)!r})")
+
+
+def _write_plan(plan: Any, output: Path, as_json: bool) -> None:
+    plan.save(output)
+    report_plan(plan, output, as_json)
