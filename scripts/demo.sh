@@ -7,8 +7,14 @@ out=$2
 mkdir -p "$out"
 
 run() {
+    local word
     printf '\n$ fallow'
-    printf ' %q' "$@"
+    for word; do
+        case $word in
+            *[!A-Za-z0-9_./,-]*) printf " '%s'" "$word" ;;
+            *) printf ' %s' "$word" ;;
+        esac
+    done
     printf '\n'
     "$fallow" "$@"
 }
@@ -29,3 +35,4 @@ run evaluate "$out/smollm2.gguf" --plan "$out/tail.plan" --windows 4
 
 printf '\nEverything is in %s:\n' "$(cd "$out" && pwd)"
 (cd "$out" && find . -type f | sort)
+printf '\nNext: a model with more to win, docs/tutorial.md.\n'

@@ -215,5 +215,5 @@ class _Screen:
             f"{stats.new_tokens} tokens, {stats.decode_tps:.1f} tok/s, "
             f"{stats.bytes_per_token / 1e6:.0f} MB/token, {stats.sparsity:.0%} of neurons idle, "
             f"first after {stats.ttft_ms:.0f} ms, {stats.cached_tokens} of {stats.prompt_tokens} "
-            "tokens of the prompt were there already"
+            "prompt tokens kept from before"
         )
