@@ -1,7 +1,10 @@
 """Tiny random models of every architecture, saved as Hugging Face folders. No downloads."""
 
+import json
 import os
+import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import fallow
+from fallow import cli
 from fallow.calibration import Calibrator
 from fallow.engine import Engine
 from fallow.models import ARCHITECTURES
@@ -181,3 +185,29 @@ def wikitext() -> tuple[Path, Path]:
         if not path.exists():
             pytest.skip(f"{path} is missing; set FALLOW_DATA")
     return paths
+
+
+class Result(NamedTuple):
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command in this process."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["fallow", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return Result(int(stop.value.code or 0), captured.out, captured.err)
+
+    return call

@@ -3,7 +3,6 @@
 import json
 import re
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,7 +15,7 @@ import pytest
 
 import fallow
 from conftest import TALK, make_folder
-from fallow import cli, explanation
+from fallow import explanation
 from fallow.errors import FallowError, UsageError
 from fallow.explanation import (
     RANDOM,
@@ -386,18 +385,6 @@ def test_our_own_server(tmp_path: Path, neuron: Neuron) -> None:
 
 
 # The command -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fallow", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def test_command(run: Any, serve: Any, folders: dict[str, Path], texts: Texts) -> None:

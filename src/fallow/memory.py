@@ -23,6 +23,7 @@ HEAD_ROWS = 16384  # of the head, in memory
 EMBEDDING_ROWS = 64  # of an embedding that is not the head: a block of prefill
 RANGE = 4_000_000  # bytes at once where all of such a matrix is read
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+COARSE_HEAD = ("lm_head_coarse.codes", "lm_head_coarse.bias")
 STREAMED = ("gate_proj", "up_proj", "down_proj_t")
 # What the process takes after the engine is ready: logits, the sampler's and Python's arrays.
 RESERVE = 24_000_000
@@ -112,7 +113,7 @@ def parts_of(file: GgufFile, coarse_head: bool) -> list[Part]:
 
     An embedding that is not the head too is left out: of it a token needs one row, from the file.
     """
-    unused = {"plan"} if coarse_head else {"plan", "lm_head_coarse.codes", "lm_head_coarse.bias"}
+    unused = {"plan"} if coarse_head else {"plan", *COARSE_HEAD}
     if HEAD in file.tensors:
         unused.add(EMBEDDING)
     return [

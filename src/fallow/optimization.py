@@ -26,6 +26,7 @@ from fallow.engine import Engine
 from fallow.errors import FallowError, UsageError
 from fallow.evaluation import dense_logits, window_losses
 from fallow.files import JsonLines, atomic_path, check_writable, fits
+from fallow.memory import COARSE_HEAD
 from fallow.metrics import ppl_change_percent
 from fallow.model import Model
 from fallow.packing import Packer
@@ -209,7 +210,7 @@ class Candidates:
         self.calibration = Calibration(model, windows)
         self.weights = gate_weights(self.calibration)
         tensors = engine.file.tensors
-        coarse = tensors.get("lm_head_coarse.codes")
+        coarse = tensors.get(COARSE_HEAD[0])
         self.head_margin = HEAD_MARGIN if coarse else 0.0
         self.head_limit = max(HEAD_LEAST, int(coarse.shape[0] * HEAD_SHARE)) if coarse else 0
 
@@ -491,9 +492,9 @@ def _search(
             price = (low + high) / 2
             choice = candidates.choose(costs, 10**price)
             plan = candidates.plan(choice, head_margin)
-            engine.use_plan(plan)
             key = np.stack(list(choice.values())).tobytes()
             if key not in judged:
+                engine.use_plan(plan)
                 judged[key] = judge.change()
             change, error, seen = judged[key]
             shares = ", ".join(f"{t} {GRID[choice[t]].mean():.0%}" for t in candidates.taps)

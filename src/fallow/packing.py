@@ -20,6 +20,7 @@ from fallow.engine import PACKED_VERSION, Engine
 from fallow.errors import FallowError, UsageError
 from fallow.evaluation import final_hidden, logits_of
 from fallow.files import atomic_path, check_writable
+from fallow.memory import COARSE_HEAD
 from fallow.model import Model, find_model, load
 from fallow.plan import Plan
 from fallow.planes import PLANE_TYPES, split_planes
@@ -46,7 +47,6 @@ OUTLIER_WINDOWS = 2
 # 0.60 with 16 of WikiText-2's validation text, 0.58 with 64 of 256; 0.59 with 32 of the reference
 # beside them, which on code makes 0.78 of 0.95.
 HEAD_CONTEXT, HEAD_WINDOWS, HEAD_DEFAULT_WINDOWS = 256, 64, 32
-COARSE_HEAD = ("lm_head_coarse.codes", "lm_head_coarse.bias")
 # Types for down_proj_t from a GGUF source, smallest first; the K types need rows of whole 256s.
 DOWN_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
 DOWN_TYPES_NARROW = ("Q5_0", "Q5_1", "Q8_0")

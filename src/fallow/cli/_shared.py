@@ -43,6 +43,8 @@ DtypeOption = Annotated[
     typer.Option(help="float32, bfloat16, float16; auto: float32 up to 1e9 weights."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="End stdout with one JSON document.")]
+PackedPlanOption = Annotated[Path | None, typer.Option(help="A plan; default: the packed one.")]
+CacheOption = Annotated[int | None, typer.Option(help="Tokens of cache; default: at most 4096.")]
 LeakageOption = Annotated[
     bool,
     typer.Option("--allow-leakage", help="Evaluate on the calibration text all the same."),
@@ -84,6 +86,10 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def plus_minus(value: float, error: float | None, digits: int) -> str:
     spread = "" if error is None else f" ± {error:.{digits}f}"
     return f"{value:.{digits}f}{spread}"
+
+
+def split_names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def numbers(option: str, text: str) -> list[float]:

@@ -17,6 +17,7 @@ from fallow.cli._shared import (
     plus_minus,
     print_json,
     print_table,
+    split_names,
 )
 from fallow.errors import UsageError
 from fallow.files import check_writable
@@ -222,7 +223,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """One HTML file of all that can be seen of models: for a phone too, offline; resumable."""
-    names = [name.strip() for name in rules.split(",") if name.strip()]
+    names = split_names(rules)
     targets = numbers("--sparsities", sparsities)
     from fallow.reporting.page import report as run
 

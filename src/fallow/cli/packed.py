@@ -12,6 +12,7 @@ from fallow.cli._shared import (
     MemoryOption,
     ModelArg,
     PackedArg,
+    PackedPlanOption,
     TextOption,
     ThreadsOption,
     app,
@@ -135,7 +136,7 @@ def optimize(
 @app.command()
 def bench(
     file: PackedArg,
-    plan: Annotated[Path | None, typer.Option(help="A plan; default: the packed one.")] = None,
+    plan: PackedPlanOption = None,
     against: Annotated[
         str | None, typer.Option(help="Also time another engine: llama.cpp or openvino.")
     ] = None,

@@ -20,6 +20,7 @@ from fallow.cli._shared import (
     numbers,
     print_json,
     print_table,
+    split_names,
 )
 from fallow.errors import UsageError
 from fallow.files import check_writable
@@ -283,7 +284,7 @@ def patterns_predict(
     report = predict_clusters(
         PatternStore(store),
         codebooks,
-        features=[name.strip() for name in features.split(",") if name.strip()],
+        features=split_names(features),
         test=None if test is None else PatternStore(test),
         held_out=held_out,
         layers=_layers(layers),

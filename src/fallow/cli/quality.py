@@ -23,6 +23,7 @@ from fallow.cli._shared import (
     print_json,
     print_table,
     report_tradeoff,
+    split_names,
 )
 from fallow.errors import UsageError
 
@@ -205,7 +206,7 @@ def tradeoff(
     as_json: JsonOption = False,
 ) -> None:
     """One table and one figure of PPL and KL against sparsity; stops and continues."""
-    names = list(dict.fromkeys(name.strip() for name in rules.split(",") if name.strip()))
+    names = list(dict.fromkeys(split_names(rules)))
     targets = numbers("--sparsities", sparsities)
     increases = numbers("--max-ppl-increases", max_ppl_increases)
     from fallow.sweep import make_rows

@@ -18,6 +18,7 @@ from fallow.cli._shared import (
     numbers,
     report_plan,
     report_tradeoff,
+    split_names,
 )
 from fallow.errors import UsageError
 from fallow.files import check_writable
@@ -61,7 +62,7 @@ def select_compare(
     from fallow.sweep import tradeoff as run
 
     plans = [load_plan(path) for path in trained or []]
-    asked = (name.strip() for name in selectors.split(",") if name.strip())
+    asked = split_names(selectors)
     names = list(dict.fromkeys(("oracle", "random", "static", *asked, *(p.rule for p in plans))))
     for name in names:
         if not issubclass(find_rule(name), Selector):

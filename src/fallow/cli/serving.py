@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 
 from fallow.cli._shared import (
+    CacheOption,
     DtypeOption,
     JsonOption,
     MemoryOption,
     PackedArg,
+    PackedPlanOption,
     ThreadsOption,
     app,
     load_plan,
@@ -24,7 +26,7 @@ SERVER_RESERVE = 32_000_000  # bytes of a memory budget for requests and respons
 @app.command()
 def chat(
     file: PackedArg,
-    plan: Annotated[Path | None, typer.Option(help="A plan; default: the packed one.")] = None,
+    plan: PackedPlanOption = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0: the most likely token.")] = 0.7,
@@ -33,9 +35,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     stats: Annotated[bool, typer.Option("--stats", help="Show sparsity and speed.")] = False,
     threads: ThreadsOption = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of cache; default: at most 4096.")
-    ] = None,
+    context: CacheOption = None,
     memory: MemoryOption = None,
 ) -> None:
     """Talk to a packed model; /help tells the commands."""
@@ -51,7 +51,7 @@ def chat(
 @app.command()
 def serve(
     file: PackedArg,
-    plan: Annotated[Path | None, typer.Option(help="A plan; default: the packed one.")] = None,
+    plan: PackedPlanOption = None,
     host: Annotated[str, typer.Option(help="0.0.0.0: other machines may ask too.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8080,
     name: Annotated[
@@ -65,9 +65,7 @@ def serve(
     max_body: Annotated[str, typer.Option(help="Largest request.")] = "1MB",
     grace: Annotated[float, typer.Option(min=0, help="Seconds to finish, at the end.")] = 30.0,
     threads: ThreadsOption = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of cache; default: at most 4096.")
-    ] = None,
+    context: CacheOption = None,
     memory: MemoryOption = None,
 ) -> None:
     """Serve a packed model to clients of OpenAI's API."""
