@@ -54,7 +54,7 @@ nb::dict gguf_header(Bytes data) {
   }
   nb::dict fields;
   for (auto& field : header.fields)
-    fields[field.name.c_str()] = field.is_array ? nb::cast(std::move(field.values))
+    fields[nb::cast(field.name)] = field.is_array ? nb::cast(std::move(field.values))
                                                 : nb::cast(std::move(field.values[0]));
   nb::list tensors;
   for (const auto& tensor : header.tensors)

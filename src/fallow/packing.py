@@ -151,7 +151,8 @@ class Packer:
         self._matrices = self._source.matrices(quant)
         if self._source.has_coarse_head if shortlist is None else shortlist:
             self._matrices |= self._source.coarse_head(calibration_text)
-        self._reference = _Reference(self.model, load_text(text, "evaluation"))
+        check_text = load_text(text, "evaluation")
+        self._reference = _Reference(self.model, check_text, self.context_length)
 
     @property
     def model(self) -> Model:
@@ -351,12 +352,12 @@ class _Source:
         return dict(zip(COARSE_HEAD, parts, strict=True))
 
     def _spread_windows(self, text: Text, count: int) -> np.ndarray:
-        context = min(HEAD_CONTEXT, self.config.max_position_embeddings)
+        context = min(HEAD_CONTEXT, self.context_length)
         windows = self.model.windows(text, context)
         return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
 
     def _calibration_windows(self, limit: int) -> np.ndarray:
-        context = min(CHECK_CONTEXT, self.config.max_position_embeddings)
+        context = min(CHECK_CONTEXT, self.context_length)
         return self.model.windows(load_text(None, "calibration"), context, limit)
 
     @cached_property
@@ -459,9 +460,11 @@ class _Source:
         """Up to where the frequencies hold; stretched ones change beyond the original context."""
         parameters = getattr(self.config, "rope_parameters", None) or {}
         longest = self.config.max_position_embeddings
-        if parameters.get("rope_type") in ("longrope", "dynamic"):
-            return int(parameters.get("original_max_position_embeddings") or longest)
-        return longest
+        # Gemma 3 has parameters for each kind of layer.
+        for one in (parameters, *parameters.values()):
+            if isinstance(one, dict) and one.get("rope_type") in ("longrope", "dynamic"):
+                longest = min(longest, one.get("original_max_position_embeddings") or longest)
+        return int(longest)
 
     @property
     def sliding_windows(self) -> list[int]:
@@ -666,8 +669,8 @@ def _add(writer: Any, key: str, value: Any) -> None:
 class _Reference:
     """The source's own logits on the check's text, computed once."""
 
-    def __init__(self, model: Model, text: Text) -> None:
-        context = min(CHECK_CONTEXT, model.module.config.max_position_embeddings)
+    def __init__(self, model: Model, text: Text, context_length: int) -> None:
+        context = min(CHECK_CONTEXT, context_length)
         self.windows = model.windows(text, context, CHECK_WINDOWS)
         self.model = model
         with progress("self-check of the source", len(self.windows)) as ticker:
