@@ -217,6 +217,7 @@ def test_config_of_real_models(folders: dict[str, Path], copy: Path) -> None:
         "logits_scaling": 1.0,
         "max_window_layers": 21,
         "num_experts": 0,
+        "residual_dropout": 0.1,
         "quantization_config": None,
         "rope_interleaved": False,
         "rope_scaling": None,

@@ -430,12 +430,13 @@ def _check_use(folder: Path, architecture: Architecture, module: Any) -> None:
     prefix = f"{module.base_model_prefix}."  # may be left out in files
     for tensor in read_safetensors(folder):
         name = tensor.name if tensor.name in used else prefix + tensor.name.removeprefix(prefix)
-        if name in used and tensor.type not in ("F32", "F16", "BF16", "F64"):
+        is_float = tensor.type in ("F32", "F16", "BF16", "F64")
+        if name in used and not is_float:
             raise FallowError(
                 f"{folder}: tensor {tensor.name} has the type {tensor.type}; give a folder with "
                 "weights in F32, F16 or BF16"
             )
-        is_weight = tensor.type in ("F32", "F16", "BF16") and name.endswith((".weight", ".bias"))
+        is_weight = is_float and name.endswith((".weight", ".bias"))
         if name not in used and is_weight and name.startswith(f"{architecture.layers}."):
             raise FallowError(
                 f"{folder} has a tensor {tensor.name} that {architecture.model_type} models of "

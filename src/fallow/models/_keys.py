@@ -69,11 +69,10 @@ def check_gguf_keys(file: GgufFile) -> None:
         )
 
 
-# Names in a config.json that say how to compute. What shows in the tensors (biases, norms, experts)
-# need not be here, but gives the better reason.
+# Names in a config.json that say how to compute. Biases and norms show in the tensors.
 _COMPUTES = re.compile(
-    "rope|rotary|scal|softcap|multiplier|expert|moe|window|sliding|layer_types|alibi|residual|logn|"
-    "clamp|clip|mup|bidirectional|causal|quant|compress|per_layer"
+    "^(?!.*dropout).*(rope|rotary|scal|softcap|multiplier|expert|moe|window|sliding|layer_types|"
+    "alibi|residual|logn|clamp|clip_qkv|mup|bidirectional|causal|quant|compress|per_layer)"
 )
 # What transformers' classes take besides their attributes, and what has no effect by itself.
 _CONFIG_NOTES = ("rope_theta", "rope_scaling", "partial_rotary_factor", "max_window_layers")
@@ -99,7 +98,7 @@ def check_config(architecture: Architecture, config: dict[str, Any], where: str)
     config_class = getattr(transformers, architecture.hf_class).config_class
     known = {*vars(config_class()), *architecture.config_keys, *_CONFIG_NOTES}
     for name, value in config.items():
-        is_known = name in known or name[0] == "_" or not _COMPUTES.search(name)
+        is_known = name in known or name.startswith("_") or not _COMPUTES.search(name)
         if (name in _NOT_COMPUTED or not is_known) and not _has_no_effect(name, value, config):
             remedy = "give the model that was quantised" if "quant" in name else _WITHOUT
             raise FallowError(
@@ -132,10 +131,11 @@ def _has_no_effect(name: str, value: Any, config: dict[str, Any]) -> bool:
 
 def _ropes(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What a config says of its rotary embeddings, of each kind of layer."""
-    for name in ("rope_parameters", "rope_scaling"):
-        found = config.get(name)
-        found = found if isinstance(found, dict) else {}
-        yield from [one for one in found.values() if isinstance(one, dict)] or [found]
+    found = [
+        config[k] for k in ("rope_parameters", "rope_scaling") if isinstance(config.get(k), dict)
+    ]
+    for ropes in found or [{}]:
+        yield from [one for one in ropes.values() if isinstance(one, dict)] or [ropes]
 
 
 def _check_rope(
