@@ -153,7 +153,7 @@ def test_parts_that_are_not_all_there(tiny: dict[str, fallow.Model], tmp_path: P
     assert message(second) == f"GGUF M is part 2 of 3; give part 1, {first.name}"
     kept = third.read_bytes()
     third.unlink()
-    assert message(first) == f"GGUF M is part 1 of 3; part 3, {third}, is missing"
+    assert message(first) == f"GGUF M is part 1 of 3; part 3, {third}, is missing; add it"
     shutil.copy(second, third)
     assert message(first, third) == "GGUF M is not part 3 of 3; download it again"
     third.write_bytes(kept)
@@ -194,7 +194,7 @@ def test_packed_model_in_parts(folders: dict[str, Path], tmp_path: Path) -> None
     writer.write_tensors_to_file()
     writer.close()
     first = min(tmp_path.glob("p-*.gguf"))
-    with pytest.raises(FallowError, match=r"is part 1 of \d of a packed model; join them"):
+    with pytest.raises(FallowError, match=r"is part 1 of \d of a packed model; pack it again"):
         is_packed(first)
 
 

@@ -120,12 +120,12 @@ def _join_parts(first: GgufFile, count: int) -> GgufFile:
     if number != 0:
         raise FallowError(f"{where} {number + 1} of {count}; give part 1, {names[0]}")
     if "fallow.version" in first.metadata:
-        raise FallowError(f"{where} 1 of {count} of a packed model; join them: llama-gguf-split")
+        raise FallowError(f"{where} 1 of {count} of a packed model; pack it again, in one piece")
     tensors = dict(first.tensors)
     for i, name in enumerate(names[1:], 1):
         path = first.path.with_name(name)
         if not path.exists():
-            raise FallowError(f"{where} 1 of {count}; part {i + 1}, {path}, is missing")
+            raise FallowError(f"{where} 1 of {count}; part {i + 1}, {path}, is missing; add it")
         part = _read_part(path)
         if (part.get("split.no", None), part.get("split.count", None)) != (i, count):
             raise FallowError(f"GGUF {path} is not part {i + 1} of {count}; download it again")
