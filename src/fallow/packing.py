@@ -378,7 +378,7 @@ class _Source:
         parts = Matrix("I8", codes.shape, codes), Matrix("F32", bias.shape, bias)
         return dict(zip(COARSE_HEAD, parts, strict=True))
 
-    def calibration_windows(self, limit: int) -> np.ndarray:
+    def _calibration_windows(self, limit: int) -> np.ndarray:
         """The first windows of the default calibration text, (n, context)."""
         context = min(CHECK_CONTEXT, self.config.max_position_embeddings)
         return self.model.windows(load_text(None, "calibration"), context, limit)
@@ -392,7 +392,7 @@ class _Source:
         def add(layer: int, value: torch.Tensor) -> None:
             total[layer] += value.float().square().sum(dim=0)
 
-        windows = self.calibration_windows(OUTLIER_WINDOWS)
+        windows = self._calibration_windows(OUTLIER_WINDOWS)
         with (
             progress("outlier neurons", len(windows)) as ticker,
             attach(model.layers, {"inter": add}),
