@@ -39,6 +39,7 @@ PACKED_VERSION = 2
 DEFAULT_CONTEXT = 4096
 BUDGET_CONTEXT = 1024  # under a memory budget
 PREFILL_STEP = 512  # tokens of a prompt between which an answer can be stopped
+ECHO_STEP = 32  # as many, of a prompt whose every token's logits are wanted: 20 MB of Qwen2.5's
 
 # How the core finds a cut's threshold: csrc/engine.h, Cut::By.
 _THRESHOLD, _TOPK, _TAIL = 1, 2, 3
@@ -111,7 +112,7 @@ class TokenChoice:
     """A token of an answer. Log-probabilities are the model's own, before any sampling option."""
 
     id: int
-    logprob: float = 0.0  # nats
+    logprob: float | None = 0.0  # nats; None: nothing is before it
     top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and theirs
 
 
@@ -556,6 +557,7 @@ class Engine:
         lossless: bool = False,
         reuse: bool = False,
         top_logprobs: int | None = None,
+        echo: str | None = None,
     ) -> Iterator[Piece]:
         """As `generate`, of a prompt (T,), with the tokens.
 
@@ -565,12 +567,15 @@ class Engine:
             reuse: leave out what the cache holds of the prompt, from an answer before. Rounding may
                 then differ a little from that of a prompt that was read at once.
             top_logprobs: tell log-probabilities, and those of so many of the likeliest tokens.
+            echo: give the prompt first: this text, which it was made of, and with `top_logprobs`
+                its tokens, without a BOS that the text does not have. The last piece then has the
+                end token, too, if there was one: so many tokens come as were read and picked.
 
         Raises:
             FallowError: the prompt is empty or longer than the context.
-            UsageError: max_tokens below 1.
+            UsageError: max_tokens below 1, or with `echo` below 0.
         """
-        if max_tokens < 1:
+        if max_tokens < (1 if echo is None else 0):
             raise UsageError("--max-new-tokens must be at least 1")
         tokens = np.asarray(ids)
         if len(tokens) + max_tokens > self.context:
@@ -578,7 +583,9 @@ class Engine:
                 f"prompt of {len(tokens)} tokens and {max_tokens} new ones exceed the context of "
                 f"{self.context}; shorten the prompt or raise --context"
             )
-        return self._stream(tokens, max_tokens, sampler, tuple(stop), lossless, reuse, top_logprobs)
+        return self._stream(
+            tokens, max_tokens, sampler, tuple(stop), lossless, reuse, top_logprobs, echo
+        )
 
     def _stream(
         self,
@@ -589,24 +596,37 @@ class Engine:
         lossless: bool,
         reuse: bool,
         top_logprobs: int | None,
+        echo: str | None,
     ) -> Iterator[Piece]:
         self.stats = Stats(prompt_tokens=len(ids))
         start = time.perf_counter()
+        tells = echo is not None and top_logprobs is not None
+        told = [TokenChoice(int(ids[0]), None)] if tells else []
         # The last token is always read: its logits are needed.
-        self.reset(keep=_common(self._held, ids[:-1].tolist()) if reuse else 0)
+        self.reset(keep=_common(self._held, ids[:-1].tolist()) if reuse and not tells else 0)
         self.stats.cached_tokens = read = len(self._held)
         self.reset_stats()
         step = len(ids) if self._streams else PREFILL_STEP  # streaming reads the file every time
+        step = ECHO_STEP if tells else step
         while True:
-            logits = self.forward(ids[read : read + step], dense=lossless)[0]
+            rows = self.forward(ids[read : read + step], every=tells, dense=lossless)
+            if tells:
+                after = ids[read + 1 : read + 1 + step].tolist()  # of the last token nothing
+                told += [_choice(*each, top_logprobs) for each in zip(after, rows, strict=False)]
             read += step
             if read >= len(ids):
                 break
             yield Piece()
+        logits = rows[-1]
         self.stats.ttft_ms = 1e3 * (time.perf_counter() - start)
         new = len(ids) - self.stats.cached_tokens
         self.stats.prefill_tps = new / (self.stats.ttft_ms / 1e3)
         self.reset_stats()
+        if echo is not None:
+            yield Piece(echo, _without_added_bos(told, echo, self.tokenizer))
+        if not max_tokens:
+            self.stats.finish = "length"
+            return
         decode_start, ends = time.perf_counter(), set(self.tokenizer.eos_ids)
         if lossless or self._streams:
             tokens = self._verified(ids, logits, sampler, dense=lossless)
@@ -617,7 +637,9 @@ class Engine:
             for token, row in tokens:
                 if token in ends:
                     self.stats.finish = "stop"
-                    yield text.rest()
+                    rest = text.rest()
+                    end = (_choice(token, row, top_logprobs),) if tells else ()
+                    yield Piece(rest.text, rest.tokens + end)
                     break
                 self.stats.new_tokens += 1
                 full = self.stats.new_tokens == max_tokens
@@ -813,6 +835,19 @@ def _choice(token: int, logits: np.ndarray, top: int | None) -> TokenChoice:
     row -= np.log(np.exp(row).sum())
     best = np.argsort(-row, kind="stable")[:top]
     return TokenChoice(token, float(row[token]), tuple((int(i), float(row[i])) for i in best))
+
+
+def _without_added_bos(
+    told: list[TokenChoice], text: str, tokenizer: TextTokenizer
+) -> tuple[TokenChoice, ...]:
+    """A prompt's tokens, less a BOS that its text does not have."""
+    bos = tokenizer.bos_id
+    added = (
+        bos is not None
+        and [t.id for t in told[:1]] == [bos]
+        and not text.startswith(tokenizer.backend.id_to_token(bos) or "")
+    )
+    return tuple(told[added:])
 
 
 def _common(a: list[int], b: list[int]) -> int:
