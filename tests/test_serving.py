@@ -265,6 +265,11 @@ def test_echo_of_an_added_bos_and_of_the_end(talking: Path) -> None:
         assert added["text"].startswith("neuron 3")
         assert added["logprobs"]["text_offset"][:2] == [0, len("neuron")]
         assert added["logprobs"]["token_logprobs"][:2] == pytest.approx(engine.score(ids), abs=1e-3)
+        typed = ask(address, "neuron 3</s> the gate")
+        for token, start in zip(
+            typed["logprobs"]["tokens"], typed["logprobs"]["text_offset"], strict=True
+        ):
+            assert typed["text"][start : start + len(token)] == token
         own = ask(address, ids)  # the client's own BOS stays
         assert own["text"].startswith("<s>neuron 3")
         assert own["logprobs"]["token_logprobs"][0] is None

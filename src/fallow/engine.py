@@ -601,7 +601,7 @@ class Engine:
         self.stats = Stats(prompt_tokens=len(ids))
         start = time.perf_counter()
         tells = echo is not None and top_logprobs is not None
-        told = [TokenChoice(int(ids[0]), None)] if tells else []
+        told = [TokenChoice(int(first), None) for first in ids[:1]] if tells else []
         # The last token is always read: its logits are needed.
         self.reset(keep=_common(self._held, ids[:-1].tolist()) if reuse and not tells else 0)
         self.stats.cached_tokens = read = len(self._held)

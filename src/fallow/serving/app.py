@@ -243,10 +243,7 @@ class _Answering:
             {"role": m.role.replace("developer", "system"), "content": m.text}
             for m in body.messages
         ]
-        try:
-            ids = await self._encode(partial(self.tokenizer.chat, messages))
-        except FallowError as error:  # the chat template refuses it
-            raise _BadRequest(str(error), "messages") from error
+        ids = await self._encode("messages", partial(self.tokenizer.chat, messages))
         wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
         run = self._run(body, request, "messages", [ids], wanted, top)
@@ -280,7 +277,7 @@ class _Answering:
                 "prompt",
             )
         ids = [
-            await self._encode(partial(self.tokenizer.prompt, p))
+            await self._encode("prompt", partial(self.tokenizer.prompt, p))
             if isinstance(p, str)
             else np.asarray(p)
             for p in prompts
@@ -306,8 +303,11 @@ class _Answering:
             usage=_usage(answer.stats),
         )
 
-    async def _encode(self, encode: Callable[[], np.ndarray]) -> np.ndarray:
-        return await to_thread.run_sync(encode, limiter=self._one_at_a_time)
+    async def _encode(self, field: str, encode: Callable[[], np.ndarray]) -> np.ndarray:
+        try:
+            return await to_thread.run_sync(encode, limiter=self._one_at_a_time)
+        except FallowError as error:  # the chat template refuses it
+            raise _BadRequest(str(error), field) from error
 
     def _text_of(self, prompt: str | list[int]) -> str:
         if isinstance(prompt, str):
