@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import mmap
 import operator
 import os
 from collections.abc import Iterator
@@ -57,6 +56,7 @@ class GgufFile:
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
     offsets: dict[str, int] = field(default_factory=dict)  # of tensors, from the file's start
+    mapping: _core.Mapping | None = None  # in which the tensors' bytes lie
 
     @property
     def architecture(self) -> str:
@@ -78,11 +78,8 @@ class GgufFile:
 
     def forget_pages(self) -> None:
         """Lets go of what was read of the mapped file; it is read again when it is used."""
-        base: Any = next(iter(self.tensors.values())).data if self.tensors else None
-        while isinstance(base, np.ndarray):
-            base = base.base
-        if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            base.madvise(mmap.MADV_DONTNEED)
+        if self.mapping is not None:
+            self.mapping.forget()
 
 
 def read_gguf(path: str | Path) -> GgufFile:
@@ -92,7 +89,8 @@ def read_gguf(path: str | Path) -> GgufFile:
         FallowError: missing, not GGUF, truncated or inconsistent.
     """
     path = Path(path)
-    data = _map_file(path, "GGUF")
+    mapping = _map_file(path, "GGUF")
+    data = mapping.data
     try:
         header = _core.gguf_header(data)
     except ValueError as error:  # GgufError, or a name that is not UTF-8
@@ -104,14 +102,19 @@ def read_gguf(path: str | Path) -> GgufFile:
         for name, shape, kind, offset, n_bytes in header["tensors"]
     }
     offsets = {name: offset for name, _, _, offset, _ in header["tensors"]}
-    return GgufFile(path, header["fields"], tensors, offsets)
+    return GgufFile(path, header["fields"], tensors, offsets, mapping)
 
 
-def _map_file(path: Path, what: str) -> np.ndarray:
+def _map_file(path: Path, what: str) -> _core.Mapping:
+    """Raises FallowError if there is no such file, or nothing in it."""
     try:
-        if path.stat().st_size == 0:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+        if size == 0:
             raise FallowError(f"{what} {path} is empty (0 bytes); download or convert it again")
-        return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        return _core.Mapping(str(path))
+    except _core.DiskError as error:
+        raise FallowError(str(error)) from error
     except OSError as error:
         raise FallowError(f"cannot read {what} {path}: {error.strerror}") from error
 
@@ -126,7 +129,7 @@ def read_safetensors(folder: str | Path) -> Iterator[StoredTensor]:
         FallowError: a file is missing, truncated or inconsistent.
     """
     for path in _safetensors_files(Path(folder)):
-        data = _map_file(path, "safetensors file")
+        data = _map_file(path, "safetensors file").data
         header, start = _safetensors_header(path, data)
         for name, entry in header.items():
             if name == "__metadata__":
