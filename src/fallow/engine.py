@@ -5,7 +5,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +40,7 @@ PACKED_VERSION = 2
 DEFAULT_CONTEXT = 4096
 BUDGET_CONTEXT = 1024  # under a memory budget
 PREFILL_STEP = 512  # tokens of a prompt between which an answer can be stopped
+ECHO_STEP = 32  # as many, of a prompt whose every token's logits are wanted: 20 MB of Qwen2.5's
 
 # How the core finds a cut's threshold: csrc/engine.h, Cut::By.
 _THRESHOLD, _TOPK, _TAIL = 1, 2, 3
@@ -112,7 +113,7 @@ class TokenChoice:
     """A token of an answer. Log-probabilities are the model's own, before any sampling option."""
 
     id: int
-    logprob: float = 0.0  # nats
+    logprob: float | None = 0.0  # nats; None: nothing is before it
     top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and theirs
 
 
@@ -599,6 +600,7 @@ class Engine:
         lossless: bool = False,
         reuse: bool = False,
         top_logprobs: int | None = None,
+        echo: str | None = None,
     ) -> Iterator[Piece]:
         """As `generate`, of a prompt (T,), with the tokens.
 
@@ -608,12 +610,15 @@ class Engine:
             reuse: leave out what the cache holds of the prompt, from an answer before. Rounding may
                 then differ a little from that of a prompt that was read at once.
             top_logprobs: tell log-probabilities, and those of so many of the likeliest tokens.
+            echo: give the prompt first: this text, which it was made of, and with `top_logprobs`
+                its tokens, without a BOS that the text does not have. The last piece then has the
+                end token, too, if there was one: so many tokens come as were read and picked.
 
         Raises:
             FallowError: the prompt is empty or longer than the context.
-            UsageError: max_tokens below 1.
+            UsageError: max_tokens below 1, or with `echo` below 0.
         """
-        if max_tokens < 1:
+        if max_tokens < (1 if echo is None else 0):
             raise UsageError("--max-new-tokens must be at least 1")
         tokens = np.asarray(ids)
         if len(tokens) + max_tokens > self.context:
@@ -621,7 +626,9 @@ class Engine:
                 f"prompt of {len(tokens)} tokens and {max_tokens} new ones exceed the context of "
                 f"{self.context}; shorten the prompt or raise --context"
             )
-        return self._stream(tokens, max_tokens, sampler, tuple(stop), lossless, reuse, top_logprobs)
+        return self._stream(
+            tokens, max_tokens, sampler, tuple(stop), lossless, reuse, top_logprobs, echo
+        )
 
     def _stream(
         self,
@@ -632,36 +639,37 @@ class Engine:
         lossless: bool,
         reuse: bool,
         top_logprobs: int | None,
+        echo: str | None,
     ) -> Iterator[Piece]:
         user, start = object(), time.perf_counter()
+        tells = echo is not None and top_logprobs is not None
         with self._turn(user, begins=True):
             # The last token is always read: its logits are needed.
-            read = _common(self._held, ids[:-1].tolist()) if reuse else 0
+            read = _common(self._held, ids[:-1].tolist()) if reuse and not tells else 0
             del self._held[read:]
             self.stats = stats = Stats(prompt_tokens=len(ids), cached_tokens=read)
             self.reset_stats()
-        step = len(ids) if self._streams else PREFILL_STEP  # streaming reads the file every time
-        while True:
-            with self._turn(user):
-                logits = self._read(ids[read : read + step], dense=lossless)[0]
-            read += step
-            if read >= len(ids):
-                break
-            yield Piece()
+        told = top_logprobs if tells else None
+        logits, choices = yield from self._read_prompt(user, ids, read, lossless, told)
         stats.ttft_ms = 1e3 * (time.perf_counter() - start)
         stats.prefill_tps = (len(ids) - stats.cached_tokens) / (stats.ttft_ms / 1e3)
         self.reset_stats()
+        if echo is not None:
+            yield Piece(echo, _without_added_bos(choices, echo, self.tokenizer))
         decode_start, ends = time.perf_counter(), set(self.tokenizer.eos_ids)
         if lossless or self._streams:
             tokens = self._verified(user, ids, logits, sampler, dense=lossless)
         else:
             tokens = self._picks(user, logits, sampler)
         text = _AnswerText(self.tokenizer, stop)
+        stats.finish = "" if max_tokens else "length"
         try:
-            for token, row in tokens:
+            for token, row in tokens if max_tokens else ():
                 if token in ends:
                     stats.finish = "stop"
-                    yield text.rest()
+                    rest = text.rest()
+                    end = (_choice(token, row, top_logprobs),) if tells else ()
+                    yield Piece(rest.text, rest.tokens + end)
                     break
                 stats.new_tokens += 1
                 full = stats.new_tokens == max_tokens
@@ -675,6 +683,31 @@ class Engine:
             if self._user is user:  # otherwise the counters are another's
                 self._finish(time.perf_counter() - decode_start)
                 self._user = threading.get_ident()
+
+    def _read_prompt(
+        self, user: object, ids: np.ndarray, read: int, dense: bool, top_logprobs: int | None
+    ) -> Generator[Piece, None, tuple[np.ndarray, list[TokenChoice]]]:
+        """Reads on after the first `read` tokens; gives empty pieces where that takes long.
+
+        Returns:
+            The last token's logits (vocabulary,), and with `top_logprobs`, where none was read
+            before, a choice for every token.
+        """
+        step = len(ids) if self._streams else PREFILL_STEP  # streaming reads the file every time
+        choices: list[TokenChoice] = []
+        every = top_logprobs is not None
+        if every:
+            step, choices = ECHO_STEP, [TokenChoice(int(first), None) for first in ids[:1]]
+        while True:
+            with self._turn(user):
+                rows = self._read(ids[read : read + step], every=every, dense=dense)
+            read += step
+            if every:
+                after = ids[len(choices) : read + 1].tolist()  # of the last token nothing
+                choices += [_choice(*each, top_logprobs) for each in zip(after, rows, strict=False)]
+            if read >= len(ids):
+                return rows[-1], choices
+            yield Piece()
 
     def _picks(
         self, user: object, logits: np.ndarray, sampler: "Sampler"
@@ -864,6 +897,19 @@ def _choice(token: int, logits: np.ndarray, top: int | None) -> TokenChoice:
     row -= np.log(np.exp(row).sum())
     best = np.argsort(-row, kind="stable")[:top]
     return TokenChoice(token, float(row[token]), tuple((int(i), float(row[i])) for i in best))
+
+
+def _without_added_bos(
+    choices: list[TokenChoice], text: str, tokenizer: TextTokenizer
+) -> tuple[TokenChoice, ...]:
+    """A prompt's tokens, less a BOS that its text does not have."""
+    bos = tokenizer.bos_id
+    added = (
+        bos is not None
+        and [choice.id for choice in choices[:1]] == [bos]
+        and not text.startswith(tokenizer.backend.id_to_token(bos) or "")
+    )
+    return tuple(choices[added:])
 
 
 def _common(a: list[int], b: list[int]) -> int:
