@@ -60,7 +60,9 @@ def main() -> None:
             raise
         if not message():  # no arguments at all: the help was printed
             sys.exit(2)
-        _fail(f"{message().rstrip('.')}; see: fallow --help", 2)
+        context = getattr(error, "ctx", None)
+        command = "fallow" if context is None else context.command_path
+        _fail(f"{message().rstrip('.')}; see: {command} --help", 2)
     else:
         if code == INTERRUPTED:
             _fail("interrupted", INTERRUPTED)
