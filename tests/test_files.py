@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and what is read back of damaged ones."""
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,8 @@ from fallow.files import (
     parse_json,
     read_array,
     read_json,
+    to_json,
+    write_json,
 )
 
 
@@ -105,6 +108,16 @@ def test_damaged_json(tmp_path: Path) -> None:
         read_json(tmp_path / "none", "")
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_json("[" * 100_000)
+
+
+def test_numbers_without_a_word_in_json(tmp_path: Path) -> None:
+    value = {"a": [1.5, float("nan")], "b": (float("inf"), {"c": -float("inf")}), "d": None}
+    expected = '{"a": [1.5, null], "b": [null, {"c": null}], "d": null}'
+    assert to_json(value) == expected
+    write_json(tmp_path / "x.json", value)
+    JsonLines(tmp_path / "x.jsonl").add(value)
+    for path in ("x.json", "x.jsonl"):
+        assert json.loads((tmp_path / path).read_text()) == json.loads(expected)
 
 
 def test_damaged_arrays(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def main() -> None:
     """Entry point: one line for an error, exit code 2 for usage and 1 for the rest."""
     _prepare_streams()
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="fallow", standalone_mode=False)
         sys.stdout.flush()
     except FallowError as error:
         _fail(str(error), error.exit_code)

@@ -304,7 +304,7 @@ def patterns_predict(
     report = predict_clusters(
         PatternStore(store),
         codebooks,
-        features=split_names(features),
+        features=list(dict.fromkeys(split_names(features))),
         test=None if test is None else PatternStore(test),
         held_out=held_out,
         layers=wanted,

@@ -254,6 +254,8 @@ def split(
             )
         return Part(store, tap, 0, n_train), Part(store, tap, n_train, header.n_windows)
     test.check_model(header.fingerprint, header.model)
+    if test.header.text_sha256 == header.text_sha256:
+        raise UsageError(f"--test {test.folder} is of the text that is fitted on; give another")
     if (test.header.rule, test.header.knob) != (header.rule, header.knob):
         raise FallowError(
             f"pattern store {test.folder} is of rule {test.header.rule} at {test.header.knob:g}, "

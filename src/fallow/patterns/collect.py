@@ -1,6 +1,6 @@
 """Runs a model under a plan over a text and keeps which neurons were active."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -85,9 +85,11 @@ def collect(
     return PatternStore(folder)
 
 
-def check_taps(model: Model, taps: Iterable[str]) -> None:
-    """Raises UsageError for a tap that the model lacks."""
+def check_taps(model: Model, taps: Sequence[str]) -> None:
+    """Raises UsageError for a tap that the model lacks, and for none at all."""
     known = model.layers[0].ffn_taps
+    if not taps:
+        raise UsageError(f"no tap is asked for; this model has {', '.join(known)}")
     for tap in taps:
         if tap not in known:
             raise UsageError(f"unknown tap {tap!r}; this model has {', '.join(known)}")
