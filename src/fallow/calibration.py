@@ -60,8 +60,7 @@ class Calibrator:
                 raise UsageError(f"--{option} {value} is too few; give at least 1")
         self.model = model
         self.text = load_text(text, "calibration")
-        total = windows + validation_windows
-        cut = model.windows(self.text, context, total)
+        cut = model.windows(self.text, context)
         fit_windows, self.validation = split_windows(cut, [windows, validation_windows])
         self.calibration = Calibration(model, fit_windows)
         self._dense_losses: np.ndarray | None = None

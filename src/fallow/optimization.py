@@ -161,8 +161,9 @@ def optimize(
     )
     source = packer.model
     context = min(context, packer.context_length)
-    cut = source.windows(fit_text, context, windows + validation_windows)
+    cut = source.windows(fit_text, context)
     fit, validation = split_windows(cut, [windows, validation_windows])
+    source.windows(source_text, context, check_windows)  # fewer are refused before the work
     with atomic_path(output) as dense:
         packer.write(dense)
         engine = Engine(dense, plan=False, threads=threads, context=context)
