@@ -12,7 +12,7 @@ import pytest
 import typer.main
 
 import fallow
-from conftest import OTHER_TEXT, TEXT, Result, engine_plan, make_folder
+from conftest import OTHER_TEXT, TEXT, Result, engine_plan
 from fallow import cli
 from fallow.cli._shared import print_table
 from fallow.engine import Engine
@@ -173,6 +173,8 @@ def test_ctrl_c_keeps_what_was_said(
 def test_figures_of_one_token_tell_nothing_of_decoding(run: Any, talking: Path) -> None:
     err = run("generate", talking, "neuron 3", "--max-new-tokens", 1).err
     assert re.fullmatch(r"1 token, first after \d+ ms\n", err)
+    stats = run("generate", talking, "neuron 3", "--max-new-tokens", 1, "--json").json["stats"]
+    assert [stats[k] for k in ("decode_tps", "bytes_per_token", "gbps")] == [None] * 3
     assert "of neurons idle" in run("generate", talking, "neuron 3", "--max-new-tokens", 2).err
 
 
@@ -203,16 +205,10 @@ def test_options_that_a_model_which_is_not_packed_has_not(
     assert "--threads" in error(run("evaluate", folders["llama"], "--threads", 2), 2)
 
 
-def test_chat_says_at_once_what_cannot_work(run: Any, talking: Path, tmp_path: Path) -> None:
-    context = Engine(talking, threads=1).context
-    for tokens in (0, context):
-        message = error(run("chat", talking, "--max-new-tokens", tokens), 2)
-        assert message.startswith(f"--max-new-tokens {tokens} is outside 1 to {context - 1}")
-    make_folder("llama", tmp_path / "plain")
-    assert run("pack", tmp_path / "plain", "--quant", "f32", "-o", tmp_path / "p.gguf").code == 0
-    assert error(run("chat", tmp_path / "p.gguf", "--max-new-tokens", 4), 1) == (
-        "this model has no chat template; continue a text with fallow generate"
-    )
+def test_answers_of_no_token(run: Any, talking: Path) -> None:
+    for command in (("chat", talking), ("generate", talking, "neuron")):
+        message = error(run(*command, "--max-new-tokens", 0), 2)
+        assert message == "--max-new-tokens must be at least 1"
 
 
 # As many as were asked for ----------------------------------------------------------------------

@@ -29,11 +29,8 @@ class Conversation:
     def __init__(
         self, engine: Engine, sampler: Sampler, max_tokens: int, system: str | None = None
     ) -> None:
-        if not 1 <= max_tokens < engine.context:
-            raise UsageError(
-                f"--max-new-tokens {max_tokens} is outside 1 to {engine.context - 1}, which the "
-                f"context of {engine.context} leaves beside a prompt"
-            )
+        if max_tokens < 1:
+            raise UsageError("--max-new-tokens must be at least 1")
         self.engine, self.sampler, self.max_tokens = engine, sampler, max_tokens
         self.plan = engine.plan
         self.forgotten = 0  # exchanges
@@ -93,7 +90,8 @@ class Conversation:
             if len(kept) < first + 3:
                 raise FallowError(
                     f"this and an answer of {self.max_tokens} tokens exceed the context of "
-                    f"{self.engine.context}; say less, or raise --context"
+                    f"{self.engine.context}; say less, or give fewer --max-new-tokens or a larger "
+                    "--context"
                 )
             del kept[first : first + 2]
 
@@ -116,13 +114,7 @@ def figures(stats: Stats) -> str:
 
 
 def chat(conversation: Conversation, show_stats: bool = False) -> None:
-    """Reads lines until the end of input, and answers them on stdout.
-
-    Raises:
-        FallowError: the model has no chat template.
-    """
-    if conversation.engine.tokenizer.chat_template is None:
-        raise FallowError("this model has no chat template; continue a text with fallow generate")
+    """Reads lines until the end of input, and answers them on stdout."""
     screen = _Screen(conversation, show_stats)
     with suppress(ImportError):
         import readline  # noqa: F401 - input() then has history and editing

@@ -133,7 +133,9 @@ class Stats:
         return float(np.mean(self.sparsity_per_layer)) if self.sparsity_per_layer else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """All figures; of decoding None where no token was decoded, as an answer's first is not."""
+        unknown = () if self.sparsity_per_layer else ("decode_tps", "bytes_per_token", "gbps")
+        return dict(vars(self)) | dict.fromkeys(unknown)
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ class Engine:
     ) -> None:
         self.path = Path(path)
         self.memory = parse_size(memory) if isinstance(memory, str) else memory
-        _check_made(self.path)
+        _refuse_unpacked(self.path)
         self.file = read_gguf(self.path)
         self._check_version()
         self.name = str(self.file.get("fallow.model", self.path.name))
@@ -880,7 +882,7 @@ def rss_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def _check_made(path: Path) -> None:
+def _refuse_unpacked(path: Path) -> None:
     """Raises FallowError for the name of a model that is still to be packed."""
     name = str(path)
     is_named = name in ALIASES or is_hub_id(name)

@@ -43,10 +43,6 @@ WorkersOption = Annotated[
     typer.Option(min=1, help=r"Processes of Ray (pip install 'fallow\[ray]'); 1: this one."),
 ]
 ContextOption = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
-WindowsOption = Annotated[
-    int | None,
-    typer.Option(help="The first N windows of the text; default: 8, or all of fewer."),
-]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what is random.")]
 DtypeOption = Annotated[
     str,

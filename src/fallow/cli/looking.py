@@ -11,7 +11,6 @@ from fallow.cli._shared import (
     JsonOption,
     ModelArg,
     TextOption,
-    WindowsOption,
     app,
     check_output,
     load_model,
@@ -134,7 +133,9 @@ def profile(
         Path, typer.Option("--output", "-o", help="Folder for profile.json and profile.npz.")
     ] = Path("profile"),
     context: ContextOption = 1024,
-    windows: WindowsOption = None,
+    windows: Annotated[
+        int | None, typer.Option(help="The first N windows; default: 8, or all of fewer.")
+    ] = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
