@@ -1,6 +1,7 @@
 """Conversations: history, the cache between turns, commands, and Ctrl-C."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,40 @@ def test_live_figures(engine: Engine) -> None:
     assert "tok/s" in shown
     for line in screen.conversation.messages[-1]["content"].split("\n"):
         assert line.strip() in shown
+
+
+def shown_until(screen: _Screen, pieces: list[str], width: int = 200) -> str:
+    """What a terminal is given of an answer that Ctrl-C ends after these pieces."""
+    from rich.console import Console
+
+    def interrupted() -> Iterator[str]:
+        yield from pieces
+        raise KeyboardInterrupt
+
+    screen.console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    screen.conversation.answer = lambda _: interrupted()  # type: ignore[method-assign]
+    screen.answer("hi")
+    return screen.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_ctrl_c_leaves_the_last_line(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    screen = _Screen(talk(engine), show_stats=True)
+    list(screen.conversation.answer("hi"))
+    shown = shown_until(screen, ["one\ntw", "o"])
+    # Behind the last erased line (ECMA-48: EL, CSI 2 K) is what stays.
+    assert shown.rpartition("\x1b[2K")[2].split() == ["two"]
+    err = capsys.readouterr().err
+    assert "ended\n" in err
+    assert "6 tokens, " in err
+
+
+def test_live_figures_begin_with_the_second_token(engine: Engine) -> None:
+    from rich.console import Console
+
+    screen = _Screen(talk(engine, max_tokens=1), show_stats=True)
+    screen.console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    screen.answer("hi")
+    assert "idle" not in screen.console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_command(

@@ -334,7 +334,7 @@ def test_usage_errors(run: Any, folders: dict[str, Path], texts: Texts, tmp_path
     assert error(run(*base, "topk"), 2) == (
         "give exactly one of --sparsity, --knob and --max-ppl-increase"
     )
-    assert error(run("evaluate"), 2) == "Missing argument 'model'; see: fallow --help"
+    assert error(run("evaluate"), 2) == "Missing argument 'model'; see: fallow evaluate --help"
     assert run().code == 2
     assert run().err == ""
     assert error(run(*base, "topk", "--sparsity", 0.5, "--windows", 0), 2) == (

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and what is read back of damaged and odd ones."""
 
+import json
 import os
 import shutil
 from contextlib import suppress
@@ -24,6 +25,8 @@ from fallow.files import (
     parse_json,
     read_array,
     read_json,
+    to_json,
+    write_json,
 )
 from fallow.packing import pack
 from fallow.weights import read_gguf
@@ -114,6 +117,16 @@ def test_damaged_json(tmp_path: Path) -> None:
         read_json(tmp_path / "none", "")
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_json("[" * 100_000)
+
+
+def test_numbers_without_a_word_in_json(tmp_path: Path) -> None:
+    value = {"a": [1.5, float("nan")], "b": (float("inf"), {"c": -float("inf")}), "d": None}
+    expected = '{"a": [1.5, null], "b": [null, {"c": null}], "d": null}'
+    assert to_json(value) == expected
+    write_json(tmp_path / "x.json", value)
+    JsonLines(tmp_path / "x.jsonl").add(value)
+    for path in ("x.json", "x.jsonl"):
+        assert json.loads((tmp_path / path).read_text()) == json.loads(expected)
 
 
 def test_json_with_a_key_twice(tmp_path: Path) -> None:

@@ -262,6 +262,10 @@ def test_sizes() -> None:
     cases = {"800MB": 800e6, "1.5GB": 1.5e9, " 2 gib ": 2**31, "1000000": 1e6, ".5GB": 5e8}
     for text, size in cases.items():
         assert parse_size(text) == size
+    for text in ("200", "999999", " 2.5 "):
+        with pytest.raises(UsageError, match=rf"{text.strip()} has no unit; give \S+MB"):
+            parse_size(text)
+    assert parse_size("200B") == 200
     for text in ("", "MB", "0MB", "-1MB", "8 apples", "nan", "1e400GB", "0.1B"):
         with pytest.raises(UsageError, match="is not a size; give one such as 800MB"):
             parse_size(text)

@@ -32,6 +32,13 @@ def plan(calibrators: dict[str, Calibrator]) -> Plan:
     return calibrators["llama"].plan("topk", sparsity=0.5, measure=False)
 
 
+def test_a_tap_that_the_model_lacks(
+    tiny: dict[str, fallow.Model], texts: Texts, plan: Plan
+) -> None:
+    with pytest.raises(UsageError, match="unknown tap 'x'; this model has gate_pre"):
+        edit_test(tiny["llama"], plan, texts[1], tap="x", documents=2, context=32)
+
+
 def test_agreement_and_jaccard() -> None:
     x = np.array([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0]], dtype=bool)
     y = np.array([[1, 0, 0, 1, 1], [0, 0, 0, 0, 0]], dtype=bool)

@@ -67,6 +67,17 @@ def test_errors(tmp_path: Path) -> None:
         split_windows(np.zeros((2, 4)), [1, 2])
 
 
+def test_as_many_windows_as_were_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    text = Text("T", "abcdef")
+    assert len(cut_windows(text, Letters(), 2, limit=3)) == 3
+    assert len(cut_windows(text, Letters(), 2, at_most=2)) == 2
+    assert capsys.readouterr().err == ""
+    with pytest.raises(FallowError, match="text T gives 3 windows of 2 tokens, 4 are asked for"):
+        cut_windows(text, Letters(), 2, limit=4)
+    assert len(cut_windows(text, Letters(), 2, at_most=4)) == 3
+    assert capsys.readouterr().err == "note: text T gives 3 windows of 2 tokens, not 4\n"
+
+
 def test_leakage_is_refused_unless_allowed() -> None:
     text = Text("T", "abc")
     check_no_leakage("other", text, allow_leakage=False)

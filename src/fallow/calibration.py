@@ -29,6 +29,15 @@ def check_request(
         raise UsageError("give exactly one of --sparsity, --knob and --max-ppl-increase")
     if sparsity is not None:
         check_sparsity(sparsity)
+    if max_ppl_increase is not None:
+        check_increase(max_ppl_increase)
+
+
+def check_increase(percent: float) -> float:
+    """Raises UsageError for a largest PPL increase that no search can end at."""
+    if not (math.isfinite(percent) and percent > 0):
+        raise UsageError(f"--max-ppl-increase {percent} is not a positive percentage")
+    return percent
 
 
 class Calibrator:
@@ -51,8 +60,7 @@ class Calibrator:
                 raise UsageError(f"--{option} {value} is too few; give at least 1")
         self.model = model
         self.text = load_text(text, "calibration")
-        total = windows + validation_windows
-        cut = model.windows(self.text, context, total)
+        cut = model.windows(self.text, context)
         fit_windows, self.validation = split_windows(cut, [windows, validation_windows])
         self.calibration = Calibration(model, fit_windows)
         self._dense_losses: np.ndarray | None = None
@@ -92,8 +100,6 @@ class Calibrator:
         """
         if rule_class.search is None:
             raise UsageError(f"rule {rule_class.name} has no knob to search; give --knob 0")
-        if not (math.isfinite(increase) and increase > 0):
-            raise UsageError(f"--max-ppl-increase {increase} is not a positive percentage")
         low, high = 0.0, rule_class.search_limit
         best = rule_class.fit(self.calibration, **{rule_class.search: 0.0})
         steps = math.ceil(math.log2(high / SEARCH_TOLERANCE))

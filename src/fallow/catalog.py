@@ -66,6 +66,11 @@ ALIASES = {
 }
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name of no file or folder can be one of the Hugging Face hub: org/name."""
+    return name.count("/") == 1 and not name.endswith(".gguf") and name[0] not in "./~"
+
+
 def find_pieces(alias: Alias) -> list[Path] | None:
     """The installed files that make up the model, None if a package is missing."""
     found = []

@@ -9,8 +9,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text as Styled
 
-from fallow.engine import Engine, Sampler
-from fallow.errors import FallowError
+from fallow.engine import Engine, Sampler, Stats
+from fallow.errors import FallowError, UsageError
 
 HELP = """/stats   show sparsity and speed while the model answers, or stop to
 /dense   run the dense model, or the plan again
@@ -29,6 +29,8 @@ class Conversation:
     def __init__(
         self, engine: Engine, sampler: Sampler, max_tokens: int, system: str | None = None
     ) -> None:
+        if max_tokens < 1:
+            raise UsageError("--max-new-tokens must be at least 1")
         self.engine, self.sampler, self.max_tokens = engine, sampler, max_tokens
         self.plan = engine.plan
         self.forgotten = 0  # exchanges
@@ -88,9 +90,27 @@ class Conversation:
             if len(kept) < first + 3:
                 raise FallowError(
                     f"this and an answer of {self.max_tokens} tokens exceed the context of "
-                    f"{self.engine.context}; say less, or raise --context"
+                    f"{self.engine.context}; say less, or give fewer --max-new-tokens or a larger "
+                    "--context"
                 )
             del kept[first : first + 2]
+
+
+def figures(stats: Stats) -> str:
+    """One line of what was measured. An answer's first token is the prompt's: none is decoded."""
+    parts = [f"{stats.new_tokens} token{'' if stats.new_tokens == 1 else 's'}"]
+    if stats.sparsity_per_layer:
+        parts.append(f"{stats.decode_tps:.1f} tok/s")
+        parts.append(f"{stats.bytes_per_token / 1e6:.0f} MB/token")
+        parts.append(f"{stats.sparsity:.0%} of neurons idle")
+    if stats.ttft_ms:
+        parts.append(f"first after {stats.ttft_ms:.0f} ms")
+    if stats.drafted:
+        parts.append(f"{stats.accepted} of {stats.drafted} guesses held")
+    if stats.cached_tokens:
+        kept = f"{stats.cached_tokens} of {stats.prompt_tokens}"
+        parts.append(f"{kept} prompt tokens kept from before")
+    return ", ".join(parts)
 
 
 def chat(conversation: Conversation, show_stats: bool = False) -> None:
@@ -116,13 +136,31 @@ def chat(conversation: Conversation, show_stats: bool = False) -> None:
                 screen.note(f"error: {error}")
 
 
+class _Rate:
+    """Figures of an answer while it grows, from its first piece on."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._first: tuple[int, float] | None = None  # tokens, time
+
+    def describe(self) -> str:
+        tokens, now = self._engine.stats.new_tokens, time.perf_counter()
+        if self._first is None:
+            self._first = tokens, now
+        decoded = tokens - self._first[0]
+        if not decoded:  # the first token comes from the prompt's pass
+            return ""
+        idle = float(self._engine.idle_neurons().mean())
+        return f"{decoded / (now - self._first[1]):.1f} tok/s, {idle:.0%} of neurons idle"
+
+
 class _Screen:
     """What the user sees."""
 
     def __init__(self, conversation: Conversation, show_stats: bool) -> None:
         self.conversation, self.show_stats = conversation, show_stats
-        self.console = Console(highlight=False, markup=False)
-        self.notes = Console(stderr=True, highlight=False, markup=False, style="dim")
+        self.console = Console(highlight=False, markup=False, emoji=False)
+        self.notes = Console(stderr=True, highlight=False, markup=False, emoji=False, style="dim")
 
     def note(self, text: str) -> None:
         self.notes.print(text, soft_wrap=True)
@@ -148,7 +186,7 @@ class _Screen:
         self.show_stats = not self.show_stats
         self.note(f"stats {'on' if self.show_stats else 'off'}")
         if self.show_stats and self.conversation.engine.stats.new_tokens:
-            self.note(self._figures())
+            self.note(figures(self.conversation.engine.stats))
 
     def _dense(self, _: str) -> None:
         self.conversation.toggle_dense()
@@ -174,7 +212,7 @@ class _Screen:
         if self.conversation.forgotten > forgotten:
             self.note("the oldest part of the conversation no longer fits and was forgotten")
         if self.show_stats:
-            self.note(self._figures())
+            self.note(figures(self.conversation.engine.stats))
 
     @contextmanager
     def _plain(self) -> Iterator[Callable[[str], None]]:
@@ -189,31 +227,18 @@ class _Screen:
     @contextmanager
     def _live(self) -> Iterator[Callable[[str], None]]:
         """Whole lines scroll by; the last one and the figures below it are drawn anew."""
-        engine, line = self.conversation.engine, ""
-        start = time.perf_counter()
-        with Live(console=self.console, transient=True, auto_refresh=False) as view:
+        line, rate = "", _Rate(self.conversation.engine)
+        try:
+            with Live(console=self.console, transient=True, auto_refresh=False) as view:
 
-            def say(piece: str) -> None:
-                nonlocal line
-                *whole, line = (line + piece).split("\n")
-                for each in whole:
-                    view.console.print(Styled(each))
-                tokens = engine.stats.new_tokens
-                figures = Styled(
-                    f"{tokens / (time.perf_counter() - start):.1f} tok/s, "
-                    f"{float(engine.idle_neurons().mean()):.0%} of neurons idle",
-                    style="dim",
-                )
-                view.update(Group(Styled(line), figures), refresh=True)
+                def say(piece: str) -> None:
+                    nonlocal line
+                    *whole, line = (line + piece).split("\n")
+                    for each in whole:
+                        view.console.print(Styled(each))
+                    below = Styled(rate.describe(), style="dim")
+                    view.update(Group(Styled(line), below), refresh=True)
 
-            yield say
-        self.console.print(Styled(line))
-
-    def _figures(self) -> str:
-        stats = self.conversation.engine.stats
-        return (
-            f"{stats.new_tokens} tokens, {stats.decode_tps:.1f} tok/s, "
-            f"{stats.bytes_per_token / 1e6:.0f} MB/token, {stats.sparsity:.0%} of neurons idle, "
-            f"first after {stats.ttft_ms:.0f} ms, {stats.cached_tokens} of {stats.prompt_tokens} "
-            "prompt tokens kept from before"
-        )
+                yield say
+        finally:  # what Live has drawn goes with it, on Ctrl-C too
+            self.console.print(Styled(line))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fallow import _core
+from fallow.catalog import ALIASES, is_hub_id
 from fallow.drafting import PASS_COST, STREAMED_COST, Lookup
 from fallow.errors import FallowError, UsageError, in_one_line
 from fallow.memory import (
@@ -39,6 +40,7 @@ from fallow.weights import GgufFile, StoredTensor, read_gguf
 PACKED_VERSION = 2
 DEFAULT_CONTEXT = 4096
 BUDGET_CONTEXT = 1024  # under a memory budget
+MOST_THREADS = 1024  # as csrc/bindings.cpp has it
 PREFILL_STEP = 512  # tokens of a prompt between which an answer can be stopped
 ECHO_STEP = 32  # as many, of a prompt whose every token's logits are wanted: 20 MB of Qwen2.5's
 
@@ -65,6 +67,34 @@ def is_packed(path: str | Path) -> bool:
         if file.read(4) != b"GGUF":
             return False
     return "fallow.version" in read_gguf(path).metadata
+
+
+def thread_count(threads: int | None) -> int:
+    """All processors where no number is given. Raises UsageError for one that is out of range."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(f"--threads {threads} is outside 1 to {MOST_THREADS}")
+    return threads or os.cpu_count() or 1
+
+
+def check_runs(plan: Plan) -> None:
+    """Raises FallowError for a plan that the engine cannot run, whatever model it is for."""
+    if plan.rule.partition(":")[0] not in _RULES:
+        raise FallowError(
+            f"the engine cannot run plans of {plan.rule!r}; it runs {', '.join(_RULES)}"
+        )
+    if plan.rule != "two_stage" and any(name.endswith("_coarse") for name in plan.arrays):
+        raise FallowError(f"a plan of {plan.rule!r} cannot read rows coarse, two_stage can")
+    for name in plan.arrays:
+        if name.startswith("threshold."):
+            tap = name.removeprefix("threshold.")
+            for part in _FUSED.get(tap, (tap,)):
+                _tap(part)
+
+
+def _tap(name: str) -> int:
+    if name not in _core.TAPS:
+        raise FallowError(f"this plan cuts {name!r}, which the engine cannot; calibrate again")
+    return _core.TAPS.index(name)
 
 
 def packed_windows(
@@ -105,7 +135,9 @@ class Stats:
         return float(np.mean(self.sparsity_per_layer)) if self.sparsity_per_layer else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """All figures; of decoding None where no token was decoded, as an answer's first is not."""
+        unknown = () if self.sparsity_per_layer else ("decode_tps", "bytes_per_token", "gbps")
+        return dict(vars(self)) | dict.fromkeys(unknown)
 
 
 @dataclass(frozen=True)
@@ -159,14 +191,13 @@ class Engine:
     ) -> None:
         self.path = Path(path)
         self.memory = parse_size(memory) if isinstance(memory, str) else memory
+        _refuse_unpacked(self.path)
         self.file = read_gguf(self.path)
         self._check_version()
         self.name = str(self.file.get("fallow.model", self.path.name))
         self.fingerprint = str(self.file.get("fallow.fingerprint", ""))
-        self.threads = threads if threads is not None else os.cpu_count() or 1
+        self.threads = thread_count(threads)
         longest = self._count("fallow.context_length")
-        if self.threads < 1 or self.threads > 1024:
-            raise UsageError(f"--threads {self.threads} is outside 1 to 1024")
         if context is not None and not 1 <= context <= longest:
             raise UsageError(
                 f"--context {context} is outside 1 to {longest}, what this model was made for"
@@ -239,7 +270,7 @@ class Engine:
         if found is None:
             least = taken + min(r.memory for r in options)
             raise FallowError(
-                f"--memory {self.memory / 1e6:.0f} MB is too little for {self.name} with a context "
+                f"--memory {self.memory / 1e6:.6g} MB is too little for {self.name} with a context "
                 f"of {context} tokens; the least is {np.ceil(least / 1e6):.0f} MB"
             )
         return found
@@ -328,12 +359,7 @@ class Engine:
     def _cuts(self, plan: Plan) -> list[_Cut]:
         """The plan in the core's terms: (layer, tap, how, value, weights, errors, correction)."""
         plan.check_model(self.fingerprint, self.name)
-        if plan.rule.partition(":")[0] not in _RULES:
-            raise FallowError(
-                f"the engine cannot run plans of {plan.rule!r}; it runs {', '.join(_RULES)}"
-            )
-        if plan.rule != "two_stage" and any(name.endswith("_coarse") for name in plan.arrays):
-            raise FallowError(f"a plan of {plan.rule!r} cannot read rows coarse, two_stage can")
+        check_runs(plan)
         n_layers = self._core.n_layers
         cuts: list[_Cut] = []
         for name, array in sorted(plan.arrays.items()):
@@ -348,7 +374,7 @@ class Engine:
                         if part == "gate_coarse":
                             error = self._per_neuron(plan, "error.gate_coarse", layer)
                         correction = self._correction(plan, part, layer)
-                        cut = self._tap(part), _THRESHOLD, float(value), weight, error, correction
+                        cut = _tap(part), _THRESHOLD, float(value), weight, error, correction
                         cuts.append((layer, *cut))
         per_token = {"kept": (_TOPK, lambda v: v < 1), "tau": (_TAIL, lambda v: v > 0)}
         for name, (how, cuts_something) in per_token.items():
@@ -360,7 +386,7 @@ class Engine:
                 for layer in range(n_layers):
                     for tap in self._taps_of(plan):
                         weight = self._weight(plan, layer, tap)
-                        cuts.append((layer, self._tap(tap), how, value, weight, None, None))
+                        cuts.append((layer, _tap(tap), how, value, weight, None, None))
         return cuts
 
     def _check_array(
@@ -371,12 +397,6 @@ class Engine:
                 f"this plan's array {name} has the shape {array.shape}, {self.name} needs {shape}; "
                 "calibrate again"
             )
-
-    @staticmethod
-    def _tap(name: str) -> int:
-        if name not in _core.TAPS:
-            raise FallowError(f"this plan cuts {name!r}, which the engine cannot; calibrate again")
-        return _core.TAPS.index(name)
 
     def _taps_of(self, plan: Plan) -> tuple[str, ...]:
         if plan.where == "input":
@@ -487,18 +507,20 @@ class Engine:
                 )
             yield
 
-    def windows(self, text: Text, context: int, limit: int | None = None) -> np.ndarray:
+    def windows(
+        self, text: Text, context: int, limit: int | None = None, at_most: int | None = None
+    ) -> np.ndarray:
         """The text as windows of token ids, (n, context): see `cut_windows`.
 
         Raises:
-            FallowError: the text is shorter than one window.
+            FallowError: the text is shorter than one window, or has fewer than are asked for.
             UsageError: the context is longer than the cache, or no window is asked for.
         """
         if context > self.context:
             raise UsageError(
                 f"--context {context} is longer than the {self.context} tokens this engine holds"
             )
-        return cut_windows(text, self.tokenizer, context, limit)
+        return cut_windows(text, self.tokenizer, context, limit, at_most)
 
     def forward(
         self, ids: Sequence[int] | np.ndarray, every: bool = False, dense: bool = False
@@ -616,10 +638,12 @@ class Engine:
 
         Raises:
             FallowError: the prompt is empty or longer than the context.
-            UsageError: max_tokens below 1, or with `echo` below 0.
+            UsageError: max_tokens below 1, or with `echo` below 0; or an empty stop text.
         """
         if max_tokens < (1 if echo is None else 0):
             raise UsageError("--max-new-tokens must be at least 1")
+        if "" in stop:
+            raise UsageError("a stop text is empty, with which every text begins; leave it out")
         tokens = np.asarray(ids)
         if len(tokens) + max_tokens > self.context:
             raise FallowError(
@@ -821,6 +845,8 @@ class Sampler:
             raise UsageError(f"top_k {self.top_k} must be at least 0")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"min_p {self.min_p:g} is outside [0, 1]")
+        if self.seed < 0:
+            raise UsageError(f"seed {self.seed} must be at least 0")
         self._random = np.random.default_rng(self.seed)
 
     def pick(self, logits: np.ndarray) -> int:
@@ -951,6 +977,16 @@ def rss_bytes() -> int:
     """The process's resident memory now, mapped files included."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+def _refuse_unpacked(path: Path) -> None:
+    """Raises FallowError for the name of a model that is still to be packed."""
+    name = str(path)
+    is_named = name in ALIASES or is_hub_id(name)
+    if os.path.isdir(path) or (is_named and not os.path.exists(path)):
+        raise FallowError(
+            f"{name} is not a packed model; make one with: fallow pack {name} -o packed.gguf"
+        )
 
 
 def _tokenizer(file: GgufFile) -> TextTokenizer:

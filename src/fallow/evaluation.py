@@ -222,7 +222,7 @@ def evaluate(
         windows: how many of the text's windows, from the first; None: all.
 
     Raises:
-        FallowError: text shorter than one window, plan for another model, NaN.
+        FallowError: the text has fewer windows, plan for another model, NaN.
         UsageError: the text is the plan's calibration text, and not `allow_leakage`.
     """
     source = load_text(text, "evaluation")

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and what is read back of them."""
 
 import json
+import math
 import os
 import shutil
 import stat
@@ -132,7 +133,20 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_text(path, to_json(value, indent=1) + "\n")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """A JSON document; NaN and infinity, for which JSON has no word, become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class DuplicateKeyError(ValueError):
@@ -242,7 +256,7 @@ class JsonLines:
 
     def add(self, *values: Any) -> None:
         """Raises FallowError if the file cannot be written."""
-        lines = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
+        lines = "".join(to_json(value) + "\n" for value in values)
         try:
             if self._whole is not None:
                 os.truncate(self._path, self._whole)

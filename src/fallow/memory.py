@@ -27,19 +27,23 @@ COARSE_HEAD = ("lm_head_coarse.codes", "lm_head_coarse.bias")
 STREAMED = ("gate_proj", "up_proj", "down_proj_t")
 # What the process takes after the engine is ready: logits, the sampler's and Python's arrays.
 RESERVE = 24_000_000
+SMALLEST_BARE = 1_000_000  # a number without a unit is bytes from here on
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_size(text: str, option: str = "--memory") -> int:
-    """Bytes of a size such as 800MB (of 1e6 bytes) or 1.5GiB.
+    """Bytes of a size such as 800MB (of 1e6 bytes) or 1.5GiB; of a number alone, if it is large.
 
     Raises:
-        UsageError: anything else.
+        UsageError: anything else, or a small number alone, which hardly means bytes.
     """
     found = re.fullmatch(r"\s*(\d*\.?\d+)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(found[2].upper()) if found else None
     if not found or unit is None or not float(found[1]) * unit >= 1:
         raise UsageError(f"{option} {text!r} is not a size; give one such as 800MB or 1.5GB")
+    if not found[2] and float(found[1]) < SMALLEST_BARE:
+        number = text.strip()
+        raise UsageError(f"{option} {number} has no unit; give {number}MB, or {number}B for bytes")
     return int(float(found[1]) * unit)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fallow.catalog import ALIASES, resolve
+from fallow.catalog import ALIASES, is_hub_id, resolve
+from fallow.engine import Sampler
 from fallow.errors import FallowError, UsageError, in_one_line
 from fallow.files import read_json
 from fallow.models import (
@@ -34,6 +35,9 @@ from fallow.weights import GgufFile, StoredTensor, fingerprint, read_gguf, read_
 # Products of float32 that stay float32: 512 x 512 of N(0, 1) differ by less than this between
 # libraries, while bfloat16 inputs would differ by 1e-1.
 FLOAT32_ERROR = 1e-3
+# Below this temperature the most likely token is taken: float32 logits around 10 differ by 1e-6 or
+# not at all, and divided by less they overflow.
+COLDEST = 1e-6
 
 
 def use_fastest_float32() -> None:
@@ -117,11 +121,13 @@ class Model:
     def vocabulary_size(self) -> int:
         return self._head_weight.shape[0]
 
-    def windows(self, text: Text, context: int, limit: int | None = None) -> np.ndarray:
+    def windows(
+        self, text: Text, context: int, limit: int | None = None, at_most: int | None = None
+    ) -> np.ndarray:
         """The text as windows of token ids, (n, context): see `cut_windows`.
 
         Raises:
-            FallowError: the text is shorter than one window.
+            FallowError: the text is shorter than one window, or has fewer than are asked for.
             UsageError: the context is longer than the model's, or no window is asked for.
         """
         longest = self.module.config.max_position_embeddings
@@ -130,7 +136,7 @@ class Model:
                 f"--context {context} is longer than the {longest} tokens the model was made for; "
                 "give a smaller one"
             )
-        return cut_windows(text, self.tokenizer, context, limit)
+        return cut_windows(text, self.tokenizer, context, limit, at_most)
 
     def hidden(self, ids: np.ndarray) -> torch.Tensor:
         """Final hidden states of token ids (B, T): (B, T, d_model), after the last norm."""
@@ -195,13 +201,14 @@ class Model:
                 f"prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
                 f"context of {limit}; shorten the prompt"
             )
-        if max_new_tokens < 1 or temperature < 0:
-            raise UsageError("--max-new-tokens must be at least 1 and --temperature at least 0")
+        if max_new_tokens < 1:
+            raise UsageError("--max-new-tokens must be at least 1")
+        Sampler(temperature, seed=seed)  # or it says what is out of range
         torch.manual_seed(seed)
         tensor = torch.from_numpy(ids)[None]
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature}
-            if temperature > 0
+            if temperature > COLDEST
             else {"do_sample": False}
         )
         with torch.inference_mode(), self.sparse(plan):
@@ -247,11 +254,11 @@ def find_model(name: str) -> Path:
         return resolve(ALIASES[name])
     path = Path(name)
     with suppress(OSError):  # a name that no file can have
-        if path.exists():
+        if name and path.exists():
             return path
-    if name.endswith(".gguf") or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name):
         raise FallowError(
-            f"model {name} not found: no such file or folder, and no alias "
+            f"model {name or repr(name)} not found: no such file or folder, and no alias "
             f"({', '.join(ALIASES)}); see: fallow models"
         )
     return _download(name)
@@ -281,6 +288,11 @@ def _torch_dtype(dtype: str, n_weights: int) -> torch.dtype:
 
 def _load_gguf(name: str, path: Path, dtype: str) -> Model:
     file, where = read_gguf(path), f"GGUF {path}"
+    if "fallow.version" in file.metadata:
+        raise FallowError(
+            f"{path} is packed already; give the model that it was packed from, "
+            f"{file.get('fallow.model')}"
+        )
     check_gguf_type(file)
     architecture = by_gguf_name(file.architecture, where)
     assert architecture.gguf_config is not None

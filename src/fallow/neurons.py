@@ -16,7 +16,7 @@ import torch
 from fallow.capture import non_finite_error
 from fallow.errors import UsageError
 from fallow.model import Model
-from fallow.profiling import TOP, ZERO_OUT_NORM
+from fallow.profiling import TOP, WINDOWS, ZERO_OUT_NORM
 from fallow.progress import progress
 from fallow.rules._base import per_token_topk
 from fallow.taps import Tap, attach
@@ -86,7 +86,7 @@ def examine(
     texts: Sequence[str | Path | Text] | None = None,
     *,
     context: int = 1024,
-    windows: int | None = 8,
+    windows: int | None = None,
     snippets: int = 10,
     random_snippets: int = 0,
     seed: int = 0,
@@ -98,12 +98,12 @@ def examine(
 
     Args:
         texts: each is a type of text with rates of its own; None: both halves of the default text.
-        windows: how many of each text's windows, from the first; None: all.
+        windows: how many of each text's windows, from the first; None: 8, or all of fewer.
         seed: of the random snippets.
 
     Raises:
         UsageError: a layer or neuron that the model lacks, or no snippet is asked for.
-        FallowError: a text shorter than one window; NaN, naming tensor and layer.
+        FallowError: a text has fewer windows; NaN, naming tensor and layer.
     """
     for place in places:
         check_place(model, *place)
@@ -114,7 +114,7 @@ def examine(
         if texts is None
         else [load_text(text, "evaluation") for text in texts]
     )
-    cut = [model.windows(source, context, windows) for source in sources]
+    cut = [model.windows(source, context, windows, at_most=WINDOWS) for source in sources]
     watched = {place: _Watch(snippets, random_snippets, seed) for place in places}
     seen: dict[Place, _Seen] = {}
     with (

@@ -168,6 +168,7 @@ def optimize(
     context = min(context, packer.context_length)
     cut = source.windows(fit_text, context)
     fit, validation = split_windows(cut, [windows, validation_windows])
+    source.windows(check_text, context, check_windows)  # fewer are refused before the work
     packer.add_coarse_head(fit_text, np.concatenate([fit, cut[windows + validation_windows :]]))
     with atomic_path(output) as temporary:
         packer.write(temporary)

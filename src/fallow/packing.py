@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fallow import _core
-from fallow.engine import PACKED_VERSION, Engine
+from fallow.engine import PACKED_VERSION, Engine, check_runs
 from fallow.errors import FallowError, UsageError
 from fallow.evaluation import final_hidden, logits_of
 from fallow.files import atomic_path, check_writable
@@ -124,11 +124,16 @@ def pack(
 
     Raises:
         FallowError: the file would not pass the check (nothing is written), a matrix has a type
-            that the engine has no kernels for, or the architecture's variant is not supported.
+            that the engine has no kernels for, the architecture's variant is not supported, or the
+            engine cannot run the plan.
         UsageError: an unknown type.
     """
+    if plan is not None:
+        check_runs(plan)
     check_writable(output)
-    packer = Packer(model, quant=quant, down=down, shortlist=shortlist, planes=planes, text=text)
+    packer = Packer(
+        model, quant=quant, down=down, shortlist=shortlist, planes=planes, text=text, plan=plan
+    )
     return packer.write(output, plan, n_threads)
 
 
@@ -144,15 +149,19 @@ class Packer:
         shortlist: bool = False,
         planes: bool = False,
         text: str | Path | Text | None = None,
+        plan: Plan | None = None,  # of another model: refused before the work
     ) -> None:
         name = None if isinstance(model, Model) else str(model)
+        text = load_text(text, "evaluation")
         self._source = _Source(load(model, "float32"), name)
+        if plan is not None:
+            self.model.rule(plan)
         self._types = self._source.down_types(quant, down)
         self._planes = planes
         self._matrices = self._source.matrices(quant)
         if shortlist:
             self._matrices |= self._source.coarse_head()
-        self._reference = self._reference_on(load_text(text, "evaluation"))
+        self._reference = self._reference_on(text)
 
     @property
     def model(self) -> Model:
@@ -384,7 +393,7 @@ class _Source:
     def _calibration_windows(self, limit: int) -> np.ndarray:
         """The first windows of the default calibration text, (n, context)."""
         context = min(CHECK_CONTEXT, self.context_length)
-        return self.model.windows(load_text(None, "calibration"), context, limit)
+        return self.model.windows(load_text(None, "calibration"), context, at_most=limit)
 
     @cached_property
     def energy(self) -> np.ndarray:
@@ -703,7 +712,7 @@ class _Reference:
     def __init__(self, model: Model, text: Text, context_length: int, skip: int = 0) -> None:
         """Of the text's windows the first CHECK_WINDOWS behind `skip`."""
         context = min(CHECK_CONTEXT, context_length)
-        self.windows = model.windows(text, context, skip + CHECK_WINDOWS)[skip:]
+        self.windows = model.windows(text, context, at_most=skip + CHECK_WINDOWS)[skip:]
         self.model = model
         with progress("self-check of the source", len(self.windows)) as ticker:
             self.hidden = []
@@ -712,7 +721,9 @@ class _Reference:
                 ticker.advance()
 
     def check(self, path: Path, n_threads: int) -> SelfCheck:
-        engine = Engine(path, plan=False, threads=n_threads, context=self.windows.shape[1])
+        # With the plan in the file: one that the engine cannot run is refused.
+        engine = Engine(path, threads=n_threads, context=self.windows.shape[1])
+        engine.use_plan(None)
         results = [
             compare_logits(
                 window,

@@ -78,12 +78,12 @@ class Plan:
     def load(cls, path: str | Path) -> "Plan":
         """Reads a plan. Raises FallowError: missing, truncated, no plan, or a newer format."""
         path = Path(path)
-        if not path.is_file():
-            raise FallowError(f"cannot read plan {path}: no such file; check --plan")
         try:
             content = path.read_bytes()
+        except FileNotFoundError as error:
+            raise FallowError(f"cannot read plan {path}: no such file; check --plan") from error
         except OSError as error:
-            raise FallowError(f"cannot read plan {path}: {error.strerror}") from error
+            raise FallowError(f"cannot read plan {path}: {error.strerror}; check --plan") from error
         return cls.from_bytes(content, str(path))
 
     @classmethod

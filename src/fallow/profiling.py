@@ -23,6 +23,7 @@ ZERO_OUT_NORM = 1e-7  # P3's zero test on |inter| ||down_proj[:, i]|| (R3 model_
 DEAD = 1e-3  # a neuron active on fewer tokens than this share is dead (P3's data repository)
 TOP = 0.5  # firing is also counted as being among a token's top half by out_norm
 STORED_BINS_PER_OCTAVE = 16
+WINDOWS = 8  # of a text, where none are asked for
 
 
 @dataclass
@@ -69,19 +70,19 @@ def profile(
     text: str | Path | Text | None = None,
     *,
     context: int = 1024,
-    windows: int | None = 8,
+    windows: int | None = None,
 ) -> Profile:
     """Measures weights and activations of the dense model; memory does not grow with the text.
 
     Args:
         text: a file, or None for the evaluation half of the default text.
-        windows: how many of the text's windows, from the first; None: all.
+        windows: how many of the text's windows, from the first; None: 8, or all of fewer.
 
     Raises:
-        FallowError: text shorter than one window; NaN, naming tensor and layer.
+        FallowError: the text has fewer windows; NaN, naming tensor and layer.
     """
     source = load_text(text, "evaluation")
-    cut = model.windows(source, context, windows)
+    cut = model.windows(source, context, windows, at_most=WINDOWS)
     layer = model.layers[0]
     # Inputs that several projections share are tapped at the first one: x, and that of q, k and v.
     names = ["x", *layer.ffn_taps, next(iter(layer.attention)), "o_proj"]

@@ -14,7 +14,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True)
+# Names of files may look like markup or an emoji: model[1].gguf, a:cat:b.
+console = Console(stderr=True, markup=False, emoji=False)
+
+
+def note(text: str) -> None:
+    """One line on stderr that something is not as it might be."""
+    console.print(f"note: {text}", soft_wrap=True, highlight=False)
 
 
 class Ticker(Protocol):
@@ -50,7 +56,7 @@ def progress(text: str, total: int | None = None) -> Iterator[Ticker]:
         yield _Lines(total, text)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

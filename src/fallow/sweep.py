@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fallow.calibration import Calibrator
+from fallow.calibration import Calibrator, check_increase
 from fallow.errors import UsageError
 from fallow.evaluation import run_window
 from fallow.files import JsonLines, atomic_path, fits, read_json, write_json, write_text
@@ -47,17 +47,19 @@ class Row:
 def make_rows(
     rules: Sequence[str], sparsities: Sequence[float], ppl_increases: Sequence[float] = ()
 ) -> list[Row]:
-    """Every rule at every target; relu, which has no knob, once.
+    """Every rule at every target, once; relu, which has no knob, too.
 
     Raises:
-        UsageError: unknown rule, sparsity outside [0, 1), or nothing asked for.
+        UsageError: unknown rule, sparsity outside [0, 1), an increase that is no positive
+            percentage, or nothing asked for.
     """
     rows: list[Row] = []
     for rule in rules:
         searchable = find_rule(rule).search is not None
         targets = sparsities if searchable else [0.0]
         rows += [Row(rule, sparsity=check_sparsity(s)) for s in targets]
-        rows += [Row(rule, max_ppl_increase=p) for p in ppl_increases if searchable]
+        rows += [Row(rule, max_ppl_increase=check_increase(p)) for p in ppl_increases if searchable]
+    rows = list(dict.fromkeys(rows))
     if not rows:
         raise UsageError("nothing to do: give --rules and --sparsities or --max-ppl-increases")
     return rows
@@ -121,8 +123,13 @@ def tradeoff(
 
     Raises:
         UsageError: the folder holds a run with other settings, or both texts are the same.
-        FallowError: a text is too short, the model computes NaN, or a trained plan does not fit it.
+        FallowError: a text has fewer windows, the model computes NaN, or a trained plan does not
+            fit it.
     """
+    counts = {"calibration": calibration_windows, "validation": validation_windows}
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"--{name}-windows {count} is too few; give at least 1")
     source = load_text(text, "evaluation")
     scores = _trained_scores(model, trained, source, allow_leakage)
     calibration_source = load_text(calibration_text, "calibration")

@@ -43,7 +43,7 @@ def load_task(path: str | Path, limit: int | None = None) -> list[Item]:
     - `context`, `continuation`: the words to predict (LAMBADA)
 
     Raises:
-        FallowError: missing, empty, or a line that has none of the forms.
+        FallowError: missing, empty, shorter than `limit`, or a line that has none of the forms.
     """
     path = Path(path)
     try:
@@ -52,9 +52,12 @@ def load_task(path: str | Path, limit: int | None = None) -> list[Item]:
         raise FallowError(f"cannot read task {path}: {error.strerror}; check --task") from error
     except UnicodeDecodeError as error:
         raise FallowError(f"task {path} is not UTF-8 (byte {error.start})") from error
-    lines = [line for line in lines if line.strip()][:limit]
+    lines = [line for line in lines if line.strip()]
     if not lines:
         raise FallowError(f"task {path} is empty; give a file with one JSON object a line")
+    if limit is not None and len(lines) < limit:
+        raise FallowError(f"task {path} has {len(lines)} items, {limit} are asked for")
+    lines = lines[:limit]
     return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
 
 

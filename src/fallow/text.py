@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from fallow.errors import FallowError, UsageError
+from fallow.progress import note
 
 Half = Literal["calibration", "evaluation"]
 
@@ -92,20 +93,33 @@ def check_no_leakage(calibration_sha256: str, evaluation: Text, allow_leakage: b
         )
 
 
+def check_context(context: int) -> None:
+    """Raises UsageError if windows of so many tokens predict nothing."""
+    if context < 2:
+        raise UsageError(f"--context {context} is too short; a window needs at least 2 tokens")
+
+
 def cut_windows(
-    text: Text, tokenizer: Encoder, context: int, limit: int | None = None
+    text: Text,
+    tokenizer: Encoder,
+    context: int,
+    limit: int | None = None,
+    at_most: int | None = None,
 ) -> np.ndarray:
     """Tokenises the text once and cuts it into windows, (n, context) int64 (METHODS 1).
 
     Windows do not overlap; the rest that does not fill one is dropped. For a model whose tokenizer
     adds BOS each window is BOS and context - 1 tokens of text.
 
+    Args:
+        limit: the first so many, which the text has to give; None: all.
+        at_most: the first so many where `limit` is None, or those that there are.
+
     Raises:
-        FallowError: the text is shorter than one window.
+        FallowError: the text is shorter than one window, or has fewer than `limit`.
         UsageError: context < 2 or limit < 1.
     """
-    if context < 2:
-        raise UsageError(f"--context {context} is too short; a window needs at least 2 tokens")
+    check_context(context)
     if limit is not None and limit < 1:
         raise UsageError(f"--windows {limit} is too few; give at least 1")
     ids = tokenizer.encode(text.content)
@@ -117,7 +131,14 @@ def cut_windows(
             f"text {text.name} has {len(ids)} tokens, less than one window of {step}; "
             "give a longer --text or a smaller --context"
         )
-    count = min(count, limit) if limit is not None else count
+    if limit is not None and count < limit:
+        raise FallowError(
+            f"text {text.name} gives {count} windows of {context} tokens, {limit} are asked for; "
+            "give a longer text, fewer windows or a smaller --context"
+        )
+    if limit is None and at_most is not None and count < at_most:
+        note(f"text {text.name} gives {count} windows of {context} tokens, not {at_most}")
+    count = min(count, limit or at_most or count)
     windows = np.asarray(ids[: count * step], dtype=np.int64).reshape(count, step)
     if bos is not None:
         windows = np.concatenate([np.full((count, 1), bos, dtype=np.int64), windows], axis=1)

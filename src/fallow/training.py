@@ -29,7 +29,7 @@ from fallow.rules._base import check_sparsity, per_token_topk
 from fallow.selectors._base import Seen, watch
 from fallow.selectors.learned import Learned, Network, arrays_of, initial, log_score
 from fallow.taps import Layer, attach
-from fallow.text import Text, load_text
+from fallow.text import Text, check_context, load_text
 
 # Tokens per step: on SmolLM2's layer 15, of equal text, 256 leave 8.0 % of the energy to lose, 512
 # 8.3 and 1024 8.8.
@@ -233,9 +233,10 @@ def train(
     output = Path(output)
     rule = check_request(rank, gate, tokens, sparsity, checks, patience)
     check_writable(output)
+    check_context(context)
     source = load_text(text, "calibration")
     total = math.ceil(tokens / context)
-    available = len(model.windows(source, context, total + validation_windows))
+    available = len(model.windows(source, context))
     calibrator = Calibrator(
         model,
         source,

@@ -36,7 +36,7 @@ def main() -> None:
     """Entry point: one line for an error, exit code 2 for usage and 1 for the rest."""
     _prepare_streams()
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="fallow", standalone_mode=False)
         sys.stdout.flush()
     except FallowError as error:
         _fail(str(error), error.exit_code)
@@ -60,7 +60,9 @@ def main() -> None:
             raise
         if not message():  # no arguments at all: the help was printed
             sys.exit(2)
-        _fail(f"{message().rstrip('.')}; see: fallow --help", 2)
+        context = getattr(error, "ctx", None)
+        command = "fallow" if context is None else context.command_path
+        _fail(f"{message().rstrip('.')}; see: {command} --help", 2)
     else:
         if code == INTERRUPTED:
             _fail("interrupted", INTERRUPTED)

@@ -1,13 +1,16 @@
 """What commands share: the app, options, and how results are printed."""
 
-import json
+import math
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fallow.errors import UsageError
+from fallow.files import check_writable, to_json
 
 app = typer.Typer(
     help="Activation sparsity for language models: measure, calibrate, evaluate.",
@@ -35,20 +38,33 @@ TextOption = Annotated[
     typer.Option("--text", help="UTF-8 text; default: half of the Python language reference."),
 ]
 WorkersOption = Annotated[
-    int, typer.Option(min=1, help="Processes of Ray (pip install 'fallow[ray]'); 1: this one.")
+    int,
+    # rich would take an unescaped bracket for markup.
+    typer.Option(min=1, help=r"Processes of Ray (pip install 'fallow\[ray]'); 1: this one."),
 ]
-ContextOption = Annotated[int, typer.Option(help="Tokens per window.")]
+ContextOption = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what is random.")]
 DtypeOption = Annotated[
     str,
     typer.Option(help="float32, bfloat16, float16; auto: float32 up to 1e9 weights."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="End stdout with one JSON document.")]
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="End stdout with one JSON document; null: no finite number."),
+]
 PackedPlanOption = Annotated[Path | None, typer.Option(help="A plan; default: the packed one.")]
 CacheOption = Annotated[int | None, typer.Option(help="Tokens of cache; default: at most 4096.")]
 LeakageOption = Annotated[
     bool,
     typer.Option("--allow-leakage", help="Evaluate on the calibration text all the same."),
 ]
+
+
+def refuse_given(options: dict[str, bool], reason: str) -> None:
+    """Raises UsageError, by name, for an option that was given and would have no effect."""
+    given = [name for name, is_given in options.items() if is_given]
+    if given:
+        raise UsageError(f"{', '.join(given)} {reason}")
 
 
 def load_model(model: str, dtype: str) -> Any:
@@ -66,7 +82,25 @@ def load_plan(path: Path | None) -> Any:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, allow_nan=False), flush=True)
+    print(to_json(value), flush=True)
+
+
+def check_output(output: Path, *inputs: str | Path | None) -> None:
+    """Refuses an output that cannot be written, or that is one of the files to be read.
+
+    Called before anything is loaded.
+
+    Raises:
+        UsageError: it is an input, or "-", since no result goes to standard output.
+        FallowError: it cannot be written.
+    """
+    if str(output) == "-":
+        raise UsageError("--output - would be a file of that name; give another")
+    for path in inputs:
+        with suppress(OSError):  # one of both is not there, or is no name of a file
+            if path is not None and os.path.samefile(output, path):
+                raise UsageError(f"--output {output} is also to be read; choose another name")
+    check_writable(output)
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -80,7 +114,8 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_row(*row)
     print(title)
     # A pipe has no width: give it enough for every column.
-    (Console() if sys.stdout.isatty() else Console(width=160)).print(table)
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width, markup=False, emoji=False).print(table)
 
 
 def plus_minus(value: float, error: float | None, digits: int) -> str:
@@ -93,10 +128,14 @@ def split_names(text: str) -> list[str]:
 
 
 def numbers(option: str, text: str) -> list[float]:
+    """Finite numbers, comma-separated. Raises UsageError for anything else."""
     try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r} is not a list of numbers such as 0.3,0.5") from error
+        found = [float(part) for part in split_names(text)]
+    except ValueError:
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise UsageError(f"{option} {text!r} is not a list of numbers such as 0.3,0.5")
+    return found
 
 
 def report_tradeoff(table: list[dict[str, Any]], output: Path, as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """Commands of fallow law."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,13 +9,15 @@ import typer
 from fallow.cli._shared import (
     ContextOption,
     JsonOption,
+    SeedOption,
     WorkersOption,
     app,
+    check_output,
     numbers,
     print_json,
     print_table,
 )
-from fallow.files import check_writable
+from fallow.errors import UsageError
 
 law_app = typer.Typer(help="How sparse a model becomes with training.", no_args_is_help=True)
 app.add_typer(law_app, name="law")
@@ -36,7 +39,7 @@ def law_fit(
     at: Annotated[str, typer.Option(help="Predict A at so many tokens, such as 1e11,1e12.")] = "",
     tokens_for: Annotated[str, typer.Option(help="Tokens until A is that, such as 0.08.")] = "",
     draws: Annotated[int, typer.Option(min=20, help="Of the bootstrap.")] = 400,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Fit laws to curves of the activation ratio: parameters, intervals, rivals, predictions."""
@@ -45,14 +48,17 @@ def law_fit(
     from fallow.laws.figures import draw
     from fallow.laws.fitting import fit_jointly, fit_law
 
-    check_writable(output / "law.json")
-    loaded = [load_curve(path, unit) for path in curves]
+    check_output(output / "law.json", *curves)
+    reached = numbers("--at", at)
+    if any(x <= 0 for x in reached):
+        raise UsageError(f"--at {at} is not all positive; give tokens such as 1e11,1e12")
+    loaded = [load_curve(path, unit) for path in dict.fromkeys(curves)]
     fits = [
         fit_law(
             curve,
             form,
             drop_first=drop_first,
-            at=[x / curve.unit for x in numbers("--at", at)],
+            at=[x / curve.unit for x in reached],
             tokens_for=numbers("--tokens-for", tokens_for),
             draws=draws,
             seed=seed,
@@ -93,13 +99,15 @@ def law_train(
     batch: Annotated[int, typer.Option(help="Windows per step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 3e-3,
     checkpoints: Annotated[int, typer.Option(help="Points of the curve, log-spaced.")] = 12,
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    seed: SeedOption = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Train a small LLaMA-like model and measure how sparse it becomes; goes on if stopped."""
     from fallow.laws.training import Settings, train
 
+    if not math.isfinite(tokens):
+        raise UsageError(f"--tokens {tokens} is no number of tokens; give one such as 4e7")
     report = train(
         output,
         text,

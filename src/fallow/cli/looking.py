@@ -12,6 +12,7 @@ from fallow.cli._shared import (
     ModelArg,
     TextOption,
     app,
+    check_output,
     load_model,
     numbers,
     plus_minus,
@@ -20,7 +21,6 @@ from fallow.cli._shared import (
     split_names,
 )
 from fallow.errors import UsageError
-from fallow.files import check_writable
 
 
 @app.command()
@@ -133,12 +133,14 @@ def profile(
         Path, typer.Option("--output", "-o", help="Folder for profile.json and profile.npz.")
     ] = Path("profile"),
     context: ContextOption = 1024,
-    windows: Annotated[int, typer.Option(help="How many windows of the text.")] = 8,
+    windows: Annotated[
+        int | None, typer.Option(help="The first N windows; default: 8, or all of fewer.")
+    ] = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure weights, activations and natural sparsity of the dense model, layer by layer."""
-    check_writable(output / "profile.json")
+    check_output(output / "profile.json")
     loaded = load_model(model, dtype)
     from fallow.profiling import profile as run
 
@@ -194,10 +196,17 @@ def report(
     ),
     text: TextOption = None,
     calibration_text: Annotated[
-        Path | None, typer.Option(help="Text that thresholds are fitted on; not --text.")
+        Path | None,
+        typer.Option(help="Text whose first 12 windows rules are fitted on; not --text."),
     ] = None,
     context: ContextOption = 1024,
-    windows: Annotated[int, typer.Option(help="How many windows of each text.")] = 8,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            help="The first N windows of --text, and for neurons of --calibration-text; "
+            "default: 8, or all of fewer."
+        ),
+    ] = None,
     rules: Annotated[str, typer.Option(help="Of the trade-off, comma-separated.")] = (
         "topk,cats,tail"
     ),
@@ -225,6 +234,7 @@ def report(
     """One HTML file of all that can be seen of models: for a phone too, offline; resumable."""
     names = split_names(rules)
     targets = numbers("--sparsities", sparsities)
+    check_output(output, *models, text, calibration_text, plan, sample, *(results or ()))
     from fallow.reporting.page import report as run
 
     found = run(
@@ -270,7 +280,10 @@ def neurons(
     ] = None,
     snippets: Annotated[int, typer.Option(min=1, help="The strongest, to show.")] = 10,
     context: ContextOption = 1024,
-    windows: Annotated[int, typer.Option(help="How many windows of each text.")] = 8,
+    windows: Annotated[
+        int | None,
+        typer.Option(help="The first N windows of each text; default: 8, or all of fewer."),
+    ] = None,
     explain: Annotated[
         str | None,
         typer.Option(
@@ -298,7 +311,7 @@ def neurons(
     found = examine(
         load_model(model, dtype),
         [(layer, neuron)],
-        text or None,
+        list(dict.fromkeys(text)) if text else None,
         context=context,
         windows=windows,
         snippets=max(snippets, STRONG) if endpoint else snippets,

@@ -1,5 +1,6 @@
 """Commands that write and run packed models."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +14,18 @@ from fallow.cli._shared import (
     ModelArg,
     PackedArg,
     PackedPlanOption,
+    SeedOption,
     TextOption,
     ThreadsOption,
     app,
+    check_output,
     load_model,
     load_plan,
     plus_minus,
     print_json,
     print_table,
+    refuse_given,
+    split_names,
 )
 from fallow.errors import FallowError, UsageError
 from fallow.files import check_writable
@@ -54,7 +59,7 @@ def pack(
     as_json: JsonOption = False,
 ) -> None:
     """Write a model in the engine's form, checked against its source before it gets its name."""
-    check_writable(output)
+    check_output(output, model, plan, text)
     loaded_plan = load_plan(plan)
     from fallow.packing import pack as run
 
@@ -100,7 +105,7 @@ def optimize(
     as_json: JsonOption = False,
 ) -> None:
     """Pack a model with the plan that skips most at a stated loss; calibrate, search and check."""
-    check_writable(output)
+    check_output(output, model, text, calibration_text)
     from fallow.optimization import optimize as run
 
     result = run(
@@ -158,12 +163,13 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Time prefill and decode, alternating with another engine if asked to."""
-    if memory and "," in memory:
+    budgets = split_names(memory or "")
+    if len(budgets) > 1:
         if against or source:
             raise UsageError("--against goes with one --memory, not with several")
         given = {"--plan": plan, "--threads": threads, "--text": text, "--runs": runs}
         given |= {"-p": prompt_tokens, "-n": new_tokens}
-        _bench_budgets(file, memory.split(","), given, figure, as_json)
+        _bench_budgets(file, budgets, given, figure, as_json)
         return
     if figure:
         raise UsageError("--figure draws several budgets; give --memory 1GB,800MB say")
@@ -194,9 +200,12 @@ def _bench_budgets(
     from fallow.bench import bench_budgets, draw_budgets
     from fallow.memory import parse_size
 
-    budgets = [budget.strip() for budget in budgets if budget.strip()]
     for budget in budgets:
         parse_size(budget)
+    if figure:
+        if figure.suffix not in (".png", ".svg"):
+            raise UsageError(f"--figure {figure} ends in neither .png nor .svg")
+        check_writable(figure)
     arguments = [str(part) for kv in given.items() if kv[1] is not None for part in kv]
     rows = bench_budgets(file, budgets, arguments)
     if all("error" in r for r in rows):
@@ -253,11 +262,13 @@ def generate(
     model: Annotated[
         str, typer.Argument(help="A packed model, or any other: then nothing is skipped.")
     ],
-    prompt: Annotated[str, typer.Argument(help="Text to continue, or to answer with --chat.")],
+    prompt: Annotated[
+        str, typer.Argument(help="Text to continue, or to answer with --chat; -: standard input.")
+    ],
     plan: Annotated[Path | None, typer.Option(help="A plan; without one: the dense model.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0: the most likely token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: SeedOption = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     top_p: Annotated[
         float, typer.Option(help="Packed models: the likeliest tokens of this probability.")
@@ -289,9 +300,12 @@ def generate(
     loaded_plan = load_plan(plan)
     from fallow.engine import Engine, is_packed
 
+    if prompt == "-":
+        prompt = _read_prompt()
     if is_packed(model):
         from fallow.progress import console
 
+        refuse_given({"--dtype": dtype != "auto"}, "is for models that are not packed")
         engine = Engine(model, loaded_plan, threads, context=context, memory=memory)
         if memory is not None:
             console.print(engine.describe_memory(), highlight=False)
@@ -301,9 +315,10 @@ def generate(
         )  # fmt: skip
         _print_stream(engine, prompt, pieces, as_json)
         return
-    given = (top_p, top_k, min_p, stop, lossless, context, memory)
-    if given != (1.0, 0, 0.0, None, False, None, None):
-        raise UsageError("this option needs a packed model; make one with fallow pack")
+    given = {"--top-p": top_p != 1, "--top-k": top_k != 0, "--min-p": min_p != 0}
+    given |= {"--stop": bool(stop), "--lossless": lossless, "--threads": threads is not None}
+    given |= {"--context": context is not None, "--memory": memory is not None}
+    refuse_given(given, "needs a packed model; make one with fallow pack")
     loaded = load_model(model, dtype)
     answer = loaded.generate(
         prompt,
@@ -319,23 +334,45 @@ def generate(
         print(answer)
 
 
-def _print_stream(engine: Any, prompt: str, pieces: Any, as_json: bool) -> None:
-    from fallow.progress import console
+def _read_prompt() -> str:
+    """Standard input, without a newline at its end, as llama.cpp reads a prompt's file.
 
-    text = ""
-    for piece in pieces:
-        text += piece
-        if not as_json:
-            print(piece, end="", flush=True)
-    stats = engine.stats
+    Raises:
+        FallowError: it is not UTF-8.
+    """
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise FallowError(
+            f"standard input is not UTF-8 (byte {error.start}); convert it, for example with iconv"
+        ) from error
+
+
+def _print_stream(engine: Any, prompt: str, pieces: Any, as_json: bool) -> None:
+    """The answer as it comes, and its figures; of one that Ctrl-C ends, those of what came."""
+    said: list[str] = []
+    try:
+        for piece in pieces:
+            said.append(piece)
+            if not as_json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pieces.close()  # the figures are made
+        _print_end(engine.stats, prompt, "".join(said), as_json)
+        raise
+    except FallowError:
+        if said and not as_json:
+            print(flush=True)
+        raise
+    _print_end(engine.stats, prompt, "".join(said), as_json)
+
+
+def _print_end(stats: Any, prompt: str, text: str, as_json: bool) -> None:
     if as_json:
         print_json({"prompt": prompt, "text": text, "stats": stats.to_json()})
         return
-    print()
-    console.print(
-        f"{stats.new_tokens} tokens, {stats.decode_tps:.1f} tok/s, "
-        f"{stats.bytes_per_token / 1e6:.0f} MB/token, first after {stats.ttft_ms:.0f} ms, "
-        f"{stats.sparsity:.0%} of neurons idle"
-        + (f", {stats.accepted} of {stats.drafted} guesses held" if stats.drafted else ""),
-        highlight=False,
-    )
+    from fallow.chat import figures
+    from fallow.progress import console
+
+    print(flush=True)
+    console.print(figures(stats), highlight=False)

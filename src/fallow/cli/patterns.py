@@ -1,6 +1,5 @@
 """Commands of fallow patterns."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,19 +10,21 @@ from fallow.cli._shared import (
     DtypeOption,
     JsonOption,
     ModelArg,
+    SeedOption,
     TextOption,
     ThreadsOption,
     WorkersOption,
     app,
+    check_output,
     load_model,
     load_plan,
     numbers,
     print_json,
     print_table,
+    refuse_given,
     split_names,
 )
 from fallow.errors import UsageError
-from fallow.files import check_writable
 
 patterns_app = typer.Typer(
     help="Collect and cluster patterns: which neurons are active.", no_args_is_help=True
@@ -65,7 +66,7 @@ def patterns_collect(
 ) -> None:
     """Keep which neurons a rule leaves active for every token of a text; goes on if stopped."""
     loaded, used = _with_plan(
-        model, dtype, plan, rule or "topk", sparsity, calibration_text, context
+        model, dtype, plan, rule, sparsity, calibration_text, context, default="topk"
     )
     from fallow.patterns.collect import collect
 
@@ -74,7 +75,7 @@ def patterns_collect(
         used,
         output,
         text,
-        taps=tuple(tap.strip() for tap in taps.split(",")),
+        taps=tuple(split_names(taps)),
         context=context,
         windows=windows,
         magnitudes=magnitudes,
@@ -91,19 +92,22 @@ def _with_plan(
     model: str,
     dtype: str,
     plan: Path | None,
-    rule: str,
+    rule: str | None,
     sparsity: float | None,
     calibration_text: Path | None,
     context: int,
+    default: str,
 ) -> tuple[Any, Any]:
     """The model, and the plan, or one of the rule at a sparsity, 0.5 without one."""
     loaded_plan = load_plan(plan)
     from fallow.calibration import calibrate as fit
     from fallow.calibration import check_request
 
-    if loaded_plan is not None and sparsity is not None:
-        raise UsageError("give --plan, or --rule and --sparsity")
-    sparsity = 0.5 if sparsity is None else sparsity
+    if loaded_plan is not None:
+        given = {"--rule": rule is not None, "--sparsity": sparsity is not None}
+        given["--calibration-text"] = calibration_text is not None
+        refuse_given(given, "makes a plan, and --plan gives one; leave out either")
+    rule, sparsity = rule or default, 0.5 if sparsity is None else sparsity
     check_request(rule, sparsity, None, None)
     loaded = load_model(model, dtype)
     if loaded_plan is None:
@@ -129,20 +133,29 @@ def patterns_similarity(
     published: Annotated[
         Path | None, typer.Option(help="A folder of the published texts: their test, not ours.")
     ] = None,
-    kind: Annotated[str, typer.Option(help="Of edits: substitute, insert or delete.")] = (
-        "substitute"
-    ),
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Of edits: substitute, insert or delete. Default: substitute."),
+    ] = None,
     tap: Annotated[str | None, typer.Option(help="Default: inter; gate_pre as published.")] = None,
-    documents: Annotated[int, typer.Option(help="Windows of the text.")] = 12,
-    context: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the edits.")] = 0,
+    documents: Annotated[
+        int | None, typer.Option(help="The first N windows; default: 12, or all of fewer.")
+    ] = None,
+    context: ContextOption = 512,
+    seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Edit texts, and measure how far active sets of the other tokens change."""
-    check_writable(output / "similarity.json")
-    rule = rule or ("percentile" if published else "topk")
-    loaded, used = _with_plan(model, dtype, plan, rule, sparsity, calibration_text, context)
+    check_output(output / "similarity.json")
+    if published:
+        given = {"--text": text is not None, "--kind": kind is not None}
+        given["--documents"] = documents is not None
+        refuse_given(given, "is of our test, not of the --published one")
+    default = "percentile" if published else "topk"
+    loaded, used = _with_plan(
+        model, dtype, plan, rule, sparsity, calibration_text, context, default
+    )
     from fallow.files import write_json
     from fallow.patterns.similarity import draw, draw_variants, edit_test, published_test
 
@@ -158,7 +171,7 @@ def patterns_similarity(
             tap=tap or "inter",
             documents=documents,
             context=context,
-            kind=kind,
+            kind=kind or "substitute",
             seed=seed,
         )
         result = report.to_json()
@@ -219,11 +232,15 @@ def patterns_cluster(
         int | None, typer.Option(help="A first run in mini-batches of so many rows.")
     ] = None,
     workers: WorkersOption = 1,
-    seed: Annotated[int, typer.Option(help="Of the first centroids.")] = 0,
+    seed: SeedOption = 0,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make codebooks of patterns at an equal budget, and score them on held-out windows."""
+    check_output(output)
+    from fallow.engine import thread_count
+
+    wanted, n_threads = _layers(layers), thread_count(threads)
     from fallow.patterns.codebooks import cluster_store
     from fallow.patterns.store import PatternStore
 
@@ -234,7 +251,7 @@ def patterns_cluster(
         budget,
         algorithm=algorithm,
         tap=tap,
-        layers=_layers(layers),
+        layers=wanted,
         test=None if test is None else PatternStore(test),
         held_out=held_out,
         seed=seed,
@@ -242,7 +259,7 @@ def patterns_cluster(
         energy=energy,
         batch=batch,
         workers=workers,
-        n_threads=threads or os.cpu_count() or 1,
+        n_threads=n_threads,
     )
     if as_json:
         print_json(report.to_json())
@@ -273,25 +290,28 @@ def patterns_predict(
     held_out: HeldOutOption = 0.25,
     hidden: Annotated[int, typer.Option(min=1, help="Width of the hidden layer.")] = 128,
     epochs: Annotated[int, typer.Option(min=1, help="Runs over the training windows.")] = 6,
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    seed: SeedOption = 0,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Predict clusters from what is known before a layer runs; scored on held-out windows."""
+    from fallow.engine import thread_count
+
+    wanted, n_threads = _layers(layers), thread_count(threads)
     from fallow.patterns.prediction import predict_clusters
     from fallow.patterns.store import PatternStore
 
     report = predict_clusters(
         PatternStore(store),
         codebooks,
-        features=split_names(features),
+        features=list(dict.fromkeys(split_names(features))),
         test=None if test is None else PatternStore(test),
         held_out=held_out,
-        layers=_layers(layers),
+        layers=wanted,
         hidden=hidden,
         epochs=epochs,
         seed=seed,
-        n_threads=threads or os.cpu_count() or 1,
+        n_threads=n_threads,
     )
     if as_json:
         print_json(report.to_json())
@@ -316,4 +336,10 @@ def _mean(values: list[float]) -> float:
 
 
 def _layers(text: str | None) -> list[int] | None:
-    return None if text is None else [int(n) for n in numbers("--layers", text)]
+    """Whole numbers, each once. Raises UsageError for anything else, and for none."""
+    if text is None:
+        return None
+    found = numbers("--layers", text)
+    if not found or any(n != round(n) for n in found):
+        raise UsageError(f"--layers {text!r} is not a list of layers such as 0,13,27")
+    return list(dict.fromkeys(map(int, found)))

@@ -12,13 +12,13 @@ from fallow.cli._shared import (
     ModelArg,
     TextOption,
     app,
+    check_output,
     load_model,
     load_plan,
     print_json,
     print_plan,
     report_plan,
 )
-from fallow.files import check_writable
 
 plan_app = typer.Typer(
     help="Look at plans, and make them from published thresholds.", no_args_is_help=True
@@ -48,7 +48,7 @@ def calibrate(
     from fallow.calibration import check_request
 
     check_request(rule, sparsity, knob, max_ppl_increase)
-    check_writable(output)
+    check_output(output, model, text)
     loaded = load_model(model, dtype)
     plan = run(
         loaded,
@@ -89,7 +89,7 @@ def plan_import(
     as_json: JsonOption = False,
 ) -> None:
     """Make a percentile plan from a published threshold file."""
-    check_writable(output)
+    check_output(output, model, file)
     loaded = load_model(model, dtype)
     from fallow.published import import_thresholds
 

@@ -16,12 +16,14 @@ from fallow.cli._shared import (
     TextOption,
     ThreadsOption,
     app,
+    check_output,
     load_model,
     load_plan,
     numbers,
     plus_minus,
     print_json,
     print_table,
+    refuse_given,
     report_tradeoff,
     split_names,
 )
@@ -59,7 +61,9 @@ def evaluate(
     from fallow.engine import is_packed
     from fallow.tasks import evaluate_task, load_task
 
-    for path in task or []:
+    tasks = list(dict.fromkeys(task or ()))
+    refuse_given({"--task-items": task_items is not None and not tasks}, "goes with --task")
+    for path in tasks:
         load_task(path, task_items)  # a wrong file is reported before hours of work
     subject: Any
     if is_packed(model):
@@ -69,9 +73,10 @@ def evaluate(
         )  # fmt: skip
         loaded_plan = subject.plan
     else:
-        if against is not None or decode or memory is not None:
+        if against is not None or decode or threads is not None or memory is not None:
             raise UsageError(
-                "--against, --decode and --memory are for packed models; make one with fallow pack"
+                "--against, --decode, --threads and --memory are for packed models; make one with "
+                "fallow pack"
             )
         subject = load_model(model, dtype)
         from fallow.evaluation import evaluate as run
@@ -81,7 +86,7 @@ def evaluate(
             allow_leakage=allow_leakage,
         )  # fmt: skip
     found = result.to_json()
-    found["tasks"] = [evaluate_task(subject, loaded_plan, p, task_items) for p in task or []]
+    found["tasks"] = [evaluate_task(subject, loaded_plan, p, task_items) for p in tasks]
     if as_json:
         print_json(found)
     else:
@@ -109,6 +114,8 @@ def _evaluate_packed(
 
     if memory is not None and against is not None:
         raise UsageError("--memory is for one model; leave out --against or --memory")
+    is_torch = against is not None and not is_packed(against)
+    refuse_given({"--dtype": dtype != "auto" and not is_torch}, "is for models that are not packed")
     source = load_text(text, "evaluation")
     cut: Any = windows
     reserve = 0
@@ -119,7 +126,7 @@ def _evaluate_packed(
         console.print(engine.describe_memory(), highlight=False)
     other: Any = None
     if against is not None:
-        if is_packed(against):
+        if not is_torch:
             other = Engine(against, threads=threads, context=context)
         else:
             reference = load_model(against, dtype)
@@ -213,6 +220,7 @@ def tradeoff(
     from fallow.sweep import tradeoff as run
 
     rows = make_rows(names, targets, increases)
+    check_output(output / "table.json")
     loaded = load_model(model, dtype)
     table = run(
         loaded,

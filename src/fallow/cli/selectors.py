@@ -13,6 +13,7 @@ from fallow.cli._shared import (
     ModelArg,
     TextOption,
     app,
+    check_output,
     load_model,
     load_plan,
     numbers,
@@ -21,7 +22,6 @@ from fallow.cli._shared import (
     split_names,
 )
 from fallow.errors import UsageError
-from fallow.files import check_writable
 
 select_app = typer.Typer(
     help="Compare and train selectors, which predict the neurons that matter.", no_args_is_help=True
@@ -68,6 +68,7 @@ def select_compare(
         if not issubclass(find_rule(name), Selector):
             raise UsageError(f"{name} is a rule, not a selector; compare it with fallow tradeoff")
     rows = make_rows(names, numbers("--sparsities", sparsities))
+    check_output(output / "table.json")
     loaded = load_model(model, dtype)
     table = run(
         loaded,
@@ -110,7 +111,7 @@ def select_train(
     from fallow.training import train as run
 
     check_request(rank, gate, tokens, sparsity, checks, patience)
-    check_writable(output)
+    check_output(output, model, text)
     loaded = load_model(model, dtype)
     plan = run(
         loaded,

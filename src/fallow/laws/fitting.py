@@ -245,7 +245,7 @@ def resample(best: Fit, curve: Curve, rho: float, draws: int, seed: int) -> list
     n, fitted = len(curve), best(curve.x)
     residuals = (curve.ratio - fitted) * np.sqrt(n / (n - len(best.form.params)))
     residuals -= residuals.mean()
-    block = max(1, round((1 + rho) / (1 - rho)))
+    block = min(n, max(1, round((1 + rho) / (1 - rho))))
     found = []
     for _ in range(draws):
         starts = rng.integers(0, n - block + 1, -(-n // block))

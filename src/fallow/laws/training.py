@@ -105,8 +105,11 @@ class Settings:
                 f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}"
             )
         for name, value in asdict(self).items():
+            option = f"--{name.replace('_', '-')}"
             if not isinstance(value, str) and not (value > 0 or (value == 0 and name == "seed")):
-                raise UsageError(f"--{name.replace('_', '-')} {value} is too small")
+                raise UsageError(f"{option} {value} is too small")
+            if value == math.inf:
+                raise UsageError(f"{option} {value} is too large")
         if self.hidden_size % self.head_size:
             raise UsageError(
                 f"--hidden-size {self.hidden_size} is no multiple of heads of {self.head_size}"

@@ -184,10 +184,7 @@ def fit(
     """
     size, opened = budget_size(budget, width), _opened(rows)
     count = len(opened)
-    if not 1 <= n_clusters <= min(count, MAX_CLUSTERS):
-        raise UsageError(f"{n_clusters} clusters of {count} rows; give 1 to the number of rows")
-    if batch is not None and batch < 1:
-        raise UsageError(f"batches of {batch} rows; give at least 1")
+    check_clusters(n_clusters, count, batch)
     if weights is not None:
         weights = np.ascontiguousarray(weights, dtype=np.uint8)
         if weights.shape != (width,) or weights.max(initial=0) > LARGEST_WEIGHT:
@@ -208,6 +205,14 @@ def fit(
             best = made
     assert best is not None
     return best
+
+
+def check_clusters(n_clusters: int, n_rows: int, batch: int | None) -> None:
+    """Raises UsageError for more clusters than rows, none, or batches of none."""
+    if not 1 <= n_clusters <= min(n_rows, MAX_CLUSTERS):
+        raise UsageError(f"{n_clusters} clusters of {n_rows} rows; give 1 to the number of rows")
+    if batch is not None and batch < 1:
+        raise UsageError(f"batches of {batch} rows; give at least 1")
 
 
 def _mini_batches(

@@ -20,6 +20,7 @@ from fallow.patterns.clustering import (
     LARGEST_WEIGHT,
     Codebook,
     budget_size,
+    check_clusters,
     energy_weights,
     fit,
     largest,
@@ -171,6 +172,9 @@ def cluster_store(
     width = header.widths[tap]
     size = budget_size(budget, width)
     train, held = split(store, tap, test, held_out)
+    check_clusters(n_clusters, train.n_rows, batch)
+    if energy and not (header.magnitudes and tap == "inter"):
+        raise UsageError("energy weights need magnitudes; collect the store with --magnitudes")
     check_writable(output)
     settings = asdict(header) | {
         "n_clusters": n_clusters, "budget": budget, "algorithm": algorithm, "tap": tap,
@@ -240,6 +244,8 @@ def split(
 ) -> tuple["Part", "Part"]:
     """What to fit on and what to score on."""
     header = store.header
+    if not 0 <= held_out < 1:
+        raise UsageError(f"--held-out {held_out:g} is outside [0, 1); give a share such as 0.25")
     if test is None:
         n_train = header.n_windows - round(held_out * header.n_windows)
         if not 0 < n_train < header.n_windows:
@@ -248,6 +254,8 @@ def split(
             )
         return Part(store, tap, 0, n_train), Part(store, tap, n_train, header.n_windows)
     test.check_model(header.fingerprint, header.model)
+    if test.header.text_sha256 == header.text_sha256:
+        raise UsageError(f"--test {test.folder} is of the text that is fitted on; give another")
     if (test.header.rule, test.header.knob) != (header.rule, header.knob):
         raise FallowError(
             f"pattern store {test.folder} is of rule {test.header.rule} at {test.header.knob:g}, "

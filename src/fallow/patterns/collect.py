@@ -1,5 +1,6 @@
 """Runs a model under a plan over a text and keeps which neurons were active."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,19 +47,16 @@ def collect(
         workers: processes of Ray that share the windows, each with a copy of the model.
 
     Raises:
-        FallowError: text shorter than a window, plan for another model, NaN, a folder that holds
+        FallowError: the text has fewer windows, plan for another model, NaN, a folder that holds
             something else, or a full disk.
         UsageError: a tap that the model lacks, or magnitudes without `inter`.
     """
     plan.check_model(model.fingerprint, model.name)
+    check_taps(model, taps)
     if magnitudes and "inter" not in taps:
         raise UsageError("--magnitudes are those of inter; add it to --taps")
     source = load_text(text, "evaluation")
     cut = model.windows(source, context, windows)
-    layer = model.layers[0]
-    for tap in taps:
-        if tap not in layer.ffn_taps:
-            raise UsageError(f"unknown tap {tap!r}; this model has {', '.join(layer.ffn_taps)}")
     widths = {tap: tap_width(model, tap) for tap in taps}
     header = Header(
         model=model.name,
@@ -85,6 +83,16 @@ def collect(
             writer.finish(finished)
             ticker.advance(len(finished))
     return PatternStore(folder)
+
+
+def check_taps(model: Model, taps: Sequence[str]) -> None:
+    """Raises UsageError for a tap that the model lacks, and for none at all."""
+    known = model.layers[0].ffn_taps
+    if not taps:
+        raise UsageError(f"no tap is asked for; this model has {', '.join(known)}")
+    for tap in taps:
+        if tap not in known:
+            raise UsageError(f"unknown tap {tap!r}; this model has {', '.join(known)}")
 
 
 def tap_width(model: Model, tap: str) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 
 from fallow.errors import FallowError, UsageError, in_one_line
 from fallow.model import Model
-from fallow.patterns.collect import Recorder, tap_width
+from fallow.patterns.collect import Recorder, check_taps, tap_width
 from fallow.patterns.store import pack_bits, row_sizes, unpack_bits
 from fallow.plan import Plan
 from fallow.progress import progress
@@ -27,6 +27,7 @@ from fallow.taps import attach
 from fallow.text import Text, load_text
 
 EDITED = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30)  # shares of a document's tokens
+DOCUMENTS = 12  # where none are asked for
 STRATA = ("before", "after", "edited")
 KINDS = ("substitute", "insert", "delete")
 UNRELATED_PAIRS = 2000  # per layer
@@ -49,6 +50,7 @@ def jaccard(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def recording(model: Model, plan: Plan, tap: str) -> Iterator[Any]:
     """Yields a function from ids (T,) to rows of bits by layer, with the plan applied."""
     plan.check_model(model.fingerprint, model.name)
+    check_taps(model, (tap,))
     recorder = Recorder(model, (tap,))
     with model.sparse(plan), attach(model.layers, {tap: recorder.tap(tap)}):
 
@@ -100,7 +102,7 @@ def edit_test(
     text: str | Path | Text | None = None,
     *,
     tap: str = "inter",
-    documents: int = 12,
+    documents: int | None = None,
     context: int = 512,
     shares: tuple[float, ...] = EDITED,
     kind: str = "substitute",
@@ -108,14 +110,15 @@ def edit_test(
 ) -> EditReport:
     """Edits each document and compares active sets of the tokens that both texts have.
 
-    A document is a window of the text. `kind` is one of KINDS; see `edit`. "before" the first edit
-    all must agree, which checks the test itself.
+    A document is a window of the text; `documents` are the first so many, None: 12, or all of
+    fewer. `kind` is one of KINDS; see `edit`. "before" the first edit all must agree, which checks
+    the test itself.
 
     Raises:
-        FallowError: the text is shorter than a window, or the plan is for another model.
+        FallowError: the text has fewer windows, or the plan is for another model.
         UsageError: fewer than two documents, a share outside (0, 1), or an unknown kind.
     """
-    if documents < 2:
+    if documents is not None and documents < 2:
         raise UsageError(f"--documents {documents} is too few; give at least 2")
     if kind not in KINDS:
         raise UsageError(f"unknown edit {kind!r}; known: {', '.join(KINDS)}")
@@ -123,7 +126,7 @@ def edit_test(
         if not 0 < share < 1:
             raise UsageError(f"share {share:g} of edits is outside (0, 1)")
     source = load_text(text, "evaluation")
-    windows = model.windows(source, context, documents)
+    windows = model.windows(source, context, documents, at_most=DOCUMENTS)
     if len(windows) < 2:
         raise FallowError(f"text {source.name} has one window of {context}; give a longer --text")
     rng = np.random.default_rng(seed)

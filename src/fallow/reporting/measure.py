@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from fallow.patterns.collect import tap_width
 from fallow.patterns.similarity import agreement, jaccard, recording
 from fallow.patterns.store import row_sizes, unpack_bits
 from fallow.plan import Plan
-from fallow.profiling import STORED_BINS_PER_OCTAVE, Profile, profile
+from fallow.profiling import STORED_BINS_PER_OCTAVE, WINDOWS, Profile, profile
 from fallow.reporting.parts import Parts
 from fallow.sweep import make_rows, tradeoff
 from fallow.text import Text, check_no_leakage, load_text
@@ -54,7 +54,7 @@ class Request:
     text: Text
     calibration_text: Text
     context: int
-    windows: int
+    windows: int | None
     rules: tuple[str, ...]
     sparsities: tuple[float, ...]
     plan: Plan | None
@@ -86,7 +86,10 @@ class _Measurement:
     def __init__(self, model: Model, request: Request, folder: Path) -> None:
         if request.plan is not None:
             model.rule(request.plan)
-        self.model, self.request = model, request
+        text, context = request.text, request.context
+        windows = len(model.windows(text, context, request.windows, at_most=WINDOWS))
+        model.windows(request.calibration_text, context, windows)  # as many, for neurons
+        self.model, self.request = model, replace(request, windows=windows)
         self.parts = Parts(
             folder,
             {
@@ -94,7 +97,7 @@ class _Measurement:
                 "fingerprint": model.fingerprint,
                 "dtype": model.dtype_name,
                 "context": request.context,
-                "windows": request.windows,
+                "windows": windows,
                 "text_sha256": request.text.sha256,
                 "calibration_sha256": request.calibration_text.sha256,
             },

@@ -64,7 +64,7 @@ def report(
     text: str | Path | None = None,
     calibration_text: str | Path | None = None,
     context: int = 1024,
-    windows: int = 8,
+    windows: int | None = None,
     rules: Sequence[str] = RULES,
     sparsities: Sequence[float] = SPARSITIES,
     plan: str | Path | None = None,
@@ -81,6 +81,7 @@ def report(
 
     Args:
         text: what models are measured on; None: the evaluation half of the default text.
+        windows: of `text`, and for neurons of `calibration_text`; None: 8, or all of fewer.
         rules, sparsities: of the trade-off.
         plan: a plan file for the one model; None: an example is calibrated.
         sample: a text file to show token by token.
@@ -92,7 +93,8 @@ def report(
 
     Raises:
         UsageError: a plan with several models, or the folder's parts have other settings.
-        FallowError: a file, a text or a plan cannot be used, or a model computes NaN.
+        FallowError: a file, a text or a plan cannot be used, a text has fewer windows, or a model
+            computes NaN.
     """
     output = Path(output)
     models = list(dict.fromkeys(models))
@@ -124,7 +126,8 @@ def report(
     found = []
     for name in models:
         parts = _measured(name, dtype, request, folder)
-        commands = _Commands(name, models, options)
+        used = {"--windows": parts["tradeoff"][0]["windows"]}
+        commands = _Commands(name, models, options | used)
         chapters.append(Chapter(name, f"model-{len(chapters)}", _sections(parts, commands)))
         found.append(_main_figures(parts))
     if bars:
