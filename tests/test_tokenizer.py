@@ -74,7 +74,7 @@ def test_space_prefix() -> None:
 def test_control_tokens_in_text_are_text_unless_asked_for() -> None:
     tokenizer = tokenizer_from_gguf(gguf_file())
     assert 1 not in tokenizer.encode("<s>")
-    assert tokenizer.encode("<s>", special=True).tolist() == [1]
+    assert tokenizer.encode("<s>", parse_special=True).tolist() == [1]
     assert tokenizer.encode("a<sep>a").tolist() == [5, 10, 5]  # user-defined: always one token
 
 

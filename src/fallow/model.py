@@ -21,7 +21,12 @@ from fallow.plan import Plan
 from fallow.rules import Rule, find_rule
 from fallow.taps import Layer, attach
 from fallow.text import Text, cut_windows
-from fallow.tokenizer import TextTokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from fallow.tokenizer import (
+    TextTokenizer,
+    note_endless,
+    tokenizer_from_folder,
+    tokenizer_from_gguf,
+)
 from fallow.weights import GgufFile, StoredTensor, fingerprint, read_gguf, read_safetensors
 
 # Products of float32 that stay float32: 512 x 512 of N(0, 1) differ by less than this between
@@ -171,15 +176,21 @@ class Model:
         temperature: float = 0.0,
         seed: int = 0,
         chat: bool = False,
+        parse_special: bool = True,
     ) -> str:
         """Continues a prompt (text or ids), or answers it as a chat message, under a plan.
 
-        A reference: nothing is skipped, masked values are computed and set to zero.
+        A reference: nothing is skipped, masked values are computed and set to zero. Control tokens
+        typed in a text to continue count as one token each, with `parse_special`.
 
         Raises:
             FallowError: the prompt is empty or longer than the model's context.
         """
-        ids = self.tokenizer.prompt(prompt, chat) if isinstance(prompt, str) else prompt
+        ids = (
+            self.tokenizer.prompt(prompt, chat, parse_special)
+            if isinstance(prompt, str)
+            else prompt
+        )
         limit = self.module.config.max_position_embeddings
         if len(ids) == 0:
             raise FallowError("the prompt is empty; give some text")
@@ -206,7 +217,7 @@ class Model:
                 pad_token_id=self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else 0,
                 **sampling,
             )
-        return self.tokenizer.decode(output[0, len(ids) :])
+        return self.tokenizer.decode(output[0, len(ids) :].tolist(), after=ids)
 
 
 def load(model: str | Path | Model, dtype: str = "auto") -> Model:
@@ -227,7 +238,9 @@ def load(model: str | Path | Model, dtype: str = "auto") -> Model:
     use_fastest_float32()
     keep_freed_memory()
     quieten_transformers()
-    return _load_folder(name, path, dtype) if path.is_dir() else _load_gguf(name, path, dtype)
+    found = _load_folder(name, path, dtype) if path.is_dir() else _load_gguf(name, path, dtype)
+    note_endless(found.tokenizer, name)
+    return found
 
 
 def find_model(name: str) -> Path:
@@ -428,6 +441,6 @@ def _load_tokenizer(folder: Path) -> TextTokenizer:
         converted = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         with tempfile.TemporaryDirectory() as scratch:
             converted.save_pretrained(scratch)
-            return tokenizer_from_folder(Path(scratch))
+            return tokenizer_from_folder(Path(scratch), folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, FallowError) as error:
         raise FallowError(f"{folder} has no usable tokenizer; add its tokenizer.json") from error

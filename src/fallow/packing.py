@@ -24,7 +24,7 @@ from fallow.memory import COARSE_HEAD
 from fallow.model import Model, find_model, load
 from fallow.plan import Plan
 from fallow.planes import PLANE_TYPES, split_planes
-from fallow.progress import console, progress
+from fallow.progress import console, note, progress
 from fallow.quality import compare_logits
 from fallow.shortlist import coarse_head
 from fallow.taps import Layer, attach
@@ -146,6 +146,8 @@ class Packer:
     ) -> None:
         name = None if isinstance(model, Model) else str(model)
         self._source = _Source(load(model, "float32"), name)
+        for problem in self.model.tokenizer.chat_problems():
+            note(problem)
         self._types = self._source.down_types(quant, down)
         self._planes = planes
         self._matrices = self._source.matrices(quant)
@@ -594,6 +596,8 @@ def _write(
         writer.add_uint32("tokenizer.ggml.bos_token_id", tokenizer.bos_id)
     if tokenizer.eos_ids:
         _add(writer, "fallow.eos_token_ids", list(tokenizer.eos_ids))
+    for name, token in tokenizer.special_tokens.items():
+        writer.add_string(f"fallow.{name}", token)
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)
     if plan is not None:

@@ -17,6 +17,11 @@ from rich.progress import (
 console = Console(stderr=True)
 
 
+def note(text: str) -> None:
+    """One line on stderr that something is not as it might be."""
+    console.print(f"note: {text}", soft_wrap=True, highlight=False, markup=False)
+
+
 class Ticker(Protocol):
     def advance(self, steps: int = 1) -> None: ...
 

@@ -1,6 +1,7 @@
 """The routes. Every error has OpenAI's form; a client that goes away frees the engine."""
 
 import asyncio
+import codecs
 import hmac
 import json
 import secrets
@@ -244,8 +245,9 @@ class _Answering:
         prompts: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         if isinstance(prompts[0], int):
             prompts = [prompts]
+        parse_special = body.parse_special is not False
         ids = [
-            await self._encode(partial(self.tokenizer.prompt, p))
+            await self._encode(partial(self.tokenizer.prompt, p, parse_special=parse_special))
             if isinstance(p, str)
             else np.asarray(p)
             for p in prompts
@@ -470,9 +472,9 @@ def _usage(stats: Sequence[Stats]) -> api.Usage:
 
 
 def _top(tokenizer: TextTokenizer, token: int, logprob: float) -> dict[str, Any]:
-    text = tokenizer.backend.decode([token], skip_special_tokens=False)
-    whole = "\ufffd" not in text  # else a part of a character
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+    piece = tokenizer.piece(token)
+    text = piece.decode("utf-8", "replace")  # a token may be a part of a character
+    return {"token": text, "logprob": logprob, "bytes": list(piece)}
 
 
 def _chat_logprobs(
@@ -498,7 +500,6 @@ def _logprobs(
     if top is None:
         return None
     texts = [_top(tokenizer, t.id, 0)["token"] for t in tokens]
-    starts = np.cumsum([offset, *map(len, texts)])[:-1]
     return api.CompletionLogprobs(
         tokens=texts,
         token_logprobs=[t.logprob for t in tokens],
@@ -508,5 +509,18 @@ def _logprobs(
         ]
         if top
         else None,
-        text_offset=[int(i) for i in starts],
+        text_offset=_offsets(tokenizer, tokens, offset),
     )
+
+
+def _offsets(tokenizer: TextTokenizer, tokens: Sequence[TokenChoice], offset: int) -> list[int]:
+    """Where in the text each token begins; one that goes on with a character, where that does."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    found = []
+    for token in tokens:
+        piece = b"" if tokenizer.is_control(token.id) else tokenizer.piece(token.id)
+        if not (piece and 0x80 <= piece[0] < 0xC0):
+            offset += len(decoder.decode(b"", final=True))  # of a character that broke off
+        found.append(offset)
+        offset += len(decoder.decode(piece))
+    return found

@@ -91,6 +91,8 @@ class CompletionRequest(_Request):
         | Annotated[list[NonEmpty], Field(min_length=1)]
         | Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
     )
+    # Ours: control tokens in a text are one token each; False: they are text.
+    parse_special: bool | None = True
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = False
