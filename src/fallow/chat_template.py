@@ -107,8 +107,8 @@ class Marks:
     As transformers' `sanitize_control_tokens`: control tokens in a conversation are put between two
     marks before the template sees them; all else stays as it is, so that filters and conditions
     work. A text that ends like the beginning of a control token gets a mark behind it, lest the
-    next text completes it. A template that takes something out of the middle of a text may still
-    make a control token of what is left.
+    next text completes it. A template that takes characters out of a text may still make a control
+    token of what is left.
     """
 
     def __init__(self, tokens: Collection[str]) -> None:
@@ -117,10 +117,7 @@ class Marks:
         first = "".join(sorted({re.escape(token[0]) for token in tokens}))
         any_token = f"(?=[{first}])(?:{any_token})" if tokens else any_token
         self._tokens = re.compile(any_token)
-        # One of the marks is enough: a template may have cut the other off.
-        self._marked = re.compile(
-            f"{_BEGIN}({any_token}){_END}?|({any_token}){_END}|[{_BEGIN}{_END}]"
-        )
+        self._marked = re.compile(f"{_BEGIN}({any_token}){_END}|[{_BEGIN}{_END}]")
         self._beginnings = {token[:n] for token in tokens for n in range(1, len(token))}
         self._longest = max(map(len, self._beginnings), default=0)
 
@@ -152,8 +149,7 @@ class Marks:
         at = 0
         for found in self._marked.finditer(text):
             yield text[at : found.start()], False
-            token = found[1] or found[2]
-            if token:
-                yield token, True
+            if found[1]:
+                yield found[1], True
             at = found.end()
         yield text[at:], False

@@ -16,6 +16,7 @@ import numpy as np
 from fallow import _core
 from fallow.drafting import PASS_COST, STREAMED_COST, Lookup
 from fallow.errors import FallowError, UsageError, in_one_line
+from fallow.files import parse_json
 from fallow.memory import (
     EMBEDDING,
     EMBEDDING_ROWS,
@@ -33,7 +34,6 @@ from fallow.plan import Plan
 from fallow.planes import join_planes
 from fallow.text import Text, cut_windows
 from fallow.tokenizer import (
-    SPECIAL_TOKENS,
     Ids,
     TextStream,
     TextTokenizer,
@@ -526,7 +526,7 @@ class Engine:
         """
         logits = self.logits(ids)[:-1]
         top = logits.max(axis=1)
-        _check_largest(top)
+        check_largest(top)
         total = np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64))
         chosen = logits[np.arange(len(logits)), np.asarray(ids)[1:]]
         return chosen.astype(np.float64) - top - total
@@ -767,7 +767,7 @@ class Sampler:
             FallowError: NaN or infinity among them, or nothing but minus infinity.
         """
         best = int(np.argmax(logits))  # NaN counts as the largest
-        _check_largest(logits[best])
+        check_largest(logits[best])
         if self.temperature == 0:
             return best
         order = np.argsort(-logits, kind="stable")
@@ -805,8 +805,10 @@ class _AnswerText:
             self.stopped = True
             tokens = sum(begin < cut for begin in self._begins)
             return self._give(text[:cut], tokens, last=True)
-        held = 0 if last else max(_unfinished(text), _stop_begun(text, self._stop))
-        return self._give(text[: len(text) - held], len(self._choices), last)
+        if not last:
+            text = text.rstrip("\ufffd")  # what a later byte may complete
+            text = text[: len(text) - _stop_begun(text, self._stop)]
+        return self._give(text, len(self._choices), last)
 
     def rest(self) -> Piece:
         """What is still held back."""
@@ -831,7 +833,7 @@ def _choice(token: int, logits: np.ndarray, top: int | None) -> TokenChoice:
     return TokenChoice(token, float(row[token]), tuple((int(i), float(row[i])) for i in best))
 
 
-def _check_largest(logits: np.ndarray) -> None:
+def check_largest(logits: np.ndarray) -> None:
     """Raises FallowError where the largest logit of a token is none to compute with."""
     if np.isnan(logits).any():
         raise FallowError("the model's logits are NaN; check the file with: fallow evaluate")
@@ -844,11 +846,6 @@ def _common(a: list[int], b: list[int]) -> int:
     return next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
-
-
-def _unfinished(text: str) -> int:
-    """Characters at the end that a later byte may complete."""
-    return len(text) - len(text.rstrip("\ufffd"))
 
 
 def _stop_begun(text: str, stop: tuple[str, ...]) -> int:
@@ -901,15 +898,12 @@ def _tokenizer(file: GgufFile) -> TextTokenizer:
 
 
 def _special_tokens(file: GgufFile, backend: Any) -> dict[str, str]:
-    keys = {name: f"fallow.{name}" for name in SPECIAL_TOKENS}
-    found = {name: file.get(key) for name, key in keys.items() if key in file.metadata}
-    if found:
-        return found
-    # What files have that were packed before these keys.
-    bos_id, eos_ids = (
-        file.get(key, None) for key in ("tokenizer.ggml.bos_token_id", "fallow.eos_token_ids")
-    )
-    ids = {"bos_token": bos_id, "eos_token": eos_ids[0] if eos_ids else None}
+    key = "fallow.special_tokens"
+    if key in file.metadata:
+        return dict(parse_json(file.get(key)))
+    # What files have that were packed before that key.
+    ids = {"bos_token": file.get("tokenizer.ggml.bos_token_id", None)}
+    ids["eos_token"] = next(iter(file.get("fallow.eos_token_ids", ())), None)
     return {name: backend.id_to_token(i) or "" for name, i in ids.items() if i is not None}
 
 

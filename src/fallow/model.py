@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fallow.catalog import ALIASES, resolve
+from fallow.engine import check_largest
 from fallow.errors import FallowError, UsageError, in_one_line
 from fallow.files import read_json
 from fallow.models import Architecture, by_gguf_name, by_model_type
@@ -78,6 +79,8 @@ def quieten_transformers() -> None:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # "auto" is float32 up to this many weights (4 GB), bfloat16 beyond.
 AUTO_FLOAT32_WEIGHTS = 1_000_000_000
+# Logits over a smaller one are beyond float32. At this one the most likely token has it all.
+GREEDY = 1e-30
 
 
 @dataclass
@@ -184,7 +187,8 @@ class Model:
         typed in a text to continue count as one token each, with `parse_special`.
 
         Raises:
-            FallowError: the prompt is empty or longer than the model's context.
+            FallowError: the prompt is empty or longer than the model's context, or logits are NaN
+                or infinite.
         """
         ids = (
             self.tokenizer.prompt(prompt, chat, parse_special)
@@ -205,7 +209,7 @@ class Model:
         tensor = torch.from_numpy(ids)[None]
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature}
-            if temperature > 0
+            if temperature > GREEDY
             else {"do_sample": False}
         )
         with torch.inference_mode(), self.sparse(plan):
@@ -215,9 +219,16 @@ class Model:
                 max_new_tokens=max_new_tokens,
                 eos_token_id=list(self.tokenizer.eos_ids) or None,
                 pad_token_id=self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else 0,
+                logits_processor=[_checked],
                 **sampling,
             )
         return self.tokenizer.decode(output[0, len(ids) :].tolist(), after=ids)
+
+
+def _checked(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Logits (B, vocabulary) as they are. Raises FallowError for NaN and infinite ones."""
+    check_largest(logits.float().amax(dim=-1).numpy())
+    return logits
 
 
 def load(model: str | Path | Model, dtype: str = "auto") -> Model:

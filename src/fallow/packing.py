@@ -5,6 +5,7 @@ quantised bytes; down_proj is transposed, so that a neuron's weights lie togethe
 along its rows.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -596,8 +597,7 @@ def _write(
         writer.add_uint32("tokenizer.ggml.bos_token_id", tokenizer.bos_id)
     if tokenizer.eos_ids:
         _add(writer, "fallow.eos_token_ids", list(tokenizer.eos_ids))
-    for name, token in tokenizer.special_tokens.items():
-        writer.add_string(f"fallow.{name}", token)
+    writer.add_string("fallow.special_tokens", json.dumps(dict(tokenizer.special_tokens)))
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)
     if plan is not None:

@@ -28,11 +28,6 @@ from fallow.files import read_json
 from fallow.progress import note
 from fallow.weights import GgufFile
 
-# Names that chat templates have for special tokens: those of transformers, which passes no others.
-SPECIAL_TOKENS = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
-)  # fmt: skip
-
 Ids = Sequence[int] | np.ndarray  # (T,)
 
 # The chat on which templates are tried.
@@ -52,7 +47,7 @@ class TextTokenizer:
     eos_ids: tuple[int, ...] = ()
     add_bos: bool = False
     chat_template: str | None = None
-    special_tokens: Mapping[str, str] = field(default_factory=dict)  # SPECIAL_TOKENS' texts
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # by their names in templates
     # Whether control tokens are text is a setting of `backend`, not of its calls.
     _encoding: threading.Lock = field(
         default_factory=threading.Lock, init=False, repr=False, compare=False
@@ -339,8 +334,10 @@ def tokenizer_from_folder(folder: Path, model: Path | None = None) -> TextTokeni
     )
     with usable(f"what {folder} says of its tokenizer"):
         settings = config if "added_tokens_decoder" in config else config | named
-        special = {k: _token_text(settings[k]) for k in SPECIAL_TOKENS if settings.get(k)}
-        _add_tokens(backend, settings, special, added)
+        special, extra = _special_tokens(settings)
+        _add_tokens(
+            backend, [*special.values(), *extra], settings.get("added_tokens_decoder"), added
+        )
         bos_id = _token_id(backend, special.get("bos_token"))
         ends = [i for file in (generation, architecture) for i in _end_ids(file)]
         ends += [_token_id(backend, file.get("eos_token")) for file in (config, named)]
@@ -369,14 +366,30 @@ def _template(found: Any) -> str | None:
     return found.get("default") if isinstance(found, dict) else found
 
 
+def _special_tokens(settings: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Those that have names, bos_token or image_token say, and those that have none."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    named = {
+        name: token
+        for name, token in settings.items()
+        if name.endswith("_token") and token is not None and not isinstance(token, bool)
+    }
+    if isinstance(extra, dict):
+        named, extra = named | extra, []
+    texts = {name: _token_text(token) for name, token in named.items()}
+    return texts, [_token_text(token) for token in extra]
+
+
 def _add_tokens(
-    backend: Tokenizer, settings: dict[str, Any], special: dict[str, str], added: dict[str, Any]
+    backend: Tokenizer,
+    controls: list[str],
+    listed: dict[str, Any] | None,
+    added: dict[str, Any],
 ) -> None:
-    """Adds the tokens that other files name and tokenizer.json does not, as transformers does."""
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
-    extra = extra.values() if isinstance(extra, dict) else extra
-    controls = [*special.values(), *map(_token_text, extra)]
-    listed = settings.get("added_tokens_decoder")
+    """Adds the tokens that other files have and tokenizer.json has not, as transformers does.
+
+    `listed` is tokenizer_config.json's added_tokens_decoder, `added` an older file of them.
+    """
     if listed is None:
         listed = {i: {"content": t, "special": t in controls} for t, i in added.items()}
     there = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -439,8 +452,11 @@ _BYTES = {chr(b): b for b in _PRINTABLE} | {
     chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PRINTABLE)
 }
 
-# What GGUF calls SPECIAL_TOKENS; the spelling is its own.
-_GGUF_NAMES = ("bos", "eos", "unknown", "seperator", "padding", "cls", "mask")
+# What GGUF calls the tokens that chat templates have names for; the spelling is its own.
+_GGUF_NAMES = {
+    "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token",
+    "padding": "pad_token", "cls": "cls_token", "mask": "mask_token",
+}  # fmt: skip
 # Tokens that end a turn, a text or a file in models of many families, whatever else a GGUF says;
 # llama.cpp ends at them too (llama-vocab.cpp).
 _ENDS = frozenset((
@@ -495,7 +511,7 @@ def _from_gguf(file: GgufFile) -> TextTokenizer:
         chat_template=file.get("tokenizer.chat_template", None),
         special_tokens={
             name: tokens[ids[key]]
-            for name, key in zip(SPECIAL_TOKENS, _GGUF_NAMES, strict=True)
+            for key, name in _GGUF_NAMES.items()
             if ids[key] in range(len(tokens))
         },
     )
