@@ -243,10 +243,11 @@ READING = """
 What repeats of arXiv:2411.02335, with a fiftieth to a thousandth of its parameters and less than a
 thousandth of its tokens, and what does not:
 
-- **SiLU rises: yes**, and to the published level. All three seeds go from about 0.14 to 0.4 within
-  the first 10 M tokens and stay there. The fitted limit, 0.405, is identified, and its interval
-  holds all five published limits (0.382 to 0.409); so does the interval of alpha all but that of
-  the smallest model. The form itself is no better than its rivals at telling what comes next.
+- **SiLU rises: yes**, and to the published level. All three seeds go from 0.09 to 0.22 at first to
+  about 0.4 within the first 10 M tokens and stay there. The fitted limit, 0.405, is identified, and
+  its interval holds all five published limits (0.382 to 0.409); so does the interval of alpha all
+  but that of the smallest model. The form itself is no better than its rivals at telling what comes
+  next.
 - **ReLU falls: not with 2.1 M parameters.** A is 0.06 at first and 0.07 at last; one seed of three
   ends lower than it began. With 24 M parameters it falls, from 0.033 to 0.025, though the curve
   does not tell a limit (18 M tokens, one seed). What does grow in every ReLU model is the share of

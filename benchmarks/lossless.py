@@ -95,11 +95,11 @@ def report() -> str:
         "| model | text | lossless / dense | guesses that held | guesses per token |",
         "|---|---|---|---|---|",
     ]
-    drafted_lines = [DRAFTS]
+    drafted_lines, wheres = [DRAFTS], []
     costs = ["\nTime of a pass of n tokens over that of one:\n"]
     for path in sorted(RESULTS.glob("*/result.json")):
         result, name = json.loads(path.read_text()), path.parent.name
-        where = json.loads((path.parent / "machine.json").read_text())
+        wheres.append(json.loads((path.parent / "machine.json").read_text()))
         passes = result.pop("pass_cost")
         costs.append(f"- {name}: " + ", ".join(f"{n}: {c:.2f}" for n, c in passes.items()))
         drafted_lines += drafts(name, passes)
@@ -113,7 +113,7 @@ def report() -> str:
                 f"| {name} | {label} | **{middle:.2f}** ({low:.2f} to {high:.2f}) "
                 f"| {accepted / max(1, drafted):.0%} | {drafted / new:.2f} |"
             )
-    costs.append(f"\n{machine_line(where)}.")
+    costs.append(f"\n{machine_line(*wheres)}.")
     return "\n".join([*lines, *costs, *drafted_lines]) + "\n"
 
 

@@ -225,10 +225,10 @@ for speed alone.
   llama.cpp with and without repacking in the same round: median (range) of up to
   {ROUNDS} rounds.
   What is not done after {LONGEST} s, as llama.cpp with repacking on `{seven_billion.NAME}`, counts
-  as 0. There nothing but a faster disk would help: 60 % of 4 GB do not fit, and llama.cpp's mapped
-  file already reads at the disk's pace.
+  as 0. There nothing but a faster disk would help: 60 % of 4 GB do not fit.
 - **answers**: median over {PROMPTS} greedy answers of {NEW} tokens, in which several tokens are
-  guessed from earlier text and checked in one pass; the same text to the bit.
+  guessed from earlier text and checked in one pass; the same text to the bit. llama.cpp was not
+  asked to guess, so that there is nothing to compare these with.
 - **peak**: VmHWM of the whole process, MB of 1e6 bytes. **half** is the budget that leaves half of
   the FFN's bytes in memory.
 - **hits**: of the bytes that a token needs the share that was in memory.
@@ -259,9 +259,10 @@ tokens of the WikiText-2 raw test text.
 
 def report() -> str:
     lines, costs, quality = [INTRODUCTION], [COST.format(rounds=COST_ROUNDS)], [QUALITY]
+    wheres = []
     for path in sorted(RESULTS.glob("*/result.json")):
         name, result = path.parent.name, json.loads(path.read_text())
-        where = json.loads((path.parent / "machine.json").read_text())
+        wheres.append(json.loads((path.parent / "machine.json").read_text()))
         limits: list[int | None] = [*LIMITS_MB[name]]
         if "cost" in result:
             limits = [None, result["half_mb"], *limits]
@@ -276,7 +277,7 @@ def report() -> str:
     lines += costs
     if len(quality) > 1:
         lines += quality
-    lines.append(f"\n{machine_line(where)}.")
+    lines.append(f"\n{machine_line(*wheres)}.")
     return "\n".join(lines) + "\n"
 
 

@@ -11,8 +11,10 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -93,35 +95,50 @@ def keeper(folder: Path) -> Callable[[str, Callable[[], Any]], None]:
 
 
 def record_machine(path: Path) -> None:
-    """Where the results come from; a run that was continued has several commits."""
+    """Where the results come from; of a run that was continued it may be several of each."""
     import torch
 
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    before = json.loads(path.read_text())["commits"] if path.exists() else []
+    before = [json.loads(path.read_text())] if path.exists() else []
     entry = {
-        "cpu": cpu,
+        "processors": list(dict.fromkeys([*processors(*before), processor()])),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commits": list(dict.fromkeys([*before, commit or "uncommitted"])),
+        "commits": list(dict.fromkeys([*_commits(*before), commit or "uncommitted"])),
     }
     if torch.cuda.is_available():
         entry["gpu"] = torch.cuda.get_device_name()
     path.write_text(json.dumps(entry, indent=1) + "\n")
 
 
-def machine_line(where: dict[str, Any]) -> str:
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Name and, of an x86, family, model and stepping: virtual machines' names leave them out."""
+    first, _, _ = cpuinfo.read_text().partition("\n\n")
+    fields = dict(re.findall(r"^(.+?)\s*: (.*)$", first, re.MULTILINE))
+    numbers = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+    said = [f"{name} {fields[key]}" for name, key in numbers.items() if key in fields]
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({', '.join(said) or 'model not recorded'})"
+
+
+def processors(*wheres: dict[str, Any]) -> list[str]:
+    """All that `record_machine` wrote of processors; once it was no more than their name."""
+    found = [w.get("processors") or [f"{w['cpu']} (model not recorded)"] for w in wheres]
+    return list(dict.fromkeys(chain.from_iterable(found)))
+
+
+def _commits(*wheres: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(chain.from_iterable(where["commits"] for where in wheres)))
+
+
+def machine_line(*wheres: dict[str, Any]) -> str:
     """What `record_machine` wrote, in words."""
-    return f"{where['cpu']}, {where['threads']} threads, commits {', '.join(where['commits'])}"
+    return (
+        f"{', '.join(processors(*wheres))}, {wheres[0]['threads']} threads, "
+        f"commits {', '.join(_commits(*wheres))}"
+    )
 
 
 INTRODUCTION = """# Sparsity against quality
@@ -171,8 +188,7 @@ def report() -> str:
         parts.append(
             f"## {name}\n\nDense PPL {dense['ppl']:.2f} ± {dense['ppl_se']:.2f}, "
             f"{dense['windows']} windows of {run_settings['context']} tokens, "
-            f"{run_settings['dtype']}; {where['cpu']}, {where['threads']} threads, "
-            f"torch {where['torch']}, commits {', '.join(where['commits'])}.\n\n"
+            f"{run_settings['dtype']}; torch {where['torch']}, {machine_line(where)}.\n\n"
             f"![PPL and KL against sparsity](../../benchmarks/results/tradeoff/{name}/"
             f"tradeoff.svg)\n\n{markdown(table[1:])}\n"
         )
@@ -200,25 +216,26 @@ def summary() -> str:
             change, error = row["ppl_change_percent"], row["ppl_change_se"]
             cells.append("over +1000" if change > 1000 else f"{change:+.1f} ± {error:.1f}")
         lines.append(f"| `{rule}` | " + " | ".join(cells) + " |")
+    wheres = [json.loads((RESULTS / name / "machine.json").read_text()) for name in tables]
     described = "; ".join(
         f"{name}: PPL {table[0]['ppl']:.2f} ± {table[0]['ppl_se']:.2f}, "
-        f"{table[0]['windows']} windows of 1024, "
-        f"commit {json.loads((RESULTS / name / 'machine.json').read_text())['commits'][-1]}"
-        for name, table in tables.items()
+        f"{table[0]['windows']} windows of 1024, commit {where['commits'][-1]}"
+        for (name, table), where in zip(tables.items(), wheres, strict=True)
     )
-    where = json.loads((RESULTS / next(iter(tables)) / "machine.json").read_text())
     return (
         "\n".join(lines) + "\n\nPPL change in percent ± paired standard error, by target sparsity; "
         "thresholds from WikiText-2 validation, measured on WikiText-2 raw test. Dense: "
-        f"{described}; {where['cpu']}, {where['threads']} threads, torch {where['torch']}."
+        f"{described}; {', '.join(processors(*wheres))}, {wheres[0]['threads']} threads, "
+        f"torch {wheres[0]['torch']}."
     )
 
 
-def update_readme() -> None:
+def update_readme(name: str, table: str) -> None:
+    """Puts a table between the README's marks of this name."""
     path = ROOT / "README.md"
-    head, _, rest = path.read_text().partition("<!-- results -->")
-    _, _, tail = rest.partition("<!-- /results -->")
-    path.write_text(f"{head}<!-- results -->\n{summary()}\n<!-- /results -->{tail}")
+    head, _, rest = path.read_text().partition(f"<!-- {name} -->")
+    _, _, tail = rest.partition(f"<!-- /{name} -->")
+    path.write_text(f"{head}<!-- {name} -->\n{table}\n<!-- /{name} -->{tail}")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -255,4 +272,4 @@ if __name__ == "__main__":
         run(model_name)
     if arguments.report:
         (ROOT / "docs" / "results" / "tradeoff.md").write_text(report())
-        update_readme()
+        update_readme("results", summary())

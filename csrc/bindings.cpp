@@ -9,8 +9,11 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
+#include <memory>
 #include <optional>
 #include <tuple>
 
@@ -20,6 +23,7 @@
 #include "gguf.h"
 #include "histogram.h"
 #include "kernels.h"
+#include "mapping.h"
 #include "packed.h"
 #include "quantize.h"
 #include "select.h"
@@ -50,7 +54,7 @@ nb::dict gguf_header(Bytes data) {
   }
   nb::dict fields;
   for (auto& field : header.fields)
-    fields[field.name.c_str()] = field.is_array ? nb::cast(std::move(field.values))
+    fields[nb::cast(field.name)] = field.is_array ? nb::cast(std::move(field.values))
                                                 : nb::cast(std::move(field.values[0]));
   nb::list tensors;
   for (const auto& tensor : header.tensors)
@@ -237,25 +241,38 @@ void test_activation(const std::string& table, const std::string& name, Floats x
   throw nb::value_error("unknown function");
 }
 
-// The engine with the file it runs, which stays mapped as long as the engine lives, or of which some parts
-// are in memory and others come from the disk when they are needed.
+// The engine with the file it runs, which is mapped, or of which some parts are in memory and others come
+// from the disk when they are needed.
 class BoundEngine {
  public:
-  BoundEngine(Bytes data, const std::string& kernels, int n_threads, uint32_t context)
-      : data_(data), model_(read_packed(data.data(), data.size())), kernels_(kernels_of(kernels)) {
+  // The mapping must outlive the engine.
+  BoundEngine(const Mapping& mapping, const std::string& kernels, int n_threads, uint32_t context)
+      : mapping_(&mapping), model_(read_packed(mapping.data(), mapping.size())),
+        kernels_(kernels_of(kernels)) {
     start(n_threads, context);
   }
 
   // The first header_bytes of the file are its header; load() reads the weights.
   BoundEngine(const std::string& path, uint64_t header_bytes, const std::string& kernels,
               int n_threads, uint32_t context)
-      : file_(std::make_unique<File>(path)), image_(std::make_unique<Pages>(file_->size())),
+      : file_(std::make_unique<File>(path, true)), image_(std::make_unique<Pages>(file_->size())),
         kernels_(kernels_of(kernels)) {
     if (header_bytes > file_->size()) throw nb::value_error("the header is longer than the file");
     fallow::load(*file_, {{0, header_bytes}}, *image_);
     model_ = read_packed(image_->data(), file_->size());
     image_->forget(0, header_bytes);
     start(n_threads, context);
+  }
+
+  // The threads of an engine do not exist in a process that was forked from its own: there nothing
+  // waits for them, and what they used is left where it is.
+  ~BoundEngine() {
+    if (getpid() == process_) return;
+    engine_.release();
+    streamer_.release();
+    for (auto& rows : file_rows_) rows.release();
+    file_.release();
+    image_.release();
   }
 
   // Reads parts (offset, bytes) of the file into memory.
@@ -312,9 +329,10 @@ class BoundEngine {
     engine_->set_stream(streamer_.get(), std::move(layers));
   }
 
-  void forward(ConstIndices tokens, bool all, bool dense, WritableRows logits) {
+  void forward(ConstIndices tokens, uint32_t position, bool all, bool dense, WritableRows logits) {
     const size_t n = tokens.size();
-    if (n == 0 || n > engine_->context() - engine_->position())
+    if (position > engine_->held()) throw nb::value_error("the cache does not hold so many tokens");
+    if (n == 0 || n > engine_->context() - position)
       throw nb::value_error("no tokens, or more than the context has room for");
     for (size_t i = 0; i < n; ++i)
       if (tokens.data()[i] < 0 ||
@@ -322,8 +340,11 @@ class BoundEngine {
         throw nb::value_error("a token id is outside the vocabulary");
     if (logits.shape(0) != (all ? n : 1) || logits.shape(1) != model_.config.vocab_size)
       throw nb::value_error("logits have the wrong shape");
+    if (getpid() != process_) throw nb::value_error("this engine was made before a fork");
     nb::gil_scoped_release release;
-    engine_->forward(tokens.data(), n, all, dense, logits.data());
+    asked_ = std::chrono::steady_clock::now();
+    engine_->forward(tokens.data(), n, position, all, dense, logits.data());
+    if (mapping_) mapping_->check();
   }
 
   // (rank, in, type of out, out): see Correction
@@ -352,11 +373,6 @@ class BoundEngine {
       if (correction) cut.correction = correction_of(*correction);
     }
     engine_->set_cuts(std::move(cuts));
-  }
-
-  void rewind(uint32_t position) {
-    if (position > engine_->position()) throw nb::value_error("cannot rewind forwards");
-    engine_->rewind(position);
   }
 
   nb::dict stats() const {
@@ -410,8 +426,18 @@ class BoundEngine {
     if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
     if (context < 1 || context > model_.config.context_length)
       throw nb::value_error("context must be 1 to the model's own");
-    engine_.emplace(model_, kernels_, n_threads, context,
-                    file_ ? Engine::kSmallBlock : Engine::kBlock);
+    engine_ = std::make_unique<Engine>(model_, kernels_, n_threads, context,
+                                       file_ ? Engine::kSmallBlock : Engine::kBlock);
+    engine_->set_pause([this] { answer_signals(); });
+  }
+
+  // Lets Python act on Ctrl-C within a long pass.
+  void answer_signals() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - asked_ < std::chrono::milliseconds(100)) return;
+    asked_ = now;
+    nb::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
   }
 
   // A part of the file that is not mapped.
@@ -440,15 +466,17 @@ class BoundEngine {
             format.type};
   }
 
+  const pid_t process_ = getpid();
+  std::chrono::steady_clock::time_point asked_;  // Python for its signals
   // Either the mapped file or, in this order since later ones read from earlier ones, these.
-  std::optional<Bytes> data_;
+  const Mapping* mapping_ = nullptr;
   std::unique_ptr<File> file_;
   std::unique_ptr<Pages> image_;
   Packed model_;
   const Kernels& kernels_;
   std::vector<std::unique_ptr<FileRows>> file_rows_;
   std::unique_ptr<Streamer> streamer_;
-  std::optional<Engine> engine_;
+  std::unique_ptr<Engine> engine_;
 };
 
 // Bytes per second at which n_threads threads read n_bytes of memory, once.
@@ -678,25 +706,34 @@ NB_MODULE(_core, m) {
   m.attr("TAPS") = taps;
   m.attr("FEW") = Engine::kFew;
 
+  nb::class_<Mapping>(m, "Mapping")
+      .def(nb::init<const std::string&>(), "path"_a)
+      .def_prop_ro("data",
+                   [](const Mapping& mapping) {
+                     return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(
+                         mapping.data(), {mapping.size()}, nb::find(mapping));
+                   })
+      .def("forget", &Mapping::forget, "Lets go of what was read; it is read again when it is used.")
+      .def("check", &Mapping::check,
+           "Raises DiskError if the file was cut or written to, or could not be read.");
+
   nb::class_<BoundEngine>(m, "Engine")
-      .def(nb::init<Bytes, const std::string&, int, uint32_t>(), "data"_a, "kernels"_a,
-           "n_threads"_a, "context"_a)
+      .def(nb::init<const Mapping&, const std::string&, int, uint32_t>(), nb::keep_alive<1, 2>(),
+           "mapping"_a, "kernels"_a, "n_threads"_a, "context"_a)
       .def(nb::init<const std::string&, uint64_t, const std::string&, int, uint32_t>(), "path"_a,
            "header_bytes"_a, "kernels"_a, "n_threads"_a, "context"_a)
       .def("load", &BoundEngine::load, "parts"_a)
       .def("rows_from_file", &BoundEngine::rows_from_file, "embedding"_a, "head"_a, "offset"_a,
            "room"_a, "range_bytes"_a)
       .def("stream", &BoundEngine::stream, "units"_a, "n_slots"_a)
-      .def("forward", &BoundEngine::forward, "tokens"_a, "all"_a, "dense"_a, "logits"_a)
+      .def("forward", &BoundEngine::forward, "tokens"_a, "position"_a, "all"_a, "dense"_a, "logits"_a)
       .def("set_cuts", &BoundEngine::set_cuts, "cuts"_a)
-      .def("rewind", &BoundEngine::rewind, "position"_a)
       .def("stats", &BoundEngine::stats)
       .def("reset_stats", &BoundEngine::reset_stats)
       .def("set_shortlist",
            [](BoundEngine& e, float nats, size_t most) { e.engine().set_shortlist(nats, most); },
            "nats"_a, "most"_a)
       .def("down_norm", &BoundEngine::down_norm, "layer"_a)
-      .def_prop_ro("position", [](BoundEngine& e) { return e.engine().position(); })
       .def_prop_ro("context", [](BoundEngine& e) { return e.engine().context(); })
       .def_prop_ro("kernels", &BoundEngine::kernels)
       .def_prop_ro("n_layers", [](const BoundEngine& e) { return e.model().config.n_layers; })

@@ -64,10 +64,10 @@ void in_threads(size_t n, const Read& read) {
 
 }  // namespace
 
-File::File(const std::string& path) : path_(path) {
-  fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
-  direct_ = fd_ >= 0;
-  if (!direct_ && errno == EINVAL) fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);  // tmpfs, say
+File::File(const std::string& path, bool direct) : path_(path) {
+  fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | (direct ? O_DIRECT : 0));
+  direct_ = direct && fd_ >= 0;
+  if (direct && fd_ < 0 && errno == EINVAL) fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);  // tmpfs
   if (fd_ < 0) throw DiskError("cannot open " + path + ": " + reason(errno));
   struct stat s;
   if (fstat(fd_, &s) != 0) {

@@ -32,11 +32,14 @@ struct Extent {
 // A file that must not change while it is open.
 class File {
  public:
-  explicit File(const std::string& path);
+  // `direct`: past the page cache, where the file system lets that be.
+  File(const std::string& path, bool direct);
   ~File();
   File(const File&) = delete;
   File& operator=(const File&) = delete;
 
+  const std::string& path() const { return path_; }
+  int descriptor() const { return fd_; }
   uint64_t size() const { return size_; }
   // Reads an extent into `to`, which has room for whole sectors and begins at one. Throws DiskError.
   void read(const Extent& from, uint8_t* to) const;

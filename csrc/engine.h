@@ -4,7 +4,9 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "disk.h"
@@ -91,14 +93,18 @@ class Engine {
   // Tokens that go through the model together as one by one would, to the bit, in less time.
   static constexpr size_t kFew = 8;
 
-  // Appends n tokens to the cache. logits (n, vocab) if `all`, else those of the last token; `dense`:
-  // without cuts and head margin. The caller checks ids and that position() + n <= context().
-  void forward(const int32_t* tokens, size_t n, bool all, bool dense, float* logits);
+  // Called between layers, and between parts of a block's head. May throw, which ends the pass.
+  void set_pause(std::function<void()> pause) { pause_ = std::move(pause); }
 
-  uint32_t position() const { return position_; }
+  // Reads n tokens as those that follow the first `position` that the cache holds, and forgets what it
+  // held after these. logits (n, vocab) if `all`, else those of the last token; `dense`: without cuts
+  // and head margin. The caller checks ids, and that position <= held() and position + n <= context().
+  // After an exception the cache holds at least `position` tokens.
+  void forward(const int32_t* tokens, size_t n, uint32_t position, bool all, bool dense,
+               float* logits);
+
+  uint32_t held() const { return position_; }  // tokens in the cache
   uint32_t context() const { return context_; }
-  // Forgets the cache from this position on.
-  void rewind(uint32_t position) { position_ = position; }
 
   // Since the last reset_stats: tokens read; neurons with a non-zero inter per layer, summed over
   // them; and bytes of weights and cache read by those that came one by one.
@@ -181,7 +187,7 @@ class Engine {
   void complete_head(size_t n, float* logits);
   void complete_head_token(size_t t, float lowest, float* logits);
   template <class Use>
-  void for_head(const Use& use);
+  void for_head(size_t n, const Use& use);
 
   void normalize(const Norm& norm, const float* x, size_t width, float* y) const;
   void normalize_into(const Norm& norm, size_t n, Input& input);
@@ -210,6 +216,7 @@ class Engine {
   FileRows *embedding_ = nullptr, *head_rows_ = nullptr;
   Streamer* streamer_ = nullptr;
   std::vector<StreamedLayer> streamed_;
+  std::function<void()> pause_ = [] {};
   float margin_ = 0;
   size_t most_exact_ = 0;
   bool dense_ = false;  // this forward() leaves cuts and margin alone

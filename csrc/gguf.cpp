@@ -140,6 +140,9 @@ GgufHeader parse_gguf(const uint8_t* data, uint64_t size) {
   if (in.read<uint32_t>("magic") != 0x46554747u) throw GgufError("wrong magic: not a GGUF file");
   GgufHeader header;
   header.version = in.read<uint32_t>("version");
+  // The magic is written the same way in both byte orders, the version is not: 3 is then 3 << 24.
+  if (header.version != 0 && (header.version & 0xffff) == 0)
+    throw GgufError("the file is big-endian, which gguf-convert-endian changes");
   if (header.version != 2 && header.version != 3)
     throw GgufError("GGUF version " + std::to_string(header.version) +
                     " is not supported (2 and 3 are)");
@@ -150,12 +153,17 @@ GgufHeader parse_gguf(const uint8_t* data, uint64_t size) {
     throw GgufError("truncated: the header announces " + std::to_string(n_fields) +
                     " metadata entries and " + std::to_string(n_tensors) +
                     " tensors, more than the file can hold");
-  for (uint64_t i = 0; i < n_fields; ++i) header.fields.push_back(read_field(in));
+  std::unordered_set<std::string> names;
+  for (uint64_t i = 0; i < n_fields; ++i) {
+    header.fields.push_back(read_field(in));
+    if (!names.insert(header.fields.back().name).second)
+      throw GgufError("metadata " + header.fields.back().name + " appears twice");
+  }
   for (uint64_t i = 0; i < n_tensors; ++i) header.tensors.push_back(read_tensor(in));
 
   const uint64_t alignment = find_alignment(header.fields);
   const uint64_t data_start = (in.pos() + alignment - 1) / alignment * alignment;
-  std::unordered_set<std::string> names;
+  names.clear();
   for (auto& tensor : header.tensors) {
     if (!names.insert(tensor.name).second)
       throw GgufError("tensor " + tensor.name + " appears twice");

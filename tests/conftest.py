@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -184,6 +185,12 @@ OTHER_TEXT = " ".join(f"the {i * 3 % 17}th gate lets {i} of them through;" for i
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {name: make_folder(name, root / name) for name in CONFIGS}
+
+
+@pytest.fixture
+def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A folder of a tiny llama, to be changed."""
+    return Path(shutil.copytree(folders["llama"], tmp_path / "copy"))
 
 
 @pytest.fixture(scope="session")

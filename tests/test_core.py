@@ -184,6 +184,30 @@ def test_gguf_header() -> None:
     assert offset == len(small_gguf()) - 16
 
 
+def test_gguf_key_that_appears_twice() -> None:
+    """llama.cpp does not open such a file; the first and the last value are equally right."""
+    data = small_gguf()
+    key = struct.pack("<Q", 1) + b"n"
+    with pytest.raises(_core.GgufError, match="metadata n appears twice"):
+        parse(data.replace(struct.pack("<Q", 1) + b"f", key))
+
+
+def test_gguf_of_the_other_byte_order() -> None:
+    """The magic is the same in both, as the gguf package writes it."""
+    data = small_gguf()
+    swapped = data[:4] + struct.pack(">IQQ", *struct.unpack("<IQQ", data[4:24])) + data[24:]
+    with pytest.raises(_core.GgufError, match="big-endian"):
+        parse(swapped)
+
+
+def test_gguf_key_with_a_null() -> None:
+    data = small_gguf().replace(
+        struct.pack("<Q", 20) + b"general.architecture",
+        struct.pack("<Q", 20) + b"general.arc\0itecture",
+    )
+    assert "general.arc\0itecture" in parse(data)["fields"]
+
+
 def test_gguf_truncated_at_every_byte() -> None:
     data = small_gguf()
     for length in range(len(data)):

@@ -1,9 +1,12 @@
 """The documentation site: it builds without a warning, is whole, and asks no other host."""
 
+import importlib
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,63 @@ def test_every_public_name_is_described(site: Path) -> None:
         assert f'<h2 id="{name.lower()}">{name}<' in text, name
     assert "max_ppl_increase" in text
     assert "&lt;!-- reference" not in text
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a script of benchmarks/, whose names are not left behind."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+    def load(name: str) -> Any:
+        for script in ("tradeoff", "engine", "optimize"):
+            monkeypatch.delitem(sys.modules, script, raising=False)
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("mark", "script"), [("results", "tradeoff"), ("engine", "engine"), ("optimize", "optimize")]
+)
+def test_tables_of_the_readme_are_those_of_the_results(
+    mark: str, script: str, benchmarks: Callable[[str], Any]
+) -> None:
+    text = (ROOT / "README.md").read_text()
+    found = re.search(rf"<!-- {mark} -->\n(.*)\n<!-- /{mark} -->", text, re.DOTALL)
+    assert found
+    assert found[1] == benchmarks(script).summary()
+
+
+def test_figures_name_the_processor() -> None:
+    """A virtual machine's "AMD EPYC" may be any of Zen 1 to 5."""
+    unnamed = re.compile(r"AMD EPYC(?!\s+\((?:family \d+, model \d+|model\s+not\s+recorded)).*")
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        assert unnamed.findall(path.read_text()) == [], path
+
+
+def test_benchmarks_record_family_and_model(
+    benchmarks: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, cpuinfo = benchmarks("tradeoff"), tmp_path / "cpuinfo"
+    core = (
+        "processor\t: {}\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
+        "model name\t: AMD EPYC\nstepping\t: 1\nflags\t\t: fpu vme\n\n"
+    )
+    cpuinfo.write_text(core.format(0) + core.format(1))
+    assert script.processor(cpuinfo) == "AMD EPYC (family 25, model 17, stepping 1)"
+    cpuinfo.write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n\n")
+    assert script.processor(cpuinfo).endswith(" (model not recorded)")
+    # A run that goes on from one whose model was not recorded, on another machine.
+    path = tmp_path / "machine.json"
+    old = {"cpu": "AMD EPYC", "threads": 2, "torch": "2", "commits": ["0040463"]}
+    path.write_text(json.dumps(old))
+    monkeypatch.setattr(script, "processor", lambda: "AMD EPYC (family 26, model 2, stepping 1)")
+    script.record_machine(path)
+    line = script.machine_line(json.loads(path.read_text()))
+    assert line.startswith(
+        "AMD EPYC (model not recorded), AMD EPYC (family 26, model 2, stepping 1), "
+    )
+    assert "commits 0040463, " in line
 
 
 def test_settings_fetch_no_fonts() -> None:

@@ -11,7 +11,7 @@ import torch
 
 import fallow
 from conftest import VOCABULARY, engine_plan, make_folder, make_sentencepiece
-from fallow import _core
+from fallow import _core, packing
 from fallow.calibration import Calibrator
 from fallow.drafting import PASS_COST, Lookup
 from fallow.engine import Engine, Piece, Sampler, TokenChoice, _AnswerText, _choice, is_packed
@@ -20,8 +20,9 @@ from fallow.evaluation import dense_logits
 from fallow.models import ARCHITECTURES
 from fallow.packing import pack
 from fallow.plan import Plan
-from fallow.quality import evaluate_engine
+from fallow.quality import compare_logits, evaluate_engine
 from fallow.rules import RULES
+from fallow.text import Half, load_text
 from fallow.weights import read_gguf
 from test_models import GGUF_NAMES, write_gguf
 
@@ -151,6 +152,48 @@ def test_packing_a_gguf(name: str, tiny: dict[str, fallow.Model], tmp_path: Path
     assert np.abs(logits - reference(tiny[name])).max() < 2 * ERROR  # down_proj is F16
     kept = read_gguf(tmp_path / "packed.gguf").tensors
     assert {kept[f"layers.0.{p}.weight"].type for p in ("q_proj", "up_proj")} == {"F32"}
+
+
+def test_the_type_of_down_proj_is_chosen_on_another_text_than_reported(
+    tiny: dict[str, fallow.Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, output = tiny["llama"], tmp_path / "packed.gguf"
+    source = write_gguf("llama", model, tmp_path / "m.gguf")
+    halves: tuple[Half, ...] = ("calibration", "evaluation")
+    read: list[tuple[bytes, str]] = []  # windows, and the type of down_proj_t they were read for
+
+    def compare(window: np.ndarray, *rest: Any) -> Any:
+        read.append((window.tobytes(), kinds[-1]))
+        return compare_logits(window, *rest)
+
+    def write(*arguments: Any) -> None:
+        kinds.append(arguments[3])
+        write_packed(*arguments)
+
+    write_packed = packing._write
+    kinds: list[str] = []
+    monkeypatch.setattr(packing, "compare_logits", compare)
+    monkeypatch.setattr(packing, "_write", write)
+    monkeypatch.setattr(packing._Source, "down_types", lambda *_: ("BF16", "F16", "F32"))
+    monkeypatch.setattr(packing, "LARGEST_KL", 4e-6)  # BF16 has 8e-6, F16 1e-6
+    check = pack(source, output)
+    assert kinds == ["BF16", "F16"]
+    windows = {
+        half: {w.tobytes() for w in model.windows(load_text(None, half), 128)} for half in halves
+    }
+    chosen = [window for window, _ in read[: -packing.CHECK_WINDOWS]]
+    reported = [window for window, _ in read[-packing.CHECK_WINDOWS :]]
+    assert set(chosen) <= windows["calibration"]
+    assert set(reported) <= windows["evaluation"]
+    assert read[-1][1] == "F16"
+    # The figures are those of the file, on the first windows of the evaluation text.
+    engine = Engine(output)
+    found = evaluate_engine(
+        engine, None, context=128, windows=packing.CHECK_WINDOWS,
+        against=partial(dense_logits, model),
+    )  # fmt: skip
+    assert check.kl == pytest.approx(found.kl_to_dense["mean"], rel=1e-6)
+    assert check.ppl_change_percent == pytest.approx(found.ppl_change_percent, rel=1e-6)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -458,8 +501,8 @@ def test_a_logit_of_minus_infinity_is_never_picked() -> None:
     choice = _choice(2, logits, top=4)
     # numpy's own logaddexp for the sum.
     expected = np.array([0.1, 0.0]) - np.logaddexp(np.float32(0.1), 0)
-    assert [i for i, _ in choice.top] == [2, 1]
-    assert [p for _, p in choice.top] == pytest.approx(expected, abs=1e-6)
+    assert [i for i, _ in choice.top] == [2, 1, 0, 3]
+    assert [p for _, p in choice.top] == pytest.approx([*expected, -np.inf, -np.inf], abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-308, 5e-324])

@@ -1,13 +1,19 @@
-"""Files that are written whole or not at all, and what is read back of damaged ones."""
+"""Files that are written whole or not at all, and what is read back of damaged and odd ones."""
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+import fallow
+from fallow.engine import is_packed
 from fallow.errors import FallowError
 from fallow.files import (
     JsonLines,
@@ -19,6 +25,9 @@ from fallow.files import (
     read_array,
     read_json,
 )
+from fallow.packing import pack
+from fallow.weights import read_gguf
+from test_models import IDS, message, write_gguf
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
@@ -105,6 +114,171 @@ def test_damaged_json(tmp_path: Path) -> None:
         read_json(tmp_path / "none", "")
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_json("[" * 100_000)
+
+
+def test_json_with_a_key_twice(tmp_path: Path) -> None:
+    """RFC 8259, 4: names should be unique; of two that are the same readers take either."""
+    path = tmp_path / "a.json"
+    path.write_text('{"a": {"b": 1, "c": 2, "b": 3}}')
+    with pytest.raises(FallowError, match=r"a\.json is damaged: 'b' appears twice; delete it"):
+        read_json(path, "delete it")
+
+
+# GGUF in parts -----------------------------------------------------------------------------------
+
+
+def parts_of(model: fallow.Model, folder: Path) -> list[Path]:
+    """A GGUF in three parts, as the gguf package and llama.cpp's tools split and name them."""
+    write_gguf("llama", model, folder / "m.gguf", part=8)
+    parts = sorted(folder.glob("m-*.gguf"))
+    assert [path.name for path in parts] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    return parts
+
+
+def test_gguf_in_parts(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
+    whole = fallow.load(write_gguf("llama", tiny["llama"], tmp_path / "whole.gguf"))
+    first, *_ = parts_of(tiny["llama"], tmp_path)
+    model = fallow.load(first)
+    assert model.fingerprint == whole.fingerprint
+    assert torch.equal(model.hidden(IDS), whole.hidden(IDS))
+    pack(first, tmp_path / "packed.gguf")
+    pack(tmp_path / "whole.gguf", tmp_path / "other.gguf")
+    found, expected = (read_gguf(tmp_path / name) for name in ("packed.gguf", "other.gguf"))
+    for name, tensor in expected.tensors.items():
+        np.testing.assert_array_equal(found.tensors[name].data, tensor.data)
+
+
+def test_parts_that_are_not_all_there(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
+    first, second, third = parts_of(tiny["llama"], tmp_path)
+    assert message(second) == f"GGUF M is part 2 of 3; give part 1, {first.name}"
+    kept = third.read_bytes()
+    third.unlink()
+    assert message(first) == f"GGUF M is part 1 of 3; part 3, {third}, is missing; add it"
+    shutil.copy(second, third)
+    assert message(first, third) == "GGUF M is not part 3 of 3; download it again"
+    third.write_bytes(kept)
+    renamed = first.rename(tmp_path / "model.gguf")
+    assert message(renamed) == (
+        "GGUF M is part 1 of 3, but its name does not end in -00001-of-00003.gguf, by which the "
+        "others are found; rename it"
+    )
+
+
+def test_parts_that_do_not_fit(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
+    first, _, third = parts_of(tiny["llama"], tmp_path)
+    kept = third.read_bytes()
+    name = next(t.name for t in gguf.GGUFReader(third).tensors if t.name.startswith("blk.1"))
+    again = name.replace("blk.1", "blk.0")
+    third.write_bytes(kept.replace(name.encode(), again.encode()))
+    assert message(first, third) == f"GGUF M has the tensor {again}, as a part before it does"
+    third.write_bytes(kept)
+    data, key = first.read_bytes(), b"split.tensors.count"
+    at = data.index(key) + len(key) + 4
+    count = int.from_bytes(data[at : at + 4], "little")
+    first.write_bytes(data[:at] + (count + 1).to_bytes(4, "little") + data[at + 4 :])
+    assert message(first) == (
+        f"GGUF M is part 1 of 3, which have {count} tensors, expected {count + 1}; "
+        "download them again"
+    )
+
+
+def test_packed_model_in_parts(folders: dict[str, Path], tmp_path: Path) -> None:
+    """What llama-gguf-split makes of one: the engine maps one file."""
+    pack(folders["llama"], tmp_path / "packed.gguf", quant="f32")
+    writer = gguf.GGUFWriter(tmp_path / "p.gguf", "fallow", split_max_tensors=20)
+    writer.add_uint32("fallow.version", 2)
+    for name, tensor in read_gguf(tmp_path / "packed.gguf").tensors.items():
+        writer.add_tensor(name, tensor.data.view(np.int8))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    first = min(tmp_path.glob("p-*.gguf"))
+    with pytest.raises(FallowError, match=r"is part 1 of \d of a packed model; pack it again"):
+        is_packed(first)
+
+
+# safetensors -------------------------------------------------------------------------------------
+
+
+def change_tensors(folder: Path, **changes: torch.Tensor) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | changes, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_stale_index_beside_a_whole_file(
+    copy: Path, tiny: dict[str, fallow.Model], tmp_path: Path
+) -> None:
+    """transformers takes model.safetensors; a re-saved folder keeps the index of before."""
+    (copy / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'
+    )
+    model = fallow.load(copy)
+    assert torch.equal(model.hidden(IDS), tiny["llama"].hidden(IDS))
+    assert model.fingerprint == tiny["llama"].fingerprint
+
+
+def test_tensors_that_nobody_uses(copy: Path, tiny: dict[str, fallow.Model]) -> None:
+    """Buffers that older versions of transformers saved, of any type of the format."""
+    kinds = (
+        *(torch.bool, torch.int8, torch.int16, torch.int64, torch.uint8, torch.uint16),
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.complex64),
+    )
+    unused = {f"model.layers.0.self_attn.{i}": torch.ones(3, dtype=k) for i, k in enumerate(kinds)}
+    unused["model.layers.0.self_attn.bias"] = torch.ones(3, 3, dtype=torch.bool)
+    unused["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+    unused["vision_tower.weight"] = torch.ones(3)
+    change_tensors(copy, **unused)
+    assert torch.equal(fallow.load(copy).hidden(IDS), tiny["llama"].hidden(IDS))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("I8", torch.int8), ("I64", torch.int64), ("F8_E4M3", torch.float8_e4m3fn)]
+)
+def test_weights_that_are_no_floats(kind: str, dtype: torch.dtype, copy: Path) -> None:
+    """transformers makes floats of the codes of a quantised matrix, without its scales."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_tensors(copy, **{name: load_file(copy / "model.safetensors")[name].to(dtype)})
+    assert message(copy) == (
+        f"M: tensor {name} has the type {kind}; give a folder with weights in F32, F16 or BF16"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["0.self_attn.q_proj.bias", "0.self_attn.q_norm.weight", "2.x.weight"]
+)
+def test_weights_that_the_model_has_no_place_for(name: str, copy: Path) -> None:
+    """transformers would run without them: biases, norms, layers beyond num_hidden_layers."""
+    change_tensors(copy, **{f"model.layers.{name}": torch.ones(24)})
+    assert message(copy) == (
+        f"M has a tensor model.layers.{name} that llama models of its config.json do not have"
+    )
+
+
+def test_header_with_a_tensor_twice(copy: Path) -> None:
+    """The format forbids it: https://github.com/huggingface/safetensors#format."""
+    path = copy / "model.safetensors"
+    data = path.read_bytes()
+    one, other = b"layers.0.mlp.up_proj.weight", b"layers.1.mlp.up_proj.weight"
+    assert data.count(one) == 1
+    path.write_bytes(data.replace(one, other))
+    assert message(copy) == (
+        "the header of safetensors file M/model.safetensors: 'model.layers.1.mlp.up_proj.weight' "
+        "appears twice; download it again"
+    )
+
+
+def test_config_with_a_key_twice(copy: Path) -> None:
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace("{", '{"rms_norm_eps": 1e-5,', 1))
+    assert (
+        message(copy) == "M/config.json is damaged: 'rms_norm_eps' appears twice; download it again"
+    )
+
+
+def test_folder_with_an_adapter(copy: Path) -> None:
+    (copy / "adapter_config.json").write_text("{}")
+    assert message(copy) == "M has an adapter; give the model with it merged in"
 
 
 def test_damaged_arrays(tmp_path: Path) -> None:

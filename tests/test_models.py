@@ -92,11 +92,21 @@ def permute(values: np.ndarray, heads: int) -> np.ndarray:
     return values.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
 
 
-def write_gguf(name: str, model: fallow.Model, path: Path, **changes: Any) -> Path:
-    """A GGUF file of a tiny model, as llama.cpp's converter would write it."""
+def write_gguf(
+    name: str,
+    model: fallow.Model,
+    path: Path,
+    keys: dict[str, Any] | None = None,
+    part: int = 0,
+    **changes: Any,
+) -> Path:
+    """A GGUF file of a tiny model, as llama.cpp's converter would write it.
+
+    `keys`: more metadata; `part`: split into parts of so many tensors; `changes`: other tensors.
+    """
     arch, config = model.architecture, model.module.config
     assert arch.gguf_name is not None
-    writer = gguf.GGUFWriter(path, arch.gguf_name)
+    writer = gguf.GGUFWriter(path, arch.gguf_name, split_max_tensors=part)
     writer.add_block_count(2)
     writer.add_context_length(128)
     writer.add_embedding_length(24)
@@ -123,6 +133,9 @@ def write_gguf(name: str, model: fallow.Model, path: Path, **changes: Any) -> Pa
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_add_bos_token(False)
+    for key, value in (keys or {}).items():
+        kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+        getattr(writer, f"add_{kinds[type(value)]}")(key, value)
     for tensor_name, values in gguf_tensors(name, model).items():
         writer.add_tensor(tensor_name, changes.get(tensor_name, values))
     writer.write_header_to_file()
@@ -261,7 +274,7 @@ def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
 def test_gguf_without_embeddings(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
     path = write_gguf("llama", tiny["llama"], tmp_path / "m.gguf")
     path.write_bytes(path.read_bytes().replace(b"token_embd.weight", b"token_embx.weight"))
-    assert message(path) == ("GGUF M has no token_embd.weight; is it one part of a split model?")
+    assert message(path) == "GGUF M has no token_embd.weight; is it a whole language model?"
 
 
 def test_gguf_that_transformers_refuses(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
@@ -271,11 +284,6 @@ def test_gguf_that_transformers_refuses(tiny: dict[str, fallow.Model], tmp_path:
     data = path.read_bytes()
     path.write_bytes(data[:at] + (5).to_bytes(4, "little") + data[at + 4 :])
     assert message(path).startswith("GGUF M: transformers cannot build LlamaForCausalLM: ")
-
-
-@pytest.fixture
-def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folders["llama"], tmp_path / "copy"))
 
 
 def test_folder_without_config(copy: Path) -> None:

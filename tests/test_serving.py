@@ -4,6 +4,7 @@ import dataclasses
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,15 +21,25 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from fallow.engine import Engine, Piece, Sampler, Stats
-from fallow.errors import FallowError
+from fallow.engine import Engine, Piece, Sampler, Stats, TokenChoice
+from fallow.errors import FallowError, UsageError
 from fallow.serving import limits
+from fallow.serving import schemas as api
 from fallow.serving.app import create_app
+from fallow.serving.server import serve
 from fallow.serving.worker import Busy, Closing, Job, Worker
 
 JSON = {"Content-Type": "application/json"}
 HI = [{"role": "user", "content": "hi"}]
+
+
+def says(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    """A conversation of one message."""
+    return {"messages": [{"role": role, "content": content} | more]}
 
 
 @contextmanager
@@ -56,8 +67,9 @@ class Slow:
 
     context, vocabulary_size = 10_000, 300
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, piece: Piece | Exception | None = None) -> None:
         self.tokenizer = tokenizer
+        self.piece = piece or Piece("a")  # what it says all the time
         self.stats = Stats()
         self.answered: list[int] = []  # first ids of prompts
         self.closed = 0
@@ -68,7 +80,9 @@ class Slow:
         try:
             for _ in range(max_tokens):
                 time.sleep(0.01)
-                yield Piece("a")
+                if isinstance(self.piece, Exception):
+                    raise self.piece
+                yield self.piece
         except GeneratorExit:
             self.closed += 1
             raise
@@ -216,6 +230,154 @@ def test_control_tokens_in_a_prompt(parrot: tuple[Path, Path]) -> None:
         assert httpx.post(f"{address}/v1/completions", json=body).status_code == 400
 
 
+def test_several_prompts_of_token_ids(client: openai.OpenAI, engine: Engine) -> None:
+    """https://platform.openai.com/docs/api-reference/completions: an array of token arrays."""
+    prompts = [engine.tokenizer.prompt(text).tolist() for text in ("neuron 3", "the gate")]
+    found = client.completions.create(model="tiny", prompt=prompts, temperature=0, max_tokens=6)
+    assert [c.text for c in found.choices] == ["".join(engine.generate(p, 6)) for p in prompts]
+    assert found.usage is not None
+    assert found.usage.prompt_tokens == sum(map(len, prompts))
+
+
+def test_echo(client: openai.OpenAI, engine: Engine) -> None:
+    """The prompt comes first, with what the model thinks of its tokens."""
+    text = "the gate " * 12  # more than is read at once
+    ids = engine.tokenizer.prompt(text)
+    assert len(ids) > 32
+    options: Any = {"model": "tiny", "temperature": 0, "echo": True}
+    for prompt in (text, ids.tolist()):
+        choice = client.completions.create(prompt=prompt, max_tokens=3, logprobs=1, **options)
+        found = choice.choices[0].logprobs
+        assert found is not None
+        assert choice.choices[0].text == text + "".join(engine.generate(text, 3))
+        assert "".join(found.tokens or []) == choice.choices[0].text
+        starts = np.cumsum([0, *map(len, found.tokens or [])])[:-1]
+        assert found.text_offset == starts.tolist()
+        assert found.token_logprobs is not None
+        assert found.token_logprobs[0] is None
+        assert found.top_logprobs is not None
+        assert found.top_logprobs[0] is None
+        assert found.token_logprobs[1 : len(ids)] == pytest.approx(engine.score(ids), abs=1e-3)
+        best = engine.logits(ids)[:-1].max(axis=1)
+        chosen = engine.logits(ids)[np.arange(len(ids) - 1), ids[1:]]
+        for place in range(1, len(ids)):
+            gap = max(found.top_logprobs[place].values()) - (found.token_logprobs[place] or 0)
+            assert gap == pytest.approx(best[place - 1] - chosen[place - 1], abs=1e-3)
+        only = client.completions.create(prompt=prompt, max_tokens=0, logprobs=1, **options)
+        assert only.choices[0].text == text
+        assert only.choices[0].finish_reason == "length"
+        assert only.choices[0].logprobs is not None
+        assert only.choices[0].logprobs.token_logprobs == found.token_logprobs[: len(ids)]
+        assert only.usage is not None
+        assert only.usage.completion_tokens == 0
+    pieces = list(
+        client.completions.create(prompt=text, max_tokens=3, logprobs=1, stream=True, **options)
+    )
+    assert "".join(p.choices[0].text for p in pieces) == choice.choices[0].text
+    told = [p.choices[0].logprobs for p in pieces if p.choices[0].logprobs]
+    assert [x for t in told for x in t.token_logprobs or []] == found.token_logprobs
+    assert [x for t in told for x in t.text_offset or []] == found.text_offset
+    plain = client.completions.create(prompt=text, max_tokens=3, **options).choices[0]
+    assert plain.text == choice.choices[0].text
+    assert plain.logprobs is None
+
+
+def test_echo_of_an_added_bos_and_of_the_end(talking: Path) -> None:
+    """As many tokens as the text has, and as were picked: lm-eval counts from both ends."""
+    engine = Engine(talking, threads=1)
+    first = int(engine.logits(engine.tokenizer.prompt("neuron"))[-1].argmax())
+    bos = engine.tokenizer.backend.token_to_id("<s>")
+    body: dict[str, Any] = {"model": "tiny", "temperature": 0, "echo": True, "logprobs": 1}
+
+    def ask(address: str, prompt: Any) -> Any:
+        answer = httpx.post(f"{address}/v1/completions", json=body | {"prompt": prompt})
+        return answer.json()["choices"][0]
+
+    with served(engine) as address:
+        engine.tokenizer = dataclasses.replace(engine.tokenizer, eos_ids=(first,))
+        ended = ask(address, "neuron")
+        assert ended["text"] == "neuron"
+        assert ended["finish_reason"] == "stop"
+        assert len(ended["logprobs"]["token_logprobs"]) == 2
+        engine.tokenizer = dataclasses.replace(engine.tokenizer, add_bos=True, bos_id=bos)
+        ids = engine.tokenizer.prompt("neuron 3").tolist()
+        assert ids[0] == bos
+        added = ask(address, "neuron 3")
+        assert added["text"].startswith("neuron 3")
+        assert added["logprobs"]["text_offset"][:2] == [0, len("neuron")]
+        assert added["logprobs"]["token_logprobs"][:2] == pytest.approx(engine.score(ids), abs=1e-3)
+        typed = ask(address, "neuron 3</s> the gate")
+        told = zip(typed["logprobs"]["tokens"], typed["logprobs"]["text_offset"], strict=True)
+        n_prompt = len(engine.tokenizer.prompt("neuron 3</s> the gate")) - 1  # less the added BOS
+        for token, start in list(told)[:n_prompt]:
+            assert typed["text"][start : start + len(token)] == token
+        own = ask(address, ids)  # the client's own BOS stays
+        assert own["text"].startswith("<s>neuron 3")
+        assert own["logprobs"]["token_logprobs"][0] is None
+
+
+def test_lm_eval(address: str, engine: Engine, talking: Path) -> None:
+    """EleutherAI's harness, by its client of completions, gets what the engine scores."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    model = LocalCompletionsAPI(
+        base_url=f"{address}/v1/completions",
+        model="tiny",
+        tokenizer=str(talking.parent / "model"),
+        max_length=100,
+        batch_size=3,
+    )
+    pairs = [("neuron 3", " the gate"), ("the", " neuron works"), ("gate", "y")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    found = model.loglikelihood(requests, disable_tqdm=True)
+    for (context, rest), (logprob, _) in zip(pairs, found, strict=True):
+        ids = engine.tokenizer.encode(context + rest)
+        start = len(engine.tokenizer.encode(context))
+        assert logprob == pytest.approx(engine.score(ids)[start - 1 :].sum(), abs=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-300, 5e-324])
+def test_a_tiny_temperature_is_greedy(
+    client: openai.OpenAI, engine: Engine, temperature: float
+) -> None:
+    answer = client.completions.create(
+        model="tiny", prompt="neuron 3", max_tokens=6, temperature=temperature, seed=1
+    )
+    assert answer.choices[0].text == "".join(engine.generate("neuron 3", 6))
+
+
+def test_top_p_of_nothing_keeps_the_likeliest_token(client: openai.OpenAI, engine: Engine) -> None:
+    """llama.cpp's top-p keeps one token at least; OpenAI takes 0, too."""
+    answer = client.completions.create(
+        model="tiny", prompt="neuron 3", max_tokens=6, temperature=2, top_p=0, seed=1
+    )
+    assert answer.choices[0].text == "".join(engine.generate("neuron 3", 6))
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_is_impossible_is_a_number_in_json(engine: Engine, path: str, stream: bool) -> None:
+    """https://platform.openai.com/docs/api-reference/chat/object: -9999.0 is "very unlikely"."""
+    choice = TokenChoice(3, 0.0, ((3, 0.0), (4, -np.inf)))
+    slow: Any = Slow(engine.tokenizer, Piece("a", (choice, choice)))
+    body: dict[str, Any] = {"model": "tiny", "max_tokens": 1, "stream": stream}
+    if path == "/v1/completions":
+        body |= {"prompt": "a", "logprobs": 2}
+    else:
+        body |= {"messages": HI, "logprobs": True, "top_logprobs": 2}
+    with served(slow) as address:
+        said = httpx.post(f"{address}{path}", json=body).text
+        assert "-9999.0" in said
+        assert not re.search("NaN|Infinity|null, ?null", said)
+        slow.piece = Piece("a", (TokenChoice(3, np.nan, ((3, np.nan),)),))
+        said = httpx.post(f"{address}{path}", json=body).text
+        assert "the model's logits are NaN" in said
+        slow.piece = KeyError("broken")
+        said = httpx.post(f"{address}{path}", json=body).text
+        assert "a defect of the server: KeyError" in said
+
+
 def test_langchain(address: str, engine: Engine) -> None:
     from langchain_openai import ChatOpenAI, OpenAI
 
@@ -257,14 +419,42 @@ def test_models_health_and_metrics(client: openai.OpenAI, address: str) -> None:
         ({"max_tokens": 0}, 400, "max_tokens: "),
         ({"temperature": -1}, 400, "temperature: "),
         ({"temperature": float("nan")}, 400, "temperature"),
-        ({"top_p": 0}, 400, "top_p: "),
+        ({"top_p": 1.5}, 400, "top_p: "),
         ({"n": 2}, 400, "n: "),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"frequency_penalty": 1}, 400, "frequency_penalty: "),
         ({"logit_bias": {"3": 1}}, 400, "logit_bias"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format.type: "),
-        ({"stop": ["a"] * 5}, 400, "stop"),
+        ({"stop": ["a"] * 5}, 400, "stop: must be a text or a list of at most 4 texts"),
         ({"stop": ""}, 400, "stop"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"temprature": 0}, 400, "temprature: is not supported here"),
+        ({"reasoning_effort": "low"}, 400, "reasoning_effort: is not supported here"),
+        ({"stream_options": {"x": 1}}, 400, "stream_options.x: is not supported here"),
+        ({"response_format": {"type": "text", "x": 1}}, 400, "response_format.x: is not"),
+        ({"functions": [{"name": "w"}]}, 400, "functions: "),
+        ({"function_call": {"name": "w"}}, 400, "function_call: "),
+        ({"tool_choice": "required"}, 400, "tool_choice: "),
+        ({"repeat_penalty": 1.3}, 400, "repeat_penalty: must be 1, as penalties are not"),
+        ({"repetition_penalty": 1.3}, 400, "repetition_penalty: "),
+        ({"ignore_eos": True}, 400, "ignore_eos: "),
+        ({"min_tokens": 8}, 400, "min_tokens: "),
+        ({"continue_final_message": True}, 400, "continue_final_message: "),
+        ({"add_generation_prompt": False}, 400, "add_generation_prompt: "),
+        ({"top_logprobs": 2}, 400, 'top_logprobs: needs "logprobs": true'),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, 400, "max_completion_tokens: differs"),
+        ({"\ud800": 1}, 400, "half of a surrogate pair"),
+        ({"x" * 999: 1}, 400, f"{'x' * 60}...: is not supported here"),
+        (says("assistant", None), 400, "messages.0.content: must be text, or a list"),
+        (says("assistant", "", tool_calls=[{"id": "a"}]), 400, "messages.0.tool_calls: "),
+        (says("assistant", None, tool_calls=[{"id": "a"}]), 400, "messages.0.tool_calls: "),
+        (says("user", "a", name="Ann"), 400, "messages.0.name: "),
+        (says("user", "a", weight=1), 400, "messages.0.weight: is not supported"),
+        (says("user", []), 400, "messages.0.content: must not be empty"),
+        (says("user", [{"type": "image_url"}]), 400, 'messages.0.content.0.type: must be "text"'),
+        (says("user", [{"type": "text"}]), 400, "messages.0.content.0.text: is missing"),
+        ({"messages": [3]}, 400, "messages.0: must be an object; it is 3"),
+        ({"messages": "hi"}, 400, 'messages: must be a list; it is "hi"'),
     ],
 )
 def test_bad_requests(address: str, change: dict[str, Any], code: int, said: str) -> None:
@@ -274,6 +464,121 @@ def test_bad_requests(address: str, change: dict[str, Any], code: int, said: str
     error = answer.json()["error"]
     assert said in error["message"]
     assert error["type"] == {400: "invalid_request_error", 404: "not_found_error"}[code]
+    if ": " in said:
+        assert error["param"] == said.partition(": ")[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"suffix": "b"}, "suffix: must be empty"),
+        ({"best_of": 2}, "best_of: "),
+        ({"prompt": None}, "prompt: must be a text, a list of token ids, or a list of either"),
+        ({"prompt": []}, "prompt: "),
+        ({"prompt": ["a", 1]}, "prompt: "),
+        ({"prompt": [[1], []]}, "prompt: "),
+        ({"prompt": [[1, "a"]]}, "prompt: "),
+        ({"prompt": [-1]}, "prompt: "),
+        ({"prompt": ["a"] * 17}, "prompt: 17 are more than the 16 that may wait"),
+        ({"max_tokens": 0}, "max_tokens: must be at least 1, or 0 with"),
+        ({"max_tokens": -1}, "max_tokens: "),
+        ({"logprobs": 6}, "logprobs: "),
+        ({"logprobs": True}, "logprobs: "),
+        ({"messages": HI}, "messages: is not supported here"),
+        ({"model": None}, "model: "),
+    ],
+)
+def test_bad_completions(address: str, change: dict[str, Any], said: str) -> None:
+    body = {"model": "tiny", "prompt": "a"} | change
+    answer = httpx.post(f"{address}/v1/completions", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].startswith(said)
+    assert error["param"] == said.partition(": ")[0]
+
+
+# What clients send that changes nothing, and what is the same as leaving a field out.
+HARMLESS: dict[str, Any] = {
+    "user": "ann", "metadata": {"a": "b"}, "store": True, "safety_identifier": "x",
+    "service_tier": "auto", "prompt_cache_key": "k", "prompt_cache_retention": "24h",
+    "cache_prompt": False, "stream_options": {"include_usage": True, "include_obfuscation": False},
+    "n": 1, "stop": [], "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0,
+    "repeat_penalty": 1, "repetition_penalty": 1.0, "ignore_eos": False, "min_tokens": 0,
+}  # fmt: skip
+HARMLESS_IN_CHAT: dict[str, Any] = {
+    "tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "functions": [],
+    "function_call": "none", "response_format": {"type": "text"}, "logprobs": False,
+    "top_logprobs": None, "add_generation_prompt": True, "continue_final_message": False,
+}  # fmt: skip
+
+
+def test_what_changes_nothing_is_taken(address: str) -> None:
+    sent = {"role": "assistant", "content": "so", "refusal": None, "annotations": [], "audio": None}
+    sent |= {"function_call": None, "tool_calls": None, "name": None}
+    chat = {"messages": [*HI, sent]}, HARMLESS | HARMLESS_IN_CHAT
+    text = {"prompt": "neuron 3"}, HARMLESS | {"best_of": 1, "suffix": "", "echo": False}
+    for path, (body, harmless) in {"chat/completions": chat, "completions": text}.items():
+        start = {"model": "tiny", "temperature": 0, "max_tokens": 5}
+        answers = [
+            httpx.post(f"{address}/v1/{path}", json=start | body | more)
+            for more in ({}, harmless, dict.fromkeys(harmless))
+        ]
+        assert [a.status_code for a in answers] == [200] * 3, [a.text for a in answers]
+        first, *rest = ({"index": 0} | a.json()["choices"][0] for a in answers)
+        assert all(each == first for each in rest)
+
+
+def test_parts_of_text_are_one_text(address: str) -> None:
+    parts = [{"type": "text", "text": "neu"}, {"type": "text", "text": "ron"}]
+    said = [
+        httpx.post(
+            f"{address}/v1/chat/completions",
+            json={"model": "tiny", "temperature": 0, "max_tokens": 9} | says("user", content),
+        ).json()
+        for content in ("neuron", parts)
+    ]
+    assert said[0]["choices"] == said[1]["choices"]
+    assert said[0]["usage"]["prompt_tokens"] == said[1]["usage"]["prompt_tokens"]
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "tool_calls", "x"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+INTERNALS = re.compile(
+    r"(?i:traceback|object at 0x|union|function|literal|pydantic|instance|input should|value error)"
+    r"|\bNone\b|NoneType|\b(str|int|dict|bool|float)\b|is not understood"
+    r"|TextPart|ChatMessage|StreamOptions|ResponseFormat|\(text\)|\(parts\)"
+)
+
+
+@given(st.data())
+@settings(max_examples=400, deadline=None)
+def test_refusals_are_plain(data: st.DataObject) -> None:
+    """Whatever a field is, it is taken or its name and one sentence are said, nothing of Python."""
+    kind = data.draw(st.sampled_from([api.ChatRequest, api.CompletionRequest]))
+    name = data.draw(st.sampled_from([*kind.model_fields, "strange"]))
+    body: dict[str, Any] = {"model": "tiny", "prompt": "a", "messages": HI}
+    body.pop("prompt" if kind is api.ChatRequest else "messages")
+    try:
+        kind.model_validate(body | {name: data.draw(JSON_VALUES)})
+    except ValidationError as error:
+        for each in error.errors():
+            where, said = api.refusal(each["loc"], each)
+            assert where is not None
+            assert where.split(".")[0] == name
+            assert said.startswith(f"{where}: ")
+            assert "\n" not in said
+            # What was sent is repeated, and may be anything.
+            assert not INTERNALS.search(said.partition("; it is ")[0].replace(name, "")), said
 
 
 @pytest.mark.parametrize(
@@ -290,6 +595,59 @@ def test_another_kind_of_body(address: str) -> None:
     answer = httpx.post(f"{address}/v1/completions", data={"model": "tiny"})
     assert answer.status_code == 400
     assert "send Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "code"),
+    [("OPTIONS", "/v1/models", 405), ("GET", "/v1/completions", 405), ("GET", "/v1", 404)],
+)
+def test_routes_that_there_are_not(address: str, method: str, path: str, code: int) -> None:
+    preflight = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
+    answer = httpx.request(method, f"{address}{path}", headers=preflight)
+    assert answer.status_code == code
+    assert answer.json()["error"]["message"].startswith(f"{method} {path}: ")
+    assert "access-control-allow-origin" not in answer.headers
+    assert ("allow" in answer.headers) == (code == 405)
+
+
+def test_a_slash_at_the_end(address: str) -> None:
+    assert httpx.get(f"{address}/v1/models/").json()["data"][0]["id"] == "tiny"
+    assert httpx.get(f"{address}/v1/models/tiny/").json()["id"] == "tiny"
+    for path, body in (("chat/completions", {"messages": HI}), ("completions", {"prompt": "a"})):
+        answer = httpx.post(f"{address}/v1/{path}/", json={"model": "tiny", "max_tokens": 1} | body)
+        assert answer.status_code == 200
+
+
+def test_web_pages_of_an_origin(engine: Engine) -> None:
+    """https://fetch.spec.whatwg.org/#http-cors-protocol"""
+    page = {"Origin": "http://localhost:3000"}
+    ask = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    with served(engine, api_key="secret", cors=["http://localhost:3000"]) as address:
+        url = f"{address}/v1/completions"
+        preflight = httpx.options(url, headers=page | ask)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == page["Origin"]
+        assert "POST" in preflight.headers["access-control-allow-methods"]
+        allowed = preflight.headers["access-control-allow-headers"].lower()
+        assert {"authorization", "content-type"} <= set(re.split(", *", allowed))
+        for key, code in (("secret", 200), ("wrong", 401)):
+            headers = page | {"Authorization": f"Bearer {key}"}
+            answer = httpx.post(url, json=body, headers=headers)
+            assert answer.status_code == code
+            assert answer.headers["access-control-allow-origin"] == page["Origin"]
+        other = {"Origin": "http://example.com"}
+        assert httpx.options(url, headers=other | ask).status_code == 400
+        assert "access-control-allow-origin" not in httpx.get(url, headers=other).headers
+
+
+@pytest.mark.parametrize("origin", ["localhost:3000", "http://localhost:3000/", "http://", ""])
+def test_what_no_browser_sends_as_its_origin(engine: Engine, origin: str) -> None:
+    with pytest.raises(UsageError, match="is no origin; give one such as http://localhost:3000"):
+        serve(engine, "tiny", port=0, cors=["*", origin])
 
 
 def test_a_token_outside_the_vocabulary(client: openai.OpenAI) -> None:
@@ -437,11 +795,12 @@ def test_shutdown_finishes_what_runs_and_fails_what_waits(talking: Path) -> None
         assert process.stderr is not None
         address = process.stderr.readline().split(" on ")[1].split("/v1")[0]
         outcomes: list[Any] = []
+        client = httpx.Client(timeout=60)  # made in good time: that takes a while
 
         def ask() -> None:
             body = {"model": "tiny", "prompt": "neuron", "max_tokens": 110, "temperature": 0}
             try:
-                answer = httpx.post(f"{address}/v1/completions", json=body, timeout=60)
+                answer = client.post(f"{address}/v1/completions", json=body)
                 outcomes.append(answer.status_code)
             except httpx.HTTPError as error:
                 outcomes.append(repr(error))
@@ -453,6 +812,7 @@ def test_shutdown_finishes_what_runs_and_fails_what_waits(talking: Path) -> None
         process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
+        client.close()
         assert process.wait(timeout=30) == 0
         assert set(outcomes) <= {200, 503}, outcomes
         assert 200 in outcomes

@@ -3,9 +3,10 @@
 import ctypes
 import os
 import resource
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +48,7 @@ PACKED_VERSION = 2
 DEFAULT_CONTEXT = 4096
 BUDGET_CONTEXT = 1024  # under a memory budget
 PREFILL_STEP = 512  # tokens of a prompt between which an answer can be stopped
+ECHO_STEP = 32  # as many, of a prompt whose every token's logits are wanted: 20 MB of Qwen2.5's
 
 # How the core finds a cut's threshold: csrc/engine.h, Cut::By.
 _THRESHOLD, _TOPK, _TAIL = 1, 2, 3
@@ -119,7 +121,7 @@ class TokenChoice:
     """A token of an answer. Log-probabilities are the model's own, before any sampling option."""
 
     id: int
-    logprob: float = 0.0  # nats
+    logprob: float | None = 0.0  # nats; None: nothing is before it
     top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and theirs
 
 
@@ -195,15 +197,17 @@ class Engine:
             raise FallowError(f"packed model {self.path}: {reason}; pack it again") from error
         except _core.DiskError as error:
             raise FallowError(str(error)) from error
+        self._lock, self._process = threading.Lock(), os.getpid()
+        self._held: list[int] = []  # the tokens that the cache holds
+        self._user: object = None  # whose they are: a thread, or an answer
         self.use_plan(first)
         self.stats = Stats()  # of the last answer
-        self._held: list[int] = []  # the tokens that the cache holds
         self.last_logits: np.ndarray | None = None
 
     def _start(self, kernels: str, context: int) -> Any:
         if self.memory is None:
-            data = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
-            return _core.Engine(data, kernels, self.threads, context)
+            assert self.file.mapping is not None
+            return _core.Engine(self.file.mapping, kernels, self.threads, context)
         _ = self.tokenizer  # reading it takes memory for a moment, in which weights lie afterwards
         header = min(self.file.offsets.values(), default=0)
         core = _core.Engine(str(self.path), header, kernels, self.threads, context)
@@ -211,7 +215,8 @@ class Engine:
         _return_freed_memory()
         self.residency = found = self._choose_residency(context)
         start = time.perf_counter()
-        core.load([(p.offset, p.size) for p in found.resident])
+        for p in found.resident:  # one by one: between them Ctrl-C is answered
+            core.load([(p.offset, p.size)])
         size = sum(p.size for p in found.resident)
         self.disk_gbps = size / (time.perf_counter() - start) / 1e9
         tied = HEAD not in self.file.tensors
@@ -314,10 +319,12 @@ class Engine:
         Raises:
             FallowError: the plan is for another model, or its arrays do not fit.
         """
-        self._core.set_cuts([] if plan is None else self._cuts(plan))
+        cuts = [] if plan is None else self._cuts(plan)
         shortlist = self._shortlist(plan) if plan is not None and self._coarse_head else (0.0, 0)
-        self._core.set_shortlist(*shortlist)
-        self.plan: Plan | None = plan
+        with self._lock:
+            self._core.set_cuts(cuts)
+            self._core.set_shortlist(*shortlist)
+            self.plan: Plan | None = plan
 
     def _shortlist(self, plan: Plan) -> tuple[float, int]:
         """Which logits are exact: nats below the coarse head's largest, 0: all; and how many."""
@@ -458,9 +465,35 @@ class Engine:
         return gguf.GGMLQuantizationType(self.file.get(f"fallow.{part}_planes")[layer]).name
 
     def reset(self, keep: int = 0) -> None:
-        """Forgets what was read after the first `keep` tokens."""
-        self._core.rewind(keep)
-        del self._held[keep:]
+        """Forgets what was read after the first `keep` tokens.
+
+        Raises:
+            FallowError: the engine was loaded before a fork.
+        """
+        with self._turn(threading.get_ident(), begins=True):
+            del self._held[keep:]
+
+    @contextmanager
+    def _turn(self, user: object, begins: bool = False) -> Iterator[None]:
+        """One step of a user at a time: a thread, or an answer. What it read must still be there.
+
+        Raises:
+            FallowError: another user has read since, or the engine was loaded before a fork.
+        """
+        if os.getpid() != self._process:
+            raise FallowError(
+                f"{self.name} was loaded before this process was forked from another; "
+                "load it again here"
+            )
+        with self._lock:
+            if begins or not self._held:
+                self._user = user
+            elif self._user != user:
+                raise FallowError(
+                    "this engine holds another text by now, of another answer or thread; "
+                    "begin again, with reset() before forward(), or load an engine for each"
+                )
+            yield
 
     def windows(self, text: Text, context: int, limit: int | None = None) -> np.ndarray:
         """The text as windows of token ids, (n, context): see `cut_windows`.
@@ -486,13 +519,19 @@ class Engine:
         Raises:
             FallowError: an id outside the vocabulary, no ids, or the context is full.
         """
+        with self._turn(threading.get_ident()):
+            return self._read(ids, every, dense)
+
+    def _read(
+        self, ids: Sequence[int] | np.ndarray, every: bool = False, dense: bool = False
+    ) -> np.ndarray:
         tokens = self._check_ids(ids)
         logits = np.empty((len(tokens) if every else 1, self._core.vocab_size), dtype=np.float32)
         try:
-            self._core.forward(tokens, every, dense, logits)
+            self._core.forward(tokens, len(self._held), every, dense, logits)
         except _core.DiskError as error:
-            self._core.rewind(len(self._held))
             raise FallowError(str(error)) from error
+        # What the core holds beyond these, after Ctrl-C say, the next pass writes over.
         self._held += tokens.tolist()
         self.last_logits = logits[-1]
         return logits
@@ -506,17 +545,22 @@ class Engine:
             raise FallowError(
                 f"token id {bad[0]} is outside the vocabulary of {self._core.vocab_size}"
             )
-        if len(tokens) > self.context - self._core.position:
+        if len(tokens) > self.context - len(self._held):
             raise FallowError(
-                f"{len(tokens)} tokens after {self._core.position} exceed the context of "
+                f"{len(tokens)} tokens after {len(self._held)} exceed the context of "
                 f"{self.context}; shorten the prompt or raise --context"
             )
         return np.ascontiguousarray(tokens, dtype=np.int32)
 
     def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Logits (T, vocabulary), float32, of a text (T,) read from the start."""
-        self.reset()
-        return self.forward(ids, every=True)
+        """Logits (T, vocabulary), float32, of a text (T,) read from the start.
+
+        Raises:
+            FallowError: an id outside the vocabulary, no ids, or more than the context holds.
+        """
+        with self._turn(threading.get_ident(), begins=True):
+            self._held.clear()
+            return self._read(ids, every=True)
 
     def score(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Log-probability (T - 1,) of each token of a text after the first, nats.
@@ -575,6 +619,7 @@ class Engine:
         lossless: bool = False,
         reuse: bool = False,
         top_logprobs: int | None = None,
+        echo: str | None = None,
     ) -> Iterator[Piece]:
         """As `generate`, of a prompt (T,), with the tokens.
 
@@ -584,12 +629,15 @@ class Engine:
             reuse: leave out what the cache holds of the prompt, from an answer before. Rounding may
                 then differ a little from that of a prompt that was read at once.
             top_logprobs: tell log-probabilities, and those of so many of the likeliest tokens.
+            echo: give the prompt first: this text, which it was made of, and with `top_logprobs`
+                its tokens, without a BOS that the text does not have. The last piece then has the
+                end token, too, if there was one: so many tokens come as were read and picked.
 
         Raises:
             FallowError: the prompt is empty or longer than the context.
-            UsageError: max_tokens below 1.
+            UsageError: max_tokens below 1, or with `echo` below 0.
         """
-        if max_tokens < 1:
+        if max_tokens < (1 if echo is None else 0):
             raise UsageError("--max-new-tokens must be at least 1")
         tokens = np.asarray(ids)
         if len(tokens) + max_tokens > self.context:
@@ -597,7 +645,9 @@ class Engine:
                 f"prompt of {len(tokens)} tokens and {max_tokens} new ones exceed the context of "
                 f"{self.context}; shorten the prompt or raise --context"
             )
-        return self._stream(tokens, max_tokens, sampler, tuple(stop), lossless, reuse, top_logprobs)
+        return self._stream(
+            tokens, max_tokens, sampler, tuple(stop), lossless, reuse, top_logprobs, echo
+        )
 
     def _stream(
         self,
@@ -608,56 +658,88 @@ class Engine:
         lossless: bool,
         reuse: bool,
         top_logprobs: int | None,
+        echo: str | None,
     ) -> Iterator[Piece]:
-        self.stats = Stats(prompt_tokens=len(ids))
-        start = time.perf_counter()
-        # The last token is always read: its logits are needed.
-        self.reset(keep=_common(self._held, ids[:-1].tolist()) if reuse else 0)
-        self.stats.cached_tokens = read = len(self._held)
+        user, start = object(), time.perf_counter()
+        tells = echo is not None and top_logprobs is not None
+        with self._turn(user, begins=True):
+            # The last token is always read: its logits are needed.
+            read = _common(self._held, ids[:-1].tolist()) if reuse and not tells else 0
+            del self._held[read:]
+            self.stats = stats = Stats(prompt_tokens=len(ids), cached_tokens=read)
+            self.reset_stats()
+        told = top_logprobs if tells else None
+        logits, choices = yield from self._read_prompt(user, ids, read, lossless, told)
+        stats.ttft_ms = 1e3 * (time.perf_counter() - start)
+        stats.prefill_tps = (len(ids) - stats.cached_tokens) / (stats.ttft_ms / 1e3)
         self.reset_stats()
-        step = len(ids) if self._streams else PREFILL_STEP  # streaming reads the file every time
-        while True:
-            logits = self.forward(ids[read : read + step], dense=lossless)[0]
-            read += step
-            if read >= len(ids):
-                break
-            yield Piece()
-        self.stats.ttft_ms = 1e3 * (time.perf_counter() - start)
-        new = len(ids) - self.stats.cached_tokens
-        self.stats.prefill_tps = new / (self.stats.ttft_ms / 1e3)
-        self.reset_stats()
+        if echo is not None:
+            yield Piece(echo, _without_added_bos(choices, echo, self.tokenizer))
         decode_start, ends = time.perf_counter(), set(self.tokenizer.eos_ids)
         if lossless or self._streams:
-            tokens = self._verified(ids, logits, sampler, dense=lossless)
+            tokens = self._verified(user, ids, logits, sampler, dense=lossless)
         else:
-            tokens = self._picks(logits, sampler)
+            tokens = self._picks(user, logits, sampler)
         text = _AnswerText(self.tokenizer, stop, ids)
+        stats.finish = "" if max_tokens else "length"
         try:
-            for token, row in tokens:
+            for token, row in tokens if max_tokens else ():
                 if token in ends:
-                    self.stats.finish = "stop"
-                    yield text.rest()
+                    stats.finish = "stop"
+                    rest = text.rest()
+                    end = (_choice(token, row, top_logprobs),) if tells else ()
+                    yield Piece(rest.text, rest.tokens + end)
                     break
-                self.stats.new_tokens += 1
-                full = self.stats.new_tokens == max_tokens
+                stats.new_tokens += 1
+                full = stats.new_tokens == max_tokens
                 piece = text.add(_choice(token, row, top_logprobs), full)
                 if text.stopped or full:
-                    self.stats.finish = "stop" if text.stopped else "length"
+                    stats.finish = "stop" if text.stopped else "length"
                 yield piece
-                if self.stats.finish:
+                if stats.finish:
                     break
         finally:
-            self._finish(time.perf_counter() - decode_start)
+            if self._user is user:  # otherwise the counters are another's
+                self._finish(time.perf_counter() - decode_start)
+                self._user = threading.get_ident()
 
-    def _picks(self, logits: np.ndarray, sampler: "Sampler") -> Iterator[tuple[int, np.ndarray]]:
+    def _read_prompt(
+        self, user: object, ids: np.ndarray, read: int, dense: bool, top_logprobs: int | None
+    ) -> Generator[Piece, None, tuple[np.ndarray, list[TokenChoice]]]:
+        """Reads on after the first `read` tokens; gives empty pieces where that takes long.
+
+        Returns:
+            The last token's logits (vocabulary,), and with `top_logprobs`, where none was read
+            before, a choice for every token.
+        """
+        step = len(ids) if self._streams else PREFILL_STEP  # streaming reads the file every time
+        choices: list[TokenChoice] = []
+        every = top_logprobs is not None
+        if every:
+            step, choices = ECHO_STEP, [TokenChoice(int(first), None) for first in ids[:1]]
+        while True:
+            with self._turn(user):
+                rows = self._read(ids[read : read + step], every=every, dense=dense)
+            read += step
+            if every:
+                after = ids[len(choices) : read + 1].tolist()  # of the last token nothing
+                choices += [_choice(*each, top_logprobs) for each in zip(after, rows, strict=False)]
+            if read >= len(ids):
+                return rows[-1], choices
+            yield Piece()
+
+    def _picks(
+        self, user: object, logits: np.ndarray, sampler: "Sampler"
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """What the sampler picks of which logits; at first of these, the prompt's."""
         while True:
             token = sampler.pick(logits)
             yield token, logits
-            logits = self.forward([token])[0]
+            with self._turn(user):
+                logits = self._read([token])[0]
 
     def _verified(
-        self, ids: np.ndarray, logits: np.ndarray, sampler: "Sampler", dense: bool
+        self, user: object, ids: np.ndarray, logits: np.ndarray, sampler: "Sampler", dense: bool
     ) -> Iterator[tuple[int, np.ndarray]]:
         """As `_picks`, of the dense model if asked to, in passes that also read guesses."""
         lookup = Lookup(ids.tolist(), STREAMED_COST if self._streams else PASS_COST)
@@ -665,11 +747,12 @@ class Engine:
         while True:
             yield token, row
             lookup.add(token)
-            position = self._core.position
-            guesses = lookup.propose(min(_core.FEW, self.context - position) - 1)
-            start = time.perf_counter()
-            rows = self.forward([token, *guesses], every=True, dense=dense)
-            seconds = time.perf_counter() - start
+            with self._turn(user):
+                position = len(self._held)
+                guesses = lookup.propose(min(_core.FEW, self.context - position) - 1)
+                start = time.perf_counter()
+                rows = self._read([token, *guesses], every=True, dense=dense)
+                seconds = time.perf_counter() - start
             self.stats.drafted += len(guesses)
             for held, row in enumerate(rows):
                 token = sampler.pick(row)
@@ -680,7 +763,8 @@ class Engine:
             lookup.learn(len(guesses), held, seconds)
             for guess in guesses[:held]:
                 lookup.add(guess)
-            self.reset(keep=position + 1 + held)
+            with self._turn(user):
+                del self._held[position + 1 + held :]
 
     def _finish(self, seconds: float) -> None:
         figures = self.core_stats()
@@ -827,9 +911,10 @@ def _choice(token: int, logits: np.ndarray, top: int | None) -> TokenChoice:
     if top is None:
         return TokenChoice(token)
     row = logits.astype(np.float64)
+    check_largest(row.max())
     row -= row.max()
     row -= np.log(np.exp(row).sum())
-    best = [i for i in np.argsort(-row, kind="stable")[:top] if row[i] > -np.inf]
+    best = np.argsort(-row, kind="stable")[:top]
     return TokenChoice(token, float(row[token]), tuple((int(i), float(row[i])) for i in best))
 
 
@@ -839,6 +924,19 @@ def check_largest(logits: np.ndarray) -> None:
         raise FallowError("the model's logits are NaN; check the file with: fallow evaluate")
     if np.isinf(logits).any():
         raise FallowError("the model's logits are infinite; check the file with: fallow evaluate")
+
+
+def _without_added_bos(
+    choices: list[TokenChoice], text: str, tokenizer: TextTokenizer
+) -> tuple[TokenChoice, ...]:
+    """A prompt's tokens, less a BOS that its text does not have."""
+    bos = tokenizer.bos_id
+    added = (
+        bos is not None
+        and [choice.id for choice in choices[:1]] == [bos]
+        and not text.startswith(tokenizer.backend.id_to_token(bos) or "")
+    )
+    return tuple(choices[added:])
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from fallow.errors import FallowError
+from fallow.errors import FallowError, in_one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,10 +135,26 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+class DuplicateKeyError(ValueError):
+    """A JSON object has a key twice, of which readers take the first or the last."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise DuplicateKeyError(f"{next(n for n in names if names.count(n) > 1)!r} appears twice")
+    return found
+
+
 def parse_json(text: str | bytes) -> Any:
-    """A JSON document. Raises ValueError for anything else, such as one nested too deeply."""
+    """A JSON document. Raises ValueError for anything else, such as one nested too deeply.
+
+    Raises:
+        DuplicateKeyError: an object in it has a key twice.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -153,6 +169,8 @@ def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
         found = parse_json(Path(path).read_bytes())
     except OSError as error:
         raise FallowError(f"cannot read {path}: {error.strerror}") from error
+    except DuplicateKeyError as error:
+        raise FallowError(f"{path} is damaged: {in_one_line(error)}; {remedy}") from error
     except ValueError as error:
         raise FallowError(f"{path} is damaged; {remedy}") from error
     if not isinstance(found, dict):

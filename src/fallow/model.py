@@ -17,7 +17,14 @@ from fallow.catalog import ALIASES, resolve
 from fallow.engine import check_largest
 from fallow.errors import FallowError, UsageError, in_one_line
 from fallow.files import read_json
-from fallow.models import Architecture, by_gguf_name, by_model_type
+from fallow.models import (
+    Architecture,
+    by_gguf_name,
+    by_model_type,
+    check_config,
+    check_gguf_keys,
+    check_gguf_type,
+)
 from fallow.plan import Plan
 from fallow.rules import Rule, find_rule
 from fallow.taps import Layer, attach
@@ -298,10 +305,13 @@ def _torch_dtype(dtype: str, n_weights: int) -> torch.dtype:
 
 def _load_gguf(name: str, path: Path, dtype: str) -> Model:
     file, where = read_gguf(path), f"GGUF {path}"
+    check_gguf_type(file)
     architecture = by_gguf_name(file.architecture, where)
     assert architecture.gguf_config is not None
     with _refusing(f"{where}: transformers cannot build {architecture.hf_class}"):
         config = architecture.gguf_config(file)
+        check_gguf_keys(file)
+        check_config(architecture, config, where)
         _check_size(architecture, config, file.tensors.values(), where)
         module = _empty_module(architecture, config)
         _fill(module, architecture, file, _torch_dtype(dtype, n_weights(file.tensors.values())))
@@ -400,12 +410,15 @@ def inspect_folder(folder: Path) -> tuple[Architecture, dict[str, StoredTensor]]
         FallowError: config.json or weights are missing or damaged, or do not fit each other.
     """
     path = folder / "config.json"
+    if (folder / "adapter_config.json").exists():
+        raise FallowError(f"{folder} has an adapter; give the model with it merged in")
     config = read_json(path, "download it again")
     if not isinstance(config.get("model_type"), str):
         raise FallowError(f"{path} is not a model's config; download it again")
     architecture = by_model_type(config["model_type"], str(path))
     tensors = {tensor.name: tensor for tensor in read_safetensors(folder)}
     with _refusing(f"{path} is not usable"):
+        check_config(architecture, config, str(path))
         _check_size(architecture, config, tensors.values(), str(folder))
     return architecture, tensors
 
@@ -427,7 +440,32 @@ def pretrained(folder: Path, architecture: Architecture, dtype: torch.dtype | st
             local_files_only=True,
         )
     _check_loading(folder, info)
+    _check_use(folder, architecture, module)
     return module
+
+
+def _check_use(folder: Path, architecture: Architecture, module: Any) -> None:
+    """Refuses what transformers passes over: weights that are no floats, or that nobody asks for.
+
+    Raises:
+        FallowError: such a weight; buffers and what lies outside the decoder may be of any kind.
+    """
+    used = dict(module.named_parameters(remove_duplicate=False))
+    prefix = f"{module.base_model_prefix}."  # may be left out in files
+    for tensor in read_safetensors(folder):
+        name = tensor.name if tensor.name in used else prefix + tensor.name.removeprefix(prefix)
+        is_float = tensor.type in ("F32", "F16", "BF16", "F64")
+        if name in used and not is_float:
+            raise FallowError(
+                f"{folder}: tensor {tensor.name} has the type {tensor.type}; give a folder with "
+                "weights in F32, F16 or BF16"
+            )
+        is_weight = is_float and name.endswith((".weight", ".bias"))
+        if name not in used and is_weight and name.startswith(f"{architecture.layers}."):
+            raise FallowError(
+                f"{folder} has a tensor {tensor.name} that {architecture.model_type} models of "
+                "its config.json do not have"
+            )
 
 
 def _check_loading(folder: Path, info: dict[str, Any]) -> None:

@@ -32,7 +32,8 @@ from fallow.taps import Layer, attach
 from fallow.text import Text, load_text
 from fallow.weights import StoredTensor, read_gguf
 
-# What a packed dense model may differ from its source, per token of the self-check.
+# What a packed dense model may differ from its source, per token of the self-check. Which type
+# down_proj_t gets is chosen on as many windows of another text.
 LARGEST_KL = 0.002  # nats
 LARGEST_PPL_CHANGE = 0.2  # percent
 CHECK_WINDOWS = 2
@@ -113,13 +114,14 @@ def pack(
     Args:
         plan: stored in the file, and used by the engine unless another is given.
         quant: type of all matrices, for a Hugging Face folder (default Q8_0). A GGUF keeps its own.
-        down: type of down_proj_t; default: for a GGUF the smallest that passes the check, else
-            that of `quant`.
+        down: type of down_proj_t; default: for a GGUF the smallest that passes the check on a part
+            of the default calibration text, else that of `quant`.
         shortlist: add a coarse copy of the head (2 bits), by which a plan with a `head_margin`
             spares most tokens' exact logits.
         planes: the FFN's matrices in two planes (docs/packed.md), by which a plan may read
             rows of 4 or 5 bits per weight coarse, in 2 or 3. Same values; whole rows take longer.
-        text: what the check reads; default: the evaluation half of the default text.
+        text: what the check reads, which has chosen nothing but may refuse a type; default: the
+            evaluation half of the default text.
 
     Raises:
         FallowError: the file would not pass the check (nothing is written), a matrix has a type
@@ -140,10 +142,9 @@ class Packer:
         *,
         quant: str | None = None,
         down: str | None = None,
-        shortlist: bool | None = False,  # None: where there can be one
+        shortlist: bool = False,
         planes: bool = False,
         text: str | Path | Text | None = None,
-        calibration_text: Text | None = None,  # beside the default one, for the coarse head
     ) -> None:
         name = None if isinstance(model, Model) else str(model)
         self._source = _Source(load(model, "float32"), name)
@@ -152,35 +153,59 @@ class Packer:
         self._types = self._source.down_types(quant, down)
         self._planes = planes
         self._matrices = self._source.matrices(quant)
-        if self._source.has_coarse_head if shortlist is None else shortlist:
-            self._matrices |= self._source.coarse_head(calibration_text)
-        self._reference = _Reference(self.model, load_text(text, "evaluation"))
+        if shortlist:
+            self._matrices |= self._source.coarse_head()
+        self._reference = self._reference_on(load_text(text, "evaluation"))
 
     @property
     def model(self) -> Model:
         """The source, float32."""
         return self._source.model
 
+    @cached_property
+    def _choice(self) -> "_Reference":
+        """By which the type of down_proj_t is chosen: not the text whose figures are reported."""
+        return self._reference_on(load_text(None, "calibration"), skip=OUTLIER_WINDOWS)
+
+    def _reference_on(self, text: Text, skip: int = 0) -> "_Reference":
+        return _Reference(self.model, text, self.context_length, skip)
+
     @property
     def context_length(self) -> int:
         """Tokens that the packed model is made for."""
         return self._source.context_length
 
-    def leave_out_coarse_head(self) -> None:
-        """Files written from now on have none: their plan does not use it."""
-        self._matrices = {k: v for k, v in self._matrices.items() if k not in COARSE_HEAD}
+    def add_coarse_head(self, text: Text, windows: np.ndarray) -> None:
+        """Files written from now on have a coarse head, if there can be one for the model.
+
+        Rounded for windows (n, context) of this text and, if it is another, for the default text.
+        """
+        if self._source.has_coarse_head:
+            self._matrices |= self._source.coarse_head(text, windows)
+
+    def leave_out_unused(self, plan: Plan | None) -> None:
+        """Files written from now on have a coarse head and planes only if the plan is for them."""
+        if plan is None or plan.arrays["head_margin"][0] == 0:
+            self._matrices = {k: v for k, v in self._matrices.items() if k not in COARSE_HEAD}
+        self._planes &= plan is not None
 
     def write(
         self, output: str | Path, plan: Plan | None = None, n_threads: int | None = None
     ) -> SelfCheck:
         """Writes the packed model, whole or not at all. Raises as `pack` does."""
         source, check = self._source, None
+        n_threads = n_threads or os.cpu_count() or 1
         if plan is not None:
             source.model.rule(plan)  # fits this model
         with atomic_path(output) as temporary:
             for kind in self._types:
                 _write(temporary, source, self._matrices, kind, plan, self._planes)
-                check = self._reference.check(temporary, n_threads or os.cpu_count() or 1)
+                if kind != self._types[-1]:
+                    chosen = self._choice.check(temporary, n_threads)
+                    console.print(f"down_proj_t {kind}, to choose: {chosen}", highlight=False)
+                    if not chosen.passed:
+                        continue
+                check = self._reference.check(temporary, n_threads)
                 console.print(f"down_proj_t {kind}: {check}", highlight=False)
                 if check.passed or not source.keeps_bytes:
                     self._types = (kind,)  # of further files
@@ -321,8 +346,12 @@ class _Source:
         """Whether the head's rows are whole bytes of two-bit weights."""
         return bool(self.model.module.get_output_embeddings().weight.shape[1] % 4 == 0)
 
-    def coarse_head(self, text: Text | None) -> dict[str, Matrix]:
-        """A copy of the head in two bits, rounded for hidden states of this text and the default.
+    def coarse_head(
+        self, text: Text | None = None, windows: np.ndarray | None = None
+    ) -> dict[str, Matrix]:
+        """A copy of the head in two bits, rounded for hidden states of some text.
+
+        Of windows (n, context) of `text`, and of the default text unless this is it.
 
         Raises:
             FallowError: its rows are not whole bytes.
@@ -336,16 +365,18 @@ class _Source:
                 "coarse head for it; pack without --shortlist"
             )
         moment, mean = torch.zeros(cols, cols), torch.zeros(cols)
+        used = [] if windows is None else list(_spread(windows, HEAD_WINDOWS)[:, :HEAD_CONTEXT])
         default = load_text(None, "calibration")
-        texts = [(default, HEAD_WINDOWS)]
-        if text is not None and text.sha256 != default.sha256:
-            texts = [(text, HEAD_WINDOWS), (default, HEAD_DEFAULT_WINDOWS)]
-        windows = np.concatenate([self._spread_windows(*of_text) for of_text in texts])
-        with progress("hidden states", len(windows)) as ticker:
-            for window in windows:
+        if text is None or text.sha256 != default.sha256:
+            context = min(HEAD_CONTEXT, self.context_length)
+            count = HEAD_DEFAULT_WINDOWS if used else HEAD_WINDOWS
+            used += list(_spread(self.model.windows(default, context), count))
+        n_tokens = sum(window.size for window in used)
+        with progress("hidden states", len(used)) as ticker:
+            for window in used:
                 hidden = final_hidden(self.model, window).float()
-                moment += hidden.T @ hidden / windows.size
-                mean += hidden.sum(dim=0) / windows.size
+                moment += hidden.T @ hidden / n_tokens
+                mean += hidden.sum(dim=0) / n_tokens
                 ticker.advance()
         codes, bias = coarse_head(weight.numpy(), moment.numpy(), mean.numpy())
         if head.bias is not None:
@@ -353,13 +384,9 @@ class _Source:
         parts = Matrix("I8", codes.shape, codes), Matrix("F32", bias.shape, bias)
         return dict(zip(COARSE_HEAD, parts, strict=True))
 
-    def _spread_windows(self, text: Text, count: int) -> np.ndarray:
-        context = min(HEAD_CONTEXT, self.config.max_position_embeddings)
-        windows = self.model.windows(text, context)
-        return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
-
     def _calibration_windows(self, limit: int) -> np.ndarray:
-        context = min(CHECK_CONTEXT, self.config.max_position_embeddings)
+        """The first windows of the default calibration text, (n, context)."""
+        context = min(CHECK_CONTEXT, self.context_length)
         return self.model.windows(load_text(None, "calibration"), context, limit)
 
     @cached_property
@@ -462,9 +489,11 @@ class _Source:
         """Up to where the frequencies hold; stretched ones change beyond the original context."""
         parameters = getattr(self.config, "rope_parameters", None) or {}
         longest = self.config.max_position_embeddings
-        if parameters.get("rope_type") in ("longrope", "dynamic"):
-            return int(parameters.get("original_max_position_embeddings") or longest)
-        return longest
+        # Gemma 3 has parameters for each kind of layer.
+        for one in (parameters, *parameters.values()):
+            if isinstance(one, dict) and one.get("rope_type") in ("longrope", "dynamic"):
+                longest = min(longest, one.get("original_max_position_embeddings") or longest)
+        return int(longest)
 
     @property
     def sliding_windows(self) -> list[int]:
@@ -525,6 +554,11 @@ class _Source:
             "sliding_window": self.sliding_windows,
             "rope": self.rope_of_layer,
         }
+
+
+def _spread(windows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` windows from all over."""
+    return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
 
 
 def _floats(values: torch.Tensor) -> np.ndarray:
@@ -668,11 +702,12 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 
 class _Reference:
-    """The source's own logits on the check's text, computed once."""
+    """The source's own logits on a text, computed once."""
 
-    def __init__(self, model: Model, text: Text) -> None:
-        context = min(CHECK_CONTEXT, model.module.config.max_position_embeddings)
-        self.windows = model.windows(text, context, CHECK_WINDOWS)
+    def __init__(self, model: Model, text: Text, context_length: int, skip: int = 0) -> None:
+        """Of the text's windows the first CHECK_WINDOWS behind `skip`."""
+        context = min(CHECK_CONTEXT, context_length)
+        self.windows = model.windows(text, context, skip + CHECK_WINDOWS)[skip:]
         self.model = model
         with progress("self-check of the source", len(self.windows)) as ticker:
             self.hidden = []

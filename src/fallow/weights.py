@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import mmap
 import operator
 import os
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import numpy as np
 
 from fallow import _core
 from fallow.errors import FallowError, in_one_line
-from fallow.files import parse_json, read_json
+from fallow.files import DuplicateKeyError, parse_json, read_json
 
 N_THREADS = os.cpu_count() or 1
 
@@ -57,6 +56,8 @@ class GgufFile:
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
     offsets: dict[str, int] = field(default_factory=dict)  # of tensors, from the file's start
+    mapping: _core.Mapping | None = None  # in which the tensors' bytes lie, if one file has them
+    _asked: set[str] = field(default_factory=set, repr=False)  # keys, of `get`
 
     @property
     def architecture(self) -> str:
@@ -70,29 +71,79 @@ class GgufFile:
         """
         if "{arch}" in key:
             key = key.format(arch=self.architecture)
+        self._asked.add(key)
         if key in self.metadata:
             return self.metadata[key]
         if default is ...:
             raise FallowError(f"GGUF {self.path} has no {key}; is it a language model?")
         return default
 
+    def unasked(self) -> set[str]:
+        """The metadata's keys that `get` was never asked for."""
+        return set(self.metadata) - self._asked
+
     def forget_pages(self) -> None:
         """Lets go of what was read of the mapped file; it is read again when it is used."""
-        base: Any = next(iter(self.tensors.values())).data if self.tensors else None
-        while isinstance(base, np.ndarray):
-            base = base.base
-        if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            base.madvise(mmap.MADV_DONTNEED)
+        if self.mapping is not None:
+            self.mapping.forget()
 
 
 def read_gguf(path: str | Path) -> GgufFile:
-    """Opens a GGUF file (v2, v3); the tensors stay on disk until they are used.
+    """Opens a GGUF file (v2, v3), a split one by its first part; tensors are read when used.
 
     Raises:
-        FallowError: missing, not GGUF, truncated or inconsistent.
+        FallowError: missing, not GGUF, truncated, inconsistent, or a part without the others.
     """
-    path = Path(path)
-    data = _map_file(path, "GGUF")
+    first = _read_part(Path(path))
+    count = first.get("split.count", 1)
+    if not isinstance(count, int) or count < 2:
+        return first
+    return _join_parts(first, count)
+
+
+def _join_parts(first: GgufFile, count: int) -> GgufFile:
+    """The file of which `first` is one of `count` parts, which llama-gguf-split named.
+
+    https://github.com/ggml-org/llama.cpp/tree/master/tools/gguf-split
+    """
+    number, where = first.get("split.no", 0), f"GGUF {first.path} is part"
+    if not isinstance(number, int):
+        raise FallowError(f"{where} {number!r} of {count}; download it again")
+    ending = f"-{number + 1:05}-of-{count:05}.gguf"
+    if not first.path.name.endswith(ending):
+        raise FallowError(
+            f"{where} {number + 1} of {count}, but its name does not end in {ending}, by which the "
+            "others are found; rename it"
+        )
+    stem = first.path.name.removesuffix(ending)
+    names = [f"{stem}-{i + 1:05}-of-{count:05}.gguf" for i in range(count)]
+    if number != 0:
+        raise FallowError(f"{where} {number + 1} of {count}; give part 1, {names[0]}")
+    if "fallow.version" in first.metadata:
+        raise FallowError(f"{where} 1 of {count} of a packed model; pack it again, in one piece")
+    tensors = dict(first.tensors)
+    for i, name in enumerate(names[1:], 1):
+        path = first.path.with_name(name)
+        if not path.exists():
+            raise FallowError(f"{where} 1 of {count}; part {i + 1}, {path}, is missing; add it")
+        part = _read_part(path)
+        if (part.get("split.no", None), part.get("split.count", None)) != (i, count):
+            raise FallowError(f"GGUF {path} is not part {i + 1} of {count}; download it again")
+        if again := sorted(tensors.keys() & part.tensors):
+            raise FallowError(f"GGUF {path} has the tensor {again[0]}, as a part before it does")
+        tensors |= part.tensors
+    expected = first.get("split.tensors.count", len(tensors))
+    if len(tensors) != expected:
+        raise FallowError(
+            f"{where} 1 of {count}, which have {len(tensors)} tensors, expected {expected}; "
+            "download them again"
+        )
+    return GgufFile(first.path, first.metadata, tensors)
+
+
+def _read_part(path: Path) -> GgufFile:
+    mapping = _map_file(path, "GGUF")
+    data = mapping.data
     try:
         header = _core.gguf_header(data)
     except ValueError as error:  # GgufError, or a name that is not UTF-8
@@ -104,29 +155,39 @@ def read_gguf(path: str | Path) -> GgufFile:
         for name, shape, kind, offset, n_bytes in header["tensors"]
     }
     offsets = {name: offset for name, _, _, offset, _ in header["tensors"]}
-    return GgufFile(path, header["fields"], tensors, offsets)
+    return GgufFile(path, header["fields"], tensors, offsets, mapping)
 
 
-def _map_file(path: Path, what: str) -> np.ndarray:
+def _map_file(path: Path, what: str) -> _core.Mapping:
+    """Raises FallowError if there is no such file, or nothing in it."""
     try:
-        if path.stat().st_size == 0:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+        if size == 0:
             raise FallowError(f"{what} {path} is empty (0 bytes); download or convert it again")
-        return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        return _core.Mapping(str(path))
+    except _core.DiskError as error:
+        raise FallowError(str(error)) from error
     except OSError as error:
         raise FallowError(f"cannot read {what} {path}: {error.strerror}") from error
 
 
-_SAFETENSORS_BITS = {"F32": 32, "F16": 16, "BF16": 16, "F64": 64, "I64": 64, "I32": 32, "U8": 8}
+# https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs
+_SAFETENSORS_BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
 
 
 def read_safetensors(folder: str | Path) -> Iterator[StoredTensor]:
-    """The tensors of a Hugging Face folder: model.safetensors, or the shards its index lists.
+    """The tensors of a Hugging Face folder: model.safetensors, else the shards its index lists.
 
     Raises:
         FallowError: a file is missing, truncated or inconsistent.
     """
     for path in _safetensors_files(Path(folder)):
-        data = _map_file(path, "safetensors file")
+        data = _map_file(path, "safetensors file").data
         header, start = _safetensors_header(path, data)
         for name, entry in header.items():
             if name == "__metadata__":
@@ -137,13 +198,13 @@ def read_safetensors(folder: str | Path) -> Iterator[StoredTensor]:
 def _safetensors_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
-    if not index.exists():
-        if not single.exists():
-            raise FallowError(
-                f"{folder} has neither model.safetensors nor model.safetensors.index.json; "
-                "fallow reads safetensors and GGUF weights"
-            )
+    if single.exists():  # as transformers does: an index beside it may be stale
         return [single]
+    if not index.exists():
+        raise FallowError(
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json; "
+            "fallow reads safetensors and GGUF weights"
+        )
     places = read_json(index, "download it again").get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise FallowError(f"{index} is not a safetensors index; download it again")
@@ -166,6 +227,9 @@ def _safetensors_header(path: Path, data: np.ndarray) -> tuple[dict[str, Any], i
         )
     try:
         header = dict(parse_json(data[8 : 8 + length].tobytes()))
+    except DuplicateKeyError as error:  # which the format forbids
+        reason = in_one_line(error)
+        raise FallowError(f"the header of safetensors file {path}: {reason}; {remedy}") from error
     except (ValueError, TypeError) as error:
         raise FallowError(f"safetensors file {path} has a broken header; {remedy}") from error
     return header, 8 + length

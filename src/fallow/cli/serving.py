@@ -64,6 +64,10 @@ def serve(
     ] = None,
     max_body: Annotated[str, typer.Option(help="Largest request.")] = "1MB",
     grace: Annotated[float, typer.Option(min=0, help="Seconds to finish, at the end.")] = 30.0,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(help="An origin whose web pages may ask, http://localhost:3000; '*': all."),
+    ] = None,
     threads: ThreadsOption = None,
     context: CacheOption = None,
     memory: MemoryOption = None,
@@ -78,7 +82,7 @@ def serve(
     engine = Engine(
         file, load_plan(plan), threads, context=context, memory=memory, reserve=SERVER_RESERVE
     )
-    run(engine, name or file.stem, host, port, queue, api_key, largest, grace)
+    run(engine, name or file.stem, host, port, queue, api_key, largest, grace, cors or ())
 
 
 @app.command()

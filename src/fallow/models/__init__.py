@@ -5,6 +5,7 @@ from pkgutil import iter_modules
 
 from fallow.errors import FallowError
 from fallow.models._base import Architecture
+from fallow.models._keys import check_config, check_gguf_keys, check_gguf_type
 
 ARCHITECTURES = tuple(sorted(m.name for m in iter_modules(__path__) if m.name[0] != "_"))
 
@@ -33,4 +34,13 @@ def _pick(found: dict[str, Architecture], name: str, where: str) -> Architecture
     return found[name]
 
 
-__all__ = ["ARCHITECTURES", "Architecture", "architectures", "by_gguf_name", "by_model_type"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "architectures",
+    "by_gguf_name",
+    "by_model_type",
+    "check_config",
+    "check_gguf_keys",
+    "check_gguf_type",
+]

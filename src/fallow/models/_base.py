@@ -68,6 +68,8 @@ class Architecture:
     rotary: str | None = "model.rotary_emb"
     layer_norm: bool = False  # LayerNorm; otherwise RMSNorm
     parallel: bool = False  # attention and FFN read the same norm
+    partial_rotary: bool = False  # honours partial_rotary_factor
+    config_keys: tuple[str, ...] = ()  # what transformers' config takes besides its attributes
     check: Callable[[Any], str | None] = lambda config: None  # what of a config cannot be packed
 
     # GGUF: None if llama.cpp has no such architecture.
@@ -109,23 +111,29 @@ class Architecture:
         return None
 
 
-def llama_config(file: GgufFile) -> dict[str, Any]:
+def llama_config(file: GgufFile, partial_rotary: bool = False) -> dict[str, Any]:
     """transformers' config of a llama-like model from GGUF metadata."""
-    heads = file.get("{arch}.attention.head_count")
-    hidden = file.get("{arch}.embedding_length")
+    heads, dim = file.get("{arch}.attention.head_count"), head_dim(file)
+    rotary_dim = file.get("{arch}.rope.dimension_count", dim)
+    if rotary_dim != dim and not partial_rotary:
+        raise FallowError(
+            f"GGUF {file.path}: {file.architecture}.rope.dimension_count is {rotary_dim} of {dim}; "
+            f"{file.architecture} models rotate whole heads"
+        )
     check_rope(file)
     return {
         "vocab_size": vocabulary_size(file),
-        "hidden_size": hidden,
+        "hidden_size": file.get("{arch}.embedding_length"),
         "intermediate_size": file.get("{arch}.feed_forward_length"),
         "num_hidden_layers": file.get("{arch}.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": file.get("{arch}.attention.head_count_kv", heads),
-        "head_dim": file.get("{arch}.attention.key_length", hidden // heads),
+        "head_dim": dim,
         "rms_norm_eps": file.get("{arch}.attention.layer_norm_rms_epsilon"),
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": file.get("{arch}.rope.freq_base", 10000.0),
+            "partial_rotary_factor": rotary_dim / dim,
         },
         "max_position_embeddings": file.get("{arch}.context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -139,18 +147,39 @@ def vocabulary_size(file: GgufFile) -> int:
     """Rows of the embedding. Raises FallowError if there is none."""
     if "token_embd.weight" not in file.tensors:
         raise FallowError(
-            f"GGUF {file.path} has no token_embd.weight; is it one part of a split model?"
+            f"GGUF {file.path} has no token_embd.weight; is it a whole language model?"
         )
     return file.tensors["token_embd.weight"].shape[0]
 
 
-def check_rope(file: GgufFile) -> None:
-    """Raises FallowError for stretched rotary embeddings, which would silently run wrongly."""
-    kind = file.get("{arch}.rope.scaling.type", "none")
-    if kind != "none" or any(name.startswith("rope_f") for name in file.tensors):
+def head_dim(file: GgufFile) -> int:
+    """Numbers of a head's query, key and value. Raises FallowError if values have another count."""
+    hidden, heads = file.get("{arch}.embedding_length"), file.get("{arch}.attention.head_count")
+    found: int = file.get("{arch}.attention.key_length", hidden // heads)
+    if file.get("{arch}.attention.value_length", found) != found:
         raise FallowError(
-            f"GGUF {file.path} uses RoPE scaling ({kind}), which is read from Hugging Face folders "
-            "only; give the model as a folder"
+            f"GGUF {file.path}: {file.architecture}.attention.value_length is not {found}, the "
+            "length of keys; such models are not supported"
+        )
+    return found
+
+
+def check_rope(file: GgufFile) -> None:
+    """Raises FallowError for stretched rotary embeddings, which would silently run wrongly.
+
+    As in llama.cpp a factor without a type is linear scaling, `rope.scale_linear` is the factor of
+    older files, a factor of 0 is none, and the type "none" sets it aside.
+    """
+    kind = file.get("{arch}.rope.scaling.type", "linear")
+    factors = [
+        (k, file.get("{arch}." + k, None)) for k in ("rope.scaling.factor", "rope.scale_linear")
+    ]
+    key, factor = next((found for found in factors if found[1] is not None), ("no factor", 0))
+    is_stretched = kind not in ("none", "linear") or (kind == "linear" and factor not in (0, 1))
+    if is_stretched or any(name.startswith("rope_f") for name in file.tensors):
+        raise FallowError(
+            f"GGUF {file.path} uses RoPE scaling ({kind}, {key} {factor:g}), which is read from "
+            "Hugging Face folders only; give the model as a folder"
         )
 
 

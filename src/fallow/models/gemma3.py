@@ -16,10 +16,19 @@ def _config(file: GgufFile) -> dict[str, Any]:
     # Not in the file either: the 27B model (62 layers) alone scales by hidden / heads.
     per_head = config["hidden_size"] // config["num_attention_heads"]
     scale = per_head if config["num_hidden_layers"] == 62 else config["head_dim"]
+    # Every how many layers one sees the whole context, or of each layer whether it does not.
+    pattern = file.get("gemma3.attention.sliding_window_pattern", 6)
+    kinds = "full_attention", "sliding_attention"
+    layers = (
+        {"layer_types": [kinds[bool(one)] for one in pattern]}
+        if isinstance(pattern, list)
+        else {"sliding_window_pattern": pattern}
+    )
     return config | {
         "rope_parameters": {"full_attention": rope, "sliding_attention": local},
         "sliding_window": file.get("gemma3.attention.sliding_window"),
         "query_pre_attn_scalar": scale,
+        **layers,
     }
 
 
@@ -40,6 +49,7 @@ ARCHITECTURE = Architecture(
         "k_norm": "self_attn.k_norm",
     },
     norm_offset=1.0,  # as in _from_gguf
+    config_keys=("sliding_window_pattern", "rope_local_base_freq"),
     gguf_name="gemma3",
     gguf_block=LLAMA_BLOCK
     | {

@@ -10,6 +10,8 @@ def _check(config: Any) -> str | None:
         return "norms after attention and FFN (do_layer_norm_before)"
     if config.word_embed_proj_dim != config.hidden_size:
         return "embeddings of another width (word_embed_proj_dim)"
+    if config._remove_final_layer_norm or not config.layer_norm_elementwise_affine:
+        return "norms without weights (_remove_final_layer_norm, layer_norm_elementwise_affine)"
     return None
 
 

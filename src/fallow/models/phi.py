@@ -51,6 +51,7 @@ ARCHITECTURE = Architecture(
     final_norm="model.final_layernorm",
     layer_norm=True,
     parallel=True,
+    partial_rotary=True,
     check=_check,
     act="mlp.activation_fn",
     gate_proj=None,

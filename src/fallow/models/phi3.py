@@ -7,7 +7,9 @@ from fallow.weights import GgufFile
 
 
 def _config(file: GgufFile) -> dict[str, Any]:
-    return llama_config(file) | {"sliding_window": file.get("phi3.attention.sliding_window", None)}
+    # llama.cpp's converter writes 0 where there is no window, in Phi-4.
+    window = file.get("phi3.attention.sliding_window", None) or None
+    return llama_config(file, partial_rotary=True) | {"sliding_window": window}
 
 
 ARCHITECTURE = Architecture(
@@ -17,6 +19,7 @@ ARCHITECTURE = Architecture(
     gate_proj=None,
     up_proj=None,
     gate_up_proj="mlp.gate_up_proj",
+    partial_rotary=True,
     attention=("self_attn.qkv_proj", "self_attn.o_proj"),
     gguf_name="phi3",
     gguf_block={

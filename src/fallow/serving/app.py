@@ -13,13 +13,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from fallow.engine import Piece, Sampler, Stats, TokenChoice
 from fallow.errors import FallowError
@@ -31,10 +32,10 @@ from fallow.tokenizer import TextTokenizer
 
 CLIENT_GONE = 499  # nobody reads it
 KEEP_ALIVE = 15.0  # seconds between comments on a stream that has nothing to say
-EVENT_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+EVENT_STREAM: Any = {"content": {"text/event-stream": {}}}
 NAMES = {
-    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-    429: "rate_limit_error", 503: "overloaded_error",
+    401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error",
+    500: "server_error", 503: "overloaded_error",
 }  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def create_app(
     name: str,
     api_key: str | None = None,
     max_body: int = 1 << 20,
-    on_stop: Callable[[], None] | None = None,
+    cors: Sequence[str] = (),
 ) -> FastAPI:
     """The server's application.
 
@@ -51,9 +52,22 @@ def create_app(
         name: what the model is called; requests for another one are refused.
         api_key: what clients must send as `Authorization: Bearer KEY`; None: nothing.
         max_body: largest request, bytes.
+        cors: origins whose web pages may ask, "http://localhost:3000" say; "*": all.
     """
-    app = FastAPI(title="fallow", summary="One packed model behind OpenAI's API.", docs_url=None)
+    app = FastAPI(
+        title="fallow",
+        summary="One packed model behind OpenAI's API.",
+        docs_url=None,
+        redirect_slashes=False,  # Limits takes a slash at the end away
+    )
     telemetry = Telemetry(worker)
+    if cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
     app.add_middleware(Limits, max_body=max_body, telemetry=telemetry)
     answering = _Answering(worker, name, telemetry)
     guarded = [Depends(partial(_check_key, api_key))] if api_key is not None else []
@@ -146,7 +160,7 @@ def _openapi(app: FastAPI, name: str) -> dict[str, Any]:
 def _error(
     code: int, message: str, param: str | None = None, name: str | None = None, **headers: str
 ) -> JSONResponse:
-    body = {"message": message, "type": NAMES.get(code, "server_error"), "param": param}
+    body = {"message": message, "type": NAMES.get(code, "invalid_request_error"), "param": param}
     return JSONResponse({"error": body | {"code": name}}, code, headers or None)
 
 
@@ -155,12 +169,15 @@ def _invalid(request: Request, error: Any) -> JSONResponse:
     if "json" not in kind:
         return _error(400, f"the body is said to be {kind}; send Content-Type: application/json")
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:])
-    return _error(400, f"{where or 'the body'}: {first['msg']}", param=where or None)
+    where, message = api.refusal(first["loc"][1:], first)
+    return _error(400, message, param=where)
 
 
 def _http_error(request: Request, error: Any) -> JSONResponse:
-    return _error(error.status_code, str(error.detail), **(error.headers or {}))
+    message, param = str(error.detail), getattr(error, "param", None)
+    if param is None and error.status_code in (404, 405):  # of a route that there is not
+        message = f"{request.method} {request.url.path}: {message.lower()}"
+    return _error(error.status_code, message, param, **(error.headers or {}))
 
 
 def _fallow_error(request: Request, error: Any) -> JSONResponse:
@@ -172,7 +189,11 @@ def _fallow_error(request: Request, error: Any) -> JSONResponse:
 
 
 def _defect(request: Request, error: Any) -> JSONResponse:
-    return _error(500, f"a defect of the server: {type(error).__name__}; see its log")
+    return _error(500, _defect_said(error))
+
+
+def _defect_said(error: Exception) -> str:
+    return f"a defect of the server: {type(error).__name__}; see its log"
 
 
 def _check_key(expected: str, request: Request) -> None:
@@ -188,8 +209,11 @@ def _check_key(expected: str, request: Request) -> None:
 
 
 class _BadRequest(HTTPException):
-    def __init__(self, message: str) -> None:
-        super().__init__(400, message)
+    """What is wrong with a field of the body."""
+
+    def __init__(self, message: str, param: str, code: int = 400) -> None:
+        super().__init__(code, message)
+        self.param = param
 
 
 # Answers -----------------------------------------------------------------------------------------
@@ -201,8 +225,6 @@ class _Answering:
     def __init__(self, worker: Worker, name: str, telemetry: Telemetry) -> None:
         self.worker, self.name, self.telemetry = worker, name, telemetry
         self.card = api.ModelCard(id=name, created=int(time.time()))
-        # The tokenizer has settings that differ between text and conversations: one at a time.
-        self._one_at_a_time = CapacityLimiter(1)
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -210,7 +232,9 @@ class _Answering:
 
     def check_model(self, name: str) -> None:
         if name != self.name:
-            raise HTTPException(404, f"there is no model {name!r} here; this is {self.name!r}")
+            raise _BadRequest(
+                f"there is no model {name!r} here; this is {self.name!r}", "model", 404
+            )
 
     async def chat(self, body: api.ChatRequest, request: Request) -> Any:
         self.check_model(body.model)
@@ -218,10 +242,10 @@ class _Answering:
             {"role": m.role.replace("developer", "system"), "content": m.text}
             for m in body.messages
         ]
-        ids = await self._encode(partial(self.tokenizer.chat, messages))
+        ids = await self._encode("messages", partial(self.tokenizer.chat, messages))
         wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
-        run = self._run(body, request, [ids], wanted, top)
+        run = self._run(body, request, "messages", [ids], wanted, top)
         made: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if body.stream:
             return self._streamed(body, run, made | {"object": "chat.completion.chunk"}, True)
@@ -246,13 +270,22 @@ class _Answering:
         if isinstance(prompts[0], int):
             prompts = [prompts]
         parse_special = body.parse_special is not False
+        if len(prompts) > self.worker.limit:  # which is no matter of waiting
+            raise _BadRequest(
+                f"prompt: {len(prompts)} are more than the {self.worker.limit} that may wait; "
+                "send fewer, or serve with a larger --queue",
+                "prompt",
+            )
         ids = [
-            await self._encode(partial(self.tokenizer.prompt, p, parse_special=parse_special))
+            await self._encode(
+                "prompt", partial(self.tokenizer.prompt, p, parse_special=parse_special)
+            )
             if isinstance(p, str)
             else np.asarray(p)
             for p in prompts
         ]
-        run = self._run(body, request, ids, body.max_tokens, body.logprobs)
+        echoes = [self._text_of(p) for p in prompts] if body.echo else None
+        run = self._run(body, request, "prompt", ids, body.max_tokens, body.logprobs, echoes)
         made: dict[str, Any] = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if body.stream:
             return self._streamed(body, run, made | {"object": "text_completion"}, False)
@@ -264,7 +297,9 @@ class _Answering:
                 api.CompletionChoice(
                     index=i,
                     text=answer.texts[i],
-                    logprobs=_logprobs(self.tokenizer, answer.tokens[i], body.logprobs, 0),
+                    logprobs=_logprobs(
+                        self.tokenizer, answer.tokens[i], body.logprobs, answer.texts[i], 0
+                    ),
                     finish_reason=answer.stats[i].finish,
                 )
                 for i in range(len(ids))
@@ -272,57 +307,75 @@ class _Answering:
             usage=_usage(answer.stats),
         )
 
-    async def _encode(self, encode: Callable[[], np.ndarray]) -> np.ndarray:
+    async def _encode(self, field: str, encode: Callable[[], np.ndarray]) -> np.ndarray:
         try:
-            return await to_thread.run_sync(encode, limiter=self._one_at_a_time)
+            return await to_thread.run_sync(encode)
         except FallowError as error:  # the chat template refuses it
-            raise _BadRequest(str(error)) from error
+            raise _BadRequest(str(error), field) from error
+
+    def _text_of(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return self.tokenizer.backend.decode(prompt, skip_special_tokens=False)
 
     def _run(
         self,
         body: api.ChatRequest | api.CompletionRequest,
         request: Request,
+        field: str,
         prompts: Sequence[np.ndarray],
         max_tokens: int | None,
         top_logprobs: int | None,
+        echoes: Sequence[str] | None = None,
     ) -> "_Run":
-        """Raises HTTPException 400 for a prompt that the model cannot read."""
-        engine = self.worker.engine
+        """Raises HTTPException 400 for a prompt, in that field, that the model cannot read."""
+        room = [self._room(ids, field) for ids in prompts]
         seed = secrets.randbits(63) if body.seed is None else body.seed % (1 << 64)
         client = body.user or (request.client.host if request.client else "")
+        nucleus = 1.0 if body.top_p is None else body.top_p
+        sampler = partial(
+            Sampler,
+            1.0 if body.temperature is None else body.temperature,
+            nucleus or 1.0,
+            (body.top_k or 0) if nucleus else 1,  # the likeliest token has a probability above 0
+            body.min_p or 0.0,
+            seed,
+        )
         run = _Run(self.worker, request, self.telemetry)
-        for i, ids in enumerate(prompts):
-            room = engine.context - len(ids)
-            if len(ids) == 0:
-                raise _BadRequest("there are no tokens to read; give some text")
-            if room < 1:
-                raise _BadRequest(
-                    f"the prompt of {len(ids)} tokens fills the context of {engine.context}; "
-                    "shorten it, or serve with a larger --context"
-                )
-            if ids.max() >= engine.vocabulary_size:
-                raise _BadRequest(
-                    f"token id {ids.max()} is outside the vocabulary of {engine.vocabulary_size}"
-                )
-            run.jobs.append(
-                Job(
-                    client,
-                    ids,
-                    min(max_tokens or room, room),
-                    Sampler(
-                        1.0 if body.temperature is None else body.temperature,
-                        body.top_p or 1.0,
-                        body.top_k or 0,
-                        body.min_p or 0.0,
-                        seed,
-                    ),
-                    partial(run.deliver, i),
-                    body.stops,
-                    top_logprobs,
-                )
+        run.jobs = [
+            Job(
+                client,
+                ids,
+                room[i] if max_tokens is None else min(max_tokens, room[i]),
+                sampler(),
+                partial(run.deliver, i),
+                body.stops,
+                top_logprobs,
+                echoes[i] if echoes else None,
             )
+            for i, ids in enumerate(prompts)
+        ]
         run.start()
         return run
+
+    def _room(self, ids: np.ndarray, field: str) -> int:
+        """Tokens that an answer may have."""
+        engine = self.worker.engine
+        room = engine.context - len(ids)
+        if len(ids) == 0:
+            raise _BadRequest("there are no tokens to read; give some text", field)
+        if room < 1:
+            raise _BadRequest(
+                f"the prompt of {len(ids)} tokens fills the context of {engine.context}; "
+                "shorten it, or serve with a larger --context",
+                field,
+            )
+        if ids.max() >= engine.vocabulary_size:
+            raise _BadRequest(
+                f"token id {ids.max()} is outside the vocabulary of {engine.vocabulary_size}",
+                field,
+            )
+        return room
 
     def _streamed(
         self,
@@ -350,7 +403,7 @@ class _Answering:
                 found: Any = _chat_logprobs(self.tokenizer, piece.tokens, top)
             else:
                 choice["text"] = piece.text
-                found = _logprobs(self.tokenizer, piece.tokens, top, offsets[index])
+                found = _logprobs(self.tokenizer, piece.tokens, top, piece.text, offsets[index])
                 offsets[index] += len(piece.text)
             choice["logprobs"] = found.model_dump() if found and piece.tokens else None
             return _event(made | {"choices": [choice]})
@@ -368,8 +421,9 @@ class _Answering:
                     yield chunk(index, event, None)
             if wants_usage:
                 yield _event(made | {"choices": [], "usage": _usage(stats).model_dump()})
-        except FallowError as error:
-            yield _event({"error": {"message": str(error), "type": "server_error"}})
+        except Exception as error:  # the status, 200, was sent already
+            said = str(error) if isinstance(error, FallowError) else _defect_said(error)
+            yield _event({"error": {"message": said, "type": "server_error"}})
         yield "data: [DONE]\n\n"
 
 
@@ -450,7 +504,7 @@ class _Run:
 
 
 def _event(value: Any) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
 def _usage(stats: Sequence[Stats]) -> api.Usage:
@@ -471,7 +525,7 @@ def _usage(stats: Sequence[Stats]) -> api.Usage:
     )
 
 
-def _top(tokenizer: TextTokenizer, token: int, logprob: float) -> dict[str, Any]:
+def _top(tokenizer: TextTokenizer, token: int, logprob: float | None) -> dict[str, Any]:
     piece = tokenizer.piece(token)
     text = piece.decode("utf-8", "replace")  # a token may be a part of a character
     return {"token": text, "logprob": logprob, "bytes": list(piece)}
@@ -494,9 +548,13 @@ def _chat_logprobs(
 
 
 def _logprobs(
-    tokenizer: TextTokenizer, tokens: Sequence[TokenChoice], top: int | None, offset: int
+    tokenizer: TextTokenizer,
+    tokens: Sequence[TokenChoice],
+    top: int | None,
+    text: str,
+    offset: int,
 ) -> api.CompletionLogprobs | None:
-    """The older form, of /v1/completions; `offset` characters went before."""
+    """The older form, of /v1/completions, of a text that `offset` characters went before."""
     if top is None:
         return None
     texts = [_top(tokenizer, t.id, 0)["token"] for t in tokens]
@@ -505,22 +563,29 @@ def _logprobs(
         token_logprobs=[t.logprob for t in tokens],
         top_logprobs=[
             {each["token"]: each["logprob"] for each in (_top(tokenizer, *x) for x in t.top)}
+            if t.logprob is not None
+            else None
             for t in tokens
         ]
         if top
         else None,
-        text_offset=_offsets(tokenizer, tokens, offset),
+        text_offset=[offset + i for i in _begins(tokenizer, tokens, text)],
     )
 
 
-def _offsets(tokenizer: TextTokenizer, tokens: Sequence[TokenChoice], offset: int) -> list[int]:
-    """Where in the text each token begins; one that goes on with a character, where that does."""
+def _begins(tokenizer: TextTokenizer, tokens: Sequence[TokenChoice], text: str) -> list[int]:
+    """Where in their text tokens begin; one that goes on with a character, where that does."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    found = []
+    found, at = [], 0
     for token in tokens:
-        piece = b"" if tokenizer.is_control(token.id) else tokenizer.piece(token.id)
+        piece = tokenizer.piece(token.id)
         if not (piece and 0x80 <= piece[0] < 0xC0):
-            offset += len(decoder.decode(b"", final=True))  # of a character that broke off
-        found.append(offset)
-        offset += len(decoder.decode(piece))
+            at += len(decoder.decode(b"", final=True))  # of a character that broke off
+        found.append(at)
+        said = decoder.decode(piece)
+        if tokenizer.is_control(token.id):
+            said = said if text.startswith(said, at) else ""  # a prompt has it, an answer not
+        elif at == 0 and said.startswith(" ") and not text.startswith(" "):
+            said = said[1:]  # SentencePiece puts one before a text
+        at += len(said)
     return found

@@ -1,4 +1,4 @@
-"""Around the application: largest and slowest body, and a count of every response."""
+"""Around the application: paths, largest and slowest body, and a count of every response."""
 
 import asyncio
 from typing import Any
@@ -20,6 +20,8 @@ class Limits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # As without a slash at the end. A redirection would lose the body of many clients' POST.
+        scope = scope | {"path": scope["path"].rstrip("/") or "/"}
         body = _Body(receive, self.max_body)
 
         async def counted(message: Any) -> None:

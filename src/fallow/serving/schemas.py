@@ -1,45 +1,169 @@
 """What requests may say and responses do: the part of OpenAI's API that one model on CPU can serve.
 
-A field that would change the answer and is not supported is refused; others are ignored.
+A field is honoured, or it cannot change the answer, or it is refused by name.
 """
 
+import json
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from fallow.errors import FallowError
+
+_NO_TEXT = "has half of a surrogate pair, which is no text"
+_OURS = "fallow"  # the type of errors that are sentences of ours
+_TEXT, _PARTS = "(text)", "(parts)"  # what pydantic calls the kinds of a message's content
+# Of pydantic's own errors those that a field without `_takes` may have.
+_SAID = {
+    "missing": "is missing",
+    "extra_forbidden": "is not supported here; leave it out",
+    "list_type": "must be a list",
+    "too_short": "must not be empty",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "string_unicode": _NO_TEXT,
+}
+_LONGEST = 60  # characters of a request that an error repeats
+
+
+def refusal(loc: tuple[int | str, ...], error: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The field's name, "messages.0.content" say, and one sentence about one of pydantic's errors.
+
+    Args:
+        loc: where it is in the body; (): the body.
+    """
+    if error["type"] == "json_invalid":
+        return None, f"the body is no JSON: {error['ctx']['error']} at character {loc[0]}"
+    where = ".".join(_cut(str(part)) for part in loc if part not in (_TEXT, _PARTS))
+    # pydantic's own words are about Python; a sentence that is not known is better left unsaid.
+    said = error["msg"] if error["type"] == _OURS else _SAID.get(error["type"], "is not understood")
+    if said.startswith("must be "):
+        said += f"; it is {_shown(error['input'])}"
+    return where or None, f"{where}: {said}" if where else f"the body {said}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return _cut(json.dumps(value))
+
+
+def _cut(text: str) -> str:
+    text = text.encode("utf-8", "replace").decode()  # halves of surrogate pairs cannot be sent
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _ours(said: str) -> PydanticCustomError:
+    return PydanticCustomError(_OURS, "{said}", {"said": said})
+
+
+def _takes(what: str) -> WrapValidator:
+    """In place of all that pydantic finds wrong with a field, says what it takes."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_context=False, include_input=False)
+            said = next((e["msg"] for e in found if e["type"] == _OURS), f"must be {what}")
+            raise _ours(said) from error
+
+    return WrapValidator(check)
 
 
 def _utf8(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError("half of a surrogate pair is no text") from error
+        raise _ours(_NO_TEXT) from error
     return text
+
+
+def _bool(value: Any) -> Any:
+    if type(value) is int:  # which is equal to a literal that it is not
+        raise ValueError
+    return value
+
+
+def _kind(content: Any) -> str | None:
+    return _TEXT if isinstance(content, str) else _PARTS if isinstance(content, list) else None
 
 
 Str = Annotated[str, AfterValidator(_utf8)]
 NonEmpty = Annotated[Str, Field(min_length=1)]
-Stop = NonEmpty | Annotated[list[NonEmpty], Field(max_length=4)]
-One = Annotated[int, Field(ge=1, le=1)]
-Zero = Annotated[float, Field(ge=0, le=0)]
+Texts = Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, fail_fast=True)]
+Count = Annotated[int | None, Field(ge=1), _takes("a whole number of at least 1")]
+Flag = Annotated[bool | None, _takes("true or false")]
+# Fields that would change the answer and are not supported are taken with the value that says so.
+One = Annotated[int | None, Field(ge=1, le=1), _takes("1, as a prompt has one answer")]
+NoPenalty = Annotated[float | None, Field(ge=0, le=0), _takes("0, as penalties are not supported")]
+NoFactor = Annotated[float | None, Field(ge=1, le=1), _takes("1, as penalties are not supported")]
 Nothing = Annotated[dict[str, Any], Field(max_length=0)] | Annotated[list[Any], Field(max_length=0)]
+NoBias = Annotated[Nothing | None, _takes("empty, as biases are not supported")]
+NoTools = Annotated[Nothing | None, _takes("empty, as tools are not supported")]
+NoToolChoice = Annotated[
+    Literal["none", "auto"] | None, _takes('"none" or "auto", as tools are not supported')
+]
+No = Annotated[
+    Literal[False] | None, BeforeValidator(_bool), _takes("false, as true is not supported")
+]
+Yes = Annotated[
+    Literal[True] | None, BeforeValidator(_bool), _takes("true, as false is not supported")
+]
+Null = Annotated[None, _takes("null, as the model is not shown it")]
+Harmless = Any  # cannot change the answer, whatever it says
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class StreamOptions(_Strict):
-    include_usage: bool | None = False
+    include_usage: Flag = False
+    include_obfuscation: Harmless = None  # padding, which is not sent
 
 
 class TextPart(_Strict):
-    type: Literal["text"]
-    text: Str
+    type: Annotated[Literal["text"], _takes('"text", as images, audio and files are not supported')]
+    text: Annotated[Str, _takes("text")]
 
 
 class ChatMessage(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Str | Annotated[list[TextPart], Field(min_length=1)]
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant"],
+        _takes('"system", "developer", "user" or "assistant", as tools are not supported'),
+    ]
+    tool_calls: NoTools = None
+    # What clients send back of an answer.
+    function_call: Null = None
+    refusal: Null = None
+    audio: Null = None
+    annotations: Annotated[
+        list[Any] | None, Field(max_length=0), _takes("empty, as the model is not shown it")
+    ] = None
+    name: Null = None
+    content: Annotated[
+        Annotated[Str, _takes("text"), Tag(_TEXT)]
+        | Annotated[list[TextPart], Field(min_length=1), Tag(_PARTS)],
+        Discriminator(_kind, _OURS, "must be text, or a list of parts of type text"),
+    ]
 
     @property
     def text(self) -> str:
@@ -49,27 +173,48 @@ class ChatMessage(_Strict):
 
 
 class ResponseFormat(_Strict):
-    type: Literal["text"]
+    type: Annotated[Literal["text"], _takes('"text"')]
 
 
 class _Request(_Strict):
     """What both endpoints take."""
 
-    model: Str
-    stream: bool | None = False
+    model: Annotated[Str, _takes("the model's name")]
+    stream: Flag = False
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=0, le=1 << 31)] | None = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
-    stop: Stop | None = None
-    user: Str | None = None
-    n: One | None = 1
-    presence_penalty: Zero | None = 0.0
-    frequency_penalty: Zero | None = 0.0
-    logit_bias: Nothing | None = None
+    temperature: Annotated[float | None, Field(ge=0, le=2), _takes("a number from 0 to 2")] = 1.0
+    top_p: Annotated[float | None, Field(ge=0, le=1), _takes("a number from 0 to 1")] = 1.0
+    top_k: Annotated[
+        int | None, Field(ge=0, le=1 << 31), _takes("a whole number of at least 0")
+    ] = 0
+    min_p: Annotated[float | None, Field(ge=0, le=1), _takes("a number from 0 to 1")] = 0.0
+    seed: Annotated[
+        int | None, Field(ge=-(1 << 63), lt=1 << 64), _takes("a whole number of 64 bits")
+    ] = None
+    stop: Annotated[
+        NonEmpty | Annotated[list[NonEmpty], Field(max_length=4, fail_fast=True)] | None,
+        _takes("a text or a list of at most 4 texts, without empty ones"),
+    ] = None
+    user: Annotated[Str | None, _takes("text")] = None  # users take turns in the queue
+    n: One = 1
+    presence_penalty: NoPenalty = 0.0
+    frequency_penalty: NoPenalty = 0.0
+    repeat_penalty: NoFactor = 1.0  # llama.cpp's name
+    repetition_penalty: NoFactor = 1.0  # vLLM's
+    logit_bias: NoBias = None
+    ignore_eos: No = False
+    min_tokens: Annotated[
+        int | None, Field(ge=0, le=0), _takes("0, as others are not supported")
+    ] = 0
+    # Kept beside the answer, by OpenAI.
+    metadata: Harmless = None
+    store: Harmless = None
+    safety_identifier: Harmless = None
+    # When and how fast an answer comes.
+    service_tier: Harmless = None
+    prompt_cache_key: Harmless = None
+    prompt_cache_retention: Harmless = None
+    cache_prompt: Harmless = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -77,30 +222,72 @@ class _Request(_Strict):
 
 
 class ChatRequest(_Request):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Nothing | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    max_tokens: Count = None
+    max_completion_tokens: Count = None
+    logprobs: Flag = False
+    top_logprobs: Annotated[
+        int | None, Field(ge=0, le=20), _takes("a whole number from 0 to 20")
+    ] = None
+    tools: NoTools = None
+    tool_choice: NoToolChoice = None
+    parallel_tool_calls: Harmless = None  # there are no tools
+    functions: NoTools = None
+    function_call: NoToolChoice = None
     response_format: ResponseFormat | None = None
+    add_generation_prompt: Yes = True
+    continue_final_message: No = False
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _one_limit(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("max_tokens", value) not in (None, value):
+            raise _ours("differs from max_tokens; give one of them")
+        return value
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise _ours('needs "logprobs": true')
+        return value
 
 
 class CompletionRequest(_Request):
-    prompt: (
-        NonEmpty
-        | Annotated[list[NonEmpty], Field(min_length=1)]
-        | Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
-    )
-    # Ours: control tokens in a text are one token each; False: they are text.
-    parse_special: bool | None = True
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] | None = False
-    best_of: One | None = 1
-    suffix: Annotated[str, Field(max_length=0)] | None = None
+    prompt: Annotated[
+        NonEmpty | Texts | Ids | Annotated[list[Ids], Field(min_length=1, fail_fast=True)],
+        _takes("a text, a list of token ids, or a list of either, without empty ones"),
+    ]
+    parse_special: Flag = True  # ours: control tokens in a text are tokens; false: text
+    echo: Flag = False
+    max_tokens: Annotated[
+        int | None, Field(ge=0), _takes("a whole number of at least 1, or 0 with echo")
+    ] = 16
+    logprobs: Annotated[int | None, Field(ge=0, le=5), _takes("a whole number from 0 to 5")] = None
+    best_of: One = 1
+    suffix: Annotated[
+        str | None, Field(max_length=0), _takes("empty, as filling in is not supported")
+    ] = None
+
+    @field_validator("max_tokens")
+    @classmethod
+    def _zero_with_echo(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value == 0 and not info.data.get("echo"):
+            raise _ours('must be at least 1, or 0 with "echo": true')
+        return value
 
 
 # Responses ---------------------------------------------------------------------------------------
+
+
+def _json_logprob(value: float) -> float:
+    """-9999 for what is impossible, as OpenAI has it: JSON knows no infinity."""
+    if math.isnan(value):
+        raise FallowError("the model's logits are NaN; check the file with: fallow evaluate")
+    return max(value, -9999.0)
+
+
+Logprob = Annotated[float, AfterValidator(_json_logprob)]  # nats
 
 
 class Sparsity(BaseModel):
@@ -126,7 +313,7 @@ class Usage(BaseModel):
 
 class TopToken(BaseModel):
     token: str
-    logprob: float
+    logprob: Logprob
     bytes: list[int] | None
 
 
@@ -161,8 +348,8 @@ class ChatResponse(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[Logprob | None]  # None: a prompt's first token
+    top_logprobs: list[dict[str, Logprob] | None] | None
     text_offset: list[int]
 
 

@@ -1,14 +1,16 @@
 """Listens, and shuts down without losing a request."""
 
 import asyncio
+import re
 import signal
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
 from fallow.engine import Engine
-from fallow.errors import FallowError
+from fallow.errors import FallowError, UsageError
 from fallow.progress import console
 from fallow.serving.app import create_app
 from fallow.serving.worker import Worker
@@ -25,14 +27,22 @@ def serve(
     api_key: str | None = None,
     max_body: int = 1 << 20,
     grace: float = 30.0,
+    cors: Sequence[str] = (),
 ) -> None:
     """Serves until SIGINT or SIGTERM; then what waits fails and what runs has `grace` seconds.
 
     Raises:
         FallowError: the address is not to be had.
+        UsageError: one of `cors` is no origin.
     """
+    for origin in cors:
+        # A browser sends just these parts; anything else would never be found equal.
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
+            raise UsageError(
+                f"--cors {origin} is no origin; give one such as http://localhost:3000, or '*'"
+            )
     worker = Worker(engine, queue)
-    app = create_app(worker, name, api_key, max_body)
+    app = create_app(worker, name, api_key, max_body, cors)
     config = uvicorn.Config(
         app,
         host=host,

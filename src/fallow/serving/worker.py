@@ -44,6 +44,7 @@ class Job:
     deliver: Callable[[Piece | Stats | Exception], None]
     stop: Sequence[str] = ()
     top_logprobs: int | None = None
+    echo: str | None = None  # the prompt's text, if it is wanted back
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -147,7 +148,7 @@ class Worker:
     def _answer(self, job: Job) -> Stats:
         pieces: Any = self.engine.answer(
             job.ids, job.max_tokens, job.sampler, job.stop,
-            reuse=True, top_logprobs=job.top_logprobs,
+            reuse=True, top_logprobs=job.top_logprobs, echo=job.echo,
         )  # fmt: skip
         for piece in pieces:
             if job.cancelled.is_set():

@@ -1,0 +1,283 @@
+"""What a model's metadata say of its computation: transformers' answer, or a refusal by name."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fallow
+from conftest import VOCABULARY, make_folder
+from fallow.engine import Engine
+from fallow.errors import FallowError
+from fallow.packing import pack
+from test_models import GGUF_NAMES, IDS, message, write_gguf
+
+# GGUF ------------------------------------------------------------------------------------------
+
+# Of llama.cpp's keys, https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py,
+# and of one that nobody knows.
+CHANGING_KEYS = [
+    ("llama", "rope.scale_linear", 4.0),
+    ("llama", "rope.scaling.factor", 4.0),  # linear where there is no type, as in llama.cpp
+    ("llama", "rope.scaling.type", "yarn"),
+    ("llama", "rope.scaling.attn_factor", 0.5),
+    ("llama", "rope.dimension_count", 4),
+    ("llama", "attention.value_length", 4),
+    ("llama", "attn_logit_softcapping", 50.0),
+    ("llama", "final_logit_softcapping", 30.0),
+    ("llama", "attention.sliding_window", 16),
+    ("llama", "attention.scale", 0.5),
+    ("llama", "attention.causal", False),
+    ("llama", "attention.max_alibi_bias", 8.0),
+    ("llama", "logit_scale", 0.5),
+    ("llama", "expert_count", 8),
+    ("llama", "swiglu_clamp_exp", [0.0, 7.0]),
+    ("llama", "unheard_of", 1),
+    ("qwen2", "attention.clamp_kqv", 8.0),
+    ("gemma3", "final_logit_softcapping", 30.0),
+    ("gemma3", "rope.local.freq_base", 500.0),
+    ("phi", "residual_scale", 0.5),
+    ("phi3", "rope.scaling.type", "longrope"),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), CHANGING_KEYS)
+def test_gguf_key_that_changes_the_computation(
+    name: str, key: str, value: Any, tiny: dict[str, fallow.Model], tmp_path: Path
+) -> None:
+    arch = tiny[name].architecture.gguf_name
+    path = write_gguf(name, tiny[name], tmp_path / "m.gguf", keys={f"{arch}.{key}": value})
+    said = message(path)
+    assert key.removesuffix(".type") in said or f"RoPE scaling ({value}" in said
+    assert said.startswith("GGUF M")
+    assert "\n" not in said
+
+
+# What llama.cpp's converters write beside what is read, older ones among them, and values that
+# llama.cpp takes for "none".
+NEUTRAL_KEYS = {
+    "vocab_size": VOCABULARY,
+    "tensor_data_layout": "Meta AI original pth",
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 64,
+    "rope.scaling.finetuned": True,
+    "rope.scaling.attn_factor": 1.0,
+    "attention.causal": True,
+    "attention.scale": 0.0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+    "logit_scale": 1.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "pooling_type": 3,
+}
+
+
+@pytest.mark.parametrize("name", GGUF_NAMES)
+def test_gguf_keys_without_effect(name: str, tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
+    arch = tiny[name].architecture.gguf_name
+    lengths = {}
+    if name != "phi":
+        lengths["attention.value_length"] = 8 if name in ("qwen3", "gemma3") else 6
+    if name not in ("phi", "phi3", "gemma3"):
+        lengths["rope.dimension_count"] = lengths["attention.value_length"]
+        lengths["attention.sliding_window"] = 128  # the whole context
+    keys = {f"{arch}.{key}": value for key, value in (NEUTRAL_KEYS | lengths).items()}
+    model = fallow.load(write_gguf(name, tiny[name], tmp_path / "m.gguf", keys=keys))
+    expected = tiny[name].hidden(IDS)
+    torch.testing.assert_close(model.hidden(IDS), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [{"rope.scale_linear": 1.0}, {"rope.scaling.type": "linear"}])
+def test_gguf_scaling_by_nothing(
+    keys: dict[str, Any], tiny: dict[str, fallow.Model], tmp_path: Path
+) -> None:
+    keys = {f"llama.{key}": value for key, value in keys.items()}
+    model = fallow.load(write_gguf("llama", tiny["llama"], tmp_path / "m.gguf", keys=keys))
+    expected = tiny["llama"].hidden(IDS)
+    torch.testing.assert_close(model.hidden(IDS), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "keys"),
+    [
+        (
+            "gemma3",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            {"attention.sliding_window_pattern": [False, True]},
+        ),
+        (
+            "gemma3",
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            {"attention.sliding_window_pattern": 2},
+        ),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 4 / 6}},
+            {"rope.dimension_count": 4},
+        ),
+        ("phi3", {"sliding_window": 8}, {"attention.sliding_window": 8}),
+        ("phi3", {"sliding_window": None}, {"attention.sliding_window": 0}),
+    ],
+)
+def test_gguf_key_equals_config(
+    name: str, changes: dict[str, Any], keys: dict[str, Any], tmp_path: Path
+) -> None:
+    """transformers, told the same by its config, has the same hidden states."""
+    ids = np.random.default_rng(0).integers(2, VOCABULARY, (1, 40))
+    source = fallow.load(make_folder(name, tmp_path / "folder", **changes))
+    keys = {f"{name}.{key}": value for key, value in keys.items()}
+    model = fallow.load(write_gguf(name, source, tmp_path / "m.gguf", keys=keys))
+    torch.testing.assert_close(model.hidden(ids), source.hidden(ids), rtol=1e-5, atol=1e-5)
+    plain = fallow.load(write_gguf(name, source, tmp_path / "plain.gguf"))
+    assert (keys == {"phi3.attention.sliding_window": 0}) == torch.allclose(
+        plain.hidden(ids), source.hidden(ids), atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "keys", [{"general.type": "adapter"}, {"general.type": "mmproj"}, {"adapter.lora.alpha": 1.0}]
+)
+def test_gguf_that_is_no_model(
+    keys: dict[str, Any], tiny: dict[str, fallow.Model], tmp_path: Path
+) -> None:
+    kind = keys.get("general.type", "adapter")
+    assert message(write_gguf("llama", tiny["llama"], tmp_path / "m.gguf", keys=keys)) == (
+        f"GGUF M has the general.type '{kind}', not model; give the model that it belongs to, an "
+        "adapter merged into it"
+    )
+
+
+# Folders ----------------------------------------------------------------------------------------
+
+
+def change_config(folder: Path, changes: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+QUANTIZED = {"quant_method": "gptq", "bits": 4}
+# What transformers' class of the model passes over, or fallow does not compute.
+CHANGING_CONFIGS = [
+    ("llama", {"quantization_config": QUANTIZED}, "quantization_config is {'quant_method': 'gptq'"),
+    ("llama", {"quantization": {"bits": 4}}, "quantization is {'bits': 4}"),  # MLX's
+    ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+    ("llama", {"sliding_window": 16}, "sliding_window is 16"),
+    ("llama", {"layer_types": ["full_attention"] * 2}, "layer_types is ['full_attention'"),
+    ("llama", {"num_experts": 8}, "num_experts is 8"),
+    ("llama", {"logits_scaling": 8.0}, "logits_scaling is 8.0"),
+    ("llama", {"residual_multiplier": 0.2}, "residual_multiplier is 0.2"),
+    ("llama", {"query_pre_attn_scalar": 8}, "query_pre_attn_scalar is 8"),
+    ("llama", {"rope_interleaved": True}, "rope_interleaved is True"),
+    ("llama", {"is_causal": False}, "is_causal is False"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ("llama", {"rope_parameters": {"factor": 4.0}}, "the factor 4.0, but no rope_type"),
+    (
+        "qwen2",
+        {"rope_parameters": None, "rope_scaling": {"type": None, "factor": 2.0}},
+        "the factor 2.0, but no rope_type",
+    ),
+    ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
+    ("mistral", {"per_layer_config": {"0": {}, "1": {}}}, "per_layer_config is {'0'"),
+    ("qwen2", {"layer_types": ["linear_attention", "full_attention"]}, "layer_types has 'linear"),
+    (
+        "qwen2",
+        {"layer_types": ["sliding_attention", "full_attention"]},
+        "sliding_window is None, but must be 1 or more",
+    ),
+    ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "said"), CHANGING_CONFIGS)
+def test_config_that_changes_the_computation(
+    name: str, changes: dict[str, Any], said: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders[name], tmp_path / "copy"))
+    change_config(folder, changes)
+    found = message(folder)
+    assert found.startswith(f"M/config.json: {said}") or said in found
+    assert "\n" not in found
+
+
+def test_config_of_real_models(folders: dict[str, Path], copy: Path) -> None:
+    """Notes of SmolLM2's, Qwen2.5's and other configs; none of them changes what is computed."""
+    notes = {
+        "_name_or_path": "x",
+        "_attn_implementation_autoset": True,
+        "attn_logit_softcapping": None,
+        "is_llama_config": True,
+        "logits_scaling": 1.0,
+        "max_window_layers": 21,
+        "num_experts": 0,
+        "residual_dropout": 0.1,
+        "quantization_config": None,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "sliding_window": 128,
+        "torch_dtype": "float32",
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "unsloth_version": "2025.1",
+        "use_mrope": False,
+        "use_sliding_window": False,
+    }
+    change_config(copy, notes)
+    expected = fallow.load(folders["llama"]).hidden(IDS)
+    assert torch.equal(fallow.load(copy).hidden(IDS), expected)
+
+
+# Packed models ----------------------------------------------------------------------------------
+
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [2.0, 3.0, 4.0],
+}
+OF_64 = {"original_max_position_embeddings": 64}
+PACKED_VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0} | OF_64}),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    ("llama", {"rope_parameters": LONG | OF_64}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("phi3", {"rope_scaling": {"type": "longrope", **LONG}} | OF_64),
+    ("phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 4 / 6}}),
+    ("mistral", {"sliding_window": 3}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    (
+        "gemma3",
+        {"query_pre_attn_scalar": 3, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), PACKED_VARIANTS)
+def test_packed_variant_equals_transformers(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """The engine's cache is of float16: 0.02 of logits up to 6."""
+    model = fallow.load(make_folder(name, tmp_path / "folder", **changes))
+    pack(tmp_path / "folder", tmp_path / "packed.gguf", quant="f32")
+    engine = Engine(tmp_path / "packed.gguf", plan=False)
+    ids = np.random.default_rng(0).integers(2, VOCABULARY, 60)
+    with torch.inference_mode():
+        expected = model.module(torch.from_numpy(ids)[None]).logits[0].numpy()
+    np.testing.assert_allclose(engine.logits(ids), expected, atol=0.04)
+    # Frequencies for longer texts are others; the file ends where they would be needed.
+    has_two = "short_factor" in str(changes)
+    assert engine.file.get("fallow.context_length") == (64 if has_two else 128)
+
+
+@pytest.mark.parametrize("name", ["_remove_final_layer_norm", "layer_norm_elementwise_affine"])
+def test_norms_that_cannot_be_packed(name: str, tmp_path: Path) -> None:
+    folder = make_folder("opt", tmp_path / "folder", **{name: name[0] == "_"})
+    with pytest.raises(FallowError, match="has norms without weights"):
+        pack(folder, tmp_path / "packed.gguf", quant="f32")
