@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import fallow
 from fallow import cli
@@ -102,6 +103,67 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
+# Beside bytes and single letters, what the small vocabulary of `make_sentencepiece` has.
+WORDS = ("▁n", "eu", "▁neu", "ro", "▁neuro", "▁neuron", "▁r", "▁re", "st", "▁rest", "▁rests")
+
+
+def make_sentencepiece() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of Llama 2's kind: spaces are ▁, unknown characters bytes, one space in front.
+
+    The steps are those of its tokenizer.json.
+    """
+    letters = "▁neurostil.<|>_md"
+    pieces = ["<s>", "</s>", "<unk>", *(f"<0x{b:02X}>" for b in range(256)), *letters, *WORDS]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [
+        (word[:cut], word[cut:])
+        for word in WORDS
+        for cut in range(1, len(word))
+        if word[:cut] in vocabulary and word[cut:] in vocabulary
+    ]
+    backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def make_parrot(
+    folder: Path, tokenizer: transformers.PreTrainedTokenizerFast, *said: list[int]
+) -> Path:
+    """A model whose next token depends on the last one alone: it goes on with texts that it knows.
+
+    Hidden states are embeddings, a unit for each token that has a next one, and the head has at
+    each token's row the units of those before it.
+    """
+    config = transformers.LlamaConfig(**(_COMMON | {"vocab_size": VOCABULARY}))
+    torch.manual_seed(0)
+    module = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in module.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        module.lm_head.weight.zero_()
+        units = iter(torch.eye(config.hidden_size))
+        for before, after in (pair for ids in said for pair in pairwise(ids)):
+            unit = next(units)
+            module.model.embed_tokens.weight[before] = unit
+            module.lm_head.weight[after] += unit
+    module.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def engine_plan(engine: Engine, rule: str, arrays: dict[str, np.ndarray]) -> Plan:
     """A plan that no calibration made, for the model of an engine."""
     return Plan(
@@ -153,6 +215,25 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chat_template.jinja").write_text(TALK)
     pack(folder, root / "talking.gguf", quant="f32")
     return root / "talking.gguf"
+
+
+@pytest.fixture(scope="session")
+def parrot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model with a tokenizer of Llama 2's kind: a folder, and packed.
+
+    It goes on with " rests🙂 re" after "neuron", and with "." after the token <s>.
+    """
+    from fallow.packing import pack
+
+    root, tokenizer = tmp_path_factory.mktemp("parrot"), make_sentencepiece()
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    said = ids("neuron rests🙂"), [ids("🙂")[-1], *ids("re"), 1], [0, ids(".")[-1], 1]
+    make_parrot(root / "model", tokenizer, *said)
+    pack(root / "model", root / "packed.gguf", quant="f32")
+    return root / "model", root / "packed.gguf"
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import fallow
-from conftest import VOCABULARY, engine_plan, make_folder
+from conftest import VOCABULARY, engine_plan, make_folder, make_sentencepiece
 from fallow import _core, packing
 from fallow.calibration import Calibrator
 from fallow.drafting import PASS_COST, Lookup
-from fallow.engine import Engine, Piece, Sampler, TokenChoice, _AnswerText, is_packed
+from fallow.engine import Engine, Piece, Sampler, TokenChoice, _AnswerText, _choice, is_packed
 from fallow.errors import FallowError, UsageError
 from fallow.evaluation import dense_logits
 from fallow.models import ARCHITECTURES
@@ -477,9 +477,108 @@ def test_an_answer_can_be_stopped(packed: dict[str, Path]) -> None:
     assert engine.stats.peak_rss_mb > 0
 
 
-def test_nan_logits_are_an_error() -> None:
-    with pytest.raises(FallowError, match="logits are NaN"):
-        Sampler().pick(np.array([0, np.nan], dtype=np.float32))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        ([0, np.nan], "logits are NaN"),
+        ([-np.inf, np.nan], "logits are NaN"),
+        ([0, np.inf], "logits are infinite"),
+        ([np.inf, np.inf], "logits are infinite"),
+        ([-np.inf, -np.inf], "logits are infinite"),
+    ],
+)
+def test_logits_that_are_no_numbers(logits: list[float], message: str, temperature: float) -> None:
+    with pytest.raises(FallowError, match=message):
+        Sampler(temperature).pick(np.array(logits, dtype=np.float32))
+
+
+def test_a_logit_of_minus_infinity_is_never_picked() -> None:
+    logits = np.array([-np.inf, 0, 0.1, -np.inf], dtype=np.float32)
+    for options in ({}, {"top_k": 4}, {"top_p": 0.999}, {"min_p": 0.1}):
+        sampler = Sampler(temperature=100.0, **options)  # type: ignore[arg-type]
+        assert {sampler.pick(logits) for _ in range(50)} == {1, 2}
+    choice = _choice(2, logits, top=4)
+    # numpy's own logaddexp for the sum.
+    expected = np.array([0.1, 0.0]) - np.logaddexp(np.float32(0.1), 0)
+    assert [i for i, _ in choice.top] == [2, 1, 0, 3]
+    assert [p for _, p in choice.top] == pytest.approx([*expected, -np.inf, -np.inf], abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-308, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    random = np.random.default_rng(0)
+    sampler = Sampler(temperature=temperature)
+    for _ in range(20):
+        logits = random.normal(size=100, scale=1e3).astype(np.float32)
+        logits[7] = -np.inf
+        assert sampler.pick(logits) == int(np.argmax(logits))
+
+
+def test_the_reference_samples_as_the_engine_does(
+    tiny: dict[str, fallow.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny["llama"]
+    greedy = model.generate(IDS[:5], max_new_tokens=5)
+    for temperature in (1e-29, 1e-300, 5e-324):
+        assert model.generate(IDS[:5], max_new_tokens=5, temperature=temperature) == greedy
+    head = model.module.lm_head.forward
+    for bad, message in ((np.nan, "logits are NaN"), (np.inf, "logits are infinite")):
+        monkeypatch.setattr(model.module.lm_head, "forward", lambda x, b=bad: head(x) + b)
+        for temperature in (0.0, 1.0):
+            with pytest.raises(FallowError, match=message):
+                model.generate(IDS[:5], max_new_tokens=5, temperature=temperature)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_scores_are_never_nan(packed: dict[str, Path], bad: float) -> None:
+    engine = Engine(packed["llama"])
+    forward = engine.forward
+
+    def broken(*arguments: Any, **options: Any) -> np.ndarray:
+        logits = forward(*arguments, **options)
+        logits[0, 5] = bad
+        return logits
+
+    engine.forward = broken  # type: ignore[method-assign]
+    with pytest.raises(FallowError, match="logits are"):
+        engine.score(IDS[:4])
+
+
+# Text --------------------------------------------------------------------------------------------
+
+
+def test_an_answer_keeps_its_first_space(parrot: tuple[Path, Path]) -> None:
+    """What transformers decodes of prompt and answer, less what it decodes of the prompt."""
+    engine = Engine(parrot[1])
+    assert list(engine.generate("neuron", 20)) == [" rests", "🙂", " re"]
+    assert engine.stats.finish == "stop"
+    assert "".join(engine.generate("neuron", 20, stop=["s🙂"])) == " rest"
+    model = fallow.load(parrot[0])
+    assert model.generate("neuron", max_new_tokens=20) == " rests🙂 re"
+    reference = make_sentencepiece()
+    prompt = engine.tokenizer.prompt("neuron").tolist()
+    said = [t.id for piece in engine.answer(prompt, 20, Sampler()) for t in piece.tokens]
+    whole = reference.decode(prompt + said, skip_special_tokens=True)
+    assert whole[len(reference.decode(prompt)) :] == " rests🙂 re"
+
+
+def test_control_tokens_in_a_prompt(parrot: tuple[Path, Path], run: Any) -> None:
+    engine, model = Engine(parrot[1]), fallow.load(parrot[0])
+    for answer in (
+        "".join(engine.generate("neuron<s>", 20)),
+        model.generate("neuron<s>", max_new_tokens=20),
+    ):
+        assert answer == "."
+    as_text = "".join(engine.generate("neuron<s>", 20, parse_special=False))
+    assert as_text != "."
+    for option, said in (((), "."), (("--no-parse-special",), as_text)):
+        done = run("generate", parrot[1], "neuron<s>", "--max-new-tokens", 20, "--json", *option)
+        assert done.json["text"] == said
+        length = len(engine.tokenizer.encode("neuron<s>", parse_special=not option))
+        assert done.json["stats"]["prompt_tokens"] == length
+    slow = run("generate", parrot[0], "neuron<s>", "--max-new-tokens", 20, "--no-parse-special")
+    assert slow.out.rstrip("\n") == as_text
 
 
 def test_evaluation_on_the_engine(

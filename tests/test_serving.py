@@ -189,6 +189,47 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
     assert "".join(t.token for t in found.content or []) == answer.choices[0].message.content
 
 
+def test_tokens_have_their_own_text_and_bytes(parrot: tuple[Path, Path]) -> None:
+    """Their bytes make the answer, whose first one is a space; its pieces are those of Llama 2."""
+    words = [" rests", *["\ufffd"] * 4, " re"]
+    with served(Engine(parrot[1])) as address:
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="any") as client:
+            options: Any = {"model": "tiny", "prompt": "neuron", "temperature": 0}
+            for stream in (False, True):
+                answer = client.completions.create(**options, logprobs=2, stream=stream)
+                chunks = [c.choices[0] for c in answer] if stream else [answer.choices[0]]  # type: ignore
+                assert "".join(c.text for c in chunks) == " rests🙂 re"
+                found = [c.logprobs for c in chunks if c.logprobs]
+                assert [t for each in found for t in each.tokens or []] == words
+                offsets = [i for each in found for i in each.text_offset or []]
+                assert offsets == [0, 6, 6, 6, 6, 7]
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "neuron"}]}
+        body |= {"temperature": 0, "logprobs": True, "top_logprobs": 2}
+        template = "{{ messages[0].content }}"
+        engine = Engine(parrot[1])
+        engine.tokenizer = dataclasses.replace(engine.tokenizer, chat_template=template)
+    with served(engine) as address:
+        choice = httpx.post(f"{address}/v1/chat/completions", json=body).json()["choices"][0]
+        content = choice["logprobs"]["content"]
+        assert choice["message"]["content"] == " rests🙂 re"
+        assert bytes(b for t in content for b in t["bytes"]) == " rests🙂 re".encode()
+        assert [t["token"] for t in content] == words
+        assert all(each["bytes"] is not None for t in content for each in t["top_logprobs"])
+
+
+def test_control_tokens_in_a_prompt(parrot: tuple[Path, Path]) -> None:
+    engine = Engine(parrot[1])
+    with served(engine) as address:
+        for parse_special, tokens in ((None, 2), (True, 2), (False, 4)):
+            body = {"model": "tiny", "prompt": "neuron<s>", "temperature": 0, "max_tokens": 4}
+            body["parse_special"] = parse_special
+            answer = httpx.post(f"{address}/v1/completions", json=body).json()
+            assert answer["usage"]["prompt_tokens"] == tokens
+            assert (answer["choices"][0]["text"] == ".") == (tokens == 2)
+        body["parse_special"] = 1
+        assert httpx.post(f"{address}/v1/completions", json=body).status_code == 400
+
+
 def test_several_prompts_of_token_ids(client: openai.OpenAI, engine: Engine) -> None:
     """https://platform.openai.com/docs/api-reference/completions: an array of token arrays."""
     prompts = [engine.tokenizer.prompt(text).tolist() for text in ("neuron 3", "the gate")]
@@ -266,9 +307,9 @@ def test_echo_of_an_added_bos_and_of_the_end(talking: Path) -> None:
         assert added["logprobs"]["text_offset"][:2] == [0, len("neuron")]
         assert added["logprobs"]["token_logprobs"][:2] == pytest.approx(engine.score(ids), abs=1e-3)
         typed = ask(address, "neuron 3</s> the gate")
-        for token, start in zip(
-            typed["logprobs"]["tokens"], typed["logprobs"]["text_offset"], strict=True
-        ):
+        told = zip(typed["logprobs"]["tokens"], typed["logprobs"]["text_offset"], strict=True)
+        n_prompt = len(engine.tokenizer.prompt("neuron 3</s> the gate")) - 1  # less the added BOS
+        for token, start in list(told)[:n_prompt]:
             assert typed["text"][start : start + len(token)] == token
         own = ask(address, ids)  # the client's own BOS stays
         assert own["text"].startswith("<s>neuron 3")

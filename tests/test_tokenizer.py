@@ -1,21 +1,27 @@
 """Tokenizers from GGUF metadata; what the real ones give for text with traps."""
 
 import json
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from tokenizers import Tokenizer
 
 import fallow
+from conftest import make_sentencepiece
 from fallow.errors import FallowError
 from fallow.tokenizer import (
+    TextStream,
     TextTokenizer,
     tokenizer_from_folder,
     tokenizer_from_gguf,
     tokenizer_from_json,
 )
-from fallow.weights import GgufFile
+from fallow.weights import GgufFile, read_gguf
 
 
 def gguf_file(**changes: object) -> GgufFile:
@@ -74,8 +80,304 @@ def test_space_prefix() -> None:
 def test_control_tokens_in_text_are_text_unless_asked_for() -> None:
     tokenizer = tokenizer_from_gguf(gguf_file())
     assert 1 not in tokenizer.encode("<s>")
-    assert tokenizer.encode("<s>", special=True).tolist() == [1]
+    assert tokenizer.encode("<s>", parse_special=True).tolist() == [1]
     assert tokenizer.encode("a<sep>a").tolist() == [5, 10, 5]  # user-defined: always one token
+
+
+TYPED = "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_control_tokens_typed_in_a_prompt_are_tokens(smollm2: fallow.Model) -> None:
+    """As in transformers and llama.cpp, which give 16 tokens; 33 are those of plain text."""
+    tokenizer = smollm2.tokenizer
+    ids = tokenizer.prompt(TYPED).tolist()
+    assert len(ids) == 16
+    assert ids == transformers_of(tokenizer)(TYPED)["input_ids"]
+    assert len(tokenizer.prompt(TYPED, parse_special=False)) == 33
+    assert len(tokenizer.encode(TYPED)) == 33  # windows of text for perplexity
+
+
+@pytest.mark.parametrize("kind", [3, 4])  # control, user-defined: GGUFs of Qwen2.5-Coder have both
+def test_fill_in_the_middle(kind: int) -> None:
+    """https://arxiv.org/abs/2409.12186, section 3.2.1: the order of the parts."""
+    names = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+    tokenizer = tokenizer_from_gguf(with_tokens(*names, kind=kind))
+    ids = tokenizer.prompt("<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>").tolist()
+    assert ids == [1, 11, 5, 12, 6, 13]
+
+
+def test_the_unknown_token_is_one_too() -> None:
+    """llama.cpp finds unknown tokens where it finds control tokens."""
+    assert tokenizer_from_gguf(gguf_file()).encode("a<unk>", parse_special=True).tolist() == [5, 0]
+
+
+def with_tokens(*names: str, kind: int = 3, **changes: Any) -> GgufFile:
+    """The GGUF with more tokens, from 11 on."""
+    metadata = gguf_file().metadata
+    more = {
+        "tokenizer.ggml.tokens": list(names),
+        "tokenizer.ggml.scores": [0.0] * len(names),
+        "tokenizer.ggml.token_type": [kind] * len(names),
+    }
+    return gguf_file(**{key: metadata[key] + value for key, value in more.items()} | changes)
+
+
+def transformers_of(tokenizer: TextTokenizer) -> transformers.PreTrainedTokenizerFast:
+    """The same tokenizer in transformers."""
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend, **tokenizer.special_tokens
+    )
+    made.chat_template = tokenizer.chat_template
+    return made
+
+
+# Ends --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<EOT>"])
+@pytest.mark.parametrize("kind", [1, 3, 4])
+def test_a_gguf_ends_at_what_ends_turns(end: str, kind: int) -> None:
+    """Whatever the file says beside it, and of whatever type, as llama.cpp (llama-vocab.cpp)."""
+    tokenizer = tokenizer_from_gguf(with_tokens("<|x|>", end, kind=kind))
+    assert tokenizer.eos_ids == (2, 12)
+    assert tokenizer.encode(end, parse_special=True).tolist() == [12]
+    assert tokenizer.decode([5, 12]) == "a"
+
+
+def test_a_gguf_ends_at_eos_eot_and_eom() -> None:
+    ids = {"eot": 13, "eom": 11}
+    changes = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
+    assert tokenizer_from_gguf(with_tokens("x", "y", "z", **changes)).eos_ids == (2, 13, 11)
+
+
+def test_smollm2_whose_eos_is_another_ends_its_turns(smollm2: fallow.Model) -> None:
+    """llama.cpp ends at <|im_end|>, 2, though tokenizer.ggml.eos_token_id says <|endoftext|>, 0."""
+    file = read_gguf(fallow.model.find_model("smollm2"))
+    file.metadata["tokenizer.ggml.eos_token_id"] = 0
+    tokenizer = tokenizer_from_gguf(file)
+    assert tokenizer.eos_ids == (0, 2)
+    assert tokenizer.endless() is None
+
+
+Change = Callable[[Path], None]
+
+
+def write(name: str, content: Any) -> Change:
+    return lambda folder: (folder / name).write_text(json.dumps(content)) and None
+
+
+def drop(name: str) -> Change:
+    return lambda folder: (folder / name).unlink()
+
+
+def set_config(**changes: Any) -> Change:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+@pytest.fixture
+def folder(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy without its weights."""
+    for path in folders["llama"].glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "ends"),
+    [
+        ([drop("generation_config.json"), set_config(eos_token_id=[2, 4])], (2, 4, 1)),
+        (
+            [
+                drop("generation_config.json"),
+                write("tokenizer_config.json", {}),
+                set_config(eos_token_id=[2, 4]),
+            ],
+            (2, 4),
+        ),
+        (
+            [write("generation_config.json", {"eos_token_id": 7}), set_config(eos_token_id=9)],
+            (7, 9, 1),
+        ),
+        ([write("special_tokens_map.json", {"eos_token": {"content": "neuron"}})], (1, "neuron")),
+        ([set_config(eos_token_id=-1)], (1,)),
+        (
+            [
+                drop("generation_config.json"),
+                drop("tokenizer_config.json"),
+                set_config(eos_token_id=None),
+            ],
+            (),
+        ),
+    ],
+)
+def test_a_folder_ends_at_what_any_file_says(
+    folder: Path, changes: list[Change], ends: tuple[int | str, ...]
+) -> None:
+    for change in changes:
+        change(folder)
+    tokenizer = tokenizer_from_folder(folder)
+    ids = (tokenizer.backend.token_to_id(i) if isinstance(i, str) else i for i in ends)
+    assert tokenizer.eos_ids == tuple(ids)
+    assert (tokenizer.endless() is None) == bool(ends)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        {},
+        {"bos_token": "neuron", "pad_token": "</s>"},
+        {"added_tokens_decoder": {}, "bos_token": "neuron"},
+        {
+            "added_tokens_decoder": {"270": {"content": None, "special": True}},
+            "mask_token": "<mask>",
+            "extra_special_tokens": ["0"],
+        },
+    ],
+)
+def test_special_tokens_are_those_of_transformers(
+    folder: Path, config: dict[str, Any] | None
+) -> None:
+    """Names in tokenizer_config.json and special_tokens_map.json, tokens in others."""
+    (folder / "tokenizer_config.json").unlink()
+    if config is not None:
+        for i, token in config.get("added_tokens_decoder", {}).items():
+            token["content"] = tokenizer_from_folder(folder).backend.id_to_token(int(i))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | config
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    names = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "cls_token": "<c>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+    tokenizer = tokenizer_from_folder(folder)
+    expected = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.special_tokens == expected.special_tokens_map
+    assert tokenizer.bos_id == expected.bos_token_id
+    for text in ("<s>neuron</s>", "0 neuron 1", "a"):
+        ids = expected(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text, parse_special=True).tolist() == ids
+
+
+def test_added_tokens_beside_tokenizer_json(folder: Path) -> None:
+    """What older folders have; transformers' tokenizer gives the ids."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "added_tokens.json").write_text(json.dumps({"<new>": 300, "<s>": 0}))
+    tokenizer = tokenizer_from_folder(folder)
+    expected = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.encode("a<new>b<s>", parse_special=True).tolist()
+    assert ids == expected("a<new>b<s>", add_special_tokens=False)["input_ids"]
+    assert 300 in ids
+    (folder / "added_tokens.json").write_text(json.dumps({"<new>": 400}))
+    with pytest.raises(FallowError, match="it has no token 400 to be '<new>'"):
+        tokenizer_from_folder(folder)
+
+
+def test_a_folder_that_was_converted_keeps_its_ends(folder: Path, tmp_path_factory: Any) -> None:
+    scratch = tmp_path_factory.mktemp("scratch")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).rename(scratch / name)
+    set_config(eos_token_id=[1, 5])(folder)
+    assert tokenizer_from_folder(scratch, folder).eos_ids == (1, 5)
+
+
+def test_a_model_that_would_not_end_is_told(
+    folder: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "model.safetensors").symlink_to(folders["llama"] / "model.safetensors")
+    fallow.load(folder)
+    assert capsys.readouterr().err == ""
+    template = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}<s>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    fallow.load(folder)
+    said = "ends a turn with <s>, which is no end token; its answers may go on to their largest"
+    assert said in capsys.readouterr().err
+    (folder / "chat_template.jinja").write_text(template.replace("<s>{% end", "</s>{% end"))
+    fallow.load(folder)
+    assert capsys.readouterr().err == ""
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    set_config(eos_token_id=None)(folder)
+    fallow.load(folder)
+    printed = capsys.readouterr().err
+    assert (
+        printed
+        == f"note: {folder} has no end token; its answers may go on to their largest length\n"
+    )
+
+
+# Context -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sentencepiece(tmp_path: Path) -> TextTokenizer:
+    make_sentencepiece().save_pretrained(tmp_path)
+    return tokenizer_from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte level"])
+def test_tokens_are_decoded_after_others(
+    kind: str, sentencepiece: TextTokenizer, tiny: dict[str, fallow.Model]
+) -> None:
+    """The text of all tokens less that of those before; transformers decodes both."""
+    tokenizer = sentencepiece if kind == "sentencepiece" else tiny["llama"].tokenizer
+    reference = transformers_of(tokenizer)
+    ids = tokenizer.encode("neuron  rests é🙂🙂\n re<s> st", parse_special=True).tolist()
+    for cut in range(len(ids) + 1):
+        before, whole = (
+            reference.decode(part, skip_special_tokens=True) for part in (ids[:cut], ids)
+        )
+        stream = TextStream(tokenizer, ids[:cut])
+        said = [stream.add(i) for i in ids[cut:]]
+        if not before.endswith("\ufffd"):
+            assert tokenizer.decode(ids[cut:], after=ids[:cut]) == whole[len(before) :]
+            assert (said[-1] if said else "") == whole[len(before) :]
+        for shorter, longer in pairwise(said):
+            assert longer.startswith(shorter.rstrip("\ufffd"))
+
+
+def test_half_a_character_before(sentencepiece: TextTokenizer) -> None:
+    ids = sentencepiece.encode("e🙂").tolist()
+    assert sentencepiece.decode(ids[-2:], after=ids[:-2]) == "🙂"
+
+
+def test_few_tokens_are_decoded_at_a_time(sentencepiece: TextTokenizer) -> None:
+    ids = sentencepiece.encode("neuron rests 🙂 " * 40).tolist()
+    stream, lengths = TextStream(sentencepiece, ids), []
+
+    def decode(some: list[int]) -> str:
+        lengths.append(len(some))
+        return sentencepiece.decode(some)
+
+    stream._decode = decode  # type: ignore[assignment]
+    for i in ids:
+        stream.add(i)
+    assert stream.text == sentencepiece.decode(ids + ids)[len(sentencepiece.decode(ids)) :]
+    assert max(lengths) < 20
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte level", "GGUF"])
+def test_pieces_are_the_bytes_of_the_text(
+    kind: str, sentencepiece: TextTokenizer, tiny: dict[str, fallow.Model], smollm2: fallow.Model
+) -> None:
+    tokenizers = {
+        "sentencepiece": sentencepiece,
+        "byte level": tiny["llama"].tokenizer,
+        "GGUF": smollm2.tokenizer,
+    }
+    tokenizer, text = tokenizers[kind], "neuron  rests\té🙂 \x00\x7f"
+    pieces = [tokenizer.piece(int(i)) for i in tokenizer.encode(text)]
+    prefix = " " if kind == "sentencepiece" else ""
+    assert b"".join(pieces) == (prefix + text).encode()
+    assert tokenizer.piece(0) in (b"<s>", b"<|endoftext|>")
+    assert tokenizer.piece(10**6) == b""
+    assert (tokenizer.is_control(0), tokenizer.is_control(100)) == (True, False)
+
+
+# -------------------------------------------------------------------------------------------------
 
 
 def test_unknown_kinds() -> None:

@@ -18,6 +18,7 @@ from fallow import _core
 from fallow.catalog import ALIASES, is_hub_id
 from fallow.drafting import PASS_COST, STREAMED_COST, Lookup
 from fallow.errors import FallowError, UsageError, in_one_line
+from fallow.files import parse_json
 from fallow.memory import (
     EMBEDDING,
     EMBEDDING_ROWS,
@@ -34,7 +35,14 @@ from fallow.memory import (
 from fallow.plan import Plan
 from fallow.planes import join_planes
 from fallow.text import Text, cut_windows
-from fallow.tokenizer import TextTokenizer, tokenizer_from_json, usable
+from fallow.tokenizer import (
+    Ids,
+    TextStream,
+    TextTokenizer,
+    note_endless,
+    tokenizer_from_json,
+    usable,
+)
 from fallow.weights import GgufFile, StoredTensor, read_gguf
 
 PACKED_VERSION = 2
@@ -577,9 +585,14 @@ class Engine:
             return self._read(ids, every=True)
 
     def score(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Log-probability (T - 1,) of each token of a text after the first, nats."""
+        """Log-probability (T - 1,) of each token of a text after the first, nats.
+
+        Raises:
+            FallowError: logits are NaN or infinite.
+        """
         logits = self.logits(ids)[:-1]
         top = logits.max(axis=1)
+        check_largest(top)
         total = np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64))
         chosen = logits[np.arange(len(logits)), np.asarray(ids)[1:]]
         return chosen.astype(np.float64) - top - total
@@ -596,19 +609,25 @@ class Engine:
         stop: Sequence[str] = (),
         chat: bool = False,
         lossless: bool = False,
+        parse_special: bool = True,
     ) -> Iterator[str]:
         """Streams the continuation of a prompt, or with `chat` the answer to it, piece by piece.
 
         `stats` holds the figures when the stream ends. Reads from the start; ends at an end token,
         before a `stop` text, or after `max_tokens`. `lossless` gives the dense model's own text,
         whatever the plan, and reads ahead what earlier text lets guess (fallow.drafting).
+        `parse_special`: control tokens in a text to continue, <|im_end|> say, are one token each;
+        in a message, with `chat`, they are always text.
 
         Raises:
             FallowError: the prompt is empty or longer than the context.
             UsageError: a sampling option out of range.
         """
         sampler = Sampler(temperature, top_p, top_k, min_p, seed)
-        ids = self.tokenizer.prompt(prompt, chat) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            ids: Ids = self.tokenizer.prompt(prompt, chat, parse_special)
+        else:
+            ids = prompt
         pieces = self.answer(ids, max_tokens, sampler, stop, lossless=lossless)
         return (piece.text for piece in pieces if piece.text)
 
@@ -685,7 +704,7 @@ class Engine:
             tokens = self._verified(user, ids, logits, sampler, dense=lossless)
         else:
             tokens = self._picks(user, logits, sampler)
-        text = _AnswerText(self.tokenizer, stop)
+        text = _AnswerText(self.tokenizer, stop, ids)
         stats.finish = "" if max_tokens else "length"
         try:
             for token, row in tokens if max_tokens else ():
@@ -852,19 +871,21 @@ class Sampler:
     def pick(self, logits: np.ndarray) -> int:
         """A token id from logits (vocabulary,).
 
+        A logit of minus infinity is a token that is never picked.
+
         Raises:
-            FallowError: NaN among them.
+            FallowError: NaN or infinity among them, or nothing but minus infinity.
         """
         best = int(np.argmax(logits))  # NaN counts as the largest
-        if np.isnan(logits[best]):
-            raise FallowError("the model's logits are NaN; check the file with: fallow evaluate")
+        check_largest(logits[best])
         if self.temperature == 0:
             return best
         order = np.argsort(-logits, kind="stable")
         if self.top_k:
             order = order[: self.top_k]
-        scaled = logits[order].astype(np.float64) / self.temperature
-        p = np.exp(scaled - scaled[0])
+        below = logits[order].astype(np.float64) - logits[best]
+        with np.errstate(over="ignore"):  # at tiny temperatures, where only the best is left
+            p = np.exp(below / self.temperature)
         p /= p.sum()
         keep = max(1, int(np.searchsorted(np.cumsum(p), self.top_p)) + 1)
         keep = min(keep, max(1, int((p >= self.min_p * p[0]).sum())))
@@ -875,26 +896,33 @@ class Sampler:
 class _AnswerText:
     """The text of an answer as it grows. What a later token may change is held back."""
 
-    def __init__(self, tokenizer: TextTokenizer, stop: tuple[str, ...]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
+    def __init__(self, tokenizer: TextTokenizer, stop: tuple[str, ...], prompt: Ids = ()) -> None:
+        self._stream, self._stop = TextStream(tokenizer, prompt), stop
         self._choices: list[TokenChoice] = []
+        self._begins: list[int] = []  # at which character of the text each token does
         self._given, self._given_tokens = 0, 0  # characters, tokens
         self.stopped = False  # a stop text came
 
     def add(self, choice: TokenChoice, last: bool) -> Piece:
         """What one more token lets say; of the last token all."""
         self._choices.append(choice)
-        text = self._decode(len(self._choices))
-        cut = min((i for s in self._stop if (i := text.find(s)) >= 0), default=-1)
+        self._begins.append(len(self._stream.text))
+        text = self._stream.add(choice.id)
+        # What was given has no stop text, nor the beginning of one at its end.
+        found = (text.find(s, self._given) for s in self._stop)
+        cut = min((i for i in found if i >= 0), default=-1)
         if cut >= 0:
             self.stopped = True
-            return self._give(text[:cut], self._tokens_before(cut), last=True)
-        held = 0 if last else max(_unfinished(text), _stop_begun(text, self._stop))
-        return self._give(text[: len(text) - held], len(self._choices), last)
+            tokens = sum(begin < cut for begin in self._begins)
+            return self._give(text[:cut], tokens, last=True)
+        if not last:
+            text = text.rstrip("\ufffd")  # what a later byte may complete
+            text = text[: len(text) - _stop_begun(text, self._stop)]
+        return self._give(text, len(self._choices), last)
 
     def rest(self) -> Piece:
         """What is still held back."""
-        return self._give(self._decode(len(self._choices)), len(self._choices), last=True)
+        return self._give(self._stream.text, len(self._choices), last=True)
 
     def _give(self, text: str, tokens: int, last: bool) -> Piece:
         if len(text) <= self._given and not last:
@@ -903,26 +931,25 @@ class _AnswerText:
         self._given, self._given_tokens = max(self._given, len(text)), tokens
         return piece
 
-    def _tokens_before(self, cut: int) -> int:
-        """Tokens that begin before a place of the text."""
-        tokens = len(self._choices)
-        while tokens and len(self._decode(tokens - 1)) >= cut:
-            tokens -= 1
-        return tokens
-
-    def _decode(self, tokens: int) -> str:
-        return self._tokenizer.decode([choice.id for choice in self._choices[:tokens]])
-
 
 def _choice(token: int, logits: np.ndarray, top: int | None) -> TokenChoice:
     """A token with its log-probability, and the `top` likeliest tokens with theirs."""
     if top is None:
         return TokenChoice(token)
     row = logits.astype(np.float64)
+    check_largest(row.max())
     row -= row.max()
     row -= np.log(np.exp(row).sum())
     best = np.argsort(-row, kind="stable")[:top]
     return TokenChoice(token, float(row[token]), tuple((int(i), float(row[i])) for i in best))
+
+
+def check_largest(logits: np.ndarray) -> None:
+    """Raises FallowError where the largest logit of a token is none to compute with."""
+    if np.isnan(logits).any():
+        raise FallowError("the model's logits are NaN; check the file with: fallow evaluate")
+    if np.isinf(logits).any():
+        raise FallowError("the model's logits are infinite; check the file with: fallow evaluate")
 
 
 def _without_added_bos(
@@ -943,11 +970,6 @@ def _common(a: list[int], b: list[int]) -> int:
     return next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
-
-
-def _unfinished(text: str) -> int:
-    """Characters at the end that a later byte may complete."""
-    return len(text) - len(text.rstrip("\ufffd"))
 
 
 def _stop_begun(text: str, stop: tuple[str, ...]) -> int:
@@ -995,15 +1017,28 @@ def _tokenizer(file: GgufFile) -> TextTokenizer:
         with usable(f"the tokenizer of packed model {file.path}"):
             backend = tokenizer_from_json(file.get(key))
             del file.metadata[key]  # 14 MB of Qwen2.5's
-            return TextTokenizer(
+            found = TextTokenizer(
                 backend,
                 bos_id=file.get("tokenizer.ggml.bos_token_id", None),
                 eos_ids=tuple(file.get("fallow.eos_token_ids", ())),
                 add_bos=bool(file.get("tokenizer.ggml.add_bos_token", False)),
                 chat_template=file.get("tokenizer.chat_template", None),
+                special_tokens=_special_tokens(file, backend),
             )
     finally:
         _return_freed_memory()
+    note_endless(found, str(file.path))
+    return found
+
+
+def _special_tokens(file: GgufFile, backend: Any) -> dict[str, str]:
+    key = "fallow.special_tokens"
+    if key in file.metadata:
+        return dict(parse_json(file.get(key)))
+    # What files have that were packed before that key.
+    ids = {"bos_token": file.get("tokenizer.ggml.bos_token_id", None)}
+    ids["eos_token"] = next(iter(file.get("fallow.eos_token_ids", ())), None)
+    return {name: backend.id_to_token(i) or "" for name, i in ids.items() if i is not None}
 
 
 def _return_freed_memory() -> None:

@@ -103,7 +103,7 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        ids = self.model.tokenizer.encode(string, special=True)
+        ids = self.model.tokenizer.encode(string, parse_special=True)
         if add_special_tokens is not False:
             ids = self.model.tokenizer.with_bos(ids)
         return ids.tolist()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fallow.catalog import ALIASES, is_hub_id, resolve
-from fallow.engine import Sampler
+from fallow.engine import Sampler, check_largest
 from fallow.errors import FallowError, UsageError, in_one_line
 from fallow.files import read_json
 from fallow.models import (
@@ -29,15 +29,17 @@ from fallow.plan import Plan
 from fallow.rules import Rule, find_rule
 from fallow.taps import Layer, attach
 from fallow.text import Text, cut_windows
-from fallow.tokenizer import TextTokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from fallow.tokenizer import (
+    TextTokenizer,
+    note_endless,
+    tokenizer_from_folder,
+    tokenizer_from_gguf,
+)
 from fallow.weights import GgufFile, StoredTensor, fingerprint, read_gguf, read_safetensors
 
 # Products of float32 that stay float32: 512 x 512 of N(0, 1) differ by less than this between
 # libraries, while bfloat16 inputs would differ by 1e-1.
 FLOAT32_ERROR = 1e-3
-# Below this temperature the most likely token is taken: float32 logits around 10 differ by 1e-6 or
-# not at all, and divided by less they overflow.
-COLDEST = 1e-6
 
 
 def use_fastest_float32() -> None:
@@ -84,6 +86,8 @@ def quieten_transformers() -> None:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # "auto" is float32 up to this many weights (4 GB), bfloat16 beyond.
 AUTO_FLOAT32_WEIGHTS = 1_000_000_000
+# Logits over a smaller one are beyond float32. At this one the most likely token has it all.
+GREEDY = 1e-30
 
 
 @dataclass
@@ -184,15 +188,22 @@ class Model:
         temperature: float = 0.0,
         seed: int = 0,
         chat: bool = False,
+        parse_special: bool = True,
     ) -> str:
         """Continues a prompt (text or ids), or answers it as a chat message, under a plan.
 
-        A reference: nothing is skipped, masked values are computed and set to zero.
+        A reference: nothing is skipped, masked values are computed and set to zero. Control tokens
+        typed in a text to continue count as one token each, with `parse_special`.
 
         Raises:
-            FallowError: the prompt is empty or longer than the model's context.
+            FallowError: the prompt is empty or longer than the model's context, or logits are NaN
+                or infinite.
         """
-        ids = self.tokenizer.prompt(prompt, chat) if isinstance(prompt, str) else prompt
+        ids = (
+            self.tokenizer.prompt(prompt, chat, parse_special)
+            if isinstance(prompt, str)
+            else prompt
+        )
         limit = self.module.config.max_position_embeddings
         if len(ids) == 0:
             raise FallowError("the prompt is empty; give some text")
@@ -208,7 +219,7 @@ class Model:
         tensor = torch.from_numpy(ids)[None]
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature}
-            if temperature > COLDEST
+            if temperature > GREEDY
             else {"do_sample": False}
         )
         with torch.inference_mode(), self.sparse(plan):
@@ -218,9 +229,16 @@ class Model:
                 max_new_tokens=max_new_tokens,
                 eos_token_id=list(self.tokenizer.eos_ids) or None,
                 pad_token_id=self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else 0,
+                logits_processor=[_checked],
                 **sampling,
             )
-        return self.tokenizer.decode(output[0, len(ids) :])
+        return self.tokenizer.decode(output[0, len(ids) :].tolist(), after=ids)
+
+
+def _checked(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Logits (B, vocabulary) as they are. Raises FallowError for NaN and infinite ones."""
+    check_largest(logits.float().amax(dim=-1).numpy())
+    return logits
 
 
 def load(model: str | Path | Model, dtype: str = "auto") -> Model:
@@ -241,7 +259,9 @@ def load(model: str | Path | Model, dtype: str = "auto") -> Model:
     use_fastest_float32()
     keep_freed_memory()
     quieten_transformers()
-    return _load_folder(name, path, dtype) if path.is_dir() else _load_gguf(name, path, dtype)
+    found = _load_folder(name, path, dtype) if path.is_dir() else _load_gguf(name, path, dtype)
+    note_endless(found.tokenizer, name)
+    return found
 
 
 def find_model(name: str) -> Path:
@@ -478,6 +498,6 @@ def _load_tokenizer(folder: Path) -> TextTokenizer:
         converted = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         with tempfile.TemporaryDirectory() as scratch:
             converted.save_pretrained(scratch)
-            return tokenizer_from_folder(Path(scratch))
+            return tokenizer_from_folder(Path(scratch), folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, FallowError) as error:
         raise FallowError(f"{folder} has no usable tokenizer; add its tokenizer.json") from error

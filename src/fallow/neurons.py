@@ -21,7 +21,7 @@ from fallow.progress import progress
 from fallow.rules._base import per_token_topk
 from fallow.taps import Tap, attach
 from fallow.text import Text, load_text
-from fallow.tokenizer import TextTokenizer
+from fallow.tokenizer import TextStream, TextTokenizer
 
 BEFORE, AFTER = 20, 7  # tokens of a snippet besides the one it is about
 LENGTH = BEFORE + 1 + AFTER
@@ -310,9 +310,9 @@ def token_texts(tokenizer: TextTokenizer, ids: np.ndarray | Sequence[int]) -> li
     have their names.
     """
     texts: list[str] = []
-    shown = ""
+    shown, stream = "", TextStream(tokenizer)
     for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[:end])
+        whole = stream.add(int(ids[end - 1]))
         # U+FFFD at the end stands for bytes that the next token may complete.
         complete = whole if end == len(ids) else whole.rstrip("\ufffd")
         added = complete[len(shown) :]
@@ -325,8 +325,7 @@ def token_texts(tokenizer: TextTokenizer, ids: np.ndarray | Sequence[int]) -> li
 
 def token_text(tokenizer: TextTokenizer, token_id: int) -> str:
     """A token as it continues a text; what is no text by itself, by its name in the vocabulary."""
-    anchor = tokenizer.encode("a")[-1:].tolist()
-    text = token_texts(tokenizer, [*anchor, token_id])[-1]
+    text = tokenizer.piece(token_id).decode("utf-8", "replace")
     if text and "\ufffd" not in text:
         return text
     return tokenizer.backend.id_to_token(token_id) or f"#{token_id}"

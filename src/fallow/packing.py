@@ -5,6 +5,7 @@ quantised bytes; down_proj is transposed, so that a neuron's weights lie togethe
 along its rows.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from fallow.memory import COARSE_HEAD
 from fallow.model import Model, find_model, load
 from fallow.plan import Plan
 from fallow.planes import PLANE_TYPES, split_planes
-from fallow.progress import console, progress
+from fallow.progress import console, note, progress
 from fallow.quality import compare_logits
 from fallow.shortlist import coarse_head
 from fallow.taps import Layer, attach
@@ -156,6 +157,8 @@ class Packer:
         self._source = _Source(load(model, "float32"), name)
         if plan is not None:
             self.model.rule(plan)
+        for problem in self.model.tokenizer.chat_problems():
+            note(problem)
         self._types = self._source.down_types(quant, down)
         self._planes = planes
         self._matrices = self._source.matrices(quant)
@@ -637,6 +640,7 @@ def _write(
         writer.add_uint32("tokenizer.ggml.bos_token_id", tokenizer.bos_id)
     if tokenizer.eos_ids:
         _add(writer, "fallow.eos_token_ids", list(tokenizer.eos_ids))
+    writer.add_string("fallow.special_tokens", json.dumps(dict(tokenizer.special_tokens)))
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)
     if plan is not None:

@@ -20,7 +20,7 @@ console = Console(stderr=True, markup=False, emoji=False)
 
 def note(text: str) -> None:
     """One line on stderr that something is not as it might be."""
-    console.print(f"note: {text}", soft_wrap=True, highlight=False)
+    console.print(f"note: {text}", soft_wrap=True, highlight=False, markup=False)
 
 
 class Ticker(Protocol):

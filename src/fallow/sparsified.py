@@ -166,18 +166,13 @@ def _save_plan(plan: Plan, folder: Path) -> None:
 def _save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     """With the BOS that the model wants, and its end tokens."""
     backend = Tokenizer.from_str(tokenizer.backend.to_str())
-    names = {
-        "bos_token": tokenizer.bos_id,
-        "eos_token": next(iter(tokenizer.eos_ids), None),
-    }
-    special = {k: backend.id_to_token(i) for k, i in names.items() if i is not None}
     if tokenizer.add_bos and tokenizer.bos_id is not None:
-        bos = special["bos_token"]
+        bos = backend.id_to_token(tokenizer.bos_id)
         backend.post_processor = TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_id)]
         )
     backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
     if tokenizer.chat_template is not None:
         config["chat_template"] = tokenizer.chat_template
     write_json(folder / "tokenizer_config.json", config)

@@ -282,6 +282,10 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Packed models: end before this text; repeatable.")
     ] = None,
+    parse_special: Annotated[
+        bool,
+        typer.Option(help="Control tokens in a prompt to continue are tokens, not text."),
+    ] = True,
     lossless: Annotated[
         bool,
         typer.Option(
@@ -311,7 +315,7 @@ def generate(
             console.print(engine.describe_memory(), highlight=False)
         pieces = engine.generate(
             prompt, max_new_tokens, temperature, top_p, top_k, min_p, seed, stop or (), chat,
-            lossless,
+            lossless, parse_special,
         )  # fmt: skip
         _print_stream(engine, prompt, pieces, as_json)
         return
@@ -327,6 +331,7 @@ def generate(
         temperature=temperature,
         seed=seed,
         chat=chat,
+        parse_special=parse_special,
     )
     if as_json:
         print_json({"prompt": prompt, "text": answer})

@@ -1,6 +1,7 @@
 """The routes. Every error has OpenAI's form; a client that goes away frees the engine."""
 
 import asyncio
+import codecs
 import hmac
 import json
 import secrets
@@ -12,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -224,8 +225,6 @@ class _Answering:
     def __init__(self, worker: Worker, name: str, telemetry: Telemetry) -> None:
         self.worker, self.name, self.telemetry = worker, name, telemetry
         self.card = api.ModelCard(id=name, created=int(time.time()))
-        # The tokenizer has settings that differ between text and conversations: one at a time.
-        self._one_at_a_time = CapacityLimiter(1)
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -270,6 +269,7 @@ class _Answering:
         prompts: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         if isinstance(prompts[0], int):
             prompts = [prompts]
+        parse_special = body.parse_special is not False
         if len(prompts) > self.worker.limit:  # which is no matter of waiting
             raise _BadRequest(
                 f"prompt: {len(prompts)} are more than the {self.worker.limit} that may wait; "
@@ -277,7 +277,9 @@ class _Answering:
                 "prompt",
             )
         ids = [
-            await self._encode("prompt", partial(self.tokenizer.prompt, p))
+            await self._encode(
+                "prompt", partial(self.tokenizer.prompt, p, parse_special=parse_special)
+            )
             if isinstance(p, str)
             else np.asarray(p)
             for p in prompts
@@ -295,7 +297,9 @@ class _Answering:
                 api.CompletionChoice(
                     index=i,
                     text=answer.texts[i],
-                    logprobs=_logprobs(self.tokenizer, answer.tokens[i], body.logprobs, 0),
+                    logprobs=_logprobs(
+                        self.tokenizer, answer.tokens[i], body.logprobs, answer.texts[i], 0
+                    ),
                     finish_reason=answer.stats[i].finish,
                 )
                 for i in range(len(ids))
@@ -305,7 +309,7 @@ class _Answering:
 
     async def _encode(self, field: str, encode: Callable[[], np.ndarray]) -> np.ndarray:
         try:
-            return await to_thread.run_sync(encode, limiter=self._one_at_a_time)
+            return await to_thread.run_sync(encode)
         except FallowError as error:  # the chat template refuses it
             raise _BadRequest(str(error), field) from error
 
@@ -399,7 +403,7 @@ class _Answering:
                 found: Any = _chat_logprobs(self.tokenizer, piece.tokens, top)
             else:
                 choice["text"] = piece.text
-                found = _logprobs(self.tokenizer, piece.tokens, top, offsets[index])
+                found = _logprobs(self.tokenizer, piece.tokens, top, piece.text, offsets[index])
                 offsets[index] += len(piece.text)
             choice["logprobs"] = found.model_dump() if found and piece.tokens else None
             return _event(made | {"choices": [choice]})
@@ -522,9 +526,9 @@ def _usage(stats: Sequence[Stats]) -> api.Usage:
 
 
 def _top(tokenizer: TextTokenizer, token: int, logprob: float | None) -> dict[str, Any]:
-    text = tokenizer.backend.decode([token], skip_special_tokens=False)
-    whole = "\ufffd" not in text  # else a part of a character
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+    piece = tokenizer.piece(token)
+    text = piece.decode("utf-8", "replace")  # a token may be a part of a character
+    return {"token": text, "logprob": logprob, "bytes": list(piece)}
 
 
 def _chat_logprobs(
@@ -544,13 +548,16 @@ def _chat_logprobs(
 
 
 def _logprobs(
-    tokenizer: TextTokenizer, tokens: Sequence[TokenChoice], top: int | None, offset: int
+    tokenizer: TextTokenizer,
+    tokens: Sequence[TokenChoice],
+    top: int | None,
+    text: str,
+    offset: int,
 ) -> api.CompletionLogprobs | None:
-    """The older form, of /v1/completions; `offset` characters went before."""
+    """The older form, of /v1/completions, of a text that `offset` characters went before."""
     if top is None:
         return None
     texts = [_top(tokenizer, t.id, 0)["token"] for t in tokens]
-    starts = np.cumsum([offset, *map(len, texts)])[:-1]
     return api.CompletionLogprobs(
         tokens=texts,
         token_logprobs=[t.logprob for t in tokens],
@@ -562,5 +569,23 @@ def _logprobs(
         ]
         if top
         else None,
-        text_offset=[int(i) for i in starts],
+        text_offset=[offset + i for i in _begins(tokenizer, tokens, text)],
     )
+
+
+def _begins(tokenizer: TextTokenizer, tokens: Sequence[TokenChoice], text: str) -> list[int]:
+    """Where in their text tokens begin; one that goes on with a character, where that does."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    found, at = [], 0
+    for token in tokens:
+        piece = tokenizer.piece(token.id)
+        if not (piece and 0x80 <= piece[0] < 0xC0):
+            at += len(decoder.decode(b"", final=True))  # of a character that broke off
+        found.append(at)
+        said = decoder.decode(piece)
+        if tokenizer.is_control(token.id):
+            said = said if text.startswith(said, at) else ""  # a prompt has it, an answer not
+        elif at == 0 and said.startswith(" ") and not text.startswith(" "):
+            said = said[1:]  # SentencePiece puts one before a text
+        at += len(said)
+    return found

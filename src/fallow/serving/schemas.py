@@ -258,6 +258,7 @@ class CompletionRequest(_Request):
         NonEmpty | Texts | Ids | Annotated[list[Ids], Field(min_length=1, fail_fast=True)],
         _takes("a text, a list of token ids, or a list of either, without empty ones"),
     ]
+    parse_special: Flag = True  # ours: control tokens in a text are tokens; false: text
     echo: Flag = False
     max_tokens: Annotated[
         int | None, Field(ge=0), _takes("a whole number of at least 1, or 0 with echo")
