@@ -155,7 +155,7 @@ def optimize(
     check_writable(output)
     source_text = load_text(text, "evaluation")
     fit_text = load_text(calibration_text, "calibration")
-    check_no_leakage(fit_text.sha256, source_text, allow_leakage=False)
+    check_no_leakage(fit_text.sha256, source_text, False, fit_text.sketch)
     packer = Packer(
         model, quant=quant, down=down, shortlist=None, planes=planes, calibration_text=fit_text
     )
@@ -345,6 +345,7 @@ class Candidates:
             arrays=arrays,
             calibration_text=self.text.name,
             calibration_sha256=self.text.sha256,
+            calibration_sketch=self.text.sketch,
             calibration_tokens=self.calibration.n_tokens,
             dtype=self.model.dtype_name,
         )
