@@ -21,9 +21,8 @@ class GateBucket(Gate):
 
     @classmethod
     def extra_bytes(cls, layer: Layer) -> int:
-        return (
-            2 * (2 * BUCKETS - 1) * layer.down_proj.in_features
-        )  # edges and means, half precision
+        """Edges and means, in half precision."""
+        return 2 * (2 * BUCKETS - 1) * layer.down_proj.in_features
 
     @classmethod
     def extra_multiplications(cls, layer: Layer) -> int:
