@@ -488,8 +488,8 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
         lines.append(_scikit_line(**result["scikit-learn"]))
     columns = ("cluster", "static", "previous", "random")
     lines.append(
-        "\nRecall of held-out tokens, mean of layers; `cluster` is an oracle's choice. Seconds are "
-        "beside other work, more of it for SmolLM2.\n\n"
+        "\nRecall of held-out tokens, mean of layers; `cluster` is an oracle's choice, and energy "
+        "its energy recall. Seconds are beside other work, more of it for SmolLM2.\n\n"
         "| codebook | K | density | cluster | energy | static | previous | random | MB | s |\n"
         "|---|---|---|---|---|---|---|---|---|---|"
     )
@@ -544,16 +544,16 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
             f"\nIn the loop, {PPL_WINDOWS} windows of {CONTEXT}; {PPL_CLUSTERS} clusters and all "
             f"else from {PPL_CALIBRATION} windows. `oracle=1`: the cluster that the true active "
             "set is nearest to, else the one predicted from the FFN's input, neurons weighted by "
-            "their energy; `and=1`: of it the truly active neurons alone. **FFN bytes** as in "
-            "[selectors.md](selectors.md).\n\n"
-            "| rule | kept | PPL change % | recall | energy | FFN bytes |\n"
-            "|---|---|---|---|---|---|"
+            "their energy; `and=1`: of it the truly active neurons alone; for both the truth is "
+            "read. **FFN bytes** as in [selectors.md](selectors.md).\n\n"
+            "| rule | kept | PPL change % | recall | FFN bytes |\n"
+            "|---|---|---|---|---|"
         )
     for r in result.get("ppl", []) + result.get("ppl near all", []):
         lines.append(
             f"| `{r['rule']}` | {r['kept']:.0%} "
             f"| {r['ppl_change_percent']:+.1f} ± {r['ppl_change_se']:.1f} | {r['recall']:.3f} "
-            f"| {r['energy_recall']:.3f} | {r['ffn_bytes']:.3f} |"
+            f"| {r['ffn_bytes']:.3f} |"
         )
     return lines
 

@@ -47,11 +47,12 @@ measured on the raw test text, windows of 1024 tokens: the best on {WINDOWS}, al
 whose figures are less certain. `benchmarks/selector.py` does it; the result of every window is in
 `benchmarks/results/selectors`.
 
-- **recall**, **energy**: of the k neurons that matter most, the share that was kept, and the kept
-  ones' squared norms over theirs. Rows with cett=1 have no k: layers and tokens share the budget by
-  the thresholds of `cett`.
+- **recall**: of the k neurons that matter most, the share that was kept. Rows with cett=1 have no
+  k: layers and tokens share the budget by the thresholds of `cett`. Energy recall is left out until
+  it is measured per token: its sum over tokens, given before, was an attention sink's.
 - **FFN bytes** per decoded token, what is read to choose included, over the dense FFN's; gate and
-  up in 4.5 bits, down in 5.5.
+  up in 4.5 bits, down in 5.5. `previous` and `blend` need what all neurons put out for the token
+  before, and read gate and up whole for it.
 - Changes are against the dense model on the same windows, ± one *paired* standard error.
 
 Why they fail, or do not:
@@ -86,7 +87,8 @@ Why they fail, or do not:
   On Qwen2.5-Coder it lowers the divergence and raises the loss: leaving neurons idle takes away
   noise that this brings back.
 - `rank`: on SmolLM2 and Gemma-3-270M, whose inputs are dominated by a few directions, a correction
-  of the bits' error in those directions is worth most of a bit; on Qwen2.5-Coder little.
+  of the bits' error in those directions is worth most of a bit, and costs about as many bytes; on
+  Qwen2.5-Coder it is worth little.
 - `cett=1`: on Qwen2.5-Coder budgets that differ by layer and token halve what selection costs. On
   the other two a shared threshold costs more than k per token: attention sinks.
 """
@@ -118,8 +120,8 @@ def report() -> str:
             f"## {path.parent.name}, {path.parent.parent.name}\n",
             f"Dense PPL {table[0]['ppl']:.2f} ± {table[0]['ppl_se']:.2f}, {table[0]['windows']} "
             f"windows; {machine_line(where)}.\n",
-            "| selector | S(inter) | recall | energy | FFN bytes | PPL change % | KL nats/token |",
-            "|---|---|---|---|---|---|---|",
+            "| selector | S(inter) | recall | FFN bytes | PPL change % | KL nats/token |",
+            "|---|---|---|---|---|---|",
         ]
         lines += [_line(row) for row in table[1:]]
         figure = path.with_name("pareto.svg")
@@ -130,10 +132,9 @@ def report() -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    keys = ("recall", "energy_recall", "ffn_bytes")
-    recall, energy, read = (f"{row[k]:.3f}" if k in row else "" for k in keys)
+    recall, read = (f"{row[k]:.3f}" if k in row else "" for k in ("recall", "ffn_bytes"))
     return (
-        f"| `{row['rule']}` | {row['achieved_sparsity']:.3f} | {recall} | {energy} "
+        f"| `{row['rule']}` | {row['achieved_sparsity']:.3f} | {recall} "
         f"| {read} | {row['ppl_change_percent']:+.2f} ± {row['ppl_change_se']:.2f} "
         f"| {row['kl_to_dense']:.4f} ± {row['kl_se']:.4f} |"
     )

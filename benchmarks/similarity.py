@@ -174,8 +174,8 @@ over layers unless a layer is named.
 
 - **Edits**: windows of the WikiText-2 raw test text, some tokens replaced by others drawn from it.
   Unedited tokens behind the first edit are compared with themselves in the original; intervals are
-  95 %, over documents. kappa is the agreement beyond what tokens that have nothing to do with each
-  other share (unrelated), or beyond what the neurons' frequencies give (frequency).
+  1.96 standard errors over documents. kappa is the agreement beyond what tokens that have nothing
+  to do with each other share (unrelated), or beyond what the neurons' frequencies give (frequency).
 - **As published** (arXiv:2412.12178): agreement of the thresholded gate with the original's, over
   twelve samples. In the shared prefix it is 1 by construction (0.999 in bfloat16, Qwen's, as
   texts of other lengths round differently). Row by row behind it mixes edited tokens, and tokens

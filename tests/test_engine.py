@@ -594,6 +594,14 @@ def test_evaluation_on_the_engine(
     assert found.ppl == pytest.approx(expected.ppl, rel=0.01)
     assert found.ppl_change_percent == pytest.approx(expected.ppl_change_percent, abs=1)
     assert found.achieved_sparsity == pytest.approx(expected.achieved_sparsity, abs=0.01)
+    # The engine counts windows: their spread is less than that over tokens, and is not called so.
+    windows = [evaluate_engine(engine, plan, texts[1], context=64, windows=n + 1) for n in range(2)]
+    first = [layer["mean"] for layer in windows[0].sparsity_per_layer["inter"]]
+    both = [layer["mean"] for layer in windows[1].sparsity_per_layer["inter"]]
+    for layer, one, mean in zip(windows[1].sparsity_per_layer["inter"], first, both, strict=True):
+        low, high = np.percentile([one, 2 * mean - one], [5, 95])
+        assert (layer["p5"], layer["p95"]) == pytest.approx((low, high))
+    assert (found.spread_over, expected.spread_over) == ("windows", "tokens")
     decoded = evaluate_engine(engine, plan, texts[1], context=64, windows=3, decode=True)
     assert decoded.ppl == pytest.approx(found.ppl, rel=0.01)
     against = evaluate_engine(

@@ -11,7 +11,7 @@ import fallow
 from fallow.errors import FallowError, UsageError
 from fallow.models import ARCHITECTURES
 from fallow.taps import attach
-from fallow.text import cut_windows, load_text
+from fallow.text import Text, cut_windows, load_text
 
 Texts = tuple[Path, Path]
 
@@ -109,6 +109,9 @@ def test_leakage_is_refused(
         tiny["llama"], plans["llama"], texts[0], context=32, windows=1, allow_leakage=True
     )
     assert result.text_sha256 == plans["llama"].calibration_sha256
+    copy = Text("copy", "\n" + texts[0].read_text())
+    with pytest.raises(UsageError, match="copy has 100% in common with the text the plan was"):
+        fallow.evaluate(tiny["llama"], plans["llama"], copy, context=32)
 
 
 def test_plan_of_another_model(

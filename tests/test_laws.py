@@ -11,7 +11,7 @@ from conftest import DATA
 from fallow.errors import FallowError, UsageError
 from fallow.laws.curves import TOKENS, WIDTH_DEPTH, Curve, load_curve
 from fallow.laws.fitting import autocorrelation, crossing, fit_jointly, fit_law, profile
-from fallow.laws.forms import FORMS, find_form, fit
+from fallow.laws.forms import BOUNDS, FORMS, find_form, fit
 
 D = np.geomspace(1, 300, 30)
 TRUE = {
@@ -169,6 +169,48 @@ def test_intervals_cover_the_truth(name: str) -> None:
             covered[parameter] += low <= value <= high
     assert all(count >= 21 for count in covered.values()), covered
     assert sum(covered.values()) < 25 * len(covered)  # nor do they cover everything
+
+
+def awkward(kind: str) -> Curve:
+    """Six points that tell a law next to nothing."""
+    rng = np.random.default_rng(7)
+    x = np.geomspace(0.02, 90, 6)
+    ratio = {
+        "constant": np.full(6, 0.3),
+        "step": np.where(x < 1, 0.9, 0.05),
+        "noise": rng.uniform(0.01, 0.99, 6),
+    }[kind]
+    return Curve(kind, TOKENS, x, ratio)
+
+
+@pytest.mark.parametrize("kind", ["constant", "step", "noise"])
+@pytest.mark.parametrize("name", FORMS)
+def test_what_a_fit_reports_stays_in_bounds(name: str, kind: str) -> None:
+    """Parameters, whatever the curve; and every interval holds its own estimate."""
+    curve, form = awkward(kind), FORMS[name]
+    x = [float(curve.x[0]) / 10, float(curve.x[-1]) * 10]
+    law = fit_law(curve, name, draws=3, at=x, tokens_for=[0.1, 0.3])
+    gain, offset = form.names
+    bounds = {n: BOUNDS[n] for n in form.theta} | {offset: form.offset}
+    bounds[gain] = (-30.0, np.log(form.gain[1])) if form.log_gain else form.gain
+    for parameter, value in law.params.items():
+        least, most = bounds[parameter]
+        for low, high in (law.intervals[parameter], law.bootstrap[parameter]):
+            assert least <= low <= value <= high <= most, parameter
+    for found in law.at:
+        low, high = found.interval
+        assert low is not None
+        assert high is not None
+        assert 0 <= low <= found.ratio <= high <= 1
+    for found in law.tokens_for:
+        low, high = found.interval
+        assert found.x is None or (low is not None and low <= found.x <= (high or found.x))
+    line = np.clip(form.values(law.params, np.array(law.band_x)), 0, 1)
+    band = np.array(law.band)
+    assert ((band[:, 0] <= line) & (line <= band[:, 1])).all()
+    assert (band >= 0).all()
+    assert (band <= 1).all()
+    json.dumps(law.to_json(), allow_nan=False)
 
 
 def test_both_intervals_agree() -> None:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fallow.metrics import perplexity, ppl_change_percent, standard_error
+from fallow.metrics import energy_recall, perplexity, ppl_change_percent, standard_error
 
 
 def test_perplexity_of_a_uniform_guess() -> None:
@@ -28,3 +28,26 @@ def test_paired_error_ignores_what_both_sides_share() -> None:
     change, error = ppl_change_percent(dense + math.log(1.1), dense)
     assert change == pytest.approx(10)
     assert error == pytest.approx(0, abs=1e-12)
+
+
+def test_energy_recall_by_hand() -> None:
+    """Σ over x and c of energy over Σ over x (METHODS 3.6), by token; silent ones say nothing."""
+    energy = np.array([[9.0, 4.0, 1.0, 2.0], [9e6, 4e6, 1e6, 2e6], [0.0, 0.0, 0.0, 0.0]])
+    right = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]], dtype=bool)
+    chosen = np.array([[1, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]], dtype=bool)
+    np.testing.assert_allclose(energy_recall(energy, right, chosen), [9 / 13, 4 / 13])
+    np.testing.assert_array_equal(energy_recall(energy, right, right), [1, 1])
+    assert len(energy_recall(energy[2:], right[2:], chosen[2:])) == 0
+
+
+def test_energy_recall_of_random_neurons_is_their_share() -> None:
+    """Whatever one token of a thousand times the size does: an attention sink."""
+    rng = np.random.default_rng(0)
+    energy = rng.standard_normal((2000, 64)).astype(np.float32) ** 2
+    energy[0] *= 1e6
+    chosen, right = (
+        order.argsort(axis=1) < 32
+        for order in (rng.random(energy.shape), (-energy).argsort(axis=1))
+    )
+    np.testing.assert_array_equal(right.sum(axis=1), 32)
+    assert energy_recall(energy, right, chosen).mean() == pytest.approx(0.5, abs=0.01)

@@ -35,6 +35,7 @@ from fallow.patterns.store import (
 )
 from fallow.plan import Plan
 from fallow.taps import attach
+from fallow.text import Text
 
 Texts = tuple[Path, Path]
 
@@ -423,9 +424,8 @@ def test_scores_of_a_store(store: PatternStore, tmp_path: Path) -> None:
             scores = result.scores[name]
             assert scores["recall"] == pytest.approx((held & mask).sum() / held.sum())
             assert scores["precision"] == pytest.approx((held & mask).sum() / (18 * len(held)))
-            assert scores["energy_recall"] == pytest.approx(
-                (energy * mask).sum() / energy.sum(), rel=1e-5
-            )
+            shares = (energy * mask).sum(axis=1) / energy.sum(axis=1)  # no token is silent
+            assert scores["energy_recall"] == pytest.approx(shares.mean(), rel=1e-6)
         follows = np.arange(len(held)) % 32 > 0
         both = held[1:] & held[:-1] & follows[1:, None]
         assert result.scores["previous"]["recall"] == pytest.approx(
@@ -485,6 +485,13 @@ def test_bad_codebook_requests(
     other = collect(tiny["llama"], plan, tmp_path / "s", texts[1], context=32, windows=2)
     with pytest.raises(FallowError, match=r"of rule topk at 0\.75, not of topk at 0\.5"):
         cluster_store(store, tmp_path / "c", 4, test=other)
+    plan = calibrators["llama"].plan("topk", sparsity=0.5, measure=False)
+    copy = Text("copy", "so, " + texts[0].read_text())
+    same = collect(tiny["llama"], plan, tmp_path / "same", copy, context=48, windows=8)
+    with pytest.raises(
+        UsageError, match=r"same has \d+% of its text in common with .*, which is f"
+    ):
+        cluster_store(store, tmp_path / "c", 4, test=same)
     with pytest.raises(UsageError, match="--magnitudes"):
         cluster_store(other, tmp_path / "e", 4, 0.5, held_out=0.5, energy=True)
     (tmp_path / "junk").write_bytes(b"no codebooks")

@@ -1,5 +1,6 @@
 """The plan file: round trips, and every way it can be wrong."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,25 @@ def test_round_trip(tmp_path: Path) -> None:
     assert loaded.metadata == plan.metadata
     np.testing.assert_array_equal(loaded.arrays["threshold.inter"], [0.5, 1.5])
     assert [p.name for p in tmp_path.iterdir()] == ["p.plan"]
+
+
+def test_the_sketch_is_kept_beside_the_arrays(tmp_path: Path) -> None:
+    sketch = np.array([3, 2**64 - 1], dtype=np.uint64)
+    plan = make_plan(calibration_sketch=sketch)
+    plan.save(tmp_path / "p")
+    loaded = Plan.load(tmp_path / "p")
+    np.testing.assert_array_equal(loaded.calibration_sketch, sketch)
+    assert list(loaded.arrays) == ["threshold.inter"]
+    assert "calibration_sketch" not in plan.metadata
+    make_plan(calibration_sketch=np.zeros(2)).save(tmp_path / "p")
+    assert message(tmp_path / "p") == "plan P: array calibration_sketch is damaged; calibrate again"
+
+
+def test_a_plan_without_a_sketch(tmp_path: Path) -> None:
+    plan = make_plan()
+    text = json.dumps(plan.metadata)
+    save_file(plan.arrays, tmp_path / "p", metadata={"fallow_plan": text})
+    assert len(Plan.load(tmp_path / "p").calibration_sketch) == 0
 
 
 def message(path: Path) -> str:

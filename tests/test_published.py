@@ -61,3 +61,8 @@ def test_the_text_of_the_authors_is_leakage(
     test_text = Text("test", wikitext[1].read_text())
     with pytest.raises(UsageError, match="is the text the plan was calibrated on"):
         check_no_leakage(plan.calibration_sha256, test_text, allow_leakage=False)
+    copy = Text("test", "\n" + test_text.content)
+    with pytest.raises(UsageError, match="has 100% in common with the text the plan was calibra"):
+        check_no_leakage(plan.calibration_sha256, copy, False, plan.calibration_sketch)
+    other = Text("validation", wikitext[0].read_text())
+    check_no_leakage(plan.calibration_sha256, other, False, plan.calibration_sketch)

@@ -1,5 +1,6 @@
 """Every selector against a numpy statement of its score, on every architecture."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -453,7 +454,7 @@ def test_plans_keep_their_scores(
 
 
 def test_recall(tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]) -> None:
-    """The oracle finds all; recall and energy of another are those of its neurons."""
+    """The oracle finds all; another what it keeps of the best, energy token by token."""
     model = tiny["llama"]
     plans = [
         plan_of(calibrators["llama"], selector, 0.75)
@@ -468,7 +469,8 @@ def test_recall(tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator
         kept, k = seen["after"] != 0, round(0.25 * truth.shape[1])
         best = truth > np.sort(truth, axis=1)[:, -k - 1 : -k]
         recalls.append((kept & best).sum() / best.sum())
-        energies.append((truth**2 * kept).sum() / (truth**2 * best).sum())
+        found, whole = ((truth**2 * some).sum(axis=1) for some in (kept & best, best))
+        energies.append((found / whole).mean())
     assert gate.recall == pytest.approx(np.mean(recalls), abs=1e-3)
     assert gate.energy_recall == pytest.approx(np.mean(energies), abs=1e-3)
     assert 0.25 < gate.recall < 1
@@ -530,8 +532,87 @@ def test_bytes(selector: str, expected: float, tiny: dict[str, fallow.Model]) ->
     assert rule.ffn_bytes(1.0, layer) == pytest.approx(1 + extra)
 
 
+def four_bits(shape: tuple[int, ...]) -> int:
+    """Bytes of a matrix as Q4_K has it: half a byte each, and 16 bits per group of 32."""
+    rows, columns = shape
+    return rows * (-(-columns // 2) + 2 * -(-columns // 32))
+
+
+def read_to_choose(selector: str, arrays: dict[str, tuple[int, ...]]) -> int:
+    """Bytes that one token's choice takes in one layer, from the shapes of a plan's arrays.
+
+    int8 as it is, other fractions in half precision; one factor per neuron is free.
+    """
+    size = {name: math.prod(shape) for name, shape in arrays.items()}
+    if selector.startswith("lowbit"):  # the correction's factors
+        return 2 * sum(size.values())
+    if selector == "gate_bucket":
+        return 2 * (size["edges"] + size["means"])
+    if selector == "previous":  # the mean is read, and written
+        return 2 * 2 * size["mean"]
+    if selector.startswith("cluster"):
+        mask = -(-size["loudness"] // 8)
+        if "oracle=1" in selector:
+            return arrays["centroids"][0] * mask + size["weights"] + mask
+        return size["choice"] + 2 * (size["choice.scale"] + size["bias"]) + mask
+    if selector.startswith("learned"):
+        return size["in"] + size["out"] + 2 * (
+            size["in.scale"] + size["out.scale"] + size["noise"]
+        )  # fmt: skip
+    errors = sum(n for name, n in size.items() if name.endswith(".error"))
+    if selector.startswith("ahead"):
+        bits = sum(size.get(f"{part}.{end}", 0) for part in ("gate", "up") for end in ("out", "in"))
+        rows = arrays.get("map.out", (0,))[0] + arrays.get("map.in", (0,))[0]  # a scale each
+        product = size.get("map.out", 0) + size.get("map.in", 0)
+        return 2 * (bits + errors + size["map.scale"] + rows) + product
+    if selector.startswith("lowrank:bits=8"):
+        rows = arrays["out"][0] + arrays["in"][0]
+        return size["out"] + size["in"] + 2 * (rows + errors)
+    extra = four_bits(arrays["out"]) + four_bits(arrays["in"]) + 2 * errors
+    if selector.startswith("blend"):  # the mean of all tokens, and that of the last, written too
+        extra += 2 * (size["blend"] + 3 * size["mean"])
+    return extra
+
+
+@pytest.mark.parametrize(
+    ("selector", "first"),
+    [
+        ("lowbit:rank=5", 4.5 + 2.5),
+        ("lowbit:gate=3:up=1:rank=5", 3.5 + 1.5),
+        ("lowbit:rank=999", 4.5 + 2.5),  # no more than d_model
+        ("gate_bucket", 4.5),
+        ("previous", 9),  # it knows what all neurons put out for the token before
+        ("cluster:k=9", 0),
+        ("cluster:k=9:oracle=1", 9),  # as the truth is known
+        ("cluster:k=9:and=1", 9),
+        ("learned:rank=5", 0),
+        ("lowrank:rank=5", 0),
+        ("lowrank:bits=8:rank=5", 0),
+        ("lowrank:rank=5:gate=1", 4.5),
+        ("blend:rank=5", 9),
+        ("blend:rank=5:gate=1", 9),
+        ("ahead:map=3", 9),
+        ("ahead:map=0", 9),
+        ("ahead:map=3:gate=2:up=2:rank=2", 5),
+    ],
+)
+def test_bytes_of_what_is_read(
+    selector: str, first: float, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+) -> None:
+    """Bits of gate and up that all neurons take, arrays of the plan, and rows of the kept."""
+    layer = tiny["llama"].layers[0]
+    plan = plan_of(calibrators["llama"], selector, 0.5)
+    arrays = {name: a.shape[1:] for name, a in plan.arrays.items() if name != "kept"}
+    neurons, extra = layer.down_proj.weight.numel(), read_to_choose(selector, arrays)
+    rule: Any = find_rule(selector)
+    again = first if selector.startswith("ahead") else 0
+    bits = first + 0.25 * (14.5 - first + again) + 8 * extra / neurons
+    assert rule.ffn_bytes(0.25, layer) == pytest.approx(bits / 14.5)
+    assert rule.cost(layer)[0] == pytest.approx(first / 8 * neurons + extra)
+
+
 def test_correction(calibrators: dict[str, Calibrator], tiny: dict[str, fallow.Model]) -> None:
-    """It removes error where the calibration's inputs are, and costs rank (d_model + d_ff)."""
+    """It removes error where the calibration's inputs are, and costs 2 rank (d_model + d_ff)."""
     layer = tiny["llama"].layers[0]
     weight = layer.ffn_inputs["up_proj"].weight.detach()
     moment = torch.from_numpy(calibrators["llama"].calibration.input_moments[0])
@@ -550,7 +631,7 @@ def test_correction(calibrators: dict[str, Calibrator], tiny: dict[str, fallow.M
     rule: Any = find_rule("lowbit:rank=4")
     d_model, d_ff = layer.down_proj.weight.shape
     more = rule.ffn_bytes(0.5, layer) - find_rule("lowbit").ffn_bytes(0.5, layer)  # type: ignore[attr-defined]
-    assert more == pytest.approx(4 * 8 * (d_model + d_ff) / (d_model * d_ff) / 14.5)
+    assert more == pytest.approx(4 * 16 * (d_model + d_ff) / (d_model * d_ff) / 14.5)
 
 
 @pytest.fixture(scope="module")

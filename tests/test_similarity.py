@@ -74,6 +74,18 @@ def test_edits_keep_the_other_tokens(n: int, share: float, kind: str, seed: int)
         assert len(before) + len(after) == n - count
 
 
+def test_one_document_has_no_interval(
+    tiny: dict[str, fallow.Model], plan: Plan, texts: Texts
+) -> None:
+    """With these places drawn only one of the two has an unedited token behind its first edit."""
+    report = edit_test(
+        tiny["llama"], plan, texts[1], documents=2, context=8, shares=(0.75,), kind="delete"
+    )
+    before, after = report.rows
+    assert (before.agreement_interval, before.jaccard_interval) == ([0.0, 0.0], [0.0, 0.0])
+    assert (after.agreement_interval, after.jaccard_interval) == (None, None)
+
+
 @pytest.mark.parametrize("kind", similarity.KINDS)
 def test_edit_test(kind: str, tiny: dict[str, fallow.Model], plan: Plan, texts: Texts) -> None:
     report = edit_test(
@@ -87,6 +99,7 @@ def test_edit_test(kind: str, tiny: dict[str, fallow.Model], plan: Plan, texts: 
         assert by_stratum[share, "before"].kappa_frequency == [1.0, 1.0]
         after = by_stratum[share, "after"]
         assert all(0.5 < a < 1 for a in after.agreement)
+        assert after.agreement_interval is not None
         assert all(i > 0 for i in after.agreement_interval)
         for a, base, kappa in zip(
             after.agreement, report.unrelated_agreement, after.kappa_unrelated, strict=True

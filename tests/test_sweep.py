@@ -136,6 +136,19 @@ def test_folder_of_another_run_is_refused(
 def test_leakage_is_refused(tiny: dict[str, fallow.Model], texts: Texts, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is the text the plan was calibrated on"):
         run(tiny["llama"], (texts[1], texts[1]), tmp_path, make_rows(["topk"], [0.5]))
+    copy = tmp_path / "copy"
+    copy.write_text(texts[1].read_text().replace(" ", "\n"))
+    with pytest.raises(UsageError, match="has 100% in common with the text the plan was calibra"):
+        run(tiny["llama"], (copy, texts[1]), tmp_path, make_rows(["topk"], [0.5]))
+
+
+def test_a_budget_of_no_neurons_has_no_recall(
+    tiny: dict[str, fallow.Model], texts: Texts, tmp_path: Path
+) -> None:
+    _, row = run(tiny["llama"], texts, tmp_path, make_rows(["topk"], [0.99]))
+    assert row["sparsity_inter"] == 1
+    assert "recall" not in row
+    assert "energy_recall" not in row
 
 
 def test_pareto_front() -> None:

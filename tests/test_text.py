@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from fallow.errors import FallowError, UsageError
-from fallow.text import Text, check_no_leakage, cut_windows, load_text, split_windows
+from fallow.text import (
+    RUN,
+    SKETCH,
+    Text,
+    check_no_leakage,
+    cut_windows,
+    load_text,
+    overlap,
+    sketch_of,
+    split_windows,
+)
 
 
 class Letters:
@@ -84,3 +94,63 @@ def test_leakage_is_refused_unless_allowed() -> None:
     check_no_leakage(text.sha256, text, allow_leakage=True)
     with pytest.raises(UsageError, match="is the text the plan was calibrated on"):
         check_no_leakage(text.sha256, text, allow_leakage=False)
+
+
+def prose(words: int, seed: int) -> str:
+    numbers = np.random.default_rng(seed).integers(0, 5000, words)
+    return " ".join(f"word{n}" for n in numbers)
+
+
+def message(calibration: Text, evaluation: Text) -> str:
+    """What is said to an evaluation, "" if nothing."""
+    try:
+        check_no_leakage(calibration.sha256, evaluation, False, calibration.sketch)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def test_a_changed_copy_is_leakage() -> None:
+    """More white space, other letters, a part of it, or it and more: the share is said."""
+    mine, other = prose(20_000, 0), prose(20_000, 1)
+    text = Text("C", mine)
+    copies = ("\n" + mine, mine.replace(" ", " \r\n"), mine.upper(), mine + "!", mine[5000:30_000])
+    for copy in (*copies, mine + other):
+        assert message(text, Text("T", copy)) == (
+            "evaluation text T has 100% in common with the text the plan was calibrated on; "
+            "give another --text, or --allow-leakage to do it all the same"
+        )
+    check_no_leakage(text.sha256, Text("T", "\n" + mine), True, text.sketch)
+    check_no_leakage(text.sha256, Text("T", "\n" + mine), False)  # a plan of old: its hash alone
+    half = mine[: len(mine) // 2] + other[: len(other) // 2]
+    assert 40 <= int(message(text, Text("T", half)).split("has ")[1].split("%")[0]) <= 60
+    assert message(text, Text("T", other)) == ""
+    assert "100%" in message(Text("C", "a short one"), Text("T", " A short\none\n"))
+    assert message(Text("C", "a short one"), Text("T", "another")) == ""
+
+
+def test_halves_of_the_default_text_are_no_leakage() -> None:
+    calibration, evaluation = (load_text(None, half) for half in ("calibration", "evaluation"))
+    assert overlap(calibration.sketch, evaluation.codes) < 0.01
+    assert message(calibration, evaluation) == message(evaluation, calibration) == ""
+
+
+def test_overlap_estimates_the_share_of_runs() -> None:
+    """Against all runs of both texts, each in full; the larger of both shares."""
+
+    def runs(codes: np.ndarray) -> set[bytes]:
+        return {codes[i : i + RUN].tobytes() for i in range(len(codes) - RUN + 1)}
+
+    rng = np.random.default_rng(0)
+    both, mine, theirs = (rng.integers(0, 500, n).astype(np.uint32) for n in (9000, 5000, 21_000))
+    a, b = np.concatenate([both, mine]), np.concatenate([theirs, both])
+    shared = len(runs(a) & runs(b))
+    exact = shared / min(len(runs(a)), len(runs(b)))
+    assert len(sketch_of(a)) == SKETCH
+    for x, y in ((a, b), (b, a)):
+        assert overlap(sketch_of(x), y) == pytest.approx(exact, abs=0.05)
+    assert overlap(sketch_of(a), a) == 1
+    assert overlap(np.empty(0, dtype=np.uint64), a) == 0
+    pieces = np.concatenate([a, rng.integers(0, 500, 200_000).astype(np.uint32)])  # more than one
+    np.testing.assert_array_equal(np.isin(sketch_of(pieces), sketch_of(pieces[::-1])), False)
+    assert overlap(sketch_of(pieces), pieces[100_000:]) == pytest.approx(1, abs=0.05)

@@ -146,6 +146,7 @@ class Calibrator:
             arrays=rule.arrays,
             calibration_text=self.text.name,
             calibration_sha256=self.text.sha256,
+            calibration_sketch=self.text.sketch,
             calibration_tokens=self.calibration.n_tokens,
             dtype=self.model.dtype_name,
         )

@@ -11,6 +11,7 @@ import torch
 
 from fallow.capture import non_finite_error
 from fallow.errors import FallowError
+from fallow.metrics import energy_recall
 from fallow.model import Model
 from fallow.plan import Plan
 from fallow.progress import progress
@@ -51,7 +52,10 @@ class SparsityMeter:
 
 
 class SelectionMeter:
-    """How many of each token's k loudest neurons a plan keeps, and how much of their energy."""
+    """How many of each token's k loudest neurons a plan keeps, and how much of their energy.
+
+    Layers in which no neuron of any token puts out anything are left out.
+    """
 
     def __init__(self, model: Model, kept: float) -> None:
         self._layers, self._kept = model.layers, kept
@@ -62,18 +66,16 @@ class SelectionMeter:
         self._truth = inter.abs().float() * self._layers[index].down_norm
 
     def after(self, index: int, inter: torch.Tensor) -> None:
-        best = self._truth > per_token_topk(self._truth, self._kept)
-        energy = self._truth.square()
-        kept = inter != 0
-        self._shares.append(
-            (
-                float((kept & best).sum() / best.sum()),
-                float((energy * kept).sum() / (energy * best).sum()),
-            )
-        )
+        best = (self._truth > per_token_topk(self._truth, self._kept)).numpy()
+        kept = (inter != 0).numpy()
+        energies = energy_recall(self._truth.square().numpy(), best, kept)
+        if len(energies):
+            self._shares.append(((kept & best).sum() / best.sum(), energies.mean()))
 
-    def means(self) -> tuple[float, float]:
-        """Recall and energy recall, mean over layers."""
+    def means(self) -> tuple[float, float] | tuple[None, None]:
+        """Recall and energy recall, mean over layers; None if nothing was to be found."""
+        if not self._shares:
+            return None, None
         recall, energy = np.mean(self._shares, axis=0)
         return float(recall), float(energy)
 
@@ -228,7 +230,7 @@ def evaluate(
     source = load_text(text, "evaluation")
     if plan is not None:
         plan.check_model(model.fingerprint, model.name)
-        check_no_leakage(plan.calibration_sha256, source, allow_leakage)
+        check_no_leakage(plan.calibration_sha256, source, allow_leakage, plan.calibration_sketch)
     cut = model.windows(source, context, windows)
     dense, sparse = [], []
     with progress("evaluate", len(cut)) as ticker:

@@ -72,6 +72,19 @@ def ppl_change_percent(
     return 100 * (ratio - 1), None if error is None else 100 * ratio * error
 
 
+def energy_recall(energy: np.ndarray, right: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Of each token's energy in the right neurons, the share in those that were chosen too.
+
+    Σ over right and chosen of energy_i / Σ over right of energy_i (METHODS 3.6): for energies
+    (T, d_ff), which are (|inter_i| ||down_proj[:, i]||)², and both sets (T, d_ff) bool. A share per
+    token, since summed over tokens an attention sink's, thousands of times as large, would be all
+    that counts. Tokens whose right neurons have none, say of a ReLU that is silent, are left out.
+    """
+    whole = (energy * right).sum(axis=1, dtype=np.float64)
+    found = (energy * (right & chosen)).sum(axis=1, dtype=np.float64)
+    return found[whole > 0] / whole[whole > 0]
+
+
 def standard_error(values: np.ndarray) -> float | None:
     """Standard error of the mean of independent values (n,); None if n < 2."""
     values = np.asarray(values, dtype=np.float64)

@@ -160,7 +160,7 @@ def optimize(
     check_writable(output)
     check_text = load_text(text, "evaluation")
     fit_text = load_text(calibration_text, "calibration")
-    check_no_leakage(fit_text.sha256, check_text, allow_leakage=False)
+    check_no_leakage(fit_text.sha256, check_text, False, fit_text.sketch)
     # The packer's own check may refuse a type of down_proj_t, so it reads no check text either.
     calibration = load_text(None, "calibration")
     packer = Packer(model, quant=quant, down=down, planes=planes, text=calibration)
@@ -368,6 +368,7 @@ class Candidates:
             arrays=arrays,
             calibration_text=self.text.name,
             calibration_sha256=self.text.sha256,
+            calibration_sketch=self.text.sketch,
             calibration_tokens=self.calibration.n_tokens,
             dtype=self.model.dtype_name,
         )

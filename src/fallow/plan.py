@@ -17,6 +17,7 @@ from fallow.files import atomic_path, fits, parse_json
 
 FORMAT = 1
 _METADATA_KEY = "fallow_plan"
+_SKETCH = "calibration_sketch"
 
 
 def _today() -> str:
@@ -50,6 +51,10 @@ class Plan:
     achieved_ppl_increase_se: float | None = None
     calibration_text: str = ""
     calibration_sha256: str = ""
+    # `Text.sketch` of it, (n,) uint64; empty in plans that were made without.
+    calibration_sketch: np.ndarray = field(
+        default_factory=lambda: np.empty(0, dtype=np.uint64), repr=False
+    )
     calibration_tokens: int = 0
     dtype: str = ""
     date: str = field(default_factory=_today)
@@ -58,8 +63,8 @@ class Plan:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Everything but the arrays."""
-        return {k: v for k, v in asdict(self).items() if k != "arrays"}
+        """Everything but arrays and sketch."""
+        return {k: v for k, v in asdict(self).items() if k not in ("arrays", _SKETCH)}
 
     def save(self, path: str | Path) -> None:
         """Writes the file whole or not at all. Raises FallowError if it cannot be written."""
@@ -71,7 +76,8 @@ class Plan:
         """The file's content."""
         text = json.dumps(self.metadata, allow_nan=False)
         # safetensors writes the memory of an array as it lies, whatever its strides say.
-        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        stored = self.arrays | {_SKETCH: self.calibration_sketch}
+        arrays = {name: np.ascontiguousarray(array) for name, array in stored.items()}
         return save_arrays(arrays, metadata={_METADATA_KEY: text})
 
     @classmethod
@@ -116,7 +122,10 @@ class Plan:
                 f"plan {where} has format {in_one_line(version)}, this fallow reads {FORMAT}; "
                 "calibrate again"
             )
-        known = {f.name: f.type for f in fields(cls) if f.name != "arrays"}
+        sketch = arrays.pop(_SKETCH, np.empty(0, dtype=np.uint64))
+        if sketch.dtype != np.uint64 or sketch.ndim != 1:
+            raise FallowError(f"plan {where}: array {_SKETCH} is damaged; calibrate again")
+        known = {f.name: f.type for f in fields(cls) if f.name not in ("arrays", _SKETCH)}
         missing = {"model", "fingerprint", "rule", "where", "knob", "knob_name"} - set(metadata)
         if missing:
             raise FallowError(f"plan {where} lacks {', '.join(sorted(missing))}; calibrate again")
@@ -136,7 +145,8 @@ class Plan:
                 )
             if name in ("kept", "tau") and (array > 1).any():
                 raise FallowError(f"plan {where}: array {name} exceeds 1; calibrate again")
-        return cls(arrays=arrays, **{k: v for k, v in metadata.items() if k in known})
+        values = {k: v for k, v in metadata.items() if k in known}
+        return cls(arrays=arrays, calibration_sketch=sketch, **values)
 
     def check_model(self, fingerprint: str, name: str) -> None:
         """Raises FallowError if the plan was made for another model."""

@@ -14,6 +14,17 @@ from fallow.rules import find_rule
 # The published thresholds were calibrated on the canonical WikiText-2 raw test text; evaluating on
 # it is leakage and is refused like any other (METHODS 2.5).
 WIKITEXT2_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+# The smallest hashes of its `Text.sketch`, so that it is found with other line breaks too.
+WIKITEXT2_TEST_SKETCH = np.array(
+    [
+        0x19db70d8169e, 0x2bc53c3e1b13, 0x3e75b9477d32, 0x50ca20dffcaf, 0x5ce6d4851396,
+        0x7bf4135a3c44, 0x7dd0eea90284, 0x91d87867d1b2, 0x9a7188514d65, 0xd8b13d6be7d4,
+        0xfe4c306d82b3, 0x116184c34fba7, 0x11fac510f615b, 0x125dd023100af, 0x12ebf27626ee0,
+        0x13fa27f0c5278, 0x144719be5c222, 0x145aee7595d85, 0x16b1a70399249, 0x17497d99f1c38,
+        0x179e3ae86461c, 0x1863671c11170, 0x1b887b231af7e, 0x1d27013d61cfa,
+    ],
+    dtype=np.uint64,
+)  # fmt: skip
 
 # Keys of the files against taps. `act_fn` and `activation_fn` are calibrated but never applied.
 _TAPS = {
@@ -70,6 +81,7 @@ def import_thresholds(path: str | Path, model: Model, knob: float | None = None)
         dtype=model.dtype_name,
         calibration_text=f"WikiText-2 raw test, by the authors ({path.name})",
         calibration_sha256=WIKITEXT2_TEST_SHA256,
+        calibration_sketch=WIKITEXT2_TEST_SKETCH,
     )
 
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 
@@ -37,11 +37,13 @@ class WindowResult:
     loss: float  # mean next-token loss, nats
     kl: np.ndarray = field(repr=False)  # (T - 1,) nats, KL(dense || sparse) of each prediction
     top1: float = 1.0  # share of predictions whose most likely token is the dense model's
-    # Zero fractions per tap, (L, T); taps that the model lacks are absent.
+    # Zero fractions per tap, (L, T), or of an engine, which counts no single tokens, (L, 1); taps
+    # that the model lacks are absent.
     sparsity: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     achieved_sparsity: float = 0.0  # of neurons, or of inputs weighted by parameters
     # Of rules that keep k neurons per token: the share of the k with the largest out_norm that
-    # were kept, and the kept ones' squared out_norm over that of those k. None for other rules.
+    # were kept, and `fallow.metrics.energy_recall` of them, mean over tokens. None for other rules,
+    # and where no neuron puts out anything.
     recall: float | None = None
     energy_recall: float | None = None
 
@@ -123,8 +125,10 @@ class Evaluation:
     top1_agreement: float
     sparsity_ratio: dict[str, float | None]  # x, gate_act, up, inter; None if the FFN has none
     tokens: int
-    # Per tap and layer: mean over tokens, and the 5th and 95th percentile over tokens.
+    # Per tap and layer: mean, and the 5th and 95th percentile over what `spread_over` says: tokens,
+    # or windows where an engine ran the model.
     sparsity_per_layer: dict[str, list[dict[str, float]]]
+    spread_over: Literal["tokens", "windows"]
     target_sparsity: float | None
     achieved_sparsity: float  # of neurons, or for input rules of inputs, weighted by parameters
     rule: str | None
@@ -178,7 +182,7 @@ def evaluate_engine(
     """
     source = load_text(text, "evaluation")
     if plan is not None:
-        check_no_leakage(plan.calibration_sha256, source, allow_leakage)
+        check_no_leakage(plan.calibration_sha256, source, allow_leakage, plan.calibration_sketch)
     cut = windows if isinstance(windows, np.ndarray) else engine.windows(source, context, windows)
     at_once = LOGITS_AT_ONCE if engine.memory is None else LOGITS_AT_ONCE_IN_BUDGET
     dense, sparse = [], []
@@ -197,7 +201,7 @@ def evaluate_engine(
             dense.append(d)
             sparse.append(results[0])
             ticker.advance()
-    return summarise(engine, plan, source, cut, dense, sparse)
+    return summarise(engine, plan, source, cut, dense, sparse, "windows")
 
 
 def _read(engine: Engine, window: np.ndarray, decode: bool) -> Logits:
@@ -254,6 +258,7 @@ def summarise(
     windows: np.ndarray,
     dense: list[WindowResult],
     sparse: list[WindowResult],
+    spread_over: Literal["tokens", "windows"] = "tokens",
 ) -> Evaluation:
     """One evaluation from each window's dense and sparse result."""
     loss = np.array([r.loss for r in sparse])
@@ -279,6 +284,7 @@ def summarise(
         },
         tokens=int(windows.size),
         sparsity_per_layer={tap: _spread(f) for tap, f in fractions.items()},
+        spread_over=spread_over,
         target_sparsity=None if plan is None else plan.target_sparsity,
         achieved_sparsity=float(np.mean([r.achieved_sparsity for r in sparse])),
         rule=None if plan is None else plan.rule,
@@ -294,7 +300,7 @@ def summarise(
 
 
 def _spread(fractions: np.ndarray) -> list[dict[str, float]]:
-    """Mean, 5th and 95th percentile over tokens of each layer, from (L, T)."""
+    """Mean, 5th and 95th percentile of each layer, from (L, tokens or windows)."""
     low, high = np.percentile(fractions, [5, 95], axis=1)
     return [
         {"mean": float(row.mean()), "p5": float(a), "p95": float(b)}

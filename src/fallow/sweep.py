@@ -133,7 +133,7 @@ def tradeoff(
     source = load_text(text, "evaluation")
     scores = _trained_scores(model, trained, source, allow_leakage)
     calibration_source = load_text(calibration_text, "calibration")
-    check_no_leakage(calibration_source.sha256, source, allow_leakage)
+    check_no_leakage(calibration_source.sha256, source, allow_leakage, calibration_source.sketch)
     cut = model.windows(source, context, windows)
     store = Store(
         output,
@@ -146,6 +146,7 @@ def tradeoff(
             "calibration_sha256": calibration_source.sha256,
             "calibration_windows": calibration_windows,
             "validation_windows": validation_windows,
+            "energy_recall": "per token",  # older windows have another, and other bytes
         },
     )
     to_measure = [row for row in rows if store.is_missing(row, len(cut))]
@@ -176,7 +177,7 @@ def _trained_scores(
             raise UsageError(
                 f"a plan of {plan.rule} is no trained selector; make one with fallow select train"
             )
-        check_no_leakage(plan.calibration_sha256, text, allow_leakage)
+        check_no_leakage(plan.calibration_sha256, text, allow_leakage, plan.calibration_sketch)
         found[rule.scores_key()] = {k: plan.arrays[k] for k in rule.score_shapes(model.layers)}
     return found
 

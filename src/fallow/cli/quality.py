@@ -174,9 +174,10 @@ def _print_evaluation(r: dict[str, Any]) -> None:
                 f"{max(layer['p95'] for layer in layers):.2%}",
             ]
         )
+    lowest = f"lowest p5 over {r['spread_over']}"
     print_table(
         "Sparsity",
-        ["tensor", "mean", "lowest layer", "highest layer", "lowest p5 over tokens", "highest p95"],
+        ["tensor", "mean", "lowest layer", "highest layer", lowest, "highest p95"],
         rows,
     )
     for t in r["tasks"]:

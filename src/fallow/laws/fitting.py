@@ -12,7 +12,7 @@ import numpy as np
 
 from fallow.errors import FallowError, UsageError
 from fallow.laws.curves import TOKENS, Curve
-from fallow.laws.forms import BOUNDS, FORMS, Fit, Form, find_form, fit
+from fallow.laws.forms import BOUNDS, FORMS, LEAST_LOG_GAIN, Fit, Form, find_form, fit
 
 LEVEL = 0.95
 DRAWS = 400  # of the bootstrap
@@ -41,7 +41,7 @@ class Prediction:
     """A law's ratio at x, or the x at which it reaches a ratio: 95 % intervals of the latter two.
 
     `x` is None where the law never reaches the ratio; ends of an interval are None where some draws
-    of the bootstrap do not.
+    of the bootstrap do not. A ratio that the law would put outside [0, 1] is 0 or 1.
     """
 
     x: float | None  # 1e9 tokens, or d_model / L
@@ -51,7 +51,10 @@ class Prediction:
 
 @dataclass
 class LawFit:
-    """A fitted law. `params` are those of the formula, D in 1e9 tokens."""
+    """A fitted law. `params` are those of the formula, D in 1e9 tokens.
+
+    Every interval holds its own estimate, and none reaches beyond what the parameter may be.
+    """
 
     curve: str
     form: str
@@ -116,11 +119,12 @@ def fit_law(
     refitted = resample(best, used, rho, draws, seed)
     intervals = {name: profile(best, used, name, rho) for name in wanted.params}
     bootstrap = {
-        name: _interval([draw.params[name] for draw in refitted]) for name in wanted.params
+        name: _interval([draw.params[name] for draw in refitted], best.params[name])
+        for name in wanted.params
     }
     warning = _not_identified(best, used, intervals)
     band_x = np.geomspace(used.x[0], BAND_AHEAD * used.x[-1], BAND_POINTS)
-    band = np.array([draw(band_x) for draw in refitted])
+    line, *drawn = (np.clip(law(band_x), 0, 1) for law in (best, *refitted))
     return LawFit(
         curve=curve.name,
         form=wanted.name,
@@ -142,13 +146,12 @@ def fit_law(
             if len(used) - n > len(wanted.params)
         },
         rivals=[_rival(FORMS[n], used) for n in _rivals_of(wanted, used)],
-        at=[
-            Prediction(x, float(best(x)[0]), _interval([draw(x)[0] for draw in refitted]))
-            for x in at
-        ],
+        at=[_ratio_at(best, refitted, x) for x in at],
         tokens_for=[_tokens_for(best, refitted, ratio) for ratio in tokens_for],
         band_x=band_x.tolist(),
-        band=[_interval(values) for values in band.T],
+        band=[
+            _interval(values, value) for values, value in zip(np.stack(drawn, 1), line, strict=True)
+        ],
     )
 
 
@@ -185,7 +188,7 @@ def effective_points(n: int, rho: float) -> float:
 def profile(best: Fit, curve: Curve, name: str, rho: float) -> Interval:
     """Where a parameter may lie so that the rest still fits, by an F test at 95 %.
 
-    An end that no value excludes is the parameter's bound, or infinite.
+    An end that no value excludes is the parameter's bound.
     """
     from scipy.optimize import brentq
     from scipy.stats import f
@@ -212,19 +215,21 @@ def profile(best: Fit, curve: Curve, name: str, rho: float) -> Interval:
             outside = inside + step
             if (outside - bound) * sign >= 0:
                 outside = bound
-            if not np.isfinite(outside):
-                break
             above, near = excess(outside, near)
             if above > 0 or outside == bound:
                 break
             inside, step = outside, 1.7 * step
-        if np.isfinite(outside) and above > 0:
+        if above > 0:
             if excess(inside, near)[0] < 0:
-                outside = brentq(lambda v, n=near: excess(v, n)[0], inside, outside, rtol=1e-4)
+                outside = brentq(
+                    lambda v, n=near: excess(v, n)[0], inside, outside, rtol=1e-4, maxiter=1000
+                )
             else:  # a curve almost without noise: the fit is no closer than rounding
                 outside = inside
         ends.append(float(np.exp(outside)) if positive else float(outside))
-    return ends[0], ends[1]
+    if positive:  # the exponential of a bound's logarithm may lie just outside
+        ends = np.clip(ends, *BOUNDS[name]).tolist()
+    return min(ends[0], value), max(ends[1], value)
 
 
 def _limits(form: Form, name: str) -> Interval:
@@ -235,7 +240,7 @@ def _limits(form: Form, name: str) -> Interval:
     if name == form.names[1]:
         return form.offset
     if form.log_gain:
-        return -30.0, float(np.log(form.gain[1]))
+        return LEAST_LOG_GAIN, float(np.log(form.gain[1]))
     return form.gain
 
 
@@ -245,7 +250,7 @@ def resample(best: Fit, curve: Curve, rho: float, draws: int, seed: int) -> list
     n, fitted = len(curve), best(curve.x)
     residuals = (curve.ratio - fitted) * np.sqrt(n / (n - len(best.form.params)))
     residuals -= residuals.mean()
-    block = min(n, max(1, round((1 + rho) / (1 - rho))))
+    block = min(max(1, round((1 + rho) / (1 - rho))), max(1, n // 2))
     found = []
     for _ in range(draws):
         starts = rng.integers(0, n - block + 1, -(-n // block))
@@ -257,10 +262,11 @@ def resample(best: Fit, curve: Curve, rho: float, draws: int, seed: int) -> list
     return found
 
 
-def _interval(values: Sequence[float] | np.ndarray) -> Interval:
+def _interval(values: Sequence[float] | np.ndarray, estimate: float) -> Interval:
+    """What LEVEL of the draws lie in, and the estimate itself, which draws may all lie beside."""
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(np.asarray(values), [tail, 1 - tail])
-    return float(low), float(high)
+    return min(float(low), float(estimate)), max(float(high), float(estimate))
 
 
 def _not_identified(best: Fit, curve: Curve, intervals: dict[str, Interval]) -> str | None:
@@ -306,6 +312,11 @@ def extrapolation_error(form: Form, curve: Curve) -> float | None:
     return float(np.abs(curve.ratio[n:] - early(curve.x[n:])).mean())
 
 
+def _ratio_at(best: Fit, draws: list[Fit], x: float) -> Prediction:
+    ratio, *drawn = (float(np.clip(law(x)[0], 0, 1)) for law in (best, *draws))
+    return Prediction(x, ratio, _interval(drawn, ratio))
+
+
 def _tokens_for(best: Fit, draws: list[Fit], ratio: float) -> Prediction:
     """Draws that never reach the ratio count as infinite."""
     found = crossing(best, ratio)
@@ -314,9 +325,9 @@ def _tokens_for(best: Fit, draws: list[Fit], ratio: float) -> Prediction:
     reached = [crossing(draw, ratio) for draw in draws]
     values = np.sort([np.inf if x is None else x for x in reached])
     tail = (1 - LEVEL) / 2
-    ends = [float(values[round(q * (len(values) - 1))]) for q in (tail, 1 - tail)]
-    low, high = (end if np.isfinite(end) else None for end in ends)
-    return Prediction(found, ratio, (low, high))
+    low, high = (float(values[round(q * (len(values) - 1))]) for q in (tail, 1 - tail))
+    high = max(high, found)
+    return Prediction(found, ratio, (min(low, found), high if np.isfinite(high) else None))
 
 
 def crossing(law: Fit, ratio: float) -> float | None:
@@ -380,7 +391,7 @@ def fit_jointly(curves: Sequence[Curve], form: str = "auto", *, drop_first: int 
             total += n * np.log(max(fixed.sse, 1e-24) / max(best.sse, 1e-24))
         return total
 
-    low, high = law.offset if np.isfinite(law.offset[0]) else (-1.0, 1.0)
+    low, high = law.offset if law.names[1] == "A0" else (-1.0, 1.0)
     grid = np.linspace(low, high, 201)
     start = int(np.argmin([cost(v) for v in grid]))
     near = grid[max(start - 1, 0)], grid[min(start + 1, 200)]

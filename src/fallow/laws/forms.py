@@ -14,11 +14,13 @@ from fallow.errors import FallowError, UsageError
 Basis = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """x (n,) and θ (p, m, 1) to g (m, n)."""
 
-INFINITE = float("inf")
+# Of k and A0 where a form has no bounds for them: what a curve does not tell at all ends here.
+UNBOUNDED = (-1e15, 1e15)
 # Of θ, in which scipy and profiles stay.
 BOUNDS = {
     "alpha": (0.01, 6.0), "c": (1e-14, 1e4), "s": (1e-6, 1e5), "tau": (1e-6, 1e6), "x0": (1e-6, 1e6)
 }  # fmt: skip
+LEAST_LOG_GAIN = -30.0  # ln k of a curve without any fall: k is 0 then, to a part in 1e13
 POINTS = 40  # of the grid, per θ
 STARTS = 3  # of the grid's best that scipy goes on from
 
@@ -41,7 +43,7 @@ class Form:
     theta: tuple[str, ...]
     grid: Callable[[np.ndarray], np.ndarray]
     offset: tuple[float, float] = (0.0, 1.0)
-    gain: tuple[float, float] = (-INFINITE, INFINITE)
+    gain: tuple[float, float] = UNBOUNDED
     names: tuple[str, str] = ("c", "A0")
     log_gain: bool = False
 
@@ -76,7 +78,11 @@ class Fit:
     @property
     def params(self) -> dict[str, float]:
         """By the names of the formula."""
-        gain = float(np.log(max(self.gain, 1e-300))) if self.form.log_gain else self.gain
+        gain = self.gain
+        if self.form.log_gain:
+            gain = float(
+                np.clip(np.log(max(gain, 1e-300)), LEAST_LOG_GAIN, np.log(self.form.gain[1]))
+            )
         values = (*self.theta.tolist(), gain, self.offset)
         return dict(zip(self.form.params, map(float, values), strict=True))
 
@@ -127,10 +133,12 @@ def fit(
                 k, a, _ = inner(theta[:, None])
                 return y - a[0] - k[0] * form.basis(x, theta[:, None, None]).reshape(len(x))
 
-            bounds = np.log([BOUNDS[form.theta[i]] for i in free]).T
+            limits = np.array([BOUNDS[form.theta[i]] for i in free]).T
+            bounds = np.log(limits)
             start = np.clip(np.log(theta[free]), bounds[0] + 1e-6, bounds[1] - 1e-6)
-            solved = least_squares(residuals, start, bounds=bounds, xtol=1e-10)
-            theta[free] = np.exp(solved.x)
+            with np.errstate(over="ignore"):  # in scipy's steps, where the curve says nothing of θ
+                solved = least_squares(residuals, start, bounds=bounds, xtol=1e-10)
+            theta[free] = np.clip(np.exp(solved.x), *limits)
         k, a, sse = (v.item() for v in inner(theta[:, None]))
         if found is None or sse < found.sse:
             found = Fit(form, theta, k, a, sse)
@@ -173,20 +181,17 @@ def _linear(
 
     inside = both / np.maximum(spread, 1e-300)
     candidates = [(inside, mean - inside * centre)]
-    for edge in gain:
-        if np.isfinite(edge):
-            candidates.append((np.full(len(g), edge), offset_for(edge)))
-    for edge in offset:
-        if np.isfinite(edge):
-            candidates.append((gain_for(edge), np.full(len(g), edge)))
+    candidates += [(np.full(len(g), edge), offset_for(edge)) for edge in gain]
+    candidates += [(gain_for(edge), np.full(len(g), edge)) for edge in offset]
     k, a = (np.stack(values) for values in zip(*candidates, strict=True))
-    errors = ((y - a[:, :, None] - k[:, :, None] * g) ** 2).sum(axis=2)
+    with np.errstate(over="ignore", invalid="ignore"):  # of what lies outside
+        errors = ((y - a[:, :, None] - k[:, :, None] * g) ** 2).sum(axis=2)
     slack = 1e-12
     outside = (k < gain[0] - slack) | (k > gain[1] + slack)
     outside |= (a < offset[0] - slack) | (a > offset[1] + slack)
-    errors = np.where(outside | ~np.isfinite(errors), INFINITE, errors)
+    errors = np.where(outside | ~np.isfinite(errors), np.inf, errors)
     best = errors.argmin(axis=0), np.arange(len(g))
-    return k[best], a[best], errors[best]
+    return np.clip(k[best], *gain), np.clip(a[best], *offset), errors[best]
 
 
 # The forms ---------------------------------------------------------------------------------------
@@ -231,7 +236,7 @@ FORMS = {
             lambda x, theta: -(x ** -theta[0]),
             ("alpha",),
             _alphas,
-            gain=(0.0, INFINITE),
+            gain=(0.0, UNBOUNDED[1]),
         ),
         Form(
             "power",
@@ -260,7 +265,7 @@ FORMS = {
             lambda x, theta: np.log(x)[None],
             (),
             lambda x: np.empty((0, 1)),
-            offset=(-INFINITE, INFINITE),
+            offset=UNBOUNDED,
             names=("c", "d"),
         ),
         # The four-parameter c ln(a D + b) + d (METHODS 4.4) has three: c ln a joins d.
@@ -270,7 +275,7 @@ FORMS = {
             lambda x, theta: np.log(x + theta[0]),
             ("s",),
             _scales,
-            offset=(-INFINITE, INFINITE),
+            offset=UNBOUNDED,
             names=("c", "d"),
         ),
         Form(

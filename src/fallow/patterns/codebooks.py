@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from fallow import _core
 from fallow.errors import FallowError, UsageError, in_one_line
 from fallow.files import atomic_path, check_writable, fits, parse_json, write_json
+from fallow.metrics import energy_recall
 from fallow.patterns import published
 from fallow.patterns.clustering import (
     LARGEST_WEIGHT,
@@ -35,22 +36,22 @@ from fallow.patterns.store import (
     unpack_bits,
 )
 from fallow.progress import console
+from fallow.text import LARGEST_OVERLAP, overlap, sketch_of
 
 ALGORITHMS = ("lloyd", "published", "binary")
 ROWS_AT_ONCE = 4096
+TOKEN_RUN = 16  # tokens in a row that two texts can hardly both have by chance
 _MADE_OF = ("model", "fingerprint", "rule", "knob")  # what codebooks and a store share
 
 
 @dataclass
 class Coverage:
-    """How masks cover the truth, summed over rows (METHODS 3.6)."""
+    """How masks cover the truth, over all rows (METHODS 3.6)."""
 
     overlap: int = 0  # neurons in both
     active: int = 0
     chosen: int = 0
-    # Of (|inter_i| ||down_proj[:, i]||)², as shares of each row's sum; None without magnitudes.
-    energy: float | None = None
-    energy_active: float = 0.0
+    energies: list[np.ndarray] = field(default_factory=list)  # energy recall of rows
 
     @property
     def recall(self) -> float:
@@ -68,9 +69,8 @@ class Coverage:
         self.chosen += int(row_sizes(masks).sum())
         if magnitudes is not None:
             energy = np.square(magnitudes.astype(np.float32))
-            kept = unpack_bits(masks, magnitudes.shape[1])
-            self.energy = (self.energy or 0.0) + float((energy * kept).sum())
-            self.energy_active += float(energy.sum())
+            active, chosen = (unpack_bits(bits, energy.shape[1]) for bits in (rows, masks))
+            self.energies.append(energy_recall(energy, active, chosen))
 
     def to_json(self) -> dict[str, float]:
         found = {
@@ -78,8 +78,9 @@ class Coverage:
             "precision": self.precision,
             "f1": 2 * self.overlap / max(1, self.active + self.chosen),
         }
-        if self.energy is not None:
-            found["energy_recall"] = self.energy / (self.energy_active or 1.0)
+        if self.energies:
+            energies = np.concatenate(self.energies)
+            found["energy_recall"] = float(energies.sum() / max(1, len(energies)))
         return found
 
 
@@ -159,8 +160,8 @@ def cluster_store(
         batch, workers: of Lloyd, as for `fit`.
 
     Raises:
-        UsageError: an unknown algorithm, a budget outside (0, 1), more clusters than rows, or
-            `energy` of a store without magnitudes.
+        UsageError: an unknown algorithm, a budget outside (0, 1), more clusters than rows, a test
+            store of the same text, or `energy` of a store without magnitudes.
         FallowError: the test store is of another model or rule.
     """
     if algorithm not in ALGORITHMS:
@@ -242,7 +243,12 @@ def cluster_store(
 def split(
     store: PatternStore, tap: str, test: PatternStore | None, held_out: float
 ) -> tuple["Part", "Part"]:
-    """What to fit on and what to score on."""
+    """What to fit on and what to score on.
+
+    Raises:
+        UsageError: too few windows, or a test store of the text that is fitted on.
+        FallowError: a test store of another model or rule.
+    """
     header = store.header
     if not 0 <= held_out < 1:
         raise UsageError(f"--held-out {held_out:g} is outside [0, 1); give a share such as 0.25")
@@ -260,6 +266,12 @@ def split(
         raise FallowError(
             f"pattern store {test.folder} is of rule {test.header.rule} at {test.header.knob:g}, "
             f"not of {header.rule} at {header.knob:g}"
+        )
+    share = overlap(sketch_of(store.tokens.ravel(), TOKEN_RUN), test.tokens.ravel(), TOKEN_RUN)
+    if share > LARGEST_OVERLAP:
+        raise UsageError(
+            f"pattern store {test.folder} has {share:.0%} of its text in common with "
+            f"{store.folder}, which is fitted on; give one of another text"
         )
     return Part(store, tap), Part(test, tap)
 

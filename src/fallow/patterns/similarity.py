@@ -68,9 +68,10 @@ class Similarity:
     edited: float
     stratum: str
     agreement: list[float]
-    agreement_interval: list[float]  # half of a 95 % interval
+    # INTERVAL standard errors over documents; None of a single one.
+    agreement_interval: list[float] | None
     jaccard: list[float]
-    jaccard_interval: list[float]
+    jaccard_interval: list[float] | None
     kappa_unrelated: list[float]  # (agreement - baseline) / (1 - baseline)
     kappa_frequency: list[float]
 
@@ -239,16 +240,17 @@ def _edit_report(
     rows_of_report = []
     for (share, stratum), values in sorted(found.items(), key=_by_share):
         mean = np.mean(values, axis=0)
-        spread = np.std(values, axis=0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
-        half = INTERVAL * spread / len(values) ** 0.5
+        half = None
+        if len(values) > 1:
+            half = INTERVAL * np.std(values, axis=0, ddof=1) / len(values) ** 0.5
         rows_of_report.append(
             Similarity(
                 edited=share,
                 stratum=stratum,
                 agreement=mean[0].tolist(),
-                agreement_interval=half[0].tolist(),
+                agreement_interval=None if half is None else half[0].tolist(),
                 jaccard=mean[1].tolist(),
-                jaccard_interval=half[1].tolist(),
+                jaccard_interval=None if half is None else half[1].tolist(),
                 kappa_unrelated=_kappa(mean[0], unrelated),
                 kappa_frequency=_kappa(mean[0], frequency),
             )

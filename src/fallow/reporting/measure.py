@@ -65,9 +65,10 @@ class Request:
 def check_request(request: Request) -> None:
     """Raises UsageError, or FallowError, for what needs no model to be seen wrong."""
     make_rows(request.rules, request.sparsities)
-    check_no_leakage(request.calibration_text.sha256, request.text, allow_leakage=False)
-    if request.plan is not None:
-        check_no_leakage(request.plan.calibration_sha256, request.text, allow_leakage=False)
+    text, plan = request.calibration_text, request.plan
+    check_no_leakage(text.sha256, request.text, False, text.sketch)
+    if plan is not None:
+        check_no_leakage(plan.calibration_sha256, request.text, False, plan.calibration_sketch)
     if not all(text.strip() for text in request.compare):
         raise UsageError("--compare has an empty text; give two texts")
 

@@ -99,7 +99,11 @@ class Selector(Rule):
 
     @classmethod
     def extra_bytes(cls, layer: Layer) -> int:
-        """Bytes per token read besides the FFN's own weights, to choose."""
+        """Bytes per token read (or written) besides the FFN's own weights, to choose.
+
+        Fractions count in half precision, however a plan stores them. One factor per neuron, such
+        as ||down_proj[:, i]||, which nearly every score has, is not counted.
+        """
         return 0
 
     @classmethod

@@ -50,7 +50,7 @@ class Ahead(LowBit):
     @classmethod
     def extra_multiplications(cls, layer: Layer) -> int:
         factors = sum(rows * columns for rows, columns in cls._sizes(layer).values())
-        return super().extra_bytes(layer) + factors + layer.down_proj.out_features
+        return super().extra_multiplications(layer) + factors + layer.down_proj.out_features
 
     @classmethod
     def _sizes(cls, layer: Layer) -> dict[str, tuple[int, int]]:

@@ -4,9 +4,9 @@ import torch
 
 from fallow.capture import Calibration
 from fallow.rules import Arrays
-from fallow.selectors._base import Seen, watch
+from fallow.selectors._base import Bits, Seen, watch
 from fallow.selectors.lowrank import LowRank
-from fallow.selectors.previous import earlier_mean
+from fallow.selectors.previous import Previous, earlier_mean
 from fallow.selectors.static import mean_out_norm
 from fallow.taps import Layer
 
@@ -22,10 +22,16 @@ class Blend(LowRank):
 
     a, b and c, an array "blend" (L, d_ff, 3), are the neuron's own and have the least squared error
     of out_norm over the calibration. Tokens count by the inverse of their FFN's squared out_norm,
-    or attention sinks would decide. As with `previous`, p is a bound: it knows idle neurons too.
+    or attention sinks would decide. As with `previous`, p is a bound: it knows idle neurons too,
+    and gate and up are read whole for it.
     """
 
     name = "blend"
+    known = Previous.known
+
+    @classmethod
+    def first_bits(cls, stored: Bits) -> tuple[float, float]:
+        return stored.gate, stored.up
 
     @classmethod
     def extra_bytes(cls, layer: Layer) -> int:

@@ -18,7 +18,7 @@ from fallow.patterns.store import pack_bits, unpack_bits
 from fallow.progress import progress
 from fallow.rules import Arrays
 from fallow.rules._base import per_token_topk
-from fallow.selectors._base import Seen, Selector, watch
+from fallow.selectors._base import Bits, Seen, Selector, watch
 from fallow.selectors._compensation import from_int8, to_int8
 from fallow.taps import Layer
 
@@ -55,14 +55,25 @@ class Cluster(Selector):
         self._choice: dict[int, torch.Tensor] = {}
 
     @classmethod
+    def first_bits(cls, stored: Bits) -> tuple[float, float]:
+        knows_truth = cls.options["oracle"] or cls.options["and"]
+        return (stored.gate, stored.up) if knows_truth else (0.0, 0.0)
+
+    @classmethod
     def extra_bytes(cls, layer: Layer) -> int:
-        """The choice in int8 with a scale and a bias per cluster, and one centroid's bits."""
+        """The chosen cluster's mask, in bits, and what chooses.
+
+        That is the linear map in int8 with a scale and a bias per cluster; with oracle=1 every
+        centroid's bits and the neurons' weights.
+        """
         d_model, d_ff = layer.down_proj.weight.shape
-        return cls.options["k"] * (d_model + 4) + d_ff // 8
+        mask, k = -(-d_ff // 8), cls.options["k"]
+        choice = k * mask + d_ff if cls.options["oracle"] else k * (d_model + 4)
+        return choice + mask
 
     @classmethod
     def extra_multiplications(cls, layer: Layer) -> int:
-        return int(cls.options["k"] * layer.down_proj.out_features)
+        return 0 if cls.options["oracle"] else int(cls.options["k"] * layer.down_proj.out_features)
 
     @classmethod
     def scores_key(cls) -> str:

@@ -20,6 +20,15 @@ class GateBucket(Gate):
     name = "gate_bucket"
 
     @classmethod
+    def extra_bytes(cls, layer: Layer) -> int:
+        """Edges and means, in half precision."""
+        return 2 * (2 * BUCKETS - 1) * layer.down_proj.in_features
+
+    @classmethod
+    def extra_multiplications(cls, layer: Layer) -> int:
+        return 0  # edges are compared with
+
+    @classmethod
     def learn_scores(cls, calibration: Calibration) -> Arrays:
         edges, means = [], []
         for layer, gate, inter in zip(

@@ -42,8 +42,18 @@ class LowBit(Approximate):
 
     @classmethod
     def extra_bytes(cls, layer: Layer) -> int:
-        corrected = sum(cls._corrected(name) for name in ("gate", "up"))
-        return corrected * cls.options["rank"] * sum(layer.down_proj.weight.shape)  # as int8
+        return 2 * cls._correction_size(layer)  # half precision
+
+    @classmethod
+    def extra_multiplications(cls, layer: Layer) -> int:
+        return cls._correction_size(layer)
+
+    @classmethod
+    def _correction_size(cls, layer: Layer) -> int:
+        """Numbers in the factors of all corrections."""
+        d_model, d_ff = layer.down_proj.weight.shape
+        corrected = sum(map(cls._corrected, ("gate", "up") if layer.gated else ("gate",)))
+        return corrected * min(cls.options["rank"], d_model) * (d_model + d_ff)
 
     @classmethod
     def _corrected(cls, name: str) -> bool:

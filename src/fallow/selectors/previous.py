@@ -2,7 +2,7 @@
 
 import torch
 
-from fallow.selectors._base import Seen
+from fallow.selectors._base import Bits, Seen
 from fallow.selectors.static import Static
 from fallow.taps import Layer
 
@@ -12,11 +12,24 @@ DECAY = 0.7  # about three tokens back
 class Previous(Static):
     """Keeps the k neurons with the largest decaying mean of earlier tokens' out_norm.
 
-    It starts from the calibration mean. The magnitudes are those of all neurons, idle ones too,
-    which an engine that skips them does not know: a bound on what the previous tokens tell.
+    It starts from the calibration mean. The magnitudes are those of all neurons, idle ones too: a
+    bound on what the previous tokens tell, for which gate and up are read whole.
     """
 
     name = "previous"
+    known = "before gate, but reads gate and up for the tokens behind: saves down_proj"
+
+    @classmethod
+    def first_bits(cls, stored: Bits) -> tuple[float, float]:
+        return stored.gate, stored.up
+
+    @classmethod
+    def extra_bytes(cls, layer: Layer) -> int:
+        return 2 * 2 * layer.down_proj.in_features  # the mean, read and written in half precision
+
+    @classmethod
+    def extra_multiplications(cls, layer: Layer) -> int:
+        return 2 * layer.down_proj.in_features
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         return earlier_mean(torch.from_numpy(self.arrays["mean"][index]), seen.out_norm)
