@@ -533,16 +533,13 @@ def test_the_reference_samples_as_the_engine_does(
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_scores_are_never_nan(packed: dict[str, Path], bad: float) -> None:
     engine = Engine(packed["llama"])
-    forward = engine.forward
-
-    def broken(*arguments: Any, **options: Any) -> np.ndarray:
-        logits = forward(*arguments, **options)
-        logits[0, 5] = bad
-        return logits
-
-    engine.forward = broken  # type: ignore[method-assign]
+    logits = engine.logits(IDS[:4])
+    logits[0, 5] = bad
+    engine.logits = lambda _: logits  # type: ignore[method-assign]
     with pytest.raises(FallowError, match="logits are"):
         engine.score(IDS[:4])
+    with pytest.raises(FallowError, match="logits are"):
+        _choice(3, logits[0], top=1)
 
 
 # Text --------------------------------------------------------------------------------------------

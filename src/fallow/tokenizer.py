@@ -461,8 +461,8 @@ _GGUF_NAMES = {
 # llama.cpp ends at them too (llama-vocab.cpp).
 _ENDS = frozenset((
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
-    "<end_of_turn>", "<|end_of_turn|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>",
-    "<|EOT|>", "<EOT>", "_<EOT>", "[EOT]", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+    "<end_of_turn>", "<end_of_utterance>", "<｜end▁of▁sentence｜>", "<EOT>", "_<EOT>", "[EOT]",
+    "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
 ))  # fmt: skip
 
 
