@@ -12,10 +12,10 @@ SMOLLM2 := $(VENV)/.smollm2
 .PHONY: install demo test test-sanitize lint fuzz docs bench clean
 install: $(INSTALLED) $(SMOLLM2)
 
-$(INSTALLED): pyproject.toml CMakeLists.txt $(shell find csrc src/fallow -type f ! -name "*.so" ! -name "*.pyc")
+$(INSTALLED): pyproject.toml CMakeLists.txt $(shell find csrc src/fallow tests/kernel_tests.cpp -type f ! -name "*.so" ! -name "*.pyc")
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet '.[lab,ray,server,harness,docs,dev]'
+	$(BIN)/python -m pip install --quiet -C cmake.define.FALLOW_TESTS=ON '.[lab,ray,server,harness,docs,dev]'
 	touch $@
 
 $(SMOLLM2): $(INSTALLED)

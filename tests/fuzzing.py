@@ -172,7 +172,7 @@ def _packed_seeds(seeds: Seeds) -> list[Path]:
     return [
         seeds.packed("talking", talks, quant="f32", plan=seeds.plan("cats")),
         seeds.packed("opt", seeds.model("opt"), quant="bf16"),
-        seeds.packed("planes", wide, quant="q4_0", planes=True, shortlist=True),
+        seeds.packed("shortlist", wide, quant="q4_0", shortlist=True),
     ]
 
 
@@ -723,7 +723,7 @@ def costs(seeds: Seeds) -> Target:
 
     def run(folder: Path) -> None:
         path, probe = folder / "costs.jsonl", windows[:, :8]
-        found = optimization._measure_costs(candidates, engine, probe, path, {"planes": False})
+        found = optimization._measure_costs(candidates, engine, probe, path, {"quant": None})
         assert not any(np.isnan(table).any() for table in found.values())
 
     return Target([seeds.made("costs", run)], run, writes=True)

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/kernels.h"
+#include "kernels/kernels.h"
 
 using namespace fallow;
 

@@ -1,14 +1,11 @@
 """Every kernel table against numpy and the portable twin, every quantisation type."""
 
-from functools import partial
-
 import gguf
 import numpy as np
 import pytest
 
-from fallow import _core
+from fallow import _core, _kernel_tests
 from fallow.packing import dequantize, quantize
-from fallow.planes import PLANE_TYPES, join_planes, split_planes
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -56,12 +53,12 @@ def test_gemv_rows(table: str, kind: str, width: int) -> None:
         # 16-bit activations: at most 2^-16 of the largest of 32 values each.
         scale = np.abs(values).sum(axis=1).max() * np.abs(x).max()
         y = np.empty(rows, dtype=np.float32)
-        _core.test_gemv_rows(table, kind, data, x, None, y)
+        _kernel_tests.gemv_rows(table, kind, data, x, None, y)
         close(y, expected, 3e-5, scale)
         for sparsity in (0, 0.5, 1):
             chosen = choose(rows, sparsity)
             some = np.empty(len(chosen), dtype=np.float32)
-            _core.test_gemv_rows(table, kind, data, x, chosen, some)
+            _kernel_tests.gemv_rows(table, kind, data, x, chosen, some)
             np.testing.assert_array_equal(some, y[chosen])  # a row does not depend on the others
 
 
@@ -78,14 +75,14 @@ def test_rows_in_two_bits(table: str, width: int) -> None:
         data = np.concatenate([packed, scale.view(np.uint8)], axis=1).reshape(-1)
         x = rng.standard_normal(width).astype(np.float32)
         y = np.empty(rows, dtype=np.float32)
-        _core.test_gemv_rows(table, "two_bits", data, x, None, y)
+        _kernel_tests.gemv_rows(table, "two_bits", data, x, None, y)
         close(y, values @ x, 3e-5, np.abs(values).sum(axis=1).max() * np.abs(x).max())
         chosen = choose(rows, 0.5)
         some = np.empty(len(chosen), dtype=np.float32)
-        _core.test_gemv_rows(table, "two_bits", data, x, chosen, some)
+        _kernel_tests.gemv_rows(table, "two_bits", data, x, chosen, some)
         np.testing.assert_array_equal(some, y[chosen])
         decoded = np.empty(width, dtype=np.float32)
-        _core.test_decode(table, "two_bits", data[: width // 4 + 4], decoded)
+        _kernel_tests.decode(table, "two_bits", data[: width // 4 + 4], decoded)
         np.testing.assert_allclose(decoded, values[0], rtol=1e-6)
 
 
@@ -97,60 +94,24 @@ def test_axpy_rows(table: str, kind: str, width: int) -> None:
         for sparsity in (0, 0.5, 1):
             chosen = choose(rows, sparsity)
             y = np.ones(width, dtype=np.float32)
-            _core.test_axpy_rows(table, kind, data, coefficient[chosen], chosen, y)
+            _kernel_tests.axpy_rows(table, kind, data, coefficient[chosen], chosen, y)
             expected = 1 + coefficient[chosen].astype(np.float64) @ values[chosen]
             # 8-bit coefficients, one scale for four rows: 1/254 of the largest of four products.
             error = 1e-5 if kind in FLOAT_TYPES or table == "portable" else 1 / 254
             close(y, expected, error, max(1, 4 * np.abs(coefficient).max() * np.abs(values).max()))
         whole = np.zeros(width, dtype=np.float32)
-        _core.test_axpy_rows(table, kind, data, coefficient, None, whole)
+        _kernel_tests.axpy_rows(table, kind, data, coefficient, None, whole)
         listed = np.zeros(width, dtype=np.float32)
         every = np.arange(rows, dtype=np.int32)
-        _core.test_axpy_rows(table, kind, data, coefficient, every, listed)
+        _kernel_tests.axpy_rows(table, kind, data, coefficient, every, listed)
         np.testing.assert_array_equal(whole, listed)
-
-
-def with_lower_bits(
-    kind: str, data: np.ndarray, base: np.ndarray, rest: np.ndarray, whole: bool, every: int
-) -> np.ndarray:
-    """Of coarse rows lower bits are 1 and 2 in turn, after `every` rows 2 and 1, and so on."""
-    fill = np.where(np.arange(len(rest)) // every % 2, 0x96, 0x69).astype(np.uint8)
-    lower = np.tile(fill[:, None], rest.shape[1])
-    return data if whole else join_planes(kind, base, lower).reshape(-1)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize(
-    ("table", "kind", "width"),
-    [(t, k, w) for t, k, w in CASES if k in PLANE_TYPES and t.startswith("avx512")],
-)
-def test_planes_are_read_as_what_they_join_to(
-    table: str, kind: str, width: int, whole: bool
-) -> None:
-    rng = np.random.default_rng(0)
-    for rows in ROWS:
-        data, _ = make(kind, rows, width)
-        base, rest = split_planes(kind, data.reshape(rows, -1))
-        chosen = choose(rows, 0.3)
-        x, coefficient = (rng.standard_normal(n).astype(np.float32) for n in (width, len(chosen)))
-
-        turned = partial(with_lower_bits, kind, data, base, rest, whole)
-        planes = base.reshape(-1), rest.reshape(-1) if whole else None
-        dots, expected = (np.zeros(len(chosen), dtype=np.float32) for _ in range(2))
-        _core.test_gemv_rows(table, kind, turned(2), x, chosen, expected)
-        _core.test_gemv_planes(table, kind, *planes, x, chosen, dots)
-        np.testing.assert_array_equal(dots, expected)
-        total, expected = (np.ones(width, dtype=np.float32) for _ in range(2))
-        _core.test_axpy_rows(table, kind, turned(1), coefficient, chosen, expected)
-        _core.test_axpy_planes(table, kind, *planes, coefficient, chosen, total)
-        np.testing.assert_array_equal(total, expected)
 
 
 @pytest.mark.parametrize(("table", "kind", "width"), CASES)
 def test_decode(table: str, kind: str, width: int) -> None:
     data, values = make(kind, 1, width)
     y = np.empty(width, dtype=np.float32)
-    _core.test_decode(table, kind, data, y)
+    _kernel_tests.decode(table, kind, data, y)
     np.testing.assert_allclose(y, values[0], rtol=1e-6, atol=1e-6)
 
 
@@ -167,7 +128,7 @@ def test_gemm(table: str, kind: str, width: int, half: bool) -> None:
             data, values = make(kind, rows, width)
             x = np.random.default_rng(tokens).standard_normal((tokens, width)).astype(np.float32)
             y = np.empty((tokens, rows), dtype=np.float32)
-            _core.test_gemm(table, kind, data, x, y, half)
+            _kernel_tests.gemm(table, kind, data, x, y, half)
             expected = x.astype(np.float64) @ values.T
             close(y, expected, 2**-7 if half else 1e-5, np.abs(values).max() * np.sqrt(width) * 4)
 
@@ -180,7 +141,7 @@ def test_types_without_a_quantiser_decode_as_gguf_does(kind: str) -> None:
     x = np.random.default_rng(5).standard_normal(2 * block).astype(np.float32)
     for table in TABLES:
         y = np.empty(3, dtype=np.float32)
-        _core.test_gemv_rows(table, kind, data.reshape(-1), x, None, y)
+        _kernel_tests.gemv_rows(table, kind, data.reshape(-1), x, None, y)
         scale = np.abs(expected).sum(axis=1).max() * np.abs(x).max()
         close(y, expected.astype(np.float64) @ x, 3e-5, scale)
 
@@ -199,7 +160,7 @@ def test_activation_functions(table: str, size: int) -> None:
     }
     for name, values in expected.items():
         y = x.copy()
-        _core.test_activation(table, name, y)
+        _kernel_tests.activation(table, name, y)
         np.testing.assert_allclose(y, values, rtol=2e-5, atol=2e-6)
 
 

@@ -19,10 +19,10 @@ from fallow.errors import FallowError, UsageError
 from fallow.memory import RESERVE, SLOTS, head_rows, parse_size, parts_of, residencies
 from fallow.models import ARCHITECTURES
 from fallow.packing import pack
+from fallow.plan import Plan
 from fallow.quality import evaluate_engine
 from fallow.text import load_text
 from fallow.weights import read_gguf
-from test_planes import plan_for
 
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, 120)
 LAYERS = 5
@@ -31,15 +31,15 @@ Packed = dict[str, Path]
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
-    """Every architecture as F32, and a Llama in planes."""
+    """Every architecture as F32, and a Llama in Q4_K."""
     root, found = tmp_path_factory.mktemp("memory"), {}
     for name in ARCHITECTURES:
         folder = make_folder(name, root / name, num_hidden_layers=LAYERS)
         found[name] = root / f"{name}.gguf"
         pack(folder, found[name], quant="f32")
     folder = make_folder("llama", root / "wide", num_hidden_layers=LAYERS, hidden_size=256)
-    found["planes"] = root / "planes.gguf"
-    pack(folder, found["planes"], quant="q4_k", planes=True)
+    found["q4_k"] = root / "q4_k.gguf"
+    pack(folder, found["q4_k"], quant="q4_k")
     for tied in (False, True):
         name = "tied" if tied else "untied"
         changes = {"hidden_size": 32, "tie_word_embeddings": tied}
@@ -47,6 +47,16 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
         found[name] = root / f"{name}.gguf"
         pack(folder, found[name], quant="f32", shortlist=True)
     return found
+
+
+def plan_for(engine: Engine, gate_act: float, inter: float) -> Plan:
+    n_layers, d_ff = engine._core.n_layers, engine._core.intermediate_size
+    arrays = {
+        "threshold.gate_act": np.full(n_layers, gate_act),
+        "threshold.inter": np.full(n_layers, inter),
+        "weight.gate_act": np.ones((n_layers, d_ff), dtype=np.float32),
+    }
+    return engine_plan(engine, "two_stage", arrays)
 
 
 @pytest.fixture
@@ -73,7 +83,7 @@ def logits(engine: Engine) -> list[np.ndarray]:
 
 
 @pytest.mark.usefixtures("no_overhead")
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "planes"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "q4_k"])
 def test_logits_do_not_depend_on_the_budget(name: str, packed: Packed) -> None:
     expected = logits(Engine(packed[name], threads=2))
     streamed = []
@@ -93,32 +103,12 @@ def test_logits_do_not_depend_on_the_budget(name: str, packed: Packed) -> None:
 @pytest.mark.usefixtures("no_overhead")
 def test_plans_do_not_depend_on_the_budget(packed: Packed) -> None:
     found = []
-    for budget in (None, budgets(packed["planes"])[2]):
-        engine = Engine(packed["planes"], threads=2, memory=budget)
-        engine.use_plan(plan_for(engine, inter=0.02, up_coarse=0.1, gate_coarse=0.3))
+    for budget in (None, budgets(packed["q4_k"])[2]):
+        engine = Engine(packed["q4_k"], threads=2, memory=budget)
+        engine.use_plan(plan_for(engine, gate_act=0.1, inter=0.02))
         found.append(logits(engine))
     for mapped, streamed in zip(*found, strict=True):
         np.testing.assert_array_equal(mapped, streamed)
-
-
-@pytest.mark.usefixtures("no_overhead")
-def test_coarse_rows_alone_need_no_disk(packed: Packed) -> None:
-    """What a model in planes guesses with, while its second planes are not there."""
-    sizes = residencies(parts_of(read_gguf(packed["planes"]), False))
-    only_rest = next(r for r in sizes if len(r.streamed) == LAYERS)
-    assert all(p.is_rest for p in _streamed(only_rest))
-    found = []
-    for budget in (None, RESERVE + only_rest.memory):
-        engine = Engine(packed["planes"], threads=2, memory=budget)
-        taps = ("gate_coarse", "up_coarse", "down_coarse")
-        engine.use_plan(plan_for(engine, **dict.fromkeys(taps, np.inf)))
-        engine.reset_stats()
-        found.append(np.concatenate([engine.forward([token]) for token in IDS[:5]]))
-        waited = engine.core_stats()["disk"]["waits"]
-        assert waited == 0
-        found.append(engine.forward(IDS[5:9], every=True, dense=True))  # what checks the guesses
-    np.testing.assert_array_equal(found[0], found[2])
-    np.testing.assert_array_equal(found[1], found[3])
 
 
 @pytest.fixture
@@ -184,9 +174,9 @@ def test_guesses_do_not_change_the_text(
     temperature: float, packed: Packed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What comes from the disk is read for several tokens at once, under a plan too."""
-    path, prompt = packed["planes"], IDS[:24]
+    path, prompt = packed["q4_k"], IDS[:24]
     engine = Engine(path, threads=2)
-    plan = plan_for(engine, inter=0.02, up_coarse=0.1)
+    plan = plan_for(engine, gate_act=0.1, inter=0.02)
     engine.use_plan(plan)
     sampler = Sampler(temperature=temperature, seed=3)
     COMING[:] = prompt.tolist()
@@ -206,9 +196,8 @@ def test_guesses_do_not_change_the_text(
 
 
 def test_residencies(packed: Packed) -> None:
-    """One part more is read each time, from layers that are far apart; second planes first, and
-    one matrix after the other."""
-    for name in ("llama", "planes"):
+    """One part more is read each time, of layers far apart, one matrix after the other."""
+    for name in ("llama", "q4_k"):
         parts = parts_of(read_gguf(packed[name]), False)
         found = residencies(parts)
         assert [len(_streamed(r)) for r in found] == list(range(len(found)))
@@ -220,8 +209,6 @@ def test_residencies(packed: Packed) -> None:
             assert r.memory == sum(p.room for p in r.resident) + SLOTS * largest
         assert {p.layer for p in _streamed(found[2])} == {0, 4}
         assert {p.matrix for p in _streamed(found[LAYERS])} == {"gate_proj"}
-    assert all(p.is_rest for p in _streamed(found[3 * LAYERS]))
-    assert not all(p.is_rest for p in _streamed(found[3 * LAYERS + 1]))
 
 
 def _streamed(residency: Any) -> list[Any]:
@@ -235,10 +222,10 @@ def test_evaluation_does_not_depend_on_the_budget(
     """Whose dense logits lie in a file meanwhile, and come in parts of 20 tokens."""
     monkeypatch.setattr(quality, "LOGITS_AT_ONCE", 20 * VOCABULARY)
     monkeypatch.setattr(quality, "LOGITS_AT_ONCE_IN_BUDGET", 20 * VOCABULARY)
-    path, found = packed["planes"], []
+    path, found = packed["q4_k"], []
     for budget in (None, budgets(path)[-1]):
         engine = Engine(path, threads=2, memory=budget)
-        plan = plan_for(engine, inter=0.02, up_coarse=0.1, gate_coarse=0.3)
+        plan = plan_for(engine, gate_act=0.1, inter=0.02)
         windows = packed_windows(path, load_text(texts[1], "evaluation"), 50, 3)
         for decode in (False, True):
             given = {"context": 50, "decode": decode}
@@ -361,7 +348,7 @@ def run_with(shim: Path, path: Path, fault: str | None, first: int = 1) -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="interposes the reader of Linux")
 def test_failing_reads_end_in_an_error_or_change_nothing(packed: Packed, shim: Path) -> None:
-    path = packed["planes"]
+    path = packed["q4_k"]
     expected = run_with(shim, path, None)
     assert len(expected) == 16
     assert run_with(shim, path, "short") == expected
@@ -374,7 +361,7 @@ def test_failing_reads_end_in_an_error_or_change_nothing(packed: Packed, shim: P
 
 @pytest.mark.skipif(sys.platform != "linux", reason="interposes the reader of Linux")
 def test_ctrl_c_amid_reads_leaves_an_engine_that_works(packed: Packed, shim: Path) -> None:
-    path = packed["planes"]
+    path = packed["q4_k"]
     expected = run_with(shim, path, None)
     child = start_with(shim, path, "slow", how="until interrupted")
     assert child.stdout
@@ -386,7 +373,7 @@ def test_ctrl_c_amid_reads_leaves_an_engine_that_works(packed: Packed, shim: Pat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="interposes the reader of Linux")
 def test_two_processes_on_one_file(packed: Packed, shim: Path) -> None:
-    path = packed["planes"]
+    path = packed["q4_k"]
     children = [start_with(shim, path, None) for _ in range(2)]
     assert [ending(child) for child in children] == [run_with(shim, path, None)] * 2
 

@@ -21,9 +21,11 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
     folder = tmp_path_factory.mktemp("neon")
-    sources = [*sorted((ROOT / "csrc").glob("kernels_*.cpp")), ROOT / "tests" / "neon_check.cpp"]
+    core = ROOT / "csrc"
+    sources = [*(core / "kernels").glob("*.cpp"), core / "formats" / "dequant.cpp"]
+    sources.append(ROOT / "tests" / "neon_check.cpp")
     for source in sources:
-        options = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror"]
+        options = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{core}"]
         if source.stem.endswith("dotprod"):
             options.append("-march=armv8.2-a+dotprod")  # as CMake compiles it
         subprocess.run(

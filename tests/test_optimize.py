@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import fallow
 from conftest import VOCABULARY, engine_plan, make_folder
@@ -16,10 +15,9 @@ from fallow import packing
 from fallow.capture import Calibration
 from fallow.engine import Engine
 from fallow.errors import FallowError, UsageError
-from fallow.optimization import CORRECTION_RANK, GRID, Candidates, optimize
+from fallow.optimization import GRID, Candidates, optimize
 from fallow.packing import pack
 from fallow.plan import Plan
-from fallow.planes import coarse_rows
 from fallow.quality import evaluate_engine
 from fallow.shortlist import coarse_head
 from fallow.text import load_text
@@ -458,94 +456,6 @@ def test_dearer_bytes_mean_more_sparsity(
         assert idle == pytest.approx(0.5, abs=0.02)
 
 
-def test_rows_are_read_coarse_where_that_costs_less_than_idle(
-    wide: Path, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Corrections of so small a model are more bytes than what coarse rows spare.
-    monkeypatch.setattr(module, "_worthwhile", lambda engine, plan, prefer: plan)
-    output = tmp_path / "m.gguf"
-    sizes = SIZES | {"quant": "q4_0"}
-    result = optimize(
-        wide, output, max_ppl_increase=100.0, calibration_text=texts[0], text=texts[1],
-        prefer="bytes", planes=True, **sizes,
-    )  # fmt: skip
-    engine = Engine(output)
-    assert "layers.1.up_proj.rest" in engine.file.tensors
-    assert engine.plan is not None
-    above = {
-        tap: (engine.plan.arrays[f"threshold.{tap}"] > engine.plan.arrays[f"threshold.{stage}"])
-        for stage, tap in (("gate_act", "up_coarse"), ("inter", "down_coarse"))
-    }
-    above["gate_coarse"] = engine.plan.arrays["threshold.gate_coarse"] > 0
-    assert ("coarse" in result.selector) == any(a.any() for a in above.values())
-    # The choice itself, at costs that are known: idle neurons cost ten times what coarse ones do.
-    model = fallow.load(wide, "float32")
-    text = load_text(texts[0], "calibration")
-    candidates = Candidates(model, model.windows(text, 32, 2), text, engine, "bytes")
-    assert candidates.taps == ("gate_coarse", "gate_act", "inter", "up_coarse", "down_coarse")
-    check_row_errors(candidates, engine)
-    costs = {t: np.tile(GRID**2, (2, 1)) for t in candidates.taps}
-    for tap in ("gate_coarse", *candidates.coarse.values()):
-        costs[tap] = costs[tap] / 10
-        costs[tap][:, -2:] = np.inf  # not measured
-    for price in (0.0, 0.5, 2.0):
-        chosen = candidates.choose(costs, price)
-        gate = price * candidates.shares["gate_act"][0] * 8 / 18 / (2 / 10)  # as large as up_proj
-        assert GRID[chosen["gate_coarse"][0]] == pytest.approx(min(gate, 0.85), abs=0.026)
-        for stage, tap in candidates.coarse.items():
-            share, rest = candidates.shares[stage][0], candidates.spared[stage][0]
-            assert 0.4 < rest < 0.5  # 8 of 18 bytes
-            # Slopes of s^2 - s^2 / 10 - price share (1 - rest) s and s^2 / 10 - price share rest s.
-            idle = price * share * (1 - rest) / (2 - 2 / 10)
-            coarse = price * share * rest / (2 / 10)
-            assert GRID[chosen[stage][0]] == pytest.approx(min(idle, 0.85), abs=0.026)
-            assert GRID[chosen[tap][0]] == pytest.approx(min(max(idle, coarse), 0.85), abs=0.026)
-
-
-def check_row_errors(candidates: Candidates, engine: Engine) -> None:
-    """What coarse rows miss on the calibration's inputs, and the scores from it."""
-    inputs: list[list[torch.Tensor]] = [[], []]
-
-    def keep(index: int, x: torch.Tensor) -> None:
-        inputs[index].append(x.clone())
-
-    candidates.calibration.run("inputs", {"x": keep})
-    for i, layer in enumerate(candidates.model.layers):
-        x = torch.cat(inputs[i])
-        errors = {}
-        for matrix in ("gate_proj", "up_proj"):
-            whole = engine.matrix(f"layers.{i}.{matrix}")
-            rows = coarse_rows(whole.type, whole.data.reshape(whole.shape[0], -1)).reshape(-1)
-            first = torch.from_numpy(dataclasses.replace(whole, data=rows).dequantize())
-            exact = torch.from_numpy(whole.dequantize())
-            tap = matrix.replace("proj", "coarse")
-            inner, out = (
-                torch.from_numpy(candidates.weights[f"correction.{tap}.{part}"][i]).float()
-                for part in ("in", "out")
-            )
-            off = x @ (first - exact).T
-            errors[matrix] = error = (off + x @ inner.T @ out).square().mean(0).sqrt()
-            found = torch.from_numpy(candidates.weights[f"error.{tap}"][i])
-            torch.testing.assert_close(found, error, rtol=2e-2, atol=1e-6)
-            # No product of this rank leaves less (Eckart and Young).
-            values = torch.linalg.svdvals(off) / len(x) ** 0.5
-            least = values[CORRECTION_RANK:].square().sum()
-            assert float(error.square().sum()) == pytest.approx(float(least), rel=0.1)
-            assert error.square().sum() < off.square().mean(0).sum()
-        gate = x @ torch.from_numpy(engine.matrix(f"layers.{i}.gate_proj").dequantize()).T
-        error = errors["gate_proj"]
-        off = [layer.act(gate + e) - layer.act(gate) for e in (error, -error)]
-        weight = torch.from_numpy(candidates.weights["weight.gate_act"][i])
-        scores = {
-            "gate_coarse": (off[0].abs() + off[1].abs()) * weight,
-            "up_coarse": layer.act(gate).abs() * errors["up_proj"] * layer.down_norm,
-        }
-        for tap, score in scores.items():
-            for share, threshold in zip(GRID, candidates.thresholds[tap][i], strict=True):
-                below = (score <= float(threshold)).float().mean()
-                assert below == pytest.approx(share, abs=0.03)
-
-
 def test_a_stopped_search_continues(
     folders: dict[str, Path],
     texts: Texts,
@@ -597,8 +507,6 @@ def test_wrong_use(
         run(text=texts[0])
     with pytest.raises(UsageError, match="unknown preference 'joy'; known: speed, bytes"):
         run(prefer="joy")
-    with pytest.raises(UsageError, match="--planes spares bytes, not time; give --prefer bytes"):
-        run(planes=True)
     monkeypatch.setattr(module, "_loss", lambda *_: 20.0)
     with pytest.raises(FallowError, match=r"run dense, costs PPL \+\d.*more than the 1 % all"):
         run()

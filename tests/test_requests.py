@@ -137,15 +137,15 @@ def test_a_prompt_from_standard_input(run: Any, talking: Path, monkeypatch: Any)
 
 def interrupt_after(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the pass after so many."""
-    forward, left = Engine.forward, [passes]
+    read, left = Engine._read, [passes]
 
     def counted(self: Engine, *args: Any, **options: Any) -> np.ndarray:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        return forward(self, *args, **options)
+        return read(self, *args, **options)
 
-    monkeypatch.setattr(Engine, "forward", counted)
+    monkeypatch.setattr(Engine, "_read", counted)
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -22,7 +22,6 @@ def pack(folder: Path) -> None:
         pack(folder / name, folder / f"{name}.gguf", quant="f32")
     make_folder("llama", folder / "wide", hidden_size=64)
     pack(folder / "wide", folder / "wide.gguf", quant="f32", shortlist=True)
-    pack(folder / "wide", folder / "planes.gguf", quant="q4_0", planes=True)
 
 
 def run(folder: Path) -> None:
@@ -33,8 +32,6 @@ def run(folder: Path) -> None:
             "threshold.gate_act": np.full(2, 0.1, dtype=np.float32),
             "weight.gate_act": np.ones((2, 37), dtype=np.float32),
             "threshold.inter": np.full(2, 0.2, dtype=np.float32),
-            "threshold.up_coarse": np.full(2, 0.3, dtype=np.float32),
-            "threshold.down_coarse": np.full(2, 0.5, dtype=np.float32),
             "head_margin": np.array([1.0]),
         },
         "topk": {"kept": np.array([0.5])},

@@ -54,7 +54,7 @@ FEW: int
 class PackedError(ValueError): ...
 
 class Mapping:
-    def __init__(self, path: str) -> None: ...
+    def __init__(self, path: bytes) -> None: ...
     @property
     def data(self) -> np.ndarray: ...
     def forget(self) -> None: ...
@@ -65,7 +65,7 @@ class Engine:
     def __init__(self, mapping: Mapping, kernels: str, n_threads: int, context: int) -> None: ...
     @overload
     def __init__(
-        self, path: str, header_bytes: int, kernels: str, n_threads: int, context: int
+        self, path: bytes, header_bytes: int, kernels: str, n_threads: int, context: int
     ) -> None: ...
     def load(self, parts: Sequence[tuple[int, int]]) -> None: ...
     def rows_from_file(
@@ -73,26 +73,13 @@ class Engine:
     ) -> None: ...
     def stream(
         self,
-        units: Sequence[tuple[int, Sequence[tuple[str, bool, int, int]]]],
+        units: Sequence[tuple[int, Sequence[tuple[str, int, int]]]],
         n_slots: int,
     ) -> None: ...
     def forward(
         self, tokens: np.ndarray, position: int, all: bool, dense: bool, logits: np.ndarray
     ) -> None: ...
-    def set_cuts(
-        self,
-        cuts: Sequence[
-            tuple[
-                int,
-                int,
-                int,
-                float,
-                np.ndarray | None,
-                np.ndarray | None,
-                tuple[int, np.ndarray, str, np.ndarray] | None,
-            ]
-        ],
-    ) -> None: ...
+    def set_cuts(self, cuts: Sequence[tuple[int, int, int, float, np.ndarray | None]]) -> None: ...
     def stats(self) -> dict[str, Any]: ...
     def reset_stats(self) -> None: ...
     def set_shortlist(self, nats: float, most: int) -> None: ...
@@ -113,42 +100,3 @@ def read_bandwidth(n_bytes: int, n_threads: int) -> float: ...
 def time_rows(
     type: str, rows: int, width: int, list: np.ndarray, n_threads: int
 ) -> dict[str, float]: ...
-def test_gemv_rows(
-    kernels: str,
-    type: str,
-    weights: np.ndarray,
-    x: np.ndarray,
-    rows: np.ndarray | None,
-    y: np.ndarray,
-) -> None: ...
-def test_axpy_rows(
-    kernels: str,
-    type: str,
-    weights: np.ndarray,
-    coefficient: np.ndarray,
-    rows: np.ndarray | None,
-    y: np.ndarray,
-) -> None: ...
-def test_gemv_planes(
-    kernels: str,
-    type: str,
-    base: np.ndarray,
-    rest: np.ndarray | None,
-    x: np.ndarray,
-    rows: np.ndarray | None,
-    y: np.ndarray,
-) -> None: ...
-def test_axpy_planes(
-    kernels: str,
-    type: str,
-    base: np.ndarray,
-    rest: np.ndarray | None,
-    coefficient: np.ndarray,
-    rows: np.ndarray | None,
-    y: np.ndarray,
-) -> None: ...
-def test_decode(kernels: str, type: str, weights: np.ndarray, y: np.ndarray) -> None: ...
-def test_gemm(
-    kernels: str, type: str, weights: np.ndarray, x: np.ndarray, y: np.ndarray, half: bool
-) -> None: ...
-def test_activation(kernels: str, name: str, x: np.ndarray) -> None: ...

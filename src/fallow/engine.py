@@ -33,7 +33,6 @@ from fallow.memory import (
     residencies,
 )
 from fallow.plan import Plan
-from fallow.planes import join_planes
 from fallow.text import Text, cut_windows
 from fallow.tokenizer import (
     Ids,
@@ -48,18 +47,17 @@ from fallow.weights import GgufFile, StoredTensor, read_gguf
 PACKED_VERSION = 2
 DEFAULT_CONTEXT = 4096
 BUDGET_CONTEXT = 1024  # under a memory budget
-MOST_THREADS = 1024  # as csrc/bindings.cpp has it
+MOST_THREADS = 1024  # as csrc/engine_bindings.cpp has it
 PREFILL_STEP = 512  # tokens of a prompt between which an answer can be stopped
 ECHO_STEP = 32  # as many, of a prompt whose every token's logits are wanted: 20 MB of Qwen2.5's
 
-# How the core finds a cut's threshold: csrc/engine.h, Cut::By.
+# How the core finds a cut's threshold: csrc/engine/cuts.h, Cut::By.
 _THRESHOLD, _TOPK, _TAIL = 1, 2, 3
 _RULES = (
     "cats", "cett", "fat", "gate_tail", "gate_topk", "percentile", "relu", "tail", "teal", "topk",
     "two_stage", "wina",
 )  # fmt: skip
-_Correction = tuple[int, np.ndarray, str, np.ndarray]
-_Cut = tuple[int, int, int, float, np.ndarray | None, np.ndarray | None, _Correction | None]
+_Cut = tuple[int, int, int, float, np.ndarray | None]
 # Rules that rank by the norm of a neuron's output.
 _BY_OUTPUT_NORM = ("topk", "tail", "cett", "two_stage")
 # The engine's projections that a fused one of the checkpoint stands for.
@@ -90,8 +88,6 @@ def check_runs(plan: Plan) -> None:
         raise FallowError(
             f"the engine cannot run plans of {plan.rule!r}; it runs {', '.join(_RULES)}"
         )
-    if plan.rule != "two_stage" and any(name.endswith("_coarse") for name in plan.arrays):
-        raise FallowError(f"a plan of {plan.rule!r} cannot read rows coarse, two_stage can")
     for name in plan.arrays:
         if name.startswith("threshold."):
             tap = name.removeprefix("threshold.")
@@ -241,7 +237,7 @@ class Engine:
             return _core.Engine(self.file.mapping, kernels, self.threads, context)
         _ = self.tokenizer  # reading it takes memory for a moment, in which weights lie afterwards
         header = min(self.file.offsets.values(), default=0)
-        core = _core.Engine(str(self.path), header, kernels, self.threads, context)
+        core = _core.Engine(os.fsencode(self.path), header, kernels, self.threads, context)
         self.file.forget_pages()
         _return_freed_memory()
         self.residency = found = self._choose_residency(context)
@@ -259,7 +255,7 @@ class Engine:
         if found.streamed:
             core.stream(
                 [
-                    (layer, [(p.matrix, p.is_rest, p.offset, p.size) for p in parts])
+                    (layer, [(p.matrix, p.offset, p.size) for p in parts])
                     for layer, parts in found.streamed.items()
                 ],
                 SLOTS,
@@ -365,7 +361,7 @@ class Engine:
         return float(arrays[0][0]), int(min(arrays[1][0], 2**31 - 1))
 
     def _cuts(self, plan: Plan) -> list[_Cut]:
-        """The plan in the core's terms: (layer, tap, how, value, weights, errors, correction)."""
+        """The plan in the core's terms: (layer, tap, how, value, weights)."""
         plan.check_model(self.fingerprint, self.name)
         check_runs(plan)
         n_layers = self._core.n_layers
@@ -378,12 +374,8 @@ class Engine:
             for part in _FUSED.get(tap, (tap,)):
                 for layer, value in enumerate(array):
                     if value > 0 or plan.rule == "relu":  # 0 would skip only what is 0 anyway
-                        weight, error = self._weight(plan, layer, part), None
-                        if part == "gate_coarse":
-                            error = self._per_neuron(plan, "error.gate_coarse", layer)
-                        correction = self._correction(plan, part, layer)
-                        cut = _tap(part), _THRESHOLD, float(value), weight, error, correction
-                        cuts.append((layer, *cut))
+                        weight = self._weight(plan, layer, part)
+                        cuts.append((layer, _tap(part), _THRESHOLD, float(value), weight))
         per_token = {"kept": (_TOPK, lambda v: v < 1), "tau": (_TAIL, lambda v: v > 0)}
         for name, (how, cuts_something) in per_token.items():
             if name not in plan.arrays:
@@ -394,7 +386,7 @@ class Engine:
                 for layer in range(n_layers):
                     for tap in self._taps_of(plan):
                         weight = self._weight(plan, layer, tap)
-                        cuts.append((layer, _tap(tap), how, value, weight, None, None))
+                        cuts.append((layer, _tap(tap), how, value, weight))
         return cuts
 
     def _check_array(
@@ -414,12 +406,10 @@ class Engine:
 
     def _weight(self, plan: Plan, layer: int, tap: str) -> np.ndarray | None:
         """What multiplies magnitudes before they are compared; None: nothing."""
-        if tap == "gate_coarse" or (tap == "gate_act" and "weight.gate_act" in plan.arrays):
+        if tap == "gate_act" and "weight.gate_act" in plan.arrays:
             return self._per_neuron(plan, "weight.gate_act", layer)
         down_norm = np.asarray(self._core.down_norm(layer), dtype=np.float32)
-        if tap == "up_coarse":
-            return self._per_neuron(plan, "error.up_coarse", layer) * down_norm
-        if tap in ("inter", "down_coarse") and plan.rule.partition(":")[0] in _BY_OUTPUT_NORM:
+        if tap == "inter" and plan.rule.partition(":")[0] in _BY_OUTPUT_NORM:
             return down_norm
         if plan.rule == "wina":
             if not tap.endswith("_proj"):
@@ -434,24 +424,6 @@ class Engine:
         self._check_array(plan, name, array, (self._core.n_layers, self._core.intermediate_size))
         return np.ascontiguousarray(array[layer], dtype=np.float32)
 
-    def _correction(self, plan: Plan, tap: str, layer: int) -> _Correction | None:
-        """What coarse rows are short of, as the core takes it."""
-        inner, out = (plan.arrays.get(f"correction.{tap}.{part}") for part in ("in", "out"))
-        if inner is None or out is None:
-            return None
-        n_layers, width = self._core.n_layers, self._core.intermediate_size
-        rank = inner.shape[1] if inner.ndim == 3 else 0
-        hidden = self._count("fallow.hidden_size")
-        self._check_array(plan, f"correction.{tap}.in", inner, (n_layers, rank, hidden))
-        self._check_array(plan, f"correction.{tap}.out", out, (n_layers, rank, width))
-        import gguf
-
-        kind = gguf.GGMLQuantizationType.Q8_0 if width % 32 == 0 else gguf.GGMLQuantizationType.F16
-        rows = np.ascontiguousarray(out[layer], dtype=np.float32)
-        packed = gguf.quantize(rows, kind).view(np.uint8).ravel()
-        floats = np.ascontiguousarray(inner[layer], dtype=np.float16).view(np.uint8).ravel()
-        return rank, floats, kind.name, packed
-
     def _column_norms(self, layer: int, tap: str) -> np.ndarray:
         """||W[:, j]|| of a projection, or of the fused one that it is a part of, (in,)."""
         if tap == "down_proj":
@@ -465,24 +437,8 @@ class Engine:
         return np.sqrt(squares).astype(np.float32)
 
     def matrix(self, name: str) -> StoredTensor:
-        """A matrix, `layers.0.up_proj` say, as it is stored; one in two planes is joined."""
-        tensors = self.file.tensors
-        if f"{name}.base" not in tensors:
-            return tensors[f"{name}.weight"]
-        _, layer, part = name.split(".")
-        kind = self._matrix_type(int(layer), part)
-        base, rest = tensors[f"{name}.base"], tensors[f"{name}.rest"]
-        data = join_planes(kind, *(t.data.reshape(t.shape) for t in (base, rest)))
-        shape = (base.shape[0], self._count("fallow.hidden_size"))
-        return StoredTensor(name, shape, kind, data.reshape(-1))
-
-    def _matrix_type(self, layer: int, part: str) -> str:
-        whole = self.file.tensors.get(f"layers.{layer}.{part}.weight")
-        if whole is not None:
-            return whole.type
-        import gguf
-
-        return gguf.GGMLQuantizationType(self.file.get(f"fallow.{part}_planes")[layer]).name
+        """A matrix, `layers.0.up_proj` say, as it is stored."""
+        return self.file.tensors[f"{name}.weight"]
 
     def reset(self, keep: int = 0) -> None:
         """Forgets what was read after the first `keep` tokens.
@@ -817,10 +773,10 @@ class Engine:
     def dtype_name(self) -> str:
         """The type of gate_proj or, without one, up_proj: what most weights are."""
         name = "gate_proj" if self.file.get("fallow.gated") else "up_proj"
-        return self._matrix_type(0, name).lower()
+        return self.matrix(f"layers.0.{name}").type.lower()
 
     def core_stats(self) -> dict[str, Any]:
-        """Counters of the core since `reset_stats`: see csrc/engine.h."""
+        """Counters of the core since `reset_stats`: see csrc/engine/runtime.h."""
         return self._core.stats()
 
     def logits_hash(self) -> str:

@@ -4,8 +4,7 @@ A pass over a dense model needs every weight once, always in the same order. Of 
 that takes in what was just read keeps nothing until it is needed again, and no policy hits more
 often than keeping a fixed part (Belady's rule, on a cycle). So a part of the FFN's matrices stays,
 and the others pass through two slots, read ahead while earlier layers compute. Layers that are read
-are spread evenly, so that the disk always has work. Where a model is in planes (docs/packed.md) its
-second planes are read first of all: the first ones alone are a model that can guess ahead.
+are spread evenly, so that the disk always has work.
 
 The head is another matter where a plan has a shortlist: of its rows a token needs some hundreds,
 which are mostly those that earlier tokens needed. So it goes first, but for a cache of rows.
@@ -18,7 +17,7 @@ from fallow.errors import UsageError
 from fallow.weights import GgufFile
 
 SLOTS = 2
-SECTOR = 4096  # as csrc/disk.h has it
+SECTOR = 4096  # as csrc/platform/file.h has it
 HEAD_ROWS = 16384  # of the head, in memory
 EMBEDDING_ROWS = 64  # of an embedding that is not the head: a block of prefill
 RANGE = 4_000_000  # bytes at once where all of such a matrix is read
@@ -68,10 +67,6 @@ class Part:
     def layer(self) -> int:
         return int(self.name.split(".")[1])
 
-    @property
-    def is_rest(self) -> bool:
-        return self.name.endswith(".rest")
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -83,7 +78,7 @@ class Rows:
 
     @property
     def memory(self) -> int:
-        """Bytes of these rows, and of what csrc/disk.h, FileRows, keeps about each."""
+        """Bytes of these rows, and of what csrc/engine/disk.h, FileRows, keeps about each."""
         return self.room * (self.part.size // self.n_rows + 16) + 4 * self.n_rows + RANGE
 
 
@@ -148,7 +143,7 @@ def residencies(parts: list[Part], head: Rows | None = None) -> list[Residency]:
     else:
         head = None
     movable = [p for p in parts if p.matrix in STREAMED and not p.name.endswith(".bias")]
-    movable.sort(key=lambda p: (not p.is_rest, STREAMED.index(p.matrix), _spread(p.layer)))
+    movable.sort(key=lambda p: (STREAMED.index(p.matrix), _spread(p.layer)))
     for count in range(1, len(movable) + 1):
         gone = set(movable[:count])
         streamed: dict[int, list[Part]] = {}

@@ -1,12 +1,10 @@
 """From a model to a packed file that leaves idle what a stated loss allows, chosen by measurement.
 
 What may be spared: rows of up_proj of neurons whose gate is small, rows of down_proj of neurons
-whose output is small (rule `two_stage`), the lower bits of rows that matter a little more (planes),
-and exact logits of unlikely tokens (the head's shortlist). What each layer's thresholds cost the
-whole model is measured layer by layer; then every layer takes the cheapest of its choices at one
-common price of divergence for bytes, and the price is searched for which held-out text loses as
-much as is allowed. A nat of divergence by idle neurons costs less of that than one by coarse rows,
-whose errors have no direction; what each costs is measured, too.
+whose output is small (rule `two_stage`), and exact logits of unlikely tokens (the shortlist).
+What each layer's thresholds cost the whole model is measured layer by layer; then every layer takes
+the cheapest of its choices at one common price of divergence for bytes, and the price is searched
+for which held-out text loses as much as is allowed.
 
 Three texts, none of which shares a token with another: the plan is made on the first, the search
 judges by the second, and the third, which neither has seen, checks what came of it.
@@ -34,12 +32,10 @@ from fallow.metrics import ppl_change_percent
 from fallow.model import Model
 from fallow.packing import Packer
 from fallow.plan import Plan
-from fallow.planes import coarse_rows
 from fallow.progress import console, progress
 from fallow.quality import Evaluation, evaluate_engine, log_softmax, token_losses
 from fallow.rules._gate import gate_weights
 from fallow.rules.two_stage import TwoStage
-from fallow.selectors._svd import Inputs
 from fallow.text import Text, check_no_leakage, load_text, split_windows
 from fallow.weights import StoredTensor
 
@@ -48,15 +44,9 @@ from fallow.weights import StoredTensor
 LEVELS = {
     "gate_act": (0.1, 0.25, 0.4),
     "inter": (0.3, 0.5, 0.7, 0.85),
-    "gate_coarse": (0.3, 0.5, 0.7, 0.85),
-    "up_coarse": (0.4, 0.7, 0.9),
-    "down_coarse": (0.5, 0.75, 0.9),
 }
-# What each stage spares rows of, the product that reads them, and the tap of rows read coarse.
-ROWS = {
-    "gate_act": ("up_proj", "gemv", "up_coarse"),
-    "inter": ("down_proj_t", "axpy", "down_coarse"),
-}
+# What each stage spares rows of, and the product that reads them.
+ROWS = {"gate_act": ("up_proj", "gemv"), "inter": ("down_proj_t", "axpy")}
 GRID = np.arange(0, 0.951, 0.05)  # sparsities that a layer may be given
 PROBE_WINDOWS, PROBE_CONTEXT = 2, 256  # tokens on which the divergence is measured
 SCORE_TOKENS = 256  # per layer, whose scores' quantiles are thresholds
@@ -73,13 +63,9 @@ HEAD_MARGIN = 12.0
 HEAD_SHARE, HEAD_LEAST = 1 / 64, 1024  # of rows, whichever is more
 # Logarithm of the price, in nats for all of the FFN's bytes.
 LOWEST_PRICE, HIGHEST_PRICE, PRICE_STEPS = -3.0, 1.5, 7
-# Of loss per nat of divergence, no less is believed; and a cost that nothing pays.
-LOWEST_RATE, PROHIBITIVE = 0.2, 1e6
 # A plan is judged window by window; from JUDGED_FROM on, one this many standard errors from the
 # limit is not looked at further.
 JUDGED_FROM, CLEAR = 6, 4.0
-# Of what coarse rows of gate_proj and up_proj are short of.
-CORRECTION_RANK = 8
 SMALLEST = 1e-30  # a threshold that only exact zeros stay below
 TIMED_PROMPT, TIMED_TOKENS, TIMED_RUNS = 64, 64, 5
 # Of dense's speed, or with "bytes" of its bytes: what gains less is not worth a loss of quality.
@@ -125,7 +111,6 @@ def optimize(
     check_windows: int = 8,
     threads: int | None = None,
     prefer: str = "speed",
-    planes: bool = False,
     quant: str | None = None,
     down: str | None = None,
 ) -> Optimized:
@@ -144,8 +129,6 @@ def optimize(
         prefer: "speed": rows are priced by what they take when scattered, as timed here, and what
             does not make decode faster is left out; "bytes": rows are priced by their bytes, and
             what does not make them fewer is left out.
-        planes: with "bytes", pack in planes and read rows coarse where that costs less than leaving
-            them idle: fewer bytes still, and slower.
         quant, down: as for `pack`.
 
     Raises:
@@ -156,14 +139,14 @@ def optimize(
     """
     start = time.monotonic()
     counts = {"windows": windows, "validation-windows": validation_windows}
-    _check_request(max_ppl_increase, prefer, planes, counts | {"check-windows": check_windows})
+    _check_request(max_ppl_increase, prefer, counts | {"check-windows": check_windows})
     check_writable(output)
     check_text = load_text(text, "evaluation")
     fit_text = load_text(calibration_text, "calibration")
     check_no_leakage(fit_text.sha256, check_text, False, fit_text.sketch)
     # The packer's own check may refuse a type of down_proj_t, so it reads no check text either.
     calibration = load_text(None, "calibration")
-    packer = Packer(model, quant=quant, down=down, planes=planes, text=calibration)
+    packer = Packer(model, quant=quant, down=down, text=calibration)
     source = packer.model
     context = min(context, packer.context_length)
     cut = source.windows(fit_text, context)
@@ -177,7 +160,6 @@ def optimize(
         costs_path = Path(f"{output}.costs.jsonl")
         settings: dict[str, Any] = {"fingerprint": source.fingerprint, "text": fit_text.sha256}
         settings |= {"windows": windows, "context": context, "quant": quant, "down": down}
-        settings["planes"] = planes
         costs = _measure_costs(candidates, engine, fit, costs_path, settings)
 
         def check(plan: Plan | None) -> Evaluation:
@@ -201,15 +183,11 @@ def optimize(
     return _result(engine, plan, quality, runs, judged, fit_text, output, time.monotonic() - start)
 
 
-def _check_request(
-    max_ppl_increase: float, prefer: str, planes: bool, counts: dict[str, int]
-) -> None:
+def _check_request(max_ppl_increase: float, prefer: str, counts: dict[str, int]) -> None:
     if not (np.isfinite(max_ppl_increase) and max_ppl_increase > 0):
         raise UsageError(f"--max-ppl-increase {max_ppl_increase} is not a positive percentage")
     if prefer not in PREFERENCES:
         raise UsageError(f"unknown preference {prefer!r}; known: {', '.join(PREFERENCES)}")
-    if planes and prefer != "bytes":
-        raise UsageError("--planes spares bytes, not time; give --prefer bytes with it")
     for option, count in counts.items():
         if count < 1:
             raise UsageError(f"--{option} {count} is too few; give at least 1")
@@ -237,38 +215,18 @@ class Candidates:
         self.head_margin = HEAD_MARGIN if coarse else 0.0
         self.head_limit = max(HEAD_LEAST, int(coarse.shape[0] * HEAD_SHARE)) if coarse else 0
 
-        def sizes(matrix: str, plane: str) -> np.ndarray:
-            names = [f"layers.{i}.{matrix}.{plane}" for i in range(self.n_layers)]
+        def sizes(matrix: str) -> np.ndarray:
+            names = [f"layers.{i}.{matrix}.weight" for i in range(self.n_layers)]
             return np.array([tensors[n].data.nbytes if n in tensors else 0 for n in names])
 
-        whole = {
-            name: sizes(name, "weight") + sizes(name, "base") + sizes(name, "rest")
-            for name in ("gate_proj", "up_proj", "down_proj_t")
-        }
-        total = sum(size.sum() for size in whole.values())
-        # Of all the FFN's bytes: a stage's matrix; and of that matrix, what coarse rows leave out.
-        self.shares = {stage: whole[ROWS[stage][0]] / total for stage in self.stages}
-        self.spared = {
-            stage: sizes(ROWS[stage][0], "rest") / whole[ROWS[stage][0]] for stage in self.stages
-        }
-        self.coarse = {s: ROWS[s][2] for s in self.stages if self.spared[s].any()}
-        # gate_proj has no stage before it: all its rows are read, and some of them whole.
-        self.gate_spared = sizes("gate_proj", "rest") / total
-        gate = ("gate_coarse",) if self.gate_spared.any() else ()
-        self.taps = (*gate, *self.stages, *self.coarse.values())
-        self.kinds = {"idle": self.stages, "coarse": (*gate, *self.coarse.values())}
+        total = sum(sizes(name).sum() for name in ("gate_proj", "up_proj", "down_proj_t"))
+        # Of all the FFN's bytes: a stage's matrix.
+        self.shares = {stage: sizes(ROWS[stage][0]) / total for stage in self.stages}
         self.thresholds = {stage: self._quantiles(stage) for stage in self.stages}
-        self.thresholds |= {tap: self.thresholds[stage] for stage, tap in self.coarse.items()}
-        if gate:
-            self.weights |= self._corrections(engine, "gate_proj", "gate_coarse")
-            self.thresholds["gate_coarse"] = self._gate_quantiles()
-        if self.coarse.get("gate_act"):
-            self.weights |= self._corrections(engine, "up_proj", "up_coarse")
-            self.thresholds["up_coarse"] = self._up_quantiles()
         self.row_costs = dict.fromkeys(self.stages, 1.0)
         if prefer == "speed":
             for stage in self.stages:
-                name, product, _ = ROWS[stage]
+                name, product = ROWS[stage]
                 cost = _row_cost(tensors[f"layers.0.{name}.weight"], product, engine.threads)
                 self.row_costs[stage] = cost
                 console.print(
@@ -284,38 +242,8 @@ class Candidates:
             some = values[:: max(1, len(values) // SCORE_TOKENS)].abs().float()
             return some * rule.weight(i, self.model.layers[i], stage)
 
-        return self._shares(stage, scores)
-
-    def _gate_quantiles(self) -> np.ndarray:
-        """As `_quantiles`, of how much gate_act of a coarse gate_pre may be off (docs/plan.md)."""
-        gate_pre = self.calibration.sample("gate_pre", SCORE_TOKENS)
-
-        def scores(i: int) -> torch.Tensor:
-            act = self.model.layers[i].act
-            error, weight = (
-                torch.from_numpy(self.weights[name][i]).float()
-                for name in ("error.gate_coarse", "weight.gate_act")
-            )
-            gate = gate_pre[i].float()
-            low, middle, high = (act(gate + sign * error) for sign in (-1, 0, 1))
-            return ((high - middle).abs() + (middle - low).abs()) * weight
-
-        return self._shares("gate_coarse", scores)
-
-    def _up_quantiles(self) -> np.ndarray:
-        """As `_quantiles`, of how much a coarse row of up_proj puts the FFN's output off."""
-
-        def scores(i: int) -> torch.Tensor:
-            values = self.calibration.gate_act[i]
-            some = values[:: max(1, len(values) // SCORE_TOKENS)].abs().float()
-            error = torch.from_numpy(self.weights["error.up_coarse"][i])
-            return some * error * self.model.layers[i].down_norm
-
-        return self._shares("up_coarse", scores)
-
-    def _shares(self, tap: str, scores: Callable[[int], torch.Tensor]) -> np.ndarray:
         found = np.empty((self.n_layers, len(GRID)), dtype=np.float32)
-        with progress(f"thresholds of {tap}", self.n_layers) as ticker:
+        with progress(f"thresholds of {stage}", self.n_layers) as ticker:
             for i in range(self.n_layers):
                 found[i] = np.quantile(scores(i).numpy(), GRID)
                 ticker.advance()
@@ -323,36 +251,10 @@ class Candidates:
         found[:, 0] = 0
         return found
 
-    def _corrections(self, engine: Engine, matrix: str, tap: str) -> dict[str, np.ndarray]:
-        """What coarse rows are short of, as a product of low rank, and how far off they still are.
-
-        `correction.{tap}.in` (L, rank, d_model) and `.out` (L, rank, d_ff), float16, and
-        `error.{tap}` (L, d_ff), sqrt(E[error²]) on calibration inputs.
-        """
-        parts: dict[str, list[np.ndarray]] = {"in": [], "out": [], "error": []}
-        moments = self.calibration.input_moments
-        with progress(f"corrections of {tap}", len(moments)) as ticker:
-            for i, moment in enumerate(moments):
-                whole = engine.matrix(f"layers.{i}.{matrix}")
-                rows = coarse_rows(whole.type, whole.data.reshape(whole.shape[0], -1))
-                coarse = replace(whole, data=rows.reshape(-1))
-                short = torch.from_numpy(whole.dequantize() - coarse.dequantize())
-                inputs = Inputs(torch.from_numpy(moment))
-                out, inner = inputs.truncate(short, min(CORRECTION_RANK, short.shape[1]))
-                parts["in"].append(inner.half().numpy())
-                parts["out"].append(out.T.half().numpy())
-                parts["error"].append(inputs.root_mean_square(short - out @ inner).numpy())
-                ticker.advance()
-        return {
-            f"correction.{tap}.in": np.stack(parts["in"]),
-            f"correction.{tap}.out": np.stack(parts["out"]),
-            f"error.{tap}": np.stack(parts["error"]).astype(np.float32),
-        }
-
     def plan(self, choice: dict[str, np.ndarray], head_margin: float) -> Plan:
         """A plan from the index into the grid of every tap and layer, (L,) each."""
         layers = np.arange(self.n_layers)
-        arrays = {f"threshold.{t}": self.thresholds[t][layers, choice[t]] for t in self.taps}
+        arrays = {f"threshold.{t}": self.thresholds[t][layers, choice[t]] for t in self.stages}
         if "gate_act" not in self.stages:
             arrays["threshold.gate_act"] = np.zeros(self.n_layers, dtype=np.float32)
         arrays |= self.weights
@@ -374,50 +276,27 @@ class Candidates:
         )
 
     def nothing(self) -> dict[str, np.ndarray]:
-        """The choice that leaves no neuron idle and reads no row coarse."""
-        return {t: np.zeros(self.n_layers, dtype=int) for t in self.taps}
+        """The choice that leaves no neuron idle."""
+        return {stage: np.zeros(self.n_layers, dtype=int) for stage in self.stages}
 
     def probes(self) -> Iterator[tuple[str, int, int, Plan]]:
         """Every plan that cuts one layer at one tap: tap, layer, index into the grid, plan."""
         for layer in range(self.n_layers):
-            for tap in self.taps:
+            for tap in self.stages:
                 for level in LEVELS[tap]:
                     index = int(np.abs(GRID - level).argmin())
                     choice = self.nothing()
                     choice[tap][layer] = index
                     yield tap, layer, index, self.plan(choice, 0.0)
 
-    def divergence(self, costs: dict[str, np.ndarray], choice: dict[str, np.ndarray]) -> float:
-        """What a choice costs if layers and taps add up, nats per token."""
-        layers = np.arange(self.n_layers)
-        total = sum(costs[tap][layers, choice[tap]].sum() for tap in self.taps)
-        # Idle neurons cost nothing as coarse ones.
-        return float(total - sum(costs[c][layers, choice[s]].sum() for s, c in self.coarse.items()))
-
     def choose(self, costs: dict[str, np.ndarray], price: float) -> dict[str, np.ndarray]:
         """The choice of each layer that is cheapest at `price` nats for all of the FFN's bytes."""
         found = self.nothing()
         for layer in range(self.n_layers):
-            if "gate_coarse" in self.taps:
-                spared = price * self.gate_spared[layer] * GRID
-                found["gate_coarse"][layer] = np.argmin(costs["gate_coarse"][layer] - spared)
             for stage in self.stages:
-                paid = price * self.shares[stage][layer]
                 read = np.minimum(1, self.row_costs[stage] * (1 - GRID))
-                loss = costs[stage][layer] + paid * read
-                if (tap := self.coarse.get(stage)) is None:
-                    found[stage][layer] = int(np.argmin(loss))
-                    continue
-                # By the shares (idle, idle or coarse); idle neurons no longer cost as coarse ones.
-                coarse, spared = costs[tap][layer], paid * self.spared[stage][layer]
-                measured = np.isfinite(coarse)
-                both = np.full((len(GRID), len(GRID)), np.inf)
-                for i in np.flatnonzero(measured & np.isfinite(loss)):
-                    more = measured & (np.arange(len(GRID)) >= i)
-                    gain = spared * (GRID[more] - GRID[i]) - (coarse[more] - coarse[i])
-                    both[i, more] = loss[i] - gain
-                index = np.unravel_index(int(np.argmin(both)), both.shape)
-                found[stage][layer], found[tap][layer] = index
+                loss = costs[stage][layer] + price * self.shares[stage][layer] * read
+                found[stage][layer] = int(np.argmin(loss))
         return found
 
 
@@ -464,7 +343,7 @@ def _measure_costs(
                 known[tap, layer, index] = float(np.mean(kl))
                 file.add([tap, layer, index, known[tap, layer, index]])
             ticker.advance()
-    costs = {t: np.empty((candidates.n_layers, len(GRID))) for t in candidates.taps}
+    costs = {t: np.empty((candidates.n_layers, len(GRID))) for t in candidates.stages}
     for tap, table in costs.items():
         for layer in range(candidates.n_layers):
             points = {i: cost for (t, n, i), cost in known.items() if (t, n) == (tap, layer)}
@@ -528,8 +407,6 @@ class _Search:
             FallowError: the packed model run dense costs more than the limit; or no plan held it.
         """
         dense = self._dense_change()
-        if self._candidates.kinds["coarse"]:
-            self._price_kinds()
         aim = self._limit
         for left in reversed(range(CHECKS)):
             whole, judged = self._most_within(aim, dense)
@@ -603,7 +480,7 @@ class _Search:
                 if key not in judged:
                     judged[key] = self._judge.change(plan, aim)
                 change, error, seen = judged[key]
-                shares = ", ".join(f"{t} {GRID[choice[t]].mean():.0%}" for t in candidates.taps)
+                shares = ", ".join(f"{t} {GRID[choice[t]].mean():.0%}" for t in candidates.stages)
                 console.print(
                     f"price 10^{price:.2f}: {shares}: PPL {change:+.2f} ± {error:.2f} % "
                     f"on {seen} windows",
@@ -629,31 +506,6 @@ class _Search:
         )
         return (plan, change) if change + error <= aim else None
 
-    def _price_kinds(self) -> None:
-        """Takes each kind of saving's costs times its loss on held-out text per nat of divergence.
-
-        Expected is one nat per nat where errors know nothing of the text. Leaving neurons idle also
-        takes away noise of the model's own: on Qwen2.5-Coder 0.014 nats cost 0.34 % of PPL.
-        """
-        candidates, costs = self._candidates, self._costs
-        dense = np.mean(self._judge.losses(None))
-        for kind, taps in candidates.kinds.items():
-            shut = np.tile(PROHIBITIVE * GRID, (candidates.n_layers, 1))
-            open_costs = {t: costs[t] if t in taps else shut for t in candidates.taps}
-            choices = [
-                candidates.choose(open_costs, 10**price)
-                for price in np.arange(LOWEST_PRICE, HIGHEST_PRICE, 0.05)
-            ]
-            spent = [candidates.divergence(open_costs, choice) for choice in choices]
-            near = int(np.abs(np.array(spent) - self._limit / 100).argmin())
-            loss = np.mean(self._judge.losses(candidates.plan(choices[near], 0.0))) - dense
-            rate = max(LOWEST_RATE, float(loss) / max(spent[near], SMALLEST))
-            self._costs = self._costs | {tap: rate * costs[tap] for tap in taps}
-            console.print(
-                f"{kind}: {spent[near]:.4f} nats of divergence cost {loss:+.4f} nats of loss",
-                highlight=False,
-            )
-
 
 class _Judge:
     """Held-out windows (n, context), and the source's losses on those that were needed."""
@@ -661,16 +513,6 @@ class _Judge:
     def __init__(self, source: Model, engine: Engine, windows: np.ndarray) -> None:
         self._source, self._engine, self._windows = source, engine, windows
         self._dense: list[float] = []
-
-    def losses(self, plan: Plan | None) -> list[float]:
-        """Mean loss of the engine with a plan on each window, nats per token."""
-        self._engine.use_plan(plan)
-        found = []
-        with progress("held-out loss", len(self._windows)) as ticker:
-            for window in self._windows:
-                found.append(_loss(self._engine, window))
-                ticker.advance()
-        return found
 
     def change(self, plan: Plan | None, limit: float) -> tuple[float, float, int]:
         """PPL change of a plan and its error, percent, and the windows they come from.
@@ -754,14 +596,6 @@ def _selector(plan: Plan | None) -> str:
     if plan is None:
         return "dense"
     used = [plan.rule] if any(plan.arrays[f"threshold.{s}"].any() for s in ROWS) else []
-    idle = {tap: plan.arrays[f"threshold.{stage}"] for stage, (_, _, tap) in ROWS.items()}
-    idle["gate_coarse"] = np.zeros(1)  # no row of gate_proj is
-    if any(
-        (plan.arrays[f"threshold.{tap}"] > below).any()
-        for tap, below in idle.items()
-        if f"threshold.{tap}" in plan.arrays
-    ):
-        used.append("coarse")
     used += ["shortlist"] if plan.arrays["head_margin"][0] > 0 else []
     return "+".join(used) or "dense"
 

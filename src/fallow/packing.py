@@ -24,7 +24,6 @@ from fallow.files import atomic_path, check_writable
 from fallow.memory import COARSE_HEAD
 from fallow.model import Model, find_model, load
 from fallow.plan import Plan
-from fallow.planes import PLANE_TYPES, split_planes
 from fallow.progress import console, note, progress
 from fallow.quality import compare_logits
 from fallow.shortlist import coarse_head
@@ -105,7 +104,6 @@ def pack(
     quant: str | None = None,
     down: str | None = None,
     shortlist: bool = False,
-    planes: bool = False,
     text: str | Path | Text | None = None,
     n_threads: int | None = None,
 ) -> SelfCheck:
@@ -118,8 +116,6 @@ def pack(
             of the default calibration text, else that of `quant`.
         shortlist: add a coarse copy of the head (2 bits), by which a plan with a `head_margin`
             spares most tokens' exact logits.
-        planes: the FFN's matrices in two planes (docs/packed.md), by which a plan may read
-            rows of 4 or 5 bits per weight coarse, in 2 or 3. Same values; whole rows take longer.
         text: what the check reads, which has chosen nothing but may refuse a type; default: the
             evaluation half of the default text.
 
@@ -132,9 +128,7 @@ def pack(
     if plan is not None:
         check_runs(plan)
     check_writable(output)
-    packer = Packer(
-        model, quant=quant, down=down, shortlist=shortlist, planes=planes, text=text, plan=plan
-    )
+    packer = Packer(model, quant=quant, down=down, shortlist=shortlist, text=text, plan=plan)
     return packer.write(output, plan, n_threads)
 
 
@@ -148,7 +142,6 @@ class Packer:
         quant: str | None = None,
         down: str | None = None,
         shortlist: bool = False,
-        planes: bool = False,
         text: str | Path | Text | None = None,
         plan: Plan | None = None,  # of another model: refused before the work
     ) -> None:
@@ -160,7 +153,6 @@ class Packer:
         for problem in self.model.tokenizer.chat_problems():
             note(problem)
         self._types = self._source.down_types(quant, down)
-        self._planes = planes
         self._matrices = self._source.matrices(quant)
         if shortlist:
             self._matrices |= self._source.coarse_head()
@@ -193,10 +185,9 @@ class Packer:
             self._matrices |= self._source.coarse_head(text, windows)
 
     def leave_out_unused(self, plan: Plan | None) -> None:
-        """Files written from now on have a coarse head and planes only if the plan is for them."""
+        """Files written from now on have a coarse head only if the plan uses it."""
         if plan is None or plan.arrays["head_margin"][0] == 0:
             self._matrices = {k: v for k, v in self._matrices.items() if k not in COARSE_HEAD}
-        self._planes &= plan is not None
 
     def write(
         self, output: str | Path, plan: Plan | None = None, n_threads: int | None = None
@@ -208,7 +199,7 @@ class Packer:
             source.model.rule(plan)  # fits this model
         with atomic_path(output) as temporary:
             for kind in self._types:
-                _write(temporary, source, self._matrices, kind, plan, self._planes)
+                _write(temporary, source, self._matrices, kind, plan)
                 if kind != self._types[-1]:
                     chosen = self._choice.check(temporary, n_threads)
                     console.print(f"down_proj_t {kind}, to choose: {chosen}", highlight=False)
@@ -621,7 +612,6 @@ def _write(
     matrices: dict[str, Matrix],
     down: str,
     plan: Plan | None,
-    planes: bool,
 ) -> None:
     import gguf
 
@@ -649,20 +639,6 @@ def _write(
         for name, values in source.vectors():
             writer.add_tensor(name, values)
         inputs = ("gate_proj", "up_proj") if model.layers[0].gated else ("up_proj",)
-        # Types, 0: in one piece.
-        in_planes: dict[str, list[int]] = {part: [] for part in (*inputs, "down_proj_t")}
-
-        def add_in_planes(layer: int, part: str, matrix: Matrix) -> None:
-            name, cut = f"layers.{layer}.{part}", planes and matrix.type in PLANE_TYPES
-            in_planes[part].append(gguf.GGMLQuantizationType[matrix.type] if cut else 0)
-            if not cut:
-                _add_matrix(writer, f"{name}.weight", matrix)
-                return
-            for plane, data in zip(
-                ("base", "rest"), split_planes(matrix.type, matrix.data), strict=True
-            ):
-                _add_matrix(writer, f"{name}.{plane}", Matrix("I8", data.shape, data))
-
         for name, matrix in matrices.items():
             if not name.endswith(tuple(f".{part}.weight" for part in inputs)):
                 _add_matrix(writer, name, matrix)
@@ -670,15 +646,13 @@ def _write(
         for i in range(len(model.layers)):
             matrix, neurons, rows = source.down_proj_t(i, down)
             for part in inputs:
-                add_in_planes(i, part, matrices[f"layers.{i}.{part}.weight"])
-            add_in_planes(i, "down_proj_t", matrix)
+                name = f"layers.{i}.{part}.weight"
+                _add_matrix(writer, name, matrices[name])
+            _add_matrix(writer, f"layers.{i}.down_proj_t.weight", matrix)
             if rows is not None:
                 _add_matrix(writer, f"layers.{i}.outliers.weight", rows)
             outliers += neurons.tolist()
             ticker.advance()
-        for part, types in in_planes.items():
-            if any(types):
-                _add(writer, f"fallow.{part}_planes", types)
         writer.add_uint32("fallow.n_outliers", source.n_outliers(down))
         if outliers:
             _add(writer, "fallow.outliers", outliers)

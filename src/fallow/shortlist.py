@@ -25,9 +25,10 @@ def coarse_head(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A head (vocabulary, d_model) in two bits, (vocabulary, d_model / 4 + 4) bytes, and its bias.
 
-    A row's codes and its scale lie as csrc/two_bits.h describes. Rounding errors are made up for as
-    far as `moment`, E[h hᵀ] (d_model, d_model) of the hidden states, lets them (fallow.gptq). The
-    bias (vocabulary,) is what the logits of `mean`, E[h] (d_model,), are then short of.
+    A row's codes and its scale lie as csrc/formats/two_bits.h describes. Rounding errors are made
+    up for as far as `moment`, E[h hᵀ] (d_model, d_model) of the hidden states, lets them
+    (fallow.gptq). The bias (vocabulary,) is what the logits of `mean`, E[h] (d_model,), are then
+    short of.
     """
     factor = MomentFactor.from_moment(torch.from_numpy(moment).double(), DAMPING)
     parts, biases = [], []

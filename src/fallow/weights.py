@@ -165,7 +165,7 @@ def _map_file(path: Path, what: str) -> _core.Mapping:
             size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise FallowError(f"{what} {path} is empty (0 bytes); download or convert it again")
-        return _core.Mapping(str(path))
+        return _core.Mapping(os.fsencode(path))
     except _core.DiskError as error:
         raise FallowError(str(error)) from error
     except OSError as error:

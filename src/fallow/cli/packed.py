@@ -51,10 +51,6 @@ def pack(
         bool,
         typer.Option("--shortlist", help="Add a coarse head, which plans of fallow optimize use."),
     ] = False,
-    planes: Annotated[
-        bool,
-        typer.Option("--planes", help="Cut FFN rows in two, for plans that read some coarse."),
-    ] = False,
     text: TextOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -65,7 +61,7 @@ def pack(
 
     check = run(
         model, output, plan=loaded_plan, quant=quant, down=down, shortlist=shortlist,
-        planes=planes, text=text,
+        text=text,
     )  # fmt: skip
     size = output.stat().st_size / 1e6
     if as_json:
@@ -94,12 +90,6 @@ def optimize(
     prefer: Annotated[
         str, typer.Option(help="speed: only what is faster here; bytes: read as few as possible.")
     ] = "speed",
-    planes: Annotated[
-        bool,
-        typer.Option(
-            "--planes", help="With --prefer bytes: read some rows coarse; fewer bytes, slower."
-        ),
-    ] = False,
     quant: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
     down: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
     as_json: JsonOption = False,
@@ -120,7 +110,6 @@ def optimize(
         check_windows=check_windows,
         threads=threads,
         prefer=prefer,
-        planes=planes,
         quant=quant,
         down=down,
     )

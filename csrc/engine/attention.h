@@ -1,0 +1,45 @@
+// Attention with rotary embeddings, grouped queries and sliding windows.
+#pragma once
+
+#include <vector>
+
+#include "engine/kv_cache.h"
+#include "engine/packed.h"
+#include "engine/products.h"
+
+namespace fallow {
+
+class Attention {
+ public:
+  // `tokens` of a block.
+  Attention(Runtime& run, Products& products, const Packed& model, size_t tokens, size_t context);
+
+  // A block of tokens begins at this position.
+  void begin(size_t position);
+  // out (T, hidden) = softmax(q k^T) v W_o^T with q, k, v = x W^T; keeps the tokens' keys and values.
+  void attend(size_t layer, const Input& x, size_t n, float* out);
+
+ private:
+  struct Scratch {
+    std::vector<float> scores, sums, panel;
+  };
+
+  void rotate(const Layer& layer, const Norm& norm, size_t heads, size_t n, float* x);
+  void mix(size_t layer, size_t n);
+  void mix_heads(size_t layer, Share heads, Share tokens, int worker);
+  size_t first_position(size_t layer, size_t t) const;
+
+  Runtime& run_;
+  Products& products_;
+  const Packed& model_;
+  const Config& config_;
+  KvCache cache_;
+  size_t position_ = 0;            // of the block's first token
+  std::vector<float> q_, k_, v_;   // (block, heads * head_dim)
+  std::vector<float> cos_, sin_;   // (block, rotary_dim / 2)
+  const float* turned_ = nullptr;  // the frequencies whose angles cos_ and sin_ hold
+  Input mixed_;                    // softmax(q k^T) v, (block, heads * head_dim)
+  std::vector<Scratch> scratch_;   // of each thread
+};
+
+}  // namespace fallow

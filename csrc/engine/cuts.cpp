@@ -1,0 +1,63 @@
+#include "engine/cuts.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace fallow {
+
+Cuts::Cuts(Runtime& run, size_t width) : run_(run), scratch_(run.n_threads()) {
+  for (Scratch& own : scratch_) {
+    own.selector = RowSelector(width);
+    own.scores.resize(width);
+  }
+}
+
+const Cut& Cuts::at(size_t layer, Tap tap) const {
+  static const Cut kNone;
+  return is_dense() || tap == kTaps ? kNone : layers_[layer][tap];
+}
+
+bool Cuts::any(size_t layer, std::initializer_list<Tap> taps) const {
+  return std::any_of(taps.begin(), taps.end(), [&](Tap tap) { return at(layer, tap).cuts(); });
+}
+
+void Cuts::apply(const Cut& cut, float* values, size_t width, int worker) {
+  if (!cut.cuts()) return;
+  Scratch& own = scratch_[static_cast<size_t>(worker)];
+  float* score = own.scores.data();
+  if (cut.weight.empty()) {
+    for (size_t i = 0; i < width; ++i) score[i] = std::fabs(values[i]);
+  } else {
+    for (size_t i = 0; i < width; ++i) score[i] = std::fabs(values[i]) * cut.weight[i];
+  }
+  float threshold = static_cast<float>(cut.value);
+  if (cut.by == Cut::By::kTopk)
+    threshold = run_.kernels.topk_threshold(
+        score, width, static_cast<size_t>(std::nearbyint(cut.value * static_cast<double>(width))));
+  if (cut.by == Cut::By::kTail) threshold = own.selector.tail(score, width, cut.value);
+  for (size_t i = 0; i < width; ++i) values[i] = score[i] <= threshold ? 0.0f : values[i];
+}
+
+size_t Cuts::keep_active(const Cut& cut, float* values, Share range, int32_t* active) {
+  const auto threshold = static_cast<float>(cut.value);
+  const float* weight = cut.weight.data();
+  if (cut.weight.empty()) {
+    for (size_t i = range.begin; i < range.end; ++i)
+      values[i] = std::fabs(values[i]) <= threshold ? 0.0f : values[i];
+  } else {
+    for (size_t i = range.begin; i < range.end; ++i)
+      values[i] = std::fabs(values[i]) * weight[i] <= threshold ? 0.0f : values[i];
+  }
+  return list_active(values, range, active);
+}
+
+size_t list_active(const float* values, Share range, int32_t* active) {
+  size_t n = 0;
+  for (size_t i = range.begin; i < range.end; ++i) {
+    active[n] = static_cast<int32_t>(i);
+    n += values[i] != 0;
+  }
+  return n;
+}
+
+}  // namespace fallow

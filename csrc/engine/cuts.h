@@ -1,0 +1,70 @@
+// What a plan leaves out: values of a layer and token that become zero. docs/plan.md defines it.
+#pragma once
+
+#include <array>
+#include <initializer_list>
+#include <vector>
+
+#include "engine/runtime.h"
+#include "stats/select.h"
+
+namespace fallow {
+
+// Places where a plan may set values to zero, in the order of the computation: inputs of projections
+// and values of the FFN.
+enum Tap {
+  kQInput, kKInput, kVInput, kOInput, kGateInput, kUpInput,
+  kGatePre, kGateAct, kUp, kInter, kDownInput, kFfnOut, kTaps,
+};
+
+// Values v_i of one layer and token with |v_i| * weight_i <= threshold are inactive and become zero.
+// The threshold is fixed, or that of the k largest scores, or that of a tail of tau^2 of the squared
+// scores.
+struct Cut {
+  enum class By { kNothing, kThreshold, kTopk, kTail };
+  By by = By::kNothing;
+  double value = 0;           // the threshold, k as a share of the width, or tau
+  std::vector<float> weight;  // empty: all ones
+
+  bool cuts() const { return by != By::kNothing; }
+  // Whether one value is enough to know that it is inactive.
+  bool is_fixed() const { return by == By::kNothing || by == By::kThreshold; }
+};
+
+using LayerCuts = std::array<Cut, kTaps>;
+
+class Cuts {
+ public:
+  // `width`: of the widest tap.
+  Cuts(Runtime& run, size_t width);
+
+  // Empty: dense. Otherwise one entry per layer.
+  void set(std::vector<LayerCuts> layers) { layers_ = std::move(layers); }
+  // Whether this pass leaves the plan aside.
+  void leave_aside(bool aside) { aside_ = aside; }
+
+  bool is_dense() const { return layers_.empty() || aside_; }
+  const Cut& at(size_t layer, Tap tap) const;
+  bool any(size_t layer, std::initializer_list<Tap> taps) const;
+
+  // Sets inactive ones of a token's values (width,) to zero.
+  void apply(const Cut& cut, float* values, size_t width, int worker);
+  // The same by a fixed threshold for a range of values; lists the others' indices and returns how many.
+  static size_t keep_active(const Cut& cut, float* values, Share range, int32_t* active);
+
+ private:
+  struct Scratch {
+    RowSelector selector;
+    std::vector<float> scores;
+  };
+
+  Runtime& run_;
+  std::vector<LayerCuts> layers_;
+  bool aside_ = false;
+  std::vector<Scratch> scratch_;  // of each thread
+};
+
+// Lists the indices of values that are not zero, ascending, and returns how many.
+size_t list_active(const float* values, Share range, int32_t* active);
+
+}  // namespace fallow

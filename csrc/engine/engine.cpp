@@ -1,0 +1,149 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+
+#include "engine/norm.h"
+
+namespace fallow {
+namespace {
+
+size_t widest_input(const Config& c) {
+  return std::max<size_t>(c.hidden_size, size_t{c.n_heads} * c.head_dim);
+}
+
+}  // namespace
+
+Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint32_t context,
+               size_t block)
+    : model_(model), config_(model.config), context_(context),
+      block_(std::min<size_t>(block, context)), run_(kernels, n_threads, config_.n_layers),
+      cuts_(run_, std::max<size_t>(widest_input(config_), config_.intermediate_size)),
+      products_(run_, cuts_, block_, widest_input(config_), config_.intermediate_size),
+      attention_(run_, products_, model, block_, context), ffn_(run_, cuts_, products_, model, block_),
+      head_(run_, products_, model), normed_(block_, config_.hidden_size, kernels.gemm_bf16),
+      residual_(block_ * config_.hidden_size), branch_(residual_.size()) {}
+
+void Engine::set_stream(Streamer* streamer, std::vector<StreamedLayer> layers) {
+  streamer_ = streamer;
+  streamed_ = std::move(layers);
+}
+
+void Engine::forward(const int32_t* tokens, size_t n, uint32_t position, bool all, bool dense,
+                     float* logits) {
+  cuts_.leave_aside(dense);
+  position_ = position;
+  for (size_t start = 0, size; start < n; start += size) {
+    size = std::min(block_, n - start);
+    block(tokens + start, size);
+    if (all) {
+      head(size, true, dense, logits + start * config_.vocab_size);
+    } else if (start + size == n) {
+      head(size, false, dense, logits);
+    }
+  }
+  run_.statistics.tokens += n;
+}
+
+// x = embedding; then, layer by layer, x += attention(norm(x)) and x += ffn(norm(x)).
+void Engine::block(const int32_t* tokens, size_t n) {
+  Timing& timing = run_.statistics.timing;
+  Clock clock;
+  const double disk = timing.disk;
+  attention_.begin(position_);
+  embed(tokens, n);
+  clock.mark(timing.other);
+  timing.other -= timing.disk - disk;
+  for (size_t l = 0; l < config_.n_layers; ++l) {
+    const Layer& layer = model_.layers[l];
+    norm(layer.attn_norm, n, normed_);
+    clock.mark(timing.other);
+    attention_.attend(l, normed_, n, branch_.data());
+    clock = Clock();
+    add_branch(layer.attn_post_norm, n);
+    if (!config_.parallel) norm(layer.ffn_norm, n, normed_);
+    clock.mark(timing.other);
+    ffn(l, n);
+    clock = Clock();
+    add_branch(layer.ffn_post_norm, n);
+    clock.mark(timing.other);
+    run_.pause();
+  }
+  position_ += static_cast<uint32_t>(n);
+}
+
+void Engine::embed(const int32_t* tokens, size_t n) {
+  const size_t hidden = config_.hidden_size;
+  const Matrix& table = model_.embed_tokens;
+  const uint8_t* data = embedding_rows_ ? embedding_rows_->data() : table.data;
+  if (embedding_rows_) slots_.resize(std::max(slots_.size(), n));
+  for (size_t t = 0, fetched = 0; t < n; ++t) {
+    float* x = residual_.data() + t * hidden;
+    int32_t row = tokens[t];
+    if (embedding_rows_) {
+      if (t == fetched) {
+        Clock clock;
+        const size_t more = std::min(embedding_rows_->room(), n - t);
+        embedding_rows_->fetch(tokens + t, more, slots_.data() + t);
+        fetched += more;
+        clock.mark(run_.statistics.timing.disk);
+      }
+      row = slots_[t];
+    }
+    run_.kernels.decode(table.type, data + static_cast<size_t>(row) * table.row_bytes, hidden, x);
+    for (size_t i = 0; i < hidden; ++i) x[i] *= config_.embedding_scale;
+    if (model_.embed_positions) add_to(x, model_.embed_positions + (position_ + t) * hidden, hidden);
+  }
+}
+
+// branch = ffn(normed), with the layer's matrices from the disk if they are not in memory.
+void Engine::ffn(size_t l, size_t n) {
+  Timing& timing = run_.statistics.timing;
+  Clock clock;
+  const bool streams = streamer_ && !streamed_[l].places.empty();
+  if (streams) {
+    const uint8_t* unit = streamer_->wait(streamed_[l].unit);
+    for (const auto& [place, at] : streamed_[l].places) *place = unit + at;
+    clock.mark(timing.disk);
+  }
+  const double selecting = timing.select;
+  ffn_.forward(l, normed_, n, branch_.data());
+  if (streams) streamer_->done();
+  clock.mark(timing.ffn);
+  timing.ffn -= timing.select - selecting;
+}
+
+// input = norm(residual)
+void Engine::norm(const Norm& norm, size_t n, Input& input) {
+  const size_t hidden = config_.hidden_size;
+  run_.for_tokens(n, [&](size_t t, int) {
+    normalize(run_.kernels, config_, norm, residual_.data() + t * hidden, hidden,
+              input.x.data() + t * hidden);
+  });
+  products_.prepare(input, n);
+}
+
+// residual += norm(branch)
+void Engine::add_branch(const Norm& post_norm, size_t n) {
+  const size_t hidden = config_.hidden_size;
+  run_.for_tokens(n, [&](size_t t, int) {
+    float* y = branch_.data() + t * hidden;
+    if (post_norm.weight) normalize(run_.kernels, config_, post_norm, y, hidden, y);
+    add_to(residual_.data() + t * hidden, y, hidden);
+  });
+}
+
+void Engine::head(size_t n, bool all, bool dense, float* logits) {
+  Timing& timing = run_.statistics.timing;
+  Clock clock;
+  const double disk = timing.disk;
+  const size_t hidden = config_.hidden_size, first = all ? 0 : n - 1;
+  if (first > 0)
+    std::copy_n(residual_.begin() + static_cast<std::ptrdiff_t>(first * hidden), hidden,
+                residual_.begin());
+  norm(model_.norm, n - first, normed_);
+  head_.logits(normed_, n - first, dense, logits);
+  clock.mark(timing.head);
+  timing.head -= timing.disk - disk;
+}
+
+}  // namespace fallow

@@ -1,0 +1,80 @@
+// Runs a packed model: at most kFew tokens at a time (decode) or in blocks (prefill), with the neurons
+// that a plan leaves inactive skipped. Config and weights (packed.h) are borrowed; the run state is
+// owned. The forward pass is a sequence of steps on the objects that it holds; each has its own file.
+#pragma once
+
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "engine/attention.h"
+#include "engine/cuts.h"
+#include "engine/disk.h"
+#include "engine/ffn.h"
+#include "engine/head.h"
+#include "engine/packed.h"
+#include "engine/products.h"
+#include "engine/runtime.h"
+
+namespace fallow {
+
+class Engine {
+ public:
+  // Tokens of a block of prefill, enough to pay for unpacking the weights, and where memory is scarce:
+  // the buffers of a 1.5B model then take 9 in place of 38 MB.
+  static constexpr size_t kBlock = 256, kSmallBlock = 64;
+
+  // `context` tokens of cache; the model must outlive the engine.
+  Engine(const Packed& model, const Kernels& kernels, int n_threads, uint32_t context,
+         size_t block = kBlock);
+
+  // Empty: dense. Otherwise one entry per layer.
+  void set_cuts(std::vector<LayerCuts> cuts) { cuts_.set(std::move(cuts)); }
+  void set_shortlist(float nats, size_t most) { head_.set_shortlist(nats, most); }  // see Head
+  // From now on rows of embed_tokens, or of lm_head, come from there.
+  void set_embedding(FileRows* rows) { embedding_rows_ = rows; }
+  void set_head(FileRows* rows) { head_.set_rows(rows); }
+  // From now on these layers' matrices come from the disk; one entry per layer.
+  void set_stream(Streamer* streamer, std::vector<StreamedLayer> layers);
+  // Called between layers, and between parts of a block's head. May throw, which ends the pass.
+  void set_pause(std::function<void()> pause) { run_.pause = std::move(pause); }
+
+  // Reads n tokens as those that follow the first `position` that the cache holds, and forgets what it
+  // held after these. logits (n, vocab) if `all`, else those of the last token; `dense`: without cuts
+  // and head margin. The caller checks ids, and that position <= held() and position + n <= context().
+  // After an exception the cache holds at least `position` tokens.
+  void forward(const int32_t* tokens, size_t n, uint32_t position, bool all, bool dense,
+               float* logits);
+
+  uint32_t held() const { return position_; }  // tokens in the cache
+  uint32_t context() const { return context_; }
+  const Statistics& statistics() const { return run_.statistics; }
+  void reset_stats() { run_.statistics.reset(); }
+
+ private:
+  void block(const int32_t* tokens, size_t n);
+  void embed(const int32_t* tokens, size_t n);
+  void ffn(size_t layer, size_t n);
+  void norm(const Norm& norm, size_t n, Input& input);
+  void add_branch(const Norm& post_norm, size_t n);
+  void head(size_t n, bool all, bool dense, float* logits);
+
+  const Packed& model_;
+  const Config& config_;
+  uint32_t context_, position_ = 0;
+  size_t block_;  // tokens per block of prefill
+  Runtime run_;
+  Cuts cuts_;
+  Products products_;
+  Attention attention_;
+  Ffn ffn_;
+  Head head_;
+  Input normed_;                          // (block, hidden), what attention, FFN or head read
+  std::vector<float> residual_, branch_;  // (block, hidden)
+  FileRows* embedding_rows_ = nullptr;
+  std::vector<int32_t> slots_;            // of rows that come from a file
+  Streamer* streamer_ = nullptr;
+  std::vector<StreamedLayer> streamed_;
+};
+
+}  // namespace fallow

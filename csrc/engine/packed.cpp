@@ -1,0 +1,263 @@
+#include "engine/packed.h"
+
+#include <cmath>
+#include <unordered_map>
+
+#include "formats/dequant.h"
+#include "formats/gguf.h"
+#include "kernels/kernels.h"
+
+namespace fallow {
+namespace {
+
+// A layer more or a token more is no model, and would overflow sizes below.
+constexpr uint64_t kLargest = 1u << 24;
+constexpr uint32_t kVersion = 2;
+
+class Reader {
+ public:
+  Reader(const uint8_t* data, uint64_t size) : data_(data), header_(parse_gguf(data, size)) {
+    for (const auto& field : header_.fields) fields_.emplace(field.name, &field);
+    for (const auto& tensor : header_.tensors) tensors_.emplace(tensor.name, &tensor);
+  }
+
+  uint32_t count(const std::string& name, uint64_t lowest, uint64_t highest = kLargest) const {
+    return in_range(name, scalar(name), lowest, highest);
+  }
+
+  std::vector<uint32_t> counts(const std::string& name, uint64_t n, uint64_t highest) const {
+    const GgufField& found = field(name);
+    if (!found.is_array || found.values.size() != n)
+      throw PackedError(key(name) + " must be an array of " + std::to_string(n) + " values");
+    std::vector<uint32_t> values;
+    for (const auto& value : found.values) values.push_back(in_range(name, value, 0, highest));
+    return values;
+  }
+
+  float number(const std::string& name) const {
+    const auto* value = std::get_if<double>(&scalar(name));
+    if (!value || !std::isfinite(*value) || *value < 0)
+      throw PackedError(key(name) + " must be a finite number >= 0");
+    return static_cast<float>(*value);
+  }
+
+  bool flag(const std::string& name) const {
+    const auto* value = std::get_if<bool>(&scalar(name));
+    if (!value) throw PackedError(key(name) + " must be true or false");
+    return *value;
+  }
+
+  std::string text(const std::string& name) const {
+    const auto* value = std::get_if<std::string>(&scalar(name));
+    if (!value) throw PackedError(key(name) + " must be a string");
+    return *value;
+  }
+
+  bool is_packed() const { return fields_.contains(key("version")); }
+  bool has(const std::string& tensor) const { return tensors_.contains(tensor); }
+
+  // A matrix of a type that the engine computes with.
+  Matrix matrix(const std::string& name, uint64_t rows, uint64_t cols) const {
+    const GgufTensor& found = tensor(name, {rows, cols});
+    const BlockFormat& format = *find_format(found.type);
+    if (found.type >= kGgmlTypes || !portable_kernels().gemv_rows[found.type])
+      throw PackedError("tensor " + name + " has the unsupported type " + format.name);
+    return {data_ + found.offset, found.type, rows, cols,
+            cols / format.block_size * format.block_bytes};
+  }
+
+  Matrix two_bits(const std::string& name, uint64_t rows, uint64_t cols) const {
+    const uint64_t row_bytes = two_bits_bytes(cols);
+    if (cols % 4 != 0 || cols > kTwoBitsWidest)
+      throw PackedError(name + " cannot have rows of " + std::to_string(cols) + " weights");
+    return {bytes(name, rows, row_bytes), kTwoBits, rows, cols, row_bytes};
+  }
+
+  const float* vector(const std::string& name, uint64_t n) const {
+    return floats(tensor(name, {n}));
+  }
+  const float* optional_vector(const std::string& name, uint64_t n) const {
+    return has(name) ? vector(name, n) : nullptr;
+  }
+  const float* table(const std::string& name, uint64_t rows, uint64_t cols) const {
+    return has(name) ? floats(tensor(name, {rows, cols})) : nullptr;
+  }
+
+  Norm norm(const std::string& name, uint64_t n) const {
+    return {vector(name + ".weight", n), optional_vector(name + ".bias", n)};
+  }
+  Norm optional_norm(const std::string& name, uint64_t n) const {
+    return has(name + ".weight") ? norm(name, n) : Norm{};
+  }
+
+ private:
+  static std::string key(const std::string& name) { return "fallow." + name; }
+
+  const GgufField& field(const std::string& name) const {
+    const auto found = fields_.find(key(name));
+    if (found == fields_.end()) throw PackedError("the file has no " + key(name));
+    return *found->second;
+  }
+
+  const GgufScalar& scalar(const std::string& name) const {
+    const GgufField& found = field(name);
+    if (found.is_array) throw PackedError(key(name) + " must be one value");
+    return found.values[0];
+  }
+
+  static uint32_t in_range(const std::string& name, const GgufScalar& value, uint64_t lowest,
+                           uint64_t highest) {
+    const auto* number = std::get_if<uint64_t>(&value);
+    if (!number || *number < lowest || *number > highest)
+      throw PackedError(key(name) + " must be an unsigned integer from " + std::to_string(lowest) +
+                        " to " + std::to_string(highest));
+    return static_cast<uint32_t>(*number);
+  }
+
+  static std::string shape_text(const std::vector<uint64_t>& shape) {
+    std::string text;
+    for (auto n : shape) text += (text.empty() ? "(" : ", ") + std::to_string(n);
+    return text + ")";
+  }
+
+  const GgufTensor& tensor(const std::string& name, const std::vector<uint64_t>& shape) const {
+    const auto found = tensors_.find(name);
+    if (found == tensors_.end()) throw PackedError("the file has no tensor " + name);
+    if (found->second->shape != shape)
+      throw PackedError("tensor " + name + " has the shape " + shape_text(found->second->shape) +
+                        ", expected " + shape_text(shape));
+    return *found->second;
+  }
+
+  const uint8_t* bytes(const std::string& name, uint64_t rows, uint64_t cols) const {
+    const GgufTensor& found = tensor(name, {rows, cols});
+    if (std::string(find_format(found.type)->name) != "I8")
+      throw PackedError("tensor " + name + " must be I8");
+    return data_ + found.offset;
+  }
+
+  const float* floats(const GgufTensor& tensor) const {
+    if (tensor.type != kF32) throw PackedError("tensor " + tensor.name + " must be F32");
+    // Offsets are multiples of general.alignment, which may be 1 in a hostile file.
+    if (tensor.offset % alignof(float) != 0)
+      throw PackedError("tensor " + tensor.name + " is not aligned");
+    return reinterpret_cast<const float*>(data_ + tensor.offset);
+  }
+
+  const uint8_t* data_;
+  GgufHeader header_;
+  std::unordered_map<std::string, const GgufField*> fields_;
+  std::unordered_map<std::string, const GgufTensor*> tensors_;
+};
+
+Act read_act(const std::string& name) {
+  if (name == "silu") return Act::kSilu;
+  if (name == "gelu_tanh") return Act::kGeluTanh;
+  if (name == "gelu") return Act::kGelu;
+  if (name == "relu") return Act::kRelu;
+  throw PackedError("fallow.activation " + name + " is unknown; known: silu, gelu_tanh, gelu, relu");
+}
+
+Config read_config(const Reader& in) {
+  Config c{};
+  c.hidden_size = in.count("hidden_size", 1);
+  c.intermediate_size = in.count("intermediate_size", 1);
+  c.n_layers = in.count("n_layers", 1, 1 << 16);
+  c.n_heads = in.count("n_heads", 1, 1 << 16);
+  c.n_kv_heads = in.count("n_kv_heads", 1, c.n_heads);
+  c.head_dim = in.count("head_dim", 1, 1 << 16);
+  c.vocab_size = in.count("vocab_size", 1);
+  c.context_length = in.count("context_length", 1);
+  c.rotary_dim = in.count("rotary_dim", 0, c.head_dim);
+  c.rope_scale = in.number("rope_scale");
+  c.attention_scale = in.number("attention_scale");
+  c.embedding_scale = in.number("embedding_scale");
+  c.norm_eps = in.number("norm_eps");
+  c.layer_norm = in.flag("layer_norm");
+  c.gated = in.flag("gated");
+  c.parallel = in.flag("parallel");
+  c.act = read_act(in.text("activation"));
+  if (c.n_heads % c.n_kv_heads != 0)
+    throw PackedError("fallow.n_heads must be a multiple of fallow.n_kv_heads");
+  if (c.rotary_dim % 2 != 0) throw PackedError("fallow.rotary_dim must be even");
+  return c;
+}
+
+Layer read_layer(const Reader& in, const Config& c, uint32_t index) {
+  const std::string p = "layers." + std::to_string(index) + ".";
+  const uint64_t hidden = c.hidden_size, d_ff = c.intermediate_size;
+  const uint64_t q = uint64_t{c.n_heads} * c.head_dim, kv = uint64_t{c.n_kv_heads} * c.head_dim;
+  Layer l;
+  l.attn_norm = in.norm(p + "attn_norm", hidden);
+  l.attn_post_norm = in.optional_norm(p + "attn_post_norm", hidden);
+  if (!c.parallel) l.ffn_norm = in.norm(p + "ffn_norm", hidden);
+  l.ffn_post_norm = in.optional_norm(p + "ffn_post_norm", hidden);
+  l.q_norm = in.optional_norm(p + "q_norm", c.head_dim);
+  l.k_norm = in.optional_norm(p + "k_norm", c.head_dim);
+  l.q_proj = in.matrix(p + "q_proj.weight", q, hidden);
+  l.k_proj = in.matrix(p + "k_proj.weight", kv, hidden);
+  l.v_proj = in.matrix(p + "v_proj.weight", kv, hidden);
+  l.o_proj = in.matrix(p + "o_proj.weight", hidden, q);
+  l.q_bias = in.optional_vector(p + "q_proj.bias", q);
+  l.k_bias = in.optional_vector(p + "k_proj.bias", kv);
+  l.v_bias = in.optional_vector(p + "v_proj.bias", kv);
+  l.o_bias = in.optional_vector(p + "o_proj.bias", hidden);
+  if (c.gated) {
+    l.gate_proj = in.matrix(p + "gate_proj.weight", d_ff, hidden);
+    l.gate_bias = in.optional_vector(p + "gate_proj.bias", d_ff);
+  }
+  l.up_proj = in.matrix(p + "up_proj.weight", d_ff, hidden);
+  l.up_bias = in.optional_vector(p + "up_proj.bias", d_ff);
+  l.down_proj_t = in.matrix(p + "down_proj_t.weight", d_ff, hidden);
+  l.down_bias = in.optional_vector(p + "down_proj.bias", hidden);
+  l.down_norm = in.vector(p + "down_norm", d_ff);
+  return l;
+}
+
+}  // namespace
+
+Packed read_packed(const uint8_t* data, uint64_t size) {
+  const Reader in(data, size);
+  if (!in.is_packed())
+    throw PackedError("it is a GGUF file, but not a packed model; make one with: fallow pack");
+  if (in.count("version", 0, UINT32_MAX) != kVersion)
+    throw PackedError("it was packed by another version of fallow; pack it again");
+  Packed model;
+  model.config = read_config(in);
+  const Config& c = model.config;
+  const auto windows = in.counts("sliding_window", c.n_layers, kLargest);
+  const auto ropes = in.counts("rope", c.n_layers, c.n_layers);
+  const uint32_t n_outliers = in.count("n_outliers", 0, c.intermediate_size);
+  const auto outliers = n_outliers > 0
+                            ? in.counts("outliers", uint64_t{c.n_layers} * n_outliers,
+                                        c.intermediate_size - 1)
+                            : std::vector<uint32_t>{};
+  for (uint32_t i = 0; i < c.n_layers; ++i) {
+    model.layers.push_back(read_layer(in, c, i));
+    if (n_outliers > 0) {
+      Layer& l = model.layers.back();
+      l.outliers = in.matrix("layers." + std::to_string(i) + ".outliers.weight", n_outliers,
+                             c.hidden_size);
+      const auto first = outliers.begin() + static_cast<std::ptrdiff_t>(i) * n_outliers;
+      l.outlier_neurons.assign(first, first + n_outliers);
+    }
+    model.layers.back().sliding_window = windows[i];
+    if (c.rotary_dim > 0)
+      model.layers.back().inv_freq =
+          in.vector("rope." + std::to_string(ropes[i]) + ".inv_freq", c.rotary_dim / 2);
+  }
+  model.embed_tokens = in.matrix("embed_tokens.weight", c.vocab_size, c.hidden_size);
+  model.lm_head = in.has("lm_head.weight")
+                      ? in.matrix("lm_head.weight", c.vocab_size, c.hidden_size)
+                      : model.embed_tokens;
+  model.lm_head_bias = in.optional_vector("lm_head.bias", c.vocab_size);
+  if (in.has("lm_head_coarse.codes"))
+    model.lm_head_coarse = in.two_bits("lm_head_coarse.codes", c.vocab_size, c.hidden_size);
+  model.lm_head_coarse_bias = in.optional_vector("lm_head_coarse.bias", c.vocab_size);
+  if (!model.lm_head_coarse_bias) model.lm_head_coarse_bias = model.lm_head_bias;
+  model.embed_positions = in.table("embed_positions", c.context_length, c.hidden_size);
+  model.norm = in.norm("norm", c.hidden_size);
+  return model;
+}
+
+}  // namespace fallow

@@ -1,0 +1,80 @@
+// A packed model: what the `fallow.*` metadata of the file says, and where its weights lie in the
+// mapped bytes. docs/packed.md describes the file. Nothing is copied but names and small vectors.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace fallow {
+
+struct PackedError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+enum class Act { kSilu, kGeluTanh, kGelu, kRelu };
+
+struct Config {
+  uint32_t hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim, vocab_size;
+  uint32_t context_length;
+  uint32_t rotary_dim;        // leading dimensions of a head that turn; 0: no rotary embedding
+  float rope_scale;           // factor of cos and sin
+  float attention_scale;      // of q . k
+  float embedding_scale;
+  float norm_eps;
+  bool layer_norm;            // LayerNorm; otherwise RMSNorm
+  bool gated;                 // gate_proj and up_proj; otherwise up_proj alone, which `act` follows
+  bool parallel;              // attention and FFN read the same norm and add to the same residual
+  Act act;
+};
+
+// W (rows, cols), row-major in a ggml type or in two bits; data is null for a matrix the model does not
+// have.
+struct Matrix {
+  const uint8_t* data = nullptr;
+  uint32_t type = 0;
+  uint64_t rows = 0, cols = 0;
+  uint64_t row_bytes = 0;
+
+  uint64_t bytes() const { return rows * row_bytes; }
+};
+
+struct Norm {
+  const float* weight = nullptr;  // null: there is no such norm
+  const float* bias = nullptr;
+};
+
+struct Layer {
+  Norm attn_norm, attn_post_norm, ffn_norm, ffn_post_norm, q_norm, k_norm;
+  Matrix q_proj, k_proj, v_proj, o_proj;        // (heads * head_dim or hidden, hidden or ...)
+  Matrix gate_proj, up_proj, down_proj_t;       // (d_ff, hidden) each
+  const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
+  const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
+  // Neurons so loud that rounding their output weights would cost more than that of all others:
+  // their rows are zero in down_proj_t and whole here.
+  Matrix outliers;                              // (n, hidden)
+  std::vector<uint32_t> outlier_neurons;        // (n,), ascending
+  const float* down_norm = nullptr;             // (d_ff,): ||down_proj[:, i]|| of the source
+  const float* inv_freq = nullptr;              // (rotary_dim / 2,)
+  uint32_t sliding_window = 0;                  // tokens; 0: all
+};
+
+struct Packed {
+  Config config;
+  std::vector<Layer> layers;
+  Matrix embed_tokens;                  // (vocab, hidden)
+  Matrix lm_head;                       // the same as embed_tokens where the head is tied
+  Matrix lm_head_coarse;                // approximates lm_head in two bits; data may be null
+  const float* lm_head_coarse_bias = nullptr;  // in place of lm_head_bias
+  const float* embed_positions = nullptr;  // (context, hidden)
+  const float* lm_head_bias = nullptr;
+  Norm norm;
+};
+
+// Reads the header of a packed model in data[0, size), which must outlive the result. Throws
+// PackedError or GgufError naming what is wrong; every shape and type is checked here, so that
+// the engine need not.
+Packed read_packed(const uint8_t* data, uint64_t size);
+
+}  // namespace fallow

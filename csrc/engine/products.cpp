@@ -1,0 +1,218 @@
+#include "engine/products.h"
+
+#include <algorithm>
+
+namespace fallow {
+namespace {
+
+// Rows that sum_rows decodes at once.
+constexpr size_t kSummedRows = 128;
+// Rows that several tokens are multiplied with in turn where no kernel takes them together.
+constexpr size_t kSharedRows = 128;
+
+const uint8_t* row_of(const Matrix& w, size_t row, size_t column = 0) {
+  return w.data + row * w.row_bytes + w.row_bytes * column / w.cols;
+}
+
+}  // namespace
+
+Input::Input(size_t tokens, size_t w, bool has_half)
+    : width(w), x(tokens * w), half(has_half ? tokens * w : 0) {
+  const size_t few = std::min(tokens, kFew);
+  d.resize(few * (w / 32));
+  sum.resize(few * (w / 32));
+  sum16.resize(few * (w / 16));
+  high.resize(few * w);
+  low.resize(few * w);
+}
+
+Activation Input::activation(size_t token) const {
+  return {x.data() + token * width,          high.data() + token * width,
+          low.data() + token * width,        d.data() + token * (width / 32),
+          sum.data() + token * (width / 32), sum16.data() + token * (width / 16)};
+}
+
+Products::Products(Runtime& run, Cuts& cuts, size_t tokens, size_t width, size_t d_ff)
+    : run_(run), cuts_(cuts), cut_input_(tokens, width, run.kernels.gemm_bf16),
+      scratch_(run.n_threads()) {
+  if (run.kernels.gemm_bf16) x_half_.resize(tokens * d_ff);
+  const size_t panel = std::max(width * kPanel, kSummedRows * 256);
+  for (Scratch& own : scratch_) {
+    own.panel.resize(panel);
+    own.rows.resize(std::max(width * kPanel, size_t{2} * 256));
+    if (run.kernels.gemm_bf16) own.panel_half.resize(panel);
+  }
+}
+
+void Products::prepare(Input& input, size_t n) const {
+  const Kernels& k = run_.kernels;
+  const size_t w = input.width;
+  if (!is_decode(n)) {
+    if (!k.to_bf16) return;
+    run_.for_tokens(n, [&](size_t t, int) {
+      k.to_bf16(input.x.data() + t * w, w, input.half.data() + t * w);
+    });
+  } else if (w % 32 == 0) {  // otherwise its weights are F32, F16 or BF16
+    run_.for_tokens(n, [&](size_t t, int) {
+      k.quantize(input.x.data() + t * w, w, input.high.data() + t * w, input.low.data() + t * w,
+                 input.d.data() + t * (w / 32), input.sum.data() + t * (w / 32),
+                 input.sum16.data() + t * (w / 16));
+    });
+  }
+}
+
+void Products::multiply(size_t layer, const Input& input, size_t n,
+                        std::initializer_list<Product> products) {
+  if (std::none_of(products.begin(), products.end(),
+                   [&](const Product& p) { return cuts_.any(layer, {p.input}); }))
+    return multiply(input, n, products.begin(), products.end());
+  cut_input_.width = input.width;
+  for (const Product& p : products) {
+    run_.for_tokens(n, [&](size_t t, int worker) {
+      float* x = cut_input_.x.data() + t * input.width;
+      std::copy_n(input.x.data() + t * input.width, input.width, x);
+      cuts_.apply(cuts_.at(layer, p.input), x, input.width, worker);
+    });
+    prepare(cut_input_, n);
+    multiply(cut_input_, n, p);
+  }
+}
+
+void Products::multiply(const Input& input, size_t n, const Product& product) {
+  multiply(input, n, &product, &product + 1);
+}
+
+void Products::multiply(const Input& input, size_t n, const Product* begin, const Product* end) {
+  run_.pool.run([&](int worker) {
+    for (const Product* p = begin; p != end; ++p) {
+      if (!is_decode(n)) {
+        multiply_block(input, n, *p, worker);
+        continue;
+      }
+      const auto [first, last] = share_of(p->w.rows, worker, run_.pool.size());
+      float* y = p->y + first;
+      gemv(p->w, first, last - first, input, n, y, p->step(), worker);
+      if (p->bias)
+        for (size_t t = 0; t < n; ++t) add_to(y + t * p->step(), p->bias + first, last - first);
+    }
+  });
+}
+
+// Whether prefill multiplies this matrix in bfloat16; `k` is the width of its panels.
+bool Products::uses_bf16(const Matrix& w, size_t k) const {
+  return run_.kernels.gemm_bf16 && w.type != kF32 && w.type != kF16 && k % 2 == 0;
+}
+
+// One thread's panels of y (T, rows) = x W^T + bias.
+void Products::multiply_block(const Input& input, size_t n, const Product& p, int worker) {
+  const Share share = share_of(pieces(p.w.rows, kPanel), worker, run_.pool.size());
+  for (size_t panel = share.begin; panel < share.end; ++panel) {
+    const size_t row = panel * kPanel, rows = std::min(kPanel, p.w.rows - row);
+    float* y = p.y + row;
+    multiply_panel(input, n, p.w, row, rows, y, p.step(), worker);
+    if (p.bias)
+      for (size_t t = 0; t < n; ++t) add_to(y + t * p.step(), p.bias + row, rows);
+  }
+}
+
+void Products::multiply_panel(const Input& input, size_t n, const Matrix& w, size_t row,
+                              size_t rows, float* y, size_t stride, int worker) {
+  const Kernels& kernels = run_.kernels;
+  Scratch& own = scratch_[static_cast<size_t>(worker)];
+  const size_t k = w.cols;
+  for (size_t r = 0; r < rows; ++r) kernels.decode(w.type, row_of(w, row + r), k, own.rows.data() + r * k);
+  if (uses_bf16(w, k)) {
+    kernels.panel_bf16(own.rows.data(), rows, k, own.panel_half.data());
+    kernels.gemm_bf16(own.panel_half.data(), rows, k, input.half.data(), input.width, n, false, y,
+                      stride);
+  } else {
+    kernels.panel_f32(own.rows.data(), rows, k, own.panel.data());
+    kernels.gemm_f32(own.panel.data(), rows, k, input.x.data(), input.width, n, false, y, stride);
+  }
+}
+
+// Every thread takes some columns, decodes them for a few rows at a time, and adds their part for all
+// tokens.
+void Products::sum_rows(const Matrix& w, size_t n, const float* x, float* y) {
+  const Kernels& kernels = run_.kernels;
+  const size_t unit = w.cols % 256 == 0 ? 256 : 32;  // columns; whole blocks of any format
+  const bool half = uses_bf16(w, w.rows);
+  if (half)
+    run_.for_tokens(n, [&](size_t t, int) {
+      kernels.to_bf16(x + t * w.rows, w.rows, x_half_.data() + t * w.rows);
+    });
+  run_.pool.run([&](int worker) {
+    Scratch& own = scratch_[static_cast<size_t>(worker)];
+    float *first = own.rows.data(), *second = first + 256, *panel = own.panel.data();
+    uint16_t* panel_half = own.panel_half.data();
+    const Share share = share_of(pieces(w.cols, unit), worker, run_.pool.size());
+    for (size_t u = share.begin; u < share.end; ++u) {
+      const size_t column = u * unit, width = std::min(unit, w.cols - column);
+      // The panel of columns [c, c + kPanel) starts at c * kSummedRows.
+      for (size_t row = 0; row < w.rows; row += kSummedRows) {
+        const size_t rows = std::min(kSummedRows, w.rows - row);
+        for (size_t r = 0; r < rows; r += half ? 2 : 1) {
+          kernels.decode(w.type, row_of(w, row + r, column), width, first);
+          if (half) kernels.decode(w.type, row_of(w, row + r + 1, column), width, second);
+          for (size_t c = 0; c < width; c += kPanel) {
+            const size_t there = std::min(kPanel, width - c), to = c * kSummedRows + r * kPanel;
+            if (half) {
+              kernels.pair_bf16(first + c, second + c, there, panel_half + to);
+            } else {
+              std::copy_n(first + c, there, panel + to);
+            }
+          }
+        }
+        for (size_t c = 0; c < width; c += kPanel) {
+          const size_t there = std::min(kPanel, width - c);
+          if (half) {
+            kernels.gemm_bf16(panel_half + c * kSummedRows, there, rows, x_half_.data() + row,
+                              w.rows, n, row > 0, y + column + c, w.cols);
+          } else {
+            kernels.gemm_f32(panel + c * kSummedRows, there, rows, x + row, w.rows, n, row > 0,
+                             y + column + c, w.cols);
+          }
+        }
+      }
+    }
+  });
+}
+
+void Products::gemv(const Matrix& w, const int32_t* rows, size_t begin, size_t n,
+                    const Activation& x, float* y, int worker) {
+  run_.kernels.gemv_rows[w.type](w.data, w.row_bytes, rows, begin, n, w.cols, x, y);
+  run_.statistics.read(worker, n * w.row_bytes);
+}
+
+void Products::gemv(const Matrix& w, size_t begin, size_t n, const Input& input, size_t tokens,
+                    float* y, size_t stride, int worker) {
+  if (tokens == 1) return gemv(w, nullptr, begin, n, input.activation(), y, worker);
+  Activation x[kFew];
+  for (size_t t = 0; t < tokens; ++t) x[t] = input.activation(t);
+  run_.statistics.read(worker, n * w.row_bytes);
+  if (const GemvTokens together = run_.kernels.gemv_tokens[w.type])
+    return together(w.data, w.row_bytes, begin, n, w.cols, x, tokens, y, stride);
+  for (size_t i = 0; i < n; i += kSharedRows)
+    for (size_t t = 0; t < tokens; ++t)
+      run_.kernels.gemv_rows[w.type](w.data, w.row_bytes, nullptr, begin + i,
+                                     std::min(kSharedRows, n - i), w.cols, x[t], y + t * stride + i);
+}
+
+void Products::axpy(const Matrix& w, const int32_t* rows, size_t begin, size_t n,
+                    const float* coefficient, float* y, int worker) {
+  run_.kernels.axpy_rows[w.type](w.data, w.row_bytes, rows, begin, n, w.cols, coefficient, y);
+  run_.statistics.read(worker, n * w.row_bytes);
+}
+
+void Products::axpy(const Matrix& w, size_t begin, size_t n, const float* coefficient, size_t from,
+                    size_t tokens, float* y, size_t stride, int worker) {
+  if (tokens == 1) return axpy(w, nullptr, begin, n, coefficient, y, worker);
+  run_.statistics.read(worker, n * w.row_bytes);
+  if (const AxpyTokens together = run_.kernels.axpy_tokens[w.type])
+    return together(w.data, w.row_bytes, begin, n, w.cols, coefficient, from, tokens, y, stride);
+  for (size_t t = 0; t < tokens; ++t)
+    run_.kernels.axpy_rows[w.type](w.data, w.row_bytes, nullptr, begin, n, w.cols,
+                                   coefficient + t * from, y + t * stride);
+}
+
+}  // namespace fallow

@@ -1,0 +1,86 @@
+// Products of tokens with weights, in the two ways that the engine multiplies: decode reads every row
+// once for at most kFew tokens, prefill unpacks rows into panels for a block of them.
+#pragma once
+
+#include <initializer_list>
+#include <vector>
+
+#include "engine/cuts.h"
+#include "engine/packed.h"
+#include "engine/runtime.h"
+
+namespace fallow {
+
+// Tokens on their way into a product, (T, width): floats; bfloat16 for a block of prefill where the
+// processor has it; integers for at most kFew.
+struct Input {
+  size_t width = 0;
+  std::vector<float> x, d, sum, sum16;
+  std::vector<int8_t> high, low;
+  std::vector<uint16_t> half;
+
+  Input(size_t tokens, size_t width, bool has_half);
+  Activation activation(size_t token = 0) const;
+};
+
+// y (T, rows) = x W^T + bias, of inputs that a plan may cut at `input`.
+struct Product {
+  const Matrix& w;
+  const float* bias;
+  float* y;
+  Tap input;
+  size_t stride = 0;  // from token to token; 0: rows
+
+  size_t step() const { return stride > 0 ? stride : w.rows; }
+};
+
+class Products {
+ public:
+  // `tokens` of a block, inputs of at most `width` values, rows of W^T (d_ff, hidden) for sum_rows.
+  Products(Runtime& run, Cuts& cuts, size_t tokens, size_t width, size_t d_ff);
+
+  // Makes from the floats of an input what its products need besides.
+  void prepare(Input& input, size_t n) const;
+  // All products of one input at once, or, where the plan cuts their inputs, one after another.
+  void multiply(size_t layer, const Input& input, size_t n, std::initializer_list<Product> products);
+  void multiply(const Input& input, size_t n, const Product& product);
+
+  // y[t * stride + r] = W[row + r] . x_t for a block of tokens and some rows, at most kPanel.
+  void multiply_panel(const Input& input, size_t n, const Matrix& w, size_t row, size_t rows,
+                      float* y, size_t stride, int worker);
+  // y (T, cols) = x (T, rows) W for a block of tokens.
+  void sum_rows(const Matrix& w, size_t n, const float* x, float* y);
+
+  // What one thread does for decode, counting the bytes that it reads. Rows are `rows`, ascending, or
+  // begin and following where rows is null.
+  // y[i] = W[row i] . x
+  void gemv(const Matrix& w, const int32_t* rows, size_t begin, size_t n, const Activation& x,
+            float* y, int worker);
+  // y[t * stride + i] = W[begin + i] . x_t
+  void gemv(const Matrix& w, size_t begin, size_t n, const Input& input, size_t tokens, float* y,
+            size_t stride, int worker);
+  // y (cols,) += sum over i of coefficient[i] * W[row i]
+  void axpy(const Matrix& w, const int32_t* rows, size_t begin, size_t n, const float* coefficient,
+            float* y, int worker);
+  // y[t * stride + j] += sum over i of coefficient[t * from + i] * W[begin + i][j]
+  void axpy(const Matrix& w, size_t begin, size_t n, const float* coefficient, size_t from,
+            size_t tokens, float* y, size_t stride, int worker);
+
+ private:
+  struct Scratch {
+    std::vector<float> rows, panel;
+    std::vector<uint16_t> panel_half;
+  };
+
+  void multiply(const Input& input, size_t n, const Product* begin, const Product* end);
+  void multiply_block(const Input& input, size_t n, const Product& product, int worker);
+  bool uses_bf16(const Matrix& w, size_t k) const;
+
+  Runtime& run_;
+  Cuts& cuts_;
+  Input cut_input_;
+  std::vector<uint16_t> x_half_;  // (block, d_ff), of sum_rows
+  std::vector<Scratch> scratch_;  // of each thread
+};
+
+}  // namespace fallow

@@ -1,0 +1,97 @@
+// What every part of a pass over the model shares: kernels, threads, counters.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "parallel.h"
+
+namespace fallow {
+
+// Tokens that go through the model together as one by one would, to the bit, in less time: decode.
+// More are a block of prefill.
+constexpr size_t kFew = 8;
+inline bool is_decode(size_t tokens) { return tokens <= kFew; }
+
+// Seconds spent since the last reset, by what they were spent on.
+struct Timing {
+  double attention_proj = 0, attention = 0, ffn = 0, select = 0, head = 0, other = 0;
+  double disk = 0;  // waiting for it
+};
+
+// Adds the time since the last mark to a sum.
+class Clock {
+ public:
+  void mark(double& sum) {
+    const auto now = std::chrono::steady_clock::now();
+    sum += std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+// Since the last reset: tokens read, neurons with a non-zero inter per layer, summed over them, and
+// bytes of weights and cache that decode read. Threads count bytes on cache lines of their own.
+class Statistics {
+ public:
+  Statistics(size_t n_layers, int n_threads)
+      : active(n_layers), bytes_(static_cast<size_t>(n_threads)) {}
+
+  void read(int worker, uint64_t bytes) { bytes_[static_cast<size_t>(worker)].n += bytes; }
+  uint64_t bytes_read() const {
+    uint64_t sum = 0;
+    for (const Count& count : bytes_) sum += count.n;
+    return sum;
+  }
+  void reset() {
+    tokens = 0;
+    timing = {};
+    active.assign(active.size(), 0);
+    bytes_.assign(bytes_.size(), {});
+  }
+
+  uint64_t tokens = 0;
+  std::vector<uint64_t> active;
+  Timing timing;
+
+ private:
+  struct alignas(64) Count {
+    uint64_t n = 0;
+  };
+  std::vector<Count> bytes_;
+};
+
+struct Runtime {
+  const Kernels& kernels;
+  ThreadPool pool;
+  Statistics statistics;
+  std::function<void()> pause = [] {};  // called between steps of a long pass; may throw, which ends it
+
+  Runtime(const Kernels& table, int n_threads, size_t n_layers)
+      : kernels(table), pool(n_threads), statistics(n_layers, n_threads) {}
+
+  size_t n_threads() const { return static_cast<size_t>(pool.size()); }
+
+  // Calls body(token, worker) for n tokens, spread over the threads.
+  template <class Body>
+  void for_tokens(size_t n, const Body& body) {
+    if (n == 1) return body(0, 0);
+    pool.run([&](int worker) {
+      const Share share = share_of(n, worker, pool.size());
+      for (size_t t = share.begin; t < share.end; ++t) body(t, worker);
+    });
+  }
+};
+
+inline size_t pieces(size_t n, size_t size) { return (n + size - 1) / size; }
+
+inline void add_to(float* y, const float* x, size_t n) {
+  for (size_t i = 0; i < n; ++i) y[i] += x[i];
+}
+
+}  // namespace fallow

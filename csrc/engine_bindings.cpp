@@ -1,0 +1,284 @@
+// The engine as Python sees it.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "bindings.h"
+#include "engine/engine.h"
+#include "platform/mapping.h"
+
+using namespace nb::literals;
+
+namespace fallow {
+namespace {
+
+// The engine with the file it runs, which is mapped, or of which some parts are in memory and others come
+// from the disk when they are needed.
+class BoundEngine {
+ public:
+  // The mapping must outlive the engine.
+  BoundEngine(const Mapping& mapping, const std::string& kernels, int n_threads, uint32_t context)
+      : mapping_(&mapping), model_(read_packed(mapping.data(), mapping.size())),
+        kernels_(kernels_of(kernels)) {
+    start(n_threads, context);
+  }
+
+  // The first header_bytes of the file are its header; load() reads the weights.
+  BoundEngine(nb::bytes path, uint64_t header_bytes, const std::string& kernels, int n_threads,
+              uint32_t context)
+      : file_(std::make_unique<File>(path.c_str(), true)), image_(std::make_unique<Pages>(file_->size())),
+        kernels_(kernels_of(kernels)) {
+    if (header_bytes > file_->size()) throw nb::value_error("the header is longer than the file");
+    fallow::load(*file_, {{0, header_bytes}}, *image_);
+    model_ = read_packed(image_->data(), file_->size());
+    image_->forget(0, header_bytes);
+    start(n_threads, context);
+  }
+
+  // The threads of an engine do not exist in a process that was forked from its own: there nothing
+  // waits for them, and what they used is left where it is.
+  ~BoundEngine() {
+    if (process_id() == process_) return;
+    engine_.release();
+    streamer_.release();
+    for (auto& rows : file_rows_) rows.release();
+    file_.release();
+    image_.release();
+  }
+
+  // Reads parts (offset, bytes) of the file into memory.
+  void load(const std::vector<std::pair<uint64_t, uint64_t>>& parts) {
+    if (!file_) throw nb::value_error("this engine's file is mapped");
+    std::vector<Extent> extents;
+    for (const auto& [offset, size] : parts) extents.push_back(extent(offset, size));
+    nb::gil_scoped_release release;
+    fallow::load(*file_, extents, *image_);
+  }
+
+  // The embedding, or the head, or one that is both, stays in the file, from `offset` on, but for `room`
+  // rows; all of them come in ranges of that many bytes.
+  void rows_from_file(bool embedding, bool head, uint64_t offset, size_t room,
+                      uint64_t range_bytes) {
+    const Matrix& w = embedding ? model_.embed_tokens : model_.lm_head;
+    extent(offset, w.bytes());
+    if (!(embedding || head) || room == 0 || room > w.rows || (head && model_.lm_head.rows != w.rows))
+      throw nb::value_error("no rows, or no room for them");
+    file_rows_.push_back(
+        std::make_unique<FileRows>(*file_, offset, w.row_bytes, w.rows, room, range_bytes));
+    FileRows* rows = file_rows_.back().get();
+    if (embedding) engine_->set_embedding(rows);
+    if (head) engine_->set_head(rows);
+  }
+
+  // (layer, [(matrix, offset, bytes)]), layers ascending
+  using PyUnit = std::pair<size_t, std::vector<std::tuple<std::string, uint64_t, uint64_t>>>;
+
+  // What is not in memory, and in how many slots of the largest unit's size it passes through.
+  void stream(const std::vector<PyUnit>& list, size_t n_slots) {
+    if (!file_ || list.empty() || n_slots == 0) throw nb::value_error("nothing to stream");
+    std::vector<std::vector<Extent>> units;
+    std::vector<StreamedLayer> layers(model_.layers.size());
+    for (const auto& [layer, parts] : list) {
+      if (layer >= layers.size() || !layers[layer].places.empty() || parts.empty())
+        throw nb::value_error("no such layer");
+      StreamedLayer& streamed = layers[layer];
+      streamed = {units.size(), {}};
+      uint64_t at = 0;
+      units.emplace_back();
+      for (const auto& [matrix, offset, size] : parts) {
+        Layer& l = model_.layers[layer];
+        Matrix& m = matrix == "gate_proj" ? l.gate_proj : matrix == "up_proj" ? l.up_proj
+                                                                              : l.down_proj_t;
+        streamed.places.emplace_back(&m.data, at);
+        units.back().push_back(extent(offset, size));
+        at += units.back().back().room();
+      }
+    }
+    streamer_ = std::make_unique<Streamer>(*file_, std::move(units), n_slots);
+    engine_->set_stream(streamer_.get(), std::move(layers));
+  }
+
+  void forward(Indices tokens, uint32_t position, bool all, bool dense, WritableRows logits) {
+    const size_t n = tokens.size();
+    if (position > engine_->held()) throw nb::value_error("the cache does not hold so many tokens");
+    if (n == 0 || n > engine_->context() - position)
+      throw nb::value_error("no tokens, or more than the context has room for");
+    for (size_t i = 0; i < n; ++i)
+      if (tokens.data()[i] < 0 ||
+          static_cast<uint32_t>(tokens.data()[i]) >= model_.config.vocab_size)
+        throw nb::value_error("a token id is outside the vocabulary");
+    if (logits.shape(0) != (all ? n : 1) || logits.shape(1) != model_.config.vocab_size)
+      throw nb::value_error("logits have the wrong shape");
+    if (process_id() != process_) throw nb::value_error("this engine was made before a fork");
+    nb::gil_scoped_release release;
+    asked_ = std::chrono::steady_clock::now();
+    engine_->forward(tokens.data(), n, position, all, dense, logits.data());
+    if (mapping_) mapping_->check();
+  }
+
+  // (layer, tap, how, value, weight or None)
+  using PyCut = std::tuple<size_t, size_t, size_t, double, std::optional<ConstFloats>>;
+
+  void set_cuts(const std::vector<PyCut>& list) {
+    std::vector<LayerCuts> cuts(list.empty() ? 0 : model_.layers.size());
+    for (const auto& [layer, tap, how, value, weight] : list) {
+      if (layer >= cuts.size() || tap >= kTaps || how > 3) throw nb::value_error("no such cut");
+      Cut& cut = cuts[layer][tap];
+      cut.by = static_cast<Cut::By>(how);
+      cut.value = value;
+      if (!weight) continue;
+      if (weight->size() != width_of(static_cast<Tap>(tap)))
+        throw nb::value_error("a cut's weight has the wrong size");
+      cut.weight.assign(weight->data(), weight->data() + weight->size());
+    }
+    engine_->set_cuts(std::move(cuts));
+  }
+
+  nb::dict stats() const {
+    const Statistics& found = engine_->statistics();
+    const Timing& t = found.timing;
+    nb::dict result;
+    result["tokens"] = found.tokens;
+    result["bytes_read"] = found.bytes_read();
+    result["active"] = found.active;
+    nb::dict seconds;
+    seconds["attention_proj"] = t.attention_proj;
+    seconds["attention"] = t.attention;
+    seconds["ffn"] = t.ffn;
+    seconds["select"] = t.select;
+    seconds["head"] = t.head;
+    seconds["other"] = t.other;
+    seconds["disk"] = t.disk;
+    result["seconds"] = seconds;
+    uint64_t bytes = streamer_ ? streamer_->bytes_read() : 0, wanted = 0, missing = 0;
+    for (const auto& rows : file_rows_) {
+      bytes += rows->bytes_read();
+      wanted += rows->wanted();
+      missing += rows->missing();
+    }
+    nb::dict disk;
+    disk["bytes"] = bytes;
+    disk["rows"] = wanted;
+    disk["missing_rows"] = missing;
+    disk["waits"] = streamer_ ? streamer_->waits() : 0;
+    disk["in_time"] = streamer_ ? streamer_->in_time() : 0;
+    result["disk"] = disk;
+    return result;
+  }
+
+  void reset_stats() {
+    engine_->reset_stats();
+    if (streamer_) streamer_->reset_stats();
+    for (const auto& rows : file_rows_) rows->reset_stats();
+  }
+
+  std::vector<float> down_norm(size_t layer) const {
+    const float* values = model_.layers.at(layer).down_norm;
+    return {values, values + model_.config.intermediate_size};
+  }
+
+  const Packed& model() const { return model_; }
+  Engine& engine() { return *engine_; }
+  const char* kernels() const { return kernels_.name; }
+
+ private:
+  void start(int n_threads, uint32_t context) {
+    if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
+    if (context < 1 || context > model_.config.context_length)
+      throw nb::value_error("context must be 1 to the model's own");
+    engine_ = std::make_unique<Engine>(model_, kernels_, n_threads, context,
+                                       file_ ? Engine::kSmallBlock : Engine::kBlock);
+    engine_->set_pause([this] { answer_signals(); });
+  }
+
+  // Lets Python act on Ctrl-C within a long pass.
+  void answer_signals() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - asked_ < std::chrono::milliseconds(100)) return;
+    asked_ = now;
+    nb::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  }
+
+  // A part of the file that is not mapped.
+  Extent extent(uint64_t offset, uint64_t size) const {
+    if (!file_ || offset % kSector != 0 || size == 0 || offset > file_->size() ||
+        size > file_->size() - offset)
+      throw nb::value_error("no such part of the file");
+    return {offset, size};
+  }
+
+  size_t width_of(Tap tap) const {
+    const Config& c = model_.config;
+    if (tap == kOInput) return size_t{c.n_heads} * c.head_dim;
+    return tap < kGatePre || tap == kFfnOut ? c.hidden_size : c.intermediate_size;
+  }
+
+  const int64_t process_ = process_id();
+  std::chrono::steady_clock::time_point asked_;  // Python for its signals
+  // Either the mapped file or, in this order since later ones read from earlier ones, these.
+  const Mapping* mapping_ = nullptr;
+  std::unique_ptr<File> file_;
+  std::unique_ptr<Pages> image_;
+  Packed model_;
+  const Kernels& kernels_;
+  std::vector<std::unique_ptr<FileRows>> file_rows_;
+  std::unique_ptr<Streamer> streamer_;
+  std::unique_ptr<Engine> engine_;
+};
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  nb::list taps;
+  for (const char* name : {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                           "gate_pre", "gate_act", "up", "inter", "down_proj", "ffn_out"})
+    taps.append(name);
+  m.attr("TAPS") = taps;
+  m.attr("FEW") = kFew;
+
+  nb::class_<Mapping>(m, "Mapping")
+      .def("__init__", [](Mapping* self, nb::bytes path) { new (self) Mapping(path.c_str()); },
+           "path"_a, "path: bytes, as the operating system has them. Raises DiskError.")
+      .def_prop_ro("data",
+                   [](const Mapping& mapping) {
+                     return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(
+                         mapping.data(), {mapping.size()}, nb::find(mapping));
+                   })
+      .def("forget", &Mapping::forget, "Lets go of what was read; it is read again when it is used.")
+      .def("check", &Mapping::check,
+           "Raises DiskError if the file was cut or written to, or could not be read.");
+
+  nb::class_<BoundEngine>(m, "Engine")
+      .def(nb::init<const Mapping&, const std::string&, int, uint32_t>(), nb::keep_alive<1, 2>(),
+           "mapping"_a, "kernels"_a, "n_threads"_a, "context"_a)
+      .def(nb::init<nb::bytes, uint64_t, const std::string&, int, uint32_t>(), "path"_a,
+           "header_bytes"_a, "kernels"_a, "n_threads"_a, "context"_a)
+      .def("load", &BoundEngine::load, "parts"_a)
+      .def("rows_from_file", &BoundEngine::rows_from_file, "embedding"_a, "head"_a, "offset"_a,
+           "room"_a, "range_bytes"_a)
+      .def("stream", &BoundEngine::stream, "units"_a, "n_slots"_a)
+      .def("forward", &BoundEngine::forward, "tokens"_a, "position"_a, "all"_a, "dense"_a, "logits"_a)
+      .def("set_cuts", &BoundEngine::set_cuts, "cuts"_a)
+      .def("stats", &BoundEngine::stats)
+      .def("reset_stats", &BoundEngine::reset_stats)
+      .def("set_shortlist",
+           [](BoundEngine& e, float nats, size_t most) { e.engine().set_shortlist(nats, most); },
+           "nats"_a, "most"_a)
+      .def("down_norm", &BoundEngine::down_norm, "layer"_a)
+      .def_prop_ro("context", [](BoundEngine& e) { return e.engine().context(); })
+      .def_prop_ro("kernels", &BoundEngine::kernels)
+      .def_prop_ro("n_layers", [](const BoundEngine& e) { return e.model().config.n_layers; })
+      .def_prop_ro("vocab_size", [](const BoundEngine& e) { return e.model().config.vocab_size; })
+      .def_prop_ro("intermediate_size",
+                   [](const BoundEngine& e) { return e.model().config.intermediate_size; });
+}
+
+}  // namespace fallow

@@ -1,0 +1,44 @@
+// What both AVX-512 files use. Include only there.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+
+#include "kernels/shared.h"
+
+namespace fallow {
+namespace {
+
+FALLOW_INLINE __mmask16 first_lanes(size_t n) {
+  return n >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << n) - 1);
+}
+
+// out[c] = dword c of each of the 16 registers.
+FALLOW_INLINE void transpose16(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {  // lane l of r[4 q + i] holds dword 4 l + i of rows 4 q..4 q + 3
+    const __m512i a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x44);
+    const __m512i b = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xEE);
+    const __m512i c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xEE);
+    t[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(a, c, 0xDD);
+    t[8 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(b, d, 0xDD);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+}  // namespace
+}  // namespace fallow

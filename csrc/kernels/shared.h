@@ -1,0 +1,152 @@
+// What the kernel files share. Each compiles it in its own instructions; all of it is in an anonymous
+// namespace, for were it shared between files, the linker might take one that the processor lacks
+// instructions for.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/kernels.h"
+
+// The inner loops keep their sums in registers, which ends where a call is not inlined: gemv_rows of
+// AVX-512 was 2.4 times slower when the compiler had its own way.
+#define FALLOW_INLINE inline __attribute__((always_inline))
+
+namespace fallow {
+namespace {
+
+FALLOW_INLINE size_t row_of(const int32_t* rows, size_t begin, size_t i) {
+  return rows ? static_cast<size_t>(rows[i]) : begin + i;
+}
+
+// Asks for the n bytes at p, a part of a later row, and moves on to the next part. Whole rows at once
+// would be more than the processor keeps in flight; rows of 5 KB then ran at 56 % of memory speed.
+FALLOW_INLINE void prefetch(const uint8_t*& p, size_t n) {
+  if (!p) return;
+  for (size_t i = 0; i < n; i += 64) __builtin_prefetch(p + i);
+  p += n;
+}
+
+// Four rows' coefficients of each group, as int8 with one scale for the four.
+template <int groups, class Round>
+FALLOW_INLINE void round_coefficients(const float (&c)[4][groups], const Round& round,
+                                      int8_t (&q)[4][groups], float (&scale)[groups]) {
+  for (int g = 0; g < groups; ++g) {
+    float largest = 0;
+    for (int r = 0; r < 4; ++r) {
+      const float magnitude = __builtin_fabsf(c[r][g]);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const float inverse = largest > 0 ? 127 / largest : 0.0f;
+    scale[g] = largest / 127;
+    for (int r = 0; r < 4; ++r) q[r][g] = static_cast<int8_t>(round(c[r][g] * inverse));
+  }
+}
+
+// y (k,) += coefficient[i] * W[row i], four rows at a time, in slabs of columns whose sums and minima
+// stay in the first cache. add_block(b, c, sums, minima) adds four rows' blocks at b; column j of a
+// chunk of 32 is then sums[column_at(j)].
+constexpr size_t kSlab = 4096;
+
+template <class F, class AddBlock, class ColumnAt>
+FALLOW_INLINE void axpy_in_slabs(const uint8_t* w, size_t row_bytes, const int32_t* rows,
+                                 size_t begin, size_t n, size_t k, const float* coefficient,
+                                 size_t ahead, const AddBlock& add_block, const ColumnAt& column_at,
+                                 float* y) {
+  if (n == 0) return;
+  for (size_t first = 0; first < k; first += kSlab) {
+    const uint8_t* slab = w + first / F::block * F::bytes;
+    const size_t width = k - first < kSlab ? k - first : kSlab;
+    alignas(32) float sums[kSlab] = {};
+    float minima[kSlab / F::group] = {};
+    const auto row_at = [&](size_t i) { return slab + row_of(rows, begin, i) * row_bytes; };
+    for (size_t i = 0; i < n; i += 4) {
+      const uint8_t *b[4], *later[4];
+      float c[4];
+      for (size_t r = 0; r < 4; ++r) {  // rows past the end are the last one with coefficient 0
+        const bool there = i + r < n;
+        b[r] = row_at(there ? i + r : n - 1);
+        c[r] = there ? coefficient[i + r] : 0.0f;
+        later[r] = i + r + ahead < n ? row_at(i + r + ahead) : nullptr;
+      }
+      for (size_t at = 0; at < width; at += F::block) {
+        for (auto& p : later) prefetch(p, F::bytes);
+        add_block(b, c, sums + at, minima + at / F::group);
+        for (auto& p : b) p += F::bytes;
+      }
+    }
+    for (size_t j = 0; j < width; ++j)
+      y[first + j] += sums[j - j % 32 + column_at(j % 32)] - minima[j / F::group];
+  }
+}
+
+// Rows of floats: `dot(row, x, k)` and `add(c, row, k, y)` are a file's own.
+template <class Dot>
+FALLOW_INLINE void gemv_floats(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin,
+                               size_t n, size_t k, const Activation& x, const Dot& dot, float* y) {
+  for (size_t i = 0; i < n; ++i) y[i] = dot(w + row_of(rows, begin, i) * row_bytes, x.x, k);
+}
+template <class Add>
+FALLOW_INLINE void axpy_floats(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin,
+                               size_t n, size_t k, const float* coefficient, const Add& add,
+                               float* y) {
+  for (size_t i = 0; i < n; ++i) add(coefficient[i], w + row_of(rows, begin, i) * row_bytes, k, y);
+}
+
+// Functions of registers. V is a file's own: F, splat(x), min, max, fma(a, b, c) = a b + c and
+// fnma(a, b, c) = c - a b rounded once, round (to even), scale(p, n) = p 2^n, n whole.
+
+// e^x to 2 ulp: x = n ln 2 + r, a polynomial of degree 6 for e^r (|r| <= ln 2 / 2), times 2^n.
+template <class V>
+FALLOW_INLINE typename V::F exp_of(typename V::F x) {
+  x = V::min(V::max(x, V::splat(-103.0f)), V::splat(88.7f));
+  const typename V::F n = V::round(x * V::splat(1.44269504f));
+  typename V::F r = V::fnma(n, V::splat(0.693359375f), x);
+  r = V::fnma(n, V::splat(-2.12194440e-4f), r);
+  typename V::F p = V::splat(1.0f / 720);
+  constexpr float kTerms[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (float c : kTerms) p = V::fma(p, r, V::splat(c));
+  return V::scale(p, n);
+}
+
+// x / (1 + e^-z)
+template <class V>
+FALLOW_INLINE typename V::F sigmoid_times(typename V::F x, typename V::F z) {
+  return x / (V::splat(1) + exp_of<V>(V::splat(0) - z));
+}
+
+template <class V>
+FALLOW_INLINE typename V::F silu_of(typename V::F x) {
+  return sigmoid_times<V>(x, x);
+}
+
+// 0.5 x (1 + tanh z) = x / (1 + e^(-2 z)), z = sqrt(2 / pi) (x + 0.044715 x^3)
+template <class V>
+FALLOW_INLINE typename V::F gelu_tanh_of(typename V::F x) {
+  const typename V::F z = V::fma(x * x * x, V::splat(0.044715f), x);
+  return sigmoid_times<V>(x, z * V::splat(2 * 0.7978845608f));
+}
+
+// Applies a function of V::n values to n, the last ones padded with zeros.
+template <class V, class Function>
+FALLOW_INLINE void in_place(float* x, size_t n, const Function& function) {
+  size_t i = 0;
+  for (; i + V::n <= n; i += V::n) V::store(x + i, function(V::load(x + i)));
+  if (i == n) return;
+  float rest[V::n] = {};
+  for (size_t j = i; j < n; ++j) rest[j - i] = x[j];
+  V::store(rest, function(V::load(rest)));
+  for (size_t j = i; j < n; ++j) x[j] = rest[j - i];
+}
+
+template <class V>
+FALLOW_INLINE float softmax_numerators_of(float* x, size_t n) {
+  float largest = x[0], sum = 0;
+  for (size_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  in_place<V>(x, n, [&](typename V::F v) { return exp_of<V>(v - V::splat(largest)); });
+  for (size_t i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+
+}  // namespace
+}  // namespace fallow

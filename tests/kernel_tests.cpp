@@ -1,0 +1,116 @@
+// The kernels for their tests, as the module fallow._kernel_tests; built with -DFALLOW_TESTS=ON.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <optional>
+
+#include "bindings.h"
+
+using namespace nb::literals;
+using namespace fallow;
+
+namespace {
+
+// A matrix of rows of k weights and one activation vector for it: what the
+// tests of the kernels call. Sizes are checked here, so that a wrong test cannot crash.
+struct KernelTest {
+  const Kernels& kernels;
+  const BlockFormat& format;
+  Bytes weights;
+  size_t k, row_bytes, rows;
+
+  KernelTest(const std::string& table, const std::string& type, Bytes w, size_t width)
+      : kernels(kernels_of(table)), format(format_of(type)), weights(w), k(width) {
+    if (!kernels.gemv_rows[format.type]) throw nb::value_error("no kernel for this type");
+    if (k == 0 || k % format.block_size != 0) throw nb::value_error("width is not whole blocks");
+    row_bytes = k / format.block_size * format.block_bytes;
+    if (format.type == kTwoBits) row_bytes = two_bits_bytes(k);
+    if (w.size() % row_bytes != 0) throw nb::value_error("weights are not whole rows");
+    rows = w.size() / row_bytes;
+  }
+
+  void check(const std::optional<Indices>& list) const {
+    if (!list) return;
+    for (size_t i = 0; i < list->size(); ++i)
+      if (list->data()[i] < 0 || static_cast<size_t>(list->data()[i]) >= rows)
+        throw nb::value_error("a row is outside the matrix");
+  }
+
+  size_t count(const std::optional<Indices>& list) const { return list ? list->size() : rows; }
+};
+
+void gemv_rows(const std::string& table, const std::string& type, Bytes w, ConstFloats x,
+                    std::optional<Indices> list, Floats y) {
+  const KernelTest t(table, type, w, x.size());
+  t.check(list);
+  if (y.size() != t.count(list)) throw nb::value_error("y has the wrong size");
+  const Quantized quantized(t.kernels, x.data(), x.size());
+  t.kernels.gemv_rows[t.format.type](w.data(), t.row_bytes, list ? list->data() : nullptr, 0,
+                                     t.count(list), t.k, quantized.with(x.data()), y.data());
+}
+
+void axpy_rows(const std::string& table, const std::string& type, Bytes w,
+                    ConstFloats coefficient, std::optional<Indices> list, Floats y) {
+  const KernelTest t(table, type, w, y.size());
+  t.check(list);
+  if (coefficient.size() != t.count(list)) throw nb::value_error("one coefficient per row");
+  if (!t.kernels.axpy_rows[t.format.type]) throw nb::value_error("no sums of rows of this type");
+  t.kernels.axpy_rows[t.format.type](w.data(), t.row_bytes, list ? list->data() : nullptr, 0,
+                                     t.count(list), t.k, coefficient.data(), y.data());
+}
+
+void decode(const std::string& table, const std::string& type, Bytes w, Floats y) {
+  const KernelTest t(table, type, w, y.size());
+  if (t.rows != 1) throw nb::value_error("decode takes one row");
+  t.kernels.decode(t.format.type, w.data(), t.k, y.data());
+}
+
+// y (T, rows) for x (T, k), through the panels of prefill.
+void gemm(const std::string& table, const std::string& type, Bytes w, Rows x, WritableRows y,
+               bool half) {
+  const KernelTest t(table, type, w, x.shape(1));
+  if (y.shape(0) != x.shape(0) || y.shape(1) != t.rows) throw nb::value_error("y: wrong shape");
+  const size_t tokens = x.shape(0);
+  std::vector<float> rows(t.k * kPanel), panel(t.k * kPanel);
+  for (size_t first = 0; first < t.rows; first += kPanel) {
+    const size_t n = std::min(kPanel, t.rows - first);
+    for (size_t r = 0; r < n; ++r)
+      t.kernels.decode(t.format.type, w.data() + (first + r) * t.row_bytes, t.k, &rows[r * t.k]);
+    float* to = y.data() + first;
+    if (half) {
+      if (!t.kernels.gemm_bf16 || t.k % 2 != 0) throw nb::value_error("no bfloat16 product");
+      std::vector<uint16_t> panel_half(t.k * kPanel), x_half(x.size());
+      t.kernels.panel_bf16(rows.data(), n, t.k, panel_half.data());
+      t.kernels.to_bf16(x.data(), x.size(), x_half.data());
+      t.kernels.gemm_bf16(panel_half.data(), n, t.k, x_half.data(), t.k, tokens, false, to, t.rows);
+    } else {
+      t.kernels.panel_f32(rows.data(), n, t.k, panel.data());
+      t.kernels.gemm_f32(panel.data(), n, t.k, x.data(), t.k, tokens, false, to, t.rows);
+    }
+  }
+}
+
+void activation(const std::string& table, const std::string& name, Floats x) {
+  const Kernels& kernels = kernels_of(table);
+  if (name == "silu") return kernels.silu(x.data(), x.size());
+  if (name == "gelu_tanh") return kernels.gelu_tanh(x.data(), x.size());
+  if (name == "softmax" && x.size() > 0) {
+    const float sum = kernels.softmax_numerators(x.data(), x.size());
+    for (size_t i = 0; i < x.size(); ++i) x.data()[i] /= sum;
+    return;
+  }
+  throw nb::value_error("unknown function");
+}
+
+}  // namespace
+
+NB_MODULE(_kernel_tests, m) {
+  m.def("gemv_rows", &gemv_rows, "kernels"_a, "type"_a, "weights"_a, "x"_a,
+        "rows"_a.none(), "y"_a);
+  m.def("axpy_rows", &axpy_rows, "kernels"_a, "type"_a, "weights"_a, "coefficient"_a,
+        "rows"_a.none(), "y"_a);
+  m.def("decode", &decode, "kernels"_a, "type"_a, "weights"_a, "y"_a);
+  m.def("gemm", &gemm, "kernels"_a, "type"_a, "weights"_a, "x"_a, "y"_a,
+        "half"_a);
+  m.def("activation", &activation, "kernels"_a, "name"_a, "x"_a);
+}
