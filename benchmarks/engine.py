@@ -38,8 +38,8 @@ MATRIX_BYTES = 400e6
 
 def run(name: str) -> None:
     import fallow
-    from fallow.catalog import ALIASES, resolve
-    from fallow.quality import evaluate_engine
+    from fallow.checkpoints.catalog import ALIASES, resolve
+    from fallow.measure.quality import evaluate_engine
 
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,8 +117,8 @@ def greedy(packed: Path, source: Path) -> dict[str, float]:
 def skipping(packed: Path, plans: dict[str, Any]) -> dict[str, Any]:
     """Decode with each plan and without, in turn."""
     from fallow import Engine
-    from fallow.bench import run_in_turn
-    from fallow.text import load_text
+    from fallow.checkpoints.text import load_text
+    from fallow.measure.speed import run_in_turn
 
     engine = Engine(packed, threads=THREADS, context=PROMPT + NEW)
     ids = engine.tokenizer.with_bos(engine.tokenizer.encode(load_text(TEST, "evaluation").content))
@@ -234,7 +234,7 @@ def report() -> str:
             "average are the same.\n"
         )
         lines += [
-            "| decode | tok/s | / dense | MB/token | neurons idle | PPL | change % | KL |",
+            "| decode | tok/s | / dense | MB/token | neurons inactive | PPL | change % | KL |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for rule, s in r["sparse"].items():

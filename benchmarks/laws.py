@@ -188,11 +188,11 @@ def keep() -> dict[str, Any]:
 def engine() -> dict[str, Any]:
     """Decode of the ReLU model under rule `relu` against its own dense decode, alternating."""
     import fallow
-    from fallow.bench import run_in_turn
-    from fallow.calibration import calibrate
-    from fallow.engine import Engine
+    from fallow.calibration.calibrator import calibrate
+    from fallow.checkpoints.text import load_text
+    from fallow.engine.engine import Engine
     from fallow.laws.training import prepare
-    from fallow.text import load_text
+    from fallow.measure.speed import run_in_turn
 
     corpus = prepare(MODELS / "relu", load_text(TEXT, "calibration"), own()["relu"])
     plan = calibrate(fallow.load(str(KEPT)), "relu", knob=0.0, text=corpus.held_out, measure=False)
@@ -474,7 +474,7 @@ def _engine_lines(r: dict[str, Any]) -> list[str]:
     return [
         f"\n## The ReLU model in the engine\n\n{r['file_mb']:.1f} MB packed, {THREADS} thread(s), "
         f"decode with rule `relu` over dense, {ENGINE_RUNS} alternating runs: "
-        f"**{median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}); idle neurons "
+        f"**{median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}); inactive neurons "
         f"{median(a['sparsity'] for a, _ in pairs):.1%}, bytes read per token {read:.2f} of dense."
     ]
 

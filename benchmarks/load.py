@@ -52,7 +52,8 @@ def answers(packed: Path) -> dict[str, set[str]]:
 
     The answer to a prompt that is in the cache may differ by rounding from the first one.
     """
-    from fallow.engine import Engine, Sampler
+    from fallow.engine.engine import Engine
+    from fallow.engine.sampling import Sampler
 
     engine = Engine(packed, threads=1)
     found: dict[str, set[str]] = {}

@@ -25,7 +25,7 @@ PROMPT, NEW, PROMPTS, PASSES = 256, 128, 8, 9
 
 def run(name: str) -> None:
     import fallow
-    from fallow.text import load_text
+    from fallow.checkpoints.text import load_text
 
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def run(name: str) -> None:
 def pass_costs(engine: Any) -> dict[int, float]:
     """Time of a pass of 1 to FEW tokens over that of one token, medians."""
     from fallow import _core
-    from fallow.text import load_text
+    from fallow.checkpoints.text import load_text
 
     ids = engine.windows(load_text(TEST, "evaluation"), PROMPT + NEW, 1)[0]
     engine.reset()

@@ -85,7 +85,7 @@ def run(name: str) -> None:
 
 def files(name: str, folder: Path) -> tuple[Path, Path]:
     """The packed model, and the GGUF that it was packed from."""
-    from fallow.catalog import ALIASES, resolve
+    from fallow.checkpoints.catalog import ALIASES, resolve
 
     if name == seven_billion.NAME:
         packed, source = folder / "packed.gguf", folder / "source.gguf"
@@ -136,9 +136,9 @@ def text_ids(tokenizer: Any, tokens: int) -> np.ndarray:
 def ours(path: str, limit: int, context: int, prompt: int, tokens: int) -> dict[str, Any]:
     """A text fed token by token; if it has FED, then answers with guesses checked on the way."""
     from fallow import Engine
-    from fallow.bench import run_once
-    from fallow.engine import peak_rss_mb
-    from fallow.memory import STREAMED
+    from fallow.engine.memory import STREAMED
+    from fallow.engine.process import peak_rss_mb
+    from fallow.measure.speed import run_once
 
     start = time.perf_counter()
     engine = Engine(path, threads=THREADS, context=context, memory=f"{limit}MB")
@@ -166,7 +166,7 @@ def ours(path: str, limit: int, context: int, prompt: int, tokens: int) -> dict[
 def cost(path: str, limit: int) -> dict[str, Any]:
     """Decode of the mapped file and, alternating, with a budget that holds all of it."""
     from fallow import Engine
-    from fallow.bench import run_once
+    from fallow.measure.speed import run_once
 
     engines = [
         Engine(path, threads=THREADS, context=2 * PROMPT, memory=memory)
@@ -180,7 +180,7 @@ def cost(path: str, limit: int) -> dict[str, Any]:
 def llama(path: str, repack: bool, context: int, prompt: int, tokens: int) -> dict[str, Any]:
     import llama_cpp
 
-    from fallow.baselines import LlamaCpp
+    from fallow.measure.baselines import LlamaCpp
 
     usual = llama_cpp.llama_model_default_params
 

@@ -180,9 +180,9 @@ def traces(model: Any, text: Path, windows: int) -> dict[int, np.ndarray]:
     """Which neurons a token needs, (T, d_ff) bool, by layer."""
     import torch
 
+    from fallow.checkpoints.text import load_text
+    from fallow.models.taps import attach
     from fallow.rules._base import per_token_topk
-    from fallow.taps import attach
-    from fallow.text import load_text
 
     chosen = np.linspace(0, len(model.layers) - 1, LAYERS).astype(int).tolist()
     found: dict[int, list[np.ndarray]] = {i: [] for i in chosen}
@@ -200,7 +200,7 @@ def traces(model: Any, text: Path, windows: int) -> dict[int, np.ndarray]:
 
 def run(name: str) -> None:
     import fallow
-    from fallow.catalog import ALIASES, resolve
+    from fallow.checkpoints.catalog import ALIASES, resolve
 
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ CODE_WINDOWS = 12
 
 
 def run(name: str, prefer: str, calibration: str) -> None:
-    from fallow.catalog import ALIASES, resolve
+    from fallow.checkpoints.catalog import ALIASES, resolve
 
     options = ["--prefer", prefer]
     parts = [name, *([prefer] if prefer != "speed" else [])]
@@ -77,9 +77,9 @@ def optimize(name: str, packed: Path, options: list[str], calibration: Path) -> 
 def count_bytes(packed: Path, source: Path) -> dict[str, float]:
     """Bytes of weights per decoded token: of the source, and with the plan or without."""
     from fallow import Engine
-    from fallow.bench import run_in_turn
-    from fallow.text import load_text
-    from fallow.weights import read_gguf
+    from fallow.checkpoints.text import load_text
+    from fallow.checkpoints.weights import read_gguf
+    from fallow.measure.speed import run_in_turn
 
     engine = Engine(packed, threads=THREADS, context=PROMPT + NEW)
     plan = engine.plan
@@ -127,8 +127,8 @@ def _read_per_token(sizes: dict[str, int], embedding: str) -> float:
 def quality(name: str, packed: Path, text: Path, windows: int) -> dict[str, Any]:
     """The packed model with its plan against the source model."""
     import fallow
-    from fallow.evaluation import dense_logits
-    from fallow.quality import evaluate_engine
+    from fallow.measure.evaluation import dense_logits
+    from fallow.measure.quality import evaluate_engine
 
     model = fallow.load(name, "float32")
     engine = fallow.Engine(packed, threads=THREADS, context=1024)
@@ -147,7 +147,7 @@ def quality(name: str, packed: Path, text: Path, windows: int) -> dict[str, Any]
 def tasks(packed: Path, items: int) -> list[dict[str, Any]]:
     """Accuracies with the plan and, on the same items, of the packed model run dense."""
     from fallow import Engine
-    from fallow.tasks import evaluate_task
+    from fallow.measure.tasks import evaluate_task
 
     engine = Engine(packed, threads=THREADS, context=1024)
     plan = engine.plan
@@ -205,7 +205,7 @@ the same items, ± one paired standard error; the first items of each task, zero
 def report() -> str:
     lines = [
         INTRODUCTION,
-        "| model | uses | PPL change % | KL nats | neurons idle | bytes of source | of FFN "
+        "| model | uses | PPL change % | KL nats | neurons inactive | bytes of source | of FFN "
         "| decode / dense | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

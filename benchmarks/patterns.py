@@ -26,7 +26,7 @@ from engine import TEST, THREADS, VALIDATION
 from tradeoff import ROOT, keeper, machine_line, run_and_report
 
 RESULTS = ROOT / "benchmarks" / "results" / "patterns"
-# The published scale (METHODS 3.1).
+# The published scale: arXiv:2507.14179, its code.
 SCALE_ROWS, SCALE_WIDTH, SCALE_CLUSTERS = 10_682_368, 14336, 2048
 PROTOTYPES = 2048  # that synthetic rows differ from in a quarter of their bits
 RULE, SPARSITY, CONTEXT = "topk", 0.5, 1024
@@ -249,7 +249,7 @@ def scikit_learn(folder: Path) -> dict[str, Any]:
 
 def stored(name: str, folder: Path, part: str) -> Any:
     import fallow
-    from fallow.calibration import calibrate
+    from fallow.calibration.calibrator import calibrate
     from fallow.patterns.collect import collect
     from fallow.patterns.store import PatternStore
 
@@ -305,11 +305,11 @@ def oracles(name: str, folder: Path, made: list[tuple[str, int, float]]) -> list
     `alone`: all neurons of the centroid; else, as published, those of them that are truly active.
     """
     import fallow
-    from fallow.evaluation import window_losses
-    from fallow.metrics import ppl_change_percent
+    from fallow.checkpoints.text import load_text
+    from fallow.common.metrics import ppl_change_percent
+    from fallow.measure.evaluation import window_losses
+    from fallow.models.taps import attach
     from fallow.patterns.codebooks import load_codebooks
-    from fallow.taps import attach
-    from fallow.text import load_text
 
     model = fallow.load(name)
     windows = model.windows(load_text(TEST, "evaluation"), CONTEXT, PPL_WINDOWS)
@@ -363,11 +363,11 @@ def predicted(stores: dict[str, Any], folder: Path, layers: list[int]) -> list[d
 def perplexity(name: str, cells: list[tuple[str, float]]) -> list[dict[str, Any]]:
     """PPL changes with each rule's neurons in the loop, on windows of the test text."""
     import fallow
-    from fallow.calibration import Calibrator
-    from fallow.evaluation import run_window
-    from fallow.metrics import ppl_change_percent
+    from fallow.calibration.calibrator import Calibrator
+    from fallow.checkpoints.text import load_text
+    from fallow.common.metrics import ppl_change_percent
+    from fallow.measure.evaluation import run_window
     from fallow.rules import find_rule
-    from fallow.text import load_text
 
     model = fallow.load(name)
     calibrator = Calibrator(

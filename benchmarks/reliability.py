@@ -55,7 +55,7 @@ def kill() -> None:
 
 def load() -> None:
     """Clients of a server: see load.py."""
-    from fallow.packing import pack
+    from fallow.packing.packer import pack
     from load import load as run
 
     keep = keeper(RESULTS / "load")

@@ -40,7 +40,7 @@ TRAINED = ("learned:rank=64", "learned:rank=64:gate=1")
 
 INTRODUCTION = f"""# Selectors
 
-Half of the neurons rest ({SPARSITY:.0%}), chosen by what each selector predicts of
+Half of the neurons are inactive ({SPARSITY:.0%}), chosen by what each selector predicts of
 |inter| ||down_proj[:, i]||, the whole model in the loop: a selector's mistakes feed the layers
 behind. Fitted on the WikiText-2 validation text (8 windows; `learned` on 300,000 tokens of C4),
 measured on the raw test text, windows of 1024 tokens: the best on {WINDOWS}, all on fewer,
@@ -84,7 +84,7 @@ Why they fail, or do not:
 - `compensation`: what the dropped neurons would have added is mostly noise: an affine map of the
   input takes a third to a half off the loss of SmolLM2 and Gemma-3-270M where the choice is bad
   (`gate`), a fifteenth where it is good.
-  On Qwen2.5-Coder it lowers the divergence and raises the loss: leaving neurons idle takes away
+  On Qwen2.5-Coder it lowers the divergence and raises the loss: dropping neurons takes away
   noise that this brings back.
 - `rank`: on SmolLM2 and Gemma-3-270M, whose inputs are dominated by a few directions, a correction
   of the bits' error in those directions is worth most of a bit, and costs about as many bytes; on
@@ -98,7 +98,7 @@ def train_all(name: str) -> list[Any]:
     """Plans of TRAINED, on C4; those that are there are not trained again."""
     import fallow
     from fallow.plan import Plan
-    from fallow.training import train
+    from fallow.research.learning import train
 
     folder = RESULTS / "trained" / name / "plans"
     folder.mkdir(parents=True, exist_ok=True)

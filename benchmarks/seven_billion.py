@@ -2,7 +2,7 @@
 
 For speed alone: it says nothing. Weights are Gaussian, sizes those of Mistral-7B-v0.1 but for the
 vocabulary and tokenizer, which are SmolLM2's; both files hold blocks of the same types, not the
-same values. The packed plan leaves as many neurons idle, and wants as many exact rows of the head,
+same values. The packed plan has as many inactive neurons, and wants as many exact rows of the head,
 as Qwen2.5-Coder's plan at +1 % PPL does; on random weights they are others for every token, which
 no cache can foresee.
 """
@@ -32,7 +32,7 @@ class RowPool:
 
     def rows(self, kind: str, width: int) -> Any:
         """All there are, POOL of them."""
-        from fallow.packing import quantize
+        from fallow.packing.quantize import quantize
 
         if (kind, width) not in self._rows:
             values = SPREAD * self._random.standard_normal((POOL, width), dtype=np.float32)
@@ -49,8 +49,8 @@ class RowPool:
 def make(source: Path, packed: Path) -> None:
     """Writes both files."""
     import fallow
-    from fallow.catalog import ALIASES, resolve
-    from fallow.weights import read_gguf
+    from fallow.checkpoints.catalog import ALIASES, resolve
+    from fallow.checkpoints.weights import read_gguf
 
     small = packed.with_name("small.gguf")
     fallow.pack("smollm2", small)
@@ -105,9 +105,10 @@ def _write_source(path: Path, small: Any, pool: RowPool) -> None:
 def _write_packed(path: Path, small: Any, pool: RowPool) -> None:
     import gguf
 
-    from fallow.engine import PACKED_VERSION
-    from fallow.packing import _add, dequantize
-    from fallow.shortlist import coarse_head
+    from fallow.engine.packed import PACKED_VERSION
+    from fallow.packing.coarse_head import coarse_head
+    from fallow.packing.quantize import dequantize
+    from fallow.packing.writer import _add
 
     vocabulary = small.get("fallow.vocab_size")
     metadata = {

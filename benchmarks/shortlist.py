@@ -24,9 +24,9 @@ PROMPT, RUNS = 64, 7
 
 def run(name: str) -> None:
     import fallow
-    from fallow.bench import run_in_turn
+    from fallow.checkpoints.text import load_text
+    from fallow.measure.speed import run_in_turn
     from fallow.plan import Plan
-    from fallow.text import load_text
 
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,8 +75,8 @@ def run(name: str) -> None:
 
 def _quality(engine: Any, windows: np.ndarray, plans: dict[float, Any]) -> dict[float, Any]:
     """By margin: KL(exact || shortlist), nats per token, and the PPL change in percent."""
-    from fallow.metrics import ppl_change_percent
-    from fallow.quality import log_softmax, token_losses
+    from fallow.common.metrics import ppl_change_percent
+    from fallow.measure.quality import log_softmax, token_losses
 
     kl: dict[float, list[float]] = {margin: [] for margin in plans}
     losses: dict[float | None, list[float]] = {margin: [] for margin in (None, *plans)}

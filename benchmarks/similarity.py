@@ -33,7 +33,7 @@ QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 def run(name: str) -> None:
     import fallow
-    from fallow.calibration import calibrate
+    from fallow.calibration.calibrator import calibrate
     from fallow.patterns.similarity import draw, draw_variants, edit_test, published_test
 
     folder = RESULTS / name

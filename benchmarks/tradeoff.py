@@ -48,7 +48,7 @@ def measure(
     `trained`: plans of `fallow select train` for some of the rules.
     """
     import fallow
-    from fallow.sweep import make_rows, tradeoff
+    from fallow.calibration.tradeoff import make_rows, tradeoff
 
     folder = results / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ some "of", "the" and digits) have a neuron so large that the budget lets all oth
 go. On three windows at τ = 0.13 (S = 55 %) the loss rises by 0.21 to 0.30 nats; if tokens that
 would lose more than 90 % of a layer keep all of it, by 0.07 to 0.09, at 54 %. The other models do
 not suffer: on Gemma-3-270M `tail` costs least of all rules, and on Qwen2.5-Coder `cett` and `tail`,
-which let sparsity differ by layer and token, rest half of the neurons at no loss that 12 windows
+which let sparsity differ by layer and token, drop half of the neurons at no loss that 12 windows
 can tell from none, where `topk` costs 0.8 %.
 
 Dense PPL of the first windows agrees with independent figures: SmolLM2 23.24 (4 windows, no BOS),
@@ -239,10 +239,10 @@ def update_readme(name: str, table: str) -> None:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    from fallow.sweep import target_label
+    from fallow.calibration.tradeoff import target_label
 
     lines = [
-        "| rule | target | knob | achieved | S(x) | S(gate_act) | S(up) | S(inter) "
+        "| rule | target | parameter | achieved | S(x) | S(gate_act) | S(up) | S(inter) "
         "| PPL change % | KL nats/token | top-1 |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]

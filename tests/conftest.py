@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 import fallow
 from fallow import cli
-from fallow.calibration import Calibrator
-from fallow.engine import Engine
+from fallow.calibration.calibrator import Calibrator
+from fallow.engine.engine import Engine
 from fallow.models import ARCHITECTURES
 from fallow.plan import Plan
 
@@ -208,7 +208,7 @@ TALK = """{% for m in messages %}
 @pytest.fixture(scope="session")
 def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny packed model with a chat template."""
-    from fallow.packing import pack
+    from fallow.packing.packer import pack
 
     root = tmp_path_factory.mktemp("talking")
     folder = make_folder("llama", root / "model")
@@ -223,7 +223,7 @@ def parrot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     It goes on with " rests🙂 re" after "neuron", and with "." after the token <s>.
     """
-    from fallow.packing import pack
+    from fallow.packing.packer import pack
 
     root, tokenizer = tmp_path_factory.mktemp("parrot"), make_sentencepiece()
 
@@ -257,7 +257,7 @@ def calibrators(tiny: dict[str, fallow.Model], texts: tuple[Path, Path]) -> dict
 @pytest.fixture(scope="session")
 def smollm2() -> "fallow.Model":
     """The real SmolLM2-135M; `make test` installs its package."""
-    from fallow.catalog import ALIASES, find_pieces
+    from fallow.checkpoints.catalog import ALIASES, find_pieces
 
     alias = ALIASES["smollm2"]
     if find_pieces(alias) is None:

@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 
 import damage
-from fallow.engine import peak_rss_mb
-from fallow.errors import FallowError
+from fallow.common.errors import FallowError
+from fallow.engine.process import peak_rss_mb
 
 SECONDS = 10.0  # of processor time that a case may take
 LONGEST = 600.0  # seconds of any kind, for a case or to make whole files
@@ -105,13 +105,13 @@ class Seeds:
         return fallow.load(self.model(name))
 
     def packed(self, key: str, source: Path, **options: Any) -> Path:
-        from fallow.packing import pack
+        from fallow.packing.packer import pack
 
         return self.made(f"packed/{key}", lambda to: pack(source, to / "packed.gguf", **options))
 
     @cache  # noqa: B019
     def engine(self) -> Any:
-        from fallow.engine import Engine
+        from fallow.engine.engine import Engine
 
         folder = self.packed("llama", self.model(), quant="f32")
         return Engine(folder / "packed.gguf", plan=False, threads=1, context=16)
@@ -119,8 +119,8 @@ class Seeds:
     @cache  # noqa: B019
     def calibrator(self) -> Any:
         from conftest import TEXT
-        from fallow.calibration import Calibrator
-        from fallow.text import Text
+        from fallow.calibration.calibrator import Calibrator
+        from fallow.checkpoints.text import Text
 
         model, text = self.loaded(), Text("calibration", TEXT)
         return Calibrator(model, text, context=32, windows=4, validation_windows=2)
@@ -131,7 +131,7 @@ class Seeds:
 
     def text(self) -> Any:
         from conftest import OTHER_TEXT
-        from fallow.text import Text
+        from fallow.checkpoints.text import Text
 
         return Text("evaluation", OTHER_TEXT)
 
@@ -142,7 +142,8 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 def packed(seeds: Seeds) -> Target:
     """Packed models, mapped: a pass, the tokenizer, a short answer."""
-    from fallow.engine import Engine, is_packed
+    from fallow.engine.engine import Engine
+    from fallow.engine.packed import is_packed
 
     found = _packed_seeds(seeds)
 
@@ -186,9 +187,9 @@ def _answer(engine: Any) -> None:
 
 def budget(seeds: Seeds) -> Target:
     """Packed models of which a part is read from the disk for every pass."""
-    from fallow import engine as module
-    from fallow.memory import RESERVE, parts_of, residencies
-    from fallow.weights import read_gguf
+    from fallow.checkpoints.weights import read_gguf
+    from fallow.engine import engine as module
+    from fallow.engine.memory import RESERVE, parts_of, residencies
 
     module.rss_bytes = lambda: 0  # this process is far larger than these models
     found = _packed_seeds(seeds)
@@ -206,8 +207,8 @@ def budget(seeds: Seeds) -> Target:
 
 def source(seeds: Seeds) -> Target:
     """GGUF files of other programs: header, tokenizer, values."""
-    from fallow.tokenizer import tokenizer_from_gguf
-    from fallow.weights import fingerprint, read_gguf
+    from fallow.checkpoints.tokenizer import tokenizer_from_gguf
+    from fallow.checkpoints.weights import fingerprint, read_gguf
 
     def use(folder: Path) -> None:
         file = read_gguf(folder / "m.gguf")
@@ -284,7 +285,7 @@ def _pass(model: Any) -> None:
 
 def weights(seeds: Seeds) -> Target:
     """safetensors of a folder: header, index, values."""
-    from fallow.weights import fingerprint, read_safetensors
+    from fallow.checkpoints.weights import fingerprint, read_safetensors
 
     def shards(folder: Path) -> None:
         seeds.loaded().module.save_pretrained(folder, max_shard_size="40KB")
@@ -486,7 +487,7 @@ def text(seeds: Seeds) -> Target:
     import lzma
 
     from conftest import OTHER_TEXT
-    from fallow.text import cut_windows, load_text
+    from fallow.checkpoints.text import cut_windows, load_text
 
     tokenizer = seeds.loaded().tokenizer
 
@@ -507,7 +508,7 @@ def text(seeds: Seeds) -> Target:
 
 def task(seeds: Seeds) -> Target:
     """Tasks, scored by the engine."""
-    from fallow.tasks import evaluate_task
+    from fallow.measure.tasks import evaluate_task
 
     engine = seeds.engine()
     lines = [
@@ -528,7 +529,7 @@ def task(seeds: Seeds) -> Target:
 
 def thresholds(seeds: Seeds) -> Target:
     """Published thresholds as plans."""
-    from fallow.published import import_thresholds
+    from fallow.calibration.imported import import_thresholds
 
     model = seeds.loaded()
     layers = {"layer_0": 0.1, "layer_1": 0.2}
@@ -567,8 +568,8 @@ paragraph95 = """the gate lets them through"""
 
 def tradeoff(seeds: Seeds) -> Target:
     """`tradeoff` that goes on from damaged work."""
-    from fallow import sweep
-    from fallow.text import Text
+    from fallow.calibration import tradeoff as sweep
+    from fallow.checkpoints.text import Text
 
     model, source = seeds.loaded(), seeds.text()
     calibration = Text("calibration", seeds.calibrator().text.content)
@@ -587,8 +588,8 @@ def tradeoff(seeds: Seeds) -> Target:
 def selector(seeds: Seeds) -> Target:
     """`select train` that goes on from a damaged state."""
     from conftest import TEXT
-    from fallow import training
-    from fallow.text import Text
+    from fallow.checkpoints.text import Text
+    from fallow.research import learning as training
 
     model = seeds.loaded()
 
@@ -615,8 +616,8 @@ def _interrupt(*_: Any) -> None:
 
 def law(seeds: Seeds) -> Target:
     """`law train` that goes on from a damaged folder, unfinished or finished."""
+    from fallow.checkpoints.text import Text
     from fallow.laws import training
-    from fallow.text import Text
 
     training.FIT_WINDOWS = training.JUDGE_WINDOWS = 2
     settings = training.Settings(
@@ -665,8 +666,8 @@ def runs(seeds: Seeds) -> Target:
 
 def export(seeds: Seeds) -> Target:
     """Exported folders, loaded for transformers."""
-    from fallow.sparsified import export as write
-    from fallow.sparsified import load_sparse
+    from fallow.reference.sparsified import export as write
+    from fallow.reference.sparsified import load_sparse
 
     def make(folder: Path) -> None:
         write(seeds.loaded(), seeds.plan("topk"), folder / "m")
@@ -684,7 +685,7 @@ def export(seeds: Seeds) -> Target:
 def report(seeds: Seeds) -> Target:
     """`report` that goes on from damaged parts, and damaged results that it shows."""
     from conftest import OTHER_TEXT, TEXT
-    from fallow import sweep
+    from fallow.calibration import tradeoff as sweep
     from fallow.reporting import page
 
     def inputs(folder: Path) -> None:
@@ -715,15 +716,16 @@ def report(seeds: Seeds) -> Target:
 
 def costs(seeds: Seeds) -> Target:
     """Costs of layers from which `optimize` goes on."""
-    from fallow import optimization
+    from fallow.optimization.candidates import Candidates
+    from fallow.optimization.costs import measure_costs
 
     engine, calibrator = seeds.engine(), seeds.calibrator()
     windows = calibrator.calibration.windows[:2]
-    candidates = optimization.Candidates(seeds.loaded(), windows, calibrator.text, engine, "bytes")
+    candidates = Candidates(seeds.loaded(), windows, calibrator.text, engine, "bytes")
 
     def run(folder: Path) -> None:
         path, probe = folder / "costs.jsonl", windows[:, :8]
-        found = optimization._measure_costs(candidates, engine, probe, path, {"quant": None})
+        found = measure_costs(candidates, engine, probe, path, {"quant": None})
         assert not any(np.isnan(table).any() for table in found.values())
 
     return Target([seeds.made("costs", run)], run, writes=True)
@@ -989,7 +991,7 @@ class Fuzzer:
         """
         import torch
 
-        from fallow.progress import console
+        from fallow.common.progress import console
 
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")

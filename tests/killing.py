@@ -131,10 +131,10 @@ def make_inputs(root: Path) -> dict[str, str]:
 def _write_inputs(folder: Path) -> None:
     import fallow
     from conftest import OTHER_TEXT, TEXT, make_folder
-    from fallow.calibration import calibrate
+    from fallow.calibration.calibrator import calibrate
+    from fallow.checkpoints.text import Text
     from fallow.patterns.codebooks import cluster_store
     from fallow.patterns.collect import collect
-    from fallow.text import Text
 
     # Of this model's weights PPL depends so little on neurons that a search has something to find.
     model = fallow.load(make_folder("llama", folder / "model", initializer_range=0.1))
@@ -180,7 +180,7 @@ def check_whole(path: Path) -> None:
     """Raises whatever its reader does if a file is not whole."""
     import torch
 
-    from fallow.engine import Engine
+    from fallow.engine.engine import Engine
     from fallow.patterns.codebooks import load_codebooks
     from fallow.plan import Plan
 

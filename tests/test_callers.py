@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from conftest import VOCABULARY, make_folder
-from fallow.engine import Engine, Sampler
-from fallow.errors import FallowError
-from fallow.packing import pack
+from fallow.common.errors import FallowError
+from fallow.engine.engine import Engine
+from fallow.engine.sampling import Sampler
+from fallow.packing.packer import pack
 
 RNG = np.random.default_rng(5)
 TEXTS = [RNG.integers(2, VOCABULARY, 40) for _ in range(3)]
@@ -221,8 +222,8 @@ _CHANGED = """
 import os, sys
 import numpy as np
 from pathlib import Path
-from fallow.engine import Engine
-from fallow.errors import FallowError
+from fallow.engine.engine import Engine
+from fallow.common.errors import FallowError
 
 path, how = Path(sys.argv[1]), sys.argv[2]
 engine = Engine(path, threads=2)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fallow.catalog import ALIASES, Alias, locate, resolve
-from fallow.errors import FallowError
+from fallow.checkpoints.catalog import ALIASES, Alias, locate, resolve
+from fallow.common.errors import FallowError
 
 CONTENT = b"a model in two pieces"
 

@@ -15,10 +15,11 @@ import transformers
 import fallow
 from conftest import engine_plan, make_folder, make_sentencepiece
 from fallow import cli
-from fallow.chat import Conversation, _Screen
-from fallow.engine import Engine, Sampler
-from fallow.errors import FallowError
-from fallow.tokenizer import TextTokenizer, tokenizer_from_folder
+from fallow.checkpoints.tokenizer import TextTokenizer, tokenizer_from_folder
+from fallow.common.errors import FallowError
+from fallow.engine.engine import Engine
+from fallow.engine.sampling import Sampler
+from fallow.serving.chat import Conversation, _Screen
 
 
 @pytest.fixture
@@ -85,8 +86,8 @@ def test_commands(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     screen.do("hi")
     printed = capsys.readouterr()
     assert printed.out.strip() == screen.conversation.messages[-1]["content"].strip()
-    assert "of neurons idle" in printed.err
-    assert not printed.err.strip().endswith(" 0% of neurons idle")
+    assert "of neurons inactive" in printed.err
+    assert not printed.err.strip().endswith(" 0% of neurons inactive")
     screen.do("/system be brief")
     assert screen.conversation.messages == [{"role": "system", "content": "be brief"}]
     with pytest.raises(FallowError, match="unknown command /sing"):
@@ -138,7 +139,7 @@ def test_live_figures_begin_with_the_second_token(engine: Engine) -> None:
     screen = _Screen(talk(engine, max_tokens=1), show_stats=True)
     screen.console = Console(file=io.StringIO(), force_terminal=True, width=200)
     screen.answer("hi")
-    assert "idle" not in screen.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "inactive" not in screen.console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_command(

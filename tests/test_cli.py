@@ -251,6 +251,7 @@ def test_models_and_rules(run: Any) -> None:
     assert [r["name"] for r in run("rules", "--json").json] == [*RULES, *SELECTORS]
     assert "gate=4:up=2:rank=0:cett=0" in run("rules").out
     assert "arXiv:2411.02335" in run("rules").out
+    assert max(map(len, run("rules").out.splitlines())) <= 80
 
 
 def test_task(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Path) -> None:
@@ -342,8 +343,8 @@ def test_usage_errors(run: Any, folders: dict[str, Path], texts: Texts, tmp_path
     )
     fits = ("--text", texts[0], "--context", 32, "--windows", 1, "--validation-windows", 1)
     assert error(run(*base, "tail", "--knob", 2, *fits), 2) == (
-        "knob 2 of rule tail is outside [0, 1]: τ, share of the root of the summed squared neuron "
-        "norms"
+        "--knob 2 of rule tail is outside [0, 1]: τ, share of the root of the summed squared "
+        "neuron norms"
     )
     assert "No such option" in error(run("evaluate", model, "--colour"), 2)
     assert "No such command 'dance'" in error(run("dance"), 2)
@@ -434,7 +435,7 @@ def test_ctrl_c(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fallow.sweep.run_window", interrupted)
+    monkeypatch.setattr("fallow.calibration.tradeoff.run_window", interrupted)
     result = run(
         *("tradeoff", folders["llama"], "--rules", "topk", "--sparsities", 0.5),
         *("--text", texts[1], "--calibration-text", texts[0], "--context", 32, "--windows", 1),

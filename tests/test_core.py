@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fallow import _core
-from fallow.metrics import bin_edges, histogram_quantile
+from fallow.common.metrics import bin_edges, histogram_quantile
 
 RNG = np.random.default_rng(0)
 SCALE_OFFSETS = {  # byte offsets of the f16 scales in a block

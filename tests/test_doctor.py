@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fallow import _core, cli, doctor
-from fallow.errors import UsageError
+from fallow import _core, cli
+from fallow.cli import doctor
+from fallow.common.errors import UsageError
 
 CPUINFO = """processor\t: 0
 model name\t: Some Processor
@@ -81,7 +82,7 @@ def test_command(
 
 
 def test_needs_no_torch() -> None:
-    code = "import fallow.doctor, sys; print('torch' in sys.modules)"
+    code = "import fallow.cli.doctor, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

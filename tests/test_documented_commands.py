@@ -22,7 +22,8 @@ import pytest
 
 import fallow
 from conftest import TALK, make_folder
-from fallow import cli, text
+from fallow import cli
+from fallow.checkpoints import text
 from test_models import write_gguf
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ DOCUMENTS = [
 SKIPPED = {
     "make ": "installs the package, or runs these tests",
     "pip install ": "changes the environment",
-    "python -m fallow.harness ": "test_harness.py runs it",
+    "python -m fallow.measure.harness ": "test_harness.py runs it",
     "fallow bench packed.gguf --against ": "needs llama-cpp-python, which no extra brings",
 }
 _WINDOWS = {"--context": "64", "--windows": "2"}
@@ -222,7 +223,7 @@ def reader(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         task = f"task: {name}\n" + TASK.format(folder=folder)
         (folder / "my-tasks" / f"{name}.yaml").write_text(task)
     # A model's name is then that of a folder here, and texts are short.
-    monkeypatch.setattr("fallow.model.ALIASES", {})
+    monkeypatch.setattr("fallow.reference.model.ALIASES", {})
     texts = {half: short_text(half) for half in HALVES}
     monkeypatch.setattr(text, "_default_text", texts.__getitem__)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))

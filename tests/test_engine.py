@@ -11,19 +11,24 @@ import torch
 
 import fallow
 from conftest import VOCABULARY, engine_plan, make_folder, make_sentencepiece
-from fallow import _core, packing
-from fallow.calibration import Calibrator
-from fallow.drafting import PASS_COST, Lookup
-from fallow.engine import Engine, Piece, Sampler, TokenChoice, _AnswerText, _choice, is_packed
-from fallow.errors import FallowError, UsageError
-from fallow.evaluation import dense_logits
+from fallow import _core
+from fallow.calibration.calibrator import Calibrator
+from fallow.checkpoints.text import Half, load_text
+from fallow.checkpoints.weights import read_gguf
+from fallow.common.errors import FallowError, UsageError
+from fallow.engine.answer import AnswerText, Piece
+from fallow.engine.drafting import PASS_COST, Lookup
+from fallow.engine.engine import Engine
+from fallow.engine.packed import is_packed
+from fallow.engine.sampling import Sampler, TokenChoice, choice_of
+from fallow.measure.evaluation import dense_logits
+from fallow.measure.quality import compare_logits, evaluate_engine
 from fallow.models import ARCHITECTURES
-from fallow.packing import pack
+from fallow.packing import packer, selfcheck
+from fallow.packing.packer import pack
+from fallow.packing.source import Source
 from fallow.plan import Plan
-from fallow.quality import compare_logits, evaluate_engine
 from fallow.rules import RULES
-from fallow.text import Half, load_text
-from fallow.weights import read_gguf
 from test_models import GGUF_NAMES, write_gguf
 
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, 100)
@@ -112,14 +117,17 @@ def cutting_plan(engine: Engine) -> Plan:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_few_tokens_under_a_plan(name: str, packed: dict[str, Path]) -> None:
     engine = Engine(packed[name], threads=2)
-    n_layers, taps = engine._core.n_layers, engine._taps_of
+    n_layers = engine._core.n_layers
     plans = [
         cutting_plan(engine),
         engine_plan(engine, "topk", {"kept": np.array([0.4])}),
         engine_plan(engine, "two_stage", {"threshold.inter": np.full(n_layers, 0.05)}),
     ]
     by_input = dataclasses.replace(engine_plan(engine, "teal", {}), where="input")
-    thresholds = {f"threshold.{tap}": np.full(n_layers, 0.3) for tap in taps(by_input)}
+    inputs = [tap for tap in _core.TAPS if tap.endswith("_proj")]
+    if not engine.file.get("fallow.gated"):
+        inputs.remove("gate_proj")
+    thresholds = {f"threshold.{tap}": np.full(n_layers, 0.3) for tap in inputs}
     plans.append(dataclasses.replace(by_input, arrays=thresholds))
     dense = one_by_one(engine)
     for plan in plans:
@@ -169,26 +177,26 @@ def test_the_type_of_down_proj_is_chosen_on_another_text_than_reported(
         kinds.append(arguments[3])
         write_packed(*arguments)
 
-    write_packed = packing._write
+    write_packed = packer.write_packed
     kinds: list[str] = []
-    monkeypatch.setattr(packing, "compare_logits", compare)
-    monkeypatch.setattr(packing, "_write", write)
-    monkeypatch.setattr(packing._Source, "down_types", lambda *_: ("BF16", "F16", "F32"))
-    monkeypatch.setattr(packing, "LARGEST_KL", 4e-6)  # BF16 has 8e-6, F16 1e-6
+    monkeypatch.setattr(selfcheck, "compare_logits", compare)
+    monkeypatch.setattr(packer, "write_packed", write)
+    monkeypatch.setattr(Source, "down_types", lambda *_: ("BF16", "F16", "F32"))
+    monkeypatch.setattr(selfcheck, "LARGEST_KL", 4e-6)  # BF16 has 8e-6, F16 1e-6
     check = pack(source, output)
     assert kinds == ["BF16", "F16"]
     windows = {
         half: {w.tobytes() for w in model.windows(load_text(None, half), 128)} for half in halves
     }
-    chosen = [window for window, _ in read[: -packing.CHECK_WINDOWS]]
-    reported = [window for window, _ in read[-packing.CHECK_WINDOWS :]]
+    chosen = [window for window, _ in read[: -selfcheck.CHECK_WINDOWS]]
+    reported = [window for window, _ in read[-selfcheck.CHECK_WINDOWS :]]
     assert set(chosen) <= windows["calibration"]
     assert set(reported) <= windows["evaluation"]
     assert read[-1][1] == "F16"
     # The figures are those of the file, on the first windows of the evaluation text.
     engine = Engine(output)
     found = evaluate_engine(
-        engine, None, context=128, windows=packing.CHECK_WINDOWS,
+        engine, None, context=128, windows=selfcheck.CHECK_WINDOWS,
         against=partial(dense_logits, model),
     )  # fmt: skip
     assert check.kl == pytest.approx(found.kl_to_dense["mean"], rel=1e-6)
@@ -242,7 +250,7 @@ def test_the_same_neurons_are_chosen(
     np.testing.assert_allclose(engine.idle_neurons(), decoded, atol=2e-3)
     idle: list[list[float]] = [[], []]
     tap: Any = lambda layer, value: idle[layer].append(float((value == 0).float().mean()))  # noqa: E731
-    from fallow.taps import attach
+    from fallow.models.taps import attach
 
     model = tiny["llama"]
     with model.sparse(plan), attach(model.layers, {"inter": tap}):
@@ -388,7 +396,7 @@ def test_a_prompt_in_steps_is_the_same_to_the_bit(
     engine = Engine(packed["gemma3"])
     whole = "".join(engine.generate(IDS[:90], 8))
     expected = engine.logits_hash()
-    monkeypatch.setattr("fallow.engine.PREFILL_STEP", 32)
+    monkeypatch.setattr("fallow.engine.answer.PREFILL_STEP", 32)
     pieces = list(engine.answer(IDS[:90], 8, Sampler()))
     assert pieces[:2] == [Piece(), Piece()]  # where it could have been stopped
     assert "".join(p.text for p in pieces) == whole
@@ -450,18 +458,18 @@ class _Said:
 
 def test_text_is_held_back_while_it_may_change() -> None:
     tokenizer: Any = _Said("one ", "\ufffd", "st", "op", " two")
-    text = _AnswerText(tokenizer, ("stop",))
+    text = AnswerText(tokenizer, ("stop",))
     said = [text.add(TokenChoice(i), last=False) for i in (0, 2)]
     assert [p.text for p in said] == ["one ", ""]
     assert text.add(TokenChoice(4), last=False).text == "st two"  # no stop text after all
     assert text.add(TokenChoice(1), last=False) == Piece()
     assert text.rest() == Piece("\ufffd", (TokenChoice(1),))
-    text = _AnswerText(tokenizer, ("stop",))
+    text = AnswerText(tokenizer, ("stop",))
     pieces = [text.add(TokenChoice(i), last=False) for i in (0, 2, 3)]
     assert text.stopped
     assert [p.text for p in pieces] == ["one ", "", ""]
     assert [t.id for p in pieces for t in p.tokens] == [0]
-    text = _AnswerText(tokenizer, ("stop",))
+    text = AnswerText(tokenizer, ("stop",))
     pieces = [text.add(TokenChoice(0), False), text.add(TokenChoice(2), False), text.rest()]
     assert "".join(p.text for p in pieces) == "one st"  # the answer ended there
 
@@ -497,7 +505,7 @@ def test_a_logit_of_minus_infinity_is_never_picked() -> None:
     for options in ({}, {"top_k": 4}, {"top_p": 0.999}, {"min_p": 0.1}):
         sampler = Sampler(temperature=100.0, **options)  # type: ignore[arg-type]
         assert {sampler.pick(logits) for _ in range(50)} == {1, 2}
-    choice = _choice(2, logits, top=4)
+    choice = choice_of(2, logits, top=4)
     # numpy's own logaddexp for the sum.
     expected = np.array([0.1, 0.0]) - np.logaddexp(np.float32(0.1), 0)
     assert [i for i, _ in choice.top] == [2, 1, 0, 3]
@@ -538,7 +546,7 @@ def test_scores_are_never_nan(packed: dict[str, Path], bad: float) -> None:
     with pytest.raises(FallowError, match="logits are"):
         engine.score(IDS[:4])
     with pytest.raises(FallowError, match="logits are"):
-        _choice(3, logits[0], top=1)
+        choice_of(3, logits[0], top=1)
 
 
 # Text --------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import fallow
-from fallow.errors import FallowError, UsageError
+from fallow.checkpoints.text import Text, cut_windows, load_text
+from fallow.common.errors import FallowError, UsageError
 from fallow.models import ARCHITECTURES
-from fallow.taps import attach
-from fallow.text import Text, cut_windows, load_text
+from fallow.models.taps import attach
 
 Texts = tuple[Path, Path]
 
@@ -69,7 +69,7 @@ def test_dense_is_its_own_reference(tiny: dict[str, fallow.Model], texts: Texts)
 
 
 def test_sparsity_is_what_was_cut(tiny: dict[str, fallow.Model], texts: Texts) -> None:
-    """Zeros of inter are the union of those of gate_act and up (METHODS 2.5)."""
+    """Zeros of inter are the union of those of gate_act and up."""
     model = tiny["llama"]
     plan = fallow.calibrate(model, "percentile", knob=0.5, text=texts[0], context=32, windows=3)
     result = fallow.evaluate(model, plan, texts[1], context=32, windows=2)
@@ -125,13 +125,13 @@ def test_plan_of_another_model(
 
 
 def test_smollm2_dense_perplexity(smollm2: fallow.Model, wikitext: Texts) -> None:
-    """23.24 on the first four windows was found independently (METHODS 5)."""
+    """23.24 on the first four windows was found independently, by another program."""
     result = fallow.evaluate(smollm2, None, wikitext[1], windows=4)
     assert result.ppl == pytest.approx(23.24, abs=0.01)
 
 
 def test_smollm2_topk(smollm2: fallow.Model, wikitext: Texts) -> None:
-    """METHODS 5: per-token top-k at 50 % costs +3.40 % PPL on four windows."""
+    """By another program: per-token top-k at 50 % costs +3.40 % PPL on four windows."""
     plan = fallow.calibrate(
         smollm2, "topk", sparsity=0.5, text=wikitext[0], windows=1, validation_windows=1
     )

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fallow
-from fallow.engine import is_packed
-from fallow.errors import FallowError
-from fallow.files import (
+from fallow.checkpoints.weights import read_gguf
+from fallow.common.errors import FallowError
+from fallow.common.files import (
     JsonLines,
     atomic_folder,
     atomic_path,
@@ -28,8 +28,9 @@ from fallow.files import (
     to_json,
     write_json,
 )
-from fallow.packing import pack
-from fallow.weights import read_gguf
+from fallow.engine.packed import is_packed
+from fallow.packing.packer import pack
+from fallow.reference import model as reference
 from test_models import IDS, message, write_gguf
 
 
@@ -209,6 +210,26 @@ def test_packed_model_in_parts(folders: dict[str, Path], tmp_path: Path) -> None
     first = min(tmp_path.glob("p-*.gguf"))
     with pytest.raises(FallowError, match=r"is part 1 of \d of a packed model; pack it again"):
         is_packed(first)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_file_that_changes_while_it_is_loaded(
+    cut: bool, tiny: dict[str, fallow.Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a page that is gone would end the process with SIGBUS; what is left is told."""
+    path = write_gguf("llama", tiny["llama"], tmp_path / "m.gguf")
+
+    def load(module: Any, *rest: Any) -> None:
+        if cut:
+            os.truncate(path, 4096)
+        else:
+            os.utime(path)
+        fill(module, *rest)
+
+    fill = reference._fill
+    monkeypatch.setattr(reference, "_fill", load)
+    with pytest.raises(FallowError, match=r"m\.gguf was written to while it was running"):
+        fallow.load(path)
 
 
 # safetensors -------------------------------------------------------------------------------------

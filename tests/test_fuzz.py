@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from fallow import _core
-from fallow.packing import pack
-from fallow.weights import read_gguf
+from fallow.checkpoints.weights import read_gguf
+from fallow.packing.packer import pack
 from fuzzing import Fuzzer, shares
 
 CASES = 1000

@@ -2,7 +2,7 @@
 
 import torch
 
-from fallow.gptq import INPUTS_AT_ONCE, MomentFactor, compensated
+from fallow.packing.gptq import INPUTS_AT_ONCE, MomentFactor, compensated
 
 N, OUTPUTS = INPUTS_AT_ONCE + 30, 5  # more than one block
 

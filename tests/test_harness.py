@@ -12,11 +12,11 @@ from lm_eval.api.instance import Instance
 
 import fallow
 from conftest import engine_plan
-from fallow.engine import Engine
-from fallow.errors import FallowError, UsageError
-from fallow.harness import HarnessModel, compare, open_model
+from fallow.common.errors import FallowError, UsageError
+from fallow.engine.engine import Engine
+from fallow.measure.harness import HarnessModel, compare, open_model
+from fallow.measure.tasks import evaluate_task
 from fallow.plan import Plan
-from fallow.tasks import evaluate_task
 
 TASK = """task: {name}
 dataset_path: json
@@ -129,7 +129,7 @@ def test_the_harness_has_our_model(talking: Path, tasks: Path, tmp_path: Path) -
     cutting(Engine(talking)).save(tmp_path / "m.plan")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "fallow.harness", "run", "--model", "fallow"),
+            *(sys.executable, "-m", "fallow.measure.harness", "run", "--model", "fallow"),
             *("--model_args", f"path={talking},plan={tmp_path / 'm.plan'},threads=1"),
             *("--tasks", "choose", "--include_path", str(tasks), "--limit", "5"),
         ],

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fallow import _core, _kernel_tests
-from fallow.packing import dequantize, quantize
+from fallow.packing.quantize import dequantize, quantize
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fallow.errors import FallowError
+from fallow.common.errors import FallowError
 from killing import Killer, Server, check_whole, files_of
 
 KILLS = 3

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import fallow
-from fallow.errors import FallowError, UsageError
+from fallow.checkpoints.text import Text, load_text
+from fallow.common.errors import FallowError, UsageError
 from fallow.laws import sweeping, training
 from fallow.laws.advice import advise, own_basis
 from fallow.laws.curves import load_curve
 from fallow.laws.sweeping import read_config, sweep
 from fallow.laws.training import Settings, _Run, train
-from fallow.text import Text, load_text
 
 SMALL = Settings(
     hidden_size=64, layers=2, intermediate_size=48, vocabulary=300, tokens=6000, context=32,

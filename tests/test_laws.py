@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import DATA
-from fallow.errors import FallowError, UsageError
+from fallow.common.errors import FallowError, UsageError
 from fallow.laws.curves import TOKENS, WIDTH_DEPTH, Curve, load_curve
 from fallow.laws.fitting import autocorrelation, crossing, fit_jointly, fit_law, profile
 from fallow.laws.forms import BOUNDS, FORMS, find_form, fit
@@ -319,7 +319,7 @@ def test_joint_limit() -> None:
 
 
 def test_published_curve() -> None:
-    """The 0.8B ReLU curve's published parameters, to their three digits (P3 Table 2)."""
+    """The 0.8B ReLU curve's parameters of arXiv:2411.02335 Table 2, to their three digits."""
     path = DATA / "laws" / "0.8b_relu.txt"
     if not path.exists():
         pytest.skip(f"{path} is missing; set FALLOW_DATA")

@@ -12,17 +12,20 @@ import numpy as np
 import pytest
 
 from conftest import VOCABULARY, engine_plan, make_folder
-from fallow import engine as module
-from fallow import memory, quality
-from fallow.engine import Engine, Sampler, packed_windows
-from fallow.errors import FallowError, UsageError
-from fallow.memory import RESERVE, SLOTS, head_rows, parse_size, parts_of, residencies
+from fallow.checkpoints.text import load_text
+from fallow.checkpoints.weights import read_gguf
+from fallow.common.errors import FallowError, UsageError
+from fallow.engine import engine as module
+from fallow.engine import memory
+from fallow.engine.engine import Engine
+from fallow.engine.memory import RESERVE, SLOTS, head_rows, parse_size, parts_of, residencies
+from fallow.engine.packed import packed_windows
+from fallow.engine.sampling import Sampler
+from fallow.measure import quality
+from fallow.measure.quality import evaluate_engine
 from fallow.models import ARCHITECTURES
-from fallow.packing import pack
+from fallow.packing.packer import pack
 from fallow.plan import Plan
-from fallow.quality import evaluate_engine
-from fallow.text import load_text
-from fallow.weights import read_gguf
 
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, 120)
 LAYERS = 5
@@ -188,7 +191,7 @@ def test_guesses_do_not_change_the_text(
     expected = "".join(engine.generate(prompt, **options))
     assert engine.stats.drafted == 0
 
-    monkeypatch.setattr(module, "Lookup", Foresight)
+    monkeypatch.setattr("fallow.engine.answer.Lookup", Foresight)
     streamed = Engine(path, threads=2, memory=budgets(path)[-1])
     streamed.use_plan(plan)
     assert "".join(streamed.generate(prompt, **options)) == expected
@@ -296,8 +299,8 @@ CHILD = """
 import signal
 import sys
 import numpy as np
-from fallow import engine as module
-from fallow.errors import FallowError
+from fallow.engine import engine as module
+from fallow.common.errors import FallowError
 module.rss_bytes = lambda: 0
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 try:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fallow.metrics import energy_recall, perplexity, ppl_change_percent, standard_error
+from fallow.common.metrics import energy_recall, perplexity, ppl_change_percent, standard_error
 
 
 def test_perplexity_of_a_uniform_guess() -> None:
@@ -31,7 +31,7 @@ def test_paired_error_ignores_what_both_sides_share() -> None:
 
 
 def test_energy_recall_by_hand() -> None:
-    """Σ over x and c of energy over Σ over x (METHODS 3.6), by token; silent ones say nothing."""
+    """Σ over x and c of energy over Σ over x, by token; silent ones say nothing."""
     energy = np.array([[9.0, 4.0, 1.0, 2.0], [9e6, 4e6, 1e6, 2e6], [0.0, 0.0, 0.0, 0.0]])
     right = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]], dtype=bool)
     chosen = np.array([[1, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]], dtype=bool)

@@ -12,11 +12,11 @@ import torch
 
 import fallow
 from conftest import CONFIGS, VOCABULARY, make_folder
-from fallow.errors import FallowError, UsageError
+from fallow.checkpoints.weights import read_gguf, read_safetensors
+from fallow.common.errors import FallowError, UsageError
 from fallow.models import ARCHITECTURES, architectures
 from fallow.models._base import unpermute
-from fallow.taps import attach, tap_names
-from fallow.weights import read_gguf, read_safetensors
+from fallow.models.taps import attach, tap_names
 
 IDS = np.random.default_rng(0).integers(2, VOCABULARY, (2, 19))
 
@@ -31,7 +31,7 @@ def test_logits_are_transformers_own(name: str, tiny: dict[str, fallow.Model]) -
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_taps_read_the_ffn(name: str, tiny: dict[str, fallow.Model]) -> None:
-    """The tapped values obey the equations of METHODS 1."""
+    """The tapped values obey the equations of docs/methods.md."""
     model = tiny[name]
     seen: dict[tuple[str, int], torch.Tensor] = {}
     names = tap_names(model.layers[0])

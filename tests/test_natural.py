@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import fallow
-from fallow.calibration import calibrate
-from fallow.engine import Engine
-from fallow.model import Model
+from fallow.calibration.calibrator import calibrate
+from fallow.engine.engine import Engine
+from fallow.measure.quality import evaluate_engine
 from fallow.plan import Plan
-from fallow.quality import evaluate_engine
+from fallow.reference.model import Model
 
 FOLDER = Path(__file__).parent / "data" / "relu"  # benchmarks/laws.py keep
 WINDOWS = {"context": 256, "windows": 2}

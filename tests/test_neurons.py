@@ -15,9 +15,11 @@ import pytest
 
 import fallow
 from conftest import TALK, make_folder
-from fallow import explanation
-from fallow.errors import FallowError, UsageError
-from fallow.explanation import (
+from fallow.checkpoints.text import load_text
+from fallow.common.errors import FallowError, UsageError
+from fallow.models.taps import attach
+from fallow.reporting import explanation
+from fallow.reporting.explanation import (
     RANDOM,
     STRONG,
     Endpoint,
@@ -26,9 +28,7 @@ from fallow.explanation import (
     key_from_environment,
     parse_activations,
 )
-from fallow.neurons import LENGTH, Neuron, _Seen, _Watch, examine, token_text, token_texts
-from fallow.taps import attach
-from fallow.text import load_text
+from fallow.reporting.neurons import LENGTH, Neuron, _Seen, _Watch, examine, token_text, token_texts
 
 Texts = tuple[Path, Path]
 CONTEXT, WINDOWS = 64, 5
@@ -368,8 +368,8 @@ def test_the_key(serve: Any, neuron: Neuron, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_our_own_server(tmp_path: Path, neuron: Neuron) -> None:
     pytest.importorskip("fastapi")
-    from fallow.engine import Engine
-    from fallow.packing import pack
+    from fallow.engine.engine import Engine
+    from fallow.packing.packer import pack
     from test_serving import served
 
     folder = make_folder("llama", tmp_path / "model", max_position_embeddings=8192)

@@ -10,18 +10,20 @@ import pytest
 
 import fallow
 from conftest import VOCABULARY, engine_plan, make_folder
-from fallow import optimization as module
-from fallow import packing
-from fallow.capture import Calibration
-from fallow.engine import Engine
-from fallow.errors import FallowError, UsageError
-from fallow.optimization import GRID, Candidates, optimize
-from fallow.packing import pack
+from fallow.checkpoints.text import load_text
+from fallow.checkpoints.weights import read_gguf
+from fallow.common.errors import FallowError, UsageError
+from fallow.engine.engine import Engine
+from fallow.measure.quality import evaluate_engine
+from fallow.models.capture import Calibration
+from fallow.optimization import candidates as candidates_module
+from fallow.optimization import optimizer, search
+from fallow.optimization.candidates import GRID, Candidates
+from fallow.optimization.optimizer import optimize
+from fallow.packing import source
+from fallow.packing.coarse_head import coarse_head
+from fallow.packing.packer import pack
 from fallow.plan import Plan
-from fallow.quality import evaluate_engine
-from fallow.shortlist import coarse_head
-from fallow.text import load_text
-from fallow.weights import read_gguf
 
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, 100)
 Texts = tuple[Path, Path]
@@ -214,13 +216,13 @@ def test_optimize(
 def test_a_shortlist_that_costs_too_much_is_left_out(
     wide: Path, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = module._loss
+    real = search.loss_of
 
     def loss(engine: Engine, window: np.ndarray) -> float:
         listed = engine.plan is not None and engine.plan.arrays["head_margin"][0] > 0
         return real(engine, window) + listed
 
-    monkeypatch.setattr(module, "_loss", loss)
+    monkeypatch.setattr(search, "loss_of", loss)
     output = tmp_path / "m.gguf"
     result = optimize(
         wide, output, max_ppl_increase=20.0, calibration_text=texts[0], text=texts[1],
@@ -251,9 +253,9 @@ def stand_in_losses(monkeypatch: pytest.MonkeyPatch, on_check: float) -> list[fl
         changes.append(100 * float(np.expm1(0.2 * on_check * real.achieved_sparsity)))
         return dataclasses.replace(real, ppl_change_percent=changes[-1], ppl_change_se=0.1)
 
-    monkeypatch.setattr(module, "window_losses", lambda *_: np.zeros(1))
-    monkeypatch.setattr(module, "_loss", loss)
-    monkeypatch.setattr(module, "evaluate_engine", evaluate)
+    monkeypatch.setattr(search, "window_losses", lambda *_: np.zeros(1))
+    monkeypatch.setattr(search, "loss_of", loss)
+    monkeypatch.setattr(optimizer, "evaluate_engine", evaluate)
     return changes
 
 
@@ -267,7 +269,7 @@ def test_a_loss_that_the_check_finds_larger_is_searched_anew(
     )  # fmt: skip
     assert changes[0] > 25  # what the judge took for at most 20
     assert changes[-1] <= 20.0 + 0.1
-    assert 2 <= len(changes) <= module.CHECKS
+    assert 2 <= len(changes) <= search.CHECKS
     assert changes == sorted(changes, reverse=True)
     assert result.ppl_change_percent == changes[-1] > 10  # tightened no more than it must be
     engine = Engine(tmp_path / "m.gguf")
@@ -288,7 +290,7 @@ def test_a_limit_that_does_not_hold_ends_with_the_figure(
         real = evaluate_engine(engine, plan, *rest, **settings)
         return dataclasses.replace(real, ppl_change_percent=9.0, ppl_change_se=change_se)
 
-    monkeypatch.setattr(module, "evaluate_engine", evaluate)
+    monkeypatch.setattr(optimizer, "evaluate_engine", evaluate)
     output = tmp_path / "m.gguf"
     output.write_text("an older file")
     command = (
@@ -299,14 +301,14 @@ def test_a_limit_that_does_not_hold_ends_with_the_figure(
     change_se = 0.5
     done = run(*command)
     assert done.code == 1
-    assert len(checked) <= module.CHECKS
+    assert len(checked) <= search.CHECKS
     last = done.err.strip().splitlines()[-1]
     assert "costs PPL +9.00 ± 0.50 % on 2 windows of" in last
     assert "more than the 8 % allowed; no model was written" in last
     assert output.read_text() == "an older file"
     assert {p.name for p in tmp_path.iterdir()} == {"m.gguf", "m.gguf.costs.jsonl"}
     # Dense, it is the packing that costs too much.
-    monkeypatch.setattr(module, "_worthwhile", lambda *_: None)
+    monkeypatch.setattr(search, "worthwhile", lambda *_: None)
     checked.clear()
     done = run(*command)
     assert (done.code, checked) == (1, [None])
@@ -323,12 +325,12 @@ def stand_in_runs(monkeypatch: pytest.MonkeyPatch, **measured: tuple[float, floa
     def time(engine: Engine, plans: dict[str, Plan | None]) -> dict[str, list[dict[str, float]]]:
         found = {}
         for name, plan in plans.items():
-            tps, n_bytes = measured[module._selector(plan).replace("+", "_")]
+            tps, n_bytes = measured[search.selector_of(plan).replace("+", "_")]
             run = {"decode_tps": tps, "bytes_per_token": n_bytes, "sparsity": 0.3}
             found[name] = [run, run]
         return found
 
-    monkeypatch.setattr(module, "_time", time)
+    monkeypatch.setattr(search, "time_plans", time)
 
 
 def test_a_plan_that_gains_little_is_none(
@@ -384,8 +386,8 @@ def test_no_more_is_used_than_pays(
     arrays = {f"threshold.{tap}": np.full(2, 0.1) for tap in ("gate_act", "inter")}
     plan = margin_plan(shortlisted, 12.0)
     plan.arrays |= arrays
-    chosen = module._worthwhile(Engine(shortlisted), plan, "speed")
-    assert module._selector(chosen) == expected
+    chosen = search.worthwhile(Engine(shortlisted), plan, "speed")
+    assert search.selector_of(chosen) == expected
     assert (chosen is plan) == (expected == "two_stage+shortlist")
     assert (chosen is None) == (expected == "dense")
 
@@ -406,12 +408,12 @@ def test_three_texts_share_no_token(
         return record
 
     for name, owner, found in (
-        ("final_hidden", packing, made_on),  # the coarse head, and the packer's own check
-        ("dense_logits", module, checked),
-        ("_loss", module, judged),
+        ("final_hidden", source, made_on),  # the coarse head, and the packer's own check
+        ("dense_logits", optimizer, checked),
+        ("loss_of", search, judged),
     ):
         monkeypatch.setattr(owner, name, recording(getattr(owner, name), found, 1))
-    monkeypatch.setattr(module, "Calibration", recording(Calibration, made_on, 1))
+    monkeypatch.setattr(candidates_module, "Calibration", recording(Calibration, made_on, 1))
     optimize(
         wide, tmp_path / "m.gguf", max_ppl_increase=1000.0, calibration_text=texts[0],
         prefer="bytes", **SIZES,
@@ -473,7 +475,7 @@ def test_a_stopped_search_continues(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_Search", interrupt)
+        patch.setattr(optimizer, "Search", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run()
     assert [p.name for p in tmp_path.iterdir()] == [costs.name]
@@ -481,7 +483,7 @@ def test_a_stopped_search_continues(
     assert len(lines) == 1 + 2 * (3 + 4)  # settings; layers times levels of both stages
     costs.write_text("\n".join(lines[:5]) + "\n[1, 2")  # killed while writing
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_Search", interrupt)
+        patch.setattr(optimizer, "Search", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run()
     assert "continuing with 4 costs" in capsys.readouterr().err
@@ -507,7 +509,7 @@ def test_wrong_use(
         run(text=texts[0])
     with pytest.raises(UsageError, match="unknown preference 'joy'; known: speed, bytes"):
         run(prefer="joy")
-    monkeypatch.setattr(module, "_loss", lambda *_: 20.0)
+    monkeypatch.setattr(search, "loss_of", lambda *_: 20.0)
     with pytest.raises(FallowError, match=r"run dense, costs PPL \+\d.*more than the 1 % all"):
         run()
     assert not (tmp_path / "m.gguf").exists()

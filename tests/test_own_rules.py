@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import fallow
-from fallow.calibration import Calibrator
-from fallow.errors import FallowError, UsageError
+from fallow.calibration.calibrator import Calibrator
+from fallow.common.errors import FallowError, UsageError
 from fallow.rules import find_rule
 
 MODULE = """

@@ -15,9 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fallow
-from fallow import _core, workers
-from fallow.calibration import Calibrator
-from fallow.errors import FallowError, UsageError
+from fallow import _core
+from fallow.calibration.calibrator import Calibrator
+from fallow.checkpoints.text import Text, load_text
+from fallow.common import workers
+from fallow.common.errors import FallowError, UsageError
+from fallow.models.taps import attach
 from fallow.patterns import clustering, published
 from fallow.patterns.clustering import budget_size, fit, nearest, one_pass
 from fallow.patterns.codebooks import cluster_store, frequencies, load_codebooks
@@ -34,8 +37,6 @@ from fallow.patterns.store import (
     write_window,
 )
 from fallow.plan import Plan
-from fallow.taps import attach
-from fallow.text import Text
 
 Texts = tuple[Path, Path]
 
@@ -158,7 +159,8 @@ def test_store_holds_what_the_plan_leaves(
     taps = tuple(t for t in ("inter", *PUBLISHED_TAPS) if t in model.layers[0].ffn_taps)
     store = collect(model, plan, tmp_path / "s", texts[1], taps=taps, context=32, windows=2)
     np.testing.assert_array_equal(
-        store.tokens, model.windows(fallow.text.load_text(texts[1], "evaluation"), 32, 2)
+        store.tokens,
+        model.windows(load_text(texts[1], "evaluation"), 32, 2),
     )
     seen: dict[tuple[str, int], np.ndarray] = {}
 
@@ -506,7 +508,7 @@ def test_bad_codebook_requests(
 def plain_published(
     chunks: list[np.ndarray], first: np.ndarray, passes: int, workers: int, q: float = 0.4
 ) -> tuple[np.ndarray, int]:
-    """METHODS 3.2 from its formulas, with loops."""
+    """The published clustering from its formulas, with loops."""
     centroids, k = first.copy(), len(first)
     capacity, before = len(chunks[0]) // k, None
     for number in range(1, passes + 1):
@@ -545,7 +547,7 @@ def test_published_algorithm_follows_its_formulas(workers: int) -> None:
 
 
 def test_published_updates_freeze() -> None:
-    """METHODS 3.5 b: a one never loses to a zero once the history has weight."""
+    """A one never loses to a zero once the history has weight."""
     chunks = [planted_rows(64, 100, 8, seed)[0] for seed in range(6)]
     found = published.cluster([lambda c=c: pack_bits(c) for c in chunks], 100, 8, workers=2)
     assert found.converged

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import fallow
-from fallow.errors import FallowError
+from fallow.common.errors import FallowError
 from fallow.plan import Plan
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import fallow
+from fallow.checkpoints.text import cut_windows, load_text
 from fallow.models import ARCHITECTURES
-from fallow.taps import attach
-from fallow.text import cut_windows, load_text
+from fallow.models.taps import attach
 
 Texts = tuple[Path, Path]
 

@@ -8,9 +8,9 @@ import pytest
 
 import fallow
 from conftest import DATA, make_folder
-from fallow.errors import FallowError, UsageError
-from fallow.published import import_thresholds
-from fallow.text import Text, check_no_leakage
+from fallow.calibration.imported import import_thresholds
+from fallow.checkpoints.text import Text, check_no_leakage
+from fallow.common.errors import FallowError, UsageError
 
 
 @pytest.mark.parametrize(("name", "file"), [("mistral", "mistral-7b_50"), ("phi3", "phi-3_30")])
@@ -56,7 +56,7 @@ def test_errors(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
 def test_the_text_of_the_authors_is_leakage(
     tiny: dict[str, fallow.Model], wikitext: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """P1 calibrated on the WikiText-2 test split."""
+    """The published thresholds were calibrated on the WikiText-2 test split."""
     plan = import_thresholds(write(tmp_path / "t_50.json"), tiny["mistral"])
     test_text = Text("test", wikitext[1].read_text())
     with pytest.raises(UsageError, match="is the text the plan was calibrated on"):

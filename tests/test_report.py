@@ -13,12 +13,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import fallow
-from fallow.errors import FallowError, UsageError
+from fallow.common.errors import FallowError, UsageError
+from fallow.models.taps import attach
 from fallow.reporting import measure, page
 from fallow.reporting.figures import plain
 from fallow.reporting.measure import align, octaves, pick_neurons, ranked, stored_bytes
 from fallow.reporting.results import read_results
-from fallow.taps import attach
 
 Texts = tuple[Path, Path]
 SCREENSHOTS = Path(__file__).parent.parent / "build" / "screenshots"
@@ -234,9 +234,9 @@ def test_stored_bytes_of_gguf(tmp_path: Path, folders: dict[str, Path]) -> None:
 
 
 def test_octaves() -> None:
-    from fallow.capture import Histograms
-    from fallow.metrics import bin_edges
-    from fallow.profiling import _group
+    from fallow.common.metrics import bin_edges
+    from fallow.measure.profiling import _group
+    from fallow.models.capture import Histograms
 
     histogram = Histograms("x", 2)
     import torch

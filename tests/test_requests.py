@@ -15,7 +15,7 @@ import fallow
 from conftest import OTHER_TEXT, TEXT, Result, engine_plan
 from fallow import cli
 from fallow.cli._shared import print_table
-from fallow.engine import Engine
+from fallow.engine.engine import Engine
 from fallow.plan import Plan
 
 Texts = tuple[Path, Path]
@@ -52,7 +52,7 @@ def short(tmp_path: Path) -> Path:
 def test_pack_asks_the_engine_whether_a_plan_can_run(
     run: Any, talking: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("fallow.packing.load", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr("fallow.packing.packer.load", lambda *_: pytest.fail("work was begun"))
     engine = Engine(talking, threads=1)
     for rule, arrays in (
         ("lowbit", {"kept": np.array([0.5])}),
@@ -77,7 +77,7 @@ def test_a_plan_that_does_not_fit_is_not_packed(
     kept = {"kept": np.array([0.5])}
     Plan("m", mark, arrays=kept | {"head_margin": np.ones(3)}, **of_this).save(path)
     assert "array head_margin has the shape (3,)" in error(run(*command, path), 1)
-    monkeypatch.setattr("fallow.packing._Reference", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr("fallow.packing.packer.Reference", lambda *_: pytest.fail("work was begun"))
     Plan("m", "another", arrays=kept, **of_this).save(path)
     assert "this plan is for m (fingerprint another)" in error(run(*command, path), 1)
     assert not (tmp_path / "x.gguf").exists()
@@ -175,7 +175,7 @@ def test_figures_of_one_token_tell_nothing_of_decoding(run: Any, talking: Path) 
     assert re.fullmatch(r"1 token, first after \d+ ms\n", err)
     stats = run("generate", talking, "neuron 3", "--max-new-tokens", 1, "--json").json["stats"]
     assert [stats[k] for k in ("decode_tps", "bytes_per_token", "gbps")] == [None] * 3
-    assert "of neurons idle" in run("generate", talking, "neuron 3", "--max-new-tokens", 2).err
+    assert "of neurons inactive" in run("generate", talking, "neuron 3", "--max-new-tokens", 2).err
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import torch
 
 import fallow
 from conftest import VOCABULARY
-from fallow.calibration import Calibrator
-from fallow.capture import Calibration, input_histogram
-from fallow.errors import FallowError, UsageError
+from fallow.calibration.calibrator import Calibrator
+from fallow.common.errors import FallowError, UsageError
 from fallow.models import ARCHITECTURES
+from fallow.models.capture import Calibration, input_histogram
+from fallow.models.taps import Layer, attach
 from fallow.plan import Plan
 from fallow.rules import RULES, find_rule
 from fallow.rules.cett import CettSearch
-from fallow.taps import Layer, attach
 
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, (3, 32))
 
@@ -29,7 +29,7 @@ def column_norm(projection: torch.nn.Linear) -> np.ndarray:
 def expected_active(
     plan: Plan, layer: Layer, index: int, tap: str, value: np.ndarray
 ) -> np.ndarray:
-    """The formulas of METHODS 2 to 4, a value being inactive iff its score is <= the threshold."""
+    """The formulas of docs/methods.md, a value being inactive iff its score is <= the threshold."""
     magnitude = np.abs(value)
     if plan.rule in ("percentile", "cats", "fat", "teal"):
         return magnitude > plan.arrays[f"threshold.{tap}"][index]
@@ -383,11 +383,11 @@ def test_targets_are_checked(calibrators: dict[str, Calibrator]) -> None:
         calibrator.plan("tail", knob=2.0)
     with pytest.raises(UsageError, match=r"knob inf of rule fat is outside \[0, inf\]"):
         calibrator.plan("fat", knob=float("inf"))
-    with pytest.raises(UsageError, match="has no knob to search"):
+    with pytest.raises(UsageError, match="has no parameter to search"):
         calibrator.plan("relu", max_ppl_increase=1.0)
     with pytest.raises(UsageError, match="--max-ppl-increase -1"):
         calibrator.plan("topk", max_ppl_increase=-1.0)
-    with pytest.raises(UsageError, match="relu has no knob"):
+    with pytest.raises(UsageError, match="relu has no parameter"):
         calibrator.plan("relu", sparsity=0.5)
 
 

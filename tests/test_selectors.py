@@ -10,12 +10,13 @@ import torch
 
 import fallow
 from conftest import VOCABULARY
-from fallow.calibration import Calibrator
-from fallow.engine import Engine
-from fallow.errors import FallowError, UsageError
-from fallow.evaluation import run_window
+from fallow.calibration.calibrator import Calibrator
+from fallow.common.errors import FallowError, UsageError
+from fallow.engine.engine import Engine
+from fallow.measure.evaluation import run_window
 from fallow.models import ARCHITECTURES
-from fallow.packing import pack
+from fallow.models.taps import Layer, attach
+from fallow.packing.packer import pack
 from fallow.patterns.store import unpack_bits
 from fallow.plan import Plan
 from fallow.rules import Arrays, find_rule
@@ -26,7 +27,6 @@ from fallow.selectors._rounding import top_bits
 from fallow.selectors.gate_bucket import BUCKETS
 from fallow.selectors.learned import Learned, arrays_of, initial, predicted
 from fallow.selectors.previous import DECAY
-from fallow.taps import Layer, attach
 
 IDS = np.random.default_rng(2).integers(2, VOCABULARY, 48)
 NAMES = (

@@ -25,8 +25,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fallow.engine import Engine, Piece, Sampler, Stats, TokenChoice
-from fallow.errors import FallowError, UsageError
+from fallow.common.errors import FallowError, UsageError
+from fallow.engine.answer import Piece
+from fallow.engine.engine import Engine
+from fallow.engine.sampling import Sampler, TokenChoice
+from fallow.engine.stats import Stats
 from fallow.serving import limits
 from fallow.serving import schemas as api
 from fallow.serving.app import create_app

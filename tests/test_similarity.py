@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fallow
-from fallow.calibration import Calibrator
-from fallow.errors import FallowError, UsageError
+from fallow.calibration.calibrator import Calibrator
+from fallow.checkpoints.text import load_text
+from fallow.common.errors import FallowError, UsageError
 from fallow.patterns import similarity
 from fallow.patterns.similarity import (
     agreement,
@@ -115,9 +116,9 @@ def test_edit_test(kind: str, tiny: dict[str, fallow.Model], plan: Plan, texts: 
 def test_baselines(tiny: dict[str, fallow.Model], plan: Plan, texts: Texts) -> None:
     model = tiny["llama"]
     report = edit_test(model, plan, texts[1], documents=6, context=64, shares=(0.1,))
-    windows = model.windows(fallow.text.load_text(texts[1], "evaluation"), 64, 6)
+    windows = model.windows(load_text(texts[1], "evaluation"), 64, 6)
     seen: list[torch.Tensor] = []
-    from fallow.taps import attach
+    from fallow.models.taps import attach
 
     def keep(layer: int, inter: torch.Tensor) -> None:
         if layer == 1:

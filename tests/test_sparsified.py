@@ -10,11 +10,11 @@ import transformers
 
 import fallow
 from conftest import VOCABULARY, make_folder
-from fallow.calibration import Calibrator
-from fallow.errors import FallowError, UsageError
-from fallow.model import Model
+from fallow.calibration.calibrator import Calibrator
+from fallow.common.errors import FallowError, UsageError
 from fallow.models import ARCHITECTURES
 from fallow.plan import Plan
+from fallow.reference.model import Model
 from test_models import write_gguf
 
 IDS = torch.from_numpy(np.random.default_rng(1).integers(2, VOCABULARY, (1, 40)))
@@ -62,7 +62,7 @@ def test_an_exported_folder_is_a_model_of_its_own(
     folders: dict[str, Path], tiny: dict[str, Model], calibrators: dict[str, Calibrator],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    from fallow.sparsified import export
+    from fallow.reference.sparsified import export
 
     gguf = fallow.load(str(write_gguf("llama", tiny["llama"], tmp_path / "m.gguf")))
     plan = plan_of(calibrators["llama"])

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from conftest import OTHER_TEXT, TEXT, make_folder
-from fallow.calibration import calibrate
-from fallow.model import load
-from fallow.packing import pack
-from fallow.text import Text
+from fallow.calibration.calibrator import calibrate
+from fallow.checkpoints.text import Text
+from fallow.packing.packer import pack
+from fallow.reference.model import load
 from killing import COMMANDS, Killer, Server, check_whole, files_of
 
 NAMES = ("with spaces", "größe-語", "ö" * 120)  # the last one has 240 bytes

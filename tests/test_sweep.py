@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import fallow
-from fallow import sweep
-from fallow.errors import UsageError
-from fallow.sweep import Row, make_rows, pareto_front
+from fallow.calibration import tradeoff as sweep
+from fallow.calibration.tradeoff import Row, make_rows, pareto_front
+from fallow.common.errors import UsageError
 
 Texts = tuple[Path, Path]
 SETTINGS: dict[str, Any] = {

@@ -10,10 +10,10 @@ import torch
 
 import fallow
 from conftest import engine_plan
-from fallow.engine import Engine
-from fallow.errors import FallowError
-from fallow.packing import pack
-from fallow.tasks import Item, evaluate_task, load_task
+from fallow.common.errors import FallowError
+from fallow.engine.engine import Engine
+from fallow.measure.tasks import Item, evaluate_task, load_task
+from fallow.packing.packer import pack
 
 
 def write(path: Path, *entries: Any) -> Path:

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fallow.errors import FallowError, UsageError
-from fallow.text import (
+from fallow.checkpoints.text import (
     RUN,
     SKETCH,
     Text,
@@ -17,6 +16,7 @@ from fallow.text import (
     sketch_of,
     split_windows,
 )
+from fallow.common.errors import FallowError, UsageError
 
 
 class Letters:

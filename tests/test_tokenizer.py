@@ -13,15 +13,15 @@ from tokenizers import Tokenizer
 
 import fallow
 from conftest import make_sentencepiece
-from fallow.errors import FallowError
-from fallow.tokenizer import (
+from fallow.checkpoints.tokenizer import (
     TextStream,
     TextTokenizer,
     tokenizer_from_folder,
     tokenizer_from_gguf,
     tokenizer_from_json,
 )
-from fallow.weights import GgufFile, read_gguf
+from fallow.checkpoints.weights import GgufFile, read_gguf
+from fallow.common.errors import FallowError
 
 
 def gguf_file(**changes: object) -> GgufFile:
@@ -152,7 +152,7 @@ def test_a_gguf_ends_at_eos_eot_and_eom() -> None:
 
 def test_smollm2_whose_eos_is_another_ends_its_turns(smollm2: fallow.Model) -> None:
     """llama.cpp ends at <|im_end|>, 2, though tokenizer.ggml.eos_token_id says <|endoftext|>, 0."""
-    file = read_gguf(fallow.model.find_model("smollm2"))
+    file = read_gguf(fallow.reference.model.find_model("smollm2"))
     file.metadata["tokenizer.ggml.eos_token_id"] = 0
     tokenizer = tokenizer_from_gguf(file)
     assert tokenizer.eos_ids == (0, 2)

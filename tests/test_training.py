@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import fallow
-from fallow import training
-from fallow.calibration import Calibrator
-from fallow.capture import Calibration
-from fallow.errors import FallowError, UsageError
+from fallow.calibration.calibrator import Calibrator
+from fallow.calibration.tradeoff import make_rows
+from fallow.common.errors import FallowError, UsageError
+from fallow.models.capture import Calibration
+from fallow.models.taps import attach
 from fallow.plan import Plan
+from fallow.research import learning as training
+from fallow.research.learning import BATCH, Student, selection_loss, train
 from fallow.selectors._base import Seen, watch
-from fallow.sweep import make_rows
-from fallow.taps import attach
-from fallow.training import BATCH, Student, selection_loss, train
 
 Texts = tuple[Path, Path]
 SETTINGS: dict[str, Any] = {

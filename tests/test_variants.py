@@ -11,9 +11,9 @@ import torch
 
 import fallow
 from conftest import VOCABULARY, make_folder
-from fallow.engine import Engine
-from fallow.errors import FallowError
-from fallow.packing import pack
+from fallow.common.errors import FallowError
+from fallow.engine.engine import Engine
+from fallow.packing.packer import pack
 from test_models import GGUF_NAMES, IDS, message, write_gguf
 
 # GGUF ------------------------------------------------------------------------------------------

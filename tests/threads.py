@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fallow.engine import Engine
+from fallow.engine.engine import Engine
 from fallow.plan import Plan
 
 
 def pack(folder: Path) -> None:
     from conftest import CONFIGS, make_folder
-    from fallow.packing import pack
+    from fallow.packing.packer import pack
 
     for name in CONFIGS:
         make_folder(name, folder / name)

@@ -38,7 +38,7 @@ class Ffn {
   void up(const Layer& layer, const Input& x, size_t n, Share neurons, int worker);
   void down(const Layer& layer, size_t n, Share neurons, int worker);
 
-  // Of one token under a plan.
+  // Sparse: one token under a plan.
   void sparse(size_t layer, const Input& x, float* out);
   void sparse_apart(size_t layer, const Input& x, float* out);
   void sparse_together(size_t layer, const Input& x, float* out);

@@ -19,7 +19,8 @@ void decode_bf16(const uint8_t* b, uint64_t n, float* y) {
   for (uint64_t i = 0; i < n; ++i) y[i] = load_bf16(b + 2 * i);
 }
 
-// Of these the size is known, so that a file which has them can be listed; the gguf package decodes them.
+// Formats whose size alone is known, so that a file which has them can be listed; the gguf package
+// decodes them.
 constexpr BlockFormat kSizesAlone[] = {
     {16, "IQ2_XXS", 256, 66, nullptr}, {17, "IQ2_XS", 256, 74, nullptr},
     {18, "IQ3_XXS", 256, 98, nullptr}, {19, "IQ1_S", 256, 50, nullptr},

@@ -995,7 +995,7 @@ void add_float(Kernels& table, uint32_t type) {
   table.axpy_rows[type] = axpy_rows_float<L>;
 }
 
-// Of processors with an instruction for it; the others do as AVX2 does.
+// For processors with an instruction that counts bits; the others do as AVX2 does.
 __attribute__((target("avx512vpopcntdq"))) void and_tile(const uint64_t* const* rows,
                                                          const uint64_t* const* others,
                                                          size_t words, uint32_t* counts) {
@@ -1016,7 +1016,7 @@ __attribute__((target("avx512vpopcntdq"))) void and_tile(const uint64_t* const* 
             sums[r][c], _mm512_popcnt_epi64(_mm512_and_si512(row, other[c])));
     }
   }
-  // Of 16 sums of eight lanes each to one register, 16 lanes of 32 bits. First two sums share lanes,
+  // Adds up 16 sums of eight lanes each, to one register of 16 lanes. First two sums share lanes,
   // then columns stand side by side in each quarter, then quarters are added and rows follow rows.
   __m512i rows_of[4];
 #pragma GCC unroll 4

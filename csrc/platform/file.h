@@ -12,13 +12,13 @@ struct DiskError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Of a file: direct reads begin and end at multiples of this.
+// A file's sector: direct reads begin and end at multiples of it.
 constexpr uint64_t kSector = 4096;
 
 struct Extent {
   uint64_t offset, size;  // bytes; offset a multiple of kSector
 
-  // Of memory: whole sectors.
+  // Bytes of memory that it takes: whole sectors.
   uint64_t room() const { return (size + kSector - 1) / kSector * kSector; }
 };
 
@@ -66,7 +66,7 @@ class Pages {
   uint64_t size_;
 };
 
-// Of this process.
+// The number by which the system knows this process.
 int64_t process_id();
 
 }  // namespace fallow

@@ -4,41 +4,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fallow.calibration import calibrate
-    from fallow.engine import Engine
-    from fallow.errors import FallowError, UsageError
-    from fallow.evaluation import evaluate
-    from fallow.model import Model, load
-    from fallow.optimization import Optimized, optimize
-    from fallow.packing import pack
+    from fallow.calibration.calibrator import calibrate
+    from fallow.calibration.tradeoff import tradeoff
+    from fallow.common.errors import FallowError, UsageError
+    from fallow.engine.engine import Engine
+    from fallow.measure.evaluation import evaluate
+    from fallow.measure.profiling import profile
+    from fallow.measure.quality import Evaluation
+    from fallow.optimization.optimizer import Optimized, optimize
+    from fallow.packing.packer import pack
     from fallow.plan import Plan
-    from fallow.profiling import profile
-    from fallow.quality import Evaluation
+    from fallow.reference.model import Model, load
+    from fallow.reference.sparsified import densify, load_sparse, save_sparse, sparsify
     from fallow.reporting.page import report
-    from fallow.sparsified import densify, load_sparse, save_sparse, sparsify
-    from fallow.sweep import tradeoff
 
 # Found when first used: importing fallow needs no torch.
 _PUBLIC = {
-    "Engine": "fallow.engine",
-    "Evaluation": "fallow.quality",
-    "FallowError": "fallow.errors",
-    "Model": "fallow.model",
-    "Optimized": "fallow.optimization",
+    "Engine": "fallow.engine.engine",
+    "Evaluation": "fallow.measure.quality",
+    "FallowError": "fallow.common.errors",
+    "Model": "fallow.reference.model",
+    "Optimized": "fallow.optimization.optimizer",
     "Plan": "fallow.plan",
-    "UsageError": "fallow.errors",
-    "calibrate": "fallow.calibration",
-    "densify": "fallow.sparsified",
-    "evaluate": "fallow.evaluation",
-    "load": "fallow.model",
-    "load_sparse": "fallow.sparsified",
-    "optimize": "fallow.optimization",
-    "pack": "fallow.packing",
-    "profile": "fallow.profiling",
+    "UsageError": "fallow.common.errors",
+    "calibrate": "fallow.calibration.calibrator",
+    "densify": "fallow.reference.sparsified",
+    "evaluate": "fallow.measure.evaluation",
+    "load": "fallow.reference.model",
+    "load_sparse": "fallow.reference.sparsified",
+    "optimize": "fallow.optimization.optimizer",
+    "pack": "fallow.packing.packer",
+    "profile": "fallow.measure.profiling",
     "report": "fallow.reporting.page",
-    "save_sparse": "fallow.sparsified",
-    "sparsify": "fallow.sparsified",
-    "tradeoff": "fallow.sweep",
+    "save_sparse": "fallow.reference.sparsified",
+    "sparsify": "fallow.reference.sparsified",
+    "tradeoff": "fallow.calibration.tradeoff",
 }
 
 __all__ = [

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from fallow.errors import FallowError, in_one_line
-from fallow.files import atomic_path, fits, parse_json
+from fallow.common.errors import FallowError, in_one_line
+from fallow.common.files import atomic_path, fits, parse_json
 
 FORMAT = 1
 _METADATA_KEY = "fallow_plan"
@@ -26,7 +26,7 @@ def _today() -> str:
 
 @dataclass
 class Plan:
-    """Which neurons may be left idle in one model, and how that was found.
+    """Which neurons may be inactive in one model, and how that was found.
 
     `arrays` are the rule's: `threshold.{tap}` (L,) in units of the value it cuts, or the one
     number of a per-token rule. Any plan may also have `head_margin` (1,), nats: logits that the

@@ -16,11 +16,11 @@ from fallow.cli import (  # noqa: F401
     serving,
 )
 from fallow.cli._shared import app
-from fallow.errors import FallowError
+from fallow.common.errors import FallowError
 
 __all__ = ["EXTRAS", "app", "main"]
 
-# Of which extra a package is that a command may lack.
+# The extras, and those of their packages that a command may lack.
 EXTRAS = {
     "lab": ("torch", "transformers", "accelerate", "scipy", "matplotlib", "huggingface_hub"),
     "ray": ("ray",),

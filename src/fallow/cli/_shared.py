@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fallow.errors import UsageError
-from fallow.files import check_writable, to_json
+from fallow.common.errors import UsageError
+from fallow.common.files import check_writable, to_json
 
 app = typer.Typer(
     help="Activation sparsity for language models: measure, calibrate, evaluate.",
@@ -68,8 +68,8 @@ def refuse_given(options: dict[str, bool], reason: str) -> None:
 
 
 def load_model(model: str, dtype: str) -> Any:
-    from fallow.model import load
-    from fallow.progress import console
+    from fallow.common.progress import console
+    from fallow.reference.model import load
 
     console.print(f"loading {model}", highlight=False)
     return load(model, dtype)
@@ -142,7 +142,7 @@ def report_tradeoff(table: list[dict[str, Any]], output: Path, as_json: bool) ->
     if as_json:
         print_json({"output": str(output), "rows": table})
         return
-    from fallow.sweep import target_label
+    from fallow.calibration.tradeoff import target_label
 
     dense = table[0]
     # What only selectors, and rules that keep k neurons per token, have.
@@ -176,7 +176,7 @@ def report_tradeoff(table: list[dict[str, Any]], output: Path, as_json: bool) ->
         [
             "rule",
             "target",
-            "knob",
+            "parameter",
             "achieved",
             "S(inter)",
             "PPL",

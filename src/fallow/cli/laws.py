@@ -17,7 +17,7 @@ from fallow.cli._shared import (
     print_json,
     print_table,
 )
-from fallow.errors import UsageError
+from fallow.common.errors import UsageError
 
 law_app = typer.Typer(help="How sparse a model becomes with training.", no_args_is_help=True)
 app.add_typer(law_app, name="law")
@@ -43,7 +43,7 @@ def law_fit(
     as_json: JsonOption = False,
 ) -> None:
     """Fit laws to curves of the activation ratio: parameters, intervals, rivals, predictions."""
-    from fallow.files import write_json
+    from fallow.common.files import write_json
     from fallow.laws.curves import load_curve
     from fallow.laws.figures import draw
     from fallow.laws.fitting import fit_jointly, fit_law

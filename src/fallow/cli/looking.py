@@ -1,5 +1,6 @@
 """Commands that look: at models, the machine, rules, and single neurons."""
 
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +21,13 @@ from fallow.cli._shared import (
     print_table,
     split_names,
 )
-from fallow.errors import UsageError
+from fallow.common.errors import UsageError
 
 
 @app.command()
 def models(as_json: JsonOption = False) -> None:
     """List the aliases, where their files are, and how to install them."""
-    from fallow.catalog import ALIASES, find_pieces, locate
+    from fallow.checkpoints.catalog import ALIASES, find_pieces, locate
 
     found = []
     for alias in ALIASES.values():
@@ -56,7 +57,7 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Look at processor, memory, disk and packages, and warn of what makes fallow slower."""
-    from fallow.doctor import examine
+    from fallow.cli.doctor import examine
 
     found = examine(folder)
     if as_json:
@@ -97,7 +98,7 @@ def _print_examination(r: dict[str, Any]) -> None:
 
 @app.command()
 def rules(as_json: JsonOption = False) -> None:
-    """List rules and selectors: what each cuts, when it is known, its knob, options and paper."""
+    """List rules and selectors: what each cuts, its parameter, when it is known, and its paper."""
     from fallow.rules import RULES, find_rule
     from fallow.selectors import SELECTORS
 
@@ -106,23 +107,23 @@ def rules(as_json: JsonOption = False) -> None:
         keys = ("name", "where", "knob_name", "known", "paper", "options")
         print_json([{k: getattr(r, k) for k in keys} for r in found.values()])
         return
-    columns = ["rule", "where", "knob", "known", "paper"]
     for title, names in (("Rules", RULES), ("Selectors, which predict", SELECTORS)):
-        print_table(
-            title,
-            columns,
-            [
-                [
-                    ":".join([r.name, _options(r.options)]) if r.options else r.name,
-                    *(r.where, r.knob_name, r.known, r.paper),
-                ]
-                for r in (found[name] for name in names)
-            ],
-        )
-
-
-def _options(options: dict[str, int]) -> str:
-    return ":".join(f"{name}={value}" for name, value in options.items())
+        print(f"{title}\n")
+        for rule in (found[name] for name in names):
+            print(":".join([rule.name, *(f"{k}={v}" for k, v in rule.options.items())]))
+            for label, value in (
+                ("cuts", "neurons" if rule.where == "inter" else "inputs of projections"),
+                ("parameter", rule.knob_name),
+                ("known", rule.known),
+                ("paper", rule.paper),
+            ):
+                indent = " " * 13
+                print(
+                    textwrap.fill(
+                        value, 80, initial_indent=f"  {label:11}", subsequent_indent=indent
+                    )
+                )
+            print()
 
 
 @app.command()
@@ -142,7 +143,7 @@ def profile(
     """Measure weights, activations and natural sparsity of the dense model, layer by layer."""
     check_output(output / "profile.json")
     loaded = load_model(model, dtype)
-    from fallow.profiling import profile as run
+    from fallow.measure.profiling import profile as run
 
     result = run(loaded, text, context=context, windows=windows)
     result.save(output)
@@ -301,9 +302,9 @@ def neurons(
     """What a neuron does: where it is active most, how often it fires, which tokens it raises."""
     if (explain is None) != (explain_model is None):
         raise UsageError("--explain and --explain-model, the model's name there, belong together")
-    from fallow.explanation import RANDOM, STRONG, Endpoint, key_from_environment
-    from fallow.explanation import explain as run_explain
-    from fallow.neurons import examine
+    from fallow.reporting.explanation import RANDOM, STRONG, Endpoint, key_from_environment
+    from fallow.reporting.explanation import explain as run_explain
+    from fallow.reporting.neurons import examine
 
     endpoint = None
     if explain is not None and explain_model is not None:
@@ -330,8 +331,8 @@ def _print_neuron(r: dict[str, Any]) -> None:
     print(f"{r['model']}, layer {r['layer']}, neuron {r['neuron']}")
     for rate in r["rates"]:
         print(
-            f"  in a token's louder half on {rate['top_half']:.2%} of {rate['tokens']} tokens, "
-            f"other than zero on {rate['natural']:.2%}: {rate['text']}"
+            f"  in a token's top half by out_norm on {rate['top_half']:.2%} of {rate['tokens']} "
+            f"tokens, other than zero on {rate['natural']:.2%}: {rate['text']}"
         )
     for direction in ("raised", "lowered"):
         tokens = ", ".join(f"{t['token']!r} {t['logit']:+.3f}" for t in r[direction])

@@ -27,8 +27,8 @@ from fallow.cli._shared import (
     refuse_given,
     split_names,
 )
-from fallow.errors import FallowError, UsageError
-from fallow.files import check_writable
+from fallow.common.errors import FallowError, UsageError
+from fallow.common.files import check_writable
 
 
 @app.command()
@@ -57,7 +57,7 @@ def pack(
     """Write a model in the engine's form, checked against its source before it gets its name."""
     check_output(output, model, plan, text)
     loaded_plan = load_plan(plan)
-    from fallow.packing import pack as run
+    from fallow.packing.packer import pack as run
 
     check = run(
         model, output, plan=loaded_plan, quant=quant, down=down, shortlist=shortlist,
@@ -96,7 +96,7 @@ def optimize(
 ) -> None:
     """Pack a model with the plan that skips most at a stated loss; calibrate, search and check."""
     check_output(output, model, text, calibration_text)
-    from fallow.optimization import optimize as run
+    from fallow.optimization.optimizer import optimize as run
 
     result = run(
         model,
@@ -117,7 +117,7 @@ def optimize(
         print_json(result.to_json())
         return
     change = plus_minus(result.ppl_change_percent, result.ppl_change_se, 2)
-    print(f"{result.selector}: {result.sparsity_ratio:.0%} of neurons idle")
+    print(f"{result.selector}: {result.sparsity_ratio:.0%} of neurons inactive")
     print(f"  PPL {change} % against {model} on {result.text}, KL {result.kl_to_dense:.4f} nats")
     print(
         f"  decode {result.decode_tps:.1f} tok/s, {result.decode_ratio_dense:.2f} times dense, "
@@ -163,7 +163,7 @@ def bench(
     if figure:
         raise UsageError("--figure draws several budgets; give --memory 1GB,800MB say")
     loaded_plan = load_plan(plan)
-    from fallow.bench import bench as run
+    from fallow.measure.speed import bench as run
 
     result = run(
         file,
@@ -186,8 +186,8 @@ def bench(
 def _bench_budgets(
     file: Path, budgets: list[str], given: dict[str, Any], figure: Path | None, as_json: bool
 ) -> None:
-    from fallow.bench import bench_budgets, draw_budgets
-    from fallow.memory import parse_size
+    from fallow.engine.memory import parse_size
+    from fallow.measure.speed import bench_budgets, draw_budgets
 
     for budget in budgets:
         parse_size(budget)
@@ -235,7 +235,7 @@ def _print_bench(r: dict[str, Any]) -> None:
             f"from the disk, {r['hit_rate']:.0%} of the bytes in memory, "
             f"{r['stall_ms_per_token']:.1f} ms/token waiting"
         )
-    print(f"  neurons idle {r['sparsity']:.1%}, outside products {r['overhead']:.1%} of decode")
+    print(f"  neurons inactive {r['sparsity']:.1%}, outside products {r['overhead']:.1%} of decode")
     print(f"  peak RSS {r['peak_rss_mb']:.0f} MB, file {r['file_mb']:.0f} MB")
     if "baseline" in r:
         for phase in ("prefill", "decode"):
@@ -291,12 +291,13 @@ def generate(
 ) -> None:
     """Continue a prompt, with the plan's neurons skipped (packed model) or set to zero."""
     loaded_plan = load_plan(plan)
-    from fallow.engine import Engine, is_packed
+    from fallow.engine.engine import Engine
+    from fallow.engine.packed import is_packed
 
     if prompt == "-":
         prompt = _read_prompt()
     if is_packed(model):
-        from fallow.progress import console
+        from fallow.common.progress import console
 
         refuse_given({"--dtype": dtype != "auto"}, "is for models that are not packed")
         engine = Engine(model, loaded_plan, threads, context=context, memory=memory)
@@ -365,8 +366,8 @@ def _print_end(stats: Any, prompt: str, text: str, as_json: bool) -> None:
     if as_json:
         print_json({"prompt": prompt, "text": text, "stats": stats.to_json()})
         return
-    from fallow.chat import figures
-    from fallow.progress import console
+    from fallow.common.progress import console
+    from fallow.serving.chat import figures
 
     print(flush=True)
     console.print(figures(stats), highlight=False)

@@ -24,7 +24,7 @@ from fallow.cli._shared import (
     refuse_given,
     split_names,
 )
-from fallow.errors import UsageError
+from fallow.common.errors import UsageError
 
 patterns_app = typer.Typer(
     help="Collect and cluster patterns: which neurons are active.", no_args_is_help=True
@@ -100,8 +100,8 @@ def _with_plan(
 ) -> tuple[Any, Any]:
     """The model, and the plan, or one of the rule at a sparsity, 0.5 without one."""
     loaded_plan = load_plan(plan)
-    from fallow.calibration import calibrate as fit
-    from fallow.calibration import check_request
+    from fallow.calibration.calibrator import calibrate as fit
+    from fallow.calibration.calibrator import check_request
 
     if loaded_plan is not None:
         given = {"--rule": rule is not None, "--sparsity": sparsity is not None}
@@ -156,7 +156,7 @@ def patterns_similarity(
     loaded, used = _with_plan(
         model, dtype, plan, rule, sparsity, calibration_text, context, default
     )
-    from fallow.files import write_json
+    from fallow.common.files import write_json
     from fallow.patterns.similarity import draw, draw_variants, edit_test, published_test
 
     if published:
@@ -238,7 +238,7 @@ def patterns_cluster(
 ) -> None:
     """Make codebooks of patterns at an equal budget, and score them on held-out windows."""
     check_output(output)
-    from fallow.engine import thread_count
+    from fallow.engine.engine import thread_count
 
     wanted, n_threads = _layers(layers), thread_count(threads)
     from fallow.patterns.codebooks import cluster_store
@@ -295,7 +295,7 @@ def patterns_predict(
     as_json: JsonOption = False,
 ) -> None:
     """Predict clusters from what is known before a layer runs; scored on held-out windows."""
-    from fallow.engine import thread_count
+    from fallow.engine.engine import thread_count
 
     wanted, n_threads = _layers(layers), thread_count(threads)
     from fallow.patterns.prediction import predict_clusters

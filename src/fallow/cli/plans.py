@@ -32,7 +32,7 @@ def calibrate(
     rule: Annotated[str, typer.Option(help="See: fallow rules.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write.")],
     sparsity: Annotated[float | None, typer.Option(help="Target, [0, 1).")] = None,
-    knob: Annotated[float | None, typer.Option(help="The rule's own number.")] = None,
+    knob: Annotated[float | None, typer.Option(help="The rule's own parameter.")] = None,
     max_ppl_increase: Annotated[
         float | None, typer.Option(help="Largest PPL increase, percent, on held-out text.")
     ] = None,
@@ -43,9 +43,9 @@ def calibrate(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a rule to a sparsity, a knob or a largest loss, and write the plan."""
-    from fallow.calibration import calibrate as run
-    from fallow.calibration import check_request
+    """Fit a rule to a sparsity, a parameter or a largest loss, and write the plan."""
+    from fallow.calibration.calibrator import calibrate as run
+    from fallow.calibration.calibrator import check_request
 
     check_request(rule, sparsity, knob, max_ppl_increase)
     check_output(output, model, text)
@@ -91,7 +91,7 @@ def plan_import(
     """Make a percentile plan from a published threshold file."""
     check_output(output, model, file)
     loaded = load_model(model, dtype)
-    from fallow.published import import_thresholds
+    from fallow.calibration.imported import import_thresholds
 
     plan = import_thresholds(file, loaded, knob)
     _write_plan(plan, output, as_json)
@@ -107,8 +107,8 @@ def export(
 ) -> None:
     """Write a Hugging Face folder with the plan in it, for transformers: fallow.load_sparse."""
     loaded_plan = load_plan(plan)
-    from fallow.model import find_model
-    from fallow.sparsified import export as run
+    from fallow.reference.model import find_model
+    from fallow.reference.sparsified import export as run
 
     run(load_model(model, dtype), loaded_plan, output, find_model(model))
     if as_json:

@@ -27,7 +27,7 @@ from fallow.cli._shared import (
     report_tradeoff,
     split_names,
 )
-from fallow.errors import UsageError
+from fallow.common.errors import UsageError
 
 
 @app.command()
@@ -58,8 +58,8 @@ def evaluate(
 ) -> None:
     """Perplexity, KL to dense and achieved sparsity of a plan, on text it has not seen."""
     loaded_plan = load_plan(plan)
-    from fallow.engine import is_packed
-    from fallow.tasks import evaluate_task, load_task
+    from fallow.engine.packed import is_packed
+    from fallow.measure.tasks import evaluate_task, load_task
 
     tasks = list(dict.fromkeys(task or ()))
     refuse_given({"--task-items": task_items is not None and not tasks}, "goes with --task")
@@ -79,7 +79,7 @@ def evaluate(
                 "fallow pack"
             )
         subject = load_model(model, dtype)
-        from fallow.evaluation import evaluate as run
+        from fallow.measure.evaluation import evaluate as run
 
         result = run(
             subject, loaded_plan, text, context=context, windows=windows,
@@ -107,10 +107,11 @@ def _evaluate_packed(
     dtype: str,
 ) -> tuple[Any, Any]:
     """The engine, with its plan in use, and what it came to."""
-    from fallow.engine import Engine, is_packed, packed_windows
-    from fallow.progress import console
-    from fallow.quality import BUDGET_RESERVE, evaluate_engine
-    from fallow.text import load_text
+    from fallow.checkpoints.text import load_text
+    from fallow.common.progress import console
+    from fallow.engine.engine import Engine
+    from fallow.engine.packed import is_packed, packed_windows
+    from fallow.measure.quality import BUDGET_RESERVE, evaluate_engine
 
     if memory is not None and against is not None:
         raise UsageError("--memory is for one model; leave out --against or --memory")
@@ -130,7 +131,7 @@ def _evaluate_packed(
             other = Engine(against, threads=threads, context=context)
         else:
             reference = load_model(against, dtype)
-            from fallow.evaluation import dense_logits
+            from fallow.measure.evaluation import dense_logits
 
             other = partial(dense_logits, reference)
     result = evaluate_engine(
@@ -147,7 +148,7 @@ def _evaluate_packed(
 
 
 def _print_evaluation(r: dict[str, Any]) -> None:
-    what = f"rule {r['rule']}, knob {r['knob']:.4g}" if r["rule"] else "dense"
+    what = f"rule {r['rule']}, parameter {r['knob']:.4g}" if r["rule"] else "dense"
     kl = r["kl_to_dense"]
     print(f"{r['model']} ({r['dtype']}), {what}")
     print(f"{r['tokens']} tokens of {r['text']}, {r['windows']} windows of {r['context']}")
@@ -217,8 +218,8 @@ def tradeoff(
     names = list(dict.fromkeys(split_names(rules)))
     targets = numbers("--sparsities", sparsities)
     increases = numbers("--max-ppl-increases", max_ppl_increases)
-    from fallow.sweep import make_rows
-    from fallow.sweep import tradeoff as run
+    from fallow.calibration.tradeoff import make_rows
+    from fallow.calibration.tradeoff import tradeoff as run
 
     rows = make_rows(names, targets, increases)
     check_output(output / "table.json")

@@ -21,7 +21,7 @@ from fallow.cli._shared import (
     report_tradeoff,
     split_names,
 )
-from fallow.errors import UsageError
+from fallow.common.errors import UsageError
 
 select_app = typer.Typer(
     help="Compare and train selectors, which predict the neurons that matter.", no_args_is_help=True
@@ -56,10 +56,10 @@ def select_compare(
     as_json: JsonOption = False,
 ) -> None:
     """Selectors at equal budget: recall, bytes, operations, PPL and KL, the model in the loop."""
+    from fallow.calibration.tradeoff import make_rows
+    from fallow.calibration.tradeoff import tradeoff as run
     from fallow.rules import find_rule
     from fallow.selectors._base import Selector
-    from fallow.sweep import make_rows
-    from fallow.sweep import tradeoff as run
 
     plans = [load_plan(path) for path in trained or []]
     asked = split_names(selectors)
@@ -107,8 +107,8 @@ def select_train(
     as_json: JsonOption = False,
 ) -> None:
     """Train the selector learned; a plan for evaluate, and for compare. Stops and continues."""
-    from fallow.training import check_request
-    from fallow.training import train as run
+    from fallow.research.learning import check_request
+    from fallow.research.learning import train as run
 
     check_request(rank, gate, tokens, sparsity, checks, patience)
     check_output(output, model, text)

@@ -39,9 +39,10 @@ def chat(
     memory: MemoryOption = None,
 ) -> None:
     """Talk to a packed model; /help tells the commands."""
-    from fallow.chat import Conversation
-    from fallow.chat import chat as run
-    from fallow.engine import Engine, Sampler
+    from fallow.engine.engine import Engine
+    from fallow.engine.sampling import Sampler
+    from fallow.serving.chat import Conversation
+    from fallow.serving.chat import chat as run
 
     engine = Engine(file, load_plan(plan), threads, context=context, memory=memory)
     sampler = Sampler(temperature, top_p, top_k, seed=seed)
@@ -74,8 +75,8 @@ def serve(
 ) -> None:
     """Serve a packed model to clients of OpenAI's API."""
     # Before the engine, which takes what is left of a memory budget.
-    from fallow.engine import Engine
-    from fallow.memory import parse_size
+    from fallow.engine.engine import Engine
+    from fallow.engine.memory import parse_size
     from fallow.serving.server import serve as run
 
     largest = parse_size(max_body, "--max-body")
@@ -102,7 +103,7 @@ def harness(
 ) -> None:
     """Run tasks of lm-evaluation-harness, dense and with a plan, in one table."""
     loaded_plan = load_plan(plan)
-    from fallow.harness import compare, open_model
+    from fallow.measure.harness import compare, open_model
 
     opened = open_model(model, threads=threads, context=context, dtype=dtype)
     rows = compare(opened, loaded_plan, tasks.split(","), limit, fewshot, include_path)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fallow.errors import FallowError, UsageError
-from fallow.files import fits, parse_json
+from fallow.common.errors import FallowError, UsageError
+from fallow.common.files import fits, parse_json
 from fallow.laws.curves import BILLION, TOKENS, load_curve
 from fallow.laws.fitting import Interval
 from fallow.laws.forms import FORMS, fit
@@ -104,9 +104,9 @@ def advise(parameters: float, tokens: float, activation: str, own: Sequence[Basi
     """What activation ratio at CETT-PPL-1 % to expect of a model.
 
     Every law is asked at as many tokens per parameter as the model will see, since smaller models
-    converge sooner in tokens but alike in that (P3 Fig. 8); between sizes the answer is
-    interpolated, and the range over all of them is the interval: what sizes, data and fits differ
-    by, which is more than each fit's own error.
+    converge sooner in tokens but alike in that (arXiv:2411.02335 Fig. 8); between sizes the answer
+    is interpolated, and the range over all of them is the interval: what sizes, data and fits
+    differ by, which is more than each fit's own error.
 
     Args:
         parameters: besides embeddings.

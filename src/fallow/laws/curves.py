@@ -2,7 +2,7 @@
 
 A file is one JSON object of lists of equal length, as the published ones are: `token_passed`, in
 tokens, or `width_depth`, and `activation_ratio`; other lists (what `fallow law train` adds) are
-left alone. METHODS 4.4 and 4.5.
+left alone. docs/laws.md.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fallow.errors import FallowError, UsageError
-from fallow.files import parse_json
+from fallow.common.errors import FallowError, UsageError
+from fallow.common.files import parse_json
 
 TOKENS, WIDTH_DEPTH, RATIO = "token_passed", "width_depth", "activation_ratio"
 BILLION = 1e9

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fallow.files import atomic_path
+from fallow.common.files import atomic_path
 from fallow.laws.curves import TOKENS, Curve
 from fallow.laws.fitting import LawFit
 from fallow.laws.forms import FORMS

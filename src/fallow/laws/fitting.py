@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fallow.errors import FallowError, UsageError
+from fallow.common.errors import FallowError, UsageError
 from fallow.laws.curves import TOKENS, Curve
 from fallow.laws.forms import BOUNDS, FORMS, LEAST_LOG_GAIN, Fit, Form, find_form, fit
 
@@ -91,7 +91,7 @@ def fit_law(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> LawFit:
-    """Fits a law to a curve (METHODS 4.4, P3 5.1).
+    """Fits a law to a curve (arXiv:2411.02335 5.1; docs/methods.md, "Laws").
 
     Args:
         form: one of FORMS, or "auto": relu of a falling curve, silu of a rising one, and piecewise

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fallow.errors import FallowError, UsageError
+from fallow.common.errors import FallowError, UsageError
 
 Basis = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """x (n,) and θ (p, m, 1) to g (m, n)."""
 
-# Of k and A0 where a form has no bounds for them: what a curve does not tell at all ends here.
+# Bounds of k and A0 where a form sets none: what a curve does not tell at all ends here.
 UNBOUNDED = (-1e15, 1e15)
-# Of θ, in which scipy and profiles stay.
+# Bounds of θ, within which scipy and profiles stay.
 BOUNDS = {
     "alpha": (0.01, 6.0), "c": (1e-14, 1e4), "s": (1e-6, 1e5), "tau": (1e-6, 1e6), "x0": (1e-6, 1e6)
 }  # fmt: skip
@@ -147,7 +147,7 @@ def fit(
 
 
 def _bounds(form: Form, fixed: Mapping[str, float]) -> tuple[tuple[float, float], ...]:
-    """Of gain and offset, both alike where one is fixed."""
+    """The bounds of gain and offset; lower and upper are equal where one is fixed."""
     bounds = []
     for name, free, log in zip(
         form.names, (form.gain, form.offset), (form.log_gain, False), strict=True
@@ -165,7 +165,7 @@ def _linear(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The best k and A0 within bounds for each of g (m, n), and the squared error, (m,) each.
 
-    Of two variables in a box: the minimum lies inside, or on one of the four edges.
+    Two variables in a box: the minimum lies inside, or on one of the four edges.
     """
     centre, mean = g.mean(axis=1), y.mean()
     spread = ((g - centre[:, None]) ** 2).sum(axis=1)
@@ -219,7 +219,7 @@ def _scales(x: np.ndarray) -> np.ndarray:
 FORMS = {
     form.name: form
     for form in (
-        # P3 Eq. 4, as e^b exp(-c D^alpha) + A0, which is no more than 1 at D = 0.
+        # arXiv:2411.02335 Eq. 4, as e^b exp(-c D^alpha) + A0, which is no more than 1 at D = 0.
         Form(
             "relu",
             "A = exp(-c D^alpha + b) + A0",
@@ -231,7 +231,7 @@ FORMS = {
             log_gain=True,
         ),
         Form(
-            "silu",  # P3 Eq. 5
+            "silu",  # arXiv:2411.02335 Eq. 5
             "A = -c D^-alpha + A0",
             lambda x, theta: -(x ** -theta[0]),
             ("alpha",),
@@ -268,7 +268,7 @@ FORMS = {
             offset=UNBOUNDED,
             names=("c", "d"),
         ),
-        # The four-parameter c ln(a D + b) + d (METHODS 4.4) has three: c ln a joins d.
+        # The four parameters of c ln(a D + b) + d are three: c ln a joins d.
         Form(
             "shifted logarithm",
             "A = c ln(D + s) + d",
@@ -279,7 +279,7 @@ FORMS = {
             names=("c", "d"),
         ),
         Form(
-            "piecewise",  # METHODS 4.5: linear up to a bottleneck
+            "piecewise",  # arXiv:2411.02335 Fig. 5: linear up to a bottleneck
             "A = c min(x, x0) + A0",
             lambda x, theta: np.minimum(x, theta[0]),
             ("x0",),

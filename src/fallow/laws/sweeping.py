@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fallow.errors import FallowError, UsageError
-from fallow.files import write_json
+from fallow.common.errors import FallowError, UsageError
+from fallow.common.files import write_json
+from fallow.common.progress import console
+from fallow.common.workers import results
 from fallow.laws.curves import load_curve
 from fallow.laws.fitting import fit_law
 from fallow.laws.training import Settings, TrainReport, train
-from fallow.progress import console
-from fallow.workers import results
 
 FEWEST_POINTS = 6  # of a curve that a limit is fitted to
 

@@ -1,4 +1,4 @@
-"""Trains small LLaMA-like models to see how sparse they become (METHODS 4.4 to 4.6).
+"""Trains small LLaMA-like models to see how sparse they become (arXiv:2411.02335 5.1, App. I).
 
 The folder that a training leaves is a Hugging Face model, so that every other command works on it:
 
@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fallow.calibration import calibrate
-from fallow.errors import FallowError, UsageError
-from fallow.evaluation import window_losses
-from fallow.files import (
+from fallow.calibration.calibrator import calibrate
+from fallow.checkpoints.text import Text, load_text
+from fallow.checkpoints.tokenizer import usable
+from fallow.common.errors import FallowError, UsageError
+from fallow.common.files import (
     atomic_folder,
     atomic_path,
     check_sums,
@@ -40,12 +41,16 @@ from fallow.files import (
     write_json,
     write_text,
 )
+from fallow.common.progress import console
 from fallow.laws.curves import RATIO, TOKENS
-from fallow.model import keep_freed_memory, load, quieten_transformers, use_fastest_float32
-from fallow.profiling import DEAD, profile
-from fallow.progress import console
-from fallow.text import Text, load_text
-from fallow.tokenizer import usable
+from fallow.measure.evaluation import window_losses
+from fallow.measure.profiling import DEAD, profile
+from fallow.reference.model import (
+    keep_freed_memory,
+    load,
+    quieten_transformers,
+    use_fastest_float32,
+)
 
 ACTIVATIONS = ("relu", "silu")
 WARM_UP, DECAY = 0.02, 0.1  # shares of the steps

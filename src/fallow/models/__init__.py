@@ -3,11 +3,14 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from fallow.errors import FallowError
+from fallow.common.errors import FallowError
 from fallow.models._base import Architecture
 from fallow.models._keys import check_config, check_gguf_keys, check_gguf_type
 
-ARCHITECTURES = tuple(sorted(m.name for m in iter_modules(__path__) if m.name[0] != "_"))
+_OTHERS = ("capture", "taps")  # that look into models of any architecture
+ARCHITECTURES = tuple(
+    sorted(m.name for m in iter_modules(__path__) if m.name[0] != "_" and m.name not in _OTHERS)
+)
 
 
 def architectures() -> list[Architecture]:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fallow.errors import FallowError
-from fallow.taps import Layer
-from fallow.weights import GgufFile
+from fallow.checkpoints.weights import GgufFile
+from fallow.common.errors import FallowError
+from fallow.models.taps import Layer
 
 # GGUF names of the llama family's tensors, per block and outside the blocks, against the
 # checkpoint's own. https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from fallow.errors import FallowError, in_one_line
+from fallow.checkpoints.weights import GgufFile
+from fallow.common.errors import FallowError, in_one_line
 from fallow.models._base import Architecture
-from fallow.weights import GgufFile
 
 # Keys without their architecture that change nothing: notes, what other keys imply, and what only a
 # stretched rotary embedding (refused apart) or an embedding model reads.

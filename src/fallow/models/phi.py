@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from fallow.checkpoints.weights import GgufFile
 from fallow.models._base import Architecture, Tensors, check_rope, vocabulary_size
-from fallow.weights import GgufFile
 
 
 def _config(file: GgufFile) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from fallow.checkpoints.weights import GgufFile
 from fallow.models._base import Architecture, llama_config
-from fallow.weights import GgufFile
 
 
 def _config(file: GgufFile) -> dict[str, Any]:

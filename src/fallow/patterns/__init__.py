@@ -1,1 +1,1 @@
-"""Patterns of active neurons: collected, compared and clustered (METHODS 2.3 and 3)."""
+"""Patterns of active neurons: collected, compared and clustered (docs/methods.md)."""

@@ -2,7 +2,7 @@
 
 A codebook has K centroids, sets of exactly B neurons each. A row x belongs to the centroid c that
 covers most of it, and the objective is the sum over rows of w · (x and c), with w = 1 or a weight
-per neuron: over the sum of w · x it is the recall that METHODS 3.6 defines. Both steps raise it or
+per neuron: over the sum of w · x it is the recall of docs/methods.md. Both steps raise it or
 leave it: the nearest centroid is the best for a row, and the B neurons with the largest w times
 count are the best for a cluster. With |x| = |c| = B it is k-means on the rows, whose squared
 distance is then 2 (B - |x and c|).
@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fallow import _core
-from fallow.errors import UsageError
+from fallow.common.errors import UsageError
+from fallow.common.progress import progress
+from fallow.common.workers import results
 from fallow.patterns.store import MappedRows, chunks, pack_bits, row_sizes, unpack_bits
-from fallow.progress import progress
-from fallow.workers import results
 
 ROWS_AT_ONCE = 65536
 # k-means++ sees this many rows per centroid: seeding takes as long as one pass then.
@@ -264,8 +264,8 @@ def budget_size(budget: float, width: int) -> int:
 def update(found: Pass, width: int, size: int, weights: np.ndarray | None = None) -> np.ndarray:
     """The best centroids (K, words) of `size` neurons for a pass's clusters.
 
-    Of neurons that a cluster has equally often the ones that are more frequent in all come first,
-    then those of lower number. Empty clusters take the rows that fit worst.
+    Neurons that a cluster has equally often are ordered by how frequent they are in all clusters,
+    then by number. Empty clusters take the rows that fit worst.
     """
     counts = found.counts[:, :width].copy()
     empty = np.flatnonzero(found.sizes == 0)
@@ -292,7 +292,7 @@ def energy_weights(energy: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def largest(score: np.ndarray, size: int) -> np.ndarray:
-    """Of each row of scores (n, width), without equals, where its `size` largest are: bool."""
+    """Where the `size` largest of each row of scores (n, width) are, bool; no two are equal."""
     threshold = np.partition(score, score.shape[1] - size, axis=1)[:, -size]
     return score >= threshold[:, None]
 

@@ -1,4 +1,4 @@
-"""From a store to codebooks of its layers, and what they tell of held-out windows (METHODS 3.6)."""
+"""From a store to codebooks of its layers, and what they tell of held-out windows."""
 
 import hashlib
 import json
@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from fallow import _core
-from fallow.errors import FallowError, UsageError, in_one_line
-from fallow.files import atomic_path, check_writable, fits, parse_json, write_json
-from fallow.metrics import energy_recall
+from fallow.checkpoints.text import LARGEST_OVERLAP, overlap, sketch_of
+from fallow.common.errors import FallowError, UsageError, in_one_line
+from fallow.common.files import atomic_path, check_writable, fits, parse_json, write_json
+from fallow.common.metrics import energy_recall
+from fallow.common.progress import console
 from fallow.patterns import published
 from fallow.patterns.clustering import (
     LARGEST_WEIGHT,
@@ -35,8 +37,6 @@ from fallow.patterns.store import (
     row_sizes,
     unpack_bits,
 )
-from fallow.progress import console
-from fallow.text import LARGEST_OVERLAP, overlap, sketch_of
 
 ALGORITHMS = ("lloyd", "published", "binary")
 ROWS_AT_ONCE = 4096
@@ -46,7 +46,7 @@ _MADE_OF = ("model", "fingerprint", "rule", "knob")  # what codebooks and a stor
 
 @dataclass
 class Coverage:
-    """How masks cover the truth, over all rows (METHODS 3.6)."""
+    """How masks cover the truth, over all rows (docs/methods.md, "Recall")."""
 
     overlap: int = 0  # neurons in both
     active: int = 0
@@ -153,8 +153,8 @@ def cluster_store(
     goes on there.
 
     Args:
-        algorithm: "lloyd"; "published": METHODS 3.2, one codebook for all layers, whose centroids
-            have a share of `budget` neurons; or "binary", its baseline, on one chunk.
+        algorithm: "lloyd"; "published": arXiv:2507.14179, one codebook for all layers, whose
+            centroids have a share of `budget` neurons; or "binary", its baseline, on one chunk.
         test: what to score on; default: the last `held_out` of the store's windows.
         energy: of Lloyd: neurons count with their mean share of the energy, in 15 steps.
         batch, workers: of Lloyd, as for `fit`.

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fallow.capture import as_floats, non_finite_error
-from fallow.errors import UsageError
-from fallow.model import Model, load
+from fallow.checkpoints.text import Text, load_text
+from fallow.common.errors import UsageError
+from fallow.common.progress import progress
+from fallow.common.workers import results
+from fallow.models.capture import as_floats, non_finite_error
+from fallow.models.taps import Tap, attach
 from fallow.patterns.store import Header, PatternStore, StoreWriter, chunks, write_window
 from fallow.plan import Plan
-from fallow.progress import progress
-from fallow.taps import Tap, attach
-from fallow.text import Text, load_text
-from fallow.workers import results
+from fallow.reference.model import Model, load
 
 # What the published definition looks at: outputs of gate_proj, up_proj and down_proj.
 PUBLISHED_TAPS = ("gate_pre", "up", "ffn_out")
@@ -40,7 +40,7 @@ def collect(
     where it stopped.
 
     Args:
-        taps: of FFN_TAPS; see fallow.taps.
+        taps: of FFN_TAPS; see fallow.models.taps.
         context, windows: tokens per window, and how many of the text's windows (None: all).
         magnitudes: also keep each token's out_norm, as energy recall needs it: two bytes per
             neuron.

@@ -1,4 +1,4 @@
-"""Which cluster a token will be in, from what is known before its layer has run (METHODS 3.6).
+"""Which cluster a token will be in, from what is known before its layer has run.
 
 A network with one hidden layer is fitted on a store, per layer, on any of FEATURES: `token`, the
 token's id; `previous`, the cluster that the token before was in, in the same layer; `below`, the
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fallow.errors import FallowError, UsageError
+from fallow.common.errors import FallowError, UsageError
+from fallow.common.progress import progress
 from fallow.patterns.clustering import Codebook
 from fallow.patterns.codebooks import (
     LayerResult,
@@ -25,7 +26,6 @@ from fallow.patterns.codebooks import (
     split,
 )
 from fallow.patterns.store import PatternStore, chunks, unpack_bits
-from fallow.progress import progress
 
 FEATURES = ("token", "previous", "below")
 HIDDEN = 128
@@ -150,7 +150,7 @@ class _Inputs:
         batch = {n: torch.from_numpy(a[rows]) for n, a in found.items() if a is not None}
         if self.below is not None:
             active = unpack_bits(self.below[rows], self.width)
-            # Of length 1: a step of Adam moves all of a row's weights, half of which add up.
+            # Vectors of length 1: Adam's step moves all of a row's weights, half of which add up.
             signs = (2 * active.astype(np.float32) - 1) / np.float32(self.width**0.5)
             batch["below"] = torch.from_numpy(signs)
         return batch

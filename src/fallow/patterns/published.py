@@ -1,8 +1,9 @@
 """The published clustering of activation patterns and its baseline, as their code does it.
 
-arXiv:2507.14179, METHODS 3.2. Rows of all layers are pooled. A chunk is what one window of every
-layer gives; one chunk goes to each of several workers, which the paper's were GPUs. What the code
-leaves to chance or to its library is fixed here: ties go to the lower row and the draw is numpy's.
+arXiv:2507.14179; docs/methods.md, "Pattern clustering". Rows of all layers are pooled. A chunk is
+what one window of every layer gives; one chunk goes to each of several workers, which the paper's
+were GPUs. What the code leaves to chance or to its library is fixed here: ties go to the lower row
+and the draw is numpy's.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +14,10 @@ from functools import partial
 import numpy as np
 
 from fallow import _core
-from fallow.errors import UsageError
+from fallow.common.errors import UsageError
+from fallow.common.progress import progress
 from fallow.patterns.clustering import nearest
 from fallow.patterns.store import pack_bits, row_sizes, unpack_bits
-from fallow.progress import progress
 
 Chunk = Callable[[], np.ndarray]
 """Reads a chunk of rows (R, words) when it is its turn."""

@@ -1,4 +1,4 @@
-"""How much active sets change when a text is edited (METHODS 2.3).
+"""How much active sets change when a text is edited (docs/methods.md, "Similarity").
 
 `edit_test` is the test that the question needs: tokens are replaced one for one at random
 places, and positions before the first edit, behind it, and edited ones are told apart.
@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from fallow.errors import FallowError, UsageError, in_one_line
-from fallow.model import Model
+from fallow.checkpoints.text import Text, load_text
+from fallow.common.errors import FallowError, UsageError, in_one_line
+from fallow.common.progress import progress
+from fallow.models.taps import attach
 from fallow.patterns.collect import Recorder, check_taps, tap_width
 from fallow.patterns.store import pack_bits, row_sizes, unpack_bits
 from fallow.plan import Plan
-from fallow.progress import progress
-from fallow.taps import attach
-from fallow.text import Text, load_text
+from fallow.reference.model import Model
 
 EDITED = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30)  # shares of a document's tokens
 DOCUMENTS = 12  # where none are asked for
@@ -331,7 +331,7 @@ def published_test(
 def read_samples(folder: str | Path) -> dict[str, dict[str, str]]:
     """Texts by sample and variant: "Main", "95", ..., as the published scripts assign them.
 
-    Of a variant that is assigned twice the last counts, as in a script.
+    The last assignment of a variant counts, as in a script.
     """
     samples = {}
     for path in sorted(Path(folder).glob("paragraph*.txt"), key=lambda p: (len(p.name), p.name)):
@@ -434,7 +434,7 @@ def _draw_maps(maps: dict[str, Any], columns: list[str], what: str, title: str, 
     """Side by side, of values (columns, layers)."""
     import matplotlib.pyplot as plt
 
-    from fallow.files import atomic_path
+    from fallow.common.files import atomic_path
 
     figure, axes = plt.subplots(
         1, len(maps), figsize=(4 * len(maps), 5), layout="constrained", sharey=True, squeeze=False

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from fallow import _core
-from fallow.errors import FallowError, UsageError
-from fallow.files import JsonLines, atomic_path, fits, parse_json, read_array, write_json
+from fallow.common.errors import FallowError, UsageError
+from fallow.common.files import JsonLines, atomic_path, fits, parse_json, read_array, write_json
 
 FORMAT = 1
 MAGNITUDES = "magnitudes"  # a file beside the bits of `inter`

@@ -151,7 +151,7 @@ def natural_section(profile: dict[str, Any], command: str) -> Section:
                 "share of tokens, %",
             )
         ]
-        for label, key in (("in a token's louder half", "top_half"), ("other than zero", "natural"))
+        for label, key in (("in a token's top half", "top_half"), ("other than zero", "natural"))
     }
     note = (
         f"The dense model, nothing cut: {profile['natural_sparsity']:.2%} of inter is exactly zero "
@@ -164,7 +164,7 @@ def natural_section(profile: dict[str, Any], command: str) -> Section:
             Block("Zeros by layer", "", command, choice="show", variants=by_layer),
             Block(
                 "Firing frequency",
-                "How often neurons fire, the most frequent first. A token's louder half are the "
+                "How often neurons fire, the most frequent first. A token's top half are the "
                 "neurons whose out_norm is above its median; other than zero is out_norm ≥ 1e-7.",
                 command,
                 choice="fires if",
@@ -199,7 +199,7 @@ def tradeoff_section(table: list[dict[str, Any]], command: str) -> Section:
         "The dotted line is +1 %."
     )
     block = Block("Sparsity against quality", note, command, choice="show", variants=variants)
-    return Section("Trade-off", "What it costs to leave neurons idle.", [block])
+    return Section("Trade-off", "What it costs to leave neurons inactive.", [block])
 
 
 def plan_section(plan: dict[str, Any], command: str) -> Section:
@@ -215,7 +215,7 @@ def plan_section(plan: dict[str, Any], command: str) -> Section:
         else f"An example, calibrated for +{plan['target_ppl_increase']:g} % PPL at most"
     )
     note = (
-        f"{origin}: rule {plan['rule']}, knob {plan['knob']:.4g}. Mean sparsity "
+        f"{origin}: rule {plan['rule']}, parameter {plan['knob']:.4g}. Mean sparsity "
         f"{plan['sparsity']:.1%}, PPL {change} % against dense."
     )
     block = Block(
@@ -277,8 +277,8 @@ def comparison_section(found: dict[str, Any], command: str) -> Section:
             ),
             Block(
                 "Agreement by token",
-                "Share of neurons that are active in both texts or idle in both. The dotted line "
-                "is what tokens at different places share.",
+                "Share of neurons that are active in both texts or inactive in both. The dotted "
+                "line is what tokens at different places share.",
                 command,
                 choice="show",
                 variants=_agreement(found),
@@ -303,7 +303,7 @@ def results_section(bars: dict[str, list[dict[str, Any]]], command: str) -> Sect
 def neurons_section(neurons: list[dict[str, Any]], command: str) -> Section:
     note = (
         "Neurons of the first, the middle and the last layer, chosen by how often they are in a "
-        "token's louder half. The dense model."
+        "token's top half by out_norm. The dense model."
     )
     block = Block(
         "Most frequent, middle, rarest",

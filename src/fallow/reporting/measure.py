@@ -11,20 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from fallow.calibration import calibrate
-from fallow.errors import FallowError, UsageError
-from fallow.evaluation import evaluate
-from fallow.model import Model, find_model
-from fallow.neurons import examine, token_texts
+from fallow.calibration.calibrator import calibrate
+from fallow.calibration.tradeoff import make_rows, tradeoff
+from fallow.checkpoints.text import Text, check_no_leakage, load_text
+from fallow.checkpoints.weights import StoredTensor, read_gguf, read_safetensors
+from fallow.common.errors import FallowError, UsageError
+from fallow.measure.evaluation import evaluate
+from fallow.measure.profiling import STORED_BINS_PER_OCTAVE, WINDOWS, Profile, profile
 from fallow.patterns.collect import tap_width
 from fallow.patterns.similarity import agreement, jaccard, recording
 from fallow.patterns.store import row_sizes, unpack_bits
 from fallow.plan import Plan
-from fallow.profiling import STORED_BINS_PER_OCTAVE, WINDOWS, Profile, profile
+from fallow.reference.model import Model, find_model
+from fallow.reporting.neurons import examine, token_texts
 from fallow.reporting.parts import Parts
-from fallow.sweep import make_rows, tradeoff
-from fallow.text import Text, check_no_leakage, load_text
-from fallow.weights import StoredTensor, read_gguf, read_safetensors
 
 EXAMPLE_RULE, EXAMPLE_PPL_INCREASE = "tail", 1.0  # the plan of a report without one, percent
 CALIBRATION_WINDOWS, VALIDATION_WINDOWS = 8, 4
@@ -243,8 +243,8 @@ class _Measurement:
                 _rounded(agreement(a[pairs[:, 0]], b[pairs[:, 1]], width), 4) for a, b in both
             ],
             "jaccard": [_rounded(jaccard(a[pairs[:, 0]], b[pairs[:, 1]]), 4) for a, b in both],
-            # Of tokens at different places of the two texts, which have little to do with each
-            # other: what agreement is worth is what it is above this.
+            # The agreement of tokens at different places of the two texts, which have little to do
+            # with each other: what agreement is worth is what it is above this.
             "unrelated": [
                 _rounded(agreement(a[others[:, 0]], b[others[:, 1]], width).mean(), 4)
                 for a, b in both
@@ -362,7 +362,7 @@ def ranked(values: np.ndarray) -> dict[str, list[float]]:
 
 
 def pick_neurons(layer: int, frequency: np.ndarray) -> list[dict[str, Any]]:
-    """The neuron that is most often in the louder half, the one in the middle and the rarest."""
+    """The neuron that is most often in the top half, the one in the middle and the rarest."""
     order = np.argsort(-frequency, kind="stable")
     places = {"most frequent": 0, "middle": len(order) // 2, "rarest": len(order) - 1}
     return [{"what": w, "layer": layer, "neuron": int(order[at])} for w, at in places.items()]

@@ -15,11 +15,12 @@ import numpy as np
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from fallow.errors import UsageError
-from fallow.files import check_writable, write_text
-from fallow.model import load
+from fallow.checkpoints.text import load_text
+from fallow.common.errors import UsageError
+from fallow.common.files import check_writable, write_text
+from fallow.common.progress import console
 from fallow.plan import Plan
-from fallow.progress import console
+from fallow.reference.model import load
 from fallow.reporting.figures import (
     Section,
     card_section,
@@ -42,7 +43,6 @@ from fallow.reporting.measure import (
     measure,
 )
 from fallow.reporting.results import read_results
-from fallow.text import load_text
 
 RULES, SPARSITIES = ("topk", "cats", "tail"), (0.3, 0.5, 0.7)
 _HERE = Path(__file__).parent

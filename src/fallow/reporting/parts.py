@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fallow.errors import FallowError, UsageError
-from fallow.files import read_json, write_json
+from fallow.common.errors import FallowError, UsageError
+from fallow.common.files import read_json, write_json
 
 _REMEDY = "remove it, or choose another --work folder"
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fallow.errors import FallowError
-from fallow.files import parse_json
+from fallow.common.errors import FallowError
+from fallow.common.files import parse_json
 
 # What is drawn where a result has it: its key, what it is called, and what to divide it by.
 METRICS = {

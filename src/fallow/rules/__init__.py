@@ -9,7 +9,9 @@ import sys
 from importlib import import_module
 from pkgutil import iter_modules
 
-from fallow.errors import UsageError
+from fallow.common.errors import UsageError
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules._base import (
     Arrays,
     Rule,
@@ -72,6 +74,8 @@ def _own_rule(module: str, class_name: str) -> type[Rule]:
 __all__ = [
     "RULES",
     "Arrays",
+    "Calibration",
+    "Layer",
     "Rule",
     "find_rule",
     "layer_quantiles",

@@ -10,18 +10,18 @@ import numpy as np
 import torch
 
 from fallow import _core
-from fallow.capture import Calibration, as_floats, n_threads
-from fallow.errors import UsageError
-from fallow.taps import Layer, Tap
+from fallow.common.errors import UsageError
+from fallow.models.capture import Calibration, as_floats, n_threads
+from fallow.models.taps import Layer, Tap
 
 Arrays = dict[str, np.ndarray]
 
 
 class Rule:
-    """A way to leave neurons (or inputs) idle, fitted to one model.
+    """A way to make neurons (or inputs) inactive, fitted to one model.
 
     The class attributes document the rule; `fit` learns its arrays from calibration statistics;
-    `taps` applies it. `knob` is the one number that the paper of the rule turns.
+    `taps` applies it. `knob` is the rule's one parameter, as its paper has it.
     """
 
     name: ClassVar[str]
@@ -73,12 +73,13 @@ class Rule:
         """
         if knob is None:
             if sparsity is None:
-                raise UsageError("give a target sparsity or a knob")
+                raise UsageError("give a target sparsity, or a value for knob")
             knob = cls.knob_for(calibration, check_sparsity(sparsity))
         low, high = cls.knob_range
         if not (low <= knob <= high and np.isfinite(knob)):
             raise UsageError(
-                f"knob {knob:g} of rule {cls.name} is outside [{low:g}, {high:g}]: {cls.knob_name}"
+                f"--knob {knob:g} of rule {cls.name} is outside [{low:g}, {high:g}]: "
+                f"{cls.knob_name}"
             )
         return cls(knob, cls.learn(calibration, knob))
 

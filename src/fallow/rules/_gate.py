@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from fallow.capture import Calibration
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules._base import Arrays, Rule
-from fallow.taps import Layer
 
 
 class GateFirst(Rule):

@@ -1,8 +1,8 @@
 """CATS: a threshold per layer on the gate's activation."""
 
-from fallow.capture import Calibration
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules._base import Arrays, Rule, layer_quantiles
-from fallow.taps import Layer
 
 
 class Cats(Rule):

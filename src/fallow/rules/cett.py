@@ -5,17 +5,17 @@ import math
 import numpy as np
 import torch
 
-from fallow.capture import Calibration
-from fallow.progress import progress
+from fallow.common.progress import progress
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules._base import Arrays, Rule, bisect, zero_where
-from fallow.taps import Layer
 
 N_CANDIDATES = 65536
-HIGHEST_QUANTILE = 0.99  # P3's cap: no layer gets sparser than about 99 %
+HIGHEST_QUANTILE = 0.99  # the published cap: no layer gets sparser than about 99 %
 
 
 class Cett(Rule):
-    """||n_i|| = |inter_i| ||down_proj[:, i]|| against one threshold per layer (P3 2.2, Eq. 3).
+    """||n_i|| = |inter_i| ||down_proj[:, i]|| against one threshold per layer (Eq. 3).
 
     The threshold is the largest whose cumulative error of tail truncation
     mean over tokens of ||Σ_D n_i|| / ||FFN(x)|| is at most the knob, the same in all layers.
@@ -59,7 +59,7 @@ class Cett(Rule):
 class CettSearch:
     """Thresholds of one layer, on scores (T, d_ff); `inter` likewise, `down_proj` (d_model, d_ff).
 
-    Candidates are 65,536 even steps from the smallest score to the 0.99 quantile (METHODS 4.1).
+    Candidates are 65,536 even steps from the smallest score to the 0.99 quantile.
     Evaluated candidates are remembered, so that the next search starts from a narrow bracket.
     """
 
@@ -96,8 +96,8 @@ class CettSearch:
         """The largest candidate with error <= target, found by bisection; 0 if there is none.
 
         Without that 0 the published code's index becomes -1 and wraps to the largest threshold
-        (METHODS 4.1). A target of 0 is 0 too, though a ReLU model has candidates without error:
-        what is lossless on this text need not be on another.
+        (docs/methods.md, "CETT"). A target of 0 is 0 too, though a ReLU model has candidates
+        without error: what is lossless on this text need not be on another.
         """
         if target <= 0:
             return 0.0

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from fallow.capture import Calibration
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules._base import Arrays, Rule
-from fallow.taps import Layer
 
 
 class Fat(Rule):
-    """|gate_act| against one ε shared by every layer (P3 4.3)."""
+    """|gate_act| against one ε shared by every layer."""
 
     name = "fat"
     paper = "arXiv:2411.02335 4.1"

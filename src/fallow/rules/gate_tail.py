@@ -2,7 +2,7 @@
 
 import torch
 
-from fallow.capture import Calibration
+from fallow.models.capture import Calibration
 from fallow.rules._gate import GateFirst, gate_weights
 from fallow.rules.tail import Tail
 
@@ -11,7 +11,7 @@ class GateTail(GateFirst, Tail):
     """Drops the smallest s_i while Σ_D s_i² <= τ² Σ s_i², s_i the score of `GateFirst`."""
 
     name = "gate_tail"
-    paper = "METHODS 4.3 and 5 (ours)"
+    paper = "ours (docs/methods.md)"
 
     @classmethod
     def sample(cls, calibration: Calibration) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

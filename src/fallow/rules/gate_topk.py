@@ -8,7 +8,7 @@ class GateTopK(GateFirst, TopK):
     """Keeps the k neurons with the largest |gate_act_i| E|up_i| ||down_proj[:, i]|| per token."""
 
     name = "gate_topk"
-    paper = "METHODS 5 (ours: gate only, per-token top-k)"
+    paper = "ours (docs/methods.md)"
 
 
 RULE = GateTopK

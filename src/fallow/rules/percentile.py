@@ -1,19 +1,19 @@
-"""Percentile thresholds of P1: one scalar per layer and projection output."""
+"""Percentile thresholds: one scalar per layer and projection output."""
 
 import numpy as np
 
-from fallow.capture import Calibration
-from fallow.metrics import histogram_quantile
+from fallow.common.metrics import histogram_quantile
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules._base import Arrays, Rule, layer_quantiles
-from fallow.taps import Layer
 
 
 class Percentile(Rule):
     """|A| of gate_proj, up_proj and down_proj outputs against the layer's own q-th percentile.
 
-    P1 Eqs. 1-7. The target q is the sparsity of each of the three outputs; that of `inter` is
-    higher (the union of two sets of zeros). Variant for a fused gate_up_proj (Phi-3): the gate
-    half alone is cut, at a joint percentile over gate and up values. Non-gated FFN: the
+    Eqs. 1-7 of the paper. The target q is the sparsity of each of the three outputs; that of
+    `inter` is higher (the union of two sets of zeros). Variant for a fused gate_up_proj (Phi-3):
+    the gate half alone is cut, at a joint percentile over gate and up values. Non-gated FFN: the
     pre-activation and the output.
     """
 

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from fallow.capture import Calibration
-from fallow.errors import UsageError
+from fallow.common.errors import UsageError
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules._base import Arrays, Rule
-from fallow.taps import Layer
 
 
 class Relu(Rule):
-    """gate_act = 0: changes no output, and is natural sparsity. No knob."""
+    """gate_act = 0: changes no output, and is natural sparsity. No parameter."""
 
     name = "relu"
     paper = "arXiv:2411.02335 4.1 (straightforward ReLU)"
@@ -26,7 +26,7 @@ class Relu(Rule):
     @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
         if sparsity > 0:
-            raise UsageError("rule relu has no knob: it cuts exact zeros; give --knob 0")
+            raise UsageError("rule relu has no parameter: it cuts exact zeros; give --knob 0")
         return 0.0
 
     @classmethod

@@ -2,16 +2,16 @@
 
 import torch
 
-from fallow.capture import Calibration
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules._base import Arrays, Rule, bisect, per_token_tail, scalar
-from fallow.taps import Layer
 
 
 class Tail(Rule):
     """Drops the smallest n_i while Σ_D ||n_i||² <= τ² Σ ||n_i||², n_i a neuron's output."""
 
     name = "tail"
-    paper = "METHODS 4.3 (ours)"
+    paper = "ours (docs/methods.md)"
     where = "inter"
     knob_name = "τ, share of the root of the summed squared neuron norms"
     known = "after gate and up: saves down_proj"

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fallow.capture import Calibration, input_histogram
-from fallow.progress import progress
+from fallow.common.progress import progress
+from fallow.models.capture import Calibration, input_histogram
+from fallow.models.taps import Layer, attach
 from fallow.rules._base import Arrays, Rule, zero_where
-from fallow.taps import Layer, attach
 
 # One step saves ALPHA of the block's weights, but adds at most LARGEST_STEP to one projection's
 # sparsity: under grouped-query attention k_proj is 1/120 of a block and could take no equal step.

@@ -2,16 +2,16 @@
 
 import torch
 
-from fallow.capture import Calibration
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules._base import Arrays, Rule, per_token_topk, scalar
-from fallow.taps import Layer
 
 
 class TopK(Rule):
     """Keeps the k neurons with the largest |inter_i| ||down_proj[:, i]|| of each token."""
 
     name = "topk"
-    paper = "METHODS 4.3 (ours; arXiv:2411.02335 ranks |gate_act| per layer)"
+    paper = "ours (docs/methods.md); arXiv:2411.02335 4.1 ranks |gate_act| per layer"
     where = "inter"
     knob_name = "k / d_ff, the share kept per token"
     known = "after gate and up: saves down_proj"

@@ -5,25 +5,26 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from fallow.capture import Calibration
-from fallow.progress import progress
+from fallow.common.progress import progress
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules._base import Arrays, bisect
 from fallow.rules._gate import GateFirst, gate_weights
 from fallow.rules.cett import CettSearch, cett_searches
-from fallow.taps import Layer
 
 
 class TwoStage(GateFirst):
-    """Idle are |gate_act_i| E|up_i| ||down_proj[:, i]|| and then |inter_i| ||down_proj[:, i]||
-    below a threshold of their own.
+    """A neuron is inactive if its score is at most the threshold in one of two stages.
 
-    Both thresholds follow `cett` (P3 2.2): the second one's cumulative error of tail truncation is
-    the knob, the first one's `early` percent of it, the same in all layers. `fallow optimize` sets
-    every threshold by what it costs the whole model instead.
+    The first scores |gate_act_i| E|up_i| ||down_proj[:, i]||, after gate_proj; the second
+    |inter_i| ||down_proj[:, i]||, after up_proj. Both thresholds follow `cett` (arXiv:2411.02335
+    2.2): the second one's cumulative error of tail truncation is the knob, the first one's `early`
+    percent of it, the same in all layers. `fallow optimize` sets every threshold by what it costs
+    the whole model instead.
     """
 
     name = "two_stage"
-    paper = "METHODS 5 (ours)"
+    paper = "ours (docs/methods.md)"
     where = "inter"
     knob_name = "CETT of the second stage, share of the FFN output's norm"
     known = "after gate: saves some of up_proj; after up: more of down_proj"

@@ -2,8 +2,8 @@
 
 import torch
 
+from fallow.models.taps import Layer
 from fallow.rules.topk import TopK
-from fallow.taps import Layer
 
 
 class Wina(TopK):

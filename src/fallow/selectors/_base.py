@@ -7,7 +7,8 @@ from typing import ClassVar, Self
 import torch
 from torch import nn
 
-from fallow.capture import Calibration
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer, Tap
 from fallow.rules import Arrays, Rule
 from fallow.rules._base import per_token_topk, scalar, zero_where
 from fallow.rules.cett import Cett
@@ -18,7 +19,6 @@ from fallow.selectors._compensation import (
     compensation_shapes,
     fit_compensation,
 )
-from fallow.taps import Layer, Tap
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Selector(Rule):
     FFN's input stands for what the dropped neurons would have added.
     """
 
-    paper = "METHODS 5 (ours)"
+    paper = "ours (docs/methods.md)"
     where = "inter"
     knob_name = "k / d_ff, the share kept per token"
     options: ClassVar[dict[str, int]] = {"cett": 0, "compensation": 0}

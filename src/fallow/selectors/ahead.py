@@ -5,14 +5,14 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from fallow.capture import Calibration
-from fallow.progress import progress
+from fallow.common.progress import progress
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules import Arrays
 from fallow.selectors._base import Bits, Seen, input_weights
 from fallow.selectors._rounding import rounded, rounded_bytes
 from fallow.selectors._svd import DAMPING, Inputs
 from fallow.selectors.lowbit import LowBit
-from fallow.taps import Layer
 
 MAP_BITS = 8
 
@@ -23,13 +23,14 @@ class Ahead(LowBit):
     s (d_model,) scales every entry by least squares, norm weights included. A (d_model, map) and
     B (map, d_model) are of rank `map` and closest, over calibration, to what the linear map from y
     to x with the least squared error adds to s. How far x' misses is the error of the score. The
-    first layer's y is its own x. METHODS 2.4 looks ahead so, over many layers and by a network.
+    first layer's y is its own x. arXiv:2412.12178 V proposes it over many layers
+    and by a network.
     """
 
     # On SmolLM2 (2 windows, 50 %, exact gate and up): recall 0.744, KL 0.178 ± 0.008 nats with s
     # alone; map=64 0.793, 0.129 ± 0.005; the whole map 0.810, 0.114 ± 0.004.
     name = "ahead"
-    known = "a layer early: what rests need not be fetched, nor read"
+    known = "a layer early: inactive neurons need not be fetched, nor read"
     options: ClassVar[dict[str, int]] = {**LowBit.options, "up": 4, "map": 64}
     option_ranges: ClassVar[dict[str, range]] = {**LowBit.option_ranges, "map": range(1025)}
 

@@ -2,19 +2,19 @@
 
 import torch
 
-from fallow.capture import Calibration
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules import Arrays
 from fallow.selectors._base import Bits, Seen, watch
 from fallow.selectors.lowrank import LowRank
 from fallow.selectors.previous import Previous, earlier_mean
 from fallow.selectors.static import mean_out_norm
-from fallow.taps import Layer
 
 FEATURES = 3
 # What the weights are drawn to, the score of `lowrank` alone, and how strongly: as a share of each
 # feature's own weight in the sums.
 PRIOR, RIDGE = (1.0, 0.0, 0.0), 0.01
-SMALLEST = 1e-30  # of a score: at 0 a neuron rests even where all are kept
+SMALLEST = 1e-30  # of a score: at 0 a neuron is inactive even where all are kept
 
 
 class Blend(LowRank):
@@ -22,8 +22,8 @@ class Blend(LowRank):
 
     a, b and c, an array "blend" (L, d_ff, 3), are the neuron's own and have the least squared error
     of out_norm over the calibration. Tokens count by the inverse of their FFN's squared out_norm,
-    or attention sinks would decide. As with `previous`, p is a bound: it knows idle neurons too,
-    and gate and up are read whole for it.
+    or attention sinks would decide. As with `previous`, p is a bound: it knows inactive neurons
+    too, and gate and up are read whole for it.
     """
 
     name = "blend"

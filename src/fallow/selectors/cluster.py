@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from fallow.capture import Calibration
-from fallow.errors import UsageError
+from fallow.common.errors import UsageError
+from fallow.common.progress import progress
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.patterns.clustering import energy_weights, fit, one_pass
 from fallow.patterns.store import pack_bits, unpack_bits
-from fallow.progress import progress
 from fallow.rules import Arrays
 from fallow.rules._base import per_token_topk
 from fallow.selectors._base import Bits, Seen, Selector, watch
 from fallow.selectors._compensation import from_int8, to_int8
-from fallow.taps import Layer
 
 BUDGET = 0.5  # of the patterns that are clustered, and of centroids
 RIDGE = 0.01  # of the inputs' mean variance
@@ -33,12 +33,12 @@ class Cluster(Selector):
     count neurons by weights of their energy. Chosen is the cluster with the largest expected
     overlap, sum over its neurons of w_i P(i active), which a linear regression of the active sets
     on the FFN's input x gives: (C w W) x + C w b, one row per cluster. With oracle=1 it is the one
-    that overlaps the true active set most, a bound (arXiv:2507.14179; METHODS 3.4). With and=1 only
+    that overlaps the true active set most, a bound (arXiv:2507.14179). With and=1 only
     neurons of the true active set remain, as published.
     """
 
     name = "cluster"
-    paper = "METHODS 3.6 (ours); arXiv:2507.14179"
+    paper = "ours (docs/methods.md); arXiv:2507.14179"
     known = (
         "before gate: saves gate_proj, up_proj and down_proj; oracle=1 or and=1: not before down"
     )
@@ -104,7 +104,7 @@ class Cluster(Selector):
                 choice, scale = to_int8(values[:, :-1])
                 loudness = seen.energy / np.maximum(seen.counts, 1)
                 layer_arrays = {
-                    # Of equal rates those of the centroid come first.
+                    # Where rates are equal, the centroid's neurons come first.
                     "rate": np.round(250 * rate + 2 * centroids).astype(np.uint8),
                     # Above 0, so that rates tell even silent neurons apart.
                     "loudness": np.maximum(loudness, 1e-6 * loudness.max()).astype(np.float32),

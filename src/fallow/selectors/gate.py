@@ -2,11 +2,11 @@
 
 import torch
 
-from fallow.capture import Calibration
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules import Arrays
 from fallow.rules._gate import gate_weights
 from fallow.selectors._base import Bits, Seen, Selector
-from fallow.taps import Layer
 
 
 class Gate(Selector):

@@ -2,11 +2,11 @@
 
 import torch
 
-from fallow.capture import Calibration
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules import Arrays
 from fallow.selectors._base import Seen
 from fallow.selectors.gate import Gate
-from fallow.taps import Layer
 
 BUCKETS = 8  # of equal count per neuron: 128 of 1024 sampled tokens each
 

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from fallow.capture import Calibration
-from fallow.errors import UsageError
+from fallow.common.errors import UsageError
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules import Arrays
 from fallow.selectors._base import Bits, Seen, Selector, input_weights
 from fallow.selectors._compensation import from_int8, to_int8
 from fallow.selectors._svd import Inputs
-from fallow.taps import Layer
 
 Network = dict[str, torch.Tensor]
 """One layer's network: `in` (rank, d_model), `out` (n d_ff, rank), `noise` (n d_ff,)."""
@@ -35,7 +35,7 @@ class Learned(Selector):
     """
 
     name = "learned"
-    paper = "METHODS 5 (ours); arXiv:2310.17157"
+    paper = "ours (docs/methods.md); arXiv:2310.17157"
     known = "before gate: saves gate_proj, up_proj and down_proj; gate=1: all but gate_proj"
     options: ClassVar[dict[str, int]] = {"rank": 64, "gate": 0, **Selector.options}
     option_ranges: ClassVar[dict[str, range]] = {
@@ -139,7 +139,7 @@ def initial(
     inputs = Inputs(moment)
     out, inner = inputs.white(weight, options["rank"])
     left = (inputs.root_mean_square(weight).square() - out.square().sum(dim=1)).clamp_min(1e-8)
-    # Of the gate's error act passes on a part, about half of its standard deviation.
+    # act passes on a part of the gate's error, about half of its standard deviation.
     share = torch.ones_like(left)
     if "gate" in predicted(layer, options):
         share[: layer.down_proj.in_features] = 0.25

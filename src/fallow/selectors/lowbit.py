@@ -1,17 +1,17 @@
-"""The top bits of the weights choose; the rest is read for the chosen neurons alone."""
+"""The top bits of the weights choose; the others are read for the chosen neurons alone."""
 
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from fallow.capture import Calibration
-from fallow.progress import progress
+from fallow.common.progress import progress
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules import Arrays
 from fallow.selectors._base import Approximate, Bits, Selector, input_weights
 from fallow.selectors._rounding import STORED_BITS, top_bits
 from fallow.selectors._svd import Inputs
-from fallow.taps import Layer
 
 
 class LowBit(Approximate):
@@ -26,7 +26,7 @@ class LowBit(Approximate):
     """
 
     name = "lowbit"
-    known = "after the top bits of gate and up: saves their rest, and down_proj"
+    known = "after the top bits of gate and up: saves their other bits, and down_proj"
     options: ClassVar[dict[str, int]] = {"gate": 4, "up": 2, "rank": 0, **Selector.options}
     option_ranges: ClassVar[dict[str, range]] = {
         "gate": range(1, STORED_BITS + 1),

@@ -5,13 +5,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from fallow.capture import Calibration
-from fallow.progress import progress
+from fallow.common.progress import progress
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules import Arrays
 from fallow.selectors._base import Approximate, Bits, Selector, input_weights
 from fallow.selectors._rounding import rounded, rounded_bytes
 from fallow.selectors._svd import Inputs
-from fallow.taps import Layer
 
 
 class LowRank(Approximate):

@@ -2,8 +2,8 @@
 
 import torch
 
+from fallow.models.taps import Layer
 from fallow.selectors._base import Bits, Seen, Selector
-from fallow.taps import Layer
 
 
 class Oracle(Selector):

@@ -2,9 +2,9 @@
 
 import torch
 
+from fallow.models.taps import Layer
 from fallow.selectors._base import Bits, Seen
 from fallow.selectors.static import Static
-from fallow.taps import Layer
 
 DECAY = 0.7  # about three tokens back
 
@@ -12,7 +12,7 @@ DECAY = 0.7  # about three tokens back
 class Previous(Static):
     """Keeps the k neurons with the largest decaying mean of earlier tokens' out_norm.
 
-    It starts from the calibration mean. The magnitudes are those of all neurons, idle ones too: a
+    It starts from the calibration mean. The magnitudes are those of all neurons, inactive too: a
     bound on what the previous tokens tell, for which gate and up are read whole.
     """
 

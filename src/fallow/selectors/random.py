@@ -4,8 +4,8 @@ from typing import ClassVar
 
 import torch
 
+from fallow.models.taps import Layer
 from fallow.selectors._base import Seen, Selector
-from fallow.taps import Layer
 
 
 class Random(Selector):

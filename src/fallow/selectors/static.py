@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from fallow.capture import Calibration
+from fallow.models.capture import Calibration
+from fallow.models.taps import Layer
 from fallow.rules import Arrays
 from fallow.selectors._base import Seen, Selector
-from fallow.taps import Layer
 
 
 class Static(Selector):

@@ -22,13 +22,15 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from fallow.engine import Piece, Sampler, Stats, TokenChoice
-from fallow.errors import FallowError
+from fallow.checkpoints.tokenizer import TextTokenizer
+from fallow.common.errors import FallowError
+from fallow.engine.answer import Piece
+from fallow.engine.sampling import Sampler, TokenChoice
+from fallow.engine.stats import Stats
 from fallow.serving import schemas as api
 from fallow.serving.limits import Limits
 from fallow.serving.telemetry import Telemetry
 from fallow.serving.worker import Busy, Closing, Job, Worker
-from fallow.tokenizer import TextTokenizer
 
 CLIENT_GONE = 499  # nobody reads it
 KEEP_ALIVE = 15.0  # seconds between comments on a stream that has nothing to say

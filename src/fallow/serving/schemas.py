@@ -24,12 +24,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from fallow.errors import FallowError
+from fallow.common.errors import FallowError
 
 _NO_TEXT = "has half of a surrogate pair, which is no text"
 _OURS = "fallow"  # the type of errors that are sentences of ours
 _TEXT, _PARTS = "(text)", "(parts)"  # what pydantic calls the kinds of a message's content
-# Of pydantic's own errors those that a field without `_takes` may have.
+# What pydantic's own errors say, those that a field without `_takes` may have.
 _SAID = {
     "missing": "is missing",
     "extra_forbidden": "is not supported here; leave it out",

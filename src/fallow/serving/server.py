@@ -9,9 +9,9 @@ from typing import Any
 
 import uvicorn
 
-from fallow.engine import Engine
-from fallow.errors import FallowError, UsageError
-from fallow.progress import console
+from fallow.common.errors import FallowError, UsageError
+from fallow.common.progress import console
+from fallow.engine.engine import Engine
 from fallow.serving.app import create_app
 from fallow.serving.worker import Worker
 

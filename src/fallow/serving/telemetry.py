@@ -10,7 +10,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from fallow.engine import Stats
+from fallow.engine.stats import Stats
 from fallow.serving.worker import Worker
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
@@ -45,7 +45,7 @@ class Telemetry:
             "fallow_decode_tokens_per_second", "Of answers", buckets=SPEED, registry=registry
         )
         self._idle = Gauge(
-            "fallow_neurons_idle_ratio", "Of the last answer, mean of layers", registry=registry
+            "fallow_neurons_idle_ratio", "Inactive neurons, mean of layers", registry=registry
         )
         waiting = Gauge("fallow_requests_waiting", "Answers in the queue", registry=registry)
         waiting.set_function(lambda: worker.waiting)

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from fallow.engine import Engine, Piece, Sampler, Stats
-from fallow.errors import FallowError
+from fallow.common.errors import FallowError
+from fallow.engine.answer import Piece
+from fallow.engine.engine import Engine
+from fallow.engine.sampling import Sampler
+from fallow.engine.stats import Stats
 
 FIRST_GUESS = 5.0  # seconds that an answer takes, before one was given
 SMOOTHING = 0.2  # weight of the last answer in the mean that Retry-After is of

@@ -1,0 +1,199 @@
+"""From a model and a text to a plan: thresholds for a sparsity, a parameter, or a stated loss."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from fallow.checkpoints.text import Text, load_text, split_windows
+from fallow.common.errors import UsageError
+from fallow.common.metrics import ppl_change_percent
+from fallow.common.progress import console, progress
+from fallow.measure.evaluation import run_window, window_losses
+from fallow.models.capture import Calibration
+from fallow.plan import Plan
+from fallow.reference.model import Model
+from fallow.rules import Rule, find_rule
+from fallow.rules._base import check_sparsity
+
+# arXiv:2411.02335 Algorithm 1 stops at 1e-3 in its cluster code.
+SEARCH_TOLERANCE = 1e-3
+
+
+def check_request(
+    rule: str, sparsity: float | None, knob: float | None, max_ppl_increase: float | None
+) -> None:
+    """Raises UsageError for what needs no model to be seen wrong: rule, targets, sparsity."""
+    find_rule(rule)
+    if sum(target is not None for target in (sparsity, knob, max_ppl_increase)) != 1:
+        raise UsageError("give exactly one of --sparsity, --knob and --max-ppl-increase")
+    if sparsity is not None:
+        check_sparsity(sparsity)
+    if max_ppl_increase is not None:
+        check_increase(max_ppl_increase)
+
+
+def check_increase(percent: float) -> float:
+    """Raises UsageError for a largest PPL increase that no search can end at."""
+    if not (math.isfinite(percent) and percent > 0):
+        raise UsageError(f"--max-ppl-increase {percent} is not a positive percentage")
+    return percent
+
+
+class Calibrator:
+    """Calibration text cut in two: windows to fit thresholds on, and held-out ones to judge them.
+
+    Statistics are collected once and serve any number of plans.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        text: str | Path | Text | None = None,
+        *,
+        context: int = 1024,
+        windows: int = 8,
+        validation_windows: int = 4,
+    ) -> None:
+        for option, value in (("windows", windows), ("validation-windows", validation_windows)):
+            if value < 1:
+                raise UsageError(f"--{option} {value} is too few; give at least 1")
+        self.model = model
+        self.text = load_text(text, "calibration")
+        cut = model.windows(self.text, context)
+        fit_windows, self.validation = split_windows(cut, [windows, validation_windows])
+        self.calibration = Calibration(model, fit_windows)
+        self._dense_losses: np.ndarray | None = None
+
+    def plan(
+        self,
+        rule: str,
+        *,
+        sparsity: float | None = None,
+        knob: float | None = None,
+        max_ppl_increase: float | None = None,
+        measure: bool = True,
+    ) -> Plan:
+        """Fits a rule. Exactly one target is given; `max_ppl_increase` is in percent.
+
+        `measure` records the sparsity and the PPL increase on the held-out calibration text.
+
+        Raises:
+            UsageError: unknown rule, no or several targets, a target out of range.
+        """
+        check_request(rule, sparsity, knob, max_ppl_increase)
+        rule_class = find_rule(rule)
+        if max_ppl_increase is not None:
+            fitted = self._search(rule_class, max_ppl_increase)
+        else:
+            fitted = rule_class.fit(self.calibration, sparsity=sparsity, knob=knob)
+        plan = self._make_plan(fitted)
+        plan.target_sparsity, plan.target_ppl_increase = sparsity, max_ppl_increase
+        if measure:
+            self._measure(plan)
+        return plan
+
+    def _search(self, rule_class: type[Rule], increase: float) -> Rule:
+        """Bisection on PPL over held-out calibration windows, for any rule.
+
+        arXiv:2411.02335, Algorithm 1. Ends at the largest level found whose increase stays below
+        the target.
+        """
+        if rule_class.search is None:
+            raise UsageError(f"rule {rule_class.name} has no parameter to search; give --knob 0")
+        low, high = 0.0, rule_class.search_limit
+        best = rule_class.fit(self.calibration, **{rule_class.search: 0.0})
+        steps = math.ceil(math.log2(high / SEARCH_TOLERANCE))
+        with progress(f"search {rule_class.name}", steps) as ticker:
+            for _ in range(steps):
+                middle = (low + high) / 2
+                fitted = rule_class.fit(self.calibration, **{rule_class.search: middle})
+                change = self._ppl_increase(self._make_plan(fitted), increase)
+                console.print(
+                    f"{rule_class.name} at {rule_class.search} {middle:.4f}: PPL {change:+.2f} %",
+                    highlight=False,
+                )
+                if change < increase:
+                    low, best = middle, fitted
+                else:
+                    high = middle
+                ticker.advance()
+        return best
+
+    def _ppl_increase(self, plan: Plan, enough: float) -> float:
+        """PPL increase on the held-out windows, percent.
+
+        Stops at the window from which on it exceeds `enough` (percent) twice over even if the
+        rest cost nothing: a search asks only on which side of its target a plan lies.
+        """
+        if self._dense_losses is None:
+            self._dense_losses = window_losses(self.model, self.validation, None)
+        losses = self._dense_losses.copy()
+        for i in range(len(losses)):
+            losses[i] = window_losses(self.model, self.validation[i : i + 1], plan)[0]
+            increase = ppl_change_percent(losses, self._dense_losses)[0]
+            if increase > 2 * enough:
+                break
+        return increase
+
+    def _make_plan(self, rule: Rule) -> Plan:
+        return Plan(
+            model=self.model.name,
+            fingerprint=self.model.fingerprint,
+            rule=rule.name,
+            where=rule.where,
+            knob=rule.knob,
+            knob_name=rule.knob_name,
+            arrays=rule.arrays,
+            calibration_text=self.text.name,
+            calibration_sha256=self.text.sha256,
+            calibration_sketch=self.text.sketch,
+            calibration_tokens=self.calibration.n_tokens,
+            dtype=self.model.dtype_name,
+        )
+
+    def _measure(self, plan: Plan) -> None:
+        dense, sparse = [], []
+        with progress("held-out check", len(self.validation)) as ticker:
+            for window in self.validation:
+                d, s = run_window(self.model, window, [plan])
+                dense.append(d.loss)
+                sparse.append(s[0])
+                ticker.advance()
+        plan.achieved_sparsity = float(np.mean([r.achieved_sparsity for r in sparse]))
+        losses = np.array([r.loss for r in sparse])
+        plan.achieved_ppl_increase, plan.achieved_ppl_increase_se = ppl_change_percent(
+            losses, np.array(dense)
+        )
+
+
+def calibrate(
+    model: Model,
+    rule: str,
+    *,
+    sparsity: float | None = None,
+    knob: float | None = None,
+    max_ppl_increase: float | None = None,
+    text: str | Path | Text | None = None,
+    context: int = 1024,
+    windows: int = 8,
+    validation_windows: int = 4,
+    measure: bool = True,
+) -> Plan:
+    """A plan for `model` by `rule` at a sparsity, a value of `knob`, or a largest PPL increase (%).
+
+    Thresholds are fitted on the first `windows` windows of the text, and judged on the next
+    `validation_windows` if they are to be judged (`measure`). None as text is the calibration half
+    of the default text.
+
+    Raises:
+        FallowError: the text is too short, or the model computes NaN.
+        UsageError: unknown rule, no or several targets, a target out of range.
+    """
+    check_request(rule, sparsity, knob, max_ppl_increase)
+    calibrator = Calibrator(
+        model, text, context=context, windows=windows, validation_windows=validation_windows
+    )
+    return calibrator.plan(
+        rule, sparsity=sparsity, knob=knob, max_ppl_increase=max_ppl_increase, measure=measure
+    )

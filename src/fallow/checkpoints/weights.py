@@ -1,0 +1,283 @@
+"""Checkpoint files: GGUF and safetensors, read without torch."""
+
+import hashlib
+import math
+import operator
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fallow import _core
+from fallow.common.errors import FallowError, in_one_line
+from fallow.common.files import DuplicateKeyError, parse_json, read_json
+
+N_THREADS = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, still in its stored bytes. `shape` is outermost first: (out, in)."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str  # "F32", "BF16", "Q4_K", ...
+    data: np.ndarray = field(repr=False)  # uint8, memory-mapped
+
+    def dequantize(self) -> np.ndarray:
+        """The tensor's values, float32 of `shape`."""
+        if self.type not in _core.FORMATS:
+            return self._dequantize_rare()
+        values = np.empty(int(np.prod(self.shape)), dtype=np.float32)
+        _core.dequantize(self.type, self.data, values, N_THREADS)
+        return values.reshape(self.shape)
+
+    def _dequantize_rare(self) -> np.ndarray:
+        import gguf
+
+        try:
+            kind = gguf.GGMLQuantizationType[self.type]
+            return gguf.dequantize(self.data, kind).reshape(self.shape).astype(np.float32)
+        except (KeyError, NotImplementedError) as error:
+            raise FallowError(
+                f"tensor {self.name} has type {self.type}, which cannot be decoded; "
+                "use a file quantised with Q4_0 to Q8_0, Q2_K to Q6_K, F16 or BF16"
+            ) from error
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file's metadata and tensors. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+    offsets: dict[str, int] = field(default_factory=dict)  # of tensors, from the file's start
+    mappings: tuple[_core.Mapping, ...] = ()  # in which the tensors' bytes lie, one for each part
+    _asked: set[str] = field(default_factory=set, repr=False)  # keys, of `get`
+
+    @property
+    def architecture(self) -> str:
+        return self.get("general.architecture")
+
+    def get(self, key: str, default: Any = ...) -> Any:
+        """A metadata value; `{arch}` in the key stands for the architecture's name.
+
+        Raises:
+            FallowError: the key is missing and there is no default.
+        """
+        if "{arch}" in key:
+            key = key.format(arch=self.architecture)
+        self._asked.add(key)
+        if key in self.metadata:
+            return self.metadata[key]
+        if default is ...:
+            raise FallowError(f"GGUF {self.path} has no {key}; is it a language model?")
+        return default
+
+    def unasked(self) -> set[str]:
+        """The metadata's keys that `get` was never asked for."""
+        return set(self.metadata) - self._asked
+
+    def forget_pages(self) -> None:
+        """Lets go of what was read of the mapped file; it is read again when it is used."""
+        for mapping in self.mappings:
+            mapping.forget()
+
+    def check_unchanged(self) -> None:
+        """Raises FallowError if a part was cut or written to since, or could not be read."""
+        try:
+            for mapping in self.mappings:
+                mapping.check()
+        except _core.DiskError as error:
+            raise FallowError(str(error)) from error
+
+
+def read_gguf(path: str | Path) -> GgufFile:
+    """Opens a GGUF file (v2, v3), a split one by its first part; tensors are read when used.
+
+    Raises:
+        FallowError: missing, not GGUF, truncated, inconsistent, or a part without the others.
+    """
+    first = _read_part(Path(path))
+    count = first.get("split.count", 1)
+    if not isinstance(count, int) or count < 2:
+        return first
+    return _join_parts(first, count)
+
+
+def _join_parts(first: GgufFile, count: int) -> GgufFile:
+    """The file of which `first` is one of `count` parts, which llama-gguf-split named.
+
+    https://github.com/ggml-org/llama.cpp/tree/master/tools/gguf-split
+    """
+    number, where = first.get("split.no", 0), f"GGUF {first.path} is part"
+    if not isinstance(number, int):
+        raise FallowError(f"{where} {number!r} of {count}; download it again")
+    ending = f"-{number + 1:05}-of-{count:05}.gguf"
+    if not first.path.name.endswith(ending):
+        raise FallowError(
+            f"{where} {number + 1} of {count}, but its name does not end in {ending}, by which the "
+            "others are found; rename it"
+        )
+    stem = first.path.name.removesuffix(ending)
+    names = [f"{stem}-{i + 1:05}-of-{count:05}.gguf" for i in range(count)]
+    if number != 0:
+        raise FallowError(f"{where} {number + 1} of {count}; give part 1, {names[0]}")
+    if "fallow.version" in first.metadata:
+        raise FallowError(f"{where} 1 of {count} of a packed model; pack it again, in one piece")
+    tensors, mappings = dict(first.tensors), list(first.mappings)
+    for i, name in enumerate(names[1:], 1):
+        path = first.path.with_name(name)
+        if not path.exists():
+            raise FallowError(f"{where} 1 of {count}; part {i + 1}, {path}, is missing; add it")
+        part = _read_part(path)
+        if (part.get("split.no", None), part.get("split.count", None)) != (i, count):
+            raise FallowError(f"GGUF {path} is not part {i + 1} of {count}; download it again")
+        if again := sorted(tensors.keys() & part.tensors):
+            raise FallowError(f"GGUF {path} has the tensor {again[0]}, as a part before it does")
+        tensors |= part.tensors
+        mappings += part.mappings
+    expected = first.get("split.tensors.count", len(tensors))
+    if len(tensors) != expected:
+        raise FallowError(
+            f"{where} 1 of {count}, which have {len(tensors)} tensors, expected {expected}; "
+            "download them again"
+        )
+    return GgufFile(first.path, first.metadata, tensors, mappings=tuple(mappings))
+
+
+def _read_part(path: Path) -> GgufFile:
+    mapping = _map_file(path, "GGUF")
+    data = mapping.data
+    try:
+        header = _core.gguf_header(data)
+    except ValueError as error:  # GgufError, or a name that is not UTF-8
+        raise FallowError(
+            f"GGUF {path} is not usable: {in_one_line(error)}; download or convert it again"
+        ) from error
+    tensors = {
+        name: StoredTensor(name, tuple(shape), kind, data[offset : offset + n_bytes])
+        for name, shape, kind, offset, n_bytes in header["tensors"]
+    }
+    offsets = {name: offset for name, _, _, offset, _ in header["tensors"]}
+    return GgufFile(path, header["fields"], tensors, offsets, (mapping,))
+
+
+def _map_file(path: Path, what: str) -> _core.Mapping:
+    """Raises FallowError if there is no such file, or nothing in it."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise FallowError(f"{what} {path} is empty (0 bytes); download or convert it again")
+        return _core.Mapping(os.fsencode(path))
+    except _core.DiskError as error:
+        raise FallowError(str(error)) from error
+    except OSError as error:
+        raise FallowError(f"cannot read {what} {path}: {error.strerror}") from error
+
+
+# https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs
+_SAFETENSORS_BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+
+
+def read_safetensors(folder: str | Path) -> Iterator[StoredTensor]:
+    """The tensors of a Hugging Face folder: model.safetensors, else the shards its index lists.
+
+    Raises:
+        FallowError: a file is missing, truncated or inconsistent.
+    """
+    for path in _safetensors_files(Path(folder)):
+        data = _map_file(path, "safetensors file").data
+        header, start = _safetensors_header(path, data)
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            yield _safetensors_tensor(path, data, start, name, entry)
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.exists():  # as transformers does: an index beside it may be stale
+        return [single]
+    if not index.exists():
+        raise FallowError(
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json; "
+            "fallow reads safetensors and GGUF weights"
+        )
+    places = read_json(index, "download it again").get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise FallowError(f"{index} is not a safetensors index; download it again")
+    names, there = sorted(set(places.values())), {path.name for path in folder.iterdir()}
+    for name in names:
+        if name not in there:
+            raise FallowError(f"shard {folder / name} listed in {index.name} is missing")
+    return [folder / name for name in names]
+
+
+def _safetensors_header(path: Path, data: np.ndarray) -> tuple[dict[str, Any], int]:
+    remedy = "download it again"
+    if len(data) < 8:
+        raise FallowError(f"safetensors file {path} is truncated ({len(data)} bytes); {remedy}")
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if length > len(data) - 8:
+        raise FallowError(
+            f"safetensors file {path} is truncated or no safetensors file: its header needs "
+            f"{length} bytes, {len(data) - 8} are there; {remedy}"
+        )
+    try:
+        header = dict(parse_json(data[8 : 8 + length].tobytes()))
+    except DuplicateKeyError as error:  # which the format forbids
+        reason = in_one_line(error)
+        raise FallowError(f"the header of safetensors file {path}: {reason}; {remedy}") from error
+    except (ValueError, TypeError) as error:
+        raise FallowError(f"safetensors file {path} has a broken header; {remedy}") from error
+    return header, 8 + length
+
+
+def _safetensors_tensor(
+    path: Path, data: np.ndarray, start: int, name: str, entry: dict[str, Any]
+) -> StoredTensor:
+    try:
+        kind, shape = entry["dtype"], tuple(operator.index(n) for n in entry["shape"])
+        begin, end = (operator.index(offset) for offset in entry["data_offsets"])
+        bits = _SAFETENSORS_BITS[kind]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FallowError(
+            f"safetensors file {path}: tensor {name} has an unsupported entry {entry}"
+        ) from error
+    if not 0 <= begin <= end <= len(data) - start:
+        raise FallowError(
+            f"safetensors file {path} is truncated: tensor {name} ends at byte {start + end}, "
+            f"the file has {len(data)}; download it again"
+        )
+    if min(shape, default=0) < 0 or (end - begin) * 8 != bits * math.prod(shape):
+        raise FallowError(
+            f"safetensors file {path}: tensor {name} of shape {shape} does not fill its bytes"
+        )
+    return StoredTensor(name, shape, kind, data[start + begin : start + end])
+
+
+def fingerprint(tensors: dict[str, StoredTensor]) -> str:
+    """Identifies a model by its weights: 16 hex digits.
+
+    SHA-256 over every tensor's name, shape, type and a sample of its bytes (4 KiB at the start and
+    one cache line per MiB), so that a fine-tuned copy differs and 1 GB takes milliseconds.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.shape} {tensor.type}\n".encode())
+        digest.update(tensor.data[:4096].tobytes())
+        for start in range(1 << 20, len(tensor.data), 1 << 20):
+            digest.update(tensor.data[start : start + 64].tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,93 @@
+"""Numbers from numbers: no models, no files. numpy only."""
+
+import math
+from functools import cache
+
+import numpy as np
+
+from fallow import _core
+
+
+@cache
+def bin_edges() -> np.ndarray:
+    """Lower edges of the magnitude histogram's bins and the last upper edge, (bins + 1,) float64.
+
+    1024 bins per octave from 2^-64 to 2^32; a bin's lower edge belongs to it.
+    """
+    position = np.arange(_core.HISTOGRAM_BINS + 1)
+    octave, step = np.divmod(position, _core.HISTOGRAM_BINS_PER_OCTAVE)
+    edges = np.ldexp(
+        1 + step / _core.HISTOGRAM_BINS_PER_OCTAVE, octave + _core.HISTOGRAM_MIN_EXPONENT
+    )
+    edges[0] = 0.0  # the first bin takes everything below
+    return edges
+
+
+def histogram_quantile(counts: np.ndarray, q: float) -> float:
+    """The q-th quantile (0..1) of magnitudes counted in log-spaced bins, (bins,).
+
+    numpy's linear percentile: between the two neighbouring values, each known to its bin, so
+    within 2^-10 of the exact quantile, relatively. The quantile 0 is 0, not the smallest
+    magnitude: a threshold at sparsity 0 leaves every non-zero value.
+    """
+    total = int(counts.sum())
+    if total == 0 or q <= 0:
+        return 0.0
+    cumulative = np.cumsum(counts)
+    rank = q * (total - 1)
+    below, above = (_value_at(counts, cumulative, r) for r in (math.floor(rank), math.ceil(rank)))
+    return below + (above - below) * (rank - math.floor(rank))
+
+
+def _value_at(counts: np.ndarray, cumulative: np.ndarray, rank: int) -> float:
+    """The value of a rank (0 is the smallest): values lie evenly in their bin."""
+    index = int(np.searchsorted(cumulative, rank, side="right"))
+    before = int(cumulative[index]) - int(counts[index])
+    low, high = bin_edges()[index : index + 2]
+    return float(low + (high - low) * (rank - before + 0.5) / int(counts[index]))
+
+
+def perplexity(window_loss: np.ndarray) -> tuple[float, float | None]:
+    """PPL and its standard error from the mean next-token loss of each window, (n,) nats.
+
+    PPL = exp(mean over windows); docs/methods.md, "Perplexity". The error is PPL times the standard
+    error of the mean (delta method), None for a single window.
+    """
+    ppl = math.exp(float(np.mean(window_loss)))
+    error = standard_error(window_loss)
+    return ppl, None if error is None else ppl * error
+
+
+def ppl_change_percent(
+    window_loss: np.ndarray, dense_window_loss: np.ndarray
+) -> tuple[float, float | None]:
+    """Change of PPL against dense in percent, and its *paired* standard error, both (n,) nats.
+
+    The windows are the same on both sides, so the error is that of the mean difference: text that
+    is hard for both cancels.
+    """
+    difference = np.asarray(window_loss) - np.asarray(dense_window_loss)
+    ratio = math.exp(float(np.mean(difference)))
+    error = standard_error(difference)
+    return 100 * (ratio - 1), None if error is None else 100 * ratio * error
+
+
+def energy_recall(energy: np.ndarray, right: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The share of each token's energy in the right neurons that chosen ones among them have.
+
+    Σ over right and chosen of energy_i / Σ over right of energy_i (docs/methods.md): for energies
+    (T, d_ff), which are (|inter_i| ||down_proj[:, i]||)², and both sets (T, d_ff) bool. A share per
+    token, since summed over tokens an attention sink's, thousands of times as large, would be all
+    that counts. Tokens whose right neurons have none, say of a ReLU that is silent, are left out.
+    """
+    whole = (energy * right).sum(axis=1, dtype=np.float64)
+    found = (energy * (right & chosen)).sum(axis=1, dtype=np.float64)
+    return found[whole > 0] / whole[whole > 0]
+
+
+def standard_error(values: np.ndarray) -> float | None:
+    """Standard error of the mean of independent values (n,); None if n < 2."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.size < 2:
+        return None
+    return float(values.std(ddof=1) / math.sqrt(values.size))

@@ -1,0 +1,1 @@
+"""Runs packed models with the compiled core: no torch, no transformers."""

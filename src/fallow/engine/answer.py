@@ -1,0 +1,238 @@
+"""An answer: the prompt read, tokens picked, and the text that they make."""
+
+import threading
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fallow import _core
+from fallow.checkpoints.tokenizer import Ids, TextStream, TextTokenizer
+from fallow.engine.drafting import PASS_COST, STREAMED_COST, Lookup
+from fallow.engine.process import peak_rss_mb
+from fallow.engine.sampling import Sampler, TokenChoice, choice_of
+from fallow.engine.stats import Stats, disk_figures
+
+if TYPE_CHECKING:
+    from fallow.engine.engine import Engine
+
+PREFILL_STEP = 512  # tokens of a prompt between which an answer can be stopped
+ECHO_STEP = 32  # as many, of a prompt whose every token's logits are wanted: 20 MB of Qwen2.5's
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer; no text: nothing yet. `tokens` are those that the text is made of."""
+
+    text: str = ""
+    tokens: tuple[TokenChoice, ...] = ()
+
+
+@dataclass(eq=False)
+class Answer:
+    """What `Engine.answer` was asked for. It reads as a user of the engine of its own."""
+
+    engine: "Engine"
+    ids: np.ndarray  # (T,), the prompt
+    max_tokens: int
+    sampler: Sampler
+    stop: tuple[str, ...]
+    lossless: bool
+    reuse: bool
+    top_logprobs: int | None
+    echo: str | None
+
+    def pieces(self) -> Iterator[Piece]:
+        """The answer, as it is made."""
+        engine, ids, max_tokens = self.engine, self.ids, self.max_tokens
+        echo, top_logprobs = self.echo, self.top_logprobs
+        start = time.perf_counter()
+        tells = echo is not None and top_logprobs is not None
+        with engine._turn(self, begins=True):
+            # The last token is always read: its logits are needed.
+            read = common(engine._held, ids[:-1].tolist()) if self.reuse and not tells else 0
+            del engine._held[read:]
+            engine.stats = stats = Stats(prompt_tokens=len(ids), cached_tokens=read)
+            engine.reset_stats()
+        told = top_logprobs if tells else None
+        logits, choices = yield from self._read_prompt(read, told)
+        stats.ttft_ms = 1e3 * (time.perf_counter() - start)
+        stats.prefill_tps = (len(ids) - stats.cached_tokens) / (stats.ttft_ms / 1e3)
+        engine.reset_stats()
+        if echo is not None:
+            yield Piece(echo, _without_added_bos(choices, echo, engine.tokenizer))
+        decode_start, ends = time.perf_counter(), set(engine.tokenizer.eos_ids)
+        guesses = self.lossless or engine.streams
+        tokens = self._verified(logits) if guesses else self._picks(logits)
+        text = AnswerText(engine.tokenizer, self.stop, ids)
+        stats.finish = "" if max_tokens else "length"
+        try:
+            for token, row in tokens if max_tokens else ():
+                if token in ends:
+                    stats.finish = "stop"
+                    rest = text.rest()
+                    end = (choice_of(token, row, top_logprobs),) if tells else ()
+                    yield Piece(rest.text, rest.tokens + end)
+                    break
+                stats.new_tokens += 1
+                full = stats.new_tokens == max_tokens
+                piece = text.add(choice_of(token, row, top_logprobs), full)
+                if text.stopped or full:
+                    stats.finish = "stop" if text.stopped else "length"
+                yield piece
+                if stats.finish:
+                    break
+        finally:
+            if engine._user is self:  # otherwise the counters are another's
+                _finish(engine, stats, time.perf_counter() - decode_start)
+                engine._user = threading.get_ident()
+
+    def _read_prompt(
+        self, read: int, top_logprobs: int | None
+    ) -> Generator[Piece, None, tuple[np.ndarray, list[TokenChoice]]]:
+        """Reads on after the first `read` tokens; gives empty pieces where that takes long.
+
+        Returns:
+            The last token's logits (vocabulary,), and with `top_logprobs`, where none was read
+            before, a choice for every token.
+        """
+        engine, ids = self.engine, self.ids
+        step = len(ids) if engine.streams else PREFILL_STEP  # streaming reads the file every time
+        choices: list[TokenChoice] = []
+        every = top_logprobs is not None
+        if every:
+            step, choices = ECHO_STEP, [TokenChoice(int(first), None) for first in ids[:1]]
+        while True:
+            with engine._turn(self):
+                rows = engine._read(ids[read : read + step], every=every, dense=self.lossless)
+            read += step
+            if every:
+                after = ids[len(choices) : read + 1].tolist()  # of the last token nothing
+                choices += [
+                    choice_of(*each, top_logprobs) for each in zip(after, rows, strict=False)
+                ]
+            if read >= len(ids):
+                return rows[-1], choices
+            yield Piece()
+
+    def _picks(self, logits: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """What the sampler picks of which logits; at first of these, the prompt's."""
+        while True:
+            token = self.sampler.pick(logits)
+            yield token, logits
+            with self.engine._turn(self):
+                logits = self.engine._read([token])[0]
+
+    def _verified(self, logits: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """As `_picks`, of the dense model if asked to, in passes that also read guesses."""
+        engine, stats = self.engine, self.engine.stats
+        lookup = Lookup(self.ids.tolist(), STREAMED_COST if engine.streams else PASS_COST)
+        token, row = self.sampler.pick(logits), logits
+        while True:
+            yield token, row
+            lookup.add(token)
+            with engine._turn(self):
+                position = len(engine._held)
+                guesses = lookup.propose(min(_core.FEW, engine.context - position) - 1)
+                start = time.perf_counter()
+                rows = engine._read([token, *guesses], every=True, dense=self.lossless)
+                seconds = time.perf_counter() - start
+            stats.drafted += len(guesses)
+            for held, row in enumerate(rows):
+                token = self.sampler.pick(row)
+                if held == len(guesses) or token != guesses[held]:
+                    break
+                stats.accepted += 1
+                yield token, row
+            lookup.learn(len(guesses), held, seconds)
+            for guess in guesses[:held]:
+                lookup.add(guess)
+            with engine._turn(self):
+                del engine._held[position + 1 + held :]
+
+
+def _finish(engine: "Engine", stats: Stats, seconds: float) -> None:
+    figures = engine.core_stats()
+    # Wrong guesses were read too, and count for nothing.
+    decoded = figures["tokens"] - (stats.drafted - stats.accepted)
+    if decoded:
+        stats.decode_tps = decoded / seconds
+        stats.bytes_per_token = figures["bytes_read"] / decoded
+        stats.gbps = figures["bytes_read"] / seconds / 1e9
+        stats.sparsity_per_layer = engine.idle_neurons().tolist()
+        for name, value in disk_figures(figures, decoded).items():
+            setattr(stats, name, value)
+    stats.peak_rss_mb = peak_rss_mb()
+    stats.logits_hash = engine.logits_hash()
+
+
+class AnswerText:
+    """The text of an answer as it grows. What a later token may change is held back."""
+
+    def __init__(self, tokenizer: TextTokenizer, stop: tuple[str, ...], prompt: Ids = ()) -> None:
+        self._stream, self._stop = TextStream(tokenizer, prompt), stop
+        self._choices: list[TokenChoice] = []
+        self._begins: list[int] = []  # at which character of the text each token does
+        self._given, self._given_tokens = 0, 0  # characters, tokens
+        self.stopped = False  # a stop text came
+
+    def add(self, choice: TokenChoice, last: bool) -> Piece:
+        """What one more token lets say; of the last token all."""
+        self._choices.append(choice)
+        self._begins.append(len(self._stream.text))
+        text = self._stream.add(choice.id)
+        # What was given has no stop text, nor the beginning of one at its end.
+        found = (text.find(s, self._given) for s in self._stop)
+        cut = min((i for i in found if i >= 0), default=-1)
+        if cut >= 0:
+            self.stopped = True
+            tokens = sum(begin < cut for begin in self._begins)
+            return self._give(text[:cut], tokens, last=True)
+        if not last:
+            text = text.rstrip("\ufffd")  # what a later byte may complete
+            text = text[: len(text) - _stop_begun(text, self._stop)]
+        return self._give(text, len(self._choices), last)
+
+    def rest(self) -> Piece:
+        """What is still held back."""
+        return self._give(self._stream.text, len(self._choices), last=True)
+
+    def _give(self, text: str, tokens: int, last: bool) -> Piece:
+        if len(text) <= self._given and not last:
+            return Piece()  # the tokens wait for their text
+        piece = Piece(text[self._given :], tuple(self._choices[self._given_tokens : tokens]))
+        self._given, self._given_tokens = max(self._given, len(text)), tokens
+        return piece
+
+
+def _without_added_bos(
+    choices: list[TokenChoice], text: str, tokenizer: TextTokenizer
+) -> tuple[TokenChoice, ...]:
+    """A prompt's tokens, less a BOS that its text does not have."""
+    bos = tokenizer.bos_id
+    added = (
+        bos is not None
+        and [choice.id for choice in choices[:1]] == [bos]
+        and not text.startswith(tokenizer.backend.id_to_token(bos) or "")
+    )
+    return tuple(choices[added:])
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def _stop_begun(text: str, stop: tuple[str, ...]) -> int:
+    """The longest end of the text that may be the beginning of a stop text."""
+    longest = 0
+    for s in stop:
+        for n in range(min(len(s) - 1, len(text)), longest, -1):
+            if text.endswith(s[:n]):
+                longest = n
+                break
+    return longest

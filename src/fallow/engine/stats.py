@@ -1,0 +1,53 @@
+"""Figures of answers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Stats:
+    """One answer's figures. Prefill and decode are never merged."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of these, what the cache held already
+    new_tokens: int = 0
+    finish: str = ""  # "stop": an end token or a stop text; "length": max_tokens; "": broken off
+    ttft_ms: float = 0.0  # from the call to the first token
+    prefill_tps: float = 0.0  # tokens per second, of those that were read
+    decode_tps: float = 0.0
+    bytes_per_token: float = 0.0  # weights and cache read per decoded token
+    gbps: float = 0.0  # those bytes per second, 1e9
+    sparsity_per_layer: list[float] = field(default_factory=list)  # inactive while decoding
+    peak_rss_mb: float = 0.0
+    logits_hash: str = ""  # of the last token's logits
+    # Under a memory budget: read from the disk per token, and what was waited for it; of the bytes
+    # that a token needs the share that was in memory; of reads the share that was there in time.
+    disk_bytes_per_token: float = 0.0
+    stall_ms_per_token: float = 0.0
+    hit_rate: float = 1.0
+    read_ahead_rate: float = 1.0
+    drafted: int = 0  # tokens guessed ahead, in the lossless mode or under a memory budget
+    accepted: int = 0  # of these, what the model said too
+
+    @property
+    def sparsity(self) -> float:
+        """Share of neurons inactive while decoding, mean of layers."""
+        return float(np.mean(self.sparsity_per_layer)) if self.sparsity_per_layer else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures; of decoding None where no token was decoded, as an answer's first is not."""
+        unknown = () if self.sparsity_per_layer else ("decode_tps", "bytes_per_token", "gbps")
+        return dict(vars(self)) | dict.fromkeys(unknown)
+
+
+def disk_figures(figures: dict[str, Any], tokens: int) -> dict[str, float]:
+    """What `Stats` says of the disk, from the core's counters over some tokens."""
+    disk = figures["disk"]
+    return {
+        "disk_bytes_per_token": disk["bytes"] / tokens,
+        "stall_ms_per_token": 1e3 * figures["seconds"]["disk"] / tokens,
+        "hit_rate": max(0.0, 1 - disk["bytes"] / figures["bytes_read"]),
+        "read_ahead_rate": disk["in_time"] / disk["waits"] if disk["waits"] else 1.0,
+    }

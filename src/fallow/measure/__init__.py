@@ -1,0 +1,1 @@
+"""Quality, sparsity and speed of models and plans."""

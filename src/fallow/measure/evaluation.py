@@ -1,0 +1,242 @@
+"""What a plan costs: perplexity, KL to dense, and the sparsity really reached, in the loop."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fallow.checkpoints.text import Text, check_no_leakage, load_text
+from fallow.common.errors import FallowError
+from fallow.common.metrics import energy_recall
+from fallow.common.progress import progress
+from fallow.measure.quality import (
+    SPARSITY_TAPS,
+    Evaluation,
+    Logits,
+    WindowResult,
+    compare_logits,
+    parts_of_window,
+    summarise,
+    token_losses,
+)
+from fallow.models.capture import non_finite_error
+from fallow.models.taps import attach
+from fallow.plan import Plan
+from fallow.reference.model import Model
+from fallow.rules._base import per_token_topk
+
+
+class SparsityMeter:
+    """Zero fraction of tapped values per layer and token."""
+
+    def __init__(self, n_layers: int) -> None:
+        self._zeros: dict[str, list[list[np.ndarray]]] = {}
+        self._n_layers = n_layers
+
+    def tap(self, name: str) -> Any:
+        parts: list[list[np.ndarray]] = [[] for _ in range(self._n_layers)]
+        self._zeros[name] = parts
+
+        def count(layer: int, value: torch.Tensor) -> None:
+            parts[layer].append((value == 0).float().mean(dim=-1).numpy())
+
+        return count
+
+    def fractions(self, name: str) -> np.ndarray:
+        """(L, T); a tap that is passed several times (x) gives the mean of its passes."""
+        return np.stack([np.mean(layer, axis=0) for layer in self._zeros[name]])
+
+
+class SelectionMeter:
+    """How many of each token's k loudest neurons a plan keeps, and how much of their energy.
+
+    Layers in which no neuron of any token puts out anything are left out.
+    """
+
+    def __init__(self, model: Model, kept: float) -> None:
+        self._layers, self._kept = model.layers, kept
+        self._truth = torch.empty(0)
+        self._shares: list[tuple[float, float]] = []
+
+    def before(self, index: int, inter: torch.Tensor) -> None:
+        self._truth = inter.abs().float() * self._layers[index].down_norm
+
+    def after(self, index: int, inter: torch.Tensor) -> None:
+        best = (self._truth > per_token_topk(self._truth, self._kept)).numpy()
+        kept = (inter != 0).numpy()
+        energies = energy_recall(self._truth.square().numpy(), best, kept)
+        if len(energies):
+            self._shares.append(((kept & best).sum() / best.sum(), energies.mean()))
+
+    def means(self) -> tuple[float, float] | tuple[None, None]:
+        """Recall and energy recall, mean over layers; None if nothing was to be found."""
+        if not self._shares:
+            return None, None
+        recall, energy = np.mean(self._shares, axis=0)
+        return float(recall), float(energy)
+
+
+@dataclass
+class _Meters:
+    sparsity: SparsityMeter
+    selection: SelectionMeter | None = None
+
+
+@contextmanager
+def _metered(model: Model, plan: Plan | None) -> Iterator[_Meters]:
+    """Applies the plan and counts zeros behind it."""
+    layer = model.layers[0]
+    meters = _Meters(SparsityMeter(len(model.layers)))
+    cuts = model.rule(plan).cuts(layer) if plan is not None else ()
+    taps = [t for t in SPARSITY_TAPS if t != "up" or layer.gated]
+    inputs = cuts if plan is not None and plan.where == "input" else ()
+    counted = {t: meters.sparsity.tap(t) for t in (*taps, *inputs)}
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    if plan is not None and "inter" in cuts and "kept" in plan.arrays:
+        meters.selection = SelectionMeter(model, float(plan.arrays["kept"][0]))
+        before, after = {"inter": meters.selection.before}, {"inter": meters.selection.after}
+    with (
+        attach(model.layers, before),
+        model.sparse(plan),
+        attach(model.layers, counted),
+        attach(model.layers, after),
+    ):
+        yield meters
+
+
+def run_window(
+    model: Model, window: np.ndarray, plans: Sequence[Plan | None]
+) -> tuple[WindowResult, list[WindowResult]]:
+    """One window (T,) through the dense model and through each plan.
+
+    Raises:
+        FallowError: NaN or infinity, naming tensor and layer.
+    """
+    dense, dense_meters = _run_metered(model, window, None)
+    runs = [(dense, dense_meters) if p is None else _run_metered(model, window, p) for p in plans]
+    dense_result, results = compare_logits(
+        window,
+        logits_of(model, dense),
+        [logits_of(model, hidden) for hidden, _ in runs],
+        model.vocabulary_size,
+    )
+    for result, plan, (_, meters) in zip(results, plans, runs, strict=True):
+        _add_sparsity(model, result, plan, meters.sparsity)
+        if meters.selection:
+            result.recall, result.energy_recall = meters.selection.means()
+    return dense_result, results
+
+
+def _run_metered(
+    model: Model, window: np.ndarray, plan: Plan | None
+) -> tuple[torch.Tensor, _Meters]:
+    with _metered(model, plan) as meters:
+        return final_hidden(model, window), meters
+
+
+def final_hidden(model: Model, window: np.ndarray) -> torch.Tensor:
+    """Final hidden states (T, d_model) of a window (T,), with whatever is attached to the model.
+
+    Raises:
+        FallowError: NaN or infinity, naming the first tensor and layer that has it.
+    """
+    hidden = model.hidden(window[None])[0]
+    if not torch.isfinite(hidden).all():
+        raise _locate_non_finite(model, window)
+    return hidden
+
+
+def _locate_non_finite(model: Model, window: np.ndarray) -> FallowError:
+    def check(tap: str) -> Any:
+        def look(layer: int, value: torch.Tensor) -> None:
+            bad = int((~torch.isfinite(value)).sum())
+            if bad:
+                raise non_finite_error(tap, layer, bad)
+
+        return look
+
+    names = ["x", *model.layers[0].ffn_taps]
+    try:
+        with attach(model.layers, {name: check(name) for name in names}):
+            model.hidden(window[None])
+    except FallowError as error:
+        return error
+    return FallowError("NaN or infinite values in the final hidden state; try --dtype float32")
+
+
+def logits_of(model: Model, hidden: torch.Tensor) -> Logits:
+    return lambda part: model.logits(hidden[part]).numpy()
+
+
+def dense_logits(model: Model, window: np.ndarray) -> Logits:
+    """Logits of a window (T,) by the model without a plan."""
+    return logits_of(model, final_hidden(model, window))
+
+
+def _add_sparsity(
+    model: Model, result: WindowResult, plan: Plan | None, meter: SparsityMeter
+) -> None:
+    layer = model.layers[0]
+    for tap in SPARSITY_TAPS:
+        if tap != "up" or layer.gated:
+            result.sparsity[tap] = meter.fractions(tap)
+    if plan is None or plan.where == "inter":
+        result.achieved_sparsity = float(result.sparsity["inter"].mean())
+    else:
+        cuts = model.rule(plan).cuts(layer)
+        sizes = [layer.projections[name].weight.numel() for name in cuts]
+        means = [float(meter.fractions(name).mean()) for name in cuts]
+        result.achieved_sparsity = float(np.average(means, weights=sizes))
+
+
+def window_losses(model: Model, windows: np.ndarray, plan: Plan | None) -> np.ndarray:
+    """Mean next-token loss of each window, (n,) nats; nothing else is measured."""
+    losses = []
+    with model.sparse(plan):
+        for window in windows:
+            hidden = final_hidden(model, window)
+            logits, targets = logits_of(model, hidden[:-1]), window[1:]
+            pieces = parts_of_window(len(targets), model.vocabulary_size)
+            parts = [token_losses(logits(piece), targets[piece]) for piece in pieces]
+            losses.append(np.concatenate(parts).mean())
+    return np.array(losses)
+
+
+def evaluate(
+    model: Model,
+    plan: Plan | None = None,
+    text: str | Path | Text | None = None,
+    *,
+    context: int = 1024,
+    windows: int | None = None,
+    allow_leakage: bool = False,
+) -> Evaluation:
+    """Measures a plan (None: the dense model) on a text; docs/methods.md, "Perplexity".
+
+    Args:
+        text: a file, or None for the evaluation half of the default text.
+        context: tokens per window.
+        windows: how many of the text's windows, from the first; None: all.
+
+    Raises:
+        FallowError: the text has fewer windows, plan for another model, NaN.
+        UsageError: the text is the plan's calibration text, and not `allow_leakage`.
+    """
+    source = load_text(text, "evaluation")
+    if plan is not None:
+        plan.check_model(model.fingerprint, model.name)
+        check_no_leakage(plan.calibration_sha256, source, allow_leakage, plan.calibration_sketch)
+    cut = model.windows(source, context, windows)
+    dense, sparse = [], []
+    with progress("evaluate", len(cut)) as ticker:
+        for window in cut:
+            d, s = run_window(model, window, [plan])
+            dense.append(d)
+            sparse.append(s[0])
+            ticker.advance()
+    return summarise(model, plan, source, cut, dense, sparse)

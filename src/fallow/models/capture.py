@@ -1,0 +1,215 @@
+"""What a dense model does on calibration text: the statistics that rules are fitted on."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fallow import _core
+from fallow.common.errors import FallowError
+from fallow.common.metrics import histogram_quantile
+from fallow.common.progress import progress
+from fallow.models.taps import Layer, attach
+
+# Tokens kept whole for searches that no histogram can answer (CETT, tail budget): 1024 tokens of
+# Qwen2.5-1.5B are 0.5 GB in bf16. TEAL's search runs each block some hundred times, on fewer:
+# the first tokens of the first windows.
+SAMPLE_TOKENS = 1024
+BLOCK_WINDOWS, BLOCK_TOKENS = 2, 128
+
+
+class Runnable(Protocol):
+    """What capturing needs of a model."""
+
+    layers: list[Layer]
+
+    def hidden(self, ids: np.ndarray) -> torch.Tensor: ...
+
+
+def n_threads() -> int:
+    return torch.get_num_threads()
+
+
+def as_floats(value: torch.Tensor) -> np.ndarray:
+    """A float32 numpy view (or copy) of a tensor, C-contiguous."""
+    return value.detach().float().contiguous().numpy()
+
+
+class Histograms:
+    """Magnitude histograms of one tap in every layer, (L, bins) uint64; exact, streaming."""
+
+    def __init__(self, tap: str, n_layers: int) -> None:
+        self.tap = tap
+        self.counts = np.zeros((n_layers, _core.HISTOGRAM_BINS), dtype=np.uint64)
+        self.zeros = np.zeros(n_layers, dtype=np.int64)  # exact zeros
+
+    def add(self, layer: int, value: torch.Tensor) -> None:
+        """Counts |value| (T, width).
+
+        Raises:
+            FallowError: NaN or infinity, naming tensor and layer.
+        """
+        flat = as_floats(value).reshape(-1)
+        zeros, non_finite = _core.add_magnitudes(flat, self.counts[layer], n_threads())
+        if non_finite:
+            raise non_finite_error(self.tap, layer, non_finite)
+        self.zeros[layer] += zeros
+
+    def quantile(self, layer: int, q: float) -> float:
+        """The q-th quantile of the layer's magnitudes; 0 at q = 0."""
+        return histogram_quantile(self.counts[layer], q)
+
+    def pooled_quantile(self, q: float) -> float:
+        """The q-th quantile of all layers' magnitudes together."""
+        return histogram_quantile(self.counts.sum(axis=0), q)
+
+
+def non_finite_error(tap: str, layer: int, count: int) -> FallowError:
+    return FallowError(
+        f"{count} NaN or infinite values in {tap} of layer {layer}; "
+        "try --dtype float32, or check the checkpoint"
+    )
+
+
+class Calibration:
+    """Statistics of a dense model over `windows` (n, context); each is collected when asked for."""
+
+    def __init__(self, model: Runnable, windows: np.ndarray) -> None:
+        self.model = model
+        self.windows = windows
+        self.cache: dict[str, Any] = {}  # for rules whose search is worth keeping (TEAL's path)
+
+    @property
+    def layers(self) -> list[Layer]:
+        return self.model.layers
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.windows.size)
+
+    @cached_property
+    def histograms(self) -> dict[str, Histograms]:
+        """Per tap; projections that share an input (q, k, v; gate, up) are counted once."""
+        layer = self.layers[0]
+        ffn = ["gate_pre", "gate_act", "ffn_out", *(["up"] if layer.gated else [])]
+        names = [*ffn, *dict.fromkeys(input_histogram(layer, p) for p in layer.projections)]
+        found = {name: Histograms(name, len(self.layers)) for name in names}
+        self.run("histograms", {name: h.add for name, h in found.items()})
+        return found
+
+    @cached_property
+    def inter(self) -> list[torch.Tensor]:
+        """`inter` of an even sample of tokens, per layer (T', d_ff), as the model computes it."""
+        return self.sample("inter")
+
+    @cached_property
+    def gate_act(self) -> list[torch.Tensor]:
+        """`gate_act` of the same tokens."""
+        return self.sample("gate_act")
+
+    def sample(self, tap: str, tokens: int = SAMPLE_TOKENS) -> list[torch.Tensor]:
+        """A tap's values at an even sample of tokens, per layer (T', d_ff)."""
+        count = min(tokens, self.n_tokens)
+        # From the middle of each stride: a window's first token is an attention sink with
+        # activations of its own kind, and must not be over-represented.
+        wanted = ((np.arange(count) + 0.5) * self.n_tokens / count).astype(np.int64)
+        parts: list[list[torch.Tensor]] = [[] for _ in self.layers]
+        seen = [0] * len(self.layers)
+
+        def keep(layer: int, value: torch.Tensor) -> None:
+            if not torch.isfinite(value).all():
+                raise non_finite_error(tap, layer, int((~torch.isfinite(value)).sum()))
+            here = wanted[(wanted >= seen[layer]) & (wanted < seen[layer] + len(value))]
+            parts[layer].append(value[here - seen[layer]].clone())
+            seen[layer] += len(value)
+
+        self.run("activations", {tap: keep})
+        return [torch.cat(p) for p in parts]
+
+    @cached_property
+    def mean_up(self) -> np.ndarray:
+        """E|up_i| of every neuron, (L, d_ff) float32; ones for an FFN without a gate."""
+        total = np.ones((len(self.layers), self.layers[0].down_proj.in_features))
+        if not self.layers[0].gated:
+            return total.astype(np.float32)
+        total[:] = 0
+
+        def add(layer: int, value: torch.Tensor) -> None:
+            total[layer] += value.abs().float().sum(dim=0).numpy()
+
+        self.run("mean up", {"up": add})
+        if not np.isfinite(total).all():
+            layer = int(np.argmax(~np.isfinite(total).all(axis=1)))
+            raise non_finite_error("up", layer, int((~np.isfinite(total[layer])).sum()))
+        return (total / self.n_tokens).astype(np.float32)
+
+    @cached_property
+    def input_moments(self) -> np.ndarray:
+        """E[x xᵀ] of the FFN's input per layer, (L, d_model, d_model) float32."""
+        width = self.layers[0].down_proj.out_features
+        total = torch.zeros(len(self.layers), width, width)
+
+        def add(layer: int, value: torch.Tensor) -> None:
+            x = value.float()
+            total[layer] += x.T @ x
+
+        self.run("input moments", {next(iter(self.layers[0].ffn_inputs)): add})
+        return (total / self.n_tokens).numpy()
+
+    @cached_property
+    def successive_moments(self) -> np.ndarray:
+        """E[x yᵀ] of the FFN's input x and that of the layer before, y: (L, d_model, d_model).
+
+        float32; the first layer's y is its own input.
+        """
+        width = self.layers[0].down_proj.out_features
+        total = torch.zeros(len(self.layers), width, width)
+        before = torch.empty(0)
+
+        def add(layer: int, value: torch.Tensor) -> None:
+            nonlocal before
+            x = value.float()
+            total[layer] += x.T @ (before if layer else x)
+            before = x
+
+        self.run("successive moments", {next(iter(self.layers[0].ffn_inputs)): add})
+        return (total / self.n_tokens).numpy()
+
+    @cached_property
+    def block_inputs(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Arguments with which each decoder layer is called on the first tokens of the text."""
+        found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def keep(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append((args, kwargs))
+
+        with ExitStack() as stack:
+            for layer in self.layers:
+                handle = layer.block.register_forward_pre_hook(keep, with_kwargs=True)
+                stack.callback(handle.remove)
+            self.model.hidden(self.windows[:BLOCK_WINDOWS, :BLOCK_TOKENS])
+        return found
+
+    def run(self, what: str, taps: dict[str, Callable[..., Any]]) -> None:
+        """Runs the dense model over the windows, one by one, with `taps`; `what` names it."""
+        with (
+            progress(f"calibration {what}", len(self.windows)) as ticker,
+            attach(self.layers, taps),
+        ):
+            for window in self.windows:
+                self.model.hidden(window[None])
+                ticker.advance()
+
+
+def input_histogram(layer: Layer, projection: str) -> str:
+    """The tap under which a projection's input is counted."""
+    if projection == "down_proj":
+        return "inter"
+    if projection in layer.ffn_inputs:
+        return next(iter(layer.ffn_inputs))
+    if projection == "o_proj":
+        return "o_proj"
+    return next(iter(layer.attention))

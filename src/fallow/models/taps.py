@@ -1,0 +1,159 @@
+"""Named places in a model's FFN and attention where values are read or replaced.
+
+Hooks on the modules that every transformers model has; no forward is copied. For FFN input x:
+
+    gate_pre = x gate_projᵀ      gate_act = act(gate_pre)      up = x up_projᵀ
+    inter = gate_act * up        ffn_out = inter down_projᵀ
+
+A non-gated FFN (OPT, Phi-2) has no `up`: gate_pre is fc1's output and inter = gate_act.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fallow.common.errors import UsageError
+
+Tap = Callable[[int, torch.Tensor], torch.Tensor | None]
+"""Called with (layer, value (T, width)); what it returns replaces the value, None leaves it."""
+
+FFN_TAPS = ("gate_pre", "gate_act", "up", "inter", "ffn_out")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The modules of one decoder layer that fallow looks at, under the checkpoint's own names.
+
+    A gated FFN has `gate_proj` and `up_proj`, or both fused in `gate_up_proj` (gate rows first);
+    a non-gated one has `up_proj` alone.
+    """
+
+    block: nn.Module
+    act: nn.Module
+    down_proj: nn.Linear
+    gate_proj: nn.Linear | None
+    up_proj: nn.Linear | None
+    gate_up_proj: nn.Linear | None
+    attention: Mapping[str, nn.Linear]  # q_proj, k_proj, v_proj (or qkv_proj), o_proj
+
+    @property
+    def gated(self) -> bool:
+        return self.gate_proj is not None or self.gate_up_proj is not None
+
+    @property
+    def ffn_taps(self) -> tuple[str, ...]:
+        """Those of FFN_TAPS that this FFN has: no `up` without a gate."""
+        return tuple(name for name in FFN_TAPS if name != "up" or self.gated)
+
+    @cached_property
+    def ffn_inputs(self) -> dict[str, nn.Linear]:
+        """The projections that read the FFN's input x."""
+        named = {
+            "gate_proj": self.gate_proj,
+            "up_proj": self.up_proj,
+            "gate_up_proj": self.gate_up_proj,
+        }
+        return {name: module for name, module in named.items() if module is not None}
+
+    @cached_property
+    def projections(self) -> dict[str, nn.Linear]:
+        """Every projection of the layer; each name is a tap on that projection's input."""
+        return {**self.attention, **self.ffn_inputs, "down_proj": self.down_proj}
+
+    @cached_property
+    def down_norm(self) -> torch.Tensor:
+        """c_i = ||down_proj[:, i]||_2, (d_ff,) float32."""
+        return column_norm(self.down_proj)
+
+    @cached_property
+    def input_norms(self) -> dict[str, torch.Tensor]:
+        """||W[:, j]||_2 of every projection, (in,) float32."""
+        return {name: column_norm(module) for name, module in self.projections.items()}
+
+
+def column_norm(projection: nn.Linear) -> torch.Tensor:
+    """||W[:, j]||_2 of a weight (out, in), (in,) float32."""
+    return torch.linalg.vector_norm(projection.weight.detach().float(), dim=0)
+
+
+def tap_names(layer: Layer) -> tuple[str, ...]:
+    """The taps that this layer has."""
+    return ("x", *layer.ffn_taps, *layer.projections)
+
+
+@contextmanager
+def attach(layers: list[Layer], taps: Mapping[str, Tap]) -> Iterator[None]:
+    """Runs `taps` whenever the model runs inside the block, in the order given.
+
+    `x` is called once for each projection that reads the FFN's input; a projection's name taps
+    that projection's input alone; `inter` is the input of down_proj.
+
+    Raises:
+        UsageError: an unknown tap, naming the known ones.
+    """
+    with ExitStack() as stack:
+        for name, tap in taps.items():
+            for index, layer in enumerate(layers):
+                for handle in _register(layer, name, partial(tap, index)):
+                    stack.callback(handle.remove)
+        yield
+
+
+def _register(layer: Layer, name: str, tap: Callable[[torch.Tensor], Any]) -> Iterator[Any]:
+    if name not in tap_names(layer):
+        raise UsageError(f"unknown tap {name!r}; this model has {', '.join(tap_names(layer))}")
+    if name == "x":
+        for module in layer.ffn_inputs.values():
+            yield module.register_forward_pre_hook(_input_hook(tap))
+    elif name == "inter":
+        yield layer.down_proj.register_forward_pre_hook(_input_hook(tap))
+    elif name in layer.projections:
+        yield layer.projections[name].register_forward_pre_hook(_input_hook(tap))
+    elif name == "gate_act":
+        yield layer.act.register_forward_hook(_output_hook(tap))
+    elif name == "ffn_out":
+        yield layer.down_proj.register_forward_hook(_output_hook(tap))
+    elif layer.gate_up_proj is not None:
+        half = 0 if name == "gate_pre" else 1
+        yield layer.gate_up_proj.register_forward_hook(_half_hook(tap, half))
+    else:
+        unfused = layer.gate_proj if name == "gate_pre" and layer.gated else layer.up_proj
+        assert unfused is not None
+        yield unfused.register_forward_hook(_output_hook(tap))
+
+
+def _apply(tap: Callable[[torch.Tensor], Any], value: torch.Tensor) -> torch.Tensor | None:
+    replaced = tap(value.reshape(-1, value.shape[-1]))
+    return None if replaced is None else replaced.reshape(value.shape)
+
+
+def _input_hook(tap: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+        replaced = _apply(tap, args[0])
+        return None if replaced is None else (replaced, *args[1:])
+
+    return hook
+
+
+def _output_hook(tap: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, output: torch.Tensor) -> Any:
+        return _apply(tap, output)
+
+    return hook
+
+
+def _half_hook(tap: Callable[[torch.Tensor], Any], half: int) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, output: torch.Tensor) -> Any:
+        halves = list(output.chunk(2, dim=-1))
+        replaced = _apply(tap, halves[half])
+        if replaced is None:
+            return None
+        halves[half] = replaced
+        return torch.cat(halves, dim=-1)
+
+    return hook

@@ -1,0 +1,1 @@
+"""Searches for the plan that saves most at a stated loss."""

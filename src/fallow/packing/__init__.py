@@ -1,0 +1,1 @@
+"""Writes the packed file that the engine runs."""

@@ -1,0 +1,148 @@
+"""Turns a model into a packed file: one GGUF that the engine runs, FFN laid out by neuron.
+
+docs/packed.md describes the file. From a GGUF source every matrix but down_proj keeps its own
+quantised bytes; down_proj is transposed, so that a neuron's weights lie together, and requantised
+along its rows.
+"""
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fallow.checkpoints.text import Text, load_text
+from fallow.common.errors import FallowError
+from fallow.common.files import atomic_path, check_writable
+from fallow.common.progress import console, note
+from fallow.engine.cuts import check_runs
+from fallow.engine.memory import COARSE_HEAD
+from fallow.packing.selfcheck import LARGEST_KL, LARGEST_PPL_CHANGE, Reference, SelfCheck
+from fallow.packing.source import OUTLIER_WINDOWS, Source
+from fallow.packing.writer import write_packed
+from fallow.plan import Plan
+from fallow.reference.model import Model, load
+
+
+def pack(
+    model: str | Path | Model,
+    output: str | Path,
+    *,
+    plan: Plan | None = None,
+    quant: str | None = None,
+    down: str | None = None,
+    shortlist: bool = False,
+    text: str | Path | Text | None = None,
+    n_threads: int | None = None,
+) -> SelfCheck:
+    """Writes a packed model, and compares it with its source before it gets its name.
+
+    Args:
+        plan: stored in the file, and used by the engine unless another is given.
+        quant: type of all matrices, for a Hugging Face folder (default Q8_0). A GGUF keeps its own.
+        down: type of down_proj_t; default: for a GGUF the smallest that passes the check on a part
+            of the default calibration text, else that of `quant`.
+        shortlist: add a coarse copy of the head (2 bits), by which a plan with a `head_margin`
+            spares most tokens' exact logits.
+        text: what the check reads, which has chosen nothing but may refuse a type; default: the
+            evaluation half of the default text.
+
+    Raises:
+        FallowError: the file would not pass the check (nothing is written), a matrix has a type
+            that the engine has no kernels for, the architecture's variant is not supported, or the
+            engine cannot run the plan.
+        UsageError: an unknown type.
+    """
+    if plan is not None:
+        check_runs(plan)
+    check_writable(output)
+    packer = Packer(model, quant=quant, down=down, shortlist=shortlist, text=text, plan=plan)
+    return packer.write(output, plan, n_threads)
+
+
+class Packer:
+    """A model made ready to be packed, once or with several plans. Arguments as for `pack`."""
+
+    def __init__(
+        self,
+        model: str | Path | Model,
+        *,
+        quant: str | None = None,
+        down: str | None = None,
+        shortlist: bool = False,
+        text: str | Path | Text | None = None,
+        plan: Plan | None = None,  # of another model: refused before the work
+    ) -> None:
+        name = None if isinstance(model, Model) else str(model)
+        text = load_text(text, "evaluation")
+        self._source = Source(load(model, "float32"), name)
+        if plan is not None:
+            self.model.rule(plan)
+        for problem in self.model.tokenizer.chat_problems():
+            note(problem)
+        self._types = self._source.down_types(quant, down)
+        self._matrices = self._source.matrices(quant)
+        if shortlist:
+            self._matrices |= self._source.coarse_head()
+        self._reference = self._reference_on(text)
+
+    @property
+    def model(self) -> Model:
+        """The source, float32."""
+        return self._source.model
+
+    @cached_property
+    def _choice(self) -> Reference:
+        """By which the type of down_proj_t is chosen: not the text whose figures are reported."""
+        return self._reference_on(load_text(None, "calibration"), skip=OUTLIER_WINDOWS)
+
+    def _reference_on(self, text: Text, skip: int = 0) -> Reference:
+        return Reference(self.model, text, self.context_length, skip)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the packed model is made for."""
+        return self._source.context_length
+
+    def add_coarse_head(self, text: Text, windows: np.ndarray) -> None:
+        """Files written from now on have a coarse head, if there can be one for the model.
+
+        Rounded for windows (n, context) of this text and, if it is another, for the default text.
+        """
+        if self._source.has_coarse_head:
+            self._matrices |= self._source.coarse_head(text, windows)
+
+    def leave_out_unused(self, plan: Plan | None) -> None:
+        """Files written from now on have a coarse head only if the plan uses it."""
+        if plan is None or plan.arrays["head_margin"][0] == 0:
+            self._matrices = {k: v for k, v in self._matrices.items() if k not in COARSE_HEAD}
+
+    def write(
+        self, output: str | Path, plan: Plan | None = None, n_threads: int | None = None
+    ) -> SelfCheck:
+        """Writes the packed model, whole or not at all. Raises as `pack` does."""
+        source, check = self._source, None
+        n_threads = n_threads or os.cpu_count() or 1
+        if plan is not None:
+            source.model.rule(plan)  # fits this model
+        with atomic_path(output) as temporary:
+            for kind in self._types:
+                write_packed(temporary, source, self._matrices, kind, plan)
+                if kind != self._types[-1]:
+                    chosen = self._choice.check(temporary, n_threads)
+                    console.print(f"down_proj_t {kind}, to choose: {chosen}", highlight=False)
+                    if not chosen.passed:
+                        continue
+                check = self._reference.check(temporary, n_threads)
+                console.print(f"down_proj_t {kind}: {check}", highlight=False)
+                if check.passed or not source.keeps_bytes:
+                    self._types = (kind,)  # of further files
+                    break
+            assert check is not None
+            if not check.passed and source.keeps_bytes:
+                raise FallowError(
+                    f"the packed model differs too much from {source.model.name} ({check}; at most "
+                    f"{LARGEST_KL} nats and {LARGEST_PPL_CHANGE} %); nothing was written; try "
+                    "--down q8_0, and please report this model"
+                )
+        return check

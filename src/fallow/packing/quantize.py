@@ -1,0 +1,57 @@
+"""Matrices in stored bytes, and how they are quantised."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from fallow import _core
+from fallow.checkpoints.weights import StoredTensor
+from fallow.common.errors import FallowError
+
+# Types for down_proj_t from a GGUF source, smallest first; the K types need rows of whole 256s.
+DOWN_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
+DOWN_TYPES_NARROW = ("Q5_0", "Q5_1", "Q8_0")
+QUANT_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16", "F16", "F32")
+
+
+@dataclass
+class Matrix:
+    """Weights (rows, cols) in stored bytes (rows, row_bytes)."""
+
+    type: str
+    shape: tuple[int, int]
+    data: np.ndarray
+
+    def rows(self, part: slice) -> "Matrix":
+        data = self.data[part]
+        return Matrix(self.type, (len(data), self.shape[1]), data)
+
+
+def quantize(values: np.ndarray, kind: str) -> Matrix:
+    """Float32 values (rows, cols) as a matrix of a ggml type.
+
+    Raises:
+        FallowError: the rows are not whole blocks of the type.
+    """
+    import gguf
+
+    rows, cols = values.shape
+    block, _ = _core.FORMATS[kind]
+    if cols % block:
+        raise FallowError(
+            f"rows of {cols} weights are not whole blocks of {block} of {kind}; choose another "
+            "type, such as bf16"
+        )
+    if kind in ("Q4_K", "Q5_K", "Q6_K"):
+        flat = np.ascontiguousarray(values, dtype=np.float32).ravel()
+        data = np.frombuffer(_core.quantize_k(kind, flat, os.cpu_count() or 1), dtype=np.uint8)
+    else:
+        data = gguf.quantize(values, gguf.GGMLQuantizationType[kind]).view(np.uint8)
+    return Matrix(kind, (rows, cols), data.reshape(rows, -1).copy())
+
+
+def dequantize(matrix: Matrix) -> np.ndarray:
+    """Float32 values (rows, cols) of a matrix."""
+    data = np.ascontiguousarray(matrix.data).reshape(-1)
+    return StoredTensor("matrix", matrix.shape, matrix.type, data).dequantize()

@@ -1,0 +1,406 @@
+"""What is packed: matrices and vectors by the engine's names, and what a model says of itself."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from fallow import _core
+from fallow.checkpoints.text import Text, load_text
+from fallow.checkpoints.weights import read_gguf
+from fallow.common.errors import FallowError, UsageError
+from fallow.common.progress import progress
+from fallow.engine.memory import COARSE_HEAD
+from fallow.measure.evaluation import final_hidden
+from fallow.models.taps import Layer, attach
+from fallow.packing.coarse_head import coarse_head
+from fallow.packing.quantize import (
+    DOWN_TYPES,
+    DOWN_TYPES_NARROW,
+    QUANT_TYPES,
+    Matrix,
+    dequantize,
+    quantize,
+)
+from fallow.packing.selfcheck import CHECK_CONTEXT
+from fallow.reference.model import Model, find_model
+
+# Neurons per layer whose rows of down_proj_t are kept as F16: those that rounding harms most. Some
+# fire thousands of times louder than the rest, on attention sinks. On SmolLM2 four such rows per
+# layer take Q8_0 from 0.0022 to 0.0003 nats, sixteen to 0.0002.
+OUTLIERS = 8
+OUTLIER_WINDOWS = 2
+# Hidden states say how to round the coarse head: of windows from all over the calibration text and
+# of some from the default text. On Qwen2.5-Coder and WikiText-2 logits are off by 0.94 nats
+# (standard deviation) with 40 windows of 1024 of the Python reference, 0.87 without compensation,
+# 0.60 with 16 of WikiText-2's validation text, 0.58 with 64 of 256; 0.59 with 32 of the reference
+# beside them, which on code makes 0.78 of 0.95.
+HEAD_CONTEXT, HEAD_WINDOWS, HEAD_DEFAULT_WINDOWS = 256, 64, 32
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+}
+
+
+class Source:
+    """A loaded model, and where its quantised bytes are."""
+
+    def __init__(self, model: Model, name: str | None) -> None:
+        self.model = model
+        self.config = model.module.config
+        path = find_model(name) if name is not None else None
+        self.gguf = read_gguf(path) if path is not None and path.is_file() else None
+        problem = model.architecture.check(self.config)
+        if problem:
+            raise FallowError(f"{model.name} has {problem}, which the engine does not run")
+
+    @property
+    def keeps_bytes(self) -> bool:
+        return self.gguf is not None
+
+    def down_types(self, quant: str | None, down: str | None) -> tuple[str, ...]:
+        for name in (quant, down):
+            if name is not None and name.upper() not in QUANT_TYPES:
+                known = ", ".join(t.lower() for t in QUANT_TYPES)
+                raise UsageError(f"unknown type {name!r}; known: {known}")
+        if down is not None:
+            return (down.upper(),)
+        if not self.keeps_bytes:
+            return ((quant or "q8_0").upper(),)
+        if quant is not None:
+            raise UsageError("--quant is for Hugging Face folders; a GGUF keeps its own types")
+        if self.config.hidden_size % 32:
+            return ("F16",)
+        return DOWN_TYPES if self.config.hidden_size % 256 == 0 else DOWN_TYPES_NARROW
+
+    def matrices(self, quant: str | None) -> dict[str, Matrix]:
+        """Every matrix but down_proj_t, under the engine's names."""
+        if self.gguf is not None:
+            stored = self._stored()
+            return {name: pick(stored, *where) for name, where in self._places()}
+        kind = (quant or "q8_0").upper()
+        parameters = dict(self.model.module.named_parameters(remove_duplicate=False))
+        result = {}
+        for name, (place, part) in self._places():
+            values = parameters[place].detach().float().numpy()
+            result[name] = quantize(values if part is None else values[part], kind)
+        return result
+
+    def _stored(self) -> dict[str, Matrix]:
+        """The GGUF's matrices under the checkpoint's names, bytes as they are."""
+        assert self.gguf is not None
+        architecture, found = self.model.architecture, {}
+        for tensor in self.gguf.tensors.values():
+            name = architecture.hf_name(tensor.name)
+            if name is None or len(tensor.shape) != 2:
+                continue
+            raw = tensor.data.reshape(tensor.shape[0], -1)
+            # Reordering and splitting rows works on bytes as it does on values.
+            for part, data in architecture.from_gguf(name, raw, self.config).items():
+                found[part] = Matrix(tensor.type, (len(data), tensor.shape[1]), data)
+        return found
+
+    def _places(self) -> Iterator[tuple[str, tuple[str, slice | None]]]:
+        """The engine's matrices, and the parameter or part of its rows that each is."""
+        a, c = self.model.architecture, self.config
+        yield "embed_tokens.weight", (f"{a.embed_tokens}.weight", None)
+        if self.model.module.get_output_embeddings().weight is not self._embedding.weight:
+            yield "lm_head.weight", ("lm_head.weight", None)
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        for i in range(len(self.model.layers)):
+            here, there = f"layers.{i}", f"{a.layers}.{i}"
+            if len(a.attention) == 2:  # q, k and v are one projection
+                fused = f"{there}.{a.attention[0]}.weight"
+                yield f"{here}.q_proj.weight", (fused, slice(0, q))
+                yield f"{here}.k_proj.weight", (fused, slice(q, q + kv))
+                yield f"{here}.v_proj.weight", (fused, slice(q + kv, q + 2 * kv))
+            else:
+                for name, path in zip("qkv", a.attention[:3], strict=True):
+                    yield f"{here}.{name}_proj.weight", (f"{there}.{path}.weight", None)
+            yield f"{here}.o_proj.weight", (f"{there}.{a.attention[-1]}.weight", None)
+            if a.gate_up_proj is not None:
+                fused, d_ff = f"{there}.{a.gate_up_proj}.weight", c.intermediate_size
+                yield f"{here}.gate_proj.weight", (fused, slice(0, d_ff))
+                yield f"{here}.up_proj.weight", (fused, slice(d_ff, 2 * d_ff))
+            else:
+                if a.gate_proj is not None:
+                    yield f"{here}.gate_proj.weight", (f"{there}.{a.gate_proj}.weight", None)
+                yield f"{here}.up_proj.weight", (f"{there}.{a.up_proj}.weight", None)
+
+    @cached_property
+    def _embedding(self) -> Any:
+        return self.model.module.get_submodule(self.model.architecture.embed_tokens)
+
+    @property
+    def heads(self) -> int:
+        return self.config.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return getattr(self.config, "num_key_value_heads", None) or self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
+
+    def vectors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Norms, biases and tables, float32, under the engine's names."""
+        a, module = self.model.architecture, self.model.module
+        yield from self._norm("norm", module.get_submodule(a.final_norm))
+        head = module.get_output_embeddings()
+        if head.bias is not None:
+            yield "lm_head.bias", floats_of(head.bias)
+        if a.embed_positions is not None:
+            table: Any = module.get_submodule(a.embed_positions).weight
+            rows = slice(a.first_position, a.first_position + self.context_length)
+            yield "embed_positions", floats_of(table[rows])
+        for i, inv_freq in enumerate(self.ropes):
+            yield f"rope.{i}.inv_freq", inv_freq
+        for i, layer in enumerate(self.model.layers):
+            for name, path in a.norms.items():
+                yield from self._norm(f"layers.{i}.{name}", layer.block.get_submodule(path))
+            yield f"layers.{i}.down_norm", layer.down_norm.numpy()
+            for name, bias in self._biases(layer):
+                yield f"layers.{i}.{name}.bias", bias
+
+    @property
+    def has_coarse_head(self) -> bool:
+        """Whether the head's rows are whole bytes of two-bit weights."""
+        return bool(self.model.module.get_output_embeddings().weight.shape[1] % 4 == 0)
+
+    def coarse_head(
+        self, text: Text | None = None, windows: np.ndarray | None = None
+    ) -> dict[str, Matrix]:
+        """A copy of the head in two bits, rounded for hidden states of some text.
+
+        Of windows (n, context) of `text`, and of the default text unless this is it.
+
+        Raises:
+            FallowError: its rows are not whole bytes.
+        """
+        head = self.model.module.get_output_embeddings()
+        weight = head.weight.detach()
+        cols = weight.shape[1]
+        if not self.has_coarse_head:
+            raise FallowError(
+                f"{self.model.name} has {cols} hidden units, no multiple of 4: there is no "
+                "coarse head for it; pack without --shortlist"
+            )
+        moment, mean = torch.zeros(cols, cols), torch.zeros(cols)
+        used = [] if windows is None else list(spread(windows, HEAD_WINDOWS)[:, :HEAD_CONTEXT])
+        default = load_text(None, "calibration")
+        if text is None or text.sha256 != default.sha256:
+            context = min(HEAD_CONTEXT, self.context_length)
+            count = HEAD_DEFAULT_WINDOWS if used else HEAD_WINDOWS
+            used += list(spread(self.model.windows(default, context), count))
+        n_tokens = sum(window.size for window in used)
+        with progress("hidden states", len(used)) as ticker:
+            for window in used:
+                hidden = final_hidden(self.model, window).float()
+                moment += hidden.T @ hidden / n_tokens
+                mean += hidden.sum(dim=0) / n_tokens
+                ticker.advance()
+        codes, bias = coarse_head(weight.numpy(), moment.numpy(), mean.numpy())
+        if head.bias is not None:
+            bias = bias + floats_of(head.bias)
+        parts = Matrix("I8", codes.shape, codes), Matrix("F32", bias.shape, bias)
+        return dict(zip(COARSE_HEAD, parts, strict=True))
+
+    def _calibration_windows(self, limit: int) -> np.ndarray:
+        """The first windows of the default calibration text, (n, context)."""
+        context = min(CHECK_CONTEXT, self.context_length)
+        return self.model.windows(load_text(None, "calibration"), context, at_most=limit)
+
+    @cached_property
+    def energy(self) -> np.ndarray:
+        """Sum of inter² over some tokens of the calibration text, (L, d_ff)."""
+        model = self.model
+        total = torch.zeros(len(model.layers), model.intermediate_size)
+
+        def add(layer: int, value: torch.Tensor) -> None:
+            total[layer] += value.float().square().sum(dim=0)
+
+        windows = self._calibration_windows(OUTLIER_WINDOWS)
+        with (
+            progress("outlier neurons", len(windows)) as ticker,
+            attach(model.layers, {"inter": add}),
+        ):
+            for window in windows:
+                model.hidden(window[None])
+                ticker.advance()
+        return total.numpy()
+
+    def down_proj_t(self, layer: int, kind: str) -> tuple[Matrix, np.ndarray, Matrix | None]:
+        """down_proj_t without its outlier neurons, those neurons, and their rows."""
+        weight = self.model.layers[layer].down_proj.weight.detach().float().numpy()
+        values = np.ascontiguousarray(weight.T)
+        matrix = quantize(values, kind)
+        n = self.n_outliers(kind)
+        if n == 0:
+            return matrix, np.empty(0, dtype=int), None
+        harm = np.square(dequantize(matrix) - values).sum(axis=1) * self.energy[layer]
+        neurons = np.sort(np.argsort(-harm)[:n])
+        matrix.data[neurons] = 0  # zero bytes are zero weights in every type
+        return matrix, neurons, quantize(values[neurons], "F16")
+
+    def n_outliers(self, kind: str) -> int:
+        return 0 if kind in ("F32", "F16", "BF16") else min(OUTLIERS, self.model.intermediate_size)
+
+    def _norm(self, name: str, norm: Any) -> Iterator[tuple[str, np.ndarray]]:
+        yield (
+            f"{name}.weight",
+            floats_of(norm.weight) + np.float32(self.model.architecture.norm_offset),
+        )
+        if getattr(norm, "bias", None) is not None:
+            yield f"{name}.bias", floats_of(norm.bias)
+
+    def _biases(self, layer: Layer) -> Iterator[tuple[str, np.ndarray]]:
+        sizes = [self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2]
+        split: dict[str, tuple[tuple[str, ...], Any]] = {
+            "qkv_proj": (("q_proj", "k_proj", "v_proj"), np.cumsum(sizes)[:2]),
+            "gate_up_proj": (("gate_proj", "up_proj"), [layer.down_proj.in_features]),
+        }
+        for name, projection in layer.projections.items():
+            if projection.bias is None:
+                continue
+            names, cuts = split.get(name, ((name,), []))
+            yield from zip(names, np.split(floats_of(projection.bias), cuts), strict=True)
+
+    @cached_property
+    def _rotary(self) -> list[tuple[np.ndarray, float]]:
+        """Each layer's inverse frequencies and its factor of cos and sin."""
+        path = self.model.architecture.rotary
+        if path is None:
+            return []
+        rotary = self.model.module.get_submodule(path)
+        kinds = getattr(self.config, "layer_types", None) or [""] * len(self.model.layers)
+        found = []
+        for kind in kinds:
+            prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
+            scale = float(getattr(rotary, f"{prefix}attention_scaling"))
+            found.append((floats_of(getattr(rotary, f"{prefix}inv_freq")), scale))
+        return found
+
+    @cached_property
+    def ropes(self) -> list[np.ndarray]:
+        """The distinct inverse frequencies, (rotary_dim / 2,) each."""
+        distinct: list[np.ndarray] = []
+        for inv_freq, _ in self._rotary:
+            if not any(np.array_equal(inv_freq, known) for known in distinct):
+                distinct.append(inv_freq)
+        return distinct
+
+    @property
+    def rope_of_layer(self) -> list[int]:
+        if not self._rotary:
+            return [0] * len(self.model.layers)
+        return [
+            next(i for i, known in enumerate(self.ropes) if np.array_equal(inv_freq, known))
+            for inv_freq, _ in self._rotary
+        ]
+
+    @property
+    def rope_scale(self) -> float:
+        scales = {scale for _, scale in self._rotary} or {1.0}
+        if len(scales) > 1:
+            raise FallowError(f"{self.model.name} scales its rotary embeddings layer by layer")
+        return scales.pop()
+
+    @property
+    def context_length(self) -> int:
+        """Up to where the frequencies hold; stretched ones change beyond the original context."""
+        parameters = getattr(self.config, "rope_parameters", None) or {}
+        longest = self.config.max_position_embeddings
+        # Gemma 3 has parameters for each kind of layer.
+        for one in (parameters, *parameters.values()):
+            if isinstance(one, dict) and one.get("rope_type") in ("longrope", "dynamic"):
+                longest = min(longest, one.get("original_max_position_embeddings") or longest)
+        return int(longest)
+
+    @property
+    def sliding_windows(self) -> list[int]:
+        """Tokens that each layer looks back on, itself included; 0: all."""
+        window = getattr(self.config, "sliding_window", None) or 0
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is None:
+            return [window] * len(self.model.layers)
+        return [window if kind == "sliding_attention" else 0 for kind in kinds]
+
+    @property
+    def activation(self) -> str:
+        names = ("hidden_activation", "hidden_act", "activation_function")
+        name = next(n for n in (getattr(self.config, n, None) for n in names) if n is not None)
+        if name not in _ACTIVATIONS:
+            raise FallowError(
+                f"{self.model.name} has the activation {name}; the engine knows "
+                f"{', '.join(_ACTIVATIONS)}"
+            )
+        return _ACTIVATIONS[name]
+
+    @property
+    def norm_eps(self) -> float:
+        norm = self.model.module.get_submodule(self.model.architecture.final_norm)
+        return float(getattr(norm, "eps", None) or norm.variance_epsilon)
+
+    @property
+    def attention_scale(self) -> float:
+        for module in self.model.layers[0].block.modules():
+            if hasattr(module, "scaling"):
+                scaling: Any = module.scaling
+                return float(scaling)
+        raise FallowError(f"{self.model.name}: its attention has no scaling")
+
+    def metadata(self) -> dict[str, Any]:
+        """What the engine reads, without the prefix `fallow.`."""
+        a, c, layer = self.model.architecture, self.config, self.model.layers[0]
+        ropes = self.ropes
+        return {
+            "hidden_size": c.hidden_size,
+            "intermediate_size": self.model.intermediate_size,
+            "n_layers": len(self.model.layers),
+            "n_heads": self.heads,
+            "n_kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.model.vocabulary_size,
+            "context_length": self.context_length,
+            "rotary_dim": 2 * len(ropes[0]) if ropes else 0,
+            "rope_scale": self.rope_scale,
+            "attention_scale": self.attention_scale,
+            "embedding_scale": float(getattr(self._embedding, "embed_scale", 1.0)),
+            "norm_eps": self.norm_eps,
+            "layer_norm": a.layer_norm,
+            "gated": layer.gated,
+            "parallel": a.parallel,
+            "activation": self.activation,
+            "fused": a.gate_up_proj is not None,
+            "sliding_window": self.sliding_windows,
+            "rope": self.rope_of_layer,
+        }
+
+
+def spread(windows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` windows from all over."""
+    return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
+
+
+def floats_of(values: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(values.detach().float().numpy())
+
+
+def pick(stored: dict[str, Matrix], name: str, part: slice | None) -> Matrix:
+    if name not in stored:
+        raise FallowError(f"the GGUF has no tensor for {name}")
+    matrix = stored[name]
+    if matrix.type not in _core.FORMATS:
+        raise FallowError(
+            f"{name} has the type {matrix.type}, which the engine does not run; use a file "
+            "quantised with Q4_0 to Q8_0, Q2_K to Q6_K, F16 or BF16"
+        )
+    return matrix if part is None else matrix.rows(part)

@@ -1,0 +1,1 @@
+"""Models in transformers, dense or with a plan's values set to zero."""

@@ -1,0 +1,510 @@
+"""A model as fallow sees it: transformers' implementation, its layers, its tokenizer."""
+
+import ctypes
+import math
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fallow.checkpoints.catalog import ALIASES, is_hub_id, resolve
+from fallow.checkpoints.text import Text, cut_windows
+from fallow.checkpoints.tokenizer import (
+    TextTokenizer,
+    note_endless,
+    tokenizer_from_folder,
+    tokenizer_from_gguf,
+)
+from fallow.checkpoints.weights import (
+    GgufFile,
+    StoredTensor,
+    fingerprint,
+    read_gguf,
+    read_safetensors,
+)
+from fallow.common.errors import FallowError, UsageError, in_one_line
+from fallow.common.files import read_json
+from fallow.engine.sampling import Sampler, check_largest
+from fallow.models import (
+    Architecture,
+    by_gguf_name,
+    by_model_type,
+    check_config,
+    check_gguf_keys,
+    check_gguf_type,
+)
+from fallow.models.taps import Layer, attach
+from fallow.plan import Plan
+from fallow.rules import Rule, find_rule
+
+# Products of float32 that stay float32: 512 x 512 of N(0, 1) differ by less than this between
+# libraries, while bfloat16 inputs would differ by 1e-1.
+FLOAT32_ERROR = 1e-3
+
+
+def use_fastest_float32() -> None:
+    """Lets torch use oneDNN for float32 products where that is as exact as the default.
+
+    The default is MKL, which runs at half speed on AMD. oneDNN is reached by allowing bfloat16
+    inside float32 products; on processors without a matrix unit it computes in float32 all the
+    same (measured on EPYC 9005: KL to MKL's result 1e-9 nats), elsewhere the check here fails.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:  # an older torch
+        return
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double()
+    matmul.fp32_precision = "bf16"
+    if float((nn.functional.linear(a, b.T) - exact).abs().max()) > FLOAT32_ERROR:
+        matmul.fp32_precision = "ieee"
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse large freed blocks instead of returning them to the kernel.
+
+    Every evaluation step frees and takes tensors of 6 to 256 MB; faulting their pages in again
+    took two thirds of the time (measured on SmolLM2: 3.6 against 1.0 s to compare four plans).
+    """
+    trim_threshold, mmap_threshold, limit = -1, -3, 1 << 30
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # another C library; slower, nothing else
+    mallopt(mmap_threshold, limit)
+    mallopt(trim_threshold, 2 * limit - 1)
+
+
+def quieten_transformers() -> None:
+    """What transformers would warn about is checked and reported by fallow itself."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# "auto" is float32 up to this many weights (4 GB), bfloat16 beyond.
+AUTO_FLOAT32_WEIGHTS = 1_000_000_000
+# Logits over a smaller one are beyond float32. At this one the most likely token has it all.
+GREEDY = 1e-30
+
+
+@dataclass
+class Model:
+    """A loaded model. `module` is transformers' own; nothing in it is patched or copied."""
+
+    name: str
+    module: Any = field(repr=False)  # transformers' model; its attributes are not typed
+    tokenizer: TextTokenizer = field(repr=False)
+    architecture: Architecture = field(repr=False)
+    fingerprint: str
+    layers: list[Layer] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.module.eval().requires_grad_(False)
+        self.layers = self.architecture.find_layers(self.module)
+        # float32: logits rounded to bfloat16 would add 1e-3 nats of noise to KL.
+        head = self.module.get_output_embeddings()
+        self._head_weight = head.weight.detach().float()
+        self._head_bias = None if head.bias is None else head.bias.detach().float()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.layers[0].down_proj.in_features
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self._head_weight.shape[0]
+
+    def windows(
+        self, text: Text, context: int, limit: int | None = None, at_most: int | None = None
+    ) -> np.ndarray:
+        """The text as windows of token ids, (n, context): see `cut_windows`.
+
+        Raises:
+            FallowError: the text is shorter than one window, or has fewer than are asked for.
+            UsageError: the context is longer than the model's, or no window is asked for.
+        """
+        longest = self.module.config.max_position_embeddings
+        if context > longest:
+            raise UsageError(
+                f"--context {context} is longer than the {longest} tokens the model was made for; "
+                "give a smaller one"
+            )
+        return cut_windows(text, self.tokenizer, context, limit, at_most)
+
+    def hidden(self, ids: np.ndarray) -> torch.Tensor:
+        """Final hidden states of token ids (B, T): (B, T, d_model), after the last norm."""
+        with torch.inference_mode():
+            tensor = torch.from_numpy(np.ascontiguousarray(ids))
+            return self.module.base_model(input_ids=tensor, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., vocabulary), float32, of final hidden states (..., d_model)."""
+        with torch.inference_mode():
+            return nn.functional.linear(hidden.float(), self._head_weight, self._head_bias)
+
+    def rule(self, plan: Plan) -> Rule:
+        """The plan's rule, ready for this model.
+
+        Raises:
+            FallowError: the plan is for another model, or an array does not fit it.
+        """
+        plan.check_model(self.fingerprint, self.name)
+        try:
+            rule_class = find_rule(plan.rule)
+        except UsageError as error:
+            raise FallowError(f"cannot run this plan: {error}") from error
+        for name, shape in rule_class.shapes(self.layers).items():
+            found = plan.arrays[name].shape if name in plan.arrays else "nothing"
+            if found != shape:
+                raise FallowError(
+                    f"this plan's array {name} has the shape {shape} for {self.name}, "
+                    f"the file has {found}; calibrate again"
+                )
+        return rule_class(plan.knob, plan.arrays)
+
+    @contextmanager
+    def sparse(self, plan: Plan | None) -> Iterator[None]:
+        """Runs the model with the plan's values set to zero inside the block; None: dense."""
+        with attach(self.layers, {} if plan is None else self.rule(plan).taps(self.layers)):
+            yield
+
+    def generate(
+        self,
+        prompt: str | np.ndarray,
+        plan: Plan | None = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        chat: bool = False,
+        parse_special: bool = True,
+    ) -> str:
+        """Continues a prompt (text or ids), or answers it as a chat message, under a plan.
+
+        A reference: nothing is skipped, masked values are computed and set to zero. Control tokens
+        typed in a text to continue count as one token each, with `parse_special`.
+
+        Raises:
+            FallowError: the prompt is empty or longer than the model's context, or logits are NaN
+                or infinite.
+        """
+        ids = (
+            self.tokenizer.prompt(prompt, chat, parse_special)
+            if isinstance(prompt, str)
+            else prompt
+        )
+        limit = self.module.config.max_position_embeddings
+        if len(ids) == 0:
+            raise FallowError("the prompt is empty; give some text")
+        if len(ids) + max_new_tokens > limit:
+            raise FallowError(
+                f"prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
+                f"context of {limit}; shorten the prompt"
+            )
+        if max_new_tokens < 1:
+            raise UsageError("--max-new-tokens must be at least 1")
+        Sampler(temperature, seed=seed)  # or it says what is out of range
+        torch.manual_seed(seed)
+        tensor = torch.from_numpy(ids)[None]
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature}
+            if temperature > GREEDY
+            else {"do_sample": False}
+        )
+        with torch.inference_mode(), self.sparse(plan):
+            output = self.module.generate(
+                tensor,
+                attention_mask=torch.ones_like(tensor),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(self.tokenizer.eos_ids) or None,
+                pad_token_id=self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else 0,
+                logits_processor=[_checked],
+                **sampling,
+            )
+        return self.tokenizer.decode(output[0, len(ids) :].tolist(), after=ids)
+
+
+def _checked(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Logits (B, vocabulary) as they are. Raises FallowError for NaN and infinite ones."""
+    check_largest(logits.float().amax(dim=-1).numpy())
+    return logits
+
+
+def load(model: str | Path | Model, dtype: str = "auto") -> Model:
+    """Loads a model: an alias, a Hugging Face folder, a .gguf file, or a hub id (org/name).
+
+    `dtype` is float32, bfloat16, float16, or auto: float32 up to 1e9 weights, bfloat16 beyond.
+
+    Raises:
+        FallowError: not found, not installed, truncated, or of an unknown architecture.
+        UsageError: unknown dtype.
+    """
+    if isinstance(model, Model):
+        return model
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    path = find_model(str(model))
+    name = str(model)
+    use_fastest_float32()
+    keep_freed_memory()
+    quieten_transformers()
+    found = _load_folder(name, path, dtype) if path.is_dir() else _load_gguf(name, path, dtype)
+    note_endless(found.tokenizer, name)
+    return found
+
+
+def find_model(name: str) -> Path:
+    """The folder or file that a model's name stands for; hub ids are downloaded.
+
+    Raises:
+        FallowError: it is nowhere.
+    """
+    if name in ALIASES:
+        return resolve(ALIASES[name])
+    path = Path(name)
+    with suppress(OSError):  # a name that no file can have
+        if name and path.exists():
+            return path
+    if not is_hub_id(name):
+        raise FallowError(
+            f"model {name or repr(name)} not found: no such file or folder, and no alias "
+            f"({', '.join(ALIASES)}); see: fallow models"
+        )
+    return _download(name)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    copies = ["consolidated*", "*/*"]  # the same weights in another layout
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=copies))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FallowError(
+            f"cannot download {hub_id} from the hub ({reason}); check the id and the network, "
+            "or give a local folder or .gguf file"
+        ) from error
+
+
+def _torch_dtype(dtype: str, n_weights: int) -> torch.dtype:
+    if dtype == "auto":
+        dtype = "float32" if n_weights <= AUTO_FLOAT32_WEIGHTS else "bfloat16"
+    return DTYPES[dtype]
+
+
+def _load_gguf(name: str, path: Path, dtype: str) -> Model:
+    file, where = read_gguf(path), f"GGUF {path}"
+    if "fallow.version" in file.metadata:
+        raise FallowError(
+            f"{path} is packed already; give the model that it was packed from, "
+            f"{file.get('fallow.model')}"
+        )
+    check_gguf_type(file)
+    architecture = by_gguf_name(file.architecture, where)
+    assert architecture.gguf_config is not None
+    with _refusing(f"{where}: transformers cannot build {architecture.hf_class}"):
+        config = architecture.gguf_config(file)
+        check_gguf_keys(file)
+        check_config(architecture, config, where)
+        _check_size(architecture, config, file.tensors.values(), where)
+        module = _empty_module(architecture, config)
+        _fill(module, architecture, file, _torch_dtype(dtype, n_weights(file.tensors.values())))
+    file.check_unchanged()
+    return Model(name, module, tokenizer_from_gguf(file), architecture, fingerprint(file.tensors))
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Makes one line that begins so of whatever transformers raises of a config or weights."""
+    try:
+        yield
+    except (FallowError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        raise FallowError(f"{what}: {in_one_line(error)}") from error
+
+
+def n_weights(tensors: Collection[StoredTensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def _check_size(
+    architecture: Architecture,
+    config: dict[str, Any],
+    tensors: Collection[StoredTensor],
+    where: str,
+) -> None:
+    """Refuses a config of a far larger model than the weights are, before it takes any memory.
+
+    Raises:
+        FallowError: more layers than tensors, or more than twice as many weights.
+    """
+    import transformers
+
+    n_layers, stored = config.get("num_hidden_layers"), n_weights(tensors)
+    if isinstance(n_layers, int) and n_layers > len(tensors):
+        raise FallowError(f"{where} describes {n_layers} layers, but has {len(tensors)} tensors")
+    hf_class = getattr(transformers, architecture.hf_class)
+    with torch.device("meta"):
+        module = hf_class(hf_class.config_class(**config))
+    described = sum(parameter.numel() for parameter in module.parameters())
+    if described > 2 * stored:
+        raise FallowError(f"{where} describes {described} weights, but has {stored}")
+
+
+def _empty_module(architecture: Architecture, config: dict[str, Any]) -> Any:
+    """The model without weights: parameters on the meta device, buffers computed."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    hf_class = getattr(transformers, architecture.hf_class)
+    with init_empty_weights(include_buffers=False):
+        return hf_class(hf_class.config_class(**config))
+
+
+def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.dtype) -> None:
+    expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    state: dict[str, torch.Tensor] = {}
+    for tensor in file.tensors.values():
+        hf_name = architecture.hf_name(tensor.name)
+        if hf_name is None:
+            raise FallowError(
+                f"GGUF {file.path} has a tensor {tensor.name} that {architecture.model_type} "
+                "models do not have"
+            )
+        values = tensor.dequantize()
+        for part, array in architecture.from_gguf(hf_name, values, module.config).items():
+            if expected.get(part, array.shape) != array.shape:
+                raise FallowError(
+                    f"GGUF {file.path}: tensor {tensor.name} gives {part} the shape "
+                    f"{array.shape}, expected {expected[part]}"
+                )
+            state[part] = torch.from_numpy(array).to(dtype)
+    unknown = sorted(set(state) - set(expected))
+    missing = sorted(set(expected) - set(state) - {"lm_head.weight"})
+    if unknown or missing:
+        raise FallowError(
+            f"GGUF {file.path} does not fit {architecture.model_type}: "
+            f"missing {missing[:3] or 'nothing'}, unexpected {unknown[:3] or 'nothing'}"
+        )
+    module.load_state_dict(state, assign=True, strict=False)
+    module.tie_weights()
+
+
+def _load_folder(name: str, folder: Path, dtype: str) -> Model:
+    architecture, tensors = inspect_folder(folder)
+    torch_dtype = _torch_dtype(dtype, n_weights(tensors.values()))
+    module = pretrained(folder, architecture, torch_dtype)
+    return Model(name, module, _load_tokenizer(folder), architecture, fingerprint(tensors))
+
+
+def inspect_folder(folder: Path) -> tuple[Architecture, dict[str, StoredTensor]]:
+    """The architecture of a Hugging Face folder, and its tensors as they are stored.
+
+    Raises:
+        FallowError: config.json or weights are missing or damaged, or do not fit each other.
+    """
+    path = folder / "config.json"
+    if (folder / "adapter_config.json").exists():
+        raise FallowError(f"{folder} has an adapter; give the model with it merged in")
+    config = read_json(path, "download it again")
+    if not isinstance(config.get("model_type"), str):
+        raise FallowError(f"{path} is not a model's config; download it again")
+    architecture = by_model_type(config["model_type"], str(path))
+    tensors = {tensor.name: tensor for tensor in read_safetensors(folder)}
+    with _refusing(f"{path} is not usable"):
+        check_config(architecture, config, str(path))
+        _check_size(architecture, config, tensors.values(), str(folder))
+    return architecture, tensors
+
+
+def pretrained(folder: Path, architecture: Architecture, dtype: torch.dtype | str) -> Any:
+    """transformers' model of a folder that `inspect_folder` found in order.
+
+    Raises:
+        FallowError: transformers cannot load it, or a tensor is missing or of another shape.
+    """
+    import transformers
+
+    with _refusing(f"transformers cannot load {folder}"):
+        module, info = getattr(transformers, architecture.hf_class).from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+        )
+    _check_loading(folder, info)
+    _check_use(folder, architecture, module)
+    return module
+
+
+def _check_use(folder: Path, architecture: Architecture, module: Any) -> None:
+    """Refuses what transformers passes over: weights that are no floats, or that nobody asks for.
+
+    Raises:
+        FallowError: such a weight; buffers and what lies outside the decoder may be of any kind.
+    """
+    used = dict(module.named_parameters(remove_duplicate=False))
+    prefix = f"{module.base_model_prefix}."  # may be left out in files
+    for tensor in read_safetensors(folder):
+        name = tensor.name if tensor.name in used else prefix + tensor.name.removeprefix(prefix)
+        is_float = tensor.type in ("F32", "F16", "BF16", "F64")
+        if name in used and not is_float:
+            raise FallowError(
+                f"{folder}: tensor {tensor.name} has the type {tensor.type}; give a folder with "
+                "weights in F32, F16 or BF16"
+            )
+        is_weight = is_float and name.endswith((".weight", ".bias"))
+        if name not in used and is_weight and name.startswith(f"{architecture.layers}."):
+            raise FallowError(
+                f"{folder} has a tensor {tensor.name} that {architecture.model_type} models of "
+                "its config.json do not have"
+            )
+
+
+def _check_loading(folder: Path, info: dict[str, Any]) -> None:
+    if info["mismatched_keys"]:
+        key, found, expected = sorted(info["mismatched_keys"])[0]
+        raise FallowError(
+            f"{folder}: tensor {key} has the shape {tuple(found)}, expected {tuple(expected)}"
+        )
+    if info["missing_keys"]:
+        raise FallowError(
+            f"{folder} lacks the tensors {', '.join(sorted(info['missing_keys'])[:3])}"
+        )
+
+
+def _load_tokenizer(folder: Path) -> TextTokenizer:
+    """The folder's own tokenizer.json; older folders without one are converted."""
+    if (folder / "tokenizer.json").exists():
+        return tokenizer_from_folder(folder)
+    from transformers import AutoTokenizer
+
+    try:
+        converted = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            converted.save_pretrained(scratch)
+            return tokenizer_from_folder(Path(scratch), folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, FallowError) as error:
+        raise FallowError(f"{folder} has no usable tokenizer; add its tokenizer.json") from error

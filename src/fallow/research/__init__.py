@@ -1,0 +1,1 @@
+"""What is measured, and not part of the product's path."""
