@@ -12,7 +12,7 @@ SMOLLM2 := $(VENV)/.smollm2
 .PHONY: install demo test test-sanitize lint fuzz docs bench clean
 install: $(INSTALLED) $(SMOLLM2)
 
-$(INSTALLED): pyproject.toml CMakeLists.txt $(shell find csrc src/fallow tests/kernel_tests.cpp -type f ! -name "*.so" ! -name "*.pyc")
+$(INSTALLED): pyproject.toml CMakeLists.txt $(shell find csrc src/fallow tests/harness/kernel_tests.cpp -type f ! -name "*.so" ! -name "*.pyc")
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -C cmake.define.FALLOW_TESTS=ON '.[lab,ray,server,harness,docs,dev]'
@@ -35,7 +35,7 @@ test-sanitize: install
 SEED ?= 0
 CASES ?= 100000
 fuzz: install
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --cases $(CASES) --seed $(SEED)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m harness.fuzzing --cases $(CASES) --seed $(SEED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

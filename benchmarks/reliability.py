@@ -31,8 +31,8 @@ def steps() -> dict[str, Callable[[], None]]:
 
 
 def fuzz() -> None:
-    """Damaged files by target: see tests/fuzzing.py."""
-    from fuzzing import Fuzzer, shares
+    """Damaged files by target: see tests/harness/fuzzing.py."""
+    from harness.fuzzing import Fuzzer, shares
 
     keep = keeper(RESULTS / "fuzz")
     with tempfile.TemporaryDirectory() as seeds:
@@ -43,8 +43,8 @@ def fuzz() -> None:
 
 
 def kill() -> None:
-    """Killed commands: see tests/killing.py."""
-    from killing import COMMANDS, Killer, Server
+    """Killed commands: see tests/harness/killing.py."""
+    from harness.killing import COMMANDS, Killer, Server
 
     keep = keeper(RESULTS / "kill")
     with tempfile.TemporaryDirectory() as root, Server() as server:

@@ -17,15 +17,17 @@ build() {
 }
 library() { gcc -print-file-name="lib$1.so"; }
 
-"$python" tests/threads.py pack "$work/packed"
+PYTHONPATH=tests "$python" -m harness.threads pack "$work/packed"
 
 build address address,undefined
 LD_PRELOAD="$(library asan) $(library ubsan)" ASAN_OPTIONS=detect_leaks=0 \
     "$work/address/bin/python" -m pytest -q -p no:cacheprovider \
     tests/test_kernels.py tests/test_core.py tests/test_engine.py \
+    tests/test_engine_plans.py tests/test_answers.py \
     tests/test_fuzz.py::test_mutated_headers_never_crash -k 'not smollm2'
 
 build thread thread
 # Without address randomisation: some kernels place libraries where the sanitizer wants its own.
-LD_PRELOAD="$(library tsan)" setarch -R "$work/thread/bin/python" tests/threads.py run "$work/packed"
+PYTHONPATH=tests LD_PRELOAD="$(library tsan)" setarch -R \
+    "$work/thread/bin/python" -m harness.threads run "$work/packed"
 echo 'no sanitizer complained'

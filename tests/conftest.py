@@ -21,7 +21,12 @@ from fallow.engine.engine import Engine
 from fallow.models import ARCHITECTURES
 from fallow.plan import Plan
 
+pytest.register_assert_rewrite("engines")
+
 DATA = Path(os.environ.get("FALLOW_DATA", Path(__file__).parent.parent / "../shared/data"))
+
+# A page of real text that every clone has.
+SAMPLE = Path(__file__).parent / "data" / "text.txt"
 
 VOCABULARY = 300
 # Odd widths wherever the architecture allows them.
@@ -185,6 +190,17 @@ OTHER_TEXT = " ".join(f"the {i * 3 % 17}th gate lets {i} of them through;" for i
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {name: make_folder(name, root / name) for name in CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def packed(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every tiny model as a packed file of F32 weights."""
+    from fallow.packing.packer import pack
+
+    root = tmp_path_factory.mktemp("packed")
+    for name, folder in folders.items():
+        pack(folder, root / f"{name}.gguf", quant="f32")
+    return {name: root / f"{name}.gguf" for name in folders}
 
 
 @pytest.fixture

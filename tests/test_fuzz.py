@@ -8,7 +8,7 @@ import numpy as np
 from fallow import _core
 from fallow.checkpoints.weights import read_gguf
 from fallow.packing.packer import pack
-from fuzzing import Fuzzer, shares
+from harness.fuzzing import Fuzzer, shares
 
 CASES = 1000
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fallow.common.errors import FallowError
-from killing import Killer, Server, check_whole, files_of
+from harness.killing import Killer, Server, check_whole, files_of
 
 KILLS = 3
 

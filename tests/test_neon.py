@@ -23,7 +23,7 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("neon")
     core = ROOT / "csrc"
     sources = [*(core / "kernels").glob("*.cpp"), core / "formats" / "dequant.cpp"]
-    sources.append(ROOT / "tests" / "neon_check.cpp")
+    sources.append(ROOT / "tests" / "harness" / "neon_check.cpp")
     for source in sources:
         options = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{core}"]
         if source.stem.endswith("dotprod"):

@@ -134,9 +134,9 @@ def test_only_files_of_one_instruction_set_ask_for_more_than_the_baseline() -> N
     """So that a wheel runs on any processor: kernels are chosen when the program starts."""
     settings = (ROOT / "CMakeLists.txt").read_text()
     assert "native" not in settings
-    for target, options in re.findall(
-        r"set_source_files_properties\((\S+)[^)]*?\"([^\"]+)\"", settings
-    ):
+    found = re.findall(r"set_source_files_properties\((\S+)[^)]*?\"([^\"]+)\"", settings)
+    assert len(found) == 4
+    for target, options in found:
         assert re.fullmatch(r"csrc/kernels/(avx2|avx512|avx512_bf16|neon_dotprod)\.cpp", target)
         assert "-m" in options or "AVX512" in options
     assert not re.search(r"add_compile_options\([^)]*-m", settings)

@@ -140,7 +140,8 @@ def test_completions(client: openai.OpenAI, engine: Engine) -> None:
     said = engine.answer(engine.tokenizer.prompt("neuron 3"), 8, Sampler())
     ids = np.r_[engine.tokenizer.prompt("neuron 3"), [t.id for p in said for t in p.tokens]]
     assert whole.logprobs.token_logprobs == pytest.approx(engine.score(ids)[-8:], abs=0.01)
-    assert all(len(each) == 2 for each in whole.logprobs.top_logprobs or [])
+    assert [len(each) for each in whole.logprobs.top_logprobs or []] == [2] * 8
+    assert len(whole.logprobs.tokens or []) == 8
     for text, start in zip(
         whole.logprobs.tokens or [], whole.logprobs.text_offset or [], strict=True
     ):

@@ -16,7 +16,7 @@ from fallow.calibration.calibrator import calibrate
 from fallow.checkpoints.text import Text
 from fallow.packing.packer import pack
 from fallow.reference.model import load
-from killing import COMMANDS, Killer, Server, check_whole, files_of
+from harness.killing import COMMANDS, Killer, Server, check_whole, files_of
 
 NAMES = ("with spaces", "größe-語", "ö" * 120)  # the last one has 240 bytes
 

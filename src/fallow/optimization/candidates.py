@@ -124,7 +124,7 @@ class Candidates:
         )
 
     def nothing(self) -> dict[str, np.ndarray]:
-        """The choice that leaves no neuron idle."""
+        """The choice that skips no neuron."""
         return {stage: np.zeros(self.n_layers, dtype=int) for stage in self.stages}
 
     def probes(self) -> Iterator[tuple[str, int, int, Plan]]:

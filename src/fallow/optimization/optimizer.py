@@ -1,4 +1,4 @@
-"""From a model to a packed file that leaves idle what a stated loss allows, chosen by measurement.
+"""From a model to a packed file that skips the neurons a stated loss allows, chosen by measurement.
 
 What may be spared: rows of up_proj of neurons whose gate is small, rows of down_proj of neurons
 whose output is small (rule `two_stage`), and exact logits of unlikely tokens (the shortlist).

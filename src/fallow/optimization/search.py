@@ -224,14 +224,14 @@ def _parts(plan: Plan) -> dict[tuple[bool, bool], Plan | None]:
     By whether thresholds and shortlist are there; a plan that does nothing has one part.
     """
     shortlist = bool(plan.arrays["head_margin"][0] > 0)
-    idle = selector_of(plan) not in ("dense", "shortlist")
+    skips = selector_of(plan) not in ("dense", "shortlist")
     parts: dict[tuple[bool, bool], Plan | None] = {(False, False): None}
-    if idle and shortlist:
+    if skips and shortlist:
         zeros = {k: 0 * v for k, v in plan.arrays.items() if k.startswith("threshold.")}
         parts[False, True] = replace(plan, arrays=plan.arrays | zeros)
         parts[True, False] = replace(plan, arrays=plan.arrays | {"head_margin": np.zeros(1)})
-    if idle or shortlist:
-        parts[idle, shortlist] = plan
+    if skips or shortlist:
+        parts[skips, shortlist] = plan
     return parts
 
 

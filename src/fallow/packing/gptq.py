@@ -1,8 +1,8 @@
-"""Rounding weights one input at a time, the inputs still to come making up for it.
+"""Rounding weights one input at a time, the inputs not yet rounded compensating for the error.
 
-y = x W for inputs x with E[x xᵀ] = M. When row j of W is rounded, what that does to y is undone by
-the rows behind it as far as their inputs go along with input j (GPTQ, arXiv:2210.17323; loud inputs
-first, as in its code).
+y = x W for inputs x with E[x xᵀ] = M. When row j of W is rounded, the rows after it are changed to
+undo the error in y as far as their inputs correlate with input j (GPTQ, arXiv:2210.17323; inputs
+with the largest second moment first, as in its code).
 """
 
 from collections.abc import Callable

@@ -44,7 +44,7 @@ class Reference:
     """The source's own logits on a text, computed once."""
 
     def __init__(self, model: Model, text: Text, context_length: int, skip: int = 0) -> None:
-        """Of the text's windows the first CHECK_WINDOWS behind `skip`."""
+        """The first CHECK_WINDOWS windows of the text after leaving out `skip`."""
         context = min(CHECK_CONTEXT, context_length)
         self.windows = model.windows(text, context, at_most=skip + CHECK_WINDOWS)[skip:]
         self.model = model

@@ -1,7 +1,7 @@
 """Several threads through every part of the engine, for ThreadSanitizer: see scripts/sanitize.sh.
 
-python tests/threads.py pack FOLDER   # tiny models; needs torch
-python tests/threads.py run FOLDER    # runs them without it
+PYTHONPATH=tests python -m harness.threads pack FOLDER   # tiny models; needs torch
+PYTHONPATH=tests python -m harness.threads run FOLDER    # runs them without it
 """
 
 import sys

@@ -1,0 +1,264 @@
+"""Answers of the engine: sampling, what is guessed ahead, stops, text and log probabilities."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fallow
+from conftest import make_sentencepiece
+from engines import ERROR, IDS
+from fallow.common.errors import FallowError
+from fallow.engine.answer import AnswerText, Piece
+from fallow.engine.drafting import PASS_COST, Lookup
+from fallow.engine.engine import Engine
+from fallow.engine.sampling import Sampler, TokenChoice, choice_of
+from fallow.models import ARCHITECTURES
+
+
+def test_sampling_follows_its_seed(packed: dict[str, Path]) -> None:
+    engine = Engine(packed["llama"])
+    options = {"max_tokens": 20, "temperature": 1.5, "top_p": 0.9, "top_k": 50}
+    texts = ["".join(engine.generate("neuron", seed=seed, **options)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_lookup_proposes_what_followed() -> None:
+    lookup = Lookup([5, 6, 7, 8, 9, 1, 2])
+    assert lookup.propose(7) == []  # a suffix that has not occurred
+    for token in (5, 6, 7):
+        lookup.add(token)
+    assert lookup.propose(1) == [8]
+    assert lookup.propose(7) == [8]  # a second one would cost more than it is likely to give
+    assert lookup.propose(0) == []
+    for _ in range(20):
+        wrong = len(lookup.propose(7))
+        lookup.learn(wrong, 0, PASS_COST[wrong])
+    assert lookup.propose(7) == []  # such guesses have not held
+    for _ in range(20):
+        lookup.learn(5, 5, PASS_COST[5])
+    assert lookup.propose(7) == [8, 9, 1]
+    assert lookup.propose(2) == [8, 9]
+    for _ in range(9):  # on a machine where a pass of six is no longer than one of one
+        lookup.learn(0, 0, PASS_COST[5])
+    assert lookup.propose(7) == [8, 9, 1, 2, 5]
+
+
+def test_stop_ends_before_its_text(packed: dict[str, Path]) -> None:
+    engine = Engine(packed["llama"])
+    whole = "".join(engine.generate("neuron", max_tokens=30))
+    stop = whole[10:13]
+    pieces = list(engine.generate("neuron", max_tokens=30, stop=[stop]))
+    assert "".join(pieces) == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"temperature": 1.0}, {0, 1, 2, 3}),
+        ({"temperature": 1.0, "top_k": 2}, {0, 1}),
+        ({"temperature": 1.0, "top_p": 0.6}, {0, 1}),  # 0.5 and 0.3
+        ({"temperature": 1.0, "min_p": 0.3}, {0, 1}),  # 0.3 / 0.5, but 0.15 / 0.5 is just 0.3
+        ({"temperature": 0.0}, {0}),
+    ],
+)
+def test_sampler(options: dict[str, Any], kept: set[int]) -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.145, 0.055])).astype(np.float32)
+    sampler = Sampler(**options)
+    assert {sampler.pick(logits) for _ in range(300)} == kept
+
+
+def test_a_prompt_in_steps_is_the_same_to_the_bit(
+    packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(packed["gemma3"])
+    whole = "".join(engine.generate(IDS[:90], 8))
+    expected = engine.logits_hash()
+    monkeypatch.setattr("fallow.engine.answer.PREFILL_STEP", 32)
+    pieces = list(engine.answer(IDS[:90], 8, Sampler()))
+    assert pieces[:2] == [Piece(), Piece()]  # where it could have been stopped
+    assert "".join(p.text for p in pieces) == whole
+    assert engine.logits_hash() == expected
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_the_cache_holds_is_not_read_again(name: str, packed: dict[str, Path]) -> None:
+    engine = Engine(packed[name])
+    fresh = Engine(packed[name])
+
+    def logits_after(ids: np.ndarray) -> tuple[int, float]:
+        list(engine.answer(ids, 1, Sampler(), reuse=True))
+        list(fresh.answer(ids, 1, Sampler()))
+        assert engine.last_logits is not None
+        return engine.stats.cached_tokens, float(
+            np.abs(engine.last_logits - fresh.last_logits).max()
+        )
+
+    assert logits_after(IDS[:50]) == (0, 0.0)
+    for ids, held in (
+        (IDS[:70], 50),  # goes on
+        (IDS[:70], 69),  # the same again: the last token is read
+        (np.r_[IDS[:30], IDS[40:60]], 30),  # turns off
+        (IDS[60:90], 0),
+    ):
+        cached, error = logits_after(ids)
+        assert cached == held
+        assert error < ERROR
+    engine.reset(keep=10)
+    assert logits_after(np.r_[IDS[60:70], IDS[:5]])[0] == 10
+    engine.logits(IDS[:20])
+    assert logits_after(IDS[:30])[0] == 20
+
+
+def test_log_probabilities_are_of_the_model(packed: dict[str, Path]) -> None:
+    engine = Engine(packed["llama"])
+    sampler = Sampler(temperature=1.5, top_k=5, seed=1)
+    pieces = list(engine.answer(IDS[:20], 12, sampler, top_logprobs=3))
+    tokens = [t for p in pieces for t in p.tokens]
+    assert engine.stats.new_tokens == 12
+    scores = engine.score(np.r_[IDS[:20], [t.id for t in tokens]])[-len(tokens) :]
+    assert [t.logprob for t in tokens] == pytest.approx(scores, abs=ERROR)
+    for token in tokens:
+        values = [value for _, value in token.top]
+        assert values == sorted(values, reverse=True)
+        assert token.logprob <= values[0] + 1e-9
+
+
+class _Said:
+    """Stands for a tokenizer whose tokens are these texts."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = texts
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.texts[i] for i in ids)
+
+
+def test_text_is_held_back_while_it_may_change() -> None:
+    tokenizer: Any = _Said("one ", "\ufffd", "st", "op", " two")
+    text = AnswerText(tokenizer, ("stop",))
+    said = [text.add(TokenChoice(i), last=False) for i in (0, 2)]
+    assert [p.text for p in said] == ["one ", ""]
+    assert text.add(TokenChoice(4), last=False).text == "st two"  # no stop text after all
+    assert text.add(TokenChoice(1), last=False) == Piece()
+    assert text.rest() == Piece("\ufffd", (TokenChoice(1),))
+    text = AnswerText(tokenizer, ("stop",))
+    pieces = [text.add(TokenChoice(i), last=False) for i in (0, 2, 3)]
+    assert text.stopped
+    assert [p.text for p in pieces] == ["one ", "", ""]
+    assert [t.id for p in pieces for t in p.tokens] == [0]
+    text = AnswerText(tokenizer, ("stop",))
+    pieces = [text.add(TokenChoice(0), False), text.add(TokenChoice(2), False), text.rest()]
+    assert "".join(p.text for p in pieces) == "one st"  # the answer ended there
+
+
+def test_an_answer_can_be_stopped(packed: dict[str, Path]) -> None:
+    engine = Engine(packed["llama"])
+    pieces = engine.answer(IDS[:20], 50, Sampler())
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert engine.stats.finish == ""
+    assert engine.stats.new_tokens < 50
+    assert engine.stats.peak_rss_mb > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        ([0, np.nan], "logits are NaN"),
+        ([-np.inf, np.nan], "logits are NaN"),
+        ([0, np.inf], "logits are infinite"),
+        ([np.inf, np.inf], "logits are infinite"),
+        ([-np.inf, -np.inf], "logits are infinite"),
+    ],
+)
+def test_logits_that_are_no_numbers(logits: list[float], message: str, temperature: float) -> None:
+    with pytest.raises(FallowError, match=message):
+        Sampler(temperature).pick(np.array(logits, dtype=np.float32))
+
+
+def test_a_logit_of_minus_infinity_is_never_picked() -> None:
+    logits = np.array([-np.inf, 0, 0.1, -np.inf], dtype=np.float32)
+    for options in ({}, {"top_k": 4}, {"top_p": 0.999}, {"min_p": 0.1}):
+        sampler = Sampler(temperature=100.0, **options)  # type: ignore[arg-type]
+        assert {sampler.pick(logits) for _ in range(50)} == {1, 2}
+    choice = choice_of(2, logits, top=4)
+    # numpy's own logaddexp for the sum.
+    expected = np.array([0.1, 0.0]) - np.logaddexp(np.float32(0.1), 0)
+    assert [i for i, _ in choice.top] == [2, 1, 0, 3]
+    assert [p for _, p in choice.top] == pytest.approx([*expected, -np.inf, -np.inf], abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-308, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    random = np.random.default_rng(0)
+    sampler = Sampler(temperature=temperature)
+    for _ in range(20):
+        logits = random.normal(size=100, scale=1e3).astype(np.float32)
+        logits[7] = -np.inf
+        assert sampler.pick(logits) == int(np.argmax(logits))
+
+
+def test_the_reference_samples_as_the_engine_does(
+    tiny: dict[str, fallow.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny["llama"]
+    greedy = model.generate(IDS[:5], max_new_tokens=5)
+    for temperature in (1e-29, 1e-300, 5e-324):
+        assert model.generate(IDS[:5], max_new_tokens=5, temperature=temperature) == greedy
+    head = model.module.lm_head.forward
+    for bad, message in ((np.nan, "logits are NaN"), (np.inf, "logits are infinite")):
+        monkeypatch.setattr(model.module.lm_head, "forward", lambda x, b=bad: head(x) + b)
+        for temperature in (0.0, 1.0):
+            with pytest.raises(FallowError, match=message):
+                model.generate(IDS[:5], max_new_tokens=5, temperature=temperature)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_scores_are_never_nan(packed: dict[str, Path], bad: float) -> None:
+    engine = Engine(packed["llama"])
+    logits = engine.logits(IDS[:4])
+    logits[0, 5] = bad
+    engine.logits = lambda _: logits  # type: ignore[method-assign]
+    with pytest.raises(FallowError, match="logits are"):
+        engine.score(IDS[:4])
+    with pytest.raises(FallowError, match="logits are"):
+        choice_of(3, logits[0], top=1)
+
+
+# Text --------------------------------------------------------------------------------------------
+
+
+def test_an_answer_keeps_its_first_space(parrot: tuple[Path, Path]) -> None:
+    """What transformers decodes of prompt and answer, less what it decodes of the prompt."""
+    engine = Engine(parrot[1])
+    assert list(engine.generate("neuron", 20)) == [" rests", "🙂", " re"]
+    assert engine.stats.finish == "stop"
+    assert "".join(engine.generate("neuron", 20, stop=["s🙂"])) == " rest"
+    model = fallow.load(parrot[0])
+    assert model.generate("neuron", max_new_tokens=20) == " rests🙂 re"
+    reference = make_sentencepiece()
+    prompt = engine.tokenizer.prompt("neuron").tolist()
+    said = [t.id for piece in engine.answer(prompt, 20, Sampler()) for t in piece.tokens]
+    whole = reference.decode(prompt + said, skip_special_tokens=True)
+    assert whole[len(reference.decode(prompt)) :] == " rests🙂 re"
+
+
+def test_control_tokens_in_a_prompt(parrot: tuple[Path, Path], run: Any) -> None:
+    engine, model = Engine(parrot[1]), fallow.load(parrot[0])
+    for answer in (
+        "".join(engine.generate("neuron<s>", 20)),
+        model.generate("neuron<s>", max_new_tokens=20),
+    ):
+        assert answer == "."
+    as_text = "".join(engine.generate("neuron<s>", 20, parse_special=False))
+    assert as_text != "."
+    for option, said in (((), "."), (("--no-parse-special",), as_text)):
+        done = run("generate", parrot[1], "neuron<s>", "--max-new-tokens", 20, "--json", *option)
+        assert done.json["text"] == said
+        length = len(engine.tokenizer.encode("neuron<s>", parse_special=not option))
+        assert done.json["stats"]["prompt_tokens"] == length
+    slow = run("generate", parrot[0], "neuron<s>", "--max-new-tokens", 20, "--no-parse-special")
+    assert slow.out.rstrip("\n") == as_text
