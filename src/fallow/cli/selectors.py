@@ -97,7 +97,7 @@ def select_train(
     tokens: Annotated[
         int, typer.Option(help="Tokens to learn from; a shorter text is read again.")
     ] = 300_000,
-    sparsity: Annotated[float, typer.Option(help="Share of neurons that rest, [0, 1).")] = 0.5,
+    sparsity: Annotated[float, typer.Option(help="Share of inactive neurons, [0, 1).")] = 0.5,
     text: TextOption = None,
     context: ContextOption = 1024,
     validation_windows: Annotated[int, typer.Option(help="Held-out windows that judge.")] = 4,

@@ -101,9 +101,8 @@ class PlanCuts:
         """What multiplies magnitudes before they are compared; None: nothing."""
         if tap == "gate_act" and "weight.gate_act" in self.plan.arrays:
             return self._per_neuron("weight.gate_act", layer)
-        down_norm = np.asarray(self.engine._core.down_norm(layer), dtype=np.float32)
         if tap == "inter" and self.plan.rule.partition(":")[0] in _BY_OUTPUT_NORM:
-            return down_norm
+            return self._down_norm(layer)
         if self.plan.rule == "wina":
             if not tap.endswith("_proj"):
                 raise FallowError(f"this plan of wina cuts {tap!r}, no input; calibrate again")
@@ -119,10 +118,14 @@ class PlanCuts:
         )
         return np.ascontiguousarray(array[layer], dtype=np.float32)
 
+    def _down_norm(self, layer: int) -> np.ndarray:
+        """||W_down[:, i]|| as the file holds it, (d_ff,)."""
+        return np.asarray(self.engine._core.down_norm(layer), dtype=np.float32)
+
     def _column_norms(self, layer: int, tap: str) -> np.ndarray:
         """||W[:, j]|| of a projection, or of the fused one that it is a part of, (in,)."""
         if tap == "down_proj":
-            return np.asarray(self.engine._core.down_norm(layer), dtype=np.float32)
+            return self._down_norm(layer)
         fused = self.engine.file.get("fallow.fused", False)
         parts = next((p for p in _FUSED.values() if fused and tap in p), (tap,))
         squares = 0.0

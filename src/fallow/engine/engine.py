@@ -237,7 +237,8 @@ class Engine:
         """
         cuts, shortlist = [], (0.0, 0)
         if plan is not None:
-            cuts, shortlist = PlanCuts(self, plan).all(), PlanCuts(self, plan).shortlist()
+            plan_cuts = PlanCuts(self, plan)
+            cuts, shortlist = plan_cuts.all(), plan_cuts.shortlist()
         if not self._coarse_head:
             shortlist = 0.0, 0
         with self._lock:
