@@ -5,9 +5,10 @@ import json
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -252,18 +253,18 @@ def selector(seeds: Seeds) -> Target:
         )  # fmt: skip
 
     def stopped(folder: Path) -> None:
-        finish, training.Trainer.read = training.Trainer.read, _interrupt
-        try:
-            with contextlib.suppress(KeyboardInterrupt):
-                run(folder)
-        finally:
-            training.Trainer.read = finish
+        with _interrupted(training.Trainer, "read"):
+            run(folder)
 
     return Target([seeds.made("selector", stopped)], run, writes=True)
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _interrupted(owner: type, method: str) -> Iterator[None]:
+    """Ctrl-C where the work comes to a method."""
+    patched = mock.patch.object(owner, method, side_effect=KeyboardInterrupt)
+    with patched, contextlib.suppress(KeyboardInterrupt):
+        yield
 
 
 def law(seeds: Seeds) -> Target:
@@ -286,12 +287,8 @@ def law(seeds: Seeds) -> Target:
         training.train(folder, novel, settings, "cpu").to_json()
 
     def stopped(folder: Path) -> None:
-        final, training._Run._save_final = training._Run._save_final, _interrupt
-        try:
-            with contextlib.suppress(KeyboardInterrupt):
-                run(folder)
-        finally:
-            training._Run._save_final = final
+        with _interrupted(training._Run, "_save_final"):
+            run(folder)
 
     found = [seeds.made("law/stopped", stopped), seeds.made("law/finished", run)]
     files = ("training.json", "curve.json", "final.json", "tokenizer.json", "tokens.npy", "*.pt")
