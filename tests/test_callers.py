@@ -100,6 +100,20 @@ def test_reading_on_is_for_the_thread_that_began(engine: Engine) -> None:
         engine.forward(TEXTS[0][20:])
 
 
+def test_what_another_forgot_is_not_read_on(engine: Engine) -> None:
+    """Although nothing is held then: the reader still believes in what it read."""
+    engine.forward(TEXTS[0])
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(engine.reset).result()
+    with pytest.raises(FallowError, match="another answer or thread"):
+        engine.forward(TEXTS[1])
+    pieces = engine.answer(TEXTS[0], 20, Sampler())
+    next(pieces)
+    engine.reset()
+    with pytest.raises(FallowError, match="another answer or thread"):
+        list(pieces)
+
+
 def test_an_answer_may_be_read_by_several_threads(engine: Engine) -> None:
     """As a web server's pool does that iterates over it."""
     expected = list(engine.generate(TEXTS[0], 10))

@@ -85,9 +85,11 @@ class Answer:
                 if stats.finish:
                     break
         finally:
-            if engine._user is self:  # otherwise the counters are another's
-                _finish(engine, stats, time.perf_counter() - decode_start)
-                engine._user = threading.get_ident()
+            seconds = time.perf_counter() - decode_start
+            with engine._lock:
+                if engine._user is self:  # otherwise the counters are another's
+                    _finish(engine, stats, seconds)
+                    engine._user = threading.get_ident()
 
     def _read_prompt(
         self, read: int, top_logprobs: int | None

@@ -113,7 +113,8 @@ class Engine:
             raise FallowError(f"packed model {self.path}: {reason}; pack it again") from error
         except _core.DiskError as error:
             raise FallowError(str(error)) from error
-        self._lock, self._process = threading.Lock(), os.getpid()
+        # An answer that is dropped may end inside a step of another, in the same thread.
+        self._lock, self._process = threading.RLock(), os.getpid()
         self._held: list[int] = []  # the tokens that the cache holds
         self._user: object = None  # whose they are: a thread, or an answer
         self.use_plan(first)
@@ -272,7 +273,7 @@ class Engine:
                 "load it again here"
             )
         with self._lock:
-            if begins or not self._held:
+            if begins or self._user is None:
                 self._user = user
             elif self._user != user:
                 raise FallowError(
