@@ -1,4 +1,4 @@
-# make demo | test | test-sanitize | fuzz | lint | docs | bench; everything is installed into .venv on first use.
+# make demo | test | test-sanitize | cross | fuzz | lint | docs | bench; everything is installed into .venv on first use.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ DEMO ?= demo
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: install demo test test-sanitize lint fuzz docs bench clean
+.PHONY: install demo test test-sanitize cross lint fuzz docs bench clean
 install: $(INSTALLED) $(SMOLLM2)
 
 $(INSTALLED): pyproject.toml CMakeLists.txt $(shell find csrc src/fallow tests/harness/kernel_tests.cpp -type f ! -name "*.so" ! -name "*.pyc")
@@ -32,6 +32,10 @@ test: install lint
 # The core under Address-, UndefinedBehavior- and ThreadSanitizer; about five minutes.
 test-sanitize: install
 	scripts/sanitize.sh $(abspath $(BIN)/python)
+
+# Whether the core compiles for macOS and Windows; about two minutes.
+cross: install
+	scripts/cross.sh $(abspath $(BIN)/python)
 
 # A hundred thousand damaged files; SEED=7 takes others. Some ten minutes of one core.
 SEED ?= 0

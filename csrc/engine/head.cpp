@@ -48,7 +48,7 @@ void Head::for_parts(size_t n, const Use& use) {
   Matrix part = model_.lm_head;
   const size_t most = rows_ ? rows_->range_rows() : is_decode(n) ? part.rows : kHeadRows;
   for (size_t row = 0; row < model_.lm_head.rows; row += part.rows) {
-    part.rows = std::min(most, model_.lm_head.rows - row);
+    part.rows = std::min<size_t>(most, model_.lm_head.rows - row);
     if (rows_) {
       Clock clock;
       part.data = rows_->range(row, part.rows);
@@ -92,7 +92,7 @@ void Head::complete(const Input& hidden, size_t n, float* logits) {
       exact.resize(n * kPanel);
       const Share share = share_of(pieces(w.rows, kPanel), worker, run_.pool.size());
       for (size_t panel = share.begin; panel < share.end; ++panel) {
-        const size_t row = panel * kPanel, rows = std::min(kPanel, w.rows - row);
+        const size_t row = panel * kPanel, rows = std::min<size_t>(kPanel, w.rows - row);
         products_.multiply_panel(hidden, n, w, row, rows, exact.data(), kPanel, worker);
         for (size_t t = 0; t < n; ++t)
           for (size_t r = 0; r < rows; ++r) {

@@ -107,7 +107,7 @@ bool Products::uses_bf16(const Matrix& w, size_t k) const {
 void Products::multiply_block(const Input& input, size_t n, const Product& p, int worker) {
   const Share share = share_of(pieces(p.w.rows, kPanel), worker, run_.pool.size());
   for (size_t panel = share.begin; panel < share.end; ++panel) {
-    const size_t row = panel * kPanel, rows = std::min(kPanel, p.w.rows - row);
+    const size_t row = panel * kPanel, rows = std::min<size_t>(kPanel, p.w.rows - row);
     float* y = p.y + row;
     multiply_panel(input, n, p.w, row, rows, y, p.step(), worker);
     if (p.bias)
@@ -147,10 +147,10 @@ void Products::sum_rows(const Matrix& w, size_t n, const float* x, float* y) {
     uint16_t* panel_half = own.panel_half.data();
     const Share share = share_of(pieces(w.cols, unit), worker, run_.pool.size());
     for (size_t u = share.begin; u < share.end; ++u) {
-      const size_t column = u * unit, width = std::min(unit, w.cols - column);
+      const size_t column = u * unit, width = std::min<size_t>(unit, w.cols - column);
       // The panel of columns [c, c + kPanel) starts at c * kSummedRows.
       for (size_t row = 0; row < w.rows; row += kSummedRows) {
-        const size_t rows = std::min(kSummedRows, w.rows - row);
+        const size_t rows = std::min<size_t>(kSummedRows, w.rows - row);
         for (size_t r = 0; r < rows; r += half ? 2 : 1) {
           kernels.decode(w.type, row_of(w, row + r, column), width, first);
           if (half) kernels.decode(w.type, row_of(w, row + r + 1, column), width, second);

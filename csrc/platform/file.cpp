@@ -1,3 +1,5 @@
+// On systems such as Linux and macOS.
+#ifndef _WIN32
 #include "platform/file.h"
 
 #include <fcntl.h>
@@ -18,13 +20,28 @@ constexpr uint64_t kHugePage = 2 << 20;
 std::string reason(int error) { return std::strerror(error); }
 
 int64_t time_of(const struct stat& s) {
-  return int64_t{s.st_mtim.tv_sec} * 1'000'000'000 + s.st_mtim.tv_nsec;
+#ifdef __APPLE__
+  const struct timespec at = s.st_mtimespec;
+#else
+  const struct timespec at = s.st_mtim;
+#endif
+  return int64_t{at.tv_sec} * 1'000'000'000 + at.tv_nsec;
+}
+
+int open_direct(const char* path) {
+#ifdef O_DIRECT
+  return open(path, O_RDONLY | O_CLOEXEC | O_DIRECT);
+#else
+  const int fd = open(path, O_RDONLY | O_CLOEXEC);
+  if (fd >= 0) fcntl(fd, F_NOCACHE, 1);
+  return fd;
+#endif
 }
 
 }  // namespace
 
 File::File(const std::string& path, bool direct) : path_(path) {
-  fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | (direct ? O_DIRECT : 0));
+  fd_ = direct ? open_direct(path.c_str()) : open(path.c_str(), O_RDONLY | O_CLOEXEC);
   direct_ = direct && fd_ >= 0;
   if (direct && fd_ < 0 && errno == EINVAL) fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);  // tmpfs
   if (fd_ < 0) throw DiskError("cannot open " + path + ": " + reason(errno));
@@ -73,18 +90,29 @@ Pages::Pages(uint64_t size) : size_(size) {
 Pages::~Pages() { munmap(data_, size_); }
 
 void Pages::expect(uint64_t offset, uint64_t size) {
+#ifdef MADV_HUGEPAGE
   const auto at = reinterpret_cast<uintptr_t>(data_) + offset;
   const uintptr_t first = (at + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t last = (at + size) / kHugePage * kHugePage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)offset, (void)size, (void)kHugePage;
+#endif
 }
 
 void Pages::forget(uint64_t offset, uint64_t size) {
   const uint64_t first = (offset + kSector - 1) / kSector * kSector;
   const uint64_t last = (offset + size) / kSector * kSector;
-  if (first < last) madvise(data_ + first, last - first, MADV_DONTNEED);
+  if (first >= last) return;
+#ifdef __linux__
+  madvise(data_ + first, last - first, MADV_DONTNEED);
+#else  // where that may leave old values
+  mmap(data_ + first, last - first, PROT_READ | PROT_WRITE,
+       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+#endif
 }
 
 int64_t process_id() { return getpid(); }
 
 }  // namespace fallow
+#endif

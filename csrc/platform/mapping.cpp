@@ -1,3 +1,5 @@
+// On systems such as Linux and macOS.
+#ifndef _WIN32
 #include "platform/mapping.h"
 
 #include <signal.h>
@@ -83,3 +85,4 @@ void Mapping::check() const {
 }
 
 }  // namespace fallow
+#endif
