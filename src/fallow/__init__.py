@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from fallow.measure.quality import Evaluation
     from fallow.optimization.optimizer import Optimized, optimize
     from fallow.packing.packer import pack
-    from fallow.plan import Plan
+    from fallow.plan import Cut, Plan
     from fallow.reference.model import Model, load
     from fallow.reference.sparsified import densify, load_sparse, save_sparse, sparsify
     from fallow.reporting.page import report
 
 # Found when first used: importing fallow needs no torch.
 _PUBLIC = {
+    "Cut": "fallow.plan",
     "Engine": "fallow.engine.engine",
     "Evaluation": "fallow.measure.quality",
     "FallowError": "fallow.common.errors",
@@ -42,6 +43,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Cut",
     "Engine",
     "Evaluation",
     "FallowError",
