@@ -36,6 +36,17 @@ WINDOWS = 40
 WINDOWS_OF_ALL = {"smollm2": 12, "gemma3": 7, "qwen2.5-1.5b": 4}
 INPUTS, INPUT_SPARSITIES = ("teal", "wina"), (0.05, 0.1, 0.2)
 TRAINED = ("learned:rank=64", "learned:rank=64:gate=1")
+# Where those lie that lost, and what compensates the others.
+RESEARCH = {
+    "ahead": "fallow.research.ahead:Ahead",
+    "blend": "fallow.research.blend:Blend",
+    "gate": "fallow.research.compensation:Gate",
+    "gate_bucket": "fallow.research.gate_bucket:GateBucket",
+    "learned": "fallow.research.learned:Learned",
+    "lowbit": "fallow.research.compensation:LowBit",
+    "lowrank": "fallow.research.lowrank:LowRank",
+    "previous": "fallow.research.previous:Previous",
+}
 
 
 INTRODUCTION = f"""# Selectors
@@ -94,21 +105,36 @@ Why they fail, or do not:
 """
 
 
+def full(name: str) -> str:
+    """The name by which fallow finds a selector of this file."""
+    bare, colon, options = name.partition(":")
+    if bare in ("gate", "lowbit") and "compensation=" not in options:
+        return name
+    return RESEARCH.get(bare, bare) + colon + options
+
+
+def short(name: str) -> str:
+    """The name in this file of what fallow finds by another."""
+    found = (bare for bare, long in RESEARCH.items() if f"{name}:".startswith(f"{long}:"))
+    bare = next(found, None)
+    return name if bare is None else bare + name.removeprefix(RESEARCH[bare])
+
+
 def train_all(name: str) -> list[Any]:
-    """Plans of TRAINED, on C4; those that are there are not trained again."""
+    """The networks of TRAINED, on C4; those that are there are not trained again."""
     import fallow
-    from fallow.plan import Plan
-    from fallow.research.learning import train
+    from fallow.research.learned import Trained
+    from fallow.research.training import train
 
     folder = RESULTS / "trained" / name / "plans"
     folder.mkdir(parents=True, exist_ok=True)
     model = fallow.load(name)
     for rule in TRAINED:
-        path = folder / f"{rule}.plan"
+        path = folder / f"{rule}.trained"
         if not path.exists():
             text = DATA / "calibration" / "c4.txt"
             train(model, path, rank=64, gate="gate=1" in rule, text=text, sparsity=SPARSITY)
-    return [Plan.load(folder / f"{rule}.plan") for rule in TRAINED]
+    return [Trained.load(folder / f"{rule}.trained") for rule in TRAINED]
 
 
 def report() -> str:
@@ -134,7 +160,7 @@ def report() -> str:
 def _line(row: dict[str, Any]) -> str:
     recall, read = (f"{row[k]:.3f}" if k in row else "" for k in ("recall", "ffn_bytes"))
     return (
-        f"| `{row['rule']}` | {row['achieved_sparsity']:.3f} | {recall} "
+        f"| `{short(row['rule'])}` | {row['achieved_sparsity']:.3f} | {recall} "
         f"| {read} | {row['ppl_change_percent']:+.2f} ± {row['ppl_change_se']:.2f} "
         f"| {row['kl_to_dense']:.4f} ± {row['kl_se']:.4f} |"
     )
@@ -154,7 +180,7 @@ def main() -> None:
             continue
         measure(name, RESULTS / "best", (*FRAME[:2], *BEST), (SPARSITY,), (), WINDOWS)
         trained = train_all(name) if arguments.trained else ()
-        rules = [*ALL, *(plan.rule for plan in trained)]
+        rules = [*map(full, ALL), *(each.selector for each in trained)]
         windows = WINDOWS_OF_ALL.get(name, WINDOWS)
         measure(name, RESULTS / "all", rules, (SPARSITY,), (), windows, trained)
     if arguments.report:

@@ -45,7 +45,7 @@ def measure(
 ) -> None:
     """The trade-off of some rules on a model of `fallow models`, into a folder of that name.
 
-    `trained`: plans of `fallow select train` for some of the rules.
+    `trained`: files of `fallow select train` for some of the rules.
     """
     import fallow
     from fallow.calibration.tradeoff import make_rows, tradeoff

@@ -10,7 +10,7 @@ from conftest import VOCABULARY, engine_plan
 from fallow import _core
 from fallow.calibration.calibrator import Calibrator
 from fallow.engine.engine import Engine
-from fallow.plan import Plan
+from fallow.plan import Cut, Plan
 
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, 100)
 # The cache is f16, so keys and values are rounded to 2^-11; of logits up to 8 that leaves this.
@@ -45,11 +45,7 @@ def check_a_few(engine: Engine) -> None:
 
 def cutting_plan(engine: Engine) -> Plan:
     weights = np.ones((engine._core.n_layers, engine._core.intermediate_size), dtype=np.float32)
-    arrays = {
-        "threshold.gate_act": np.full(engine._core.n_layers, 0.1),
-        "weight.gate_act": weights,
-    }
-    return engine_plan(engine, "cats", arrays)
+    return engine_plan(engine, Cut("gate_act", "threshold", 0.1, weights))
 
 
 def make_plan(calibrator: Calibrator, rule: str, sparsity: float) -> Plan:

@@ -17,16 +17,15 @@ from conftest import engine_plan
 from engines import IDS, check_a_few, cutting_plan, make_plan, one_by_one
 from fallow.calibration.calibrator import Calibrator
 from fallow.common.errors import UsageError
-from fallow.engine.cuts import PlanCuts
 from fallow.engine.drafting import Lookup
 from fallow.engine.engine import Engine
 from fallow.measure.evaluation import dense_logits
 from fallow.measure.quality import evaluate_engine
-from fallow.models import ARCHITECTURES
+from fallow.models import ARCHITECTURES, cuts
 from fallow.models.taps import attach
 from fallow.packing.packer import pack
+from fallow.plan import Cut
 from fallow.rules import RULES
-from fallow.rules._base import Rule
 
 SEQUENCES = IDS.reshape(10, 10)  # more than the engine takes as a few, and a near-tie spoils one
 SMALL_ERROR = 0.005
@@ -35,17 +34,14 @@ SMALL_ERROR = 0.005
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_few_tokens_under_a_plan(name: str, packed: dict[str, Path]) -> None:
     engine = Engine(packed[name], threads=2)
-    n_layers = engine._core.n_layers
+    gate = ("gate_proj",) if engine.file.get("fallow.gated") else ()
+    inputs = ("q_proj", "k_proj", "v_proj", "o_proj", *gate, "up_proj", "down_proj")
     plans = [
         cutting_plan(engine),
-        engine_plan(engine, "topk", {"kept": np.array([0.4])}),
-        engine_plan(engine, "two_stage", {"threshold.inter": np.full(n_layers, 0.05)}),
+        engine_plan(engine, Cut("inter", "topk", 0.4, "column_norm")),
+        engine_plan(engine, Cut("inter", "threshold", 0.05, "column_norm")),
+        engine_plan(engine, *(Cut(tap, "threshold", 0.3) for tap in inputs)),
     ]
-    by_input = dataclasses.replace(engine_plan(engine, "teal", {}), where="input")
-    thresholds = {
-        f"threshold.{tap}": np.full(n_layers, 0.3) for tap in PlanCuts(engine, by_input)._taps()
-    }
-    plans.append(dataclasses.replace(by_input, arrays=thresholds))
     dense = one_by_one(engine)
     for plan in plans:
         engine.use_plan(plan)
@@ -82,26 +78,26 @@ def f16_cache() -> Iterator[None]:
         ALL_ATTENTION_FUNCTIONS.register("sdpa", exact)
 
 
-def near_ties(rule: Rule, margin: float) -> np.ndarray:
-    """Marks, while the rule runs, tokens whose choice changes when scores move by the margin.
+def near_ties(monkeypatch: pytest.MonkeyPatch, margin: float) -> np.ndarray:
+    """Marks, while a plan runs, tokens whose choice changes when scores move by the margin.
 
     The margin is a share of the scores' root mean square; all move at once, up or down by chance.
     """
     near = np.zeros(SEQUENCES.size, dtype=bool)
-    threshold = rule.threshold
+    threshold = cuts.threshold_of
     random = torch.Generator().manual_seed(0)
 
-    def looked_at(layer: int, tap: str, score: torch.Tensor) -> float | torch.Tensor:
-        value = threshold(layer, tap, score)
+    def looked_at(cut: Cut, layer: int, score: torch.Tensor) -> float | torch.Tensor:
+        value = threshold(cut, layer, score)
         step = margin * score.square().mean(dim=1, keepdim=True).sqrt() * (score > 0)
         for _ in range(8):
             up = torch.randint(0, 2, score.shape, generator=random) * 2 - 1
             for moved in ((score + up * step).clamp_min(0), (score - up * step).clamp_min(0)):
-                changed = (moved > threshold(layer, tap, moved)) != (score > value)
+                changed = (moved > threshold(cut, layer, moved)) != (score > value)
                 near[:] |= changed.any(dim=1).numpy()
         return value
 
-    rule.threshold = looked_at  # type: ignore[method-assign]
+    monkeypatch.setattr(cuts, "threshold_of", looked_at)
     return near
 
 
@@ -121,6 +117,7 @@ def test_plans_are_those_of_the_reference(
     tiny: dict[str, fallow.Model],
     packed: dict[str, Path],
     calibrators: dict[str, Calibrator],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every token but those after a near-tie, where rounding may decide and later tokens see it."""
     model, engine = tiny[name], Engine(packed[name], threads=2)
@@ -136,9 +133,8 @@ def test_plans_are_those_of_the_reference(
     margin = float(4 * np.mean(errors) / np.sqrt(np.mean(expected**2)))
     for rule_name in RULES:
         plan = make_plan(calibrators[name], rule_name, 0.5)
-        rule = model.rule(plan)
-        near = near_ties(rule, margin)
-        with attach(model.layers, rule.taps(model.layers)):
+        with monkeypatch.context() as patch, model.sparse(plan):
+            near = near_ties(patch, margin)
             expected = logits()
         clear = ~np.logical_or.accumulate(near.reshape(SEQUENCES.shape), axis=1).reshape(-1)
         assert clear.sum() >= len(SEQUENCES), rule_name
@@ -177,7 +173,7 @@ def test_sparsity_0_is_dense(
     engine = Engine(packed["qwen2"], threads=2)
     dense = one_by_one(engine), engine.logits(IDS)
     plan = make_plan(calibrators["qwen2"], rule, 0.0)
-    for other in (plan, dataclasses.replace(plan, arrays={})):  # an empty plan, too
+    for other in (plan, dataclasses.replace(plan, cuts=())):  # an empty plan, too
         engine.use_plan(other)
         np.testing.assert_array_equal(one_by_one(engine), dense[0])
         np.testing.assert_array_equal(engine.logits(IDS), dense[1])

@@ -6,16 +6,21 @@ The code of the how-to pages is run by test_documented_commands.py.
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import fallow
 from fallow.calibration.calibrator import Calibrator
-from fallow.common.errors import FallowError, UsageError
+from fallow.common.errors import UsageError
+from fallow.engine.engine import Engine
+from fallow.packing.packer import pack
+from fallow.plan import Cut
 from fallow.rules import find_rule
 
 MODULE = """
-from fallow.rules import Rule, layer_quantiles
+from fallow.rules import Cut, Rule, layer_quantiles
 from fallow.selectors import Selector
 
 
@@ -24,16 +29,20 @@ class Loud(Rule):
     options, option_ranges = {"thrice": 0}, {"thrice": range(2)}
 
     @classmethod
-    def cuts(cls, layer):
-        return ("inter",)
-
-    @classmethod
     def learn(cls, calibration, knob):
-        return {"threshold.inter": layer_quantiles(calibration, "inter", knob)}
+        return Cut("inter", "threshold", layer_quantiles(calibration, "inter", knob))
 
 
 class Silent(Rule):
     known = "never"
+
+
+class Odd(Loud):
+    made = None
+
+    @classmethod
+    def learn(cls, calibration, knob):
+        return cls.made
 
 
 class First(Selector):
@@ -42,10 +51,6 @@ class First(Selector):
     @classmethod
     def learn_scores(cls, calibration):
         return {"sign": layer_quantiles(calibration, "inter", 0.5)}
-
-    @classmethod
-    def score_shapes(cls, layers):
-        return {"sign": (len(layers),)}
 
     def score(self, index, layer, seen):
         return seen.out_norm
@@ -94,12 +99,13 @@ def test_options_follow_the_class() -> None:
 
 
 def test_selectors_of_one_module_share_no_scores(calibrators: dict[str, Calibrator]) -> None:
-    plans = [
-        calibrators["llama"].plan(f"own_rules:{name}", sparsity=0.5, measure=False)
-        for name in ("First", "Second")
+    fitted: list[Any] = [
+        calibrators["llama"].fit(f"own_rules:{name}", sparsity=0.5) for name in ("First", "Second")
     ]
-    assert (plans[0].arrays["sign"] == -plans[1].arrays["sign"]).all()
-    assert (plans[0].arrays["sign"] > 0).all()
+    assert (fitted[0].arrays["sign"] == -fitted[1].arrays["sign"]).all()
+    assert (fitted[0].arrays["sign"] > 0).all()
+    with pytest.raises(UsageError, match="own_rules:First is a selector: it chooses by code"):
+        calibrators["llama"].plan("own_rules:First", sparsity=0.5)
 
 
 @pytest.mark.parametrize(
@@ -128,15 +134,42 @@ def test_what_the_module_lacks_is_not_hidden() -> None:
         find_rule("needs_more:Rule")
 
 
-def test_a_plan_whose_module_is_not_here(
-    calibrators: dict[str, Calibrator], tiny: dict[str, fallow.Model], folder: Path
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (None, "learn gave NoneType, no cuts, so that no plan can hold what it chooses"),
+        ({"threshold.inter": 1.0}, "learn gave dict, no cuts"),
+        (Cut("up", "threshold", np.ones(3)), "the threshold of up has 3 layers, not 2"),
+        (Cut("qkv_proj", "topk", 0.5), "the plan cuts qkv_proj, "),
+        (Cut("inter", "topk", 0.5, np.ones((2, 5))), r"shape \(2, 5\), .* needs \(2, 37\)"),
+    ],
+)
+def test_cuts_that_cannot_be_made(
+    made: Any, message: str, calibrators: dict[str, Calibrator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_rule("own_rules:Odd")
+    monkeypatch.setattr(sys.modules["own_rules"].Odd, "made", made)
+    with pytest.raises(UsageError, match=f"rule own_rules:Odd: .*{message}"):
+        calibrators["llama"].plan("own_rules:Odd", sparsity=0.4)
+
+
+def test_the_engine_runs_the_plan_without_the_rule(
+    calibrators: dict[str, Calibrator],
+    tiny: dict[str, fallow.Model],
+    folders: dict[str, Path],
+    folder: Path,
 ) -> None:
     plan = calibrators["llama"].plan("own_rules:Loud", sparsity=0.4, measure=False)
+    pack(folders["llama"], folder / "m.gguf", quant="f32", plan=plan)
     (folder / "own_rules.py").unlink()
     del sys.modules["own_rules"]
-    with pytest.raises(FallowError) as error:
-        tiny["llama"].rule(plan)
-    assert str(error.value) == (
-        "cannot run this plan: rule 'own_rules:Loud': there is no module own_rules on the Python "
-        f"path or in {folder}"
-    )
+    ids = np.arange(2, 30)
+    engine = Engine(folder / "m.gguf")
+    assert engine.plan is not None
+    assert engine.plan.rule == "own_rules:Loud"
+    found = engine.logits(ids)
+    with tiny["llama"].sparse(plan):
+        expected = tiny["llama"].logits(tiny["llama"].hidden(ids[None]))[0].numpy()
+    np.testing.assert_allclose(found[0], expected[0], atol=5e-3)
+    assert engine.idle_neurons() == pytest.approx([0.4, 0.4], abs=0.15)
+    assert "own_rules" not in sys.modules

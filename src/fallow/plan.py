@@ -1,46 +1,120 @@
-"""The plan: the one file between calibration and whatever runs the model."""
+"""The plan: the one file between calibration and whatever runs the model (docs/plan.md).
+
+A plan is numbers alone. It names no code, and whoever runs it needs to know of no rule.
+"""
 
 import datetime
-import json
-from dataclasses import asdict, dataclass, field, fields
+import shlex
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
 
+from fallow.common import tagged
 from fallow.common.errors import FallowError, in_one_line
-from fallow.common.files import atomic_path, fits, parse_json
 
-FORMAT = 1
+FORMAT = 2
 _METADATA_KEY = "fallow_plan"
 _SKETCH = "calibration_sketch"
 
+FFN_TAPS = ("gate_pre", "gate_act", "up", "inter", "ffn_out")
+# Projections by the name of their input; a model has some of them fused, or not.
+PROJECTIONS = (
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj",
+    "gate_proj", "up_proj", "gate_up_proj", "down_proj",
+)  # fmt: skip
+KINDS = {"threshold": np.float32, "topk": np.float64, "tail": np.float64}  # of cuts: their values
+COLUMN_NORM = "column_norm"
 
-def _today() -> str:
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Values v of one tap with |v_i| * weight_i <= threshold are inactive: they become zero.
+
+    Args:
+        tap: one of FFN_TAPS, or of PROJECTIONS for that projection's input.
+        kind: what `value` says of each layer. "threshold": the threshold itself; below 0 nothing
+            is cut. "topk": k / width, and the threshold is each token's smallest that leaves at
+            most k scores above it. "tail": τ, and it is each token's largest score with
+            Σ score² up to it <= τ² Σ score².
+        value: (L,), or one number for all layers.
+        weight: (L, width), or "column_norm": of the projection W that reads the tap (down_proj,
+            for values of the FFN) ||W[:, i]||. None: 1.
+
+    Raises:
+        ValueError: not such a cut.
+    """
+
+    tap: str
+    kind: str
+    value: Any  # np.ndarray from here on
+    weight: np.ndarray | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.tap not in FFN_TAPS + PROJECTIONS:
+            raise ValueError(f"nothing can be cut at {in_one_line(self.tap)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"a cut of {self.tap} has the unknown kind {in_one_line(self.kind)}")
+        value = np.asarray(self.value, dtype=KINDS[self.kind])
+        object.__setattr__(self, "value", value)
+        if value.ndim > 1 or not np.isfinite(value).all():
+            raise ValueError(f"the {self.kind} of {self.tap} is no finite number per layer")
+        if self.kind != "threshold" and not ((value >= 0) & (value <= 1)).all():
+            raise ValueError(f"the {self.kind} of {self.tap} is outside 0 to 1")
+        if isinstance(self.weight, str):
+            if self.weight != COLUMN_NORM or self.tap == "ffn_out":
+                raise ValueError(f"{in_one_line(self.weight)} is no weight of {self.tap}")
+        elif self.weight is not None:
+            weight = np.asarray(self.weight, dtype=np.float32)
+            object.__setattr__(self, "weight", weight)
+            if weight.ndim != 2 or not (np.isfinite(weight) & (weight >= 0)).all():
+                raise ValueError(f"the weight of {self.tap} has NaN, infinity or a negative value")
+
+    @property
+    def leaves_out(self) -> np.ndarray:
+        """Of which layers it can leave out values, (L,) bool."""
+        if self.kind == "threshold":
+            return self.value >= 0
+        return self.value < 1 if self.kind == "topk" else self.value > 0
+
+    def of_layers(self, n: int) -> "Cut":
+        """The same with a value for each of n layers.
+
+        Raises:
+            ValueError: it has as many for another number of layers.
+        """
+        if self.value.ndim and len(self.value) != n:
+            raise ValueError(f"the {self.kind} of {self.tap} has {len(self.value)} layers, not {n}")
+        if isinstance(self.weight, np.ndarray) and len(self.weight) != n:
+            raise ValueError(f"the weight of {self.tap} has {len(self.weight)} layers, not {n}")
+        return Cut(self.tap, self.kind, np.broadcast_to(self.value, n), self.weight)
+
+
+def today() -> str:
+    """The date, as files have it."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
 
 
 @dataclass
 class Plan:
-    """Which neurons may be inactive in one model, and how that was found.
+    """Which values may be inactive in one model, and how that was found.
 
-    `arrays` are the rule's: `threshold.{tap}` (L,) in units of the value it cuts, or the one
-    number of a per-token rule. Any plan may also have `head_margin` (1,), nats: logits that the
-    coarse head of a packed model puts farther below the largest stay coarse, as do all but its
-    `head_limit` (1,) largest. The file is safetensors; everything else is JSON in its metadata.
+    Raises:
+        ValueError: two cuts of one tap, or cuts of different numbers of layers.
     """
 
     model: str
     fingerprint: str
-    rule: str
-    where: str
+    rule: str  # for people: nothing looks it up
     knob: float
     knob_name: str
-    arrays: dict[str, np.ndarray] = field(repr=False)
+    cuts: tuple[Cut, ...] = field(repr=False)
+    # Logits that the coarse head of a packed model puts this far below its largest stay coarse, in
+    # nats, as do all but its `head_limit` largest; 0: none.
+    head_margin: float = 0.0
+    head_limit: int = 0
     target_sparsity: float | None = None
     target_ppl_increase: float | None = None  # percent
     # On held-out calibration text: sparsity of neurons, or of inputs weighted by parameters; PPL
@@ -57,32 +131,74 @@ class Plan:
     )
     calibration_tokens: int = 0
     dtype: str = ""
-    date: str = field(default_factory=_today)
+    date: str = field(default_factory=today)
     fallow_version: str = field(default_factory=lambda: version("fallow"))
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        self.cuts = tuple(self.cuts)
+        taps = [cut.tap for cut in self.cuts]
+        twice = next((tap for tap in taps if taps.count(tap) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} is cut twice")
+        for cut in self.cuts:
+            cut.of_layers(self.n_layers)
+
+    @property
+    def n_layers(self) -> int:
+        """Of how many layers the cuts are; 0: there are none."""
+        return self.cuts[0].value.size if self.cuts else 0
+
+    def cut(self, tap: str) -> Cut | None:
+        """What is cut at a tap, if anything is."""
+        return next((cut for cut in self.cuts if cut.tap == tap), None)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Projections whose inputs are cut."""
+        return tuple(cut.tap for cut in self.cuts if cut.tap in PROJECTIONS)
+
+    @property
+    def where(self) -> str:
+        """ "input": inputs of projections are cut; "inter": neurons."""
+        return "input" if self.inputs else "inter"
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of the cuts, by their names in the file."""
+        found = {}
+        for cut in self.cuts:
+            found[f"{cut.tap}.{cut.kind}"] = cut.value
+            if isinstance(cut.weight, np.ndarray):
+                found[f"{cut.tap}.weight"] = cut.weight
+        return found
 
     @property
     def metadata(self) -> dict[str, Any]:
         """Everything but arrays and sketch."""
-        return {k: v for k, v in asdict(self).items() if k not in ("arrays", _SKETCH)}
+        cuts = [
+            {
+                "tap": cut.tap,
+                "kind": cut.kind,
+                "weight": "array" if isinstance(cut.weight, np.ndarray) else cut.weight,
+            }
+            for cut in self.cuts
+        ]
+        own = (f.name for f in fields(self) if f.name not in ("cuts", _SKETCH))
+        return {name: getattr(self, name) for name in own} | {"cuts": cuts}
 
     def save(self, path: str | Path) -> None:
         """Writes the file whole or not at all. Raises FallowError if it cannot be written."""
-        content = self.to_bytes()
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
+        tagged.write(path, self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        text = json.dumps(self.metadata, allow_nan=False)
-        # safetensors writes the memory of an array as it lies, whatever its strides say.
-        stored = self.arrays | {_SKETCH: self.calibration_sketch}
-        arrays = {name: np.ascontiguousarray(array) for name, array in stored.items()}
-        return save_arrays(arrays, metadata={_METADATA_KEY: text})
+        arrays = self.arrays | {_SKETCH: self.calibration_sketch}
+        return tagged.to_bytes(_METADATA_KEY, self.metadata, arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Reads a plan. Raises FallowError: missing, truncated, no plan, or a newer format."""
+        """Reads a plan. Raises FallowError: missing, truncated, no plan, or another format."""
         path = Path(path)
         try:
             content = path.read_bytes()
@@ -95,58 +211,29 @@ class Plan:
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> "Plan":
         """The plan of a file's content; `where` names it in errors. Raises as `load` does."""
-        try:
-            arrays = load_arrays(content)
-            header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:  # a type numpy lacks
+        remedies = ("calibrate again", "make one with calibrate")
+        metadata, arrays = tagged.from_bytes(content, _METADATA_KEY, where, "plan", remedies)
+        if metadata.get("format") != FORMAT:
             raise FallowError(
-                f"plan {where} is truncated or no safetensors file ({in_one_line(error)}); "
-                "calibrate again"
-            ) from error
-        text = (header.get("__metadata__") or {}).get(_METADATA_KEY)
-        if text is None:
-            raise FallowError(f"{where} is a safetensors file but no plan; make one with calibrate")
+                f"plan {where} has format {in_one_line(metadata.get('format'))}, this fallow reads "
+                f"{FORMAT}; make it anew: {_command(metadata)}"
+            )
         try:
-            metadata = dict(parse_json(text))
-        except (ValueError, TypeError) as error:
-            raise FallowError(f"plan {where} has damaged metadata; calibrate again") from error
-        return cls._from_metadata(where, metadata, arrays)
+            return cls._from_metadata(metadata, arrays)
+        except ValueError as error:
+            raise FallowError(f"plan {where}: {error}; calibrate again") from error
 
     @classmethod
-    def _from_metadata(
-        cls, where: str, metadata: dict[str, Any], arrays: dict[str, np.ndarray]
-    ) -> "Plan":
-        version = metadata.get("format")
-        if version != FORMAT:
-            raise FallowError(
-                f"plan {where} has format {in_one_line(version)}, this fallow reads {FORMAT}; "
-                "calibrate again"
-            )
-        sketch = arrays.pop(_SKETCH, np.empty(0, dtype=np.uint64))
-        if sketch.dtype != np.uint64 or sketch.ndim != 1:
-            raise FallowError(f"plan {where}: array {_SKETCH} is damaged; calibrate again")
-        known = {f.name: f.type for f in fields(cls) if f.name not in ("arrays", _SKETCH)}
-        missing = {"model", "fingerprint", "rule", "where", "knob", "knob_name"} - set(metadata)
-        if missing:
-            raise FallowError(f"plan {where} lacks {', '.join(sorted(missing))}; calibrate again")
-        for name in sorted(known.keys() & metadata.keys()):
-            if not fits(metadata[name], known[name]):
-                raise FallowError(
-                    f"plan {where}: {name} cannot be {in_one_line(metadata[name])}; calibrate again"
-                )
-        for name, array in arrays.items():
-            signed = name.partition(".")[0] not in (
-                "threshold", "weight", "kept", "tau", "head_margin", "head_limit",
-            )  # fmt: skip
-            if not (np.isfinite(array) & (signed | (array >= 0))).all():
-                raise FallowError(
-                    f"plan {where}: array {name} has NaN, infinity or a negative value; "
-                    "calibrate again"
-                )
-            if name in ("kept", "tau") and (array > 1).any():
-                raise FallowError(f"plan {where}: array {name} exceeds 1; calibrate again")
-        values = {k: v for k, v in metadata.items() if k in known}
-        return cls(arrays=arrays, calibration_sketch=sketch, **values)
+    def _from_metadata(cls, metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> "Plan":
+        """Raises ValueError for whatever is not understood."""
+        known = tuple(f for f in fields(cls) if f.name not in ("cuts", _SKETCH))
+        needed = {"model", "fingerprint", "rule", "knob", "knob_name", "cuts"}
+        values = tagged.check_fields(metadata, known, needed)
+        sketch = tagged.take_sketch(arrays, _SKETCH)
+        plan = cls(cuts=_cuts(metadata["cuts"], arrays), calibration_sketch=sketch, **values)
+        if plan.head_margin < 0 or plan.head_limit < 0:
+            raise ValueError("head_margin or head_limit is negative")
+        return plan
 
     def check_model(self, fingerprint: str, name: str) -> None:
         """Raises FallowError if the plan was made for another model."""
@@ -155,3 +242,52 @@ class Plan:
                 f"this plan is for {self.model} (fingerprint {self.fingerprint}), not for {name} "
                 f"(fingerprint {fingerprint}); calibrate a plan for {name}"
             )
+
+
+def _cuts(described: Any, arrays: dict[str, np.ndarray]) -> tuple[Cut, ...]:
+    """The cuts of a file. Raises ValueError for whatever is not understood."""
+    arrays = dict(arrays)
+
+    def take(name: str, dtype: Any, axes: int) -> np.ndarray:
+        array = arrays.pop(name, None)
+        if array is None:
+            raise ValueError(f"array {name} is missing")
+        if array.dtype != dtype or array.ndim != axes:
+            raise ValueError(f"array {name} is {array.dtype} {array.shape}")
+        return array
+
+    if not isinstance(described, list):
+        raise ValueError("cuts is no list")
+    cuts = []
+    for each in described:
+        if not isinstance(each, dict) or each.keys() != {"tap", "kind", "weight"}:
+            raise ValueError(f"a cut is {in_one_line(each)}")
+        tap, kind, weight = each["tap"], each["kind"], each["weight"]
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise ValueError(f"a cut has the unknown kind {in_one_line(kind)}")
+        value = take(f"{tap}.{kind}", KINDS[kind], 1)
+        if weight == "array":
+            weight = take(f"{tap}.weight", np.float32, 2)
+        elif weight not in (None, COLUMN_NORM):
+            raise ValueError(f"{in_one_line(weight)} is no weight of {in_one_line(tap)}")
+        cuts.append(Cut(tap, kind, value, weight))
+    if arrays:
+        raise ValueError(f"array {in_one_line(sorted(arrays)[0])} belongs to no cut")
+    return tuple(cuts)
+
+
+def _command(metadata: dict[str, Any]) -> str:
+    """What makes a plan like that of another format."""
+    model, rule = (in_one_line(metadata.get(key, "MODEL")) for key in ("model", "rule"))
+    target, increase = (metadata.get(f"target_{k}") for k in ("sparsity", "ppl_increase"))
+    if rule == "two_stage" and metadata.get("knob") == 0:  # what optimize wrote
+        return f"fallow optimize {shlex.quote(model)}"
+    option, value = "knob", metadata.get("knob")
+    if target is not None:
+        option, value = "sparsity", target
+    elif increase is not None:
+        option, value = "max-ppl-increase", increase
+    return (
+        f"fallow calibrate {shlex.quote(model)} --rule {shlex.quote(rule)} "
+        f"--{option} {in_one_line(value)} -o PLAN"
+    )

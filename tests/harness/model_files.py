@@ -188,23 +188,21 @@ def folder(seeds: Seeds) -> Target:
 
 
 def plan(seeds: Seeds) -> Target:
-    """Plans of all rules and some selectors, in the engine and in the reference."""
+    """Plans of all rules, in the engine and in the reference."""
     from conftest import engine_plan
-    from fallow.plan import Plan
+    from fallow.plan import Cut, Plan
     from fallow.rules import RULES
 
     engine, model = seeds.engine(), seeds.loaded()
-    names = [*RULES, "gate", "lowbit", "lowrank", "cluster", "static", "gate_bucket"]
 
     def coarse() -> Plan:
-        arrays = {
-            "threshold.gate_act": np.full(2, 0.1, dtype=np.float32),
-            "weight.gate_act": np.ones((2, 37), dtype=np.float32),
-            "threshold.inter": np.full(2, 0.2, dtype=np.float32),
-            "head_margin": np.array([1.0]),
-            "head_limit": np.array([8.0]),
-        }
-        return engine_plan(engine, "two_stage", arrays)
+        return engine_plan(
+            engine,
+            Cut("gate_act", "threshold", 0.1, np.ones((2, 37))),
+            Cut("inter", "threshold", 0.2, "column_norm"),
+            head_margin=1.0,
+            head_limit=8,
+        )
 
     def make(name: str) -> Callable[[Path], Any]:
         made = coarse if name == "coarse" else lambda: seeds.plan(name)
@@ -218,8 +216,8 @@ def plan(seeds: Seeds) -> Target:
         finally:
             _engine(engine, plan)
 
-    found = [seeds.made(f"plans/{name}", make(name)) for name in (*names, "coarse")]
-    names = ("this plan", "the engine cannot run plans", "a plan of", "logits")
+    found = [seeds.made(f"plans/{name}", make(name)) for name in (*RULES, "coarse")]
+    names = ("this plan", "the plan", "logits")
     return Target(found, use, names=names)
 
 

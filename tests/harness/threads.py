@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fallow.engine.engine import Engine
-from fallow.plan import Plan
+from fallow.plan import Cut, Plan
 
 
 def pack(folder: Path) -> None:
@@ -26,22 +26,19 @@ def pack(folder: Path) -> None:
 
 def run(folder: Path) -> None:
     ids = np.random.default_rng(1).integers(2, 300, 100)
-    plans = {
-        "cats": {"threshold.gate_act": np.full(2, 0.1, dtype=np.float32)},
-        "two_stage": {
-            "threshold.gate_act": np.full(2, 0.1, dtype=np.float32),
-            "weight.gate_act": np.ones((2, 37), dtype=np.float32),
-            "threshold.inter": np.full(2, 0.2, dtype=np.float32),
-            "head_margin": np.array([1.0]),
-        },
-        "topk": {"kept": np.array([0.5])},
-        "tail": {"tau": np.array([0.2])},
-    }
+    gate = Cut("gate_act", "threshold", np.full(2, 0.1), np.ones((2, 37)))
+    inter = Cut("inter", "threshold", np.full(2, 0.2), "column_norm")
+    by_hand = (
+        ((Cut("gate_act", "threshold", np.full(2, 0.1)),), 0.0),
+        ((gate, inter), 1.0),
+        ((Cut("inter", "topk", np.full(2, 0.5), "column_norm"),), 0.0),
+        ((Cut("inter", "tail", np.full(2, 0.2), "column_norm"),), 0.0),
+    )
     for path in sorted(folder.glob("*.gguf")):
         engine = Engine(path, threads=3)
         made = [
-            Plan(path.stem, engine.fingerprint, rule, "inter", 0.0, "", arrays=arrays)
-            for rule, arrays in plans.items()
+            Plan(path.stem, engine.fingerprint, "by hand", 0.0, "", cuts, head_margin=margin)
+            for cuts, margin in by_hand
         ]
         for plan in (None, *made):
             engine.use_plan(plan)

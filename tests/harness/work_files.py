@@ -242,7 +242,7 @@ def selector(seeds: Seeds) -> Target:
     """`select train` that goes on from a damaged state."""
     from conftest import TEXT
     from fallow.checkpoints.text import Text
-    from fallow.research import learning as training
+    from fallow.research import training
 
     model = seeds.loaded()
 

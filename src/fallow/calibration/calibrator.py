@@ -13,8 +13,9 @@ from fallow.measure.evaluation import run_window, window_losses
 from fallow.models.capture import Calibration
 from fallow.plan import Plan
 from fallow.reference.model import Model
-from fallow.rules import Rule, find_rule
+from fallow.rules import Choice, Rule
 from fallow.rules._base import check_sparsity
+from fallow.selectors import Selector, find
 
 # arXiv:2411.02335 Algorithm 1 stops at 1e-3 in its cluster code.
 SEARCH_TOLERANCE = 1e-3
@@ -24,7 +25,18 @@ def check_request(
     rule: str, sparsity: float | None, knob: float | None, max_ppl_increase: float | None
 ) -> None:
     """Raises UsageError for what needs no model to be seen wrong: rule, targets, sparsity."""
-    find_rule(rule)
+    if issubclass(find(rule), Selector):
+        raise UsageError(
+            f"{rule} is a selector: it chooses by code of its own, which no plan can hold; "
+            f"judge it with: fallow select compare MODEL --selectors {rule}"
+        )
+    check_targets(sparsity, knob, max_ppl_increase)
+
+
+def check_targets(
+    sparsity: float | None, knob: float | None, max_ppl_increase: float | None
+) -> None:
+    """Raises UsageError for not exactly one target, or one out of range."""
     if sum(target is not None for target in (sparsity, knob, max_ppl_increase)) != 1:
         raise UsageError("give exactly one of --sparsity, --knob and --max-ppl-increase")
     if sparsity is not None:
@@ -74,26 +86,44 @@ class Calibrator:
         max_ppl_increase: float | None = None,
         measure: bool = True,
     ) -> Plan:
-        """Fits a rule. Exactly one target is given; `max_ppl_increase` is in percent.
+        """The plan of a rule fitted as `fit` does.
 
         `measure` records the sparsity and the PPL increase on the held-out calibration text.
 
         Raises:
-            UsageError: unknown rule, no or several targets, a target out of range.
+            UsageError: as `fit`, or a selector.
         """
         check_request(rule, sparsity, knob, max_ppl_increase)
-        rule_class = find_rule(rule)
-        if max_ppl_increase is not None:
-            fitted = self._search(rule_class, max_ppl_increase)
-        else:
-            fitted = rule_class.fit(self.calibration, sparsity=sparsity, knob=knob)
-        plan = self._make_plan(fitted)
+        fitted = self.fit(rule, sparsity=sparsity, knob=knob, max_ppl_increase=max_ppl_increase)
+        assert isinstance(fitted, Rule)
+        plan = self.plan_of(fitted)
         plan.target_sparsity, plan.target_ppl_increase = sparsity, max_ppl_increase
         if measure:
-            self._measure(plan)
+            found = self.measure(plan)
+            plan.achieved_sparsity, plan.achieved_ppl_increase = found[:2]
+            plan.achieved_ppl_increase_se = found[2]
         return plan
 
-    def _search(self, rule_class: type[Rule], increase: float) -> Rule:
+    def fit(
+        self,
+        name: str,
+        *,
+        sparsity: float | None = None,
+        knob: float | None = None,
+        max_ppl_increase: float | None = None,
+    ) -> Choice:
+        """Fits a rule or a selector. Exactly one target is given; `max_ppl_increase` in percent.
+
+        Raises:
+            UsageError: unknown rule, no or several targets, a target out of range.
+        """
+        found = find(name)
+        check_targets(sparsity, knob, max_ppl_increase)
+        if max_ppl_increase is not None:
+            return self._search(found, max_ppl_increase)
+        return found.fit(self.calibration, sparsity=sparsity, knob=knob)
+
+    def _search(self, rule_class: type[Choice], increase: float) -> Choice:
         """Bisection on PPL over held-out calibration windows, for any rule.
 
         arXiv:2411.02335, Algorithm 1. Ends at the largest level found whose increase stays below
@@ -108,7 +138,7 @@ class Calibrator:
             for _ in range(steps):
                 middle = (low + high) / 2
                 fitted = rule_class.fit(self.calibration, **{rule_class.search: middle})
-                change = self._ppl_increase(self._make_plan(fitted), increase)
+                change = self._ppl_increase(self._applied(fitted), increase)
                 console.print(
                     f"{rule_class.name} at {rule_class.search} {middle:.4f}: PPL {change:+.2f} %",
                     highlight=False,
@@ -120,7 +150,7 @@ class Calibrator:
                 ticker.advance()
         return best
 
-    def _ppl_increase(self, plan: Plan, enough: float) -> float:
+    def _ppl_increase(self, plan: Plan | Selector, enough: float) -> float:
         """PPL increase on the held-out windows, percent.
 
         Stops at the window from which on it exceeds `enough` (percent) twice over even if the
@@ -136,15 +166,22 @@ class Calibrator:
                 break
         return increase
 
-    def _make_plan(self, rule: Rule) -> Plan:
+    def _applied(self, fitted: Choice) -> Plan | Selector:
+        """What runs on a model."""
+        if isinstance(fitted, Selector):
+            return fitted
+        assert isinstance(fitted, Rule)
+        return self.plan_of(fitted)
+
+    def plan_of(self, rule: Rule) -> Plan:
+        """The plan of a rule that was fitted here."""
         return Plan(
             model=self.model.name,
             fingerprint=self.model.fingerprint,
             rule=rule.name,
-            where=rule.where,
             knob=rule.knob,
             knob_name=rule.knob_name,
-            arrays=rule.arrays,
+            cuts=rule.cuts,
             calibration_text=self.text.name,
             calibration_sha256=self.text.sha256,
             calibration_sketch=self.text.sketch,
@@ -152,7 +189,8 @@ class Calibrator:
             dtype=self.model.dtype_name,
         )
 
-    def _measure(self, plan: Plan) -> None:
+    def measure(self, plan: Plan | Selector) -> tuple[float, float, float | None]:
+        """Sparsity, PPL increase in percent and its standard error, on the held-out windows."""
         dense, sparse = [], []
         with progress("held-out check", len(self.validation)) as ticker:
             for window in self.validation:
@@ -160,11 +198,9 @@ class Calibrator:
                 dense.append(d.loss)
                 sparse.append(s[0])
                 ticker.advance()
-        plan.achieved_sparsity = float(np.mean([r.achieved_sparsity for r in sparse]))
+        sparsity = float(np.mean([r.achieved_sparsity for r in sparse]))
         losses = np.array([r.loss for r in sparse])
-        plan.achieved_ppl_increase, plan.achieved_ppl_increase_se = ppl_change_percent(
-            losses, np.array(dense)
-        )
+        return sparsity, *ppl_change_percent(losses, np.array(dense))
 
 
 def calibrate(

@@ -7,9 +7,9 @@ import numpy as np
 
 from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import parse_json
-from fallow.plan import Plan
+from fallow.plan import Cut, Plan
 from fallow.reference.model import Model
-from fallow.rules import find_rule
+from fallow.rules.percentile import Percentile, percentile_taps
 
 # The published thresholds were calibrated on the canonical WikiText-2 raw test text; evaluating on
 # it is leakage and is refused like any other (docs/methods.md, "Leakage").
@@ -61,8 +61,7 @@ def import_thresholds(path: str | Path, model: Model, knob: float | None = None)
         raise FallowError(
             f"{path} is no threshold file: expected {{projection: {{layer_0: number, ...}}}}"
         ) from error
-    rule = find_rule("percentile")
-    expected = rule.cuts(model.layers[0])
+    expected = percentile_taps(model.layers[0])
     if set(found) != set(expected) or any(len(v) != len(model.layers) for v in found.values()):
         raise FallowError(
             f"{path} has {', '.join(f'{t} ({len(v)} layers)' for t, v in found.items())}, "
@@ -72,11 +71,10 @@ def import_thresholds(path: str | Path, model: Model, knob: float | None = None)
     return Plan(
         model=model.name,
         fingerprint=model.fingerprint,
-        rule=rule.name,
-        where=rule.where,
+        rule=Percentile.name,
         knob=knob,
-        knob_name=rule.knob_name,
-        arrays={f"threshold.{tap}": np.array(v, dtype=np.float32) for tap, v in found.items()},
+        knob_name=Percentile.knob_name,
+        cuts=tuple(Cut(tap, "threshold", np.array(v)) for tap, v in found.items()),
         target_sparsity=knob,
         dtype=model.dtype_name,
         calibration_text=f"WikiText-2 raw test, by the authors ({path.name})",

@@ -1,11 +1,12 @@
 """Sparsity against quality for many rules at once: resumable, one table, one figure."""
 
 import csv
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,10 +20,8 @@ from fallow.measure.evaluation import run_window
 from fallow.measure.quality import SPARSITY_TAPS, WindowResult
 from fallow.plan import Plan
 from fallow.reference.model import Model
-from fallow.rules import Arrays, find_rule
 from fallow.rules._base import check_sparsity
-from fallow.selectors._base import Selector
-from fallow.selectors.learned import Learned
+from fallow.selectors import Arrays, Selector, find
 
 # Plans evaluated on a window before results are saved: what Ctrl-C can lose. The dense model runs
 # once per group.
@@ -55,7 +54,7 @@ def make_rows(
     """
     rows: list[Row] = []
     for rule in rules:
-        searchable = find_rule(rule).search is not None
+        searchable = find(rule).search is not None
         targets = sparsities if searchable else [0.0]
         rows += [Row(rule, sparsity=check_sparsity(s)) for s in targets]
         rows += [Row(rule, max_ppl_increase=check_increase(p)) for p in ppl_increases if searchable]
@@ -96,6 +95,16 @@ class Store:
         """Whether one of so many windows is not measured under a row."""
         return any((row.key, w) not in self.cells for w in range(windows))
 
+    def check_training(self, rows: Sequence[Row], scores: dict[str, Arrays]) -> None:
+        """Raises UsageError if results here are of another training of a row's selector."""
+        training = {row.key: _training(row, scores) for row in rows}
+        for (key, _), cell in self.cells.items():
+            if key in training and cell.get("training", "") != training[key]:
+                raise UsageError(
+                    f"{self.folder} holds results of another training of {key}; "
+                    "give its --trained file, or another --output folder"
+                )
+
     def plan_path(self, row: Row) -> Path:
         return self.folder / "plans" / f"{row.key}.plan"
 
@@ -112,19 +121,19 @@ def tradeoff(
     calibration_windows: int = 8,
     validation_windows: int = 4,
     allow_leakage: bool = False,
-    trained: Sequence[Plan] = (),
+    trained: Sequence["Trained"] = (),
 ) -> list[dict[str, Any]]:
     """Calibrates every row on one text and measures all of them on another, in the loop.
 
-    Rows of the selectors in `trained`, plans of `fallow select train`, take their scores from there
+    Rows of the selectors in `trained`, files of `fallow select train`, take their scores from there
     and their budget from the row. Finished work in `output` is kept and not done again; Ctrl-C
     leaves a table of the windows that every row has. Writes `table.csv`, `table.json`,
     `tradeoff.png` and `tradeoff.svg`.
 
     Raises:
         UsageError: the folder holds a run with other settings, or both texts are the same.
-        FallowError: a text has fewer windows, the model computes NaN, or a trained plan does not
-            fit it.
+        FallowError: a text has fewer windows, the model computes NaN, or a trained selector is
+            for another.
     """
     counts = {"calibration": calibration_windows, "validation": validation_windows}
     for name, count in counts.items():
@@ -135,27 +144,22 @@ def tradeoff(
     calibration_source = load_text(calibration_text, "calibration")
     check_no_leakage(calibration_source.sha256, source, allow_leakage, calibration_source.sketch)
     cut = model.windows(source, context, windows)
-    store = Store(
-        output,
-        {
-            "model": model.name,
-            "fingerprint": model.fingerprint,
-            "dtype": model.dtype_name,
-            "context": context,
-            "text_sha256": source.sha256,
-            "calibration_sha256": calibration_source.sha256,
-            "calibration_windows": calibration_windows,
-            "validation_windows": validation_windows,
-            "energy_recall": "per token",  # older windows have another, and other bytes
-        },
-    )
-    to_measure = [row for row in rows if store.is_missing(row, len(cut))]
+    settings = {
+        "model": model.name, "fingerprint": model.fingerprint, "dtype": model.dtype_name,
+        "context": context, "text_sha256": source.sha256,
+        "calibration_sha256": calibration_source.sha256,
+        "calibration_windows": calibration_windows, "validation_windows": validation_windows,
+        "energy_recall": "per token",  # older windows have another, and other bytes
+    }  # fmt: skip
+    store = Store(output, settings)
+    store.check_training(rows, scores)
+    missing = [row for row in rows if store.is_missing(row, len(cut))]
     try:
         plans = _calibrate(
-            model, rows, to_measure, store, calibration_source, context, calibration_windows,
+            model, missing, store, calibration_source, context, calibration_windows,
             validation_windows, scores,
         )  # fmt: skip
-        _measure(model, rows, plans, cut, store)
+        _measure(model, missing, plans, cut, store, scores)
     except KeyboardInterrupt:
         console.print(f"stopped; finished work is in {output}, the same command continues it")
         raise
@@ -166,71 +170,91 @@ def tradeoff(
     return table
 
 
+class Trained(Protocol):
+    """A selector that was trained: what `fallow select train` wrote."""
+
+    selector: str
+    arrays: Arrays
+    calibration_sha256: str
+    calibration_sketch: np.ndarray
+
+    def check_model(self, fingerprint: str, name: str) -> None: ...
+
+
 def _trained_scores(
-    model: Model, trained: Sequence[Plan], text: Text, allow_leakage: bool
+    model: Model, trained: Sequence[Trained], text: Text, allow_leakage: bool
 ) -> dict[str, Arrays]:
-    """The arrays of trained plans that do not depend on the budget, by selector."""
+    """The scores of trained selectors by their key: they do not depend on the budget."""
     found: dict[str, Arrays] = {}
-    for plan in trained:
-        rule = model.rule(plan)
-        if not isinstance(rule, Learned):
-            raise UsageError(
-                f"a plan of {plan.rule} is no trained selector; make one with fallow select train"
-            )
-        check_no_leakage(plan.calibration_sha256, text, allow_leakage, plan.calibration_sketch)
-        found[rule.scores_key()] = {k: plan.arrays[k] for k in rule.score_shapes(model.layers)}
+    for each in trained:
+        each.check_model(model.fingerprint, model.name)
+        check_no_leakage(each.calibration_sha256, text, allow_leakage, each.calibration_sketch)
+        found[_scores_key(each.selector)] = each.arrays
     return found
+
+
+def _scores_key(name: str) -> str:
+    found = find(name)
+    return found.scores_key() if issubclass(found, Selector) else ""
+
+
+def _training(row: Row, scores: dict[str, Arrays]) -> str:
+    """A mark of the training that a row's selector has its scores from; "": none."""
+    digest = hashlib.sha256()
+    arrays = scores.get(_scores_key(row.rule), {})
+    for name in sorted(arrays):
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()[:16] if arrays else ""
 
 
 def _calibrate(
     model: Model,
     rows: Sequence[Row],
-    to_measure: Sequence[Row],
     store: Store,
     text: Text,
     context: int,
     windows: int,
     validation_windows: int,
     scores: dict[str, Arrays],
-) -> dict[str, Plan]:
-    plans: dict[str, Plan] = {}
+) -> dict[str, Plan | Selector]:
+    """What runs, by the key of the row; plans, not selectors, are kept in the store."""
+    found: dict[str, Plan | Selector] = {}
     calibrator = None
     for row in rows:
         path = store.plan_path(row)
         if path.exists():
-            plans[row.key] = Plan.load(path)
-            _check_training(plans[row.key], scores, store)
-            continue
-        if row not in to_measure:
+            found[row.key] = Plan.load(path)
             continue
         if calibrator is None:
             calibrator = Calibrator(
                 model, text, context=context, windows=windows, validation_windows=validation_windows
             )
             calibrator.calibration.cache.update(scores)
-        if row.max_ppl_increase is None:
-            plan = calibrator.plan(row.rule, sparsity=row.sparsity, measure=False)
-        else:
-            plan = calibrator.plan(row.rule, max_ppl_increase=row.max_ppl_increase)
-        plan.save(path)
-        plans[row.key] = plan
-    return plans
-
-
-def _check_training(plan: Plan, scores: dict[str, Arrays], store: Store) -> None:
-    """Raises UsageError if the folder's results are of another training of the selector."""
-    rule = find_rule(plan.rule)
-    if issubclass(rule, Learned):
-        own = scores.get(rule.scores_key(), {})
-        if any(not np.array_equal(plan.arrays[name], array) for name, array in own.items()):
-            raise UsageError(
-                f"{store.folder} holds results of another training of {plan.rule}; "
-                "choose another --output folder"
+        if issubclass(find(row.rule), Selector):
+            fitted = calibrator.fit(
+                row.rule, sparsity=row.sparsity, max_ppl_increase=row.max_ppl_increase
             )
+            assert isinstance(fitted, Selector)
+            found[row.key] = fitted
+            continue
+        plan = calibrator.plan(
+            row.rule,
+            sparsity=row.sparsity,
+            max_ppl_increase=row.max_ppl_increase,
+            measure=row.max_ppl_increase is not None,
+        )
+        plan.save(path)
+        found[row.key] = plan
+    return found
 
 
 def _measure(
-    model: Model, rows: Sequence[Row], plans: dict[str, Plan], windows: np.ndarray, store: Store
+    model: Model,
+    rows: Sequence[Row],
+    plans: dict[str, Plan | Selector],
+    windows: np.ndarray,
+    store: Store,
+    scores: dict[str, Arrays],
 ) -> None:
     missing = [
         [row for row in rows if (row.key, w) not in store.cells] for w in range(len(windows))
@@ -244,6 +268,7 @@ def _measure(
                     [
                         _cell(row, plans[row.key], w, dense, result)
                         | _bytes(model, row, result.achieved_sparsity)
+                        | {"training": _training(row, scores)}
                         for row, result in zip(group, results, strict=True)
                     ]
                 )
@@ -252,7 +277,7 @@ def _measure(
 
 def _bytes(model: Model, row: Row, sparsity: float) -> dict[str, float]:
     """What a selector leaves of the FFN's bytes."""
-    rule = find_rule(row.rule)
+    rule = find(row.rule)
     if not (issubclass(rule, Selector) and model.layers[0].gated):
         return {}
     choosing, multiplications = rule.cost(model.layers[0])
@@ -264,7 +289,7 @@ def _bytes(model: Model, row: Row, sparsity: float) -> dict[str, float]:
 
 
 def _cell(
-    row: Row, plan: Plan, window: int, dense: WindowResult, result: WindowResult
+    row: Row, plan: Plan | Selector, window: int, dense: WindowResult, result: WindowResult
 ) -> dict[str, Any]:
     sparsity = {tap: round(float(f.mean()), 5) for tap, f in result.sparsity.items()}
     return {
@@ -329,6 +354,7 @@ def _summarise_row(row: Row, cells: list[dict[str, Any]]) -> dict[str, Any]:
     kl = np.array([c["kl"] for c in cells])
     return {
         "rule": row.rule,
+        "where": find(row.rule).where,
         "target_sparsity": row.sparsity,
         "target_ppl_increase": row.max_ppl_increase,
         "knob": cells[0]["knob"],
@@ -393,15 +419,14 @@ def _draw(table: list[dict[str, Any]], folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    present = [w for w in _COLUMNS if any(find_rule(r["rule"]).where == w for r in table[1:])]
+    present = [w for w in _COLUMNS if any(r["where"] == w for r in table[1:])]
     figure, axes = plt.subplots(
         2, len(present), figsize=(5.5 * len(present), 7), squeeze=False, sharey="row"
     )
     for column, where in enumerate(present):
         top, bottom = axes[0, column], axes[1, column]
-        for rule in dict.fromkeys(r["rule"] for r in table[1:]):
-            if find_rule(rule).where == where:
-                _draw_rule(top, bottom, [r for r in table if r["rule"] == rule])
+        for rule in dict.fromkeys(r["rule"] for r in table[1:] if r["where"] == where):
+            _draw_rule(top, bottom, [r for r in table if r["rule"] == rule])
         top.axhline(1, color="grey", linewidth=0.8, linestyle=":")  # +1 %
         top.set_yscale("symlog", linthresh=1)
         bottom.set_yscale("log")

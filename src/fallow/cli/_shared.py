@@ -200,11 +200,17 @@ def report_plan(plan: Any, output: Path, as_json: bool) -> None:
 
 
 def print_plan(plan: Any, path: str) -> None:
-    print(f"plan {path}")
-    for name, value in plan.metadata.items():
-        if value is not None and value != "":
+    print_metadata(f"plan {path}", plan.metadata)
+    for cut in plan.cuts:
+        weight = cut.weight if cut.weight is None or isinstance(cut.weight, str) else "an array"
+        values = f"from {cut.value.min():.4g} to {cut.value.max():.4g}"
+        print(f"  {f'cut of {cut.tap}':22} {cut.kind} {values}, weight {weight or 1}")
+
+
+def print_metadata(title: str, metadata: dict[str, Any]) -> None:
+    print(title)
+    for name, value in metadata.items():
+        if name != "cuts" and value is not None and value != "":
             print(
                 f"  {name:22} {value:.6g}" if isinstance(value, float) else f"  {name:22} {value}"
             )
-    for name, array in sorted(plan.arrays.items()):
-        print(f"  {name:22} {array.shape} from {array.min():.4g} to {array.max():.4g}")

@@ -15,9 +15,9 @@ from fallow.cli._shared import (
     app,
     check_output,
     load_model,
-    load_plan,
     numbers,
-    report_plan,
+    print_json,
+    print_metadata,
     report_tradeoff,
     split_names,
 )
@@ -35,7 +35,7 @@ def select_compare(
     selectors: Annotated[
         str,
         typer.Option(help="Comma-separated; see: fallow rules. Oracle, random, static are added."),
-    ] = "gate,gate_bucket,lowbit,lowbit:gate=3:up=3",
+    ] = "gate,lowbit,lowbit:gate=3:up=3",
     sparsities: Annotated[str, typer.Option(help="Comma-separated targets, [0, 1).")] = "0.5",
     text: TextOption = None,
     calibration_text: Annotated[
@@ -43,7 +43,7 @@ def select_compare(
     ] = None,
     trained: Annotated[
         list[Path] | None,
-        typer.Option(help="Also a plan that fallow select train wrote; repeatable."),
+        typer.Option(help="Also what fallow select train wrote; repeatable."),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of tables, figures and finished work.")
@@ -58,14 +58,15 @@ def select_compare(
     """Selectors at equal budget: recall, bytes, operations, PPL and KL, the model in the loop."""
     from fallow.calibration.tradeoff import make_rows
     from fallow.calibration.tradeoff import tradeoff as run
-    from fallow.rules import find_rule
-    from fallow.selectors._base import Selector
+    from fallow.research.learned import Trained
+    from fallow.selectors import Selector, find
 
-    plans = [load_plan(path) for path in trained or []]
+    files = [Trained.load(path) for path in trained or []]
     asked = split_names(selectors)
-    names = list(dict.fromkeys(("oracle", "random", "static", *asked, *(p.rule for p in plans))))
+    given = (file.selector for file in files)
+    names = list(dict.fromkeys(("oracle", "random", "static", *asked, *given)))
     for name in names:
-        if not issubclass(find_rule(name), Selector):
+        if not issubclass(find(name), Selector):
             raise UsageError(f"{name} is a rule, not a selector; compare it with fallow tradeoff")
     rows = make_rows(names, numbers("--sparsities", sparsities))
     check_output(output / "table.json")
@@ -81,7 +82,7 @@ def select_compare(
         calibration_windows=calibration_windows,
         validation_windows=1,
         allow_leakage=allow_leakage,
-        trained=plans,
+        trained=files,
     )
     report_tradeoff(table, output, as_json)
 
@@ -89,7 +90,7 @@ def select_compare(
 @select_app.command("train")
 def select_train(
     model: ModelArg,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
     rank: Annotated[int, typer.Option(help="Width of each layer's bottleneck.")] = 64,
     gate: Annotated[
         bool, typer.Option("--gate", help="Know the exact gate: predict up_proj alone.")
@@ -106,14 +107,14 @@ def select_train(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Train the selector learned; a plan for evaluate, and for compare. Stops and continues."""
-    from fallow.research.learning import check_request
-    from fallow.research.learning import train as run
+    """Train the selector learned, for fallow select compare --trained. Stops and continues."""
+    from fallow.research.training import check_request
+    from fallow.research.training import train as run
 
     check_request(rank, gate, tokens, sparsity, checks, patience)
     check_output(output, model, text)
     loaded = load_model(model, dtype)
-    plan = run(
+    trained = run(
         loaded,
         output,
         rank=rank,
@@ -126,4 +127,7 @@ def select_train(
         checks=checks,
         patience=patience,
     )
-    report_plan(plan, output, as_json)
+    if as_json:
+        print_json({**trained.metadata, "path": str(output)})
+        return
+    print_metadata(f"trained selector {output}", trained.metadata)

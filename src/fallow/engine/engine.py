@@ -17,7 +17,7 @@ from fallow.checkpoints.tokenizer import Ids, TextTokenizer
 from fallow.checkpoints.weights import StoredTensor, read_gguf
 from fallow.common.errors import FallowError, UsageError, in_one_line
 from fallow.engine.answer import Answer, Piece
-from fallow.engine.cuts import PlanCuts
+from fallow.engine.cuts import core_cuts
 from fallow.engine.memory import (
     EMBEDDING,
     EMBEDDING_ROWS,
@@ -100,7 +100,7 @@ class Engine:
             )
         first = plan if isinstance(plan, Plan) else None if plan is False else self._packed_plan()
         # Under a budget the coarse head is in memory only if this plan uses it.
-        lists = first is not None and PlanCuts(self, first).shortlist()[0] > 0
+        lists = first is not None and first.head_margin > 0
         self._coarse_head = memory is None or lists
         self.residency: Residency | None = None
         self._reserve = RESERVE + reserve
@@ -236,15 +236,13 @@ class Engine:
         Raises:
             FallowError: the plan is for another model, or its arrays do not fit.
         """
-        cuts, shortlist = [], (0.0, 0)
-        if plan is not None:
-            plan_cuts = PlanCuts(self, plan)
-            cuts, shortlist = plan_cuts.all(), plan_cuts.shortlist()
-        if not self._coarse_head:
-            shortlist = 0.0, 0
+        cuts = [] if plan is None else core_cuts(self, plan)
+        margin, limit = 0.0, 0
+        if plan is not None and self._coarse_head:
+            margin, limit = plan.head_margin, min(plan.head_limit, 2**31 - 1)
         with self._lock:
             self._core.set_cuts(cuts)
-            self._core.set_shortlist(*shortlist)
+            self._core.set_shortlist(margin, limit)
             self.plan: Plan | None = plan
 
     def matrix(self, name: str) -> StoredTensor:

@@ -24,10 +24,11 @@ from fallow.measure.quality import (
     token_losses,
 )
 from fallow.models.capture import non_finite_error
+from fallow.models.cuts import per_token_topk
 from fallow.models.taps import attach
 from fallow.plan import Plan
 from fallow.reference.model import Model
-from fallow.rules._base import per_token_topk
+from fallow.selectors import Selector
 
 
 class SparsityMeter:
@@ -57,7 +58,8 @@ class SelectionMeter:
     Layers in which no neuron of any token puts out anything are left out.
     """
 
-    def __init__(self, model: Model, kept: float) -> None:
+    def __init__(self, model: Model, kept: np.ndarray) -> None:
+        """`kept` (L,): the share of neurons that each layer keeps."""
         self._layers, self._kept = model.layers, kept
         self._truth = torch.empty(0)
         self._shares: list[tuple[float, float]] = []
@@ -66,7 +68,7 @@ class SelectionMeter:
         self._truth = inter.abs().float() * self._layers[index].down_norm
 
     def after(self, index: int, inter: torch.Tensor) -> None:
-        best = (self._truth > per_token_topk(self._truth, self._kept)).numpy()
+        best = (self._truth > per_token_topk(self._truth, float(self._kept[index]))).numpy()
         kept = (inter != 0).numpy()
         energies = energy_recall(self._truth.square().numpy(), best, kept)
         if len(energies):
@@ -87,18 +89,18 @@ class _Meters:
 
 
 @contextmanager
-def _metered(model: Model, plan: Plan | None) -> Iterator[_Meters]:
+def _metered(model: Model, plan: Plan | Selector | None) -> Iterator[_Meters]:
     """Applies the plan and counts zeros behind it."""
     layer = model.layers[0]
     meters = _Meters(SparsityMeter(len(model.layers)))
-    cuts = model.rule(plan).cuts(layer) if plan is not None else ()
     taps = [t for t in SPARSITY_TAPS if t != "up" or layer.gated]
-    inputs = cuts if plan is not None and plan.where == "input" else ()
+    inputs = plan.inputs if isinstance(plan, Plan) else ()
     counted = {t: meters.sparsity.tap(t) for t in (*taps, *inputs)}
     before: dict[str, Any] = {}
     after: dict[str, Any] = {}
-    if plan is not None and "inter" in cuts and "kept" in plan.arrays:
-        meters.selection = SelectionMeter(model, float(plan.arrays["kept"][0]))
+    kept = _kept(plan, len(model.layers))
+    if kept is not None:
+        meters.selection = SelectionMeter(model, kept)
         before, after = {"inter": meters.selection.before}, {"inter": meters.selection.after}
     with (
         attach(model.layers, before),
@@ -109,8 +111,16 @@ def _metered(model: Model, plan: Plan | None) -> Iterator[_Meters]:
         yield meters
 
 
+def _kept(plan: Plan | Selector | None, n_layers: int) -> np.ndarray | None:
+    """The share of neurons kept of every token, (L,); None: it differs between tokens."""
+    if isinstance(plan, Selector):
+        return None if plan.kept is None else np.full(n_layers, plan.kept)
+    cut = None if plan is None else plan.cut("inter")
+    return cut.value if cut is not None and cut.kind == "topk" else None
+
+
 def run_window(
-    model: Model, window: np.ndarray, plans: Sequence[Plan | None]
+    model: Model, window: np.ndarray, plans: Sequence[Plan | Selector | None]
 ) -> tuple[WindowResult, list[WindowResult]]:
     """One window (T,) through the dense model and through each plan.
 
@@ -133,7 +143,7 @@ def run_window(
 
 
 def _run_metered(
-    model: Model, window: np.ndarray, plan: Plan | None
+    model: Model, window: np.ndarray, plan: Plan | Selector | None
 ) -> tuple[torch.Tensor, _Meters]:
     with _metered(model, plan) as meters:
         return final_hidden(model, window), meters
@@ -179,22 +189,21 @@ def dense_logits(model: Model, window: np.ndarray) -> Logits:
 
 
 def _add_sparsity(
-    model: Model, result: WindowResult, plan: Plan | None, meter: SparsityMeter
+    model: Model, result: WindowResult, plan: Plan | Selector | None, meter: SparsityMeter
 ) -> None:
     layer = model.layers[0]
     for tap in SPARSITY_TAPS:
         if tap != "up" or layer.gated:
             result.sparsity[tap] = meter.fractions(tap)
-    if plan is None or plan.where == "inter":
+    if not (isinstance(plan, Plan) and plan.inputs):
         result.achieved_sparsity = float(result.sparsity["inter"].mean())
     else:
-        cuts = model.rule(plan).cuts(layer)
-        sizes = [layer.projections[name].weight.numel() for name in cuts]
-        means = [float(meter.fractions(name).mean()) for name in cuts]
+        sizes = [layer.projections[name].weight.numel() for name in plan.inputs]
+        means = [float(meter.fractions(name).mean()) for name in plan.inputs]
         result.achieved_sparsity = float(np.average(means, weights=sizes))
 
 
-def window_losses(model: Model, windows: np.ndarray, plan: Plan | None) -> np.ndarray:
+def window_losses(model: Model, windows: np.ndarray, plan: Plan | Selector | None) -> np.ndarray:
     """Mean next-token loss of each window, (n,) nats; nothing else is measured."""
     losses = []
     with model.sparse(plan):

@@ -13,9 +13,9 @@ from fallow.common.files import atomic_path, write_json
 from fallow.common.metrics import bin_edges
 from fallow.common.progress import progress
 from fallow.models.capture import Histograms
+from fallow.models.cuts import per_token_topk
 from fallow.models.taps import attach
 from fallow.reference.model import Model
-from fallow.rules._base import per_token_topk
 
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 SMALL = (1e-6, 1e-4, 1e-3, 1e-2)  # |inter| <= these is reported beside exact zeros

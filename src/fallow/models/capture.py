@@ -24,6 +24,7 @@ BLOCK_WINDOWS, BLOCK_TOKENS = 2, 128
 class Runnable(Protocol):
     """What capturing needs of a model."""
 
+    name: str
     layers: list[Layer]
 
     def hidden(self, ids: np.ndarray) -> torch.Tensor: ...

@@ -18,11 +18,10 @@ import torch
 from torch import nn
 
 from fallow.common.errors import UsageError
+from fallow.plan import FFN_TAPS
 
 Tap = Callable[[int, torch.Tensor], torch.Tensor | None]
 """Called with (layer, value (T, width)); what it returns replaces the value, None leaves it."""
-
-FFN_TAPS = ("gate_pre", "gate_act", "up", "inter", "ffn_out")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from fallow.checkpoints.text import Text, load_text
 from fallow.common.errors import FallowError
 from fallow.common.files import atomic_path, check_writable
 from fallow.common.progress import console, note
-from fallow.engine.cuts import check_runs
 from fallow.engine.memory import COARSE_HEAD
 from fallow.packing.selfcheck import LARGEST_KL, LARGEST_PPL_CHANGE, Reference, SelfCheck
 from fallow.packing.source import OUTLIER_WINDOWS, Source
@@ -50,11 +49,9 @@ def pack(
     Raises:
         FallowError: the file would not pass the check (nothing is written), a matrix has a type
             that the engine has no kernels for, the architecture's variant is not supported, or the
-            engine cannot run the plan.
+            plan is for another model.
         UsageError: an unknown type.
     """
-    if plan is not None:
-        check_runs(plan)
     check_writable(output)
     packer = Packer(model, quant=quant, down=down, shortlist=shortlist, text=text, plan=plan)
     return packer.write(output, plan, n_threads)
@@ -77,7 +74,7 @@ class Packer:
         text = load_text(text, "evaluation")
         self._source = Source(load(model, "float32"), name)
         if plan is not None:
-            self.model.rule(plan)
+            self.model.taps(plan)
         for problem in self.model.tokenizer.chat_problems():
             note(problem)
         self._types = self._source.down_types(quant, down)
@@ -114,7 +111,7 @@ class Packer:
 
     def leave_out_unused(self, plan: Plan | None) -> None:
         """Files written from now on have a coarse head only if the plan uses it."""
-        if plan is None or plan.arrays["head_margin"][0] == 0:
+        if plan is None or plan.head_margin == 0:
             self._matrices = {k: v for k, v in self._matrices.items() if k not in COARSE_HEAD}
 
     def write(
@@ -124,7 +121,7 @@ class Packer:
         source, check = self._source, None
         n_threads = n_threads or os.cpu_count() or 1
         if plan is not None:
-            source.model.rule(plan)  # fits this model
+            source.model.taps(plan)  # fits this model
         with atomic_path(output) as temporary:
             for kind in self._types:
                 write_packed(temporary, source, self._matrices, kind, plan)

@@ -39,9 +39,10 @@ from fallow.models import (
     check_gguf_keys,
     check_gguf_type,
 )
-from fallow.models.taps import Layer, attach
+from fallow.models.cuts import cut_taps
+from fallow.models.taps import Layer, Tap, attach
 from fallow.plan import Plan
-from fallow.rules import Rule, find_rule
+from fallow.selectors import Selector
 
 # Products of float32 that stay float32: 512 x 512 of N(0, 1) differ by less than this between
 # libraries, while bfloat16 inputs would differ by 1e-1.
@@ -159,30 +160,23 @@ class Model:
         with torch.inference_mode():
             return nn.functional.linear(hidden.float(), self._head_weight, self._head_bias)
 
-    def rule(self, plan: Plan) -> Rule:
-        """The plan's rule, ready for this model.
+    def taps(self, choice: Plan | Selector | None) -> dict[str, Tap]:
+        """The taps that set what a plan or a selector leaves out to zero; None: nothing.
 
         Raises:
-            FallowError: the plan is for another model, or an array does not fit it.
+            FallowError: the plan is for another model, or does not fit it.
         """
-        plan.check_model(self.fingerprint, self.name)
-        try:
-            rule_class = find_rule(plan.rule)
-        except UsageError as error:
-            raise FallowError(f"cannot run this plan: {error}") from error
-        for name, shape in rule_class.shapes(self.layers).items():
-            found = plan.arrays[name].shape if name in plan.arrays else "nothing"
-            if found != shape:
-                raise FallowError(
-                    f"this plan's array {name} has the shape {shape} for {self.name}, "
-                    f"the file has {found}; calibrate again"
-                )
-        return rule_class(plan.knob, plan.arrays)
+        if choice is None:
+            return {}
+        if isinstance(choice, Selector):
+            return choice.taps(self.layers)
+        choice.check_model(self.fingerprint, self.name)
+        return cut_taps(choice.cuts, self.layers, self.name)
 
     @contextmanager
-    def sparse(self, plan: Plan | None) -> Iterator[None]:
-        """Runs the model with the plan's values set to zero inside the block; None: dense."""
-        with attach(self.layers, {} if plan is None else self.rule(plan).taps(self.layers)):
+    def sparse(self, choice: Plan | Selector | None) -> Iterator[None]:
+        """Runs the model with what is left out set to zero inside the block; None: dense."""
+        with attach(self.layers, self.taps(choice)):
             yield
 
     def generate(

@@ -20,10 +20,10 @@ from fallow.checkpoints.weights import StoredTensor, fingerprint, read_safetenso
 from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_folder, write_json
 from fallow.models import by_model_type
-from fallow.models.taps import Layer, attach
+from fallow.models.cuts import cut_taps
+from fallow.models.taps import Layer, Tap, attach
 from fallow.plan import Plan
 from fallow.reference.model import Model, inspect_folder, pretrained, quieten_transformers
-from fallow.rules import Rule, find_rule
 
 PLAN_FILE = "fallow.plan"
 _STATE = "_fallow_sparse"  # attribute of the module: plan, and what removes the hooks
@@ -54,9 +54,9 @@ def sparsify(model: Any, plan: Plan | str | Path) -> Any:
     module = model.module if isinstance(model, Model) else model
     if getattr(module, _STATE, None) is not None:
         raise FallowError("the model is sparse already; make it dense with fallow.densify first")
-    layers, rule = _rule_of(model, plan)
+    layers, taps = _taps_of(model, plan)
     hooks = ExitStack()
-    hooks.enter_context(attach(layers, rule.taps(layers)))
+    hooks.enter_context(attach(layers, taps))
     setattr(module, _STATE, (plan, hooks))
     return module
 
@@ -124,9 +124,9 @@ def export(model: Model, plan: Plan, folder: str | Path, source: Path | None = N
         densify(module)
 
 
-def _rule_of(model: Any, plan: Plan) -> tuple[list[Layer], Rule]:
+def _taps_of(model: Any, plan: Plan) -> tuple[list[Layer], dict[str, Tap]]:
     if isinstance(model, Model):
-        return model.layers, model.rule(plan)
+        return model.layers, model.taps(plan)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model, torch.nn.Module) or model_type is None:
         raise UsageError(f"{type(model).__name__} is no transformers model")
@@ -137,11 +137,7 @@ def _rule_of(model: Any, plan: Plan) -> tuple[list[Layer], Rule]:
             f"this plan is for {plan.model} (fingerprint {plan.fingerprint}), not for {name}; "
             "calibrate a plan for it, or give what fallow.load makes of the plan's own source"
         )
-    rule = find_rule(plan.rule)
-    for array, shape in rule.shapes(layers).items():
-        if array not in plan.arrays or plan.arrays[array].shape != shape:
-            raise FallowError(f"this plan's array {array} does not fit {name}; calibrate again")
-    return layers, rule(plan.knob, plan.arrays)
+    return layers, cut_taps(plan.cuts, layers, name)
 
 
 def _fingerprints(module: Any) -> Iterator[str]:

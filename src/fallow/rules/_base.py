@@ -1,31 +1,24 @@
-"""What all rules share. A rule says which values may be set to zero; nothing else.
+"""What all rules share. A rule says which values may be set to zero; nothing else."""
 
-One convention for ties, everywhere: a value is inactive iff its score is <= the threshold.
-"""
-
-from collections.abc import Callable
-from typing import ClassVar, Self
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
-import torch
 
-from fallow import _core
-from fallow.common.errors import UsageError
-from fallow.models.capture import Calibration, as_floats, n_threads
-from fallow.models.taps import Layer, Tap
-
-Arrays = dict[str, np.ndarray]
+from fallow.common.errors import FallowError, UsageError
+from fallow.models.capture import Calibration
+from fallow.models.cuts import check_fits
+from fallow.plan import Cut
 
 
-class Rule:
-    """A way to make neurons (or inputs) inactive, fitted to one model.
+class Choice:
+    """A way to make values inactive, with one parameter, fitted to one model.
 
-    The class attributes document the rule; `fit` learns its arrays from calibration statistics;
-    `taps` applies it. `knob` is the rule's one parameter, as its paper has it.
+    The class attributes document it; `knob` is the parameter, as its paper has it.
     """
 
     name: ClassVar[str]
-    paper: ClassVar[str]
+    paper: ClassVar[str] = ""
     where: ClassVar[str]  # "inter": neurons; "input": inputs of projections
     knob_name: ClassVar[str]
     knob_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
@@ -36,9 +29,7 @@ class Rule:
     options: ClassVar[dict[str, int]] = {}
     option_ranges: ClassVar[dict[str, range]] = {}
 
-    def __init__(self, knob: float, arrays: Arrays) -> None:
-        self.knob = knob
-        self.arrays = arrays
+    knob: float
 
     @classmethod
     def with_options(cls, text: str) -> type[Self]:
@@ -66,10 +57,10 @@ class Rule:
     def fit(
         cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
     ) -> Self:
-        """Fits the rule to a target sparsity of the tensors it cuts, or to a knob.
+        """Fits it to a target sparsity of the tensors it cuts, or to a knob.
 
         Raises:
-            UsageError: not exactly one of the two, or out of range.
+            UsageError: not exactly one of the two, out of range, or cuts that cannot be made.
         """
         if knob is None:
             if sparsity is None:
@@ -81,67 +72,54 @@ class Rule:
                 f"--knob {knob:g} of rule {cls.name} is outside [{low:g}, {high:g}]: "
                 f"{cls.knob_name}"
             )
-        return cls(knob, cls.learn(calibration, knob))
+        return cls.fit_knob(calibration, knob)
+
+    @classmethod
+    def fit_knob(cls, calibration: Calibration, knob: float) -> Self:
+        """Fits it to a knob in range."""
+        raise NotImplementedError
 
     @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
-        """The knob that gives a sparsity of the tensors the rule cuts; by default that sparsity."""
+        """The knob that gives a sparsity of the tensors it cuts; by default that sparsity."""
         return sparsity
 
+
+class Rule(Choice):
+    """A choice that a plan can hold: `learn` emits the cuts that make it."""
+
+    def __init__(self, knob: float, cuts: tuple[Cut, ...]) -> None:
+        self.knob = knob
+        self.cuts = cuts
+
     @classmethod
-    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
-        """The arrays that apply the rule at this knob."""
+    def learn(cls, calibration: Calibration, knob: float) -> Cut | Sequence[Cut]:
+        """The cuts at this knob."""
         raise NotImplementedError
 
     @classmethod
-    def cuts(cls, layer: Layer) -> tuple[str, ...]:
-        """The taps whose values the rule sets to zero."""
-        raise NotImplementedError
-
-    @classmethod
-    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        """The arrays that a plan must have, by default a threshold per cut tap and layer."""
-        return {f"threshold.{tap}": (len(layers),) for tap in cls.cuts(layers[0])}
-
-    def weight(self, index: int, layer: Layer, tap: str) -> torch.Tensor | None:
-        """Factor of layer `index`'s score per column, (width,) float32; None: plain magnitude."""
-        return None
-
-    def threshold(self, layer: int, tap: str, score: torch.Tensor) -> float | torch.Tensor:
-        """Scores (T, width) <= this are inactive: one number, or one per token (T, 1)."""
-        return float(self.arrays[f"threshold.{tap}"][layer])
-
-    def taps(self, layers: list[Layer]) -> dict[str, Tap]:
-        """The taps that apply the rule to a model with these layers."""
-
-        def make(tap: str) -> Tap:
-            weights = [self.weight(i, layer, tap) for i, layer in enumerate(layers)]
-
-            def cut(layer: int, value: torch.Tensor) -> torch.Tensor:
-                score = value.abs().float()
-                weight = weights[layer]
-                if weight is not None:
-                    score *= weight
-                return zero_where(score <= self.threshold(layer, tap, score), value)
-
-            return cut
-
-        return {tap: make(tap) for tap in self.cuts(layers[0])}
+    def fit_knob(cls, calibration: Calibration, knob: float) -> Self:
+        made: Any = cls.learn(calibration, knob)
+        cuts = (made,) if isinstance(made, Cut) else made
+        if not (isinstance(cuts, list | tuple) and all(isinstance(cut, Cut) for cut in cuts)):
+            raise UsageError(
+                f"rule {cls.name}: learn gave {type(made).__name__}, no cuts, so that no plan can "
+                "hold what it chooses; a choice that needs code of its own is a selector"
+            )
+        layers = calibration.layers
+        try:
+            cuts = tuple(cut.of_layers(len(layers)) for cut in cuts)
+            for cut in cuts:
+                check_fits(cut, layers, calibration.model.name)
+        except (ValueError, FallowError) as error:
+            raise UsageError(f"rule {cls.name}: {error}") from error
+        return cls(knob, cuts)
 
 
 def _in_words(allowed: range) -> str:
     if allowed.step > 1:
         return "|".join(map(str, allowed))
     return f"{allowed.start}..{allowed.stop - 1}"
-
-
-def zero_where(inactive: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The value with its inactive entries set to zero; NaN stays NaN.
-
-    A product, because torch's masked_fill branches on every entry (17 against 4 ms for 1024 tokens
-    of 8960 neurons).
-    """
-    return value * ~inactive
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -151,30 +129,12 @@ def check_sparsity(sparsity: float) -> float:
 
 
 def layer_quantiles(calibration: Calibration, tap: str, q: float) -> np.ndarray:
-    """The q-th magnitude quantile of every layer, (L,) float32."""
+    """The q-th magnitude quantile of every layer, (L,) float32; below 0, to cut nothing, at 0."""
+    if q <= 0:
+        return np.full(len(calibration.layers), -1, dtype=np.float32)
     histogram = calibration.histograms[tap]
     values = [histogram.quantile(i, q) for i in range(len(calibration.layers))]
     return np.array(values, dtype=np.float32)
-
-
-def per_token_topk(score: torch.Tensor, kept: float) -> torch.Tensor:
-    """Thresholds (T, 1) that leave round(kept * width) scores of each token above them."""
-    scores = as_floats(score)
-    found = np.empty(len(scores), dtype=np.float32)
-    _core.topk_thresholds(scores, round(kept * scores.shape[1]), found, n_threads())
-    return torch.from_numpy(found)[:, None]
-
-
-def per_token_tail(score: torch.Tensor, tau: float) -> torch.Tensor:
-    """Thresholds (T, 1): the largest with sum of score² below it <= tau² of the token's sum."""
-    scores = as_floats(score)
-    found = np.empty(len(scores), dtype=np.float32)
-    _core.tail_thresholds(scores, tau, found, n_threads())
-    return torch.from_numpy(found)[:, None]
-
-
-def scalar(name: str, value: float) -> Arrays:
-    return {name: np.array([value], dtype=np.float64)}
 
 
 def bisect(function: Callable[[float], float], target: float, tolerance: float = 1e-3) -> float:

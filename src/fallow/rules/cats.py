@@ -1,8 +1,8 @@
 """CATS: a threshold per layer on the gate's activation."""
 
 from fallow.models.capture import Calibration
-from fallow.models.taps import Layer
-from fallow.rules._base import Arrays, Rule, layer_quantiles
+from fallow.plan import Cut
+from fallow.rules._base import Rule, layer_quantiles
 
 
 class Cats(Rule):
@@ -15,12 +15,8 @@ class Cats(Rule):
     known = "after gate: saves up_proj and down_proj"
 
     @classmethod
-    def cuts(cls, layer: Layer) -> tuple[str, ...]:
-        return ("gate_act",)
-
-    @classmethod
-    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
-        return {"threshold.gate_act": layer_quantiles(calibration, "gate_act", knob)}
+    def learn(cls, calibration: Calibration, knob: float) -> Cut:
+        return Cut("gate_act", "threshold", layer_quantiles(calibration, "gate_act", knob))
 
 
 RULE = Cats

@@ -7,8 +7,9 @@ import torch
 
 from fallow.common.progress import progress
 from fallow.models.capture import Calibration
-from fallow.models.taps import Layer
-from fallow.rules._base import Arrays, Rule, bisect, zero_where
+from fallow.models.cuts import zero_where
+from fallow.plan import Cut
+from fallow.rules._base import Rule, bisect
 
 N_CANDIDATES = 65536
 HIGHEST_QUANTILE = 0.99  # the published cap: no layer gets sparser than about 99 %
@@ -29,10 +30,6 @@ class Cett(Rule):
     search = "knob"
 
     @classmethod
-    def cuts(cls, layer: Layer) -> tuple[str, ...]:
-        return ("inter",)
-
-    @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
         searches = cett_searches(calibration)
 
@@ -43,17 +40,14 @@ class Cett(Rule):
             return bisect(mean_sparsity, sparsity)
 
     @classmethod
-    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+    def learn(cls, calibration: Calibration, knob: float) -> Cut:
         searches = cett_searches(calibration)
         thresholds = []
         with progress("cett thresholds", len(searches)) as ticker:
             for search in searches:
                 thresholds.append(search.threshold(knob))
                 ticker.advance()
-        return {"threshold.inter": np.array(thresholds, dtype=np.float32)}
-
-    def weight(self, index: int, layer: Layer, tap: str) -> torch.Tensor:
-        return layer.down_norm
+        return Cut("inter", "threshold", np.array(thresholds), "column_norm")
 
 
 class CettSearch:
@@ -93,14 +87,16 @@ class CettSearch:
         return self.errors[index]
 
     def threshold(self, target: float) -> float:
-        """The largest candidate with error <= target, found by bisection; 0 if there is none.
+        """The largest candidate with error <= target, found by bisection.
 
-        Without that 0 the published code's index becomes -1 and wraps to the largest threshold
-        (docs/methods.md, "CETT"). A target of 0 is 0 too, though a ReLU model has candidates
-        without error: what is lossless on this text need not be on another.
+        If there is none, what cuts nothing but exact zeros: without it the published code's index
+        becomes -1 and wraps to the largest threshold (docs/methods.md, "CETT"). A target of 0 is
+        that too, though a ReLU model has candidates without error: what is lossless on this text
+        need not be on another.
         """
+        nothing = 0.0 if self.lowest == 0 else -1.0
         if target <= 0:
-            return 0.0
+            return nothing
         high = min((i for i, e in self.errors.items() if e > target), default=N_CANDIDATES)
         low = max((i for i in self.errors if i < high), default=-1)
         while high - low > 1:
@@ -109,7 +105,7 @@ class CettSearch:
                 low = middle
             else:
                 high = middle
-        return self.candidate(low) if low >= 0 else 0.0
+        return self.candidate(low) if low >= 0 else nothing
 
     def sparsity(self, threshold: float) -> float:
         return float((self.score <= threshold).float().mean())

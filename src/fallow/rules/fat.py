@@ -1,10 +1,8 @@
 """FAT-ε: one fixed threshold on the gate's activation for all layers."""
 
-import numpy as np
-
 from fallow.models.capture import Calibration
-from fallow.models.taps import Layer
-from fallow.rules._base import Arrays, Rule
+from fallow.plan import Cut
+from fallow.rules._base import Rule
 
 
 class Fat(Rule):
@@ -18,16 +16,12 @@ class Fat(Rule):
     known = "after gate: saves up_proj and down_proj"
 
     @classmethod
-    def cuts(cls, layer: Layer) -> tuple[str, ...]:
-        return ("gate_act",)
-
-    @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
         return calibration.histograms["gate_act"].pooled_quantile(sparsity)
 
     @classmethod
-    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
-        return {"threshold.gate_act": np.full(len(calibration.layers), knob, dtype=np.float32)}
+    def learn(cls, calibration: Calibration, knob: float) -> Cut:
+        return Cut("gate_act", "threshold", knob)
 
 
 RULE = Fat

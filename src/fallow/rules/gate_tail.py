@@ -3,20 +3,25 @@
 import torch
 
 from fallow.models.capture import Calibration
-from fallow.rules._gate import GateFirst, gate_weights
+from fallow.plan import Cut
+from fallow.rules._gate import GATE_KNOWN, gate_weights
 from fallow.rules.tail import Tail
 
 
-class GateTail(GateFirst, Tail):
-    """Drops the smallest s_i while Σ_D s_i² <= τ² Σ s_i², s_i the score of `GateFirst`."""
+class GateTail(Tail):
+    """Drops the smallest s_i while Σ_D s_i² <= τ² Σ s_i², s_i the score of `gate_topk`."""
 
     name = "gate_tail"
     paper = "ours (docs/methods.md)"
+    known = GATE_KNOWN
 
     @classmethod
     def sample(cls, calibration: Calibration) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        weights = torch.from_numpy(gate_weights(calibration)["weight.gate_act"])
-        return calibration.gate_act, list(weights)
+        return calibration.gate_act, list(torch.from_numpy(gate_weights(calibration)))
+
+    @classmethod
+    def learn(cls, calibration: Calibration, knob: float) -> Cut:
+        return Cut("gate_act", "tail", knob, gate_weights(calibration))
 
 
 RULE = GateTail

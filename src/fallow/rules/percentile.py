@@ -5,7 +5,8 @@ import numpy as np
 from fallow.common.metrics import histogram_quantile
 from fallow.models.capture import Calibration
 from fallow.models.taps import Layer
-from fallow.rules._base import Arrays, Rule, layer_quantiles
+from fallow.plan import Cut
+from fallow.rules._base import Rule, layer_quantiles
 
 
 class Percentile(Rule):
@@ -24,18 +25,20 @@ class Percentile(Rule):
     known = "after gate and up: saves down_proj; zeros of the FFN output save nothing"
 
     @classmethod
-    def cuts(cls, layer: Layer) -> tuple[str, ...]:
-        if layer.gate_up_proj is not None or not layer.gated:
-            return ("gate_pre", "ffn_out")
-        return ("gate_pre", "up", "ffn_out")
-
-    @classmethod
-    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+    def learn(cls, calibration: Calibration, knob: float) -> list[Cut]:
         layer = calibration.layers[0]
-        arrays = {f"threshold.{t}": layer_quantiles(calibration, t, knob) for t in cls.cuts(layer)}
+        taps = percentile_taps(layer)
+        thresholds = {tap: layer_quantiles(calibration, tap, knob) for tap in taps}
         if layer.gate_up_proj is not None:
-            arrays["threshold.gate_pre"] = _joint_quantiles(calibration, knob)
-        return arrays
+            thresholds["gate_pre"] = _joint_quantiles(calibration, knob)
+        return [Cut(tap, "threshold", values) for tap, values in thresholds.items()]
+
+
+def percentile_taps(layer: Layer) -> tuple[str, ...]:
+    """Where a model of such layers is cut."""
+    if layer.gate_up_proj is not None or not layer.gated:
+        return ("gate_pre", "ffn_out")
+    return ("gate_pre", "up", "ffn_out")
 
 
 def _joint_quantiles(calibration: Calibration, q: float) -> np.ndarray:

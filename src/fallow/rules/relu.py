@@ -1,11 +1,9 @@
 """The zero test: neurons whose gate activation is exactly 0."""
 
-import numpy as np
-
 from fallow.common.errors import UsageError
 from fallow.models.capture import Calibration
-from fallow.models.taps import Layer
-from fallow.rules._base import Arrays, Rule
+from fallow.plan import Cut
+from fallow.rules._base import Rule
 
 
 class Relu(Rule):
@@ -20,18 +18,14 @@ class Relu(Rule):
     search = None
 
     @classmethod
-    def cuts(cls, layer: Layer) -> tuple[str, ...]:
-        return ("gate_act",)
-
-    @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
         if sparsity > 0:
             raise UsageError("rule relu has no parameter: it cuts exact zeros; give --knob 0")
         return 0.0
 
     @classmethod
-    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
-        return {"threshold.gate_act": np.zeros(len(calibration.layers), dtype=np.float32)}
+    def learn(cls, calibration: Calibration, knob: float) -> Cut:
+        return Cut("gate_act", "threshold", knob)
 
 
 RULE = Relu

@@ -3,8 +3,9 @@
 import torch
 
 from fallow.models.capture import Calibration
-from fallow.models.taps import Layer
-from fallow.rules._base import Arrays, Rule, bisect, per_token_tail, scalar
+from fallow.models.cuts import per_token_tail
+from fallow.plan import Cut
+from fallow.rules._base import Rule, bisect
 
 
 class Tail(Rule):
@@ -18,10 +19,6 @@ class Tail(Rule):
     search = "knob"
 
     @classmethod
-    def cuts(cls, layer: Layer) -> tuple[str, ...]:
-        return ("inter",)
-
-    @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
         values, weights = cls.sample(calibration)
         return bisect(lambda tau: _mean_sparsity(values, weights, tau), sparsity)
@@ -32,18 +29,8 @@ class Tail(Rule):
         return calibration.inter, [layer.down_norm for layer in calibration.layers]
 
     @classmethod
-    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
-        return scalar("tau", knob)
-
-    @classmethod
-    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        return {"tau": (1,)}
-
-    def weight(self, index: int, layer: Layer, tap: str) -> torch.Tensor:
-        return layer.down_norm
-
-    def threshold(self, layer: int, tap: str, score: torch.Tensor) -> torch.Tensor:
-        return per_token_tail(score, float(self.arrays["tau"][0]))
+    def learn(cls, calibration: Calibration, knob: float) -> Cut:
+        return Cut("inter", "tail", knob, "column_norm")
 
 
 def _mean_sparsity(values: list[torch.Tensor], weights: list[torch.Tensor], tau: float) -> float:

@@ -7,8 +7,10 @@ import torch
 
 from fallow.common.progress import progress
 from fallow.models.capture import Calibration, input_histogram
-from fallow.models.taps import Layer, attach
-from fallow.rules._base import Arrays, Rule, zero_where
+from fallow.models.cuts import zero_where
+from fallow.models.taps import attach
+from fallow.plan import Cut
+from fallow.rules._base import Rule
 
 # One step saves ALPHA of the block's weights, but adds at most LARGEST_STEP to one projection's
 # sparsity: under grouped-query attention k_proj is 1/120 of a block and could take no equal step.
@@ -37,21 +39,17 @@ class Teal(Rule):
     search_limit = HIGHEST
 
     @classmethod
-    def cuts(cls, layer: Layer) -> tuple[str, ...]:
-        return tuple(layer.projections)
-
-    @classmethod
-    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+    def learn(cls, calibration: Calibration, knob: float) -> list[Cut]:
         allocation = _allocate(calibration, knob)  # (L, P)
-        arrays = {"sparsity": allocation.astype(np.float32)}
-        for p, name in enumerate(cls.cuts(calibration.layers[0])):
-            arrays[f"threshold.{name}"] = _input_thresholds(calibration, name, allocation[:, p])
-        return arrays
+        return [
+            Cut(name, "threshold", _input_thresholds(calibration, name, allocation[:, p]))
+            for p, name in enumerate(calibration.layers[0].projections)
+        ]
 
 
 def _input_thresholds(calibration: Calibration, name: str, sparsity: np.ndarray) -> np.ndarray:
     histogram = calibration.histograms[input_histogram(calibration.layers[0], name)]
-    values = [histogram.quantile(i, float(s)) for i, s in enumerate(sparsity)]
+    values = [histogram.quantile(i, float(s)) if s > 0 else -1 for i, s in enumerate(sparsity)]
     return np.array(values, dtype=np.float32)
 
 

@@ -7,13 +7,13 @@ import torch
 
 from fallow.common.progress import progress
 from fallow.models.capture import Calibration
-from fallow.models.taps import Layer
-from fallow.rules._base import Arrays, bisect
-from fallow.rules._gate import GateFirst, gate_weights
+from fallow.plan import Cut
+from fallow.rules._base import Rule, bisect
+from fallow.rules._gate import gate_weights
 from fallow.rules.cett import CettSearch, cett_searches
 
 
-class TwoStage(GateFirst):
+class TwoStage(Rule):
     """A neuron is inactive if its score is at most the threshold in one of two stages.
 
     The first scores |gate_act_i| E|up_i| ||down_proj[:, i]||, after gate_proj; the second
@@ -31,10 +31,6 @@ class TwoStage(GateFirst):
     search = "knob"
     options: ClassVar[dict[str, int]] = {"early": 30}
     option_ranges: ClassVar[dict[str, range]] = {"early": range(101)}
-
-    @classmethod
-    def cuts(cls, layer: Layer) -> tuple[str, ...]:
-        return ("gate_act", "inter")
 
     @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
@@ -56,10 +52,10 @@ class TwoStage(GateFirst):
             return bisect(mean_sparsity, sparsity)
 
     @classmethod
-    def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+    def learn(cls, calibration: Calibration, knob: float) -> list[Cut]:
         found = cls._thresholds(gate_searches(calibration), cett_searches(calibration), knob)
         first, second = np.array(found, dtype=np.float32).T
-        return {"threshold.gate_act": first, "threshold.inter": second} | gate_weights(calibration)
+        return two_stage_cuts(first, second, gate_weights(calibration))
 
     @classmethod
     def _thresholds(
@@ -68,14 +64,19 @@ class TwoStage(GateFirst):
         early = knob * cls.options["early"] / 100
         return [(a.threshold(early), b.threshold(knob)) for a, b in zip(first, second, strict=True)]
 
-    def weight(self, index: int, layer: Layer, tap: str) -> torch.Tensor:
-        return layer.down_norm if tap == "inter" else super().weight(index, layer, tap)
+
+def two_stage_cuts(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> list[Cut]:
+    """Thresholds (L,) of both stages, and `gate_weights` for the first."""
+    return [
+        Cut("gate_act", "threshold", first, weights),
+        Cut("inter", "threshold", second, "column_norm"),
+    ]
 
 
 def gate_searches(calibration: Calibration) -> list[CettSearch]:
     """As those of `cett`, with neurons dropped in the order of the gate's score."""
     if "cett by gate" not in calibration.cache:
-        weights = gate_weights(calibration)["weight.gate_act"]
+        weights = gate_weights(calibration)
         calibration.cache["cett by gate"] = [
             CettSearch(inter, layer.down_proj.weight.detach(), gate.abs().float() * weight)
             for layer, inter, gate, weight in zip(

@@ -1,8 +1,7 @@
 """WINA: per-token top-k on weight-informed scores of every projection's input."""
 
-import torch
-
-from fallow.models.taps import Layer
+from fallow.models.capture import Calibration
+from fallow.plan import Cut
 from fallow.rules.topk import TopK
 
 
@@ -16,11 +15,9 @@ class Wina(TopK):
     known = "before each projection: saves its columns"
 
     @classmethod
-    def cuts(cls, layer: Layer) -> tuple[str, ...]:
-        return tuple(layer.projections)
-
-    def weight(self, index: int, layer: Layer, tap: str) -> torch.Tensor:
-        return layer.input_norms[tap]
+    def learn(cls, calibration: Calibration, knob: float) -> list[Cut]:
+        taps = calibration.layers[0].projections
+        return [Cut(tap, "topk", knob, "column_norm") for tap in taps]
 
 
 RULE = Wina

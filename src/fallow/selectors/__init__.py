@@ -1,13 +1,21 @@
-"""Selectors: rules that choose neurons per token by a prediction of what they will put out.
+"""Selectors: choices of neurons per token by a prediction of what they will put out.
 
-One file and one name each, found by `fallow.rules.find_rule` as rules are. To add one, add a file
-with a `RULE`; one of your own goes by "my_selectors:Mine" (docs/how-to/selector.md).
+One file and one name each. To add one, add a file with a `RULE`; one of your own goes by
+"my_selectors:Mine" (docs/how-to/selector.md), and so do those that lost, by
+"fallow.research.ahead:Ahead".
 """
 
 from pkgutil import iter_modules
 
-from fallow.selectors._base import Bits, Seen, Selector
+from fallow.rules import RULES, Choice, find_choice
+from fallow.selectors._base import Arrays, Bits, Seen, Selector
 
 SELECTORS = tuple(sorted(m.name for m in iter_modules(__path__) if m.name[0] != "_"))
 
-__all__ = ["SELECTORS", "Bits", "Seen", "Selector"]
+
+def find(name: str) -> type[Choice]:
+    """The rule or the selector of that name. Raises UsageError as `fallow.rules.find_choice`."""
+    return find_choice(name, {"fallow.rules": RULES, "fallow.selectors": SELECTORS}, Choice)
+
+
+__all__ = ["SELECTORS", "Arrays", "Bits", "Seen", "Selector", "find"]

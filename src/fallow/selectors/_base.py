@@ -4,21 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
 from torch import nn
 
 from fallow.models.capture import Calibration
+from fallow.models.cuts import per_token_topk, zero_where
 from fallow.models.taps import Layer, Tap
-from fallow.rules import Arrays, Rule
-from fallow.rules._base import per_token_topk, scalar, zero_where
+from fallow.rules import Choice
 from fallow.rules.cett import Cett
-from fallow.selectors._compensation import (
-    Compensation,
-    Moments,
-    compensation_bytes,
-    compensation_shapes,
-    fit_compensation,
-)
+
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -40,19 +36,23 @@ class Seen:
     earlier: torch.Tensor  # (T, d_model), the FFN input of the layer before; the first's own
 
 
-class Selector(Rule):
+class Selector(Choice):
     """Keeps the k neurons of each token with the largest predicted out_norm.
 
-    With the option cett=1, instead, those above the layer's threshold of the rule `cett`, so that
-    layers and tokens share the budget unevenly. With compensation=r an affine map of rank r of the
-    FFN's input stands for what the dropped neurons would have added.
+    It chooses by code of its own, which no plan holds: it runs on the model, to be judged. With the
+    option cett=1 it keeps, instead, the neurons above the layer's threshold of the rule `cett`, so
+    that layers and tokens share the budget unevenly.
     """
 
     paper = "ours (docs/methods.md)"
     where = "inter"
     knob_name = "k / d_ff, the share kept per token"
-    options: ClassVar[dict[str, int]] = {"cett": 0, "compensation": 0}
-    option_ranges: ClassVar[dict[str, range]] = {"cett": range(2), "compensation": range(1025)}
+    options: ClassVar[dict[str, int]] = {"cett": 0}
+    option_ranges: ClassVar[dict[str, range]] = {"cett": range(2)}
+
+    def __init__(self, knob: float, arrays: Arrays) -> None:
+        self.knob = knob
+        self.arrays = arrays
 
     @classmethod
     def with_options(cls, text: str) -> type[Self]:
@@ -62,27 +62,26 @@ class Selector(Rule):
         return made
 
     @classmethod
-    def cuts(cls, layer: Layer) -> tuple[str, ...]:
-        return ("inter",)
-
-    @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
         return Cett.knob_for(calibration, sparsity) if cls.options.get("cett") else 1 - sparsity
 
     @classmethod
+    def fit_knob(cls, calibration: Calibration, knob: float) -> Self:
+        return cls(knob, cls.learn(calibration, knob))
+
+    @classmethod
     def learn(cls, calibration: Calibration, knob: float) -> Arrays:
+        """What the choice needs; the scores' part is learned once per calibration."""
         key = cls.scores_key()
         if key not in calibration.cache:
             calibration.cache[key] = cls.learn_scores(calibration)
-        budget = Cett.learn(calibration, knob) if cls.options.get("cett") else scalar("kept", knob)
-        arrays = budget | calibration.cache[key]
-        if cls.options["compensation"]:
-            arrays |= cls(knob, arrays)._fit_compensation(calibration)
-        return arrays
+        if not cls.options.get("cett"):
+            return calibration.cache[key]
+        return {"threshold": Cett.learn(calibration, knob).value} | calibration.cache[key]
 
     @classmethod
     def scores_key(cls) -> str:
-        """The scores' key in a calibration's cache: not budget nor compensation change them."""
+        """The scores' key in a calibration's cache: the budget does not change them."""
         names = [part for part in cls.name.split(":") if "=" not in part]
         own = [f"{k}={v}" for k, v in cls.options.items() if k not in Selector.options]
         return ":".join(["selector", *names, *own])
@@ -101,8 +100,8 @@ class Selector(Rule):
     def extra_bytes(cls, layer: Layer) -> int:
         """Bytes per token read (or written) besides the FFN's own weights, to choose.
 
-        Fractions count in half precision, however a plan stores them. One factor per neuron, such
-        as ||down_proj[:, i]||, which nearly every score has, is not counted.
+        Fractions count in half precision. One factor per neuron, such as ||down_proj[:, i]||, which
+        nearly every score has, is not counted.
         """
         return 0
 
@@ -113,16 +112,11 @@ class Selector(Rule):
 
     @classmethod
     def cost(cls, layer: Layer) -> tuple[float, int]:
-        """What choosing and compensation take per token and layer: bytes read, multiplications."""
+        """What choosing takes per token and layer: bytes read, multiplications."""
         size = layer.down_proj.weight.numel()
-        first, rank = cls.first_bits(Bits()), cls.options["compensation"]
-        extra = cls.extra_multiplications(layer) + compensation_bytes(layer, rank)
-        read = sum(first) / 8 * size + cls._all_extra_bytes(layer)
-        return read, sum(b > 0 for b in first) * size + extra
-
-    @classmethod
-    def _all_extra_bytes(cls, layer: Layer) -> int:
-        return cls.extra_bytes(layer) + compensation_bytes(layer, cls.options["compensation"])
+        first = cls.first_bits(Bits())
+        read = sum(first) / 8 * size + cls.extra_bytes(layer)
+        return read, sum(b > 0 for b in first) * size + cls.extra_multiplications(layer)
 
     @classmethod
     def ffn_bytes(cls, kept: float, layer: Layer) -> float:
@@ -130,72 +124,36 @@ class Selector(Rule):
         stored = Bits()
         total = stored.gate + stored.up + stored.down
         first = sum(cls.first_bits(stored))
-        extra = 8 * cls._all_extra_bytes(layer) / layer.down_proj.weight.numel()
+        extra = 8 * cls.extra_bytes(layer) / layer.down_proj.weight.numel()
         return (first + kept * (total - first) + extra) / total
-
-    @classmethod
-    def shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        budget: dict[str, tuple[int, ...]] = (
-            {"threshold.inter": (len(layers),)} if cls.options.get("cett") else {"kept": (1,)}
-        )
-        rank = cls.options["compensation"]
-        return budget | cls.score_shapes(layers) | compensation_shapes(layers, rank)
-
-    @classmethod
-    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        """The arrays of `learn_scores`."""
-        return {}
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         """The prediction (T, d_ff), float32, up to a factor per token."""
         raise NotImplementedError
 
-    def threshold(self, layer: int, tap: str, score: torch.Tensor) -> float | torch.Tensor:
-        if self.options.get("cett"):
-            return super().threshold(layer, tap, score)
-        return per_token_topk(score, float(self.arrays["kept"][0]))
+    @property
+    def kept(self) -> float | None:
+        """The share of neurons kept of every token; None: it differs between them."""
+        return None if self.options.get("cett") else self.knob
+
+    def threshold(self, index: int, score: torch.Tensor) -> float | torch.Tensor:
+        """Scores (T, d_ff) of layer `index` up to this are inactive: one number, or (T, 1)."""
+        if self.kept is None:
+            return float(self.arrays["threshold"][index])
+        return per_token_topk(score, self.kept)
 
     def inactive(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
-        """The neurons (T, d_ff), bool, that the selector lets rest."""
+        """The neurons (T, d_ff), bool, that are not chosen."""
         score = self.score(index, layer, seen)
-        return score <= self.threshold(index, "inter", score)
+        return score <= self.threshold(index, score)
 
     def taps(self, layers: list[Layer]) -> dict[str, Tap]:
+        """The taps that apply the choice to a model with these layers."""
+
         def cut(index: int, inter: torch.Tensor, seen: Seen) -> torch.Tensor:
             return zero_where(self.inactive(index, layers[index], seen), inter)
 
-        taps = watch(layers, cut)
-        if not self.options["compensation"]:
-            return taps
-        compensations = [Compensation.from_arrays(self.arrays, i) for i in range(len(layers))]
-        added: dict[int, torch.Tensor] = {}
-
-        def prepare(index: int, x: torch.Tensor) -> None:
-            added[index] = compensations[index](x)
-
-        def add(index: int, out: torch.Tensor) -> torch.Tensor:
-            return out + added.pop(index).to(out.dtype)
-
-        return {next(iter(layers[0].ffn_inputs)): prepare, **taps, "ffn_out": add}
-
-    def _fit_compensation(self, calibration: Calibration) -> Arrays:
-        """The compensation of every layer for this selector's choice, on the dense model's inputs.
-
-        A token counts by the inverse of its FFN output's squared norm: the relative error is what
-        matters, and attention sinks would otherwise decide the fit.
-        """
-        layers = calibration.layers
-        sums = [Moments(layer.down_proj.out_features) for layer in layers]
-
-        def add(index: int, inter: torch.Tensor, seen: Seen) -> None:
-            down = layers[index].down_proj.weight
-            dropped = inter * self.inactive(index, layers[index], seen)
-            out = nn.functional.linear(inter, down).float()
-            weight = out.square().sum(dim=1).clamp_min(1e-30).reciprocal()
-            sums[index].add(seen.x.float(), nn.functional.linear(dropped, down).float(), weight)
-
-        calibration.run("compensation", watch(layers, add))
-        return fit_compensation(sums, self.options["compensation"])
+        return watch(layers, cut)
 
 
 def watch(

@@ -1,5 +1,6 @@
 """Matrices in few bits."""
 
+import numpy as np
 import torch
 
 # As Q4_K stores gate_proj and up_proj.
@@ -33,3 +34,16 @@ def rounded_bytes(size: tuple[int, int], bits: int) -> int:
     rows, columns = size
     groups = -(-columns // GROUP) if bits == STORED_BITS else 1
     return rows * (-(-columns * bits // 8) + 2 * groups)
+
+
+def to_int8(matrix: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix (rows, columns) as int8 and a float32 scale per row: value = int8 * scale."""
+    scale = (matrix.detach().abs().amax(dim=1) / 127).clamp_min(1e-30)
+    values = (matrix.detach() / scale[:, None]).round().to(torch.int8)
+    return values.numpy(), scale.float().numpy()
+
+
+def from_int8(arrays: dict[str, np.ndarray], name: str, index: int) -> torch.Tensor:
+    """A layer's matrix, float32, from the arrays `name` and `name`.scale."""
+    values, scale = (torch.from_numpy(arrays[key][index]) for key in (name, f"{name}.scale"))
+    return values.float() * scale[:, None]

@@ -14,13 +14,12 @@ from torch import nn
 from fallow.common.errors import UsageError
 from fallow.common.progress import progress
 from fallow.models.capture import Calibration
+from fallow.models.cuts import per_token_topk
 from fallow.models.taps import Layer
 from fallow.patterns.clustering import energy_weights, fit, one_pass
 from fallow.patterns.store import pack_bits, unpack_bits
-from fallow.rules import Arrays
-from fallow.rules._base import per_token_topk
-from fallow.selectors._base import Bits, Seen, Selector, watch
-from fallow.selectors._compensation import from_int8, to_int8
+from fallow.selectors._base import Arrays, Bits, Seen, Selector, watch
+from fallow.selectors._rounding import from_int8, to_int8
 
 BUDGET = 0.5  # of the patterns that are clustered, and of centroids
 RIDGE = 0.01  # of the inputs' mean variance
@@ -42,12 +41,11 @@ class Cluster(Selector):
     known = (
         "before gate: saves gate_proj, up_proj and down_proj; oracle=1 or and=1: not before down"
     )
-    options: ClassVar[dict[str, int]] = {"k": 64, "oracle": 0, "and": 0, "compensation": 0}
+    options: ClassVar[dict[str, int]] = {"k": 64, "oracle": 0, "and": 0}
     option_ranges: ClassVar[dict[str, range]] = {
         "k": range(1, 16385),
         "oracle": range(2),
         "and": range(2),
-        "compensation": Selector.option_ranges["compensation"],
     }
 
     def __init__(self, knob: float, arrays: Arrays) -> None:
@@ -119,21 +117,6 @@ class Cluster(Selector):
                 ticker.advance()
         return {name: np.stack(arrays) for name, arrays in parts.items()}
 
-    @classmethod
-    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        d_model, d_ff = layers[0].down_proj.weight.shape
-        n, k = len(layers), cls.options["k"]
-        words = pack_bits(np.zeros((1, d_ff), dtype=bool)).shape[1]
-        return {
-            "rate": (n, k, d_ff),
-            "loudness": (n, d_ff),
-            "weights": (n, d_ff),
-            "centroids": (n, k, words),
-            "choice": (n, k, d_model),
-            "choice.scale": (n, k),
-            "bias": (n, k),
-        }
-
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         if self.options["oracle"]:
             active = seen.out_norm > per_token_topk(seen.out_norm, BUDGET)
@@ -151,17 +134,12 @@ class Cluster(Selector):
         rate = torch.from_numpy(self.arrays["rate"][index])[labels] + order
         expected = rate * torch.from_numpy(self.arrays["loudness"][index])
         if self.options["and"]:
-            both = [
-                s > super(Cluster, self).threshold(index, "inter", s)
-                for s in (expected, seen.out_norm)
-            ]
+            both = [s > super(Cluster, self).threshold(index, s) for s in (expected, seen.out_norm)]
             return seen.out_norm * both[0] * both[1]
         return expected
 
-    def threshold(self, layer: int, tap: str, score: torch.Tensor) -> float | torch.Tensor:
-        if not self.options["and"]:
-            return super().threshold(layer, tap, score)
-        return 0.0
+    def threshold(self, index: int, score: torch.Tensor) -> float | torch.Tensor:
+        return 0.0 if self.options["and"] else super().threshold(index, score)
 
 
 RULE = Cluster

@@ -4,9 +4,8 @@ import torch
 
 from fallow.models.capture import Calibration
 from fallow.models.taps import Layer
-from fallow.rules import Arrays
 from fallow.rules._gate import gate_weights
-from fallow.selectors._base import Bits, Seen, Selector
+from fallow.selectors._base import Arrays, Bits, Seen, Selector
 
 
 class Gate(Selector):
@@ -24,15 +23,10 @@ class Gate(Selector):
 
     @classmethod
     def learn_scores(cls, calibration: Calibration) -> Arrays:
-        return gate_weights(calibration)
-
-    @classmethod
-    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        shape = (len(layers), layers[0].down_proj.in_features)
-        return {"weight.gate_act": shape}
+        return {"weight": gate_weights(calibration)}
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
-        return seen.gate_act.abs().float() * torch.from_numpy(self.arrays["weight.gate_act"][index])
+        return seen.gate_act.abs().float() * torch.from_numpy(self.arrays["weight"][index])
 
 
 RULE = Gate

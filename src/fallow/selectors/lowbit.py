@@ -8,8 +8,7 @@ import torch
 from fallow.common.progress import progress
 from fallow.models.capture import Calibration
 from fallow.models.taps import Layer
-from fallow.rules import Arrays
-from fallow.selectors._base import Approximate, Bits, Selector, input_weights
+from fallow.selectors._base import Approximate, Arrays, Bits, Selector, input_weights
 from fallow.selectors._rounding import STORED_BITS, top_bits
 from fallow.selectors._svd import Inputs
 
@@ -81,16 +80,6 @@ class LowBit(Approximate):
                 product = inputs.truncate(error, cls.options["rank"])
                 found[f"{name}.out"], found[f"{name}.in"] = product
         return found
-
-    @classmethod
-    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        d_model, d_ff = layers[0].down_proj.weight.shape
-        n, rank = len(layers), min(cls.options["rank"], d_model)
-        own: dict[str, tuple[int, ...]] = {}
-        for name, _ in zip(("gate", "up"), input_weights(layers[0]), strict=False):
-            if cls._corrected(name):
-                own |= {f"{name}.out": (n, d_ff, rank), f"{name}.in": (n, rank, d_model)}
-        return own
 
     def approximate(self, index: int, weight: torch.Tensor, name: str) -> torch.Tensor:
         if self.options[name] == STORED_BITS:

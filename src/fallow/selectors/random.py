@@ -14,10 +14,8 @@ class Random(Selector):
     name = "random"
     known = "before gate: saves gate_proj, up_proj and down_proj"
     # No cett: its scores are no norms that a threshold could cut.
-    options: ClassVar[dict[str, int]] = {"compensation": 0}
-    option_ranges: ClassVar[dict[str, range]] = {
-        "compensation": Selector.option_ranges["compensation"]
-    }
+    options: ClassVar[dict[str, int]] = {}
+    option_ranges: ClassVar[dict[str, range]] = {}
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         generator = torch.Generator().manual_seed(index)  # so that runs can be repeated

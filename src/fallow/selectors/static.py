@@ -5,8 +5,7 @@ import torch
 
 from fallow.models.capture import Calibration
 from fallow.models.taps import Layer
-from fallow.rules import Arrays
-from fallow.selectors._base import Seen, Selector
+from fallow.selectors._base import Arrays, Seen, Selector
 
 
 class Static(Selector):
@@ -18,10 +17,6 @@ class Static(Selector):
     @classmethod
     def learn_scores(cls, calibration: Calibration) -> Arrays:
         return {"mean": mean_out_norm(calibration)}
-
-    @classmethod
-    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        return {"mean": (len(layers), layers[0].down_proj.in_features)}
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         return torch.from_numpy(self.arrays["mean"][index]).expand(seen.out_norm.shape)

@@ -8,8 +8,7 @@ import torch
 from fallow.common.progress import progress
 from fallow.models.capture import Calibration
 from fallow.models.taps import Layer
-from fallow.rules import Arrays
-from fallow.selectors._base import Bits, Seen, input_weights
+from fallow.selectors._base import Arrays, Bits, Seen, input_weights
 from fallow.selectors._rounding import rounded, rounded_bytes
 from fallow.selectors._svd import DAMPING, Inputs
 from fallow.selectors.lowbit import LowBit
@@ -29,7 +28,6 @@ class Ahead(LowBit):
 
     # On SmolLM2 (2 windows, 50 %, exact gate and up): recall 0.744, KL 0.178 ± 0.008 nats with s
     # alone; map=64 0.793, 0.129 ± 0.005; the whole map 0.810, 0.114 ± 0.004.
-    name = "ahead"
     known = "a layer early: inactive neurons need not be fetched, nor read"
     options: ClassVar[dict[str, int]] = {**LowBit.options, "up": 4, "map": 64}
     option_ranges: ClassVar[dict[str, range]] = {**LowBit.option_ranges, "map": range(1025)}
@@ -99,16 +97,6 @@ class Ahead(LowBit):
             whole = whole + out @ inner
         return found, whole
 
-    @classmethod
-    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        layer, n = layers[0], len(layers)
-        d_model, d_ff = layer.down_proj.weight.shape
-        factors = {key: (n, *size) for key, size in cls._sizes(layer).items()}
-        errors = {
-            f"{name}.error": (n, d_ff) for name in (("gate", "up") if layer.gated else ("gate",))
-        }
-        return super().score_shapes(layers) | {"map.scale": (n, d_model)} | factors | errors
-
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         scale, *product = (
             torch.from_numpy(self.arrays[key][index]).float()
@@ -121,6 +109,3 @@ class Ahead(LowBit):
             inner, out = product
             x += y @ inner.T @ out.T
         return self.expected_norm(index, layer, x.to(seen.x.dtype))
-
-
-RULE = Ahead

@@ -23,13 +23,21 @@ from fallow.common.metrics import ppl_change_percent
 from fallow.common.progress import console, progress
 from fallow.measure.evaluation import window_losses
 from fallow.models.capture import Calibration, non_finite_error
+from fallow.models.cuts import per_token_topk
 from fallow.models.taps import Layer, attach
-from fallow.plan import Plan
 from fallow.reference.model import Model
-from fallow.rules import Arrays, find_rule
-from fallow.rules._base import check_sparsity, per_token_topk
-from fallow.selectors._base import Seen, watch
-from fallow.selectors.learned import Learned, Network, arrays_of, initial, log_score
+from fallow.research.learned import (
+    Learned,
+    Network,
+    Trained,
+    arrays_of,
+    initial,
+    log_score,
+    name_of,
+)
+from fallow.rules._base import check_sparsity
+from fallow.selectors import Arrays, Seen, find
+from fallow.selectors._base import watch
 
 # Tokens per step: on SmolLM2's layer 15, of equal text, 256 leave 8.0 % of the energy to lose, 512
 # 8.3 and 1024 8.8.
@@ -106,7 +114,7 @@ def selection_loss(
 
 @dataclass
 class Progress:
-    """What a stopped training continues from: kept on disk beside the plan to be."""
+    """What a stopped training continues from: kept on disk beside the file to be."""
 
     windows: int  # read so far
     changes: list[float]  # held-out PPL change of every check, percent
@@ -148,29 +156,53 @@ class Trainer:
     """Networks of all layers, the text they learn from, and the windows that judge them."""
 
     def __init__(
-        self, model: Model, rule: type[Learned], calibrator: Calibrator, sparsity: float
+        self, model: Model, selector: type[Learned], calibrator: Calibrator, sparsity: float
     ) -> None:
-        self.model, self.rule, self.calibrator, self.sparsity = model, rule, calibrator, sparsity
+        self.model, self.selector = model, selector
+        self.calibrator, self.sparsity = calibrator, sparsity
         # First: it names a tensor that has NaN.
         self._dense = window_losses(model, calibrator.validation, None)
         sample = Calibration(model, calibrator.calibration.windows[:MOMENT_WINDOWS])
         self.students = [
-            Student(layer, rule.options, torch.from_numpy(moment), 1 - sparsity)
+            Student(layer, selector.options, torch.from_numpy(moment), 1 - sparsity)
             for layer, moment in zip(model.layers, sample.input_moments, strict=True)
         ]
 
     def arrays(self) -> Arrays:
         return arrays_of([student.network for student in self.students])
 
-    def plan(self, arrays: Arrays, measure: bool) -> Plan:
-        self.calibrator.calibration.cache[self.rule.scores_key()] = arrays
-        return self.calibrator.plan(self.rule.name, sparsity=self.sparsity, measure=measure)
+    def fit(self, arrays: Arrays) -> Learned:
+        """The selector with these networks, at the sparsity that they are trained for."""
+        self.calibrator.calibration.cache[self.selector.scores_key()] = arrays
+        fitted = self.calibrator.fit(self.selector.name, sparsity=self.sparsity)
+        assert isinstance(fitted, Learned)
+        return fitted
 
     def ppl_change(self, arrays: Arrays) -> float:
         """On the held-out windows, percent, with the whole model in the loop."""
-        plan = self.plan(arrays, measure=False)
-        losses = window_losses(self.model, self.calibrator.validation, plan)
+        losses = window_losses(self.model, self.calibrator.validation, self.fit(arrays))
         return ppl_change_percent(losses, self._dense)[0]
+
+    def trained(self, arrays: Arrays) -> Trained:
+        """What is written of these networks, judged on the held-out windows."""
+        fitted, text = self.fit(arrays), self.calibrator.text
+        sparsity, increase, error = self.calibrator.measure(fitted)
+        return Trained(
+            model=self.model.name,
+            fingerprint=self.model.fingerprint,
+            selector=fitted.name,
+            knob=fitted.knob,
+            arrays=fitted.arrays,
+            target_sparsity=self.sparsity,
+            achieved_sparsity=sparsity,
+            achieved_ppl_increase=increase,
+            achieved_ppl_increase_se=error,
+            calibration_text=text.name,
+            calibration_sha256=text.sha256,
+            calibration_sketch=text.sketch,
+            calibration_tokens=self.calibrator.calibration.n_tokens,
+            dtype=self.model.dtype_name,
+        )
 
     def read(self, number: int, total: int) -> None:
         """Learns from the number-th window of `total`: each pass has its own random order."""
@@ -196,13 +228,13 @@ def check_request(
     rank: int, gate: bool, tokens: int, sparsity: float, checks: int, patience: int
 ) -> type[Learned]:
     """The selector to train. Raises UsageError for what needs no model to be seen wrong."""
-    rule = find_rule(f"learned:rank={rank}:gate={int(gate)}")
-    assert issubclass(rule, Learned)
+    selector = find(name_of(f"rank={rank}:gate={int(gate)}"))
+    assert issubclass(selector, Learned)
     check_sparsity(sparsity)
     for option, value in (("tokens", tokens), ("checks", checks), ("patience", patience)):
         if value < 1:
             raise UsageError(f"--{option} {value} is too few; give at least 1")
-    return rule
+    return selector
 
 
 def train(
@@ -218,8 +250,8 @@ def train(
     validation_windows: int = 4,
     checks: int = 10,
     patience: int = 3,
-) -> Plan:
-    """Trains the networks of `learned:rank=...:gate=...` and writes their plan to `output`.
+) -> Trained:
+    """Trains the networks of `learned` with rank=... and gate=..., and writes them to `output`.
 
     The PPL at `sparsity` on held-out windows is measured before training and `checks` times in its
     course; the best networks are kept, and after `patience` checks without a better one training
@@ -231,7 +263,7 @@ def train(
         UsageError: a number out of range, or a stopped training of other settings.
     """
     output = Path(output)
-    rule = check_request(rank, gate, tokens, sparsity, checks, patience)
+    selector = check_request(rank, gate, tokens, sparsity, checks, patience)
     check_writable(output)
     check_context(context)
     source = load_text(text, "calibration")
@@ -245,7 +277,7 @@ def train(
         validation_windows=validation_windows,
     )
     settings = {
-        "rule": rule.name,
+        "selector": selector.name,
         "fingerprint": model.fingerprint,
         "dtype": model.dtype_name,
         "text_sha256": source.sha256,
@@ -255,12 +287,12 @@ def train(
         "validation_windows": validation_windows,
         "checks": checks,
     }
-    trainer = Trainer(model, rule, calibrator, sparsity)
+    trainer = Trainer(model, selector, calibrator, sparsity)
     best = _train(trainer, output.with_name(output.name + ".training"), settings, total, patience)
-    plan = trainer.plan(best, measure=True)
-    plan.save(output)
+    trained = trainer.trained(best)
+    trained.save(output)
     output.with_name(output.name + ".training").unlink(missing_ok=True)
-    return plan
+    return trained
 
 
 def _train(
@@ -276,7 +308,7 @@ def _train(
         _check(trainer, done, path, settings)
     stops = np.unique(np.linspace(0, total, settings["checks"] + 1).round().astype(int))
     try:
-        with progress(f"train {trainer.rule.name}", total) as ticker:
+        with progress(f"train {trainer.selector.name}", total) as ticker:
             ticker.advance(done.windows)
             for stop in stops[stops > done.windows]:
                 if len(done.changes) - int(np.argmin(done.changes)) > patience:
@@ -301,4 +333,6 @@ def _check(trainer: Trainer, done: Progress, path: Path, settings: dict[str, Any
     done.students = [student.state() for student in trainer.students]
     done.save(path, settings)
     read = done.windows * settings["context"]
-    console.print(f"{trainer.rule.name} after {read} tokens: PPL {change:+.2f} %", highlight=False)
+    console.print(
+        f"{trainer.selector.name} after {read} tokens: PPL {change:+.2f} %", highlight=False
+    )

@@ -4,10 +4,9 @@ import torch
 
 from fallow.models.capture import Calibration
 from fallow.models.taps import Layer
-from fallow.rules import Arrays
-from fallow.selectors._base import Bits, Seen, watch
-from fallow.selectors.lowrank import LowRank
-from fallow.selectors.previous import Previous, earlier_mean
+from fallow.research.lowrank import LowRank
+from fallow.research.previous import Previous, earlier_mean
+from fallow.selectors._base import Arrays, Bits, Seen, watch
 from fallow.selectors.static import mean_out_norm
 
 FEATURES = 3
@@ -26,7 +25,6 @@ class Blend(LowRank):
     too, and gate and up are read whole for it.
     """
 
-    name = "blend"
     known = Previous.known
 
     @classmethod
@@ -63,12 +61,6 @@ class Blend(LowRank):
         blend = prior + torch.linalg.solve(damped, products - squares @ prior)
         return arrays | {"blend": blend.half().numpy()}
 
-    @classmethod
-    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        d_ff = layers[0].down_proj.in_features
-        own = {"mean": (len(layers), d_ff), "blend": (len(layers), d_ff, FEATURES)}
-        return super().score_shapes(layers) | own
-
     def features(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         """(T, d_ff, 3), float32."""
         mean = torch.from_numpy(self.arrays["mean"][index])
@@ -82,6 +74,3 @@ class Blend(LowRank):
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         blend = torch.from_numpy(self.arrays["blend"][index]).float()
         return (self.features(index, layer, seen) * blend).sum(dim=-1).clamp_min(SMALLEST)
-
-
-RULE = Blend

@@ -8,8 +8,7 @@ import torch
 from fallow.common.progress import progress
 from fallow.models.capture import Calibration
 from fallow.models.taps import Layer
-from fallow.rules import Arrays
-from fallow.selectors._base import Approximate, Bits, Selector, input_weights
+from fallow.selectors._base import Approximate, Arrays, Bits, Selector, input_weights
 from fallow.selectors._rounding import rounded, rounded_bytes
 from fallow.selectors._svd import Inputs
 
@@ -25,7 +24,6 @@ class LowRank(Approximate):
     # One B for both, measured on SmolLM2 at equal bytes (2 windows, 50 %): recall 0.740 against
     # 0.734 with one each, KL 0.176 ± 0.008 against 0.177 ± 0.022 nats.
     # No gain: A fitted again to the rounded B, rows weighted by what the neuron puts out.
-    name = "lowrank"
     known = "before gate (gate=1: after it): saves gate_proj, up_proj and down_proj"
     options: ClassVar[dict[str, int]] = {"rank": 128, "bits": 4, "gate": 0, **Selector.options}
     option_ranges: ClassVar[dict[str, range]] = {
@@ -84,21 +82,9 @@ class LowRank(Approximate):
             f"{name}.error": error for name, error in zip(names, errors, strict=True)
         }
 
-    @classmethod
-    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        names, n = cls._names(layers[0]), len(layers)
-        if not names:
-            return {}
-        factors = {key: (n, *size) for key, size in cls._sizes(layers[0]).items()}
-        d_ff = layers[0].down_proj.in_features
-        return {**factors, **{f"{name}.error": (n, d_ff) for name in names}}
-
     def approximate(self, index: int, weight: torch.Tensor, name: str) -> torch.Tensor:
         if f"{name}.error" not in self.arrays:
             return weight
         out, inner = (torch.from_numpy(self.arrays[key][index]).float() for key in ("out", "in"))
         half = out[-len(weight) :] if name == "up" else out[: len(weight)]
         return (half @ inner).to(weight.dtype)
-
-
-RULE = LowRank

@@ -16,7 +16,6 @@ class Previous(Static):
     bound on what the previous tokens tell, for which gate and up are read whole.
     """
 
-    name = "previous"
     known = "before gate, but reads gate and up for the tokens behind: saves down_proj"
 
     @classmethod
@@ -42,6 +41,3 @@ def earlier_mean(start: torch.Tensor, out_norm: torch.Tensor) -> torch.Tensor:
         means[t] = state
         state.lerp_(magnitude, 1 - DECAY)
     return means
-
-
-RULE = Previous

@@ -1,17 +1,22 @@
 """A small network of the FFN's input, trained to know which neurons will matter."""
 
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from fallow.common.errors import UsageError
+from fallow.common import tagged
+from fallow.common.errors import FallowError, UsageError, in_one_line
 from fallow.models.capture import Calibration
 from fallow.models.taps import Layer
-from fallow.rules import Arrays
-from fallow.selectors._base import Bits, Seen, Selector, input_weights
-from fallow.selectors._compensation import from_int8, to_int8
+from fallow.plan import today
+from fallow.selectors import find
+from fallow.selectors._base import Arrays, Bits, Seen, Selector, input_weights
+from fallow.selectors._rounding import from_int8, to_int8
 from fallow.selectors._svd import Inputs
 
 Network = dict[str, torch.Tensor]
@@ -34,7 +39,6 @@ class Learned(Selector):
     and a product, which a sum over 128 hidden values fits badly.
     """
 
-    name = "learned"
     paper = "ours (docs/methods.md); arXiv:2310.17157"
     known = "before gate: saves gate_proj, up_proj and down_proj; gate=1: all but gate_proj"
     options: ClassVar[dict[str, int]] = {"rank": 64, "gate": 0, **Selector.options}
@@ -62,21 +66,8 @@ class Learned(Selector):
     def learn_scores(cls, calibration: Calibration) -> Arrays:
         raise UsageError(
             f"selector {cls.name} needs training: run fallow select train, "
-            "and give its plan to fallow select compare with --trained"
+            "and give what it writes to fallow select compare with --trained"
         )
-
-    @classmethod
-    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        d_model, d_ff = layers[0].down_proj.weight.shape
-        n, rank = len(layers), min(cls.options["rank"], d_model)
-        rows = len(predicted(layers[0], cls.options)) * d_ff
-        return {
-            "in": (n, rank, d_model),
-            "in.scale": (n, rank),
-            "out": (n, rows, rank),
-            "out.scale": (n, rows),
-            "noise": (n, rows),
-        }
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         if index not in self._made:
@@ -147,7 +138,7 @@ def initial(
 
 
 def arrays_of(networks: list[Network]) -> Arrays:
-    """The arrays of a plan, both matrices as int8 with a scale per row."""
+    """The selector's arrays, both matrices as int8 with a scale per row."""
     parts: dict[str, list[np.ndarray]] = {}
     for network in networks:
         for name in ("in", "out"):
@@ -158,4 +149,119 @@ def arrays_of(networks: list[Network]) -> Arrays:
     return {name: np.stack(values) for name, values in parts.items()}
 
 
-RULE = Learned
+FORMAT = 1
+_METADATA_KEY, _SKETCH = "fallow_trained", "calibration_sketch"
+_KIND, _REMEDY = "trained selector", "train again with fallow select train"
+
+
+def name_of(options: str = "") -> str:
+    """The name by which the selector is found, with options such as "rank=3:gate=1"."""
+    return ":".join(filter(None, (Learned.__module__, Learned.__name__, options)))
+
+
+@dataclass
+class Trained:
+    """Networks for one model, and how they were trained: what `fallow select train` writes."""
+
+    model: str
+    fingerprint: str
+    selector: str  # its full name, options included
+    knob: float
+    arrays: Arrays = field(repr=False)
+    target_sparsity: float | None = None
+    # On held-out text: sparsity of neurons; PPL change in percent and its paired standard error.
+    achieved_sparsity: float | None = None
+    achieved_ppl_increase: float | None = None
+    achieved_ppl_increase_se: float | None = None
+    calibration_text: str = ""
+    calibration_sha256: str = ""
+    # `Text.sketch` of it, (n,) uint64.
+    calibration_sketch: np.ndarray = field(
+        default_factory=lambda: np.empty(0, dtype=np.uint64), repr=False
+    )
+    calibration_tokens: int = 0
+    dtype: str = ""
+    date: str = field(default_factory=today)
+    fallow_version: str = field(default_factory=lambda: version("fallow"))
+    format: int = FORMAT
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Everything but arrays and sketch."""
+        own = (f.name for f in fields(self) if f.name not in ("arrays", _SKETCH))
+        return {name: getattr(self, name) for name in own}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file whole or not at all. Raises FallowError if it cannot be written."""
+        arrays = self.arrays | {_SKETCH: self.calibration_sketch}
+        tagged.write(path, tagged.to_bytes(_METADATA_KEY, self.metadata, arrays))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Trained":
+        """Reads a file. Raises FallowError: missing, truncated, or none of a trained selector."""
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise FallowError(
+                f"cannot read trained selector {path}: {error.strerror}; check --trained"
+            ) from error
+        metadata, arrays = tagged.from_bytes(
+            content, _METADATA_KEY, str(path), _KIND, (_REMEDY, "make one with fallow select train")
+        )
+        try:
+            return cls._from_metadata(metadata, arrays)
+        except (ValueError, UsageError) as error:
+            raise FallowError(f"{_KIND} {path}: {error}; {_REMEDY}") from error
+
+    @classmethod
+    def _from_metadata(cls, metadata: dict[str, Any], arrays: Arrays) -> "Trained":
+        """Raises ValueError or UsageError for whatever is not understood."""
+        found = metadata.get("format")
+        if found != FORMAT:
+            raise ValueError(f"it has format {in_one_line(found)}, this fallow reads {FORMAT}")
+        known = tuple(f for f in fields(cls) if f.name not in ("arrays", _SKETCH))
+        values = tagged.check_fields(metadata, known, {"model", "fingerprint", "selector", "knob"})
+        sketch = tagged.take_sketch(arrays, _SKETCH)
+        _check_arrays(arrays, _options(metadata["selector"]))
+        return cls(arrays=arrays, calibration_sketch=sketch, **values)
+
+    def check_model(self, fingerprint: str, name: str) -> None:
+        """Raises FallowError if the networks were trained for another model."""
+        if self.fingerprint != fingerprint:
+            raise FallowError(
+                f"this trained selector is for {self.model} (fingerprint {self.fingerprint}), not "
+                f"for {name} (fingerprint {fingerprint}); train one for {name}"
+            )
+
+
+def _options(name: str) -> dict[str, int]:
+    """The options of a trained selector's name, which is never taken for a module to import.
+
+    Raises:
+        ValueError: another selector, or no such options.
+    """
+    own = name_of()
+    if name != own and not name.startswith(f"{own}:"):
+        raise ValueError(f"{in_one_line(name)} is no selector that is trained")
+    return find(name).options
+
+
+def _check_arrays(arrays: Arrays, options: dict[str, int]) -> None:
+    """Raises ValueError unless these are the arrays of `arrays_of`, all for the same networks."""
+    kinds = {
+        "in": (np.int8, 3), "in.scale": (np.float32, 2), "out": (np.int8, 3),
+        "out.scale": (np.float32, 2), "noise": (np.float32, 2),
+    }  # fmt: skip
+    if arrays.keys() != kinds.keys():
+        raise ValueError(f"it has the arrays {in_one_line(', '.join(sorted(arrays)))}")
+    for name, (dtype, axes) in kinds.items():
+        array = arrays[name]
+        if array.dtype != dtype or array.ndim != axes or not np.isfinite(array).all():
+            raise ValueError(f"array {name} is damaged")
+    n, rows, rank = arrays["out"].shape
+    shapes = {"in": (n, rank, arrays["in"].shape[2]), "in.scale": (n, rank)}
+    shapes |= {"out.scale": (n, rows), "noise": (n, rows)}
+    if any(arrays[name].shape != shape for name, shape in shapes.items()) or (
+        rank != min(options["rank"], arrays["in"].shape[2])
+    ):
+        raise ValueError("its arrays do not fit each other")

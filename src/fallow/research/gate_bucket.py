@@ -4,8 +4,7 @@ import torch
 
 from fallow.models.capture import Calibration
 from fallow.models.taps import Layer
-from fallow.rules import Arrays
-from fallow.selectors._base import Seen
+from fallow.selectors._base import Arrays, Seen
 from fallow.selectors.gate import Gate
 
 BUCKETS = 8  # of equal count per neuron: 128 of 1024 sampled tokens each
@@ -16,8 +15,6 @@ class GateBucket(Gate):
 
     The condition is the eighth of the neuron's calibration values that gate_act_i falls into.
     """
-
-    name = "gate_bucket"
 
     @classmethod
     def extra_bytes(cls, layer: Layer) -> int:
@@ -49,11 +46,6 @@ class GateBucket(Gate):
             edges.append(torch.stack([c[:, 0] for c in ordered.chunk(BUCKETS, 1)[1:]]))
         return {"edges": torch.stack(edges).numpy(), "means": torch.stack(means).numpy()}
 
-    @classmethod
-    def score_shapes(cls, layers: list[Layer]) -> dict[str, tuple[int, ...]]:
-        n, width = len(layers), layers[0].down_proj.in_features
-        return {"edges": (n, BUCKETS - 1, width), "means": (n, BUCKETS, width)}
-
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         gate = seen.gate_act.float()
         means = torch.from_numpy(self.arrays["means"][index])
@@ -63,6 +55,3 @@ class GateBucket(Gate):
         ):
             factor = torch.where(gate >= edge, mean, factor)
         return gate.abs() * factor
-
-
-RULE = GateBucket
