@@ -192,83 +192,96 @@ selector that chooses them so.
 
 def report() -> str:
     parts = [INTRODUCTION]
-    for path in sorted(RESULTS.glob("*/result.json")):
-        r, where = (
-            json.loads(path.read_text()),
-            json.loads((path.parent / "machine.json").read_text()),
-        )
-        d, q = r["dense"], r["quality"]
-        openvino = r["openvino"]
-        lines = [
-            f"## {path.parent.name}\n",
-            f"{machine_line(where)}; "
-            f"{d['kernels']} kernels. Packed {r['file_mb']:.0f} MB from {r['source_mb']:.0f} MB; "
-            f"self-check KL {r['self_check']['kl']:.5f} nats, "
-            f"PPL {r['self_check']['ppl_change_percent']:+.3f} %.\n",
-            "| | ours | llama.cpp | ratio (lowest to highest) |",
-            "|---|---|---|---|",
-        ]
-        for phase in ("prefill", "decode"):
-            low, high = d[f"{phase}_ratio_range"]
-            lines.append(
-                f"| {phase}, tok/s | {d[f'{phase}_tps']:.1f} | {d[f'baseline_{phase}_tps']:.1f} | "
-                f"**{d[f'{phase}_ratio']:.2f}** ({low:.2f} to {high:.2f}) |"
-            )
-        if isinstance(openvino, dict):
-            lines.append(
-                f"\nAgainst OpenVINO GenAI: prefill {openvino['prefill_ratio']:.2f}, decode "
-                f"{openvino['decode_ratio']:.2f}."
-            )
-        else:
-            lines.append(f"\nOpenVINO GenAI: {openvino}.")
-        lines.append(
-            f"\nDecode reads {d['bytes_per_token'] / 1e6:.0f} MB per token at "
-            f"{d['gbps']:.1f} GB/s, {d['mbu']:.0%} of what two threads read here; outside the "
-            f"products with weights it spends {d['overhead']:.1%}; peak RSS "
-            f"{d['peak_rss_mb']:.0f} MB.\n"
-        )
-        g = r["greedy"]
-        lines.append(
-            f"Greedy continuations of {len(PROMPTS)} prompts by {CONTINUATION} tokens: the engine "
-            f"chooses {g['agreement']:.1%} of llama.cpp's tokens; the first {g['same']:.0f} on "
-            "average are the same.\n"
-        )
-        lines += [
-            "| decode | tok/s | / dense | MB/token | neurons inactive | PPL | change % | KL |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for rule, s in r["sparse"].items():
-            x = q[rule]
-            error = f" ± {x['ppl_change_se']:.2f}" if x["ppl_change_se"] else ""
-            lines.append(
-                f"| {rule} | {s['decode_tps']:.1f} | {s['ratio']:.2f} "
-                f"({min(s['ratios']):.2f} to {max(s['ratios']):.2f}) | "
-                f"{s['bytes_per_token'] / 1e6:.0f} | {s['sparsity']:.1%} | {x['ppl']:.2f} | "
-                f"{x['ppl_change_percent']:+.2f}{error} | {x['kl_to_dense']['mean']:.4f} |"
-            )
-        kinds = ("attention_proj", "attention", "ffn", "select", "head", "other")
-        lines += [f"\n| ms per token | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
-        for rule, s in r["sparse"].items():
-            times = " | ".join(f"{s['ms_' + kind]:.2f}" for kind in kinds)
-            lines.append(f"| {rule} | {times} |")
-        parts.append("\n".join(lines) + "\n")
+    parts += [_model(path) for path in sorted(RESULTS.glob("*/result.json"))]
     path = RESULTS / "kernels.json"
     if path.exists():
-        columns = ("gemv / read", "axpy / read", "gemv_rows / gemv", "axpy_rows / axpy")
-        parts.append(
-            "## Kernels\n\nA matrix of 400 MB; speed as a share of plain reading by the same "
-            "threads, and the time of a random half of the rows against all.\n\n"
-            f"| type | row width | read, GB/s | {' | '.join(columns)} |\n"
-            "|---|---|---|---|---|---|---|\n"
-            + "\n".join(
-                f"| {k['type']} | {k['width']} | {k['gbps']:.1f} | {k[columns[0]]:.0%} | "
-                f"{k[columns[1]]:.0%} | {k[columns[2]]:.2f} | {k[columns[3]]:.2f} |"
-                for k in json.loads(path.read_text())
-            )
-            + "\n"
-        )
-        parts.append(SKIPPING)
+        parts += [_kernels(json.loads(path.read_text())), SKIPPING]
     return "\n".join(parts)
+
+
+def _model(path: Path) -> str:
+    """A model's section."""
+    r, where = (
+        json.loads(path.read_text()),
+        json.loads((path.parent / "machine.json").read_text()),
+    )
+    d, g = r["dense"], r["greedy"]
+    lines = [
+        f"## {path.parent.name}\n",
+        f"{machine_line(where)}; "
+        f"{d['kernels']} kernels. Packed {r['file_mb']:.0f} MB from {r['source_mb']:.0f} MB; "
+        f"self-check KL {r['self_check']['kl']:.5f} nats, "
+        f"PPL {r['self_check']['ppl_change_percent']:+.3f} %.\n",
+        *_against_others(d, r["openvino"]),
+        f"\nDecode reads {d['bytes_per_token'] / 1e6:.0f} MB per token at "
+        f"{d['gbps']:.1f} GB/s, {d['mbu']:.0%} of what two threads read here; outside the "
+        f"products with weights it spends {d['overhead']:.1%}; peak RSS "
+        f"{d['peak_rss_mb']:.0f} MB.\n",
+        f"Greedy continuations of {len(PROMPTS)} prompts by {CONTINUATION} tokens: the engine "
+        f"chooses {g['agreement']:.1%} of llama.cpp's tokens; the first {g['same']:.0f} on "
+        "average are the same.\n",
+        *_of_plans(r["sparse"], r["quality"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _against_others(dense: dict[str, Any], openvino: dict[str, Any] | str) -> list[str]:
+    """The dense model's speed beside llama.cpp's and OpenVINO's, or why the latter has none."""
+    lines = ["| | ours | llama.cpp | ratio (lowest to highest) |", "|---|---|---|---|"]
+    for phase in ("prefill", "decode"):
+        low, high = dense[f"{phase}_ratio_range"]
+        lines.append(
+            f"| {phase}, tok/s | {dense[f'{phase}_tps']:.1f} "
+            f"| {dense[f'baseline_{phase}_tps']:.1f} | "
+            f"**{dense[f'{phase}_ratio']:.2f}** ({low:.2f} to {high:.2f}) |"
+        )
+    if isinstance(openvino, dict):
+        lines.append(
+            f"\nAgainst OpenVINO GenAI: prefill {openvino['prefill_ratio']:.2f}, decode "
+            f"{openvino['decode_ratio']:.2f}."
+        )
+    else:
+        lines.append(f"\nOpenVINO GenAI: {openvino}.")
+    return lines
+
+
+def _of_plans(sparse: dict[str, Any], quality: dict[str, Any]) -> list[str]:
+    """Decoding with each plan: what it saves and costs, and where the time goes."""
+    lines = [
+        "| decode | tok/s | / dense | MB/token | neurons inactive | PPL | change % | KL |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for rule, s in sparse.items():
+        x = quality[rule]
+        error = f" ± {x['ppl_change_se']:.2f}" if x["ppl_change_se"] else ""
+        lines.append(
+            f"| {rule} | {s['decode_tps']:.1f} | {s['ratio']:.2f} "
+            f"({min(s['ratios']):.2f} to {max(s['ratios']):.2f}) | "
+            f"{s['bytes_per_token'] / 1e6:.0f} | {s['sparsity']:.1%} | {x['ppl']:.2f} | "
+            f"{x['ppl_change_percent']:+.2f}{error} | {x['kl_to_dense']['mean']:.4f} |"
+        )
+    kinds = ("attention_proj", "attention", "ffn", "select", "head", "other")
+    lines += [f"\n| ms per token | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    for rule, s in sparse.items():
+        times = " | ".join(f"{s['ms_' + kind]:.2f}" for kind in kinds)
+        lines.append(f"| {rule} | {times} |")
+    return lines
+
+
+def _kernels(rows: list[dict[str, Any]]) -> str:
+    columns = ("gemv / read", "axpy / read", "gemv_rows / gemv", "axpy_rows / axpy")
+    return (
+        "## Kernels\n\nA matrix of 400 MB; speed as a share of plain reading by the same "
+        "threads, and the time of a random half of the rows against all.\n\n"
+        f"| type | row width | read, GB/s | {' | '.join(columns)} |\n"
+        "|---|---|---|---|---|---|---|\n"
+        + "\n".join(
+            f"| {k['type']} | {k['width']} | {k['gbps']:.1f} | {k[columns[0]]:.0%} | "
+            f"{k[columns[1]]:.0%} | {k[columns[2]]:.2f} | {k[columns[3]]:.2f} |"
+            for k in rows
+        )
+        + "\n"
+    )
 
 
 def summary() -> str:

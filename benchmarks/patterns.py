@@ -9,9 +9,6 @@ scikit-learn for the comparison, 20 GB of disk for `scale`, and for a model half
 """
 
 import json
-import os
-import subprocess
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
@@ -23,12 +20,10 @@ from typing import Any
 import numpy as np
 
 from engine import TEST, THREADS, VALIDATION
+from patterns_scale import KERNEL_RUNS, kernel, published_scale
 from tradeoff import ROOT, keeper, machine_line, run_and_report
 
 RESULTS = ROOT / "benchmarks" / "results" / "patterns"
-# The published scale: arXiv:2507.14179, its code.
-SCALE_ROWS, SCALE_WIDTH, SCALE_CLUSTERS = 10_682_368, 14336, 2048
-PROTOTYPES = 2048  # that synthetic rows differ from in a quarter of their bits
 RULE, SPARSITY, CONTEXT = "topk", 0.5, 1024
 TRAIN_WINDOWS, TEST_WINDOWS = 195, 16  # 200,000 tokens
 CLUSTERS = (1, 16, 128, 512, 2048)
@@ -40,7 +35,6 @@ ALL_OF_IT = ("smollm2",)  # and codebooks weighted by energy: magnitudes of othe
 PREDICTED_CLUSTERS = 512
 FEATURES = (("token",), ("previous",), ("token", "previous"), ("token", "previous", "below"))
 PREDICTED_EPOCHS = 3
-KERNEL_RUNS = 9
 SCIKIT_BATCH, SCIKIT_SECONDS = 16384, 600.0
 # In the loop: clusters and what they are compared with, at the shares of neurons that stay.
 PPL_WINDOWS, PPL_CALIBRATION, PPL_CLUSTERS = 4, 24, 512
@@ -98,83 +92,6 @@ def run(name: str) -> None:
 
 
 # Speed -------------------------------------------------------------------------------------------
-
-
-def kernel() -> dict[str, Any]:
-    """Words of 64 bits per second of one thread: the kernel on rows in the cache, and the limit."""
-    from fallow.patterns.clustering import nearest
-
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "popcount"
-        source = ROOT / "benchmarks" / "popcount.c"
-        subprocess.run(["cc", "-O3", "-march=native", source, "-o", program], check=True)
-
-        def limit() -> float:
-            done = subprocess.run([program], check=True, capture_output=True, text=True)
-            return float(done.stdout)
-
-        rng = np.random.default_rng(0)
-        found = {}
-        for width in (SCALE_WIDTH, 8960, 2048, 1536):
-            words = -(-width // 512) * 8
-            rows, centroids = (
-                rng.integers(0, 2**64, (n, words), dtype=np.uint64) for n in (4096, 2048)
-            )
-            runs = []
-            for _ in range(KERNEL_RUNS):
-                most = limit()
-                start = time.perf_counter()
-                nearest(rows, centroids)
-                seconds = time.perf_counter() - start
-                runs.append((len(rows) * len(centroids) * words / seconds, most))
-            found[str(width)] = runs
-    return found
-
-
-def published_scale() -> dict[str, Any]:
-    """One pass of assignment and update over rows that are read from the disk."""
-    from fallow.patterns.clustering import one_pass, update
-    from fallow.patterns.store import n_words
-
-    words, path = n_words(SCALE_WIDTH), RESULTS / "scale" / "rows.bits"
-    if not path.exists() or path.stat().st_size != SCALE_ROWS * words * 8:
-        make_rows(path, words)
-    os.sync()
-    rows = np.memmap(path, dtype=np.uint64, mode="r", shape=(SCALE_ROWS, words))
-    step = SCALE_ROWS // SCALE_CLUSTERS
-    centroids = np.ascontiguousarray(rows[::step][:SCALE_CLUSTERS])
-    start = time.perf_counter()
-    found = one_pass(rows, centroids, n_threads=THREADS)
-    assigned = time.perf_counter() - start
-    update(found, SCALE_WIDTH, SCALE_WIDTH // 2)
-    seconds = time.perf_counter() - start
-    path.unlink()
-    return {
-        "rows": SCALE_ROWS,
-        "width": SCALE_WIDTH,
-        "clusters": SCALE_CLUSTERS,
-        "seconds": seconds,
-        "update_seconds": seconds - assigned,
-        "private_mb": private_mb(),
-    }
-
-
-def private_mb() -> float:
-    """Memory of the process that is no page of a mapped file, MB of 1e6 bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e6
-
-
-def make_rows(path: Path, words: int) -> None:
-    """Rows that follow prototypes of half of the neurons, a quarter of the bits flipped."""
-    rng = np.random.Generator(np.random.SFC64(0))
-    prototypes = rng.integers(0, 2**64, (PROTOTYPES, words), dtype=np.uint64)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        for first in range(0, SCALE_ROWS, 65536):
-            n = min(65536, SCALE_ROWS - first)
-            a, b = (rng.integers(0, 2**64, (n, words), dtype=np.uint64) for _ in range(2))
-            file.write((prototypes[rng.integers(0, PROTOTYPES, n)] ^ (a & b)).tobytes())
 
 
 def one_layer(store: Any) -> dict[str, Any]:
@@ -367,7 +284,7 @@ def perplexity(name: str, cells: list[tuple[str, float]]) -> list[dict[str, Any]
     from fallow.checkpoints.text import load_text
     from fallow.common.metrics import ppl_change_percent
     from fallow.measure.evaluation import run_window
-    from fallow.rules import find_rule
+    from fallow.selectors import find
 
     model = fallow.load(name)
     calibrator = Calibrator(
@@ -381,7 +298,7 @@ def perplexity(name: str, cells: list[tuple[str, float]]) -> list[dict[str, Any]
     for i, (rule, kept) in enumerate(cells):
         found = [r[i] for _, r in results]
         change, error = ppl_change_percent(np.array([r.loss for r in found]), dense)
-        cost = getattr(find_rule(rule), "ffn_bytes", lambda *_: None)
+        cost = getattr(find(rule), "ffn_bytes", lambda *_: None)
         rows.append(
             {
                 "rule": rule,
@@ -486,13 +403,22 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
         )
     if "scikit-learn" in result:
         lines.append(_scikit_line(**result["scikit-learn"]))
+    lines += _codebook_lines(result)
+    lines += _oracle_lines(result)
+    if "predicted" in result:
+        lines += _prediction_lines(result["predicted"])
+    return lines + _loop_lines(result)
+
+
+def _codebook_lines(result: dict[str, Any]) -> list[str]:
+    """Recall of every codebook beside the baselines'."""
     columns = ("cluster", "static", "previous", "random")
-    lines.append(
+    lines = [
         "\nRecall of held-out tokens, mean of layers; `cluster` is an oracle's choice, and energy "
         "its energy recall. Seconds are beside other work, more of it for SmolLM2.\n\n"
         "| codebook | K | density | cluster | energy | static | previous | random | MB | s |\n"
         "|---|---|---|---|---|---|---|---|---|---|"
-    )
+    ]
     for r in result.values():
         if "codebook_bytes" not in r:
             continue
@@ -504,6 +430,12 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
             f"| {'-' if energy is None else f'{energy:.4f}'} | {' | '.join(means[1:])} "
             f"| {r['codebook_bytes'] / 1e6:.1f} | {r['seconds']:.0f} |"
         )
+    return lines
+
+
+def _oracle_lines(result: dict[str, Any]) -> list[str]:
+    """The loss with centroids that an oracle chooses."""
+    lines = []
     oracle = [
         row for what in ("lloyd", "energy", "published") for row in result.get(f"oracle {what}", [])
     ]
@@ -522,23 +454,33 @@ def _model_lines(name: str, result: dict[str, Any]) -> list[str]:
             f"| {both['algorithm']} | {both['n_clusters']} | {both['density']:.2f} "
             f"| {' | '.join(cells)} |"
         )
-    if "predicted" in result:
-        first = result["predicted"][0]
-        layers = ", ".join(str(r["layer"]) for r in first["layers"])
+    return lines
+
+
+def _prediction_lines(predicted: list[dict[str, Any]]) -> list[str]:
+    """How well clusters are foretold."""
+    first = predicted[0]
+    layers = ", ".join(str(r["layer"]) for r in first["layers"])
+    lines = [
+        f"\nOf {first['n_clusters']} clusters the one predicted before the layer runs, layers "
+        f"{layers}: one hidden layer of {first['hidden']}. `token`: its id, `previous`: the "
+        "cluster of the token before, `below`: the active set of the layer below.\n\n"
+        "| known | right | recall | energy | static | oracle |\n|---|---|---|---|---|---|"
+    ]
+    for r in predicted:
+        mean = r["mean"]
         lines.append(
-            f"\nOf {first['n_clusters']} clusters the one predicted before the layer runs, layers "
-            f"{layers}: one hidden layer of {first['hidden']}. `token`: its id, `previous`: the "
-            "cluster of the token before, `below`: the active set of the layer below.\n\n"
-            "| known | right | recall | energy | static | oracle |\n|---|---|---|---|---|---|"
+            f"| {', '.join(r['features'])} | {np.mean(r['accuracy']):.1%} "
+            f"| **{mean['predicted']['recall']:.4f}** "
+            f"| {mean['predicted']['energy_recall']:.4f} | {mean['static']['recall']:.4f} "
+            f"| {mean['cluster']['recall']:.4f} |"
         )
-        for r in result["predicted"]:
-            mean = r["mean"]
-            lines.append(
-                f"| {', '.join(r['features'])} | {np.mean(r['accuracy']):.1%} "
-                f"| **{mean['predicted']['recall']:.4f}** "
-                f"| {mean['predicted']['energy_recall']:.4f} | {mean['static']['recall']:.4f} "
-                f"| {mean['cluster']['recall']:.4f} |"
-            )
+    return lines
+
+
+def _loop_lines(result: dict[str, Any]) -> list[str]:
+    """The loss with rules that choose by cluster."""
+    lines = []
     if "ppl" in result:
         lines.append(
             f"\nIn the loop, {PPL_WINDOWS} windows of {CONTEXT}; {PPL_CLUSTERS} clusters and all "

@@ -105,36 +105,14 @@ def _write_source(path: Path, small: Any, pool: RowPool) -> None:
 def _write_packed(path: Path, small: Any, pool: RowPool) -> None:
     import gguf
 
-    from fallow.engine.packed import PACKED_VERSION
     from fallow.packing.coarse_head import coarse_head
     from fallow.packing.quantize import dequantize
     from fallow.packing.writer import _add
 
     vocabulary = small.get("fallow.vocab_size")
-    metadata = {
-        "version": PACKED_VERSION,
-        "model": NAME,
-        "fingerprint": FINGERPRINT,
-        "hidden_size": HIDDEN,
-        "intermediate_size": D_FF,
-        "n_layers": LAYERS,
-        "n_heads": HEADS,
-        "n_kv_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "context_length": CONTEXT,
-        "rotary_dim": HEAD_DIM,
-        "attention_scale": HEAD_DIM**-0.5,
-        "sliding_window": [0] * LAYERS,
-        "rope": [0] * LAYERS,
-        "n_outliers": 0,
-    }
-    for key in ("model_type", "vocab_size", "rope_scale", "embedding_scale", "norm_eps"):
-        metadata[key] = small.get(f"fallow.{key}")
-    for key in ("layer_norm", "gated", "parallel", "activation", "fused"):
-        metadata[key] = small.get(f"fallow.{key}")
     writer = gguf.GGUFWriter(path, "fallow")
     writer.add_custom_alignment(4096)
-    for key, value in metadata.items():
+    for key, value in _metadata(small).items():
         _add(writer, f"fallow.{key}", value)
     writer.add_string("tokenizer.huggingface.json", small.get("tokenizer.huggingface.json"))
     _add(writer, "fallow.eos_token_ids", [2])
@@ -167,9 +145,37 @@ def _write_packed(path: Path, small: Any, pool: RowPool) -> None:
     _finish(writer)
 
 
+def _metadata(small: Any) -> dict[str, Any]:
+    """The packed header, less the tokenizer; what does not depend on the shape as in `small`."""
+    from fallow.engine.packed import PACKED_VERSION
+
+    metadata = {
+        "version": PACKED_VERSION,
+        "model": NAME,
+        "fingerprint": FINGERPRINT,
+        "hidden_size": HIDDEN,
+        "intermediate_size": D_FF,
+        "n_layers": LAYERS,
+        "n_heads": HEADS,
+        "n_kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "context_length": CONTEXT,
+        "rotary_dim": HEAD_DIM,
+        "attention_scale": HEAD_DIM**-0.5,
+        "sliding_window": [0] * LAYERS,
+        "rope": [0] * LAYERS,
+        "n_outliers": 0,
+    }
+    for key in ("model_type", "vocab_size", "rope_scale", "embedding_scale", "norm_eps"):
+        metadata[key] = small.get(f"fallow.{key}")
+    for key in ("layer_norm", "gated", "parallel", "activation", "fused"):
+        metadata[key] = small.get(f"fallow.{key}")
+    return metadata
+
+
 def _plan() -> Any:
     """Thresholds by quantiles of what Gaussian weights make of a normed input, N(0, 1) each."""
-    from fallow.plan import Plan
+    from fallow.plan import Cut, Plan
 
     random = np.random.default_rng(1)
     gate, up = SPREAD * HIDDEN**0.5 * random.standard_normal((2, 1_000_000))
@@ -178,19 +184,17 @@ def _plan() -> Any:
     margin = logits[:, -1] - logits[:, -int(EXACT_ROWS * POOL)]
     thresholds = {"gate_act": np.quantile(np.abs(act), IDLE_GATE)}
     thresholds["inter"] = np.quantile(np.abs(act * up), IDLE)
-    arrays = {f"threshold.{tap}": np.full(LAYERS, value) for tap, value in thresholds.items()}
     return Plan(
         model=NAME,
         fingerprint=FINGERPRINT,
         rule="two_stage",
-        where="inter",
         knob=0.0,
         knob_name="",
-        arrays={
-            **arrays,
-            "weight.gate_act": np.ones((LAYERS, D_FF), dtype=np.float32),
-            "head_margin": np.array([margin.mean()]),
-        },
+        cuts=tuple(
+            Cut(tap, "threshold", np.full(LAYERS, value), "column_norm" if tap == "inter" else None)
+            for tap, value in thresholds.items()
+        ),
+        head_margin=float(margin.mean()),
     )
 
 

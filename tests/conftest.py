@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,9 +19,9 @@ from fallow import cli
 from fallow.calibration.calibrator import Calibrator
 from fallow.engine.engine import Engine
 from fallow.models import ARCHITECTURES
-from fallow.plan import Plan
+from fallow.plan import Cut, Plan
 
-pytest.register_assert_rewrite("engines")
+pytest.register_assert_rewrite("engines", "selecting")
 
 DATA = Path(os.environ.get("FALLOW_DATA", Path(__file__).parent.parent / "../shared/data"))
 
@@ -169,16 +169,17 @@ def make_parrot(
     return folder
 
 
-def engine_plan(engine: Engine, rule: str, arrays: dict[str, np.ndarray]) -> Plan:
+def engine_plan(engine: Engine, *cuts: Cut, **others: Any) -> Plan:
     """A plan that no calibration made, for the model of an engine."""
+    n = engine._core.n_layers
     return Plan(
         model=engine.name,
         fingerprint=engine.fingerprint,
-        rule=rule,
-        where="inter",
+        rule="by hand",
         knob=0.0,
         knob_name="",
-        arrays=arrays,
+        cuts=tuple(cut.of_layers(n) for cut in cuts),
+        **others,
     )
 
 
@@ -231,6 +232,30 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chat_template.jinja").write_text(TALK)
     pack(folder, root / "talking.gguf", quant="f32")
     return root / "talking.gguf"
+
+
+@pytest.fixture(scope="module")
+def engine(talking: Path) -> Engine:
+    """One that talks, for each file of tests."""
+    return Engine(talking, threads=1)
+
+
+@pytest.fixture(scope="module")
+def address(engine: Engine) -> Iterator[str]:
+    """Where a server of `engine` listens."""
+    from served import served
+
+    with served(engine) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[Any]:
+    """OpenAI's own, of that server."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from fallow.checkpoints.tokenizer import TextTokenizer, tokenizer_from_folder
 from fallow.common.errors import FallowError
 from fallow.engine.engine import Engine
 from fallow.engine.sampling import Sampler
+from fallow.plan import Cut
 from fallow.serving.chat import Conversation, _Screen
 
 
@@ -72,10 +73,7 @@ def test_an_answer_that_is_broken_off_was_said(engine: Engine) -> None:
 
 
 def test_commands(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
-    n_layers = 2
-    import numpy as np
-
-    plan = engine_plan(engine, "fat", {"threshold.gate_act": np.full(n_layers, 0.5, np.float32)})
+    plan = engine_plan(engine, Cut("gate_act", "threshold", 0.5))
     engine.use_plan(plan)
     screen = _Screen(talk(engine), show_stats=False)
     screen.do("/dense")

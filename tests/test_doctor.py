@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from fallow import _core, cli
-from fallow.cli import doctor
 from fallow.common.errors import UsageError
+from fallow.measure import machine
 
 CPUINFO = """processor\t: 0
 model name\t: Some Processor
@@ -34,7 +34,7 @@ GOOD: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What it finds here."""
-    return doctor.examine(tmp_path_factory.mktemp("disk"))
+    return machine.examine(tmp_path_factory.mktemp("disk"))
 
 
 def test_this_machine(found: dict[str, Any]) -> None:
@@ -52,10 +52,10 @@ def test_this_machine(found: dict[str, Any]) -> None:
     assert (found["disk"]["gbps"] is None) == (found["disk"]["error"] is not None)
 
 
-@pytest.mark.skipif(platform.machine() not in doctor._NEEDS, reason="another architecture")
+@pytest.mark.skipif(platform.machine() not in machine._NEEDS, reason="another architecture")
 def test_what_kernels_need_is_what_the_core_asks_for() -> None:
-    features = set(doctor.processor()["features"])
-    needs = doctor._NEEDS[platform.machine()]
+    features = set(machine.processor()["features"])
+    needs = machine._NEEDS[platform.machine()]
     assert [name for name, wanted in needs.items() if features >= set(wanted)] == _core.KERNELS
 
 
@@ -67,7 +67,7 @@ def test_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     changed = found | {"warnings": ["the disk is full of holes"]}
-    monkeypatch.setattr(doctor, "examine", lambda folder: changed)
+    monkeypatch.setattr(machine, "examine", lambda folder: changed)
     monkeypatch.setattr(sys, "argv", ["fallow", "doctor", *options])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -82,14 +82,14 @@ def test_command(
 
 
 def test_needs_no_torch() -> None:
-    code = "import fallow.cli.doctor, sys; print('torch' in sys.modules)"
+    code = "import fallow.measure.machine, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
-        doctor.examine(tmp_path / "none")
+        machine.examine(tmp_path / "none")
     assert str(error.value) == (
         f"--folder {tmp_path / 'none'} is no folder; give the one that models are in"
     )
@@ -101,8 +101,8 @@ def test_a_disk_that_cannot_be_read_past_the_cache(
     def refuse(file: int) -> float:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(doctor, "_read_speed", refuse)
-    found = doctor.disk(tmp_path)
+    monkeypatch.setattr(machine, "_read_speed", refuse)
+    found = machine.disk(tmp_path)
     assert (found["gbps"], found["error"]) == (None, "Invalid argument")
     assert os.listdir(tmp_path) == []
 
@@ -123,7 +123,7 @@ def test_processor_says_what_better_kernels_lack(
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(_core, "KERNELS", ["avx2", "portable"])
     tree(tmp_path, {"cpuinfo": CPUINFO.format(flags=f"{HASWELL} avx512f avx512bw avx512vl")})
-    found = doctor.processor(tmp_path)
+    found = machine.processor(tmp_path)
     assert (found["name"], found["kernels"]) == ("Some Processor", "avx2")
     assert found["better_kernels_lack"] == {
         "avx512_bf16": ["avx512dq", "avx512_vnni", "avx512_bf16"],
@@ -142,8 +142,8 @@ def test_limits_of_cgroups_version_2(tmp_path: Path) -> None:
             "slice/job/memory.max": "3000000000\n",
         },
     )
-    assert doctor.cores(proc, cgroups)["cgroup"] == 1.5
-    assert doctor.memory(proc, cgroups)["cgroup"] == 2_000_000_000
+    assert machine.cores(proc, cgroups)["cgroup"] == 1.5
+    assert machine.memory(proc, cgroups)["cgroup"] == 2_000_000_000
 
 
 def test_limits_of_cgroups_version_1(tmp_path: Path) -> None:
@@ -160,25 +160,25 @@ def test_limits_of_cgroups_version_1(tmp_path: Path) -> None:
             "memory/job/memory.limit_in_bytes": "500000000\n",
         },
     )
-    assert doctor.cores(proc, cgroups)["cgroup"] == 0.5
-    assert doctor.memory(proc, cgroups)["cgroup"] == 500_000_000
+    assert machine.cores(proc, cgroups)["cgroup"] == 0.5
+    assert machine.memory(proc, cgroups)["cgroup"] == 500_000_000
 
 
 def test_a_machine_that_says_nothing(tmp_path: Path) -> None:
-    assert doctor.cores(tmp_path, tmp_path)["cgroup"] is None
-    assert doctor.memory(tmp_path, tmp_path)["cgroup"] is None
-    assert doctor.processor(tmp_path)["name"] == platform.machine()
-    assert doctor.filesystem(tmp_path, tmp_path) is None
+    assert machine.cores(tmp_path, tmp_path)["cgroup"] is None
+    assert machine.memory(tmp_path, tmp_path)["cgroup"] is None
+    assert machine.processor(tmp_path)["name"] == platform.machine()
+    assert machine.filesystem(tmp_path, tmp_path) is None
 
 
 def test_memory_and_swap(tmp_path: Path) -> None:
     lines = ("MemTotal: 8 kB", "MemAvailable: 3 kB", "SwapTotal: 5 kB", "SwapFree: 4 kB")
-    found = doctor.memory(tree(tmp_path, {"meminfo": "\n".join(lines) + "\n"}), tmp_path)
+    found = machine.memory(tree(tmp_path, {"meminfo": "\n".join(lines) + "\n"}), tmp_path)
     assert found == {"total": 8192, "available": 3072, "swap_used": 1024, "cgroup": None}
 
 
 def test_nothing_to_warn_of() -> None:
-    assert doctor.warnings(GOOD) == []
+    assert machine.warnings(GOOD) == []
 
 
 @pytest.mark.parametrize(
@@ -236,4 +236,4 @@ def test_nothing_to_warn_of() -> None:
 def test_warnings(part: str, change: Any, warning: str) -> None:
     changed = copy.deepcopy(GOOD)
     changed[part] = changed[part] | change if isinstance(change, dict) else change
-    assert doctor.warnings(changed) == [warning]
+    assert machine.warnings(changed) == [warning]

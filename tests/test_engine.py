@@ -25,6 +25,7 @@ from fallow.models import ARCHITECTURES
 from fallow.packing import packer, selfcheck
 from fallow.packing.packer import pack
 from fallow.packing.source import Source
+from fallow.plan import Cut
 from test_models import GGUF_NAMES, write_gguf
 
 # Every architecture on the plainest and the fastest kernels, and two on all: what differs between
@@ -177,8 +178,8 @@ def test_wrong_use(
     other = make_plan(calibrators["qwen2"], "topk", 0.5)
     assert "not for llama" in fails(FallowError, lambda: Engine(path, other))
     plan = make_plan(calibrators["llama"], "cats", 0.5)
-    short = dataclasses.replace(plan, arrays={"threshold.gate_act": np.zeros(1, np.float32)})
-    assert "has the shape (1,)" in fails(FallowError, lambda: Engine(path, short))
+    short = dataclasses.replace(plan, cuts=(Cut("gate_act", "threshold", np.zeros(1)),))
+    assert "is for 1 layers" in fails(FallowError, lambda: Engine(path, short))
     assert "unknown type 'q9'" in fails(
         UsageError, lambda: pack(tiny["llama"], "x.gguf", quant="q9")
     )

@@ -16,7 +16,7 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.engine.engine import Engine
 from fallow.measure.harness import HarnessModel, compare, open_model
 from fallow.measure.tasks import evaluate_task
-from fallow.plan import Plan
+from fallow.plan import Cut, Plan
 
 TASK = """task: {name}
 dataset_path: json
@@ -58,7 +58,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cutting(engine: Engine) -> Plan:
-    return engine_plan(engine, "fat", {"threshold.gate_act": np.full(2, 4.0, np.float32)})
+    return engine_plan(engine, Cut("gate_act", "threshold", 4.0))
 
 
 def ask(kind: str, *arguments: Any) -> list[Instance]:

@@ -25,7 +25,7 @@ from fallow.measure import quality
 from fallow.measure.quality import evaluate_engine
 from fallow.models import ARCHITECTURES
 from fallow.packing.packer import pack
-from fallow.plan import Plan
+from fallow.plan import Cut, Plan
 
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, 120)
 LAYERS = 5
@@ -53,13 +53,11 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 
 
 def plan_for(engine: Engine, gate_act: float, inter: float) -> Plan:
-    n_layers, d_ff = engine._core.n_layers, engine._core.intermediate_size
-    arrays = {
-        "threshold.gate_act": np.full(n_layers, gate_act),
-        "threshold.inter": np.full(n_layers, inter),
-        "weight.gate_act": np.ones((n_layers, d_ff), dtype=np.float32),
-    }
-    return engine_plan(engine, "two_stage", arrays)
+    return engine_plan(
+        engine,
+        Cut("gate_act", "threshold", gate_act),
+        Cut("inter", "threshold", inter, "column_norm"),
+    )
 
 
 @pytest.fixture
@@ -135,8 +133,7 @@ def test_rows_of_the_head_come_from_the_file(name: str, packed: Packed) -> None:
     for margin in (0.5, 2.0, 1000.0):
         found = []
         for budget in (None, RESERVE + options[1].memory, RESERVE + options[-1].memory):
-            arrays = {"head_margin": np.array([margin])}
-            plan = engine_plan(Engine(path, plan=False), "two_stage", arrays)
+            plan = engine_plan(Engine(path, plan=False), head_margin=margin)
             engine = Engine(path, plan, threads=2, memory=budget)
             found.append(logits(engine))
             if budget is None:

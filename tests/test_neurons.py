@@ -370,7 +370,7 @@ def test_our_own_server(tmp_path: Path, neuron: Neuron) -> None:
     pytest.importorskip("fastapi")
     from fallow.engine.engine import Engine
     from fallow.packing.packer import pack
-    from test_serving import served
+    from served import served
 
     folder = make_folder("llama", tmp_path / "model", max_position_embeddings=8192)
     (folder / "chat_template.jinja").write_text(TALK)

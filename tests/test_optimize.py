@@ -23,7 +23,7 @@ from fallow.optimization.optimizer import optimize
 from fallow.packing import source
 from fallow.packing.coarse_head import coarse_head
 from fallow.packing.packer import pack
-from fallow.plan import Plan
+from fallow.plan import Cut, Plan
 
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, 100)
 Texts = tuple[Path, Path]
@@ -93,8 +93,8 @@ def shortlisted(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def margin_plan(path: Path, margin: float, limit: int = 0) -> Plan:
-    arrays = {"head_margin": np.array([margin]), "head_limit": np.array([limit])}
-    return engine_plan(Engine(path), "two_stage", arrays)
+    plan = engine_plan(Engine(path), head_margin=margin, head_limit=limit)
+    return dataclasses.replace(plan, rule="two_stage")
 
 
 @pytest.mark.parametrize("together", [1, 5, 64])
@@ -196,8 +196,8 @@ def test_optimize(
     if plan is not None:
         assert (plan.rule, plan.target_ppl_increase) == ("two_stage", 2.0)
         assert plan.achieved_ppl_increase == result.validation_ppl_change_percent
-        used = [plan.arrays[f"threshold.{s}"].any() for s in ("gate_act", "inter")]
-        assert ("shortlist" in result.selector) == (plan.arrays["head_margin"][0] > 0)
+        used = [plan.cut(tap) is not None for tap in ("gate_act", "inter")]
+        assert ("shortlist" in result.selector) == (plan.head_margin > 0)
     assert ("two_stage" in result.selector) == any(used)
     assert ("shortlist" in result.selector) == ("lm_head_coarse.codes" in engine.file.tensors)
     assert (result.bytes_ratio < 1) == (plan is not None)
@@ -219,7 +219,7 @@ def test_a_shortlist_that_costs_too_much_is_left_out(
     real = search.loss_of
 
     def loss(engine: Engine, window: np.ndarray) -> float:
-        listed = engine.plan is not None and engine.plan.arrays["head_margin"][0] > 0
+        listed = engine.plan is not None and engine.plan.head_margin > 0
         return real(engine, window) + listed
 
     monkeypatch.setattr(search, "loss_of", loss)
@@ -383,9 +383,8 @@ def test_no_more_is_used_than_pays(
         monkeypatch, dense=(100, 1), shortlist=(shortlist, 1), two_stage=(neurons, 1),
         two_stage_shortlist=(both, 1),
     )  # fmt: skip
-    arrays = {f"threshold.{tap}": np.full(2, 0.1) for tap in ("gate_act", "inter")}
     plan = margin_plan(shortlisted, 12.0)
-    plan.arrays |= arrays
+    plan.cuts = tuple(Cut(tap, "threshold", np.full(2, 0.1)) for tap in ("gate_act", "inter"))
     chosen = search.worthwhile(Engine(shortlisted), plan, "speed")
     assert search.selector_of(chosen) == expected
     assert (chosen is plan) == (expected == "two_stage+shortlist")
@@ -450,7 +449,7 @@ def test_dearer_bytes_mean_more_sparsity(
     assert ((few == 0) | (few > 1 / 3)).all()
     # The thresholds leave what they say idle.
     choice = {s: np.full(2, 10) for s in candidates.stages}  # half
-    thresholds = candidates.plan(choice, 0.0).arrays["threshold.inter"]
+    thresholds = candidates.plan(choice, 0.0).arrays["inter.threshold"]
     for layer, inter, threshold in zip(
         model.layers, candidates.calibration.inter, thresholds, strict=True
     ):

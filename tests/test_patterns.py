@@ -7,6 +7,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -417,3 +418,48 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
 def test_no_worker() -> None:
     with pytest.raises(UsageError, match="--workers 0 is too few"):
         list(workers.results(print, [], 0))
+
+
+# The commands ------------------------------------------------------------------------------------
+
+
+def test_commands(folders: dict[str, Path], texts: Texts, tmp_path: Path, run: Any) -> None:
+    """Collected, clustered and scored; and what goes wrong in one line."""
+    store, made = tmp_path / "s", tmp_path / "c.safetensors"
+    options = ["--context", 32, "--calibration-text", texts[0], "--text", texts[1]]
+    collected = run(
+        "patterns", "collect", folders["llama"], "-o", store, *options, "--windows", 8, "--json"
+    )
+    assert collected.code == 0
+    assert collected.json["rows"] == 256
+    assert (collected.json["rule"], collected.json["widths"]) == ("topk", {"inter": 37})
+    clustered = run("patterns", "cluster", store, "-o", made, "--clusters", 9, "--json").json
+    assert clustered["n_clusters"] == 9
+    assert clustered["mean"]["cluster"]["recall"] > clustered["mean"]["random"]["recall"]
+    table = run("patterns", "cluster", store, "-o", made, "--clusters", 9, "--layers", "1")
+    assert "recall of 64 held-out tokens" in table.out
+    run("patterns", "cluster", store, "-o", made, "--clusters", 9)
+    predict = ["patterns", "predict", store, made, "--hidden", 8, "--epochs", 1]
+    assert len(run(*predict, "--json").json["accuracy"]) == 2
+    assert "from token, below" in run(*predict, "--features", "token,below").out
+    for arguments, code, message in (
+        (["collect", folders["llama"], "-o", store, *options], 1, "n windows 8, not"),
+        (["collect", folders["llama"], "-o", tmp_path / "t", "--rule", "x"], 2, "unknown rule"),
+        (
+            ["collect", folders["llama"], "-o", tmp_path / "t", *options, "--taps", "x"],
+            2,
+            "unknown tap 'x'",
+        ),
+        (["cluster", tmp_path, "-o", made], 1, "no pattern store"),
+        (["cluster", store, "-o", made, "--budget", 1.5], 2, "outside (0, 1)"),
+        (["cluster", store, "-o", made, "--clusters", 300], 2, "300 clusters of 192 rows"),
+        (["cluster", store, "-o", made, "--layers", "7"], 2, "layer 7 is outside 0 to 1"),
+        (["cluster", store, "-o", made, "--layers", "a"], 2, "--layers"),
+        (["cluster", store, "-o", made, "--tap", "up"], 2, "has no 'up'"),
+        (["predict", store, made, "--features", "x"], 2, "known: token, previous, below"),
+        (["predict", store, store / "store.json"], 1, "no file of codebooks"),
+    ):
+        result = run("patterns", *arguments)
+        assert result.code == code, result.err
+        assert message in result.err
+        assert result.err.strip().splitlines()[-1].startswith("error: ")

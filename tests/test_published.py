@@ -22,9 +22,9 @@ def test_published_files(name: str, file: str, tmp_path: Path) -> None:
     plan = import_thresholds(path, model)
     content = json.loads(path.read_text())
     key = "gate_proj" if name == "mistral" else "gate_up_proj"
-    assert plan.arrays["threshold.gate_pre"][31] == np.float32(content[key]["layer_31"])
-    assert plan.arrays["threshold.ffn_out"][7] == np.float32(content["down_proj"]["layer_7"])
-    assert ("threshold.up" in plan.arrays) == (name == "mistral")
+    assert plan.arrays["gate_pre.threshold"][31] == np.float32(content[key]["layer_31"])
+    assert plan.arrays["ffn_out.threshold"][7] == np.float32(content["down_proj"]["layer_7"])
+    assert ("up.threshold" in plan.arrays) == (name == "mistral")
     assert (plan.rule, plan.knob) == ("percentile", int(file[-2:]) / 100)
     with model.sparse(plan):
         model.hidden(np.arange(2, 12)[None])

@@ -16,7 +16,7 @@ from conftest import OTHER_TEXT, TEXT, Result, engine_plan
 from fallow import cli
 from fallow.cli._shared import print_table
 from fallow.engine.engine import Engine
-from fallow.plan import Plan
+from fallow.plan import Cut, Plan
 
 Texts = tuple[Path, Path]
 
@@ -49,23 +49,16 @@ def short(tmp_path: Path) -> Path:
 # Plans that the engine cannot run ---------------------------------------------------------------
 
 
-def test_pack_asks_the_engine_whether_a_plan_can_run(
-    run: Any, talking: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch: Any
+def test_what_no_plan_can_hold_is_refused_by_calibrate(
+    run: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("fallow.packing.packer.load", lambda *_: pytest.fail("work was begun"))
-    engine = Engine(talking, threads=1)
-    for rule, arrays in (
-        ("lowbit", {"kept": np.array([0.5])}),
-        ("my_rules:Mine", {"kept": np.array([0.5])}),
-        ("fat", {"threshold.gate_act_coarse": np.ones(2)}),
-        ("fat", {"threshold.nothing": np.ones(2)}),
-    ):
-        path = tmp_path / "x.plan"
-        engine_plan(engine, rule, arrays).save(path)
-        own = error(run("generate", talking, "x", "--plan", path), 1)
-        packed = run("pack", folders["llama"], "--plan", path, "-o", tmp_path / "x.gguf")
-        assert error(packed, 1) == own
-    assert not (tmp_path / "x.gguf").exists()
+    path = tmp_path / "x.plan"
+    command = ("calibrate", folders["llama"], "-o", path, "--sparsity", 0.5, "--rule")
+    monkeypatch.setattr("fallow.cli._shared.load_model", lambda *_: pytest.fail("work was begun"))
+    assert "which no plan can hold; judge it with: fallow select compare" in error(
+        run(*command, "lowbit"), 2
+    )
+    assert not path.exists()
 
 
 def test_a_plan_that_does_not_fit_is_not_packed(
@@ -73,12 +66,15 @@ def test_a_plan_that_does_not_fit_is_not_packed(
 ) -> None:
     command = ("pack", folders["llama"], "--quant", "f32", "-o", tmp_path / "x.gguf", "--plan")
     path, mark = tmp_path / "x.plan", fallow.load(folders["llama"]).fingerprint
-    of_this: dict[str, Any] = {"where": "inter", "knob": 0.5, "knob_name": "", "rule": "topk"}
-    kept = {"kept": np.array([0.5])}
-    Plan("m", mark, arrays=kept | {"head_margin": np.ones(3)}, **of_this).save(path)
-    assert "array head_margin has the shape (3,)" in error(run(*command, path), 1)
+
+    def save(fingerprint: str, n_layers: int) -> None:
+        cut = Cut("inter", "topk", np.full(n_layers, 0.5))
+        Plan("m", fingerprint, "topk", 0.5, "", (cut,)).save(path)
+
+    save(mark, 3)
+    assert "the plan's topk of inter is for 3 layers" in error(run(*command, path), 1)
     monkeypatch.setattr("fallow.packing.packer.Reference", lambda *_: pytest.fail("work was begun"))
-    Plan("m", "another", arrays=kept, **of_this).save(path)
+    save("another", 2)
     assert "this plan is for m (fingerprint another)" in error(run(*command, path), 1)
     assert not (tmp_path / "x.gguf").exists()
 
@@ -371,7 +367,7 @@ def test_refused_before_anything_is_read(
     words: str, code: int, message: str, run: Any, tmp_path: Path, talking: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    engine_plan(Engine(talking, threads=1), "topk", {"kept": np.array([0.5])}).save("a.plan")
+    engine_plan(Engine(talking, threads=1), Cut("inter", "topk", 0.5)).save("a.plan")
     Path("text.txt").write_text(TEXT)
     curve = {"token_passed": [1e9 * n for n in range(1, 13)], "activation_ratio": [0.3] * 12}
     Path("curve.json").write_text(json.dumps(curve))

@@ -1,6 +1,7 @@
 """The tests of similar inputs, on tiny models, against direct computation."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,3 +210,25 @@ def test_figure(tiny: dict[str, fallow.Model], plan: Plan, texts: Texts, tmp_pat
     report = edit_test(tiny["llama"], plan, texts[1], documents=2, context=64, shares=(0.1, 0.2))
     similarity.draw(report, tmp_path / "f.png")
     assert (tmp_path / "f.png").stat().st_size > 5000
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+def test_command(folders: dict[str, Path], texts: Texts, tmp_path: Path, run: Any) -> None:
+    options = ["--calibration-text", texts[0], "--text", texts[1], "--documents", 3]
+    command = ["patterns", "similarity", folders["llama"], "-o", tmp_path / "s", "--context", 64]
+    found = run(*command, *options, "--json")
+    assert found.code == 0
+    assert found.json["rows"][0]["agreement"] == [1.0, 1.0]
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {"similarity.json", "similarity.png"}
+    assert "unrelated tokens agree" in run(*command, *options).out
+    (tmp_path / "paragraph1.txt").write_text(
+        'paragraphMain = """the gate lets them"""\nparagraph95 = """the gate lets one"""'
+    )
+    published = [*command, "--published", tmp_path, "--calibration-text", texts[0]]
+    (tmp_path / "s" / "similarity.png").unlink()
+    assert run(*published, "--json").json["variants"][0]["prefix"] == [1.0, 1.0]
+    assert "row by row" in run(*published).out
+    assert (tmp_path / "s" / "similarity.png").read_bytes().startswith(b"\x89PNG")
+    assert run(*command, *options, "--kind", "swap").code == 2

@@ -14,6 +14,7 @@ from fallow.common.errors import FallowError
 from fallow.engine.engine import Engine
 from fallow.measure.tasks import Item, evaluate_task, load_task
 from fallow.packing.packer import pack
+from fallow.plan import Cut
 
 
 def write(path: Path, *entries: Any) -> Path:
@@ -110,7 +111,7 @@ def test_a_packed_model_answers_as_its_source(
             {"context": some[2], "continuation": some[0]},
         ]
     path = write(tmp_path / "t.jsonl", *entries)
-    plan = engine_plan(engine, "topk", {"kept": np.array([0.1])})
+    plan = engine_plan(engine, Cut("inter", "topk", 0.1, "column_norm"))
     expected, found = (evaluate_task(m, plan, path) for m in (tiny[name], engine))
     assert found == pytest.approx(expected)
     assert 0 < found["accuracy"] < 1

@@ -4,10 +4,16 @@ import io
 import os
 import sys
 
-# Each adds its commands to the app.
+# Each adds its commands to the app, in the order of the help.
+# isort: off
 from fallow.cli import (  # noqa: F401
     laws,
-    looking,
+    models,
+    doctor,
+    rules,
+    profile,
+    report,
+    neurons,
     packed,
     patterns,
     plans,
@@ -15,6 +21,8 @@ from fallow.cli import (  # noqa: F401
     selectors,
     serving,
 )
+
+# isort: on
 from fallow.cli._shared import app
 from fallow.common.errors import FallowError
 

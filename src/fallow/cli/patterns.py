@@ -165,15 +165,9 @@ def patterns_similarity(
         result: dict[str, Any] = {"variants": [v.to_json() for v in variants]}
     else:
         report = edit_test(
-            loaded,
-            used,
-            text,
-            tap=tap or "inter",
-            documents=documents,
-            context=context,
-            kind=kind or "substitute",
-            seed=seed,
-        )
+            loaded, used, text, tap=tap or "inter", documents=documents, context=context,
+            kind=kind or "substitute", seed=seed,
+        )  # fmt: skip
         result = report.to_json()
         draw(report, output / "similarity.png")
     write_json(output / "similarity.json", result)
@@ -263,7 +257,11 @@ def patterns_cluster(
     )
     if as_json:
         print_json(report.to_json())
-        return
+    else:
+        _print_codebooks(report)
+
+
+def _print_codebooks(report: Any) -> None:
     names = list(report.layers[0].scores)
     rows = [
         [str(r.layer), *(f"{r.scores[n]['recall']:.4f}" for n in names), str(r.passes)]
@@ -271,11 +269,12 @@ def patterns_cluster(
     ]
     rows.append(["mean", *(f"{report.mean(n):.4f}" for n in names), ""])
     print_table(
-        f"recall of {report.test_rows} held-out tokens, {clusters} clusters, budget {budget:g}",
+        f"recall of {report.test_rows} held-out tokens, {report.n_clusters} clusters, "
+        f"budget {report.budget:g}",
         ["layer", *names, "passes"],
         rows,
     )
-    print(f"written: {output} ({report.codebook_bytes / 1e6:.1f} MB of centroids)")
+    print(f"written: {report.path} ({report.codebook_bytes / 1e6:.1f} MB of centroids)")
 
 
 @patterns_app.command("predict")

@@ -107,12 +107,7 @@ def fit_law(
     if drop_first < 0:
         raise UsageError(f"--drop-first {drop_first} is negative")
     used = curve.without_first(drop_first)
-    wanted = _auto(used) if form == "auto" else find_form(form)
-    if len(used) <= len(wanted.params):
-        raise FallowError(
-            f"{curve.name}: {len(used)} points are too few for the {len(wanted.params)} parameters "
-            f"of {wanted.formula}; it takes one more"
-        )
+    wanted = _form_for(used, form)
     best = fit(wanted, used.x, used.ratio)
     residuals = used.ratio - best(used.x)
     rho = autocorrelation(residuals)
@@ -123,8 +118,7 @@ def fit_law(
         for name in wanted.params
     }
     warning = _not_identified(best, used, intervals)
-    band_x = np.geomspace(used.x[0], BAND_AHEAD * used.x[-1], BAND_POINTS)
-    line, *drawn = (np.clip(law(band_x), 0, 1) for law in (best, *refitted))
+    band_x, band = _band(best, refitted, used)
     return LawFit(
         curve=curve.name,
         form=wanted.name,
@@ -140,19 +134,24 @@ def fit_law(
         autocorrelation=rho,
         identified=warning is None,
         warning=warning,
-        refits={
-            n: fit(wanted, used.x[n:], used.ratio[n:]).params
-            for n in REFITS
-            if len(used) - n > len(wanted.params)
-        },
+        refits=_refits(wanted, used),
         rivals=[_rival(FORMS[n], used) for n in _rivals_of(wanted, used)],
         at=[_ratio_at(best, refitted, x) for x in at],
         tokens_for=[_tokens_for(best, refitted, ratio) for ratio in tokens_for],
-        band_x=band_x.tolist(),
-        band=[
-            _interval(values, value) for values, value in zip(np.stack(drawn, 1), line, strict=True)
-        ],
+        band_x=band_x,
+        band=band,
     )
+
+
+def _form_for(curve: Curve, name: str) -> Form:
+    """The form of a name, or for "auto" the curve's; FallowError if its points are too few."""
+    form = _auto(curve) if name == "auto" else find_form(name)
+    if len(curve) <= len(form.params):
+        raise FallowError(
+            f"{curve.name}: {len(curve)} points are too few for the {len(form.params)} parameters "
+            f"of {form.formula}; it takes one more"
+        )
+    return form
 
 
 def _auto(curve: Curve) -> Form:
@@ -284,6 +283,25 @@ def _not_identified(best: Fit, curve: Curve, intervals: dict[str, Interval]) -> 
 
 
 # What follows ------------------------------------------------------------------------------------
+
+
+def _band(best: Fit, draws: list[Fit], curve: Curve) -> tuple[list[float], list[Interval]]:
+    """Places from the curve's first x to beyond its last, and the law's interval at each."""
+    x = np.geomspace(curve.x[0], BAND_AHEAD * curve.x[-1], BAND_POINTS)
+    line, *drawn = (np.clip(law(x), 0, 1) for law in (best, *draws))
+    band = [
+        _interval(values, value) for values, value in zip(np.stack(drawn, 1), line, strict=True)
+    ]
+    return x.tolist(), band
+
+
+def _refits(form: Form, curve: Curve) -> dict[int, dict[str, float]]:
+    """Parameters without more of the first points, as far as enough are left."""
+    return {
+        n: fit(form, curve.x[n:], curve.ratio[n:]).params
+        for n in REFITS
+        if len(curve) - n > len(form.params)
+    }
 
 
 def _rival(form: Form, curve: Curve) -> Rival:

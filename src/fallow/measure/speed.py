@@ -65,16 +65,7 @@ def bench(
     if prompt_tokens < 2 or new_tokens < 1 or runs < 1:
         raise UsageError("give at least -p 2, -n 1 and --runs 1")
     engine = Engine(path, plan, threads, context=prompt_tokens + new_tokens, memory=memory)
-    # Not all of a long text: its tokens would count as the engine's memory.
-    part = load_text(text, "evaluation").content[
-        : _CHARACTERS_PER_TOKEN * (prompt_tokens + new_tokens)
-    ]
-    ids = engine.tokenizer.with_bos(engine.tokenizer.encode(part))
-    if len(ids) < prompt_tokens + new_tokens:
-        raise FallowError(
-            f"the text has {len(ids)} tokens, -p and -n need {prompt_tokens + new_tokens}"
-        )
-    ids = ids[: prompt_tokens + new_tokens]
+    ids = _first_tokens(engine, text, prompt_tokens + new_tokens)
     baseline = _Baseline(against, source, engine.threads, ids, prompt_tokens) if against else None
     ours: list[dict[str, float]] = []
     theirs: list[dict[str, float]] = []
@@ -94,6 +85,16 @@ def bench(
         if baseline:
             baseline.close()
     return _summary(engine, ours, theirs, stream, against) | {"peak_rss_mb": peak}
+
+
+def _first_tokens(engine: Engine, text: str | Path | None, count: int) -> np.ndarray:
+    """A text's first token ids; FallowError if it has fewer."""
+    # Not all of a long text: its tokens would count as the engine's memory.
+    part = load_text(text, "evaluation").content[: _CHARACTERS_PER_TOKEN * count]
+    ids = engine.tokenizer.with_bos(engine.tokenizer.encode(part))
+    if len(ids) < count:
+        raise FallowError(f"the text has {len(ids)} tokens, -p and -n need {count}")
+    return ids[:count]
 
 
 def bench_budgets(

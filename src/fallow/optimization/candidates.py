@@ -16,7 +16,7 @@ from fallow.models.capture import Calibration
 from fallow.plan import Plan
 from fallow.reference.model import Model
 from fallow.rules._gate import gate_weights
-from fallow.rules.two_stage import TwoStage
+from fallow.rules.two_stage import TwoStage, two_stage_cuts
 
 # Sparsities at which each layer's thresholds are measured; between them the divergence is taken as
 # linear, which overestimates it a little since it is convex.
@@ -38,7 +38,6 @@ TIMED_BYTES, ROW_RUNS = 1 << 26, 5
 # a layer.
 HEAD_MARGIN = 12.0
 HEAD_SHARE, HEAD_LEAST = 1 / 64, 1024  # of rows, whichever is more
-SMALLEST = 1e-30  # a threshold that only exact zeros stay below
 
 
 class Candidates:
@@ -83,39 +82,40 @@ class Candidates:
 
     def _quantiles(self, stage: str) -> np.ndarray:
         """The score below which a share of a layer's scores lies, (L, grid) float32."""
-        rule = TwoStage(0.0, self.weights)
 
         def scores(i: int) -> torch.Tensor:
             values = getattr(self.calibration, stage)[i]
             some = values[:: max(1, len(values) // SCORE_TOKENS)].abs().float()
-            return some * rule.weight(i, self.model.layers[i], stage)
+            if stage == "gate_act":
+                return some * torch.from_numpy(self.weights[i])
+            return some * self.model.layers[i].down_norm
 
         found = np.empty((self.n_layers, len(GRID)), dtype=np.float32)
         with progress(f"thresholds of {stage}", self.n_layers) as ticker:
             for i in range(self.n_layers):
                 found[i] = np.quantile(scores(i).numpy(), GRID)
                 ticker.advance()
-        found = np.maximum(found, SMALLEST)
-        found[:, 0] = 0
+        found[:, 0] = -1  # nothing is cut, not even exact zeros
         return found
 
     def plan(self, choice: dict[str, np.ndarray], head_margin: float) -> Plan:
         """A plan from the index into the grid of every tap and layer, (L,) each."""
         layers = np.arange(self.n_layers)
-        arrays = {f"threshold.{t}": self.thresholds[t][layers, choice[t]] for t in self.stages}
-        if "gate_act" not in self.stages:
-            arrays["threshold.gate_act"] = np.zeros(self.n_layers, dtype=np.float32)
-        arrays |= self.weights
-        arrays["head_margin"] = np.array([head_margin])
-        arrays["head_limit"] = np.array([self.head_limit])
+        nothing = np.full(self.n_layers, -1)
+        first, second = (
+            self.thresholds[tap][layers, choice[tap]] if tap in self.stages else nothing
+            for tap in ("gate_act", "inter")
+        )
+        cuts = two_stage_cuts(first, second, self.weights)
         return Plan(
             model=self.model.name,
             fingerprint=self.model.fingerprint,
             rule=TwoStage.name,
-            where=TwoStage.where,
             knob=0.0,
             knob_name=TwoStage.knob_name,
-            arrays=arrays,
+            cuts=tuple(cut for cut in cuts if cut.leaves_out.any()),
+            head_margin=head_margin,
+            head_limit=self.head_limit,
             calibration_text=self.text.name,
             calibration_sha256=self.text.sha256,
             calibration_sketch=self.text.sketch,

@@ -90,7 +90,8 @@ def optimize(
         prefer: "speed": rows are priced by what they take when scattered, as timed here, and what
             does not make decode faster is left out; "bytes": rows are priced by their bytes, and
             what does not make them fewer is left out.
-        quant, down: as for `pack`.
+        quant: as for `pack`.
+        down: as for `pack`.
 
     Raises:
         UsageError: a limit that is no positive percentage, an unknown preference, or the same
@@ -100,51 +101,30 @@ def optimize(
     """
     start = time.monotonic()
     counts = {"windows": windows, "validation-windows": validation_windows}
-    _check_request(max_ppl_increase, prefer, counts | {"check-windows": check_windows})
-    check_writable(output)
-    check_text = load_text(text, "evaluation")
-    fit_text = load_text(calibration_text, "calibration")
-    check_no_leakage(fit_text.sha256, check_text, False, fit_text.sketch)
+    counts["check-windows"] = check_windows
+    _check_request(output, max_ppl_increase, prefer, counts)
+    fit_text, check_text = _load_texts(calibration_text, text)
     # The packer's own check may refuse a type of down_proj_t, so it reads no check text either.
-    calibration = load_text(None, "calibration")
-    packer = Packer(model, quant=quant, down=down, text=calibration)
-    source = packer.model
-    context = min(context, packer.context_length)
-    cut = source.windows(fit_text, context)
-    fit, validation = split_windows(cut, [windows, validation_windows])
-    source.windows(check_text, context, check_windows)  # fewer are refused before the work
-    packer.add_coarse_head(fit_text, np.concatenate([fit, cut[windows + validation_windows :]]))
+    packer = Packer(model, quant=quant, down=down, text=load_text(None, "calibration"))
+    texts = _cut(packer, fit_text, check_text, context, counts)
+    packer.add_coarse_head(fit_text, texts.for_head)
+    costs_path, packing = Path(f"{output}.costs.jsonl"), {"quant": quant, "down": down}
     with atomic_path(output) as temporary:
         packer.write(temporary)
-        engine = Engine(temporary, plan=False, threads=threads, context=context)
-        candidates = Candidates(source, fit, fit_text, engine, prefer)
-        costs_path = Path(f"{output}.costs.jsonl")
-        settings: dict[str, Any] = {"fingerprint": source.fingerprint, "text": fit_text.sha256}
-        settings |= {"windows": windows, "context": context, "quant": quant, "down": down}
-        costs = measure_costs(candidates, engine, fit, costs_path, settings)
-
-        def check(plan: Plan | None) -> Evaluation:
-            return evaluate_engine(
-                engine,
-                plan,
-                check_text,
-                context=context,
-                windows=check_windows,
-                against=lambda window: dense_logits(source, window),
-            )
-
-        judge = Judge(source, engine, validation)
-        search = Search(candidates, costs, engine, judge, max_ppl_increase, prefer)
-        plan, judged, quality = search.run(check)
+        engine = Engine(temporary, plan=False, threads=threads, context=texts.context)
+        plan, judged, quality = _search(
+            packer.model, engine, texts, costs_path, packing, max_ppl_increase, prefer
+        )
         packer.leave_out_unused(plan)
         packer.write(temporary, plan)
     costs_path.unlink(missing_ok=True)
-    engine = Engine(output, threads=threads, context=context)
-    runs = time_plans(engine, {"dense": None} | ({"plan": plan} if plan else {}))
-    return _result(engine, plan, quality, runs, judged, fit_text, output, time.monotonic() - start)
+    return _result(output, plan, quality, judged, texts, threads, start)
 
 
-def _check_request(max_ppl_increase: float, prefer: str, counts: dict[str, int]) -> None:
+def _check_request(
+    output: str | Path, max_ppl_increase: float, prefer: str, counts: dict[str, int]
+) -> None:
+    """Refuses what needs neither text nor model to be seen wrong."""
     if not (np.isfinite(max_ppl_increase) and max_ppl_increase > 0):
         raise UsageError(f"--max-ppl-increase {max_ppl_increase} is not a positive percentage")
     if prefer not in PREFERENCES:
@@ -152,18 +132,87 @@ def _check_request(max_ppl_increase: float, prefer: str, counts: dict[str, int])
     for option, count in counts.items():
         if count < 1:
             raise UsageError(f"--{option} {count} is too few; give at least 1")
+    check_writable(output)
+
+
+def _load_texts(
+    calibration_text: str | Path | Text | None, text: str | Path | Text | None
+) -> tuple[Text, Text]:
+    """The text of the search, and the one that checks it."""
+    check_text = load_text(text, "evaluation")
+    fit_text = load_text(calibration_text, "calibration")
+    check_no_leakage(fit_text.sha256, check_text, False, fit_text.sketch)
+    return fit_text, check_text
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What plans are made on, judged by and checked on; windows are (n, context)."""
+
+    fit_text: Text
+    fit: np.ndarray
+    validation: np.ndarray
+    for_head: np.ndarray  # the coarse head's: all but what judges
+    check_text: Text
+    check_windows: int
+    context: int
+
+
+def _cut(
+    packer: Packer, fit_text: Text, check_text: Text, context: int, counts: dict[str, int]
+) -> _Texts:
+    """The texts in windows that the model can read."""
+    source, context = packer.model, min(context, packer.context_length)
+    cut = source.windows(fit_text, context)
+    sizes = [counts["windows"], counts["validation-windows"]]
+    fit, validation = split_windows(cut, sizes)
+    # Fewer are refused before the work.
+    source.windows(check_text, context, counts["check-windows"])
+    for_head = np.concatenate([fit, cut[sum(sizes) :]])
+    return _Texts(fit_text, fit, validation, for_head, check_text, counts["check-windows"], context)
+
+
+def _search(
+    source: Model,
+    engine: Engine,
+    texts: _Texts,
+    costs_path: Path,
+    packing: dict[str, str | None],
+    max_ppl_increase: float,
+    prefer: str,
+) -> tuple[Plan | None, float, Evaluation]:
+    """What `Search` finds: the plan, its PPL change as judged, and what the check says."""
+    candidates = Candidates(source, texts.fit, texts.fit_text, engine, prefer)
+    settings: dict[str, Any] = {"fingerprint": source.fingerprint, "text": texts.fit_text.sha256}
+    settings |= {"windows": len(texts.fit), "context": texts.context} | packing
+    costs = measure_costs(candidates, engine, texts.fit, costs_path, settings)
+
+    def check(plan: Plan | None) -> Evaluation:
+        return evaluate_engine(
+            engine,
+            plan,
+            texts.check_text,
+            context=texts.context,
+            windows=texts.check_windows,
+            against=lambda window: dense_logits(source, window),
+        )
+
+    judge = Judge(source, engine, texts.validation)
+    return Search(candidates, costs, engine, judge, max_ppl_increase, prefer).run(check)
 
 
 def _result(
-    engine: Engine,
+    output: str | Path,
     plan: Plan | None,
     quality: Evaluation,
-    runs: dict[str, list[dict[str, float]]],
     validation: float,
-    fit_text: Text,
-    output: str | Path,
-    seconds: float,
+    texts: _Texts,
+    threads: int | None,
+    start: float,
 ) -> Optimized:
+    """The packed file's figures; its speed is timed here."""
+    engine = Engine(output, threads=threads, context=texts.context)
+    runs = time_plans(engine, {"dense": None} | ({"plan": plan} if plan else {}))
     dense = runs["dense"]
     sparse = runs.get("plan", dense)
     kl = quality.kl_to_dense["mean"]
@@ -184,7 +233,7 @@ def _result(
         validation_ppl_change_percent=validation,
         text=quality.text,
         windows=quality.windows,
-        calibration_text=fit_text.name,
+        calibration_text=texts.fit_text.name,
         threads=engine.threads,
-        seconds=seconds,
+        seconds=time.monotonic() - start,
     )

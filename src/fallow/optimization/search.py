@@ -14,7 +14,7 @@ from fallow.engine.engine import Engine
 from fallow.measure.evaluation import window_losses
 from fallow.measure.quality import Evaluation, token_losses
 from fallow.measure.speed import run_in_turn
-from fallow.optimization.candidates import GRID, ROWS, Candidates
+from fallow.optimization.candidates import GRID, Candidates
 from fallow.plan import Plan
 from fallow.reference.model import Model
 
@@ -119,7 +119,7 @@ class Search:
         if dense > aim:
             return best
         best = self._with_shortlist(aim) or best
-        margin = float(best[0].arrays["head_margin"][0])
+        margin = best[0].head_margin
         low, high = LOWEST_PRICE, HIGHEST_PRICE
         judged: dict[bytes, tuple[float, float, int]] = {}  # near prices may choose the same
         with progress("search", PRICE_STEPS) as ticker:
@@ -223,13 +223,12 @@ def _parts(plan: Plan) -> dict[tuple[bool, bool], Plan | None]:
 
     By whether thresholds and shortlist are there; a plan that does nothing has one part.
     """
-    shortlist = bool(plan.arrays["head_margin"][0] > 0)
+    shortlist = plan.head_margin > 0
     skips = selector_of(plan) not in ("dense", "shortlist")
     parts: dict[tuple[bool, bool], Plan | None] = {(False, False): None}
     if skips and shortlist:
-        zeros = {k: 0 * v for k, v in plan.arrays.items() if k.startswith("threshold.")}
-        parts[False, True] = replace(plan, arrays=plan.arrays | zeros)
-        parts[True, False] = replace(plan, arrays=plan.arrays | {"head_margin": np.zeros(1)})
+        parts[False, True] = replace(plan, cuts=())
+        parts[True, False] = replace(plan, head_margin=0.0)
     if skips or shortlist:
         parts[skips, shortlist] = plan
     return parts
@@ -246,8 +245,8 @@ def selector_of(plan: Plan | None) -> str:
     """What a plan uses of what there is."""
     if plan is None:
         return "dense"
-    used = [plan.rule] if any(plan.arrays[f"threshold.{s}"].any() for s in ROWS) else []
-    used += ["shortlist"] if plan.arrays["head_margin"][0] > 0 else []
+    used = [plan.rule] if any(cut.leaves_out.any() for cut in plan.cuts) else []
+    used += ["shortlist"] if plan.head_margin > 0 else []
     return "+".join(used) or "dense"
 
 

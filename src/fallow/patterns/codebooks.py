@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -29,6 +29,7 @@ from fallow.patterns.clustering import (
     largest,
 )
 from fallow.patterns.store import (
+    Header,
     MappedRows,
     PatternStore,
     chunks,
@@ -170,70 +171,104 @@ def cluster_store(
     wanted = list(range(header.n_layers)) if layers is None else list(layers)
     for layer in wanted:
         store.rows(layer, tap)  # or it says what is wrong
-    width = header.widths[tap]
-    size = budget_size(budget, width)
+    size = budget_size(budget, header.widths[tap])
     train, held = split(store, tap, test, held_out)
     check_clusters(n_clusters, train.n_rows, batch)
     if energy and not (header.magnitudes and tap == "inter"):
         raise UsageError("energy weights need magnitudes; collect the store with --magnitudes")
     check_writable(output)
-    settings = asdict(header) | {
-        "n_clusters": n_clusters, "budget": budget, "algorithm": algorithm, "tap": tap,
-        "train_rows": train.n_rows, "seed": seed, "restarts": restarts, "energy": energy,
-        "batch": batch,
-    }  # fmt: skip
+    asked = _Asked(n_clusters, budget, algorithm, tap, train.n_rows, seed, restarts, energy, batch)
+    settings = asdict(header) | asdict(asked)
     state = _State(Path(f"{output}.parts"), settings)
-    if algorithm == "lloyd":
-
-        def make(layer: int) -> Codebook:
-            finished = state.finished(layer)
-            if finished is not None:
-                return finished
-            made = fit(
-                train.mapped(layer),
-                width,
-                n_clusters,
-                budget,
-                seed=seed,
-                restarts=restarts,
-                weights=_energy_weights(train, layer) if energy else None,
-                n_threads=n_threads,
-                workers=workers,
-                batch=batch,
-                start=state.begun(layer) if restarts == 1 else None,
-                after_pass=partial(state.keep, layer, finished=False),
-            )
-            state.keep(layer, made, finished=True)
-            return made
-    else:
-        pooled = _pooled(train, wanted, algorithm, n_clusters, budget, n_threads)
-
-        def make(layer: int) -> Codebook:
-            return pooled
-
     codebooks, results = {}, []
-    for layer in wanted:
-        codebooks[layer] = make(layer)
-        results.append(score_layer(codebooks[layer], train, held, layer, seed, n_threads, size))
-        recalls = {name: score["recall"] for name, score in results[-1].scores.items()}
-        console.print(
-            f"layer {layer}: recall {recalls['cluster']:.4f}, static {recalls['static']:.4f}, "
-            f"{results[-1].passes} passes",
-            highlight=False,
-        )
+    for layer, codebook in _fitted(train, wanted, asked, state, workers, n_threads):
+        codebooks[layer] = codebook
+        results.append(score_layer(codebook, train, held, layer, seed, n_threads, size))
+        _tell(results[-1])
     save_codebooks(output, codebooks, {k: json.dumps(v) for k, v in settings.items()})
     state.remove()
+    return _report(output, header, asked, codebooks, held, results)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How codebooks are fitted, as their file says."""
+
+    n_clusters: int
+    budget: float
+    algorithm: str
+    tap: str
+    train_rows: int
+    seed: int
+    restarts: int
+    energy: bool
+    batch: int | None
+
+
+def _fitted(
+    train: "Part",
+    layers: list[int],
+    asked: _Asked,
+    state: "_State",
+    workers: int,
+    n_threads: int,
+) -> Iterator[tuple[int, Codebook]]:
+    """Each layer's codebook: Lloyd's of its own, kept in `state`, or the one that all share."""
+    if asked.algorithm != "lloyd":
+        pooled = _pooled(train, layers, asked.algorithm, asked.n_clusters, asked.budget, n_threads)
+        yield from ((layer, pooled) for layer in layers)
+        return
+    for layer in layers:
+        codebook = state.finished(layer)
+        if codebook is None:
+            codebook = fit(
+                train.mapped(layer),
+                train.store.header.widths[asked.tap],
+                asked.n_clusters,
+                asked.budget,
+                seed=asked.seed,
+                restarts=asked.restarts,
+                weights=_energy_weights(train, layer) if asked.energy else None,
+                n_threads=n_threads,
+                workers=workers,
+                batch=asked.batch,
+                start=state.begun(layer) if asked.restarts == 1 else None,
+                after_pass=partial(state.keep, layer, finished=False),
+            )
+            state.keep(layer, codebook, finished=True)
+        yield layer, codebook
+
+
+def _tell(result: LayerResult) -> None:
+    """What a layer came to, while others are still fitted."""
+    recalls = {name: score["recall"] for name, score in result.scores.items()}
+    console.print(
+        f"layer {result.layer}: recall {recalls['cluster']:.4f}, static {recalls['static']:.4f}, "
+        f"{result.passes} passes",
+        highlight=False,
+    )
+
+
+def _report(
+    path: str | Path,
+    header: Header,
+    asked: _Asked,
+    codebooks: dict[int, Codebook],
+    held: "Part",
+    results: list[LayerResult],
+) -> ClusterReport:
+    """What was fitted, with the size of the centroids, which layers may share."""
     distinct = {id(c.centroids): c.centroids.nbytes for c in codebooks.values()}
     return ClusterReport(
-        path=str(output),
+        path=str(path),
         model=header.model,
         rule=header.rule,
-        tap=tap,
-        algorithm=algorithm,
-        n_clusters=n_clusters,
-        budget=budget,
+        tap=asked.tap,
+        algorithm=asked.algorithm,
+        n_clusters=asked.n_clusters,
+        budget=asked.budget,
         codebook_bytes=sum(distinct.values()),
-        train_rows=train.n_rows,
+        train_rows=asked.train_rows,
         test_rows=held.n_rows,
         test_text=held.store.header.text,
         layers=results,

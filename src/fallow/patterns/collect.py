@@ -57,7 +57,6 @@ def collect(
         raise UsageError("--magnitudes are those of inter; add it to --taps")
     source = load_text(text, "evaluation")
     cut = model.windows(source, context, windows)
-    widths = {tap: tap_width(model, tap) for tap in taps}
     header = Header(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -69,7 +68,7 @@ def collect(
         n_layers=len(model.layers),
         context=context,
         n_windows=len(cut),
-        widths=widths,
+        widths={tap: tap_width(model, tap) for tap in taps},
         magnitudes=magnitudes,
     )
     writer = StoreWriter(folder, header, cut)

@@ -80,12 +80,8 @@ def predict_clusters(
         raise UsageError(f"unknown features {unknown or '(none)'}; known: {', '.join(FEATURES)}")
     made, metadata = load_codebooks(codebooks)
     tap = check_store(store, made, metadata, codebooks)
-    wanted = sorted(made) if layers is None else list(layers)
-    missing = [layer for layer in wanted if layer not in made]
-    if missing:
-        raise UsageError(f"{codebooks} has no codebook of layer {missing[0]}")
+    wanted = _with_codebooks(made, layers, codebooks)
     train, held = split(store, tap, test, held_out)
-    judged = round(JUDGED * train.n_windows) or 1
     if train.n_windows < 2:
         raise FallowError(f"{store.folder} has too few windows to fit a classifier; collect more")
     results, accuracy = [], []
@@ -93,7 +89,7 @@ def predict_clusters(
         for layer in wanted:
             codebook = made[layer]
             inputs = _Inputs(train, codebook, layer, features, n_threads)
-            network = _fit(inputs, train.n_windows - judged, hidden, epochs, seed)
+            network = _fit(inputs, hidden, epochs, seed)
             # Ids are numbered as in training.
             seen = _Inputs(held, codebook, layer, features, n_threads, inputs.ids)
             labels = _predict(network, seen, codebook)
@@ -114,6 +110,17 @@ def predict_clusters(
         accuracy=accuracy,
         layers=results,
     )
+
+
+def _with_codebooks(
+    made: dict[int, Codebook], layers: Sequence[int] | None, path: str | Path
+) -> list[int]:
+    """The layers asked for, or all; UsageError for one that the file has no codebook of."""
+    wanted = sorted(made) if layers is None else list(layers)
+    missing = [layer for layer in wanted if layer not in made]
+    if missing:
+        raise UsageError(f"{path} has no codebook of layer {missing[0]}")
+    return wanted
 
 
 class _Inputs:
@@ -178,13 +185,14 @@ class _Classifier(nn.Module):
         return self.last(torch.relu(total + self.bias))
 
 
-def _fit(inputs: _Inputs, n_windows: int, hidden: int, epochs: int, seed: int) -> _Classifier:
-    """The best epoch's network, by the windows behind the first `n_windows`."""
+def _fit(inputs: _Inputs, hidden: int, epochs: int, seed: int) -> _Classifier:
+    """The best epoch's network, by the last windows, which it is not fitted on."""
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _Classifier(inputs, hidden)
-    first = n_windows * inputs.context
+    n_windows = inputs.n_rows // inputs.context
+    first = (n_windows - (round(JUDGED * n_windows) or 1)) * inputs.context
     labels = torch.from_numpy(inputs.labels.astype(np.int64))
     steps = epochs * -(-first // BATCH)
     optimiser = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)

@@ -216,27 +216,8 @@ def _edit_report(
     found: dict[tuple[float, str], list[np.ndarray]],
     rng: np.random.Generator,
 ) -> EditReport:
-    width, documents, context = tap_width(model, tap), len(windows), windows.shape[1]
-    baselines = []
-    for layer in range(len(model.layers)):
-        rows = np.concatenate([original[layer] for original in originals])
-        first = rng.integers(0, len(rows), UNRELATED_PAIRS)
-        # A token of another document.
-        step = rng.integers(1, documents, UNRELATED_PAIRS) * context
-        second = (first // context * context + step) % len(rows)
-        second += rng.integers(0, context, UNRELATED_PAIRS)
-        x, y = rows[first], rows[second]
-        rate = unpack_bits(rows, width).mean(axis=0)
-        static = rate >= np.sort(rate)[::-1][max(round(rate.sum()), 1) - 1]
-        baselines.append(
-            (
-                agreement(x, y, width).mean(),
-                jaccard(x, y).mean(),
-                (rate**2 + (1 - rate) ** 2).mean(),
-                np.where(static, rate, 1 - rate).mean(),
-            )
-        )
-    unrelated, unrelated_jaccard, frequency, static_agreement = np.array(baselines).T
+    baselines = _baselines(originals, tap_width(model, tap), rng)
+    unrelated, unrelated_jaccard, frequency, static_agreement = baselines
     rows_of_report = []
     for (share, stratum), values in sorted(found.items(), key=_by_share):
         mean = np.mean(values, axis=0)
@@ -261,14 +242,45 @@ def _edit_report(
         tap=tap,
         text=source.name,
         kind=kind,
-        documents=documents,
-        context=context,
+        documents=len(windows),
+        context=windows.shape[1],
         unrelated_agreement=unrelated.tolist(),
         unrelated_jaccard=unrelated_jaccard.tolist(),
         frequency_agreement=frequency.tolist(),
         static_agreement=static_agreement.tolist(),
         rows=rows_of_report,
     )
+
+
+def _baselines(
+    originals: list[list[np.ndarray]], width: int, rng: np.random.Generator
+) -> np.ndarray:
+    """By layer, (4, L): agreement and Jaccard of unrelated tokens, and agreement by frequency.
+
+    The latter of two tokens that have nothing but the neurons' rates in common, and of each token
+    with the most frequent neurons.
+    """
+    documents, context = len(originals), len(originals[0][0])
+    found = []
+    for layer in range(len(originals[0])):
+        rows = np.concatenate([original[layer] for original in originals])
+        first = rng.integers(0, len(rows), UNRELATED_PAIRS)
+        # A token of another document.
+        step = rng.integers(1, documents, UNRELATED_PAIRS) * context
+        second = (first // context * context + step) % len(rows)
+        second += rng.integers(0, context, UNRELATED_PAIRS)
+        x, y = rows[first], rows[second]
+        rate = unpack_bits(rows, width).mean(axis=0)
+        static = rate >= np.sort(rate)[::-1][max(round(rate.sum()), 1) - 1]
+        found.append(
+            (
+                agreement(x, y, width).mean(),
+                jaccard(x, y).mean(),
+                (rate**2 + (1 - rate) ** 2).mean(),
+                np.where(static, rate, 1 - rate).mean(),
+            )
+        )
+    return np.array(found).T
 
 
 def _by_share(item: tuple[tuple[float, str], Any]) -> tuple[float, int]:

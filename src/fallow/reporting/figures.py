@@ -8,8 +8,6 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from fallow.rules import find_rule
-
 DEPTH = ["#2f7fd6", "#e8772e"]  # from the first layer to the last
 COLORS = ["#2f7fd6", "#e8772e", "#2e9e6b", "#b05ccc", "#c9a227", "#d64550", "#5f7a8a"]
 GREY = "#888888"  # of lines, on light and dark
@@ -176,9 +174,9 @@ def natural_section(profile: dict[str, Any], command: str) -> Section:
 
 def tradeoff_section(table: list[dict[str, Any]], command: str) -> Section:
     rows, variants = table[1:], {}
-    kinds = [w for w in _WHERE if any(find_rule(r["rule"]).where == w for r in rows)]
+    kinds = [w for w in _WHERE if any(r["where"] == w for r in rows)]
     for where in kinds:
-        own = [row for row in rows if find_rule(row["rule"]).where == where]
+        own = [row for row in rows if row["where"] == where]
         prefix = f"{_WHERE[where]}: " if len(kinds) > 1 else ""
         for label, key, error, axis in (
             ("PPL change up to +10 %", "ppl_change_percent", "ppl_change_se", {"range": [-1, 10]}),

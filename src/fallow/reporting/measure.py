@@ -86,7 +86,7 @@ def measure(model: Model, request: Request, folder: Path) -> dict[str, Any]:
 class _Measurement:
     def __init__(self, model: Model, request: Request, folder: Path) -> None:
         if request.plan is not None:
-            model.rule(request.plan)
+            model.taps(request.plan)
         text, context = request.text, request.context
         windows = len(model.windows(text, context, request.windows, at_most=WINDOWS))
         model.windows(request.calibration_text, context, windows)  # as many, for neurons
@@ -121,7 +121,7 @@ class _Measurement:
         given = None if r.plan is None else hashlib.sha256(r.plan.to_bytes()).hexdigest()
         yield "card", {}, self._card
         yield "profile", {}, self._profile
-        rows = {"rules": list(r.rules), "sparsities": list(r.sparsities)}
+        rows = {"rules": list(r.rules), "sparsities": list(r.sparsities), "format": 2}
         yield "tradeoff", rows, self._tradeoff
         yield "plan", {"plan": given}, self._plan
         yield "sample", {"plan": given, "sample": r.sample.sha256}, self._sample

@@ -19,9 +19,9 @@ from fallow.common.errors import UsageError
 from fallow.common.progress import progress
 from fallow.measure.profiling import TOP, WINDOWS, ZERO_OUT_NORM
 from fallow.models.capture import non_finite_error
+from fallow.models.cuts import per_token_topk
 from fallow.models.taps import Tap, attach
 from fallow.reference.model import Model
-from fallow.rules._base import per_token_topk
 
 BEFORE, AFTER = 20, 7  # tokens of a snippet besides the one it is about
 LENGTH = BEFORE + 1 + AFTER

@@ -82,7 +82,8 @@ def report(
     Args:
         text: what models are measured on; None: the evaluation half of the default text.
         windows: of `text`, and for neurons of `calibration_text`; None: 8, or all of fewer.
-        rules, sparsities: of the trade-off.
+        rules: of the trade-off.
+        sparsities: of the trade-off.
         plan: a plan file for the one model; None: an example is calibrated.
         sample: a text file to show token by token.
         compare: two texts whose active neurons are compared.
@@ -96,32 +97,39 @@ def report(
         FallowError: a file, a text or a plan cannot be used, a text has fewer windows, or a model
             computes NaN.
     """
-    output = Path(output)
-    models = list(dict.fromkeys(models))
+    output, models = Path(output), list(dict.fromkeys(models))
     if plan is not None and len(models) > 1:
         raise UsageError("--plan is for one model; give one model, or leave out --plan")
     request = Request(
         text=load_text(text, "evaluation"),
         calibration_text=load_text(calibration_text, "calibration"),
-        context=context,
-        windows=windows,
-        rules=tuple(rules),
-        sparsities=tuple(sparsities),
+        context=context, windows=windows, rules=tuple(rules), sparsities=tuple(sparsities),
         plan=None if plan is None else Plan.load(plan),
-        sample=load_sample(sample),
-        compare=compare or COMPARED,
-    )
+        sample=load_sample(sample), compare=compare or COMPARED,
+    )  # fmt: skip
     check_request(request)
     bars = read_results(results)
     check_writable(output)
-    folder = Path(f"{output}.work") if work is None else Path(work)
     options = {
         "--output": output, "--text": text, "--calibration-text": calibration_text,
         "--context": context, "--windows": windows, "--rules": ",".join(rules),
-        "--sparsities": ",".join(f"{s:g}" for s in sparsities), "--plan": plan,
-        "--sample": sample, "--compare": compare, "--results": results, "--work": work,
-        "--dtype": dtype,
+        "--sparsities": ",".join(f"{s:g}" for s in sparsities), "--plan": plan, "--sample": sample,
+        "--compare": compare, "--results": results, "--work": work, "--dtype": dtype,
     }  # fmt: skip
+    return _write(output, models, dtype, request, work, options, bars)
+
+
+def _write(
+    output: Path,
+    models: list[str],
+    dtype: str,
+    request: Request,
+    work: str | Path | None,
+    options: dict[str, Any],
+    bars: dict[str, list[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Measures the models, one after the other, and writes the page; their main figures."""
+    folder = Path(f"{output}.work") if work is None else Path(work)
     chapters: list[Chapter] = []
     found = []
     for name in models:

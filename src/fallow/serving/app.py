@@ -1,7 +1,6 @@
 """The routes. Every error has OpenAI's form; a client that goes away frees the engine."""
 
 import asyncio
-import codecs
 import hmac
 import json
 import secrets
@@ -29,6 +28,7 @@ from fallow.engine.sampling import Sampler, TokenChoice
 from fallow.engine.stats import Stats
 from fallow.serving import schemas as api
 from fallow.serving.limits import Limits
+from fallow.serving.logprobs import chat_logprobs, completion_logprobs
 from fallow.serving.telemetry import Telemetry
 from fallow.serving.worker import Busy, Closing, Job, Worker
 
@@ -78,11 +78,27 @@ def create_app(
     # Depends() of a bearer scheme tells the schema that there is a key.
     if api_key is not None:
         guarded.append(Depends(HTTPBearer(auto_error=False)))
+    _add_health_and_metrics(app, answering, guarded, responses)
+    _add_models(app, answering, guarded, responses)
+    _add_completions(app, answering, guarded, responses)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(FallowError, _fallow_error)
+    app.add_exception_handler(Exception, _defect)
+    app.openapi = partial(_openapi, app, name)  # type: ignore[method-assign]
+    return app
+
+
+def _add_health_and_metrics(
+    app: FastAPI, answering: "_Answering", guarded: list[Any], responses: Any
+) -> None:
+    """Routes for those who run the server."""
+    worker, telemetry = answering.worker, answering.telemetry
 
     @app.get("/health")
     async def health() -> api.Health:
         """Whether the server takes requests, and how many wait."""
-        return api.Health(model=name, waiting=worker.waiting, running=worker.running)
+        return api.Health(model=answering.name, waiting=worker.waiting, running=worker.running)
 
     @app.get(
         "/metrics",
@@ -93,6 +109,10 @@ def create_app(
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(telemetry.text(), media_type=telemetry.content_type)
+
+
+def _add_models(app: FastAPI, answering: "_Answering", guarded: list[Any], responses: Any) -> None:
+    """Routes that tell which models there are: the one."""
 
     @app.get("/v1/models", dependencies=guarded, responses=_only(responses, 401))
     async def models() -> api.ModelList:
@@ -107,6 +127,11 @@ def create_app(
         answering.check_model(model)
         return answering.card
 
+
+def _add_completions(
+    app: FastAPI, answering: "_Answering", guarded: list[Any], responses: Any
+) -> None:
+    """Routes at which the model answers."""
     answers = responses | {404: {"model": api.ErrorResponse}, 200: EVENT_STREAM}
 
     @app.post(
@@ -128,13 +153,6 @@ def create_app(
     async def completions(body: api.CompletionRequest, request: Request) -> Any:
         """Continues a text, or each of several."""
         return await answering.completions(body, request)
-
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(FallowError, _fallow_error)
-    app.add_exception_handler(Exception, _defect)
-    app.openapi = partial(_openapi, app, name)  # type: ignore[method-assign]
-    return app
 
 
 def _only(responses: dict[Any, Any], code: int) -> dict[Any, Any]:
@@ -259,7 +277,7 @@ class _Answering:
                 api.ChatChoice(
                     index=0,
                     message=api.AnswerMessage(content=answer.texts[0]),
-                    logprobs=_chat_logprobs(self.tokenizer, answer.tokens[0], top),
+                    logprobs=chat_logprobs(self.tokenizer, answer.tokens[0], top),
                     finish_reason=answer.stats[0].finish,
                 )
             ],
@@ -299,7 +317,7 @@ class _Answering:
                 api.CompletionChoice(
                     index=i,
                     text=answer.texts[i],
-                    logprobs=_logprobs(
+                    logprobs=completion_logprobs(
                         self.tokenizer, answer.tokens[i], body.logprobs, answer.texts[i], 0
                     ),
                     finish_reason=answer.stats[i].finish,
@@ -402,10 +420,12 @@ class _Answering:
             if is_chat:
                 role = {"role": "assistant"} if first else {}
                 choice["delta"] = role if finish else role | {"content": piece.text}
-                found: Any = _chat_logprobs(self.tokenizer, piece.tokens, top)
+                found: Any = chat_logprobs(self.tokenizer, piece.tokens, top)
             else:
                 choice["text"] = piece.text
-                found = _logprobs(self.tokenizer, piece.tokens, top, piece.text, offsets[index])
+                found = completion_logprobs(
+                    self.tokenizer, piece.tokens, top, piece.text, offsets[index]
+                )
                 offsets[index] += len(piece.text)
             choice["logprobs"] = found.model_dump() if found and piece.tokens else None
             return _event(made | {"choices": [choice]})
@@ -525,69 +545,3 @@ def _usage(stats: Sequence[Stats]) -> api.Usage:
             decode_tps=last.decode_tps,
         ),
     )
-
-
-def _top(tokenizer: TextTokenizer, token: int, logprob: float | None) -> dict[str, Any]:
-    piece = tokenizer.piece(token)
-    text = piece.decode("utf-8", "replace")  # a token may be a part of a character
-    return {"token": text, "logprob": logprob, "bytes": list(piece)}
-
-
-def _chat_logprobs(
-    tokenizer: TextTokenizer, tokens: Sequence[TokenChoice], top: int | None
-) -> api.ChatLogprobs | None:
-    if top is None:
-        return None
-    return api.ChatLogprobs(
-        content=[
-            api.TokenLogprob(
-                **_top(tokenizer, t.id, t.logprob),
-                top_logprobs=[api.TopToken(**_top(tokenizer, *each)) for each in t.top],
-            )
-            for t in tokens
-        ]
-    )
-
-
-def _logprobs(
-    tokenizer: TextTokenizer,
-    tokens: Sequence[TokenChoice],
-    top: int | None,
-    text: str,
-    offset: int,
-) -> api.CompletionLogprobs | None:
-    """The older form, of /v1/completions, of a text that `offset` characters went before."""
-    if top is None:
-        return None
-    texts = [_top(tokenizer, t.id, 0)["token"] for t in tokens]
-    return api.CompletionLogprobs(
-        tokens=texts,
-        token_logprobs=[t.logprob for t in tokens],
-        top_logprobs=[
-            {each["token"]: each["logprob"] for each in (_top(tokenizer, *x) for x in t.top)}
-            if t.logprob is not None
-            else None
-            for t in tokens
-        ]
-        if top
-        else None,
-        text_offset=[offset + i for i in _begins(tokenizer, tokens, text)],
-    )
-
-
-def _begins(tokenizer: TextTokenizer, tokens: Sequence[TokenChoice], text: str) -> list[int]:
-    """Where in their text tokens begin; one that goes on with a character, where that does."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    found, at = [], 0
-    for token in tokens:
-        piece = tokenizer.piece(token.id)
-        if not (piece and 0x80 <= piece[0] < 0xC0):
-            at += len(decoder.decode(b"", final=True))  # of a character that broke off
-        found.append(at)
-        said = decoder.decode(piece)
-        if tokenizer.is_control(token.id):
-            said = said if text.startswith(said, at) else ""  # a prompt has it, an answer not
-        elif at == 0 and said.startswith(" ") and not text.startswith(" "):
-            said = said[1:]  # SentencePiece puts one before a text
-        at += len(said)
-    return found

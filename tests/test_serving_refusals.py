@@ -1,0 +1,326 @@
+"""What the server refuses and how it says so, and that its schema tells the same."""
+
+import http.client
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fallow.common.errors import UsageError
+from fallow.engine.engine import Engine
+from fallow.serving import limits
+from fallow.serving import schemas as api
+from fallow.serving.server import serve
+from served import HI, JSON, served
+
+
+def says(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    """A conversation of one message."""
+    return {"messages": [{"role": role, "content": content} | more]}
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"model": "gpt"}, 404, "there is no model 'gpt' here; this is 'tiny'"),
+        ({"messages": []}, 400, "messages: "),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role: "),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate"),
+        ({"messages": [{"role": "user", "content": "neuron " * 140}]}, 400, "fills the context"),
+        ({"messages": [{"role": "assistant", "content": "refuse"}]}, 400, "no such talk"),
+        ({"max_tokens": 0}, 400, "max_tokens: "),
+        ({"temperature": -1}, 400, "temperature: "),
+        ({"temperature": float("nan")}, 400, "temperature"),
+        ({"top_p": 1.5}, 400, "top_p: "),
+        ({"n": 2}, 400, "n: "),
+        ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"frequency_penalty": 1}, 400, "frequency_penalty: "),
+        ({"logit_bias": {"3": 1}}, 400, "logit_bias"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format.type: "),
+        ({"stop": ["a"] * 5}, 400, "stop: must be a text or a list of at most 4 texts"),
+        ({"stop": ""}, 400, "stop"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"temprature": 0}, 400, "temprature: is not supported here"),
+        ({"reasoning_effort": "low"}, 400, "reasoning_effort: is not supported here"),
+        ({"stream_options": {"x": 1}}, 400, "stream_options.x: is not supported here"),
+        ({"response_format": {"type": "text", "x": 1}}, 400, "response_format.x: is not"),
+        ({"functions": [{"name": "w"}]}, 400, "functions: "),
+        ({"function_call": {"name": "w"}}, 400, "function_call: "),
+        ({"tool_choice": "required"}, 400, "tool_choice: "),
+        ({"repeat_penalty": 1.3}, 400, "repeat_penalty: must be 1, as penalties are not"),
+        ({"repetition_penalty": 1.3}, 400, "repetition_penalty: "),
+        ({"ignore_eos": True}, 400, "ignore_eos: "),
+        ({"min_tokens": 8}, 400, "min_tokens: "),
+        ({"continue_final_message": True}, 400, "continue_final_message: "),
+        ({"add_generation_prompt": False}, 400, "add_generation_prompt: "),
+        ({"top_logprobs": 2}, 400, 'top_logprobs: needs "logprobs": true'),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, 400, "max_completion_tokens: differs"),
+        ({"\ud800": 1}, 400, "half of a surrogate pair"),
+        ({"x" * 999: 1}, 400, f"{'x' * 60}...: is not supported here"),
+        (says("assistant", None), 400, "messages.0.content: must be text, or a list"),
+        (says("assistant", "", tool_calls=[{"id": "a"}]), 400, "messages.0.tool_calls: "),
+        (says("assistant", None, tool_calls=[{"id": "a"}]), 400, "messages.0.tool_calls: "),
+        (says("user", "a", name="Ann"), 400, "messages.0.name: "),
+        (says("user", "a", weight=1), 400, "messages.0.weight: is not supported"),
+        (says("user", []), 400, "messages.0.content: must not be empty"),
+        (says("user", [{"type": "image_url"}]), 400, 'messages.0.content.0.type: must be "text"'),
+        (says("user", [{"type": "text"}]), 400, "messages.0.content.0.text: is missing"),
+        ({"messages": [3]}, 400, "messages.0: must be an object; it is 3"),
+        ({"messages": "hi"}, 400, 'messages: must be a list; it is "hi"'),
+    ],
+)
+def test_bad_requests(address: str, change: dict[str, Any], code: int, said: str) -> None:
+    body = json.dumps({"model": "tiny", "messages": HI} | change)
+    answer = httpx.post(f"{address}/v1/chat/completions", content=body, headers=JSON)
+    assert answer.status_code == code
+    error = answer.json()["error"]
+    assert said in error["message"]
+    assert error["type"] == {400: "invalid_request_error", 404: "not_found_error"}[code]
+    if ": " in said:
+        assert error["param"] == said.partition(": ")[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"suffix": "b"}, "suffix: must be empty"),
+        ({"best_of": 2}, "best_of: "),
+        ({"prompt": None}, "prompt: must be a text, a list of token ids, or a list of either"),
+        ({"prompt": []}, "prompt: "),
+        ({"prompt": ["a", 1]}, "prompt: "),
+        ({"prompt": [[1], []]}, "prompt: "),
+        ({"prompt": [[1, "a"]]}, "prompt: "),
+        ({"prompt": [-1]}, "prompt: "),
+        ({"prompt": ["a"] * 17}, "prompt: 17 are more than the 16 that may wait"),
+        ({"max_tokens": 0}, "max_tokens: must be at least 1, or 0 with"),
+        ({"max_tokens": -1}, "max_tokens: "),
+        ({"logprobs": 6}, "logprobs: "),
+        ({"logprobs": True}, "logprobs: "),
+        ({"messages": HI}, "messages: is not supported here"),
+        ({"model": None}, "model: "),
+    ],
+)
+def test_bad_completions(address: str, change: dict[str, Any], said: str) -> None:
+    body = {"model": "tiny", "prompt": "a"} | change
+    answer = httpx.post(f"{address}/v1/completions", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].startswith(said)
+    assert error["param"] == said.partition(": ")[0]
+
+
+# What clients send that changes nothing, and what is the same as leaving a field out.
+HARMLESS: dict[str, Any] = {
+    "user": "ann", "metadata": {"a": "b"}, "store": True, "safety_identifier": "x",
+    "service_tier": "auto", "prompt_cache_key": "k", "prompt_cache_retention": "24h",
+    "cache_prompt": False, "stream_options": {"include_usage": True, "include_obfuscation": False},
+    "n": 1, "stop": [], "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0,
+    "repeat_penalty": 1, "repetition_penalty": 1.0, "ignore_eos": False, "min_tokens": 0,
+}  # fmt: skip
+HARMLESS_IN_CHAT: dict[str, Any] = {
+    "tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "functions": [],
+    "function_call": "none", "response_format": {"type": "text"}, "logprobs": False,
+    "top_logprobs": None, "add_generation_prompt": True, "continue_final_message": False,
+}  # fmt: skip
+
+
+def test_what_changes_nothing_is_taken(address: str) -> None:
+    sent = {"role": "assistant", "content": "so", "refusal": None, "annotations": [], "audio": None}
+    sent |= {"function_call": None, "tool_calls": None, "name": None}
+    chat = {"messages": [*HI, sent]}, HARMLESS | HARMLESS_IN_CHAT
+    text = {"prompt": "neuron 3"}, HARMLESS | {"best_of": 1, "suffix": "", "echo": False}
+    for path, (body, harmless) in {"chat/completions": chat, "completions": text}.items():
+        start = {"model": "tiny", "temperature": 0, "max_tokens": 5}
+        answers = [
+            httpx.post(f"{address}/v1/{path}", json=start | body | more)
+            for more in ({}, harmless, dict.fromkeys(harmless))
+        ]
+        assert [a.status_code for a in answers] == [200] * 3, [a.text for a in answers]
+        first, *rest = ({"index": 0} | a.json()["choices"][0] for a in answers)
+        assert all(each == first for each in rest)
+
+
+def test_parts_of_text_are_one_text(address: str) -> None:
+    parts = [{"type": "text", "text": "neu"}, {"type": "text", "text": "ron"}]
+    said = [
+        httpx.post(
+            f"{address}/v1/chat/completions",
+            json={"model": "tiny", "temperature": 0, "max_tokens": 9} | says("user", content),
+        ).json()
+        for content in ("neuron", parts)
+    ]
+    assert said[0]["choices"] == said[1]["choices"]
+    assert said[0]["usage"]["prompt_tokens"] == said[1]["usage"]["prompt_tokens"]
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "tool_calls", "x"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+INTERNALS = re.compile(
+    r"(?i:traceback|object at 0x|union|function|literal|pydantic|instance|input should|value error)"
+    r"|\bNone\b|NoneType|\b(str|int|dict|bool|float)\b|is not understood"
+    r"|TextPart|ChatMessage|StreamOptions|ResponseFormat|\(text\)|\(parts\)"
+)
+
+
+@given(st.data())
+@settings(max_examples=400, deadline=None)
+def test_refusals_are_plain(data: st.DataObject) -> None:
+    """Whatever a field is, it is taken or its name and one sentence are said, nothing of Python."""
+    kind = data.draw(st.sampled_from([api.ChatRequest, api.CompletionRequest]))
+    name = data.draw(st.sampled_from([*kind.model_fields, "strange"]))
+    body: dict[str, Any] = {"model": "tiny", "prompt": "a", "messages": HI}
+    body.pop("prompt" if kind is api.ChatRequest else "messages")
+    try:
+        kind.model_validate(body | {name: data.draw(JSON_VALUES)})
+    except ValidationError as error:
+        for each in error.errors():
+            where, said = api.refusal(each["loc"], each)
+            assert where is not None
+            assert where.split(".")[0] == name
+            assert said.startswith(f"{where}: ")
+            assert "\n" not in said
+            # What was sent is repeated, and may be anything.
+            assert not INTERNALS.search(said.partition("; it is ")[0].replace(name, "")), said
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"model": ' + b"9" * 6000]
+)
+def test_garbage_is_refused(address: str, body: bytes) -> None:
+    answer = httpx.post(f"{address}/v1/completions", content=body, headers=JSON)
+    assert answer.status_code == 400
+    assert "message" in answer.json()["error"]
+
+
+def test_another_kind_of_body(address: str) -> None:
+    """What curl -d sends: also what a web page could send unasked."""
+    answer = httpx.post(f"{address}/v1/completions", data={"model": "tiny"})
+    assert answer.status_code == 400
+    assert "send Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "code"),
+    [("OPTIONS", "/v1/models", 405), ("GET", "/v1/completions", 405), ("GET", "/v1", 404)],
+)
+def test_routes_that_there_are_not(address: str, method: str, path: str, code: int) -> None:
+    preflight = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
+    answer = httpx.request(method, f"{address}{path}", headers=preflight)
+    assert answer.status_code == code
+    assert answer.json()["error"]["message"].startswith(f"{method} {path}: ")
+    assert "access-control-allow-origin" not in answer.headers
+    assert ("allow" in answer.headers) == (code == 405)
+
+
+def test_a_slash_at_the_end(address: str) -> None:
+    assert httpx.get(f"{address}/v1/models/").json()["data"][0]["id"] == "tiny"
+    assert httpx.get(f"{address}/v1/models/tiny/").json()["id"] == "tiny"
+    for path, body in (("chat/completions", {"messages": HI}), ("completions", {"prompt": "a"})):
+        answer = httpx.post(f"{address}/v1/{path}/", json={"model": "tiny", "max_tokens": 1} | body)
+        assert answer.status_code == 200
+
+
+def test_web_pages_of_an_origin(engine: Engine) -> None:
+    """https://fetch.spec.whatwg.org/#http-cors-protocol"""
+    page = {"Origin": "http://localhost:3000"}
+    ask = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    with served(engine, api_key="secret", cors=["http://localhost:3000"]) as address:
+        url = f"{address}/v1/completions"
+        preflight = httpx.options(url, headers=page | ask)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == page["Origin"]
+        assert "POST" in preflight.headers["access-control-allow-methods"]
+        allowed = preflight.headers["access-control-allow-headers"].lower()
+        assert {"authorization", "content-type"} <= set(re.split(", *", allowed))
+        for key, code in (("secret", 200), ("wrong", 401)):
+            headers = page | {"Authorization": f"Bearer {key}"}
+            answer = httpx.post(url, json=body, headers=headers)
+            assert answer.status_code == code
+            assert answer.headers["access-control-allow-origin"] == page["Origin"]
+        other = {"Origin": "http://example.com"}
+        assert httpx.options(url, headers=other | ask).status_code == 400
+        assert "access-control-allow-origin" not in httpx.get(url, headers=other).headers
+
+
+@pytest.mark.parametrize("origin", ["localhost:3000", "http://localhost:3000/", "http://", ""])
+def test_what_no_browser_sends_as_its_origin(engine: Engine, origin: str) -> None:
+    with pytest.raises(UsageError, match="is no origin; give one such as http://localhost:3000"):
+        serve(engine, "tiny", port=0, cors=["*", origin])
+
+
+def test_a_token_outside_the_vocabulary(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="token id 300 is outside the vocabulary"):
+        client.completions.create(model="tiny", prompt=[300])
+
+
+def test_the_key(engine: Engine) -> None:
+    with served(engine, api_key="secret") as address:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
+            answer = httpx.get(f"{address}/v1/models", headers=headers)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert httpx.get(f"{address}/metrics").status_code == 401
+        assert httpx.get(f"{address}/health").status_code == 200
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="secret") as client:
+            assert [m.id for m in client.models.list()] == ["tiny"]
+
+
+def test_large_and_slow_bodies(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.3)
+    with served(engine, max_body=1000) as address:
+        large = httpx.post(f"{address}/v1/completions", content=b"x" * 1001)
+        assert large.status_code == 413
+        assert large.json()["error"]["message"] == "the body has more than 1000 bytes"
+        chunked = httpx.post(f"{address}/v1/completions", content=iter([b"x" * 600] * 2))
+        assert chunked.status_code == 413
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+        connection.putrequest("POST", "/v1/completions")
+        connection.putheader("Content-Length", "100")
+        connection.endheaders(b'{"model"')
+        assert connection.getresponse().status == 408
+        connection.close()
+
+
+# The schema --------------------------------------------------------------------------------------
+
+
+def test_schemathesis(address: str, tmp_path: Path) -> None:
+    """What the schema allows is answered as it says, and what it forbids is refused."""
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).parent / "schemathesis"),
+            "run",
+            f"{address}/openapi.json",
+            "--max-examples=25",
+            "--seed=0",
+            "--exclude-checks=positive_data_acceptance",  # a prompt may be too long for the model
+            "--no-color",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
