@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "kernels/avx512.h"
+#include "kernels/avx512_lanes.h"
 
 namespace fallow {
 namespace {
@@ -170,9 +171,60 @@ FALLOW_INLINE uint64_t two_words(const uint8_t* first, const uint8_t* second) {
   return load_u32(first) | static_cast<uint64_t>(load_u32(second)) << 32;
 }
 
+// How formats that keep two columns in a byte do so, for 128 columns, `half` of a span: kLow[half] and
+// kHigh[half] are the groups of the low and high nibbles of each dword of four bytes, place(j) is where
+// column j's sum lies when those of low nibbles come first.
+
+// Blocks of 32: bytes of four blocks, the low nibbles columns 0..15 of each.
+template <class F, size_t from>
+struct BlockNibbles {
+  static constexpr bool has_fifth = false;
+  alignas(64) static constexpr int32_t kLow[2][16] = {
+      {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3}, {4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7}};
+  static constexpr const auto& kHigh = kLow;
+  static FALLOW_INLINE __m512i load(const uint8_t* b, int half) {
+    b += 4 * half * F::bytes + from;
+    __m512i v = _mm512_castsi128_si512(load128(b));
+    v = _mm512_mask_broadcast_i32x4(v, 0x00F0, load128(b + F::bytes));
+    v = _mm512_mask_broadcast_i32x4(v, 0x0F00, load128(b + 2 * F::bytes));
+    return _mm512_mask_broadcast_i32x4(v, 0xF000, load128(b + 3 * F::bytes));
+  }
+  static size_t place(size_t j) { return 64 * (j / 16 % 2) + 16 * (j % 16 / 4) + 4 * (j / 32) + j % 4; }
+};
+// The K formats: 64 bytes, the low nibbles of each 32 a group and the high ones the next.
+template <size_t from>
+struct RunNibbles {
+  static constexpr bool has_fifth = false;
+  alignas(64) static constexpr int32_t kLow[2][16] = {
+      {0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2}, {4, 4, 4, 4, 4, 4, 4, 4, 6, 6, 6, 6, 6, 6, 6, 6}};
+  alignas(64) static constexpr int32_t kHigh[2][16] = {
+      {1, 1, 1, 1, 1, 1, 1, 1, 3, 3, 3, 3, 3, 3, 3, 3}, {5, 5, 5, 5, 5, 5, 5, 5, 7, 7, 7, 7, 7, 7, 7, 7}};
+  static FALLOW_INLINE __m512i load(const uint8_t* b, int half) { return load512(b + from + 64 * half); }
+  static size_t place(size_t j) {
+    const size_t byte = j / 64 * 32 + j % 32;
+    return 64 * (j / 32 % 2) + 16 * (byte % 16 / 4) + 4 * (byte / 16) + byte % 4;
+  }
+};
+// Bit g of 32 bytes is the fifth one of group g.
+struct RunNibbles5 : RunNibbles<48> {
+  static constexpr bool has_fifth = true;
+  static FALLOW_INLINE __m512i fifth(const uint8_t* b) { return _mm512_broadcast_i64x4(load256(b + 16)); }
+  static FALLOW_INLINE void add_fifth(__m512i bits, int half, __m512i& low, __m512i& high) {
+    // Groups 4 half and 4 half + 2 of the low nibbles, the next of the high ones: to bit 4.
+    if (half == 0) {
+      low = with_fifth(low, _mm512_sllv_epi64(bits, _mm512_set_epi64(2, 2, 2, 2, 4, 4, 4, 4)));
+      high = with_fifth(high, _mm512_sllv_epi64(bits, _mm512_set_epi64(1, 1, 1, 1, 3, 3, 3, 3)));
+    } else {
+      low = with_fifth(low, _mm512_srlv_epi64(bits, _mm512_set_epi64(2, 2, 2, 2, 0, 0, 0, 0)));
+      high = with_fifth(high, _mm512_srlv_epi64(bits, _mm512_set_epi64(3, 3, 3, 3, 1, 1, 1, 1)));
+    }
+  }
+};
+
 // chunk(b, j): columns [64 j, 64 j + 64) of a span; groups(b, n, s, m): its scales and minima, n groups
 // of them; for formats without minima m is left alone.
 struct V4_0 : Q4_0 {
+  using Nibbles = BlockNibbles<Q4_0, 2>;
   static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
     b += 2 * j * bytes;
     return two_nibble_blocks(b + 2, b + bytes + 2);
@@ -183,6 +235,7 @@ struct V4_0 : Q4_0 {
   }
 };
 struct V4_1 : Q4_1 {
+  using Nibbles = BlockNibbles<Q4_1, 4>;
   static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) {
     b += 2 * j * bytes;
     return two_nibble_blocks(b + 4, b + bytes + 4);
@@ -251,10 +304,12 @@ FALLOW_INLINE void k_groups(const uint8_t* b, __m256& s, __m256& m) {
 }
 
 struct V4_K : Q4_K {
+  using Nibbles = RunNibbles<16>;
   static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) { return nibble_run(b + 16 + 32 * j); }
   static FALLOW_INLINE void groups(const uint8_t* b, size_t, __m256& s, __m256& m) { k_groups(b, s, m); }
 };
 struct V5_K : Q5_K {
+  using Nibbles = RunNibbles5;
   static FALLOW_INLINE __m512i fifth_bits(__m512i q, const uint8_t* b, int j) {
     const __m512i high = _mm512_broadcast_i64x4(load256(b + 16));
     const __m512i bit = _mm512_inserti64x4(_mm512_set1_epi8(static_cast<char>(1 << (2 * j))),
@@ -284,8 +339,7 @@ struct V6_K : Q6_K {
   }
 };
 
-// Bytes ahead of the work, at least: with 4096 half of all rows ran at 31 GB/s, now at 34 to 36.
-constexpr size_t kPrefetch = 8192;
+constexpr size_t kPrefetch = 8192;  // bytes ahead of the work, at least
 
 // Rows of a matrix. A Row is where some row's next columns lie.
 template <class F>
@@ -436,44 +490,43 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
   gemv(Whole<F>{w, row_bytes}, rows, begin, n, k, x, y);
 }
 
-// The quantised coefficients of four rows in one span.
+// Rows that are summed in integers before they become floats.
+constexpr size_t kSummed = 16;
+
+// The quantised coefficients of kSummed rows in one span.
 template <class F>
 struct Coefficients {
   using G = Groups<F::group>;
-  typename G::I bytes;   // four int8 per group, one of each row
-  typename G::I start;   // what their offsets add up to, negative
-  typename G::V scale;   // of the integers
+  typename G::I bytes[4];  // four int8 per group, one of each of four rows
+  typename G::I start;     // what their offsets add up to, negative
+  typename G::V scale;     // of the integers
 };
 
-// Scales and minima of four rows in one span.
+// Scales and minima of kSummed rows in one span.
 template <class F>
-struct FourGroups {
-  typename Groups<F::group>::V s[4], m[4];
-};
+struct RowGroups {
+  typename Groups<F::group>::V s[kSummed], m[kSummed];
 
-template <class F, class Row>
-FALLOW_INLINE FourGroups<F> groups_of(const Row* rows, size_t column, size_t n) {
-  FourGroups<F> found;
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) {
-    Row row = rows[r];
-    row.skip(column);
-    row.groups(n, found.s[r], found.m[r]);
+  template <class Row>
+  FALLOW_INLINE RowGroups(const Row* rows, size_t column, size_t n) {
+    for (size_t r = 0; r < kSummed; ++r) {
+      Row row = rows[r];
+      row.skip(column);
+      row.groups(n, s[r], m[r]);
+    }
   }
-  return found;
-}
+};
 
-// c[r] * s of four rows as int8 with one scale per group. The error is that of int8 activations,
-// but relative to the largest of four products instead of 32. Minima are summed exactly.
+// c[r] * s of kSummed rows as int8 with one scale per group. The error is that of int8 activations,
+// but relative to the largest of 16 products instead of 32. Minima are summed exactly.
 template <class F>
-FALLOW_INLINE Coefficients<F> prepare(const FourGroups<F>& groups, const float* c, size_t n,
+FALLOW_INLINE Coefficients<F> prepare(const RowGroups<F>& groups, const float* c, size_t n,
                                       float* minima) {
   using G = Groups<F::group>;
-  constexpr int centre = F::has_min ? (F::type == kQ4_1 || F::type == kQ4_K ? 8 : 16)
-                                    : static_cast<int>(F::offset);
-  typename G::V product[4], largest = G::zero(), minimum = G::zero();
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) {
+  constexpr int centre = F::has_min ? static_cast<int>(F::centre) : static_cast<int>(F::offset);
+  typename G::V product[kSummed], largest = G::zero(), minimum = G::zero();
+#pragma GCC unroll 16
+  for (size_t r = 0; r < kSummed; ++r) {
     product[r] = G::mul(groups.s[r], G::set1(c[r]));
     largest = G::max_abs(largest, product[r]);
     if constexpr (F::has_min) {  // w = s (q - centre) - (m - centre s)
@@ -482,46 +535,127 @@ FALLOW_INLINE Coefficients<F> prepare(const FourGroups<F>& groups, const float* 
     }
   }
   const typename G::V inverse = G::div(G::set1(127.0f), largest);
-  typename G::I q[4], sum;
+  Coefficients<F> found;
+  typename G::I sum = G::round(G::zero());
 #pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) q[r] = G::round(G::mul(product[r], inverse));
-  sum = G::add(G::add(q[0], q[1]), G::add(q[2], q[3]));
+  for (size_t four = 0; four < 4; ++four) {
+    typename G::I q[4];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < 4; ++r) q[r] = G::round(G::mul(product[4 * four + r], inverse));
+    sum = G::add(sum, G::add(G::add(q[0], q[1]), G::add(q[2], q[3])));
+    found.bytes[four] = G::bytes(q[0], q[1], q[2], q[3]);
+  }
   if constexpr (F::has_min) {
     const typename G::V before = G::load(minima, n);
     G::store(minima, G::fma(minimum, G::set1(1.0f), before), n);
   }
-  return {G::bytes(q[0], q[1], q[2], q[3]), G::minus_times(sum, centre),
-          G::mul(largest, G::set1(1 / 127.0f))};
+  found.start = G::minus_times(sum, centre);
+  found.scale = G::mul(largest, G::set1(1 / 127.0f));
+  return found;
 }
 
-// Columns are summed in slabs, so that sums and minima stay in the first cache.
-constexpr size_t kSpans = kSlab / kSpan;
+// Bytes of four rows side by side: lane l of out[i] holds bytes 16 l + 4 i + (0..3), a dword each.
+FALLOW_INLINE void interleave(__m512i a, __m512i b, __m512i c, __m512i d, __m512i* out) {
+  const __m512i low_ab = _mm512_unpacklo_epi8(a, b), low_cd = _mm512_unpacklo_epi8(c, d);
+  const __m512i high_ab = _mm512_unpackhi_epi8(a, b), high_cd = _mm512_unpackhi_epi8(c, d);
+  out[0] = _mm512_unpacklo_epi16(low_ab, low_cd);
+  out[1] = _mm512_unpackhi_epi16(low_ab, low_cd);
+  out[2] = _mm512_unpacklo_epi16(high_ab, high_cd);
+  out[3] = _mm512_unpackhi_epi16(high_ab, high_cd);
+}
 
-// sums[t] (chunks * 64,) += four rows times token t's coefficients, for every token. Within 64 columns
-// the order is that of byte interleaving: lane l of register i holds columns 16 l + 4 i + (0..3).
+// sums[t] (chunks * 64,) += kSummed rows times token t's coefficients, for every token.
 template <class F, int chunks, size_t tokens, class Row>
-FALLOW_INLINE void axpy_span(const Row* rows, const Coefficients<F> (&coefficients)[tokens],
-                             float (*sums)[kSlab], size_t at) {
+FALLOW_INLINE void axpy_chunks(const Row* rows, const Coefficients<F> (&coefficients)[tokens],
+                               float (*sums)[kSlab], size_t at) {
   using G = Groups<F::group>;
-#pragma GCC unroll 4
   for (int j = 0; j < chunks; ++j) {
-    const __m512i r0 = rows[0].chunk(j), r1 = rows[1].chunk(j);
-    const __m512i r2 = rows[2].chunk(j), r3 = rows[3].chunk(j);
-    const __m512i low01 = _mm512_unpacklo_epi8(r0, r1), low23 = _mm512_unpacklo_epi8(r2, r3);
-    const __m512i high01 = _mm512_unpackhi_epi8(r0, r1), high23 = _mm512_unpackhi_epi8(r2, r3);
-    const __m512i columns[4] = {
-        _mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
-        _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+    __m512i sum[tokens][4];
 #pragma GCC unroll 4
     for (size_t t = 0; t < tokens; ++t) {
       const __m512i start = G::spread(coefficients[t].start, j);
-      const __m512i bytes = G::spread(coefficients[t].bytes, j);
-      const __m512 scale = G::spread(coefficients[t].scale, j);
+      for (__m512i& lane : sum[t]) lane = start;
+    }
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        float* to = sums[t] + at + 64 * j + 16 * i;
-        const __m512 p = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, columns[i], bytes));
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(p, scale, _mm512_loadu_ps(to)));
+    for (size_t four = 0; four < 4; ++four) {
+      const Row* r = rows + 4 * four;
+      __m512i columns[4];
+      interleave(r[0].chunk(j), r[1].chunk(j), r[2].chunk(j), r[3].chunk(j), columns);
+#pragma GCC unroll 4
+      for (size_t t = 0; t < tokens; ++t) {
+        const __m512i bytes = G::spread(coefficients[t].bytes[four], j);
+#pragma GCC unroll 4
+        for (size_t i = 0; i < 4; ++i) sum[t][i] = _mm512_dpbusd_epi32(sum[t][i], columns[i], bytes);
+      }
+    }
+#pragma GCC unroll 4
+    for (size_t t = 0; t < tokens; ++t) {
+      const __m512 scale = G::spread(coefficients[t].scale, j);
+      float* to = sums[t] + at + 64 * static_cast<size_t>(j);
+#pragma GCC unroll 4
+      for (size_t i = 0; i < 4; ++i, to += 16)
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][i]), scale, _mm512_loadu_ps(to)));
+    }
+  }
+}
+
+// The same for a span of formats that keep two columns in a byte: bytes are interleaved, and then halved.
+template <class F, size_t tokens, class Row>
+FALLOW_INLINE void axpy_nibbles(const Row* rows, const Coefficients<F> (&coefficients)[tokens],
+                                float (*sums)[kSlab], size_t at) {
+  using N = typename F::Nibbles;
+  const auto spread = [](__m256i v, const int32_t* lanes) {
+    return _mm512_permutexvar_epi32(load512(lanes), _mm512_castsi256_si512(v));
+  };
+  const auto spread_floats = [](__m256 v, const int32_t* lanes) {
+    return _mm512_permutexvar_ps(load512(lanes), _mm512_castps256_ps512(v));
+  };
+  __m512i fifth[4][4];
+  if constexpr (N::has_fifth)
+#pragma GCC unroll 4
+    for (size_t four = 0; four < 4; ++four) {
+      const Row* r = rows + 4 * four;
+      interleave(N::fifth(r[0].b), N::fifth(r[1].b), N::fifth(r[2].b), N::fifth(r[3].b), fifth[four]);
+    }
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half, at += 128) {
+    const int32_t *to_low = N::kLow[half], *to_high = N::kHigh[half];
+    __m512i low[tokens][4], high[tokens][4];
+#pragma GCC unroll 4
+    for (size_t t = 0; t < tokens; ++t)
+#pragma GCC unroll 4
+      for (size_t i = 0; i < 4; ++i) {
+        low[t][i] = spread(coefficients[t].start, to_low);
+        high[t][i] = spread(coefficients[t].start, to_high);
+      }
+#pragma GCC unroll 4
+    for (size_t four = 0; four < 4; ++four) {
+      const Row* r = rows + 4 * four;
+      __m512i columns[4];
+      interleave(N::load(r[0].b, half), N::load(r[1].b, half), N::load(r[2].b, half),
+                 N::load(r[3].b, half), columns);
+#pragma GCC unroll 4
+      for (size_t i = 0; i < 4; ++i) {
+        __m512i first = low_nibbles(columns[i]), second = high_nibbles(columns[i]);
+        if constexpr (N::has_fifth) N::add_fifth(fifth[four][i], half, first, second);
+#pragma GCC unroll 4
+        for (size_t t = 0; t < tokens; ++t) {
+          const __m256i bytes = coefficients[t].bytes[four];
+          low[t][i] = _mm512_dpbusd_epi32(low[t][i], first, spread(bytes, to_low));
+          high[t][i] = _mm512_dpbusd_epi32(high[t][i], second, spread(bytes, to_high));
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (size_t t = 0; t < tokens; ++t) {
+      const __m512 first = spread_floats(coefficients[t].scale, to_low);
+      const __m512 second = spread_floats(coefficients[t].scale, to_high);
+      float* to = sums[t] + at;
+#pragma GCC unroll 4
+      for (size_t i = 0; i < 4; ++i, to += 16) {
+        const __m512 a = _mm512_cvtepi32_ps(low[t][i]), b = _mm512_cvtepi32_ps(high[t][i]);
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(a, first, _mm512_loadu_ps(to)));
+        _mm512_storeu_ps(to + 64, _mm512_fmadd_ps(b, second, _mm512_loadu_ps(to + 64)));
       }
     }
   }
@@ -535,68 +669,76 @@ struct Tokens {
   size_t y_stride;
 };
 
+// Columns are summed in slabs, so that sums and minima stay in the first cache.
+constexpr size_t kSpans = kSlab / kSpan;
+
 // Columns [from, from + k) of the rows' sums.
 template <size_t tokens, class Rows>
 FALLOW_INLINE void axpy_slab(const Rows& w, const int32_t* rows, size_t begin, size_t n,
                              size_t from, size_t k, const Tokens& x) {
   using F = typename Rows::Format;
+  using Row = typename Rows::Row;
   alignas(64) float sums[tokens][kSlab];
   alignas(64) float minima[tokens][kSlab / F::group];
   for (size_t t = 0; t < tokens; ++t) {
     std::memset(sums[t], 0, k * sizeof(float));
     std::memset(minima[t], 0, k / F::group * sizeof(float));
   }
-  const size_t ahead = kPrefetch / w.row_bytes + 4;
   const auto row_at = [&](size_t i) {
     auto row = w[row_of(rows, begin, i)];
     row.skip(from);
     return row;
   };
-  for (size_t i = 0; i < n; i += 4) {
-    typename Rows::Row b[4], later[4];
-    float c[tokens][4];
-    for (size_t r = 0; r < 4; ++r) {  // rows past the end are the last one with coefficient 0
+  const size_t whole = k / kSpan * kSpan;
+  for (size_t i = 0; i < n; i += kSummed) {
+    Row b[kSummed], later[kSummed];
+    float c[tokens][kSummed];
+    for (size_t r = 0; r < kSummed; ++r) {  // rows past the end are the last one with coefficient 0
       const bool there = i + r < n;
       b[r] = row_at(there ? i + r : n - 1);
       for (size_t t = 0; t < tokens; ++t) c[t][r] = there ? x.c[t * x.stride + i + r] : 0.0f;
-      if (i + r + ahead < n) later[r] = row_at(i + r + ahead);
+      if (i + r + kSummed < n) later[r] = row_at(i + r + kSummed);
     }
-    // All coefficients first: they take a long chain of steps, which would leave each span's
-    // products waiting (a third of the time).
-    Coefficients<F> coefficients[kSpans][tokens];
-    const auto prepare_span = [&](size_t column, size_t groups, Coefficients<F>(&found)[tokens],
-                                  size_t at) {
-      const FourGroups<F> four = groups_of<F>(b, column, groups);
+    const auto span = [&](size_t at, auto columns, auto add) {
+      for (auto& row : later) row.ask(columns);
+      const RowGroups<F> groups(b, 0, columns / F::group);
+      Coefficients<F> coefficients[tokens];
 #pragma GCC unroll 4
       for (size_t t = 0; t < tokens; ++t)
-        found[t] = prepare(four, c[t], groups, minima[t] + at / F::group);
+        coefficients[t] = prepare(groups, c[t], columns / F::group, minima[t] + at / F::group);
+      add(coefficients);
+      for (auto& row : b) row.skip(columns);
     };
-    size_t at = 0;
-    for (; at + kSpan <= k; at += kSpan)
-      prepare_span(at, kSpan / F::group, coefficients[at / kSpan], at);
-    for (at = 0; at + kSpan <= k; at += kSpan) {
-      for (auto& row : later) row.ask(kSpan);
-      axpy_span<F, 4>(b, coefficients[at / kSpan], sums, at);
-      for (auto& row : b) row.skip(kSpan);
-    }
+    for (size_t at = 0; at < whole; at += kSpan)
+      span(at, std::integral_constant<size_t, kSpan>{}, [&](const auto& coefficients) {
+        if constexpr (requires { typename F::Nibbles; }) {
+          axpy_nibbles<F>(b, coefficients, sums, at);
+        } else {
+          axpy_chunks<F, 4>(b, coefficients, sums, at);
+        }
+      });
     if constexpr (F::block == 32) {
-      for (auto& row : later) row.ask(k - at);
       const auto rest = [&]<int chunks>() {
-        prepare_span(0, chunks * 64 / F::group, coefficients[0], at);
-        axpy_span<F, chunks>(b, coefficients[0], sums, at);
+        span(whole, std::integral_constant<size_t, chunks * 64>{}, [&](const auto& coefficients) {
+          axpy_chunks<F, chunks>(b, coefficients, sums, whole);
+        });
       };
-      const size_t chunks = (k - at) / 64;
+      const size_t chunks = (k - whole) / 64;
       if (chunks == 1) rest.template operator()<1>();
       if (chunks == 2) rest.template operator()<2>();
       if (chunks == 3) rest.template operator()<3>();
     }
   }
-  for (size_t t = 0; t < tokens; ++t)
-    for (size_t j = 0; j < k; ++j) {
-      const size_t in = j % 64;
-      x.y[t * x.y_stride + from + j] +=
-          sums[t][j - in + in / 4 % 4 * 16 + in / 16 * 4 + in % 4] - minima[t][j / F::group];
+  const auto place = [&](size_t j) {
+    if constexpr (requires { typename F::Nibbles; }) {
+      if (j < whole) return j - j % 128 + F::Nibbles::place(j % 128);
     }
+    const size_t in = j % 64;
+    return j - in + in / 4 % 4 * 16 + in / 16 * 4 + in % 4;
+  };
+  for (size_t t = 0; t < tokens; ++t)
+    for (size_t j = 0; j < k; ++j)
+      x.y[t * x.y_stride + from + j] += sums[t][place(j)] - minima[t][j / F::group];
 }
 
 template <size_t tokens, class Rows>
@@ -989,6 +1131,14 @@ void add(Kernels& table) {
   table.axpy_tokens[F::type] = axpy_tokens<F>;
 }
 
+// For formats of four bits, and Q5_K: 16 rows at a time take 0.6 to 0.8 of the time of one by one. Of
+// the others, whose bytes need fewer steps row by row, they take 1.2 to 1.4 times as long (Zen 4).
+template <class L>
+void add_lanes(Kernels& table) {
+  table.gemv_rows[L::type] = gemv_lanes<L>;
+  table.gemv_tokens[L::type] = gemv_lanes_tokens<L>;
+}
+
 template <class L>
 void add_float(Kernels& table, uint32_t type) {
   table.gemv_rows[type] = gemv_rows_float<L>;
@@ -1044,6 +1194,10 @@ Kernels make() {
   add<V4_K>(table);
   add<V5_K>(table);
   add<V6_K>(table);
+  add_lanes<LanesOf32<Q4_0>>(table);
+  add_lanes<LanesOf32<Q4_1>>(table);
+  add_lanes<LanesOfK<Block4_K>>(table);
+  add_lanes<LanesOfK<Block5_K>>(table);
   table.gemv_rows[kTwoBits] = gemv_two_bits;
   add_float<L32>(table, kF32);
   add_float<LF16>(table, kF16);

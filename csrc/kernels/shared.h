@@ -23,7 +23,7 @@ FALLOW_INLINE size_t row_of(const int32_t* rows, size_t begin, size_t i) {
 // would be more than the processor keeps in flight; rows of 5 KB then ran at 56 % of memory speed.
 FALLOW_INLINE void prefetch(const uint8_t*& p, size_t n) {
   if (!p) return;
-  for (size_t i = 0; i < n; i += 64) __builtin_prefetch(p + i);
+  for (size_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 1);
   p += n;
 }
 

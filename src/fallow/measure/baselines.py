@@ -39,6 +39,61 @@ class LlamaCpp:
         }
 
 
+class IkLlamaCpp:
+    """ik-llama-cpp-python; its own library, or the one that IK_LLAMA_CPP_LIB_PATH names."""
+
+    repack = False  # weights laid out anew as they are loaded
+
+    def __init__(self, source: str, threads: int, n_tokens: int) -> None:
+        from ik_llama_cpp import _ctypes_api as api
+
+        self.api = api
+        api.llama_backend_init()
+        params = api.llama_model_default_params()
+        params.repack_tensors, params.use_mmap = self.repack, not self.repack
+        self.model = api.llama_model_load_from_file(source.encode(), params)
+        if not self.model:
+            raise RuntimeError(f"ik_llama.cpp cannot load {source}")
+        settings = api.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = max(n_tokens, 512), 512, 512
+        settings.n_threads = settings.n_threads_batch = threads
+        self.context = api.llama_init_from_model(self.model, settings)
+        if not self.context:
+            raise RuntimeError(f"ik_llama.cpp makes no context for {source}")
+
+    def _eval(self, ids: list[int], position: int) -> None:
+        import ctypes
+
+        tokens = (self.api.llama_token * len(ids))(*ids)
+        batch = self.api.llama_batch(
+            n_tokens=len(ids),
+            token=ctypes.cast(tokens, ctypes.POINTER(self.api.llama_token)),
+            all_pos_0=position,
+            all_pos_1=1,
+            all_seq_id=0,
+        )
+        if self.api.llama_decode(self.context, batch):
+            raise RuntimeError("ik_llama.cpp cannot decode")
+
+    def run(self, ids: list[int], prompt: int) -> dict[str, float]:
+        self.api.llama_kv_cache_clear(self.context)
+        start = time.perf_counter()
+        for first in range(0, prompt, 512):
+            self._eval(ids[first : min(first + 512, prompt)], first)
+        middle = time.perf_counter()
+        for position in range(prompt, len(ids)):
+            self._eval(ids[position : position + 1], position)
+        end = time.perf_counter()
+        return {
+            "prefill_tps": prompt / (middle - start),
+            "decode_tps": (len(ids) - prompt) / (end - middle),
+        }
+
+
+class IkRepacked(IkLlamaCpp):
+    repack = True
+
+
 class OpenVino:
     """OpenVINO GenAI, which reads llama and qwen GGUF files and generates freely."""
 
@@ -68,7 +123,12 @@ class OpenVino:
         }
 
 
-ENGINES: dict[str, Any] = {"llama.cpp": LlamaCpp, "openvino": OpenVino}
+ENGINES: dict[str, Any] = {
+    "llama.cpp": LlamaCpp,
+    "ik_llama.cpp": IkLlamaCpp,
+    "ik_llama.cpp repacked": IkRepacked,
+    "openvino": OpenVino,
+}
 
 
 def main() -> None:
