@@ -1,8 +1,9 @@
-"""Speed of the engine against llama.cpp and OpenVINO, of skipping, and of the kernels.
+"""Speed of the engine against llama.cpp, ik_llama.cpp and OpenVINO, of skipping, and of kernels.
 
 Everything is compared inside one run, alternating; ratios and medians are reported. Each timed
 configuration comes with its PPL and KL on WikiText-2 raw test text; plans are fitted on the
-validation text. Needs llama-cpp-python==0.3.36, and openvino-genai for its column:
+validation text. Needs llama-cpp-python==0.3.36, and for their rows openvino-genai and
+ik-llama-cpp-python==0.1.5, whose wheel is an AVX2 build (IK_LLAMA_CPP_LIB_PATH names a native one):
 
     python benchmarks/engine.py smollm2 gemma3 qwen2.5-1.5b
     python benchmarks/engine.py --report      # writes docs/results/engine.md
@@ -11,6 +12,7 @@ validation text. Needs llama-cpp-python==0.3.36, and openvino-genai for its colu
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tradeoff import DATA, ROOT, machine_line, record_machine, update_readme
+from tradeoff import DATA, ROOT, machine_line, processor, record_machine, update_readme
 
 RESULTS = ROOT / "benchmarks" / "results" / "engine"
 TEST, VALIDATION = DATA / "wikitext2" / "wiki.test.raw", DATA / "wikitext2" / "wiki.valid.detok.txt"
@@ -32,8 +34,13 @@ PROMPTS = [
     "Once upon a time, in a village by the sea,",
 ]
 CONTINUATION = 64  # greedy tokens after each prompt
-KERNELS = [("Q4_K", 1536), ("Q6_K", 1536), ("Q4_K", 8960), ("Q6_K", 8960)]
+KERNELS = [("Q4_K", 1536), ("Q5_K", 1536), ("Q6_K", 1536), ("Q4_K", 8960), ("Q6_K", 8960)]
 MATRIX_BYTES = 400e6
+
+
+def machine() -> str:
+    """A folder for the results of this processor, beside those of others."""
+    return re.sub(r"\W+", "-", processor()).strip("-").lower()
 
 
 def run(name: str) -> None:
@@ -41,7 +48,7 @@ def run(name: str) -> None:
     from fallow.checkpoints.catalog import ALIASES, resolve
     from fallow.measure.quality import evaluate_engine
 
-    folder = RESULTS / name
+    folder = RESULTS / name / machine()
     folder.mkdir(parents=True, exist_ok=True)
     record_machine(folder / "machine.json")
     packed, source = folder / "packed.gguf", resolve(ALIASES[name])
@@ -50,10 +57,11 @@ def run(name: str) -> None:
     result: dict[str, Any] = {"self_check": vars(check), "file_mb": packed.stat().st_size / 1e6}
     result["source_mb"] = source.stat().st_size / 1e6
     result["dense"] = bench(packed, RUNS, "llama.cpp", source)
-    try:
-        result["openvino"] = bench(packed, 3, "openvino", source)
-    except RuntimeError as error:
-        result["openvino"] = str(error)
+    for peer in ("ik_llama.cpp", "ik_llama.cpp-rtr", "openvino"):
+        try:
+            result[peer] = bench(packed, RUNS if peer != "openvino" else 3, peer, source)
+        except RuntimeError as error:
+            result[peer] = str(error)
     result["greedy"] = greedy(packed, source)
     result["sparse"] = skipping(packed, plans)
     engine = fallow.Engine(packed, threads=THREADS, context=1024)
@@ -192,10 +200,11 @@ selector that chooses them so.
 
 def report() -> str:
     parts = [INTRODUCTION]
-    parts += [_model(path) for path in sorted(RESULTS.glob("*/result.json"))]
-    path = RESULTS / "kernels.json"
-    if path.exists():
-        parts += [_kernels(json.loads(path.read_text())), SKIPPING]
+    found = sorted(RESULTS.glob("*/*/result.json"))
+    parts += [_model(path) for path in found if path.parent.parent.name != "kernels"]
+    for path in sorted(RESULTS.glob("kernels/*/result.json")):
+        parts.append(_kernels(path))
+    parts.append(SKIPPING)
     return "\n".join(parts)
 
 
@@ -207,12 +216,12 @@ def _model(path: Path) -> str:
     )
     d, g = r["dense"], r["greedy"]
     lines = [
-        f"## {path.parent.name}\n",
+        f"## {path.parent.parent.name}, {path.parent.name}\n",
         f"{machine_line(where)}; "
         f"{d['kernels']} kernels. Packed {r['file_mb']:.0f} MB from {r['source_mb']:.0f} MB; "
         f"self-check KL {r['self_check']['kl']:.5f} nats, "
         f"PPL {r['self_check']['ppl_change_percent']:+.3f} %.\n",
-        *_against_others(d, r["openvino"]),
+        *_against_others(r),
         f"\nDecode reads {d['bytes_per_token'] / 1e6:.0f} MB per token at "
         f"{d['gbps']:.1f} GB/s, {d['mbu']:.0%} of what two threads read here; outside the "
         f"products with weights it spends {d['overhead']:.1%}; peak RSS "
@@ -225,23 +234,31 @@ def _model(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _against_others(dense: dict[str, Any], openvino: dict[str, Any] | str) -> list[str]:
-    """The dense model's speed beside llama.cpp's and OpenVINO's, or why the latter has none."""
-    lines = ["| | ours | llama.cpp | ratio (lowest to highest) |", "|---|---|---|---|"]
-    for phase in ("prefill", "decode"):
-        low, high = dense[f"{phase}_ratio_range"]
-        lines.append(
-            f"| {phase}, tok/s | {dense[f'{phase}_tps']:.1f} "
-            f"| {dense[f'baseline_{phase}_tps']:.1f} | "
-            f"**{dense[f'{phase}_ratio']:.2f}** ({low:.2f} to {high:.2f}) |"
+PEERS = {"dense": "llama.cpp"} | {
+    name: name for name in ("ik_llama.cpp", "ik_llama.cpp-rtr", "openvino")
+}  # keys of a result
+
+
+def _against_others(result: dict[str, Any]) -> list[str]:
+    """The dense model's speed beside every peer's, or why one has none; "-rtr" repacks."""
+    lines = [
+        "| dense / peer | prefill (lowest to highest) | decode | peer, tok/s | ours, tok/s |",
+        "|---|---|---|---|---|",
+    ]
+    for key, peer in PEERS.items():
+        found = result.get(key, "not measured")
+        if isinstance(found, str):
+            lines.append(f"| {peer} | {found} | | | |")
+            continue
+        cells = []
+        for phase in ("prefill", "decode"):
+            low, high = found[f"{phase}_ratio_range"]
+            cells.append(f"**{found[f'{phase}_ratio']:.2f}** ({low:.2f} to {high:.2f})")
+        theirs, ours = (
+            f"{found[f'{side}prefill_tps']:.0f}, {found[f'{side}decode_tps']:.1f}"
+            for side in ("baseline_", "")
         )
-    if isinstance(openvino, dict):
-        lines.append(
-            f"\nAgainst OpenVINO GenAI: prefill {openvino['prefill_ratio']:.2f}, decode "
-            f"{openvino['decode_ratio']:.2f}."
-        )
-    else:
-        lines.append(f"\nOpenVINO GenAI: {openvino}.")
+        lines.append(f"| {peer} | {' | '.join(cells)} | {theirs} | {ours} |")
     return lines
 
 
@@ -268,11 +285,13 @@ def _of_plans(sparse: dict[str, Any], quality: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _kernels(rows: list[dict[str, Any]]) -> str:
+def _kernels(path: Path) -> str:
+    rows = json.loads(path.read_text())
     columns = ("gemv / read", "axpy / read", "gemv_rows / gemv", "axpy_rows / axpy")
     return (
-        "## Kernels\n\nA matrix of 400 MB; speed as a share of plain reading by the same "
-        "threads, and the time of a random half of the rows against all.\n\n"
+        f"## Kernels, {path.parent.name}\n\n"
+        "A matrix of 400 MB; speed as a share of plain reading by the same threads, and the time "
+        "of a random half of the rows against all.\n\n"
         f"| type | row width | read, GB/s | {' | '.join(columns)} |\n"
         "|---|---|---|---|---|---|---|\n"
         + "\n".join(
@@ -288,7 +307,9 @@ def summary() -> str:
     """The README's table: what plans give over dense."""
     lines = ["| decode / dense | `gate_topk` 50 % | `topk` 50 % |", "|---|---|---|"]
     wheres = []
-    for path in sorted(RESULTS.glob("*/result.json")):
+    for path in sorted(RESULTS.glob("*/*/result.json")):
+        if path.parent.parent.name == "kernels":
+            continue
         r, where = (
             json.loads(path.read_text()),
             json.loads((path.parent / "machine.json").read_text()),
@@ -301,7 +322,7 @@ def summary() -> str:
                 f"{r['sparse'][rule]['ratio']:.2f} at {change['ppl_change_percent']:+.1f} "
                 f"± {change['ppl_change_se']:.1f} % PPL"
             )
-        lines.append(f"| {path.parent.name} | {' | '.join(cells)} |")
+        lines.append(f"| {path.parent.parent.name}, {path.parent.name} | {' | '.join(cells)} |")
     return "\n".join(lines) + f"\n\n{machine_line(*wheres)}."
 
 
@@ -313,7 +334,9 @@ def main() -> None:
     for name in arguments.models:
         run(name)
     if arguments.models:
-        (RESULTS / "kernels.json").write_text(json.dumps(kernels(), indent=1) + "\n")
+        path = RESULTS / "kernels" / machine()
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "result.json").write_text(json.dumps(kernels(), indent=1) + "\n")
     (ROOT / "docs" / "results" / "engine.md").write_text(report())
     update_readme("engine", summary())
 

@@ -83,9 +83,7 @@ def count_bytes(packed: Path, source: Path) -> dict[str, float]:
 
     engine = Engine(packed, threads=THREADS, context=PROMPT + NEW)
     plan = engine.plan
-    only_neurons = plan and dataclasses.replace(
-        plan, arrays={**plan.arrays, "head_margin": np.zeros(1)}
-    )
+    only_neurons = plan and dataclasses.replace(plan, head_margin=0.0)
     ids = engine.windows(load_text(TEST, "evaluation"), PROMPT + NEW, 1)[0]
     plans = {"plan": plan, "neurons": only_neurons, "dense": None}
     runs = run_in_turn(engine, plans, ids, PROMPT, 1)

@@ -290,7 +290,7 @@ def perplexity(name: str, cells: list[tuple[str, float]]) -> list[dict[str, Any]
     calibrator = Calibrator(
         model, VALIDATION, context=CONTEXT, windows=PPL_CALIBRATION, validation_windows=1
     )
-    plans = [calibrator.plan(rule, sparsity=1 - kept, measure=False) for rule, kept in cells]
+    plans = [calibrator.applied(calibrator.fit(rule, sparsity=1 - kept)) for rule, kept in cells]
     windows = model.windows(load_text(TEST, "evaluation"), CONTEXT, PPL_WINDOWS)
     results = [run_window(model, window, plans) for window in windows]
     dense = np.array([d.loss for d, _ in results])

@@ -16,6 +16,7 @@ class Mapping {
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
 
+  const File& file() const { return file_; }
   const uint8_t* data() const { return data_; }
   uint64_t size() const { return file_.size(); }
   // Lets go of what was read; it is read again when it is used.

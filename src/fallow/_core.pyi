@@ -62,7 +62,9 @@ class Mapping:
 
 class Engine:
     @overload
-    def __init__(self, mapping: Mapping, kernels: str, n_threads: int, context: int) -> None: ...
+    def __init__(
+        self, mapping: Mapping, kernels: str, n_threads: int, context: int, copy: bool
+    ) -> None: ...
     @overload
     def __init__(
         self, path: bytes, header_bytes: int, kernels: str, n_threads: int, context: int

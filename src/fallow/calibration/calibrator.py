@@ -138,7 +138,7 @@ class Calibrator:
             for _ in range(steps):
                 middle = (low + high) / 2
                 fitted = rule_class.fit(self.calibration, **{rule_class.search: middle})
-                change = self._ppl_increase(self._applied(fitted), increase)
+                change = self._ppl_increase(self.applied(fitted), increase)
                 console.print(
                     f"{rule_class.name} at {rule_class.search} {middle:.4f}: PPL {change:+.2f} %",
                     highlight=False,
@@ -166,8 +166,8 @@ class Calibrator:
                 break
         return increase
 
-    def _applied(self, fitted: Choice) -> Plan | Selector:
-        """What runs on a model."""
+    def applied(self, fitted: Choice) -> Plan | Selector:
+        """What runs on a model: a rule's plan, or the selector itself."""
         if isinstance(fitted, Selector):
             return fitted
         assert isinstance(fitted, Rule)

@@ -32,7 +32,7 @@ from fallow.engine.memory import (
     residencies,
 )
 from fallow.engine.packed import PACKED_VERSION, packed_tokenizer, refuse_unpacked
-from fallow.engine.process import return_freed_memory, rss_bytes
+from fallow.engine.process import available_bytes, return_freed_memory, rss_bytes
 from fallow.engine.sampling import Sampler, check_largest
 from fallow.engine.stats import Stats
 from fallow.plan import Plan
@@ -124,7 +124,9 @@ class Engine:
     def _start(self, kernels: str, context: int) -> Any:
         if self.memory is None:
             (mapping,) = self.file.mappings  # a packed model in parts is refused
-            return _core.Engine(mapping, kernels, self.threads, context)
+            # Twice, since others want memory too.
+            copy = 2 * mapping.data.nbytes <= available_bytes()
+            return _core.Engine(mapping, kernels, self.threads, context, copy)
         _ = self.tokenizer  # reading it takes memory for a moment, in which weights lie afterwards
         header = min(self.file.offsets.values(), default=0)
         core = _core.Engine(os.fsencode(self.path), header, kernels, self.threads, context)

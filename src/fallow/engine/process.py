@@ -1,9 +1,15 @@
-"""What this process takes of the machine's memory, as the operating system tells."""
+"""What this process takes of the machine's memory, and may, as the operating system tells."""
 
 import ctypes
+import re
 import resource
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 60  # bytes: what version 1 of cgroups says where there is no limit
 
 
 def peak_rss_mb() -> float:
@@ -28,3 +34,53 @@ def return_freed_memory() -> None:
     """glibc keeps what parsing the tokenizer took and freed: 60 MB for Qwen2.5."""
     with suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_bytes() -> int:
+    """Of memory, to this process: what the machine has left, or a cgroup's limit allows."""
+    found = memory()
+    if found["cgroup"] is None:
+        return found["available"]
+    return min(found["available"], found["cgroup"] - rss_bytes())
+
+
+def memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> dict[str, Any]:
+    """Bytes: of the machine, available, of swap, and a cgroup's limit (None: no limit)."""
+    lines = re.findall(r"^(\w+):\s+(\d+) kB$", read_text(proc / "meminfo"), re.MULTILINE)
+    kilobytes = {name: int(value) for name, value in lines}
+    return {
+        "total": 1024 * kilobytes.get("MemTotal", 0),
+        "available": 1024 * kilobytes.get("MemAvailable", 0),
+        "swap_used": 1024 * (kilobytes.get("SwapTotal", 0) - kilobytes.get("SwapFree", 0)),
+        "cgroup": _memory_limit(proc, cgroups),
+    }
+
+
+def _memory_limit(proc: Path, cgroups: Path) -> int | None:
+    limits = []
+    for folder in cgroup_folders("memory", proc, cgroups):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limit = read_text(folder / name).strip()
+            if limit.isdecimal() and int(limit) < _UNLIMITED:
+                limits.append(int(limit))
+    return min(limits, default=None)
+
+
+def cgroup_folders(controller: str, proc: Path, cgroups: Path) -> Iterator[Path]:
+    """The folders of this process's cgroup and of those it lies in, of both versions."""
+    for line in read_text(proc / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = cgroups / controller if controllers else cgroups
+        inner = Path(path.lstrip("/"))
+        for part in (inner, *inner.parents):
+            yield root / part
+
+
+def read_text(path: Path) -> str:
+    """A file's text, empty if it is not there."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -91,6 +91,8 @@ class IkLlamaCpp:
 
 
 class IkRepacked(IkLlamaCpp):
+    """The same with run-time repacking, its fastest decode."""
+
     repack = True
 
 
@@ -126,7 +128,7 @@ class OpenVino:
 ENGINES: dict[str, Any] = {
     "llama.cpp": LlamaCpp,
     "ik_llama.cpp": IkLlamaCpp,
-    "ik_llama.cpp repacked": IkRepacked,
+    "ik_llama.cpp-rtr": IkRepacked,
     "openvino": OpenVino,
 }
 

@@ -8,7 +8,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from fallow import _core
 from fallow.checkpoints.catalog import ALIASES, find_pieces
 from fallow.common.errors import UsageError
+from fallow.engine.process import CGROUPS, PROC, cgroup_folders, memory, read_text
 
 # What each table of kernels needs of a processor, as /proc/cpuinfo names it; best first. The core
 # asks the processor itself, so that this only explains what it chose.
@@ -37,10 +38,8 @@ _LEAST_RUNS = 3
 _MEMORY_BYTES = 1 << 27  # beyond the caches that one core reaches
 _DISK_BYTES = 1 << 27
 _PIECE, _READERS = 1 << 20, 4  # as csrc/engine/disk.cpp reads
-_UNLIMITED = 1 << 60  # bytes: what version 1 of cgroups says where there is no limit
 _LITTLE_MEMORY = 1_000_000_000
 _IN_MEMORY = ("tmpfs", "ramfs")  # file systems
-_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def examine(folder: str | Path = ".") -> dict[str, Any]:
@@ -72,9 +71,9 @@ def examine(folder: str | Path = ".") -> dict[str, Any]:
     return found | {"warnings": warnings(found)}
 
 
-def processor(proc: Path = _PROC) -> dict[str, Any]:
+def processor(proc: Path = PROC) -> dict[str, Any]:
     """Name and architecture, the kernels that run here, and what the better ones lack."""
-    text = _read(proc / "cpuinfo")
+    text = read_text(proc / "cpuinfo")
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     has = set(flags[1].split()) if flags else set()
@@ -100,7 +99,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def cores(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> dict[str, Any]:
+def cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> dict[str, Any]:
     """Cores of the machine, by affinity and by a cgroup's quota (None: no quota), and the load."""
     return {
         "machine": os.cpu_count() or 1,
@@ -110,59 +109,17 @@ def cores(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> dict[str, Any]:
     }
 
 
-def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> dict[str, Any]:
-    """Bytes: of the machine, available, of swap, and a cgroup's limit (None: no limit)."""
-    lines = re.findall(r"^(\w+):\s+(\d+) kB$", _read(proc / "meminfo"), re.MULTILINE)
-    kilobytes = {name: int(value) for name, value in lines}
-    return {
-        "total": 1024 * kilobytes.get("MemTotal", 0),
-        "available": 1024 * kilobytes.get("MemAvailable", 0),
-        "swap_used": 1024 * (kilobytes.get("SwapTotal", 0) - kilobytes.get("SwapFree", 0)),
-        "cgroup": _memory_limit(proc, cgroups),
-    }
-
-
 def _cpu_quota(proc: Path, cgroups: Path) -> float | None:
     """Cores of processor time; the smallest of the cgroup and those it lies in."""
     shares = []
-    for folder in _cgroup_folders("cpu", proc, cgroups):
-        quota, _, period = _read(folder / "cpu.max").partition(" ")
+    for folder in cgroup_folders("cpu", proc, cgroups):
+        quota, _, period = read_text(folder / "cpu.max").partition(" ")
         if not quota:
-            quota = _read(folder / "cpu.cfs_quota_us")
-            period = _read(folder / "cpu.cfs_period_us")
+            quota = read_text(folder / "cpu.cfs_quota_us")
+            period = read_text(folder / "cpu.cfs_period_us")
         if quota.strip().isdecimal() and period.strip().isdecimal():
             shares.append(int(quota) / int(period))
     return min(shares, default=None)
-
-
-def _memory_limit(proc: Path, cgroups: Path) -> int | None:
-    limits = []
-    for folder in _cgroup_folders("memory", proc, cgroups):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            limit = _read(folder / name).strip()
-            if limit.isdecimal() and int(limit) < _UNLIMITED:
-                limits.append(int(limit))
-    return min(limits, default=None)
-
-
-def _cgroup_folders(controller: str, proc: Path, cgroups: Path) -> Iterator[Path]:
-    """The folders of this process's cgroup and of those it lies in, of both versions."""
-    for line in _read(proc / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        root = cgroups / controller if controllers else cgroups
-        inner = Path(path.lstrip("/"))
-        for part in (inner, *inner.parents):
-            yield root / part
-
-
-def _read(path: Path) -> str:
-    """A file's text, empty if it is not there."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def bandwidth(threads: int) -> dict[str, float]:
@@ -195,11 +152,11 @@ def disk(folder: Path) -> dict[str, Any]:
     return found
 
 
-def filesystem(folder: Path, proc: Path = _PROC) -> str | None:
+def filesystem(folder: Path, proc: Path = PROC) -> str | None:
     """The type of file system that a folder is on, such as ext4; None: not known."""
     device = folder.stat().st_dev
     number = re.escape(f"{os.major(device)}:{os.minor(device)}")
-    mounts = _read(proc / "self" / "mountinfo")
+    mounts = read_text(proc / "self" / "mountinfo")
     found = re.search(rf"^\d+ \d+ {number} .* - (\S+) ", mounts, re.MULTILINE)
     return found[1] if found else None
 

@@ -27,7 +27,14 @@ from fallow.engine.process import peak_rss_mb
 from fallow.engine.stats import disk_figures
 from fallow.plan import Plan
 
-BASELINES = {"llama.cpp": "llama_cpp", "openvino": "openvino_genai"}
+# Other engines: the module that each needs, and what installs it. "-rtr" is what ik_llama.cpp calls
+# laying weights out anew as they are loaded.
+BASELINES = {
+    "llama.cpp": ("llama_cpp", "llama-cpp-python"),
+    "ik_llama.cpp": ("ik_llama_cpp", "ik-llama-cpp-python"),
+    "ik_llama.cpp-rtr": ("ik_llama_cpp", "ik-llama-cpp-python"),
+    "openvino": ("openvino_genai", "openvino-genai"),
+}
 _CHARACTERS_PER_TOKEN = 16  # more than any text has on average
 _STREAM_BYTES = 1 << 28  # far beyond any cache here
 
@@ -48,7 +55,7 @@ def bench(
     """Times prefill of a text's first tokens and decode of the following ones, fed as they are.
 
     Args:
-        against: "llama.cpp" or "openvino"; needs `source`, the GGUF that both read.
+        against: one of BASELINES; needs `source`, the GGUF that it reads.
         memory: as for `Engine`; the other engine is not bound by it.
 
     Returns:
@@ -232,12 +239,9 @@ class _Baseline:
     ) -> None:
         from importlib.util import find_spec
 
-        package = BASELINES[name]
-        if find_spec(package) is None:
-            raise FallowError(
-                f"{name} is not installed; install it with: pip install {package.replace('_', '-')}"
-                f"{'-python' if package == 'llama_cpp' else ''}"
-            )
+        module, package = BASELINES[name]
+        if find_spec(module) is None:
+            raise FallowError(f"{name} is not installed; install it with: pip install {package}")
         assert source is not None
         if not Path(source).is_file():
             raise FallowError(f"--source {source} not found; give the GGUF that was packed")
