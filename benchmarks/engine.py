@@ -173,28 +173,27 @@ INTRODUCTION = """# The engine's speed
 
 Two threads; prefill of 512 tokens, decode of the 128 after them, the same text on both sides.
 Ratios are medians over alternating runs in one process pair; absolute figures move with the
-machine's other tenants. Baseline: llama-cpp-python 0.3.36 on the GGUF that was packed. `python
-benchmarks/engine.py` does it; every run is in `benchmarks/results/engine`.
-
-Who is faster depends on the processor. Where a table says "model not recorded" it was probably Zen
-5. On Zen 4 (family 25, model 17), 2 threads, Qwen2.5-Coder-1.5B in Q4_K_M decodes dense at 0.78
-(0.70 to 0.84) of llama.cpp's speed and at 0.56 of that of ik_llama.cpp with run-time repacking;
-prefill of 512 tokens is 1.24 of llama.cpp's and 0.8 to 0.9 of ik_llama.cpp's.
+machine's other tenants. Peers read the GGUF that was packed: llama-cpp-python 0.3.36 and
+ik-llama-cpp-python 0.1.5, the latter built for this processor, without and with its run-time
+repacking (`-rtr`). `python benchmarks/engine.py` does it; every run is in
+`benchmarks/results/engine`, a folder per processor. Where a processor is "not recorded" it was
+probably Zen 5, and the kernels were those of before; compare nothing across processors.
 """
 
 
-SKIPPING = """## Why skipping saves less time than bytes
+SKIPPING = """## What makes skipping save time
 
-A gate-first plan at 50 % spares a quarter of Qwen2.5-Coder's bytes, and should decode 1.32 times as
-fast. What it skips is every second row of 0.9 to 1.1 KB, on average in runs of two, and such rows
-come at 31 to 38 GB/s where whole matrices come at 45 to 56: on one core 18 against 29. Plain loads
-without any arithmetic show the same (832-byte rows, one core: 26 against 36), and a neighbour that
-streams loses as much to them as to a dense reader, so about a quarter of what they fetch is wasted
-on the ends of rows. Tried without gain: other prefetch hints and distances above 8 KB, prefetching
-every other line, huge pages, reading rows backwards or scrambled, two or four rows at a time,
-neurons sorted by frequency or co-activation (runs of 2.6 instead of 2.0 rows). With pieces of 16 KB
-half of them take 0.55 to 0.6 of the time; bundles of neurons that are chosen together would need a
-selector that chooses them so.
+A scattered row costs no more than its bytes if it is asked for early enough, and into the second
+cache. On Zen 4 half of the rows of a matrix of Qwen2.5-Coder's width at random took as long as all
+of them while rows were asked for into the first cache (commit beef481: 1.00 to 1.06 of the time),
+and take 0.6 to 0.7 now, two threads; of rows of 5 KB 0.52. Rows go through the products 16 at a
+time, a row per lane of a register, so that 16 of them are on their way at once; sums over rows
+(`axpy`) stay integers for 16 rows. Contiguous rows gain too: sums came at 11 GB/s where reading ran
+at 27, and come at 26 to 28.
+
+The weights lie in huge pages, into which they are read when there is room: decode takes 0.87 to
+0.95 of its time with mapped files, loading 0.1 to 0.4 s per GB, more where a virtual machine has to
+be given the memory first.
 """
 
 

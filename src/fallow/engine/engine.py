@@ -61,7 +61,8 @@ class Engine:
             `memory`.
         kernels: one of `_core.KERNELS`, "portable" say; default: the fastest that runs here.
         memory: bytes that the process may take, or a size such as "800MB": weights that do not fit
-            are read from the file for every pass over the model. Default: the file is mapped.
+            are read from the file for every pass over the model. Default: all is in memory, in huge
+            pages, or mapped where the file is more than half of the memory that is left.
         reserve: bytes of `memory` that are left to the caller, for logits of many tokens say.
 
     Raises:
