@@ -234,12 +234,15 @@ def test_the_end_of_a_forked_process_waits_for_nobody(engine: Engine) -> None:
 
 _CHANGED = """
 import os, sys
+import fallow.engine.engine
 import numpy as np
 from pathlib import Path
 from fallow.engine.engine import Engine
 from fallow.common.errors import FallowError
 
-path, how = Path(sys.argv[1]), sys.argv[2]
+path, how, mapped = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "mapped"
+if mapped:  # as where there is no room for a copy in memory
+    fallow.engine.engine.available_bytes = lambda: 0
 engine = Engine(path, threads=2)
 if how != "cut at once":
     engine.logits(np.arange(2, 30))
@@ -263,12 +266,22 @@ for _ in range(2):
 """
 
 
+def test_mapped_or_in_memory_is_the_same(
+    engine: Engine, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fallow.engine.engine.available_bytes", lambda: 0)
+    mapped = Engine(path, threads=2, context=8192)
+    for ids in TEXTS:
+        np.testing.assert_array_equal(mapped.logits(ids), engine.logits(ids))
+
+
+@pytest.mark.parametrize("where", ["mapped", "in memory"])
 @pytest.mark.parametrize("how", ["cut", "cut at once", "emptied", "written", "replaced"])
-def test_a_mapped_file_that_changes(how: str, path: Path, tmp_path: Path) -> None:
+def test_a_file_that_changes(how: str, where: str, path: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model.gguf"
     copy.write_bytes(path.read_bytes())
     done = subprocess.run(
-        [sys.executable, "-c", _CHANGED, copy, how],
+        [sys.executable, "-c", _CHANGED, copy, how, where],
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     told = f"{copy} was written to while it was running; start again"
