@@ -27,7 +27,7 @@ $(SMOLLM2): $(INSTALLED)
 # cores (tests/test_rules.py and tests/test_sparsified.py).
 JOBS ?= 2
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The core under Address-, UndefinedBehavior- and ThreadSanitizer; about five minutes.
 test-sanitize: install

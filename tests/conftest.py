@@ -25,6 +25,23 @@ pytest.register_assert_rewrite("engines", "selecting")
 
 DATA = Path(os.environ.get("FALLOW_DATA", Path(__file__).parent.parent / "../shared/data"))
 
+# Files of few tests that take long. Begun last, they keep one process busy and the other idle.
+LONG = (
+    "documented_commands",
+    "surroundings",
+    "laws",
+    "harness",
+    "fuzz",
+    "kill",
+    "report",
+    "optimize",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 # A page of real text that every clone has.
 SAMPLE = Path(__file__).parent / "data" / "text.txt"
 
