@@ -13,9 +13,7 @@
 namespace fallow {
 namespace {
 
-// Weights are unpacked 64 at a time, in order, into one register. Four such chunks make a
-// "span" of 256 columns: one block of the K formats, eight blocks of the others.
-constexpr size_t kSpan = 256;
+// Row by row weights are unpacked 64 at a time, in order, into one register; four such chunks are a span.
 
 alignas(64) constexpr int32_t kLanes32[4][16] = {
     {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1},
@@ -184,10 +182,8 @@ struct BlockNibbles {
   static constexpr const auto& kHigh = kLow;
   static FALLOW_INLINE __m512i load(const uint8_t* b, int half) {
     b += 4 * half * F::bytes + from;
-    __m512i v = _mm512_castsi128_si512(load128(b));
-    v = _mm512_mask_broadcast_i32x4(v, 0x00F0, load128(b + F::bytes));
-    v = _mm512_mask_broadcast_i32x4(v, 0x0F00, load128(b + 2 * F::bytes));
-    return _mm512_mask_broadcast_i32x4(v, 0xF000, load128(b + 3 * F::bytes));
+    return side_by_side(load128(b), load128(b + F::bytes), load128(b + 2 * F::bytes),
+                        load128(b + 3 * F::bytes));
   }
   static size_t place(size_t j) { return 64 * (j / 16 % 2) + 16 * (j % 16 / 4) + 4 * (j / 32) + j % 4; }
 };
@@ -468,19 +464,14 @@ void gemv_tokens(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, siz
   using Row = typename Whole<F>::Row;
   const Whole<F> matrix{w, row_bytes};
   const size_t ahead = kPrefetch / row_bytes + 1;
-  const auto some = [&]<size_t count>(const Row& row, const Row& later, size_t t, float* to) {
-    dot_row<F, count>(row, later, k, x + t, to + t * stride, stride);
-  };
   for (size_t i = 0; i < n; ++i) {
     const Row row = matrix[begin + i];
     Row later;
     if (i + ahead < n) later = matrix[begin + i + ahead];
-    size_t t = 0;
-    for (; t + kTokens <= tokens; t += kTokens, later = Row())
-      some.template operator()<kTokens>(row, later, t, y + i);
-    if (tokens - t == 1) some.template operator()<1>(row, later, t, y + i);
-    if (tokens - t == 2) some.template operator()<2>(row, later, t, y + i);
-    if (tokens - t == 3) some.template operator()<3>(row, later, t, y + i);
+    in_groups(tokens, [&]<size_t count>(size_t t) {
+      dot_row<F, count>(row, later, k, x + t, y + t * stride + i, stride);
+      later = Row();  // it is asked for once
+    });
   }
 }
 
@@ -508,12 +499,8 @@ struct RowGroups {
   typename Groups<F::group>::V s[kSummed], m[kSummed];
 
   template <class Row>
-  FALLOW_INLINE RowGroups(const Row* rows, size_t column, size_t n) {
-    for (size_t r = 0; r < kSummed; ++r) {
-      Row row = rows[r];
-      row.skip(column);
-      row.groups(n, s[r], m[r]);
-    }
+  FALLOW_INLINE RowGroups(const Row* rows, size_t n) {
+    for (size_t r = 0; r < kSummed; ++r) rows[r].groups(n, s[r], m[r]);
   }
 };
 
@@ -669,10 +656,7 @@ struct Tokens {
   size_t y_stride;
 };
 
-// Columns are summed in slabs, so that sums and minima stay in the first cache.
-constexpr size_t kSpans = kSlab / kSpan;
-
-// Columns [from, from + k) of the rows' sums.
+// Columns [from, from + k) of the rows' sums, a slab whose sums and minima stay in the first cache.
 template <size_t tokens, class Rows>
 FALLOW_INLINE void axpy_slab(const Rows& w, const int32_t* rows, size_t begin, size_t n,
                              size_t from, size_t k, const Tokens& x) {
@@ -701,7 +685,7 @@ FALLOW_INLINE void axpy_slab(const Rows& w, const int32_t* rows, size_t begin, s
     }
     const auto span = [&](size_t at, auto columns, auto add) {
       for (auto& row : later) row.ask(columns);
-      const RowGroups<F> groups(b, 0, columns / F::group);
+      const RowGroups<F> groups(b, columns / F::group);
       Coefficients<F> coefficients[tokens];
 #pragma GCC unroll 4
       for (size_t t = 0; t < tokens; ++t)
@@ -769,15 +753,9 @@ template <class F>
 void axpy_tokens(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, size_t k,
                  const float* coefficient, size_t from, size_t tokens, float* y, size_t stride) {
   const Whole<F> matrix{w, row_bytes};
-  const auto some = [&]<size_t count>() {
-    axpy<count>(matrix, nullptr, begin, n, k, {coefficient, from, y, stride});
-    coefficient += count * from;
-    y += count * stride;
-  };
-  for (; tokens >= kTokens; tokens -= kTokens) some.template operator()<kTokens>();
-  if (tokens == 1) some.template operator()<1>();
-  if (tokens == 2) some.template operator()<2>();
-  if (tokens == 3) some.template operator()<3>();
+  in_groups(tokens, [&]<size_t count>(size_t t) {
+    axpy<count>(matrix, nullptr, begin, n, k, {coefficient + t * from, from, y + t * stride, stride});
+  });
 }
 
 // The sum of the lanes of each of four registers.

@@ -14,6 +14,28 @@ FALLOW_INLINE __mmask16 first_lanes(size_t n) {
   return n >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << n) - 1);
 }
 
+// Columns that products take together: one block of the K formats, eight of the others.
+constexpr size_t kSpan = 256;
+
+// Calls some.operator()<count>(first) for groups of tokens, kTokens or what is left.
+template <class Some>
+FALLOW_INLINE void in_groups(size_t tokens, const Some& some) {
+  static_assert(kTokens == 4);
+  size_t t = 0;
+  for (; t + kTokens <= tokens; t += kTokens) some.template operator()<kTokens>(t);
+  if (tokens - t == 1) some.template operator()<1>(t);
+  if (tokens - t == 2) some.template operator()<2>(t);
+  if (tokens - t == 3) some.template operator()<3>(t);
+}
+
+// Four parts of a register.
+FALLOW_INLINE __m512i side_by_side(__m128i a, __m128i b, __m128i c, __m128i d) {
+  __m512i v = _mm512_castsi128_si512(a);
+  v = _mm512_mask_broadcast_i32x4(v, 0x00F0, b);
+  v = _mm512_mask_broadcast_i32x4(v, 0x0F00, c);
+  return _mm512_mask_broadcast_i32x4(v, 0xF000, d);
+}
+
 // out[c] = dword c of each of the 16 registers.
 FALLOW_INLINE void transpose16(__m512i* r) {
   __m512i t[16];

@@ -12,7 +12,6 @@ namespace fallow {
 namespace {
 
 constexpr size_t kLanes = 16;
-constexpr size_t kSpanColumns = 256;  // one block of the K formats, eight of the others
 
 // t[4 p + i] = dword i of piece p, 16 bytes, of every row; of the last piece those that are in `bytes`.
 FALLOW_INLINE void transpose_rows(const uint8_t* const* rows, size_t at, size_t bytes, __m512i* t) {
@@ -20,10 +19,7 @@ FALLOW_INLINE void transpose_rows(const uint8_t* const* rows, size_t at, size_t 
     __m512i v[4];
 #pragma GCC unroll 4
     for (size_t r = 0; r < 4; ++r) {
-      v[r] = _mm512_castsi128_si512(load(rows[r]));
-      v[r] = _mm512_mask_broadcast_i32x4(v[r], 0x00F0, load(rows[r + 4]));
-      v[r] = _mm512_mask_broadcast_i32x4(v[r], 0x0F00, load(rows[r + 8]));
-      v[r] = _mm512_mask_broadcast_i32x4(v[r], 0xF000, load(rows[r + 12]));
+      v[r] = side_by_side(load(rows[r]), load(rows[r + 4]), load(rows[r + 8]), load(rows[r + 12]));
     }
     const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpacklo_epi32(v[2], v[3]);
     const __m512i c = _mm512_unpackhi_epi32(v[0], v[1]), d = _mm512_unpackhi_epi32(v[2], v[3]);
@@ -249,7 +245,7 @@ struct LaneRows {
 template <class F, size_t tokens>
 FALLOW_INLINE void dot_lanes(const LaneRows& rows, size_t k, const Activation* x, __mmask16 lanes,
                              float* y, size_t stride) {
-  constexpr size_t blocks = kSpanColumns / F::block, bytes = blocks * F::bytes;
+  constexpr size_t blocks = kSpan / F::block, bytes = blocks * F::bytes;
   LaneSums<tokens> sums;
   __m512i t[(bytes + 15) / 16 * 4];
   size_t column = 0, at = 0;
@@ -258,7 +254,7 @@ FALLOW_INLINE void dot_lanes(const LaneRows& rows, size_t k, const Activation* x
     transpose_rows(rows.row, at, size, t);
     F::template add<tokens>(t, x, column, some, sums);
   };
-  for (; column + kSpanColumns <= k; column += kSpanColumns, at += bytes) span(blocks, bytes);
+  for (; column + kSpan <= k; column += kSpan, at += bytes) span(blocks, bytes);
   if constexpr (F::block == 32) {
     if (const size_t left = (k - column) / 32) span(left, left * F::bytes);
   }
@@ -282,15 +278,9 @@ void gemv_lanes_tokens(const uint8_t* w, size_t row_bytes, size_t begin, size_t 
   for (size_t i = 0; i < n; i += kLanes) {
     const LaneRows rows(w, row_bytes, nullptr, begin, i, n);
     const __mmask16 lanes = first_lanes(n - i);
-    size_t t = 0;
-    const auto some = [&]<size_t count>() {
+    in_groups(tokens, [&]<size_t count>(size_t t) {
       dot_lanes<F, count>(rows, k, x + t, lanes, y + t * stride + i, stride);
-      t += count;
-    };
-    while (t + kTokens <= tokens) some.template operator()<kTokens>();
-    if (tokens - t == 1) some.template operator()<1>();
-    if (tokens - t == 2) some.template operator()<2>();
-    if (tokens - t == 3) some.template operator()<3>();
+    });
   }
 }
 

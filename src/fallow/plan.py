@@ -91,6 +91,19 @@ class Cut:
             raise ValueError(f"the weight of {self.tap} has {len(self.weight)} layers, not {n}")
         return Cut(self.tap, self.kind, np.broadcast_to(self.value, n), self.weight)
 
+    def check_layers(self, n: int, width: int, name: str) -> None:
+        """Raises FallowError unless it is for n layers of this width, as the model `name` has."""
+        if len(self.value) != n:
+            raise FallowError(
+                f"the plan's {self.kind} of {self.tap} is for {len(self.value)} layers, {name} has "
+                f"{n}; calibrate again"
+            )
+        if isinstance(self.weight, np.ndarray) and self.weight.shape != (n, width):
+            raise FallowError(
+                f"the plan's weight of {self.tap} has the shape {self.weight.shape}, {name} needs "
+                f"{(n, width)}; calibrate again"
+            )
+
 
 def today() -> str:
     """The date, as files have it."""

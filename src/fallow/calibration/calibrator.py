@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,19 @@ def check_targets(
         check_sparsity(sparsity)
     if max_ppl_increase is not None:
         check_increase(max_ppl_increase)
+
+
+def origin(model: Model, text: Text, calibration: Calibration) -> dict[str, Any]:
+    """What a file says of the model that it is for and of the text that it was fitted on."""
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "calibration_text": text.name,
+        "calibration_sha256": text.sha256,
+        "calibration_sketch": text.sketch,
+        "calibration_tokens": calibration.n_tokens,
+        "dtype": model.dtype_name,
+    }
 
 
 def check_increase(percent: float) -> float:
@@ -176,17 +190,11 @@ class Calibrator:
     def plan_of(self, rule: Rule) -> Plan:
         """The plan of a rule that was fitted here."""
         return Plan(
-            model=self.model.name,
-            fingerprint=self.model.fingerprint,
             rule=rule.name,
             knob=rule.knob,
             knob_name=rule.knob_name,
             cuts=rule.cuts,
-            calibration_text=self.text.name,
-            calibration_sha256=self.text.sha256,
-            calibration_sketch=self.text.sketch,
-            calibration_tokens=self.calibration.n_tokens,
-            dtype=self.model.dtype_name,
+            **origin(self.model, self.text, self.calibration),
         )
 
     def measure(self, plan: Plan | Selector) -> tuple[float, float, float | None]:

@@ -95,9 +95,8 @@ class Store:
         """Whether one of so many windows is not measured under a row."""
         return any((row.key, w) not in self.cells for w in range(windows))
 
-    def check_training(self, rows: Sequence[Row], scores: dict[str, Arrays]) -> None:
+    def check_training(self, training: dict[str, str]) -> None:
         """Raises UsageError if results here are of another training of a row's selector."""
-        training = {row.key: _training(row, scores) for row in rows}
         for (key, _), cell in self.cells.items():
             if key in training and cell.get("training", "") != training[key]:
                 raise UsageError(
@@ -152,14 +151,15 @@ def tradeoff(
         "energy_recall": "per token",  # older windows have another, and other bytes
     }  # fmt: skip
     store = Store(output, settings)
-    store.check_training(rows, scores)
+    training = {row.key: _training(row, scores) for row in rows}
+    store.check_training(training)
     missing = [row for row in rows if store.is_missing(row, len(cut))]
     try:
         plans = _calibrate(
             model, missing, store, calibration_source, context, calibration_windows,
             validation_windows, scores,
         )  # fmt: skip
-        _measure(model, missing, plans, cut, store, scores)
+        _measure(model, missing, plans, cut, store, training)
     except KeyboardInterrupt:
         console.print(f"stopped; finished work is in {output}, the same command continues it")
         raise
@@ -254,7 +254,7 @@ def _measure(
     plans: dict[str, Plan | Selector],
     windows: np.ndarray,
     store: Store,
-    scores: dict[str, Arrays],
+    training: dict[str, str],
 ) -> None:
     missing = [
         [row for row in rows if (row.key, w) not in store.cells] for w in range(len(windows))
@@ -268,7 +268,7 @@ def _measure(
                     [
                         _cell(row, plans[row.key], w, dense, result)
                         | _bytes(model, row, result.achieved_sparsity)
-                        | {"training": _training(row, scores)}
+                        | {"training": training[row.key]}
                         for row, result in zip(group, results, strict=True)
                     ]
                 )

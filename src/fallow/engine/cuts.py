@@ -41,22 +41,12 @@ def core_cuts(engine: "Engine", plan: Plan) -> list[Cut]:
 
 
 def _check_fits(engine: "Engine", cut: PlanCut, parts: tuple[str, ...]) -> None:
-    name, n_layers = engine.name, engine._core.n_layers
     gated = bool(engine.file.get("fallow.gated"))
     if not gated and {"up", "gate_proj"} & {*parts}:
-        raise FallowError(f"the plan cuts {cut.tap}, which {name} does not have; calibrate again")
-    if len(cut.value) != n_layers:
         raise FallowError(
-            f"the plan's {cut.kind} of {cut.tap} is for {len(cut.value)} layers, {name} has "
-            f"{n_layers}; calibrate again"
+            f"the plan cuts {cut.tap}, which {engine.name} does not have; calibrate again"
         )
-    if isinstance(cut.weight, np.ndarray):
-        shape = (n_layers, _width(engine, parts[0]))
-        if cut.weight.shape != shape:
-            raise FallowError(
-                f"the plan's weight of {cut.tap} has the shape {cut.weight.shape}, {name} needs "
-                f"{shape}; calibrate again"
-            )
+    cut.check_layers(engine._core.n_layers, _width(engine, parts[0]), engine.name)
 
 
 def _width(engine: "Engine", tap: str) -> int:

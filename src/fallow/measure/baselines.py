@@ -9,29 +9,27 @@ import sys
 import time
 from typing import Any
 
+BATCH = 512  # tokens of a prompt that are read at once
 
-class LlamaCpp:
-    """llama-cpp-python, fed the very ids that our engine gets."""
 
-    def __init__(self, source: str, threads: int, n_tokens: int) -> None:
-        from llama_cpp import Llama
+class Fed:
+    """An engine that is fed the very ids that ours gets."""
 
-        self.model = Llama(
-            source,
-            n_ctx=n_tokens,
-            n_batch=512,
-            n_threads=threads,
-            n_threads_batch=threads,
-            verbose=False,
-        )
+    def clear(self) -> None:
+        """Forgets what was read."""
+        raise NotImplementedError
+
+    def read(self, ids: list[int], position: int) -> None:
+        """Reads more tokens, from a position on."""
+        raise NotImplementedError
 
     def run(self, ids: list[int], prompt: int) -> dict[str, float]:
-        self.model.reset()
+        self.clear()
         start = time.perf_counter()
-        self.model.eval(ids[:prompt])
+        self.read(ids[:prompt], 0)
         middle = time.perf_counter()
-        for token in ids[prompt:]:
-            self.model.eval([token])
+        for position in range(prompt, len(ids)):
+            self.read(ids[position : position + 1], position)
         end = time.perf_counter()
         return {
             "prefill_tps": prompt / (middle - start),
@@ -39,7 +37,29 @@ class LlamaCpp:
         }
 
 
-class IkLlamaCpp:
+class LlamaCpp(Fed):
+    """llama-cpp-python."""
+
+    def __init__(self, source: str, threads: int, n_tokens: int) -> None:
+        from llama_cpp import Llama
+
+        self.model = Llama(
+            source,
+            n_ctx=n_tokens,
+            n_batch=BATCH,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
+        )
+
+    def clear(self) -> None:
+        self.model.reset()
+
+    def read(self, ids: list[int], position: int) -> None:
+        self.model.eval(ids)
+
+
+class IkLlamaCpp(Fed):
     """ik-llama-cpp-python; its own library, or the one that IK_LLAMA_CPP_LIB_PATH names."""
 
     repack = False  # weights laid out anew as they are loaded
@@ -55,39 +75,30 @@ class IkLlamaCpp:
         if not self.model:
             raise RuntimeError(f"ik_llama.cpp cannot load {source}")
         settings = api.llama_context_default_params()
-        settings.n_ctx, settings.n_batch, settings.n_ubatch = max(n_tokens, 512), 512, 512
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = max(n_tokens, BATCH), BATCH, BATCH
         settings.n_threads = settings.n_threads_batch = threads
         self.context = api.llama_init_from_model(self.model, settings)
         if not self.context:
             raise RuntimeError(f"ik_llama.cpp makes no context for {source}")
 
-    def _eval(self, ids: list[int], position: int) -> None:
+    def clear(self) -> None:
+        self.api.llama_kv_cache_clear(self.context)
+
+    def read(self, ids: list[int], position: int) -> None:
         import ctypes
 
-        tokens = (self.api.llama_token * len(ids))(*ids)
-        batch = self.api.llama_batch(
-            n_tokens=len(ids),
-            token=ctypes.cast(tokens, ctypes.POINTER(self.api.llama_token)),
-            all_pos_0=position,
-            all_pos_1=1,
-            all_seq_id=0,
-        )
-        if self.api.llama_decode(self.context, batch):
-            raise RuntimeError("ik_llama.cpp cannot decode")
-
-    def run(self, ids: list[int], prompt: int) -> dict[str, float]:
-        self.api.llama_kv_cache_clear(self.context)
-        start = time.perf_counter()
-        for first in range(0, prompt, 512):
-            self._eval(ids[first : min(first + 512, prompt)], first)
-        middle = time.perf_counter()
-        for position in range(prompt, len(ids)):
-            self._eval(ids[position : position + 1], position)
-        end = time.perf_counter()
-        return {
-            "prefill_tps": prompt / (middle - start),
-            "decode_tps": (len(ids) - prompt) / (end - middle),
-        }
+        for first in range(0, len(ids), BATCH):
+            some = ids[first : first + BATCH]
+            tokens = (self.api.llama_token * len(some))(*some)
+            batch = self.api.llama_batch(
+                n_tokens=len(some),
+                token=ctypes.cast(tokens, ctypes.POINTER(self.api.llama_token)),
+                all_pos_0=position + first,
+                all_pos_1=1,
+                all_seq_id=0,
+            )
+            if self.api.llama_decode(self.context, batch):
+                raise RuntimeError("ik_llama.cpp cannot decode")
 
 
 class IkRepacked(IkLlamaCpp):

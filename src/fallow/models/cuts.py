@@ -45,17 +45,7 @@ def check_fits(cut: Cut, layers: list[Layer], name: str) -> None:
             f"the plan cuts {cut.tap}, {name} has {', '.join(tap_names(layers[0])[1:])}; "
             "calibrate again"
         )
-    if len(cut.value) != len(layers):
-        raise FallowError(
-            f"the plan's {cut.kind} of {cut.tap} is for {len(cut.value)} layers, {name} has "
-            f"{len(layers)}; calibrate again"
-        )
-    shape = (len(layers), width_of(cut.tap, layers[0]))
-    if isinstance(cut.weight, np.ndarray) and cut.weight.shape != shape:
-        raise FallowError(
-            f"the plan's weight of {cut.tap} has the shape {cut.weight.shape}, {name} needs "
-            f"{shape}; calibrate again"
-        )
+    cut.check_layers(len(layers), width_of(cut.tap, layers[0]), name)
 
 
 def width_of(tap: str, layer: Layer) -> int:

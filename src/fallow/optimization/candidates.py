@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from fallow import _core
+from fallow.calibration.calibrator import origin
 from fallow.checkpoints.text import Text
 from fallow.checkpoints.weights import StoredTensor
 from fallow.common.progress import console, progress
@@ -108,19 +109,13 @@ class Candidates:
         )
         cuts = two_stage_cuts(first, second, self.weights)
         return Plan(
-            model=self.model.name,
-            fingerprint=self.model.fingerprint,
             rule=TwoStage.name,
             knob=0.0,
             knob_name=TwoStage.knob_name,
             cuts=tuple(cut for cut in cuts if cut.leaves_out.any()),
             head_margin=head_margin,
             head_limit=self.head_limit,
-            calibration_text=self.text.name,
-            calibration_sha256=self.text.sha256,
-            calibration_sketch=self.text.sketch,
-            calibration_tokens=self.calibration.n_tokens,
-            dtype=self.model.dtype_name,
+            **origin(self.model, self.text, self.calibration),
         )
 
     def nothing(self) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fallow.calibration.calibrator import Calibrator
+from fallow.calibration.calibrator import Calibrator, origin
 from fallow.checkpoints.text import Text, check_context, load_text
 from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_path, check_sums, check_writable
@@ -185,11 +185,9 @@ class Trainer:
 
     def trained(self, arrays: Arrays) -> Trained:
         """What is written of these networks, judged on the held-out windows."""
-        fitted, text = self.fit(arrays), self.calibrator.text
-        sparsity, increase, error = self.calibrator.measure(fitted)
+        fitted, calibrator = self.fit(arrays), self.calibrator
+        sparsity, increase, error = calibrator.measure(fitted)
         return Trained(
-            model=self.model.name,
-            fingerprint=self.model.fingerprint,
             selector=fitted.name,
             knob=fitted.knob,
             arrays=fitted.arrays,
@@ -197,11 +195,7 @@ class Trainer:
             achieved_sparsity=sparsity,
             achieved_ppl_increase=increase,
             achieved_ppl_increase_se=error,
-            calibration_text=text.name,
-            calibration_sha256=text.sha256,
-            calibration_sketch=text.sketch,
-            calibration_tokens=self.calibrator.calibration.n_tokens,
-            dtype=self.model.dtype_name,
+            **origin(self.model, calibrator.text, calibrator.calibration),
         )
 
     def read(self, number: int, total: int) -> None:
