@@ -8,10 +8,12 @@
 #include <chrono>
 #include <memory>
 #include <optional>
+#include <set>
 #include <tuple>
 
 #include "bindings.h"
 #include "engine/engine.h"
+#include "parallel.h"
 #include "platform/mapping.h"
 
 using namespace nb::literals;
@@ -104,6 +106,7 @@ class BoundEngine {
         Matrix& m = matrix == "gate_proj" ? l.gate_proj : matrix == "up_proj" ? l.up_proj
                                                                               : l.down_proj_t;
         streamed.places.emplace_back(&m.data, at);
+        streamed_.insert(&m);
         units.back().push_back(extent(offset, size));
         at += units.back().back().room();
       }
@@ -145,7 +148,9 @@ class BoundEngine {
         throw nb::value_error("a cut's weight has the wrong size");
       cut.weight.assign(weight->data(), weight->data() + weight->size());
     }
+    nb::gil_scoped_release release;
     engine_->set_cuts(std::move(cuts));
+    lay_out();
   }
 
   nb::dict stats() const {
@@ -205,6 +210,40 @@ class BoundEngine {
     engine_->set_pause([this] { answer_signals(); });
   }
 
+  // Weights in memory of our own lie in tiles, but for those of which the plan leaves out some rows.
+  void lay_out() {
+    if (!image_) return;
+    struct Wanted {
+      Matrix* w;
+      Layout layout;
+    };
+    std::vector<Wanted> wanted;
+    for (size_t l = 0; l < model_.layers.size(); ++l) {
+      Layer& layer = model_.layers[l];
+      for (Matrix* w : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj, &layer.gate_proj})
+        wanted.push_back({w, Layout::kDwordTiles});
+      const bool dense = !engine_->leaves_out_neurons(l);
+      wanted.push_back({&layer.up_proj, dense ? Layout::kDwordTiles : Layout::kRows});
+      wanted.push_back({&layer.down_proj_t, dense ? Layout::kByteTiles : Layout::kRows});
+    }
+    std::erase_if(wanted, [&](const Wanted& wish) {
+      const Matrix& w = *wish.w;
+      if (!w.data || w.layout == wish.layout || streamed_.contains(&w)) return true;
+      const bool has_product = wish.layout == Layout::kByteTiles ? kernels_.axpy_tiles[w.type] != nullptr
+                                                                 : kernels_.gemv_tiles[w.type] != nullptr;
+      return wish.layout != Layout::kRows && (!has_product || !fits(wish.layout, w.rows, w.row_bytes));
+    });
+    parallel_ranges(wanted.size(), engine_->threads(), [&](size_t begin, size_t end, int) {
+      for (size_t i = begin; i < end; ++i) {
+        auto& [w, layout] = wanted[i];
+        uint8_t* data = image_->data() + (w->data - image_->data());
+        if (w->layout != Layout::kRows) to_rows(w->layout, data, w->rows, w->row_bytes);
+        if (layout != Layout::kRows) to_tiles(layout, data, w->rows, w->row_bytes);
+        w->layout = layout;
+      }
+    });
+  }
+
   // Lets Python act on Ctrl-C within a long pass.
   void answer_signals() {
     const auto now = std::chrono::steady_clock::now();
@@ -238,6 +277,7 @@ class BoundEngine {
   const Kernels& kernels_;
   std::vector<std::unique_ptr<FileRows>> file_rows_;
   std::unique_ptr<Streamer> streamer_;
+  std::set<const Matrix*> streamed_;
   std::unique_ptr<Engine> engine_;
 };
 

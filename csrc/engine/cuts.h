@@ -46,6 +46,10 @@ class Cuts {
   bool is_dense() const { return layers_.empty() || aside_; }
   const Cut& at(size_t layer, Tap tap) const;
   bool any(size_t layer, std::initializer_list<Tap> taps) const;
+  // Whether the FFN's rows are then read one by one.
+  bool leaves_out_neurons(size_t layer) const {
+    return any(layer, {kGateInput, kUpInput, kGatePre, kGateAct, kUp, kInter, kDownInput});
+  }
 
   // Sets inactive ones of a token's values (width,) to zero.
   void apply(const Cut& cut, float* values, size_t width, int worker);

@@ -29,7 +29,11 @@ class Engine {
          size_t block = kBlock);
 
   // Empty: dense. Otherwise one entry per layer.
-  void set_cuts(std::vector<LayerCuts> cuts) { cuts_.set(std::move(cuts)); }
+  void set_cuts(std::vector<LayerCuts> cuts) {
+    cuts_.set(std::move(cuts));
+    cuts_.leave_aside(false);
+  }
+  bool leaves_out_neurons(size_t layer) const { return cuts_.leaves_out_neurons(layer); }
   void set_shortlist(float nats, size_t most) { head_.set_shortlist(nats, most); }  // see Head
   // From now on rows of embed_tokens, or of lm_head, come from there.
   void set_embedding(FileRows* rows) { embedding_rows_ = rows; }
@@ -48,6 +52,7 @@ class Engine {
 
   uint32_t held() const { return position_; }  // tokens in the cache
   uint32_t context() const { return context_; }
+  int threads() const { return run_.pool.size(); }
   const Statistics& statistics() const { return run_.statistics; }
   void reset_stats() { run_.statistics.reset(); }
 

@@ -20,10 +20,9 @@ Ffn::Ffn(Runtime& run, Cuts& cuts, Products& products, const Packed& model, size
 
 void Ffn::forward(size_t l, const Input& x, size_t n, float* out) {
   const Layer& layer = model_.layers[l];
-  const bool is_cut = cuts_.any(l, {kGateInput, kUpInput, kGatePre, kGateAct, kUp, kInter, kDownInput});
   if (!is_decode(n)) {
     block(l, x, n, out);
-  } else if (!is_cut) {
+  } else if (!cuts_.leaves_out_neurons(l)) {
     dense(l, x, n, out);
   } else if (n == 1) {
     sparse(l, x, out);
@@ -44,7 +43,7 @@ void Ffn::forward(size_t l, const Input& x, size_t n, float* out) {
 void Ffn::dense(size_t l, const Input& x, size_t n, float* out) {
   const Layer& layer = model_.layers[l];
   run_.pool.run([&](int worker) {
-    const Share neurons = share_of(d_ff_, worker, run_.pool.size());
+    const Share neurons = share_of_rows(d_ff_, worker, run_.pool.size());
     gate(layer, x, n, neurons, worker);
     if (config_.gated) up(layer, x, n, neurons, worker);
     down(layer, n, neurons, worker);

@@ -20,7 +20,7 @@ void Ffn::sparse(size_t l, const Input& x, float* out) {
 void Ffn::sparse_apart(size_t l, const Input& x, float* out) {
   const Layer& layer = model_.layers[l];
   run_.pool.run([&](int worker) {
-    const Share range = share_of(d_ff_, worker, run_.pool.size());
+    const Share range = share_of_rows(d_ff_, worker, run_.pool.size());
     Neurons neurons{nullptr, range.begin, range.end - range.begin};
     gate(layer, x, 1, range, worker);
     neurons = choose(cuts_.at(l, kGateAct), neurons, range);

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "engine/tiles.h"
+
 namespace fallow {
 
 struct PackedError : std::runtime_error {
@@ -36,6 +38,7 @@ struct Matrix {
   uint32_t type = 0;
   uint64_t rows = 0, cols = 0;
   uint64_t row_bytes = 0;
+  Layout layout = Layout::kRows;
 
   uint64_t bytes() const { return rows * row_bytes; }
 };

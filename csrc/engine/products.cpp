@@ -1,7 +1,5 @@
 #include "engine/products.h"
 
-#include <algorithm>
-
 namespace fallow {
 namespace {
 
@@ -10,8 +8,19 @@ constexpr size_t kSummedRows = 128;
 // Rows that several tokens are multiplied with in turn where no kernel takes them together.
 constexpr size_t kSharedRows = 128;
 
-const uint8_t* row_of(const Matrix& w, size_t row, size_t column = 0) {
-  return w.data + row * w.row_bytes + w.row_bytes * column / w.cols;
+// Bytes [from, from + bytes) of some rows, `step` apart: as they lie or, of tiles, in `plain`.
+struct PlainRows {
+  const uint8_t* data;
+  size_t step;
+};
+PlainRows plain_rows(const Matrix& w, size_t row, size_t n, size_t from, size_t bytes,
+                     std::vector<uint8_t>& plain) {
+  const uint8_t* first = w.data + row * w.row_bytes;
+  if (w.layout == Layout::kRows) return {first + from, w.row_bytes};
+  plain.resize(pieces(n, kTileRows) * kTileRows * bytes);
+  for (size_t i = 0; i < n; i += kTileRows)
+    rows_of_tile(w.layout, first + i * w.row_bytes, from, bytes, plain.data() + i * bytes);
+  return {plain.data(), bytes};
 }
 
 }  // namespace
@@ -89,7 +98,7 @@ void Products::multiply(const Input& input, size_t n, const Product* begin, cons
         multiply_block(input, n, *p, worker);
         continue;
       }
-      const auto [first, last] = share_of(p->w.rows, worker, run_.pool.size());
+      const auto [first, last] = share_of_rows(p->w.rows, worker, run_.pool.size());
       float* y = p->y + first;
       gemv(p->w, first, last - first, input, n, y, p->step(), worker);
       if (p->bias)
@@ -120,7 +129,9 @@ void Products::multiply_panel(const Input& input, size_t n, const Matrix& w, siz
   const Kernels& kernels = run_.kernels;
   Scratch& own = scratch_[static_cast<size_t>(worker)];
   const size_t k = w.cols;
-  for (size_t r = 0; r < rows; ++r) kernels.decode(w.type, row_of(w, row + r), k, own.rows.data() + r * k);
+  const PlainRows plain = plain_rows(w, row, rows, 0, w.row_bytes, own.plain);
+  for (size_t r = 0; r < rows; ++r)
+    kernels.decode(w.type, plain.data + r * plain.step, k, own.rows.data() + r * k);
   if (uses_bf16(w, k)) {
     kernels.panel_bf16(own.rows.data(), rows, k, own.panel_half.data());
     kernels.gemm_bf16(own.panel_half.data(), rows, k, input.half.data(), input.width, n, false, y,
@@ -151,9 +162,12 @@ void Products::sum_rows(const Matrix& w, size_t n, const float* x, float* y) {
       // The panel of columns [c, c + kPanel) starts at c * kSummedRows.
       for (size_t row = 0; row < w.rows; row += kSummedRows) {
         const size_t rows = std::min<size_t>(kSummedRows, w.rows - row);
+        const PlainRows plain = plain_rows(w, row, rows, w.row_bytes * column / w.cols,
+                                           w.row_bytes * width / w.cols, own.plain);
         for (size_t r = 0; r < rows; r += half ? 2 : 1) {
-          kernels.decode(w.type, row_of(w, row + r, column), width, first);
-          if (half) kernels.decode(w.type, row_of(w, row + r + 1, column), width, second);
+          const uint8_t* part = plain.data + r * plain.step;
+          kernels.decode(w.type, part, width, first);
+          if (half) kernels.decode(w.type, part + plain.step, width, second);
           for (size_t c = 0; c < width; c += kPanel) {
             const size_t there = std::min(kPanel, width - c), to = c * kSummedRows + r * kPanel;
             if (half) {
@@ -186,11 +200,12 @@ void Products::gemv(const Matrix& w, const int32_t* rows, size_t begin, size_t n
 
 void Products::gemv(const Matrix& w, size_t begin, size_t n, const Input& input, size_t tokens,
                     float* y, size_t stride, int worker) {
-  if (tokens == 1) return gemv(w, nullptr, begin, n, input.activation(), y, worker);
+  if (tokens == 1 && w.layout == Layout::kRows) return gemv(w, nullptr, begin, n, input.activation(), y, worker);
   Activation x[kFew];
   for (size_t t = 0; t < tokens; ++t) x[t] = input.activation(t);
   run_.statistics.read(worker, n * w.row_bytes);
-  if (const GemvTokens together = run_.kernels.gemv_tokens[w.type])
+  const auto& table = w.layout == Layout::kRows ? run_.kernels.gemv_tokens : run_.kernels.gemv_tiles;
+  if (const GemvTokens together = table[w.type])
     return together(w.data, w.row_bytes, begin, n, w.cols, x, tokens, y, stride);
   for (size_t i = 0; i < n; i += kSharedRows)
     for (size_t t = 0; t < tokens; ++t)
@@ -206,9 +221,10 @@ void Products::axpy(const Matrix& w, const int32_t* rows, size_t begin, size_t n
 
 void Products::axpy(const Matrix& w, size_t begin, size_t n, const float* coefficient, size_t from,
                     size_t tokens, float* y, size_t stride, int worker) {
-  if (tokens == 1) return axpy(w, nullptr, begin, n, coefficient, y, worker);
+  if (tokens == 1 && w.layout == Layout::kRows) return axpy(w, nullptr, begin, n, coefficient, y, worker);
   run_.statistics.read(worker, n * w.row_bytes);
-  if (const AxpyTokens together = run_.kernels.axpy_tokens[w.type])
+  const auto& table = w.layout == Layout::kRows ? run_.kernels.axpy_tokens : run_.kernels.axpy_tiles;
+  if (const AxpyTokens together = table[w.type])
     return together(w.data, w.row_bytes, begin, n, w.cols, coefficient, from, tokens, y, stride);
   for (size_t t = 0; t < tokens; ++t)
     run_.kernels.axpy_rows[w.type](w.data, w.row_bytes, nullptr, begin, n, w.cols,

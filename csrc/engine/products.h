@@ -2,6 +2,7 @@
 // once for at most kFew tokens, prefill unpacks rows into panels for a block of them.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <vector>
 
@@ -33,6 +34,12 @@ struct Product {
 
   size_t step() const { return stride > 0 ? stride : w.rows; }
 };
+
+// The share of n rows or neurons that falls to a worker, in whole tiles.
+inline Share share_of_rows(size_t n, int worker, int workers) {
+  const Share tiles = share_of(pieces(n, kTileRows), worker, workers);
+  return {std::min(n, tiles.begin * kTileRows), std::min(n, tiles.end * kTileRows)};
+}
 
 class Products {
  public:
@@ -70,6 +77,7 @@ class Products {
   struct Scratch {
     std::vector<float> rows, panel;
     std::vector<uint16_t> panel_half;
+    std::vector<uint8_t> plain;  // rows that lie in tiles
   };
 
   void multiply(const Input& input, size_t n, const Product* begin, const Product* end);

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "kernels/avx512.h"
+#include "kernels/avx512_axpy_k.h"
 #include "kernels/avx512_lanes.h"
 
 namespace fallow {
@@ -176,7 +177,6 @@ FALLOW_INLINE uint64_t two_words(const uint8_t* first, const uint8_t* second) {
 // Blocks of 32: bytes of four blocks, the low nibbles columns 0..15 of each.
 template <class F, size_t from>
 struct BlockNibbles {
-  static constexpr bool has_fifth = false;
   alignas(64) static constexpr int32_t kLow[2][16] = {
       {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3}, {4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7}};
   static constexpr const auto& kHigh = kLow;
@@ -186,35 +186,6 @@ struct BlockNibbles {
                         load128(b + 3 * F::bytes));
   }
   static size_t place(size_t j) { return 64 * (j / 16 % 2) + 16 * (j % 16 / 4) + 4 * (j / 32) + j % 4; }
-};
-// The K formats: 64 bytes, the low nibbles of each 32 a group and the high ones the next.
-template <size_t from>
-struct RunNibbles {
-  static constexpr bool has_fifth = false;
-  alignas(64) static constexpr int32_t kLow[2][16] = {
-      {0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2}, {4, 4, 4, 4, 4, 4, 4, 4, 6, 6, 6, 6, 6, 6, 6, 6}};
-  alignas(64) static constexpr int32_t kHigh[2][16] = {
-      {1, 1, 1, 1, 1, 1, 1, 1, 3, 3, 3, 3, 3, 3, 3, 3}, {5, 5, 5, 5, 5, 5, 5, 5, 7, 7, 7, 7, 7, 7, 7, 7}};
-  static FALLOW_INLINE __m512i load(const uint8_t* b, int half) { return load512(b + from + 64 * half); }
-  static size_t place(size_t j) {
-    const size_t byte = j / 64 * 32 + j % 32;
-    return 64 * (j / 32 % 2) + 16 * (byte % 16 / 4) + 4 * (byte / 16) + byte % 4;
-  }
-};
-// Bit g of 32 bytes is the fifth one of group g.
-struct RunNibbles5 : RunNibbles<48> {
-  static constexpr bool has_fifth = true;
-  static FALLOW_INLINE __m512i fifth(const uint8_t* b) { return _mm512_broadcast_i64x4(load256(b + 16)); }
-  static FALLOW_INLINE void add_fifth(__m512i bits, int half, __m512i& low, __m512i& high) {
-    // Groups 4 half and 4 half + 2 of the low nibbles, the next of the high ones: to bit 4.
-    if (half == 0) {
-      low = with_fifth(low, _mm512_sllv_epi64(bits, _mm512_set_epi64(2, 2, 2, 2, 4, 4, 4, 4)));
-      high = with_fifth(high, _mm512_sllv_epi64(bits, _mm512_set_epi64(1, 1, 1, 1, 3, 3, 3, 3)));
-    } else {
-      low = with_fifth(low, _mm512_srlv_epi64(bits, _mm512_set_epi64(2, 2, 2, 2, 0, 0, 0, 0)));
-      high = with_fifth(high, _mm512_srlv_epi64(bits, _mm512_set_epi64(3, 3, 3, 3, 1, 1, 1, 1)));
-    }
-  }
 };
 
 // chunk(b, j): columns [64 j, 64 j + 64) of a span; groups(b, n, s, m): its scales and minima, n groups
@@ -300,12 +271,10 @@ FALLOW_INLINE void k_groups(const uint8_t* b, __m256& s, __m256& m) {
 }
 
 struct V4_K : Q4_K {
-  using Nibbles = RunNibbles<16>;
   static FALLOW_INLINE __m512i chunk(const uint8_t* b, int j) { return nibble_run(b + 16 + 32 * j); }
   static FALLOW_INLINE void groups(const uint8_t* b, size_t, __m256& s, __m256& m) { k_groups(b, s, m); }
 };
 struct V5_K : Q5_K {
-  using Nibbles = RunNibbles5;
   static FALLOW_INLINE __m512i fifth_bits(__m512i q, const uint8_t* b, int j) {
     const __m512i high = _mm512_broadcast_i64x4(load256(b + 16));
     const __m512i bit = _mm512_inserti64x4(_mm512_set1_epi8(static_cast<char>(1 << (2 * j))),
@@ -481,9 +450,6 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
   gemv(Whole<F>{w, row_bytes}, rows, begin, n, k, x, y);
 }
 
-// Rows that are summed in integers before they become floats.
-constexpr size_t kSummed = 16;
-
 // The quantised coefficients of kSummed rows in one span.
 template <class F>
 struct Coefficients {
@@ -541,16 +507,6 @@ FALLOW_INLINE Coefficients<F> prepare(const RowGroups<F>& groups, const float* c
   return found;
 }
 
-// Bytes of four rows side by side: lane l of out[i] holds bytes 16 l + 4 i + (0..3), a dword each.
-FALLOW_INLINE void interleave(__m512i a, __m512i b, __m512i c, __m512i d, __m512i* out) {
-  const __m512i low_ab = _mm512_unpacklo_epi8(a, b), low_cd = _mm512_unpacklo_epi8(c, d);
-  const __m512i high_ab = _mm512_unpackhi_epi8(a, b), high_cd = _mm512_unpackhi_epi8(c, d);
-  out[0] = _mm512_unpacklo_epi16(low_ab, low_cd);
-  out[1] = _mm512_unpackhi_epi16(low_ab, low_cd);
-  out[2] = _mm512_unpacklo_epi16(high_ab, high_cd);
-  out[3] = _mm512_unpackhi_epi16(high_ab, high_cd);
-}
-
 // sums[t] (chunks * 64,) += kSummed rows times token t's coefficients, for every token.
 template <class F, int chunks, size_t tokens, class Row>
 FALLOW_INLINE void axpy_chunks(const Row* rows, const Coefficients<F> (&coefficients)[tokens],
@@ -597,13 +553,6 @@ FALLOW_INLINE void axpy_nibbles(const Row* rows, const Coefficients<F> (&coeffic
   const auto spread_floats = [](__m256 v, const int32_t* lanes) {
     return _mm512_permutexvar_ps(load512(lanes), _mm512_castps256_ps512(v));
   };
-  __m512i fifth[4][4];
-  if constexpr (N::has_fifth)
-#pragma GCC unroll 4
-    for (size_t four = 0; four < 4; ++four) {
-      const Row* r = rows + 4 * four;
-      interleave(N::fifth(r[0].b), N::fifth(r[1].b), N::fifth(r[2].b), N::fifth(r[3].b), fifth[four]);
-    }
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half, at += 128) {
     const int32_t *to_low = N::kLow[half], *to_high = N::kHigh[half];
@@ -623,8 +572,7 @@ FALLOW_INLINE void axpy_nibbles(const Row* rows, const Coefficients<F> (&coeffic
                  N::load(r[3].b, half), columns);
 #pragma GCC unroll 4
       for (size_t i = 0; i < 4; ++i) {
-        __m512i first = low_nibbles(columns[i]), second = high_nibbles(columns[i]);
-        if constexpr (N::has_fifth) N::add_fifth(fifth[four][i], half, first, second);
+        const __m512i first = low_nibbles(columns[i]), second = high_nibbles(columns[i]);
 #pragma GCC unroll 4
         for (size_t t = 0; t < tokens; ++t) {
           const __m256i bytes = coefficients[t].bytes[four];
@@ -1115,6 +1063,14 @@ template <class L>
 void add_lanes(Kernels& table) {
   table.gemv_rows[L::type] = gemv_lanes<L>;
   table.gemv_tokens[L::type] = gemv_lanes_tokens<L>;
+  table.gemv_tiles[L::type] = gemv_tiles<L>;
+}
+
+template <class F>
+void add_axpy_k(Kernels& table) {
+  table.axpy_rows[F::type] = axpy_k_rows<F>;
+  table.axpy_tokens[F::type] = axpy_k_tokens<F, KRows>;
+  table.axpy_tiles[F::type] = axpy_k_tokens<F, KTile>;
 }
 
 template <class L>
@@ -1169,13 +1125,13 @@ Kernels make() {
   add<V5_0>(table);
   add<V5_1>(table);
   add<V8_0>(table);
-  add<V4_K>(table);
-  add<V5_K>(table);
   add<V6_K>(table);
   add_lanes<LanesOf32<Q4_0>>(table);
   add_lanes<LanesOf32<Q4_1>>(table);
   add_lanes<LanesOfK<Block4_K>>(table);
   add_lanes<LanesOfK<Block5_K>>(table);
+  add_axpy_k<Q4_K>(table);
+  add_axpy_k<Q5_K>(table);
   table.gemv_rows[kTwoBits] = gemv_two_bits;
   add_float<L32>(table, kF32);
   add_float<LF16>(table, kF16);

@@ -45,6 +45,9 @@ using AxpyTokens = void (*)(const uint8_t* w, size_t row_bytes, size_t begin, si
                             const float* coefficient, size_t from, size_t tokens, float* y,
                             size_t stride);
 
+// Rows that lie together in a matrix that is laid out in tiles: see engine/tiles.h.
+constexpr size_t kTileRows = 16;
+
 // Rows per panel of the batched products.
 constexpr size_t kPanel = 32;
 
@@ -58,6 +61,10 @@ struct Kernels {
   AxpyRows axpy_rows[kTypes];
   GemvTokens gemv_tokens[kTypes];  // null: there are only those for one token
   AxpyTokens axpy_tokens[kTypes];
+  // The same of matrices in tiles, of dwords for gemv and of bytes for axpy, to the bit as of rows;
+  // `begin` and n are multiples of kTileRows. Null: matrices of this type stay rows.
+  GemvTokens gemv_tiles[kTypes];
+  AxpyTokens axpy_tiles[kTypes];
 
   // k floats as float32, of any supported type.
   void (*decode)(uint32_t type, const uint8_t* row, size_t k, float* y);

@@ -1,0 +1,30 @@
+// Weights laid out anew in memory, 16 rows side by side, so that products meet them in the order in
+// which they lie: nothing is transposed, and memory is read in one stream. Of rows that a plan leaves
+// out some, tiles would be read whole.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/kernels.h"
+
+namespace fallow {
+
+enum class Layout {
+  kRows,
+  kDwordTiles,  // dword i of row r is dword 16 i + r of its tile: for products with a vector
+  kByteTiles,   // byte 16 p + j of row 4 f + r is byte 256 p + 64 f + 4 j + r: for sums of rows
+};
+
+// Whether rows of so many bytes can lie so.
+bool fits(Layout layout, size_t rows, size_t row_bytes);
+
+// Lays out n rows in place, from kRows to another way, and back.
+void to_tiles(Layout layout, uint8_t* rows, size_t n, size_t row_bytes);
+void to_rows(Layout layout, uint8_t* tiles, size_t n, size_t row_bytes);
+
+// Bytes [from, from + bytes) of the rows of a tile, one after the other; both multiples of 16 for
+// kByteTiles, of 4 for kDwordTiles.
+void rows_of_tile(Layout layout, const uint8_t* tile, size_t from, size_t bytes, uint8_t* rows);
+
+}  // namespace fallow
