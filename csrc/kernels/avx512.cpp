@@ -507,9 +507,10 @@ FALLOW_INLINE Coefficients<F> prepare(const RowGroups<F>& groups, const float* c
   return found;
 }
 
-// sums[t] (chunks * 64,) += kSummed rows times token t's coefficients, for every token.
+// sums[t] (chunks * 64,) += kSummed rows times token t's coefficients, for every token. Later rows are
+// asked for in steps, see LaneRows::ask.
 template <class F, int chunks, size_t tokens, class Row>
-FALLOW_INLINE void axpy_chunks(const Row* rows, const Coefficients<F> (&coefficients)[tokens],
+FALLOW_INLINE void axpy_chunks(const Row* rows, Row* later, const Coefficients<F> (&coefficients)[tokens],
                                float (*sums)[kSlab], size_t at) {
   using G = Groups<F::group>;
   for (int j = 0; j < chunks; ++j) {
@@ -524,6 +525,8 @@ FALLOW_INLINE void axpy_chunks(const Row* rows, const Coefficients<F> (&coeffici
       const Row* r = rows + 4 * four;
       __m512i columns[4];
       interleave(r[0].chunk(j), r[1].chunk(j), r[2].chunk(j), r[3].chunk(j), columns);
+      const size_t step = 4 * static_cast<size_t>(j) + four;
+      for (size_t i = 4 * step / chunks; i < 4 * (step + 1) / chunks; ++i) later[i].ask(64 * chunks);
 #pragma GCC unroll 4
       for (size_t t = 0; t < tokens; ++t) {
         const __m512i bytes = G::spread(coefficients[t].bytes[four], j);
@@ -544,7 +547,7 @@ FALLOW_INLINE void axpy_chunks(const Row* rows, const Coefficients<F> (&coeffici
 
 // The same for a span of formats that keep two columns in a byte: bytes are interleaved, and then halved.
 template <class F, size_t tokens, class Row>
-FALLOW_INLINE void axpy_nibbles(const Row* rows, const Coefficients<F> (&coefficients)[tokens],
+FALLOW_INLINE void axpy_nibbles(const Row* rows, Row* later, const Coefficients<F> (&coefficients)[tokens],
                                 float (*sums)[kSlab], size_t at) {
   using N = typename F::Nibbles;
   const auto spread = [](__m256i v, const int32_t* lanes) {
@@ -570,6 +573,8 @@ FALLOW_INLINE void axpy_nibbles(const Row* rows, const Coefficients<F> (&coeffic
       __m512i columns[4];
       interleave(N::load(r[0].b, half), N::load(r[1].b, half), N::load(r[2].b, half),
                  N::load(r[3].b, half), columns);
+      const size_t step = 4 * static_cast<size_t>(half) + four;
+      for (size_t i = 2 * step; i < 2 * step + 2; ++i) later[i].ask(kSpan);
 #pragma GCC unroll 4
       for (size_t i = 0; i < 4; ++i) {
         const __m512i first = low_nibbles(columns[i]), second = high_nibbles(columns[i]);
@@ -632,7 +637,6 @@ FALLOW_INLINE void axpy_slab(const Rows& w, const int32_t* rows, size_t begin, s
       if (i + r + kSummed < n) later[r] = row_at(i + r + kSummed);
     }
     const auto span = [&](size_t at, auto columns, auto add) {
-      for (auto& row : later) row.ask(columns);
       const RowGroups<F> groups(b, columns / F::group);
       Coefficients<F> coefficients[tokens];
 #pragma GCC unroll 4
@@ -644,15 +648,15 @@ FALLOW_INLINE void axpy_slab(const Rows& w, const int32_t* rows, size_t begin, s
     for (size_t at = 0; at < whole; at += kSpan)
       span(at, std::integral_constant<size_t, kSpan>{}, [&](const auto& coefficients) {
         if constexpr (requires { typename F::Nibbles; }) {
-          axpy_nibbles<F>(b, coefficients, sums, at);
+          axpy_nibbles<F>(b, later, coefficients, sums, at);
         } else {
-          axpy_chunks<F, 4>(b, coefficients, sums, at);
+          axpy_chunks<F, 4>(b, later, coefficients, sums, at);
         }
       });
     if constexpr (F::block == 32) {
       const auto rest = [&]<int chunks>() {
         span(whole, std::integral_constant<size_t, chunks * 64>{}, [&](const auto& coefficients) {
-          axpy_chunks<F, chunks>(b, coefficients, sums, whole);
+          axpy_chunks<F, chunks>(b, later, coefficients, sums, whole);
         });
       };
       const size_t chunks = (k - whole) / 64;

@@ -185,14 +185,13 @@ struct KRows {
       const __m512i v = side_by_side(load(r[0]), load(r[1]), load(r[2]), load(r[3]));
       head[f] = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(rows_first, v), bytes_first);
     }
-    for (auto& p : later) prefetch(p, F::bytes);
     return KGroups(head);
   }
 
   // 64 bytes of nibbles hold four groups: 0 and 2 in their low halves, 1 and 3 in their high ones, and
   // 4 further on. sums (256,) are in the order of `place`.
   template <size_t tokens>
-  FALLOW_INLINE void add(const KCoefficients* coefficients, float* sums, size_t stride) const {
+  FALLOW_INLINE void add(const KCoefficients* coefficients, float* sums, size_t stride) {
     __m512i fifth[4][4];
     if constexpr (KPlaces<F>::has_fifth)
 #pragma GCC unroll 4
@@ -239,9 +238,10 @@ struct KRows {
     }
   }
 
+  // Later rows are asked for two at a time, see LaneRows::ask.
   template <int g, size_t tokens>
   FALLOW_INLINE void half(const __m512i (&fifth)[4][4], const KCoefficients* coefficients, float* sums,
-                          size_t stride) const {
+                          size_t stride) {
     __m512i low[tokens][4], high[tokens][4];
 #pragma GCC unroll 4
     for (size_t t = 0; t < tokens; ++t) {
@@ -256,6 +256,7 @@ struct KRows {
       };
       __m512i columns[4];
       interleave(load(0), load(1), load(2), load(3), columns);
+      for (int row = 2 * (g + f); row < 2 * (g + f) + 2; ++row) prefetch(later[row], F::bytes);
 #pragma GCC unroll 4
       for (size_t i = 0; i < 4; ++i) {
         __m512i first = low_nibbles(columns[i]), second = high_nibbles(columns[i]);
