@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "kernels/avx2_lanes.h"
+
 namespace fallow {
 namespace {
 
@@ -444,6 +446,11 @@ void add(Kernels& table) {
 }
 
 template <class L>
+void add_lanes(Kernels& table) {
+  table.gemv_rows[L::type] = gemv_lanes<L>;
+}
+
+template <class L>
 void add_float(Kernels& table, uint32_t type) {
   table.gemv_rows[type] = gemv_rows_float<L>;
   table.axpy_rows[type] = axpy_rows_float<L>;
@@ -494,6 +501,13 @@ Kernels make() {
   add<W4_K>(table);
   add<W5_K>(table);
   add<W6_K>(table);
+  add_lanes<LanesOf32<Q4_0>>(table);
+  add_lanes<LanesOf32<Q4_1>>(table);
+  add_lanes<LanesOf32<Q5_0>>(table);
+  add_lanes<LanesOf32<Q5_1>>(table);
+  add_lanes<LanesOfK<Q4_K>>(table);
+  add_lanes<LanesOfK<Q5_K>>(table);
+  add_lanes<LanesOf6_K>(table);
   table.gemv_rows[kTwoBits] = gemv_two_bits;
   add_float<L32>(table, kF32);
   add_float<LF16>(table, kF16);
