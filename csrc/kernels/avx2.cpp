@@ -76,7 +76,7 @@ void gemv_8_0(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t be
     }
     __m256 sum[kRows] = {};
     for (size_t at = 0; at < k; at += Q8_0::block) {
-      ask<Q8_0>(later, at);
+      prefetch(later[at / 32 % kRows], kRows * Q8_0::bytes);
       const auto values = [&](size_t from) {
         const __m256i high = _mm256_cvtepi8_epi16(load128(x.high + from));
         const __m256i low = _mm256_cvtepi8_epi16(load128(x.low + from));

@@ -266,6 +266,19 @@ struct Lanes6_K : Q6_K {
   };
 };
 
+// Rows that come after those at work. They are asked for in the second cache, since they and those at
+// work do not fit the first, 256 columns of some rows at a time: of all rows at once, what is asked for
+// kept what is needed waiting.
+template <class F, size_t n>
+struct Later {
+  const uint8_t* rows[n];
+
+  // Part i of 8.
+  FALLOW_INLINE void ask(size_t i) {
+    for (size_t r = n / 8 * i; r < n / 8 * (i + 1); ++r) prefetch(rows[r], 256 / F::block * F::bytes);
+  }
+};
+
 FALLOW_INLINE __m256i four_of(const int8_t* x) {
   int32_t v;
   __builtin_memcpy(&v, x, sizeof v);
@@ -307,7 +320,8 @@ struct LaneSums {
 
 // One block of 8 rows.
 template <class F>
-FALLOW_INLINE void dot_block(const InLanes& rows, const Activation& x, size_t column, LaneSums& sums) {
+FALLOW_INLINE void dot_block(const InLanes& rows, Later<F, kLanes>& later, const Activation& x,
+                             size_t column, LaneSums& sums) {
   constexpr int run = F::group == 32 && F::apart == 32 ? 2 : 1;  // pieces of the same groups
   const typename F::Scales scales(rows);
   __m256i tops[F::top_pieces * 4 + 1];
@@ -316,6 +330,7 @@ FALLOW_INLINE void dot_block(const InLanes& rows, const Activation& x, size_t co
     LaneGroup<F::most> low, high;
     unrolled<run>([&]<int r>() {
       constexpr int i = p * run + r;
+      later.ask(F::block > 32 ? i : column / 32 % 8);
       __m256i v[4];
       rows.load(F::at(i), v);
       const size_t at = column + F::low(i);
@@ -345,27 +360,19 @@ FALLOW_INLINE void dot_block(const InLanes& rows, const Activation& x, size_t co
   });
 }
 
-// Asks for 256 columns of later rows at a time, in the second cache: 16 rows and the next do not fit the
-// first. Of blocks of 32 all are asked for where the first of eight is.
-template <class F, size_t n>
-FALLOW_INLINE void ask(const uint8_t* (&later)[n], size_t column) {
-  if (column % 256 != 0) return;
-  for (auto& p : later) prefetch(p, 256 / F::block * F::bytes);
-}
-
 template <class F>
 void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
                 size_t k, const Activation& x, float* y) {
   for (size_t i = 0; i < n; i += kLanes) {
-    const uint8_t *row[kLanes], *later[kLanes];
+    const uint8_t* row[kLanes];
+    Later<F, kLanes> later;
     for (size_t r = 0; r < kLanes; ++r) {  // past the end the last one stands in
       row[r] = w + row_of(rows, begin, i + r < n ? i + r : n - 1) * row_bytes;
-      later[r] = i + r + kLanes < n ? w + row_of(rows, begin, i + r + kLanes) * row_bytes : nullptr;
+      later.rows[r] = i + r + kLanes < n ? w + row_of(rows, begin, i + r + kLanes) * row_bytes : nullptr;
     }
     LaneSums sums;
     for (size_t at = 0; at < k; at += F::block) {
-      ask<F>(later, at);
-      dot_block<F>(InLanes{row}, x, at, sums);
+      dot_block<F>(InLanes{row}, later, x, at, sums);
       for (auto& p : row) p += F::bytes;
     }
     const __m256 factor = _mm256_set1_ps(F::has_min ? 1.0f : static_cast<float>(F::offset));
@@ -424,7 +431,8 @@ class Rounded {
 
 // y (block,) += one block of kSummed rows; 8 sums for each minimum.
 template <class F>
-FALLOW_INLINE void axpy_block(const uint8_t* const* rows, const float* c, float* y, float* minima) {
+FALLOW_INLINE void axpy_block(const uint8_t* const* rows, Later<F, kSummed>& later, const float* c,
+                              size_t column, float* y, float* minima) {
   constexpr int groups = F::block / F::group;
   Rounded rounded[groups];
   {
@@ -447,6 +455,7 @@ FALLOW_INLINE void axpy_block(const uint8_t* const* rows, const float* c, float*
   __m256i tops[4][F::top_pieces * 2 + 1];
   for (size_t s = 0; s < 4; ++s) F::tops(step(s), tops[s]);
   unrolled<F::pieces>([&]<int i>() {
+    later.ask(F::block > 32 ? i : column / 32 % 8);
     const Rounded& low = rounded[F::low(i) / F::group];
     const Rounded& high = rounded[(F::low(i) + F::apart) / F::group];
     __m256i sum[4] = {low.start(), low.start(), high.start(), high.start()};
@@ -513,19 +522,21 @@ void axpy_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
     alignas(32) float minima[F::has_min ? kSlab / F::group * 8 : 1] = {};
     const auto row_at = [&](size_t i) { return slab + row_of(rows, begin, i) * row_bytes; };
     for (size_t i = 0; i < n; i += kSummed) {
-      const uint8_t *row[kSummed], *later[kSummed];
+      const uint8_t* row[kSummed];
+      Later<F, kSummed> later;
       float c[kSummed];
       for (size_t r = 0; r < kSummed; ++r) {  // rows past the end are the last one with coefficient 0
         row[r] = row_at(i + r < n ? i + r : n - 1);
         c[r] = i + r < n ? coefficient[i + r] : 0.0f;
-        later[r] = i + r + kSummed < n ? row_at(i + r + kSummed) : nullptr;
+        later.rows[r] = i + r + kSummed < n ? row_at(i + r + kSummed) : nullptr;
       }
       for (size_t at = 0; at < width; at += F::block) {
-        ask<F>(later, at);
         if constexpr (F::type == kQ8_0) {
+          later.ask(at / 32 % 8);
           axpy_block_8_0(row, c, y + first + at);
         } else {
-          axpy_block<F>(row, c, y + first + at, minima + (F::has_min ? at / F::group * 8 : 0));
+          axpy_block<F>(row, later, c, at, y + first + at,
+                        minima + (F::has_min ? at / F::group * 8 : 0));
         }
         for (auto& p : row) p += F::bytes;
       }
