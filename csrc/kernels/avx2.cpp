@@ -7,7 +7,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <type_traits>
+#include <cstring>
 
 #include "kernels/avx2_lanes.h"
 
@@ -28,11 +28,11 @@ FALLOW_INLINE int32_t sum_lanes(__m256i v) {
 
 FALLOW_INLINE float load_half(const uint8_t* p) { return _cvtsh_ss(load_u16(p)); }
 
-constexpr size_t kStep32 = 32;
 constexpr size_t kPrefetch = 4096;  // bytes ahead of the work, at least
 
 void gemv_two_bits(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
                    size_t k, const Activation& x, float* y) {
+  constexpr size_t kStep = 32;
   const OneScale input(x.x, k);
   const size_t quarter = k / 4;
   const __m256i bits = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
@@ -42,11 +42,11 @@ void gemv_two_bits(const uint8_t* w, size_t row_bytes, const int32_t* rows, size
     const uint8_t* later =
         i + ahead < n ? w + row_of(rows, begin, i + ahead) * row_bytes : nullptr;
     __m256i high = _mm256_setzero_si256(), low = high;
-    for (size_t p = 0; p < quarter; p += kStep32) {
-      prefetch(later, kStep32);
-      uint8_t last[kStep32] = {};
-      if (quarter - p < kStep32) std::memcpy(last, row + p, quarter - p);
-      __m256i codes = load256(quarter - p < kStep32 ? last : row + p);
+    for (size_t p = 0; p < quarter; p += kStep) {
+      prefetch(later, kStep);
+      uint8_t last[kStep] = {};
+      if (quarter - p < kStep) std::memcpy(last, row + p, quarter - p);
+      __m256i codes = load256(quarter - p < kStep ? last : row + p);
       __m256i some_high = _mm256_setzero_si256(), some_low = some_high;
 #pragma GCC unroll 4
       for (size_t part = 0; part < 4; ++part) {  // 16 bits hold 8 products of at most 3 * 128
@@ -120,13 +120,15 @@ struct LBF16 {
 };
 
 template <class L>
-FALLOW_INLINE float dot_float(const uint8_t* a, const float* x, size_t n) {
+FALLOW_INLINE float dot_float(const uint8_t* a, const uint8_t* later, const float* x, size_t n) {
   __m256 sum[4] = {};
   size_t i = 0;
-  for (; i + 32 <= n; i += 32)
+  for (; i + 32 <= n; i += 32) {
+    prefetch(later, 32 * L::bytes);
     for (size_t j = 0; j < 4; ++j)
       sum[j] = _mm256_fmadd_ps(L::load(a + (i + 8 * j) * L::bytes), _mm256_loadu_ps(x + i + 8 * j),
                                sum[j]);
+  }
   for (; i + 8 <= n; i += 8)
     sum[0] = _mm256_fmadd_ps(L::load(a + i * L::bytes), _mm256_loadu_ps(x + i), sum[0]);
   float total = sum_lanes(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]),
@@ -148,13 +150,45 @@ FALLOW_INLINE void axpy_float(float c, const uint8_t* a, size_t n, float* y) {
 template <class L>
 void gemv_rows_float(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin,
                      size_t n, size_t k, const Activation& x, float* y) {
-  gemv_floats(w, row_bytes, rows, begin, n, k, x, dot_float<L>, y);
+  const size_t ahead = kPrefetch / row_bytes + 1;
+  for (size_t i = 0; i < n; ++i) {
+    const uint8_t* later = i + ahead < n ? w + row_of(rows, begin, i + ahead) * row_bytes : nullptr;
+    y[i] = dot_float<L>(w + row_of(rows, begin, i) * row_bytes, later, x.x, k);
+  }
 }
 
+// Four rows at a time, which load and store y once.
 template <class L>
 void axpy_rows_float(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin,
                      size_t n, size_t k, const float* coefficient, float* y) {
-  axpy_floats(w, row_bytes, rows, begin, n, k, coefficient, axpy_float<L>, y);
+  constexpr size_t kRows = 4;
+  const auto row_at = [&](size_t i) { return w + row_of(rows, begin, i) * row_bytes; };
+  size_t i = 0;
+  for (; i + kRows <= n; i += kRows) {
+    const uint8_t *row[kRows], *later[kRows];
+    __m256 c[kRows];
+    for (size_t r = 0; r < kRows; ++r) {
+      row[r] = row_at(i + r);
+      later[r] = i + r + kRows < n ? row_at(i + r + kRows) : nullptr;
+      c[r] = _mm256_set1_ps(coefficient[i + r]);
+    }
+    size_t j = 0;
+    for (; j + 32 <= k; j += 32) {
+#pragma GCC unroll 4
+      for (size_t r = 0; r < kRows; ++r) prefetch(later[r], 32 * L::bytes);
+#pragma GCC unroll 4
+      for (size_t part = j; part < j + 32; part += 8) {
+        __m256 sum = _mm256_loadu_ps(y + part);
+#pragma GCC unroll 4
+        for (size_t r = 0; r < kRows; ++r)
+          sum = _mm256_fmadd_ps(c[r], L::load(row[r] + part * L::bytes), sum);
+        _mm256_storeu_ps(y + part, sum);
+      }
+    }
+    for (size_t r = 0; r < kRows; ++r)
+      axpy_float<L>(coefficient[i + r], row[r] + j * L::bytes, k - j, y + j);
+  }
+  for (; i < n; ++i) axpy_float<L>(coefficient[i], row_at(i), k, y);
 }
 
 // What attention decodes for every token; other types only prefill needs.
@@ -165,8 +199,40 @@ void decode(uint32_t type, const uint8_t* row, size_t k, float* y) {
   for (; i < k; ++i) y[i] = LF16::one(row + i * LF16::bytes);
 }
 
+void quantize(const float* x, size_t k, int8_t* high, int8_t* low, float* d, float* sum,
+              float* sum16) {
+  constexpr float kLargest = 32512;  // see the portable twin
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  for (size_t b = 0; b < k / 32; ++b) {
+    const float* from = x + 32 * b;
+    __m256 v[4], top = _mm256_setzero_ps();
+    for (size_t i = 0; i < 4; ++i) {
+      v[i] = _mm256_loadu_ps(from + 8 * i);
+      top = _mm256_max_ps(top, _mm256_andnot_ps(sign, v[i]));
+    }
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    const float largest = _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+    d[b] = largest / kLargest;
+    const __m256 inverse = _mm256_set1_ps(largest > 0 ? kLargest / largest : 0.0f);
+    for (size_t h = 0; h < 2; ++h) {
+      const __m256i first = _mm256_cvtps_epi32(_mm256_mul_ps(v[2 * h], inverse));
+      const __m256i second = _mm256_cvtps_epi32(_mm256_mul_ps(v[2 * h + 1], inverse));
+      sum16[2 * b + h] = d[b] * static_cast<float>(sum_lanes(_mm256_add_epi32(first, second)));
+      const __m256i values = _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xD8);
+      const __m256i upper = _mm256_srai_epi16(_mm256_add_epi16(values, _mm256_set1_epi16(128)), 8);
+      const __m256i lower = _mm256_sub_epi16(values, _mm256_slli_epi16(upper, 8));
+      const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(upper, lower), 0xD8);
+      const size_t at = 32 * b + 16 * h;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(high + at), _mm256_castsi256_si128(both));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(low + at), _mm256_extracti128_si256(both, 1));
+    }
+    sum[b] = sum16[2 * b] + sum16[2 * b + 1];
+  }
+}
+
 float sum_squares(const float* x, size_t n) {
-  return dot_float<L32>(reinterpret_cast<const uint8_t*>(x), x, n);
+  return dot_float<L32>(reinterpret_cast<const uint8_t*>(x), nullptr, x, n);
 }
 
 void to_f16(const float* x, size_t n, uint16_t* y) {
@@ -302,6 +368,7 @@ Kernels make() {
   add_float<LF16>(table, kF16);
   add_float<LBF16>(table, kBF16);
   table.decode = decode;
+  table.quantize = quantize;
   table.gemm_f32 = gemm_f32;
   table.to_f16 = to_f16;
   table.sum_squares = sum_squares;
