@@ -6,6 +6,7 @@ validation text. Needs llama-cpp-python==0.3.36, and for their rows openvino-gen
 ik-llama-cpp-python==0.1.5, whose wheel is an AVX2 build (IK_LLAMA_CPP_LIB_PATH names a native one):
 
     python benchmarks/engine.py smollm2 gemma3 qwen2.5-1.5b
+    python benchmarks/engine.py qwen2.5-1.5b --kernels avx2   # as on processors without AVX-512
     python benchmarks/engine.py --report      # writes docs/results/engine.md
 """
 
@@ -38,17 +39,17 @@ KERNELS = [("Q4_K", 1536), ("Q5_K", 1536), ("Q6_K", 1536), ("Q4_K", 8960), ("Q6_
 MATRIX_BYTES = 400e6
 
 
-def machine() -> str:
-    """A folder for the results of this processor, beside those of others."""
-    return re.sub(r"\W+", "-", processor()).strip("-").lower()
+def machine(kernels: str) -> str:
+    """A folder for the results of this processor and kernels, beside those of others."""
+    return re.sub(r"\W+", "-", f"{processor()} {kernels}").strip("-").lower()
 
 
-def run(name: str) -> None:
+def run(name: str, kernels: str) -> None:
     import fallow
     from fallow.checkpoints.catalog import ALIASES, resolve
     from fallow.measure.quality import evaluate_engine
 
-    folder = RESULTS / name / machine()
+    folder = RESULTS / name / machine(kernels)
     folder.mkdir(parents=True, exist_ok=True)
     record_machine(folder / "machine.json")
     packed, source = folder / "packed.gguf", resolve(ALIASES[name])
@@ -56,15 +57,15 @@ def run(name: str) -> None:
     plans = {rule: make_plan(name, rule, s, folder) for rule, s in RULES.items()}
     result: dict[str, Any] = {"self_check": vars(check), "file_mb": packed.stat().st_size / 1e6}
     result["source_mb"] = source.stat().st_size / 1e6
-    result["dense"] = bench(packed, RUNS, "llama.cpp", source)
+    result["dense"] = bench(packed, RUNS, "llama.cpp", source, kernels)
     for peer in ("ik_llama.cpp", "ik_llama.cpp-rtr", "openvino"):
         try:
-            result[peer] = bench(packed, RUNS if peer != "openvino" else 3, peer, source)
+            result[peer] = bench(packed, RUNS if peer != "openvino" else 3, peer, source, kernels)
         except RuntimeError as error:
             result[peer] = str(error)
-    result["greedy"] = greedy(packed, source)
-    result["sparse"] = skipping(packed, plans)
-    engine = fallow.Engine(packed, threads=THREADS, context=1024)
+    result["greedy"] = greedy(packed, source, kernels)
+    result["sparse"] = skipping(packed, plans, kernels)
+    engine = fallow.Engine(packed, threads=THREADS, context=1024, kernels=kernels)
     quality = {
         rule: evaluate_engine(engine, plan, TEST, context=1024, windows=WINDOWS).to_json()
         for rule, plan in ({"dense": None} | plans).items()
@@ -75,11 +76,11 @@ def run(name: str) -> None:
     packed.unlink()
 
 
-def bench(packed: Path, runs: int, against: str, source: Path) -> dict[str, Any]:
+def bench(packed: Path, runs: int, against: str, source: Path, kernels: str) -> dict[str, Any]:
     """`fallow bench` in a process of its own, whose memory is the engine's alone."""
     command = [sys.executable, "-m", "fallow", "bench", packed, "--json", "--text", TEST]
     command += ["--threads", THREADS, "-p", PROMPT, "-n", NEW, "--runs", runs]
-    command += ["--against", against, "--source", source]
+    command += ["--against", against, "--source", source, "--kernels", kernels]
     # The baseline's threads as it would have them: told to wait passively, llama.cpp's are slow.
     own = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=own)
@@ -98,7 +99,7 @@ def make_plan(name: str, rule: str, sparsity: float, folder: Path) -> Any:
     return fallow.Plan.load(path)
 
 
-def greedy(packed: Path, source: Path) -> dict[str, float]:
+def greedy(packed: Path, source: Path, kernels: str) -> dict[str, float]:
     """The dense engine's greedy continuations beside llama.cpp's on the source.
 
     `agreement`: share of llama.cpp's tokens that the engine, having read those before, would have
@@ -108,7 +109,7 @@ def greedy(packed: Path, source: Path) -> dict[str, float]:
 
     from fallow import Engine
 
-    engine = Engine(packed, plan=False, threads=THREADS, context=1024)
+    engine = Engine(packed, plan=False, threads=THREADS, context=1024, kernels=kernels)
     llama = Llama(str(source), n_ctx=1024, n_threads=THREADS, verbose=False)
     agree: list[bool] = []
     lengths = []
@@ -122,13 +123,13 @@ def greedy(packed: Path, source: Path) -> dict[str, float]:
     return {"agreement": float(np.mean(agree)), "same": float(np.mean(lengths))}
 
 
-def skipping(packed: Path, plans: dict[str, Any]) -> dict[str, Any]:
+def skipping(packed: Path, plans: dict[str, Any], kernels: str) -> dict[str, Any]:
     """Decode with each plan and without, in turn."""
     from fallow import Engine
     from fallow.checkpoints.text import load_text
     from fallow.measure.speed import run_in_turn
 
-    engine = Engine(packed, threads=THREADS, context=PROMPT + NEW)
+    engine = Engine(packed, threads=THREADS, context=PROMPT + NEW, kernels=kernels)
     ids = engine.tokenizer.with_bos(engine.tokenizer.encode(load_text(TEST, "evaluation").content))
     ids = ids[: PROMPT + NEW]
     runs = run_in_turn(engine, {"dense": None} | plans, ids, PROMPT, RUNS)
@@ -142,7 +143,7 @@ def skipping(packed: Path, plans: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def kernels() -> list[dict[str, Any]]:
+def time_kernels(kernels: str) -> list[dict[str, Any]]:
     """Products over matrices far larger than the caches, whole and at 50 % random rows."""
     from fallow import _core
 
@@ -151,7 +152,7 @@ def kernels() -> list[dict[str, Any]]:
         block, n_bytes = _core.FORMATS[kind]
         n = int(MATRIX_BYTES // (width // block * n_bytes))
         half = np.sort(rng.permutation(n)[: n // 2]).astype(np.int32)
-        runs = [_core.time_rows(kind, n, width, half, THREADS) for _ in range(9)]
+        runs = [_core.time_rows(kind, n, width, half, THREADS, kernels) for _ in range(9)]
         ratio = {
             "gemv / read": ("read", "gemv"),
             "axpy / read": ("read", "axpy"),
@@ -329,13 +330,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--kernels", default="")
     arguments = parser.parse_args()
     for name in arguments.models:
-        run(name)
+        run(name, arguments.kernels)
     if arguments.models:
-        path = RESULTS / "kernels" / machine()
+        path = RESULTS / "kernels" / machine(arguments.kernels)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "result.json").write_text(json.dumps(kernels(), indent=1) + "\n")
+        (path / "result.json").write_text(
+            json.dumps(time_kernels(arguments.kernels), indent=1) + "\n"
+        )
     (ROOT / "docs" / "results" / "engine.md").write_text(report())
     update_readme("engine", summary())
 

@@ -87,8 +87,8 @@ double read_bandwidth(size_t n_bytes, int n_threads) {
 // Seconds that n_threads threads take for one pass over a matrix (rows, width) of a type: through
 // gemv_rows and axpy_rows, whole and with the listed rows alone, and for reading its bytes.
 nb::dict time_rows(const std::string& type, size_t rows, size_t width, Indices list,
-                   int n_threads) {
-  const Kernels& kernels = *usable_kernels().front();
+                   int n_threads, const std::string& set) {
+  const Kernels& kernels = kernels_of(set);
   const BlockFormat& format = format_of(type);
   if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
   if (rows == 0 || width == 0 || width % format.block_size != 0)
@@ -265,6 +265,7 @@ NB_MODULE(_core, m) {
         "Bytes per second at which that many threads read that much memory.");
 
   m.def("time_rows", &time_rows, "type"_a, "rows"_a, "width"_a, "list"_a, "n_threads"_a,
+        "kernels"_a = "",
         "Seconds of one pass over a matrix: read, gemv, gemv_rows, axpy, axpy_rows.");
 
   std::vector<std::string> tables;

@@ -11,6 +11,7 @@ import pytest
 
 import fallow
 from conftest import Result
+from fallow import _core
 from fallow.rules import RULES
 from fallow.selectors import SELECTORS
 
@@ -109,12 +110,17 @@ def test_packed_model(
     assert keys <= set(result)
     assert result["threads"] == 1
     assert "of what 1 threads read" in run(*timed).out
+    assert run(*timed, "--kernels", "portable", "--json").json["kernels"] == "portable"
+    assert run("generate", *prompt, "--kernels", "portable").out == answer["text"] + "\n"
 
 
 def test_errors_about_packed_models(run: Any, folders: dict[str, Path], tmp_path: Path) -> None:
     packed = tmp_path / "packed.gguf"
     assert run("pack", folders["opt"], "--quant", "f32", "-o", packed).code == 0
     assert "--threads 0 is outside" in error(run("bench", packed, "--threads", 0), 2)
+    for command in (("bench", packed), ("generate", packed, "x")):
+        message = error(run(*command, "--kernels", "mmx"), 2)
+        assert message == f"--kernels 'mmx' do not run here; known: {', '.join(_core.KERNELS)}"
     assert "unknown baseline 'ollama'" in error(
         run("bench", packed, "--against", "ollama", "--source", packed), 2
     )

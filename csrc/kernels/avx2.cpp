@@ -7,20 +7,12 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <type_traits>
+#include <cstring>
+
+#include "kernels/avx2_lanes.h"
 
 namespace fallow {
 namespace {
-
-// Weights are unpacked 32 at a time, in order, into one register.
-constexpr size_t kChunk = 32;
-
-FALLOW_INLINE __m256i load256(const void* p) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-}
-FALLOW_INLINE __m128i load128(const void* p) {
-  return _mm_loadu_si128(static_cast<const __m128i*>(p));
-}
 
 FALLOW_INLINE float sum_lanes(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -36,144 +28,11 @@ FALLOW_INLINE int32_t sum_lanes(__m256i v) {
 
 FALLOW_INLINE float load_half(const uint8_t* p) { return _cvtsh_ss(load_u16(p)); }
 
-// 16 bytes: low nibbles, then high nibbles.
-FALLOW_INLINE __m256i nibble_block(const uint8_t* p) {
-  const __m128i v = load128(p);
-  const __m256i both =
-      _mm256_inserti128_si256(_mm256_castsi128_si256(v), _mm_srli_epi16(v, 4), 1);
-  return _mm256_and_si256(both, _mm256_set1_epi8(15));
-}
-
-// 16 in every byte whose bit is set.
-FALLOW_INLINE __m256i sixteens(uint32_t bits) {
-  const __m256i spread = _mm256_shuffle_epi8(
-      _mm256_set1_epi32(static_cast<int>(bits)),
-      _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0));
-  const __m256i wanted = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ULL));
-  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, wanted), wanted);
-  return _mm256_and_si256(set, _mm256_set1_epi8(16));
-}
-
-// chunk(b, j): columns [32 j, 32 j + 32) of a block. groups(b, s, m): its scales and minima.
-struct W4_0 : Q4_0 {
-  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int) { return nibble_block(b + 2); }
-  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float*) { s[0] = load_half(b); }
-};
-struct W4_1 : Q4_1 {
-  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int) { return nibble_block(b + 4); }
-  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float* m) {
-    s[0] = load_half(b);
-    m[0] = -load_half(b + 2);
-  }
-};
-struct W5_0 : Q5_0 {
-  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int) {
-    return _mm256_or_si256(nibble_block(b + 6), sixteens(load_u32(b + 2)));
-  }
-  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float*) { s[0] = load_half(b); }
-};
-struct W5_1 : Q5_1 {
-  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int) {
-    return _mm256_or_si256(nibble_block(b + 8), sixteens(load_u32(b + 4)));
-  }
-  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float* m) {
-    s[0] = load_half(b);
-    m[0] = -load_half(b + 2);
-  }
-};
-struct W8_0 : Q8_0 {
-  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int) {
-    return _mm256_xor_si256(load256(b + 2), _mm256_set1_epi8(static_cast<char>(128)));
-  }
-  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float*) { s[0] = load_half(b); }
-};
-
-FALLOW_INLINE void k_groups(const uint8_t* b, float* s, float* m) {
-  const uint32_t a = load_u32(b + 4), c = load_u32(b + 8), e = load_u32(b + 12);
-  const uint32_t s_high = (e & 0x0F0F0F0F) | (a >> 2 & 0x30303030);
-  const uint32_t m_high = (e >> 4 & 0x0F0F0F0F) | (c >> 2 & 0x30303030);
-  const __m128i scales = _mm_set_epi32(static_cast<int>(m_high), static_cast<int>(c & 0x3F3F3F3F),
-                                       static_cast<int>(s_high), static_cast<int>(a & 0x3F3F3F3F));
-  const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(scales));
-  const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(scales, 8)));
-  _mm256_storeu_ps(s, _mm256_mul_ps(low, _mm256_set1_ps(load_half(b))));
-  _mm256_storeu_ps(m, _mm256_mul_ps(high, _mm256_set1_ps(load_half(b + 2))));
-}
-
-FALLOW_INLINE __m256i k_nibbles(const uint8_t* p, int j) {
-  __m256i v = load256(p + 32 * (j / 2));
-  if (j % 2) v = _mm256_srli_epi16(v, 4);
-  return _mm256_and_si256(v, _mm256_set1_epi8(15));
-}
-
-struct W4_K : Q4_K {
-  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int j) { return k_nibbles(b + 16, j); }
-  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float* m) { k_groups(b, s, m); }
-};
-struct W5_K : Q5_K {
-  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int j) {
-    const __m256i bit = _mm256_set1_epi8(static_cast<char>(1 << j));
-    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(load256(b + 16), bit), bit);
-    return _mm256_or_si256(k_nibbles(b + 48, j), _mm256_and_si256(set, _mm256_set1_epi8(16)));
-  }
-  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float* m) { k_groups(b, s, m); }
-};
-struct W6_K : Q6_K {
-  static FALLOW_INLINE __m256i chunk(const uint8_t* b, int j) {
-    const int half = j / 4, part = j % 4;
-    __m256i low = load256(b + 64 * half + 32 * (part % 2));
-    if (part / 2) low = _mm256_srli_epi16(low, 4);
-    const __m256i top = _mm256_srl_epi16(load256(b + 128 + 32 * half), _mm_cvtsi32_si128(2 * part));
-    const __m256i high = _mm256_slli_epi16(_mm256_and_si256(top, _mm256_set1_epi8(3)), 4);
-    return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(15)), high);
-  }
-  static FALLOW_INLINE void groups(const uint8_t* b, float* s, float*) {
-    const __m256 d = _mm256_set1_ps(load_half(b + 208));
-    const __m128i scales = load128(b + 192);
-    _mm256_storeu_ps(s, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(scales)), d));
-    const __m256i rest = _mm256_cvtepi8_epi32(_mm_srli_si128(scales, 8));
-    _mm256_storeu_ps(s + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(rest), d));
-  }
-};
-
 constexpr size_t kPrefetch = 4096;  // bytes ahead of the work, at least
-
-// One value for both halves of a chunk, or one for each where groups are 16.
-template <class F>
-FALLOW_INLINE __m256 spread(const float* groups, int chunk) {
-  if constexpr (F::group == 32) return _mm256_set1_ps(groups[chunk]);
-  return _mm256_set_m128(_mm_set1_ps(groups[2 * chunk + 1]), _mm_set1_ps(groups[2 * chunk]));
-}
-
-// Eight sums of four products of a chunk with x at a column, both planes. Products of a byte pair
-// stay within 16 bits for up to 6 bits (63 * 128 * 2); 8-bit weights meet whole 16-bit values.
-template <class F>
-FALLOW_INLINE __m256i dot4(const uint8_t* b, int j, const Activation& x, size_t column) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  if constexpr (F::type == kQ8_0) {
-    const auto half = [&](size_t at) {
-      const __m256i w = _mm256_cvtepi8_epi16(load128(b + 2 + at));
-      const __m256i high = _mm256_cvtepi8_epi16(load128(x.high + column + at));
-      const __m256i low = _mm256_cvtepi8_epi16(load128(x.low + column + at));
-      return _mm256_madd_epi16(w, _mm256_add_epi16(_mm256_slli_epi16(high, 8), low));
-    };
-    return _mm256_add_epi32(half(0), half(16));
-  } else {
-    const __m256i q = F::chunk(b, j);
-    const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(q, load256(x.high + column)), ones);
-    const __m256i low = _mm256_madd_epi16(_mm256_maddubs_epi16(q, load256(x.low + column)), ones);
-    return _mm256_add_epi32(_mm256_slli_epi32(high, 8), low);
-  }
-}
-
-// Weights around zero.
-template <class F>
-FALLOW_INLINE __m256i centred(const uint8_t* b, int j) {
-  return _mm256_sub_epi8(F::chunk(b, j), _mm256_set1_epi8(static_cast<char>(F::centre)));
-}
 
 void gemv_two_bits(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
                    size_t k, const Activation& x, float* y) {
+  constexpr size_t kStep = 32;
   const OneScale input(x.x, k);
   const size_t quarter = k / 4;
   const __m256i bits = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
@@ -183,11 +42,11 @@ void gemv_two_bits(const uint8_t* w, size_t row_bytes, const int32_t* rows, size
     const uint8_t* later =
         i + ahead < n ? w + row_of(rows, begin, i + ahead) * row_bytes : nullptr;
     __m256i high = _mm256_setzero_si256(), low = high;
-    for (size_t p = 0; p < quarter; p += kChunk) {
-      prefetch(later, kChunk);
-      uint8_t last[kChunk] = {};
-      if (quarter - p < kChunk) std::memcpy(last, row + p, quarter - p);
-      __m256i codes = load256(quarter - p < kChunk ? last : row + p);
+    for (size_t p = 0; p < quarter; p += kStep) {
+      prefetch(later, kStep);
+      uint8_t last[kStep] = {};
+      if (quarter - p < kStep) std::memcpy(last, row + p, quarter - p);
+      __m256i codes = load256(quarter - p < kStep ? last : row + p);
       __m256i some_high = _mm256_setzero_si256(), some_low = some_high;
 #pragma GCC unroll 4
       for (size_t part = 0; part < 4; ++part) {  // 16 bits hold 8 products of at most 3 * 128
@@ -205,95 +64,38 @@ void gemv_two_bits(const uint8_t* w, size_t row_bytes, const int32_t* rows, size
   }
 }
 
-template <class F>
-void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
-               size_t k, const Activation& x, float* y) {
-  constexpr int chunks = F::block / kChunk, groups = F::block / F::group;
-  const float* sums = F::group == 16 ? x.sum16 : x.sum;
-  const size_t ahead = kPrefetch / row_bytes + 1;
-  for (size_t i = 0; i < n; ++i) {
-    const uint8_t* b = w + row_of(rows, begin, i) * row_bytes;
-    const uint8_t* later =
-        i + ahead < n ? w + row_of(rows, begin, i + ahead) * row_bytes : nullptr;
-    __m256 acc = _mm256_setzero_ps();
-    float minima = 0;
-    for (size_t at = 0; at < k; at += F::block, b += F::bytes) {
-      prefetch(later, F::bytes);
-      float s[groups], m[groups];
-      F::groups(b, s, m);
-      for (int g = 0; g < groups; ++g) {
-        const size_t group = at / F::group + static_cast<size_t>(g);
-        if constexpr (F::has_min) {
-          minima += m[g] * sums[group];
-        } else if constexpr (F::type != kQ8_0) {
-          minima += F::offset * s[g] * sums[group];
-        }
-        s[g] *= x.d[group * F::group / 32];
-      }
-#pragma GCC unroll 8
-      for (int j = 0; j < chunks; ++j) {
-        const __m256i sum = dot4<F>(b, j, x, at + kChunk * static_cast<size_t>(j));
-        acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), spread<F>(s, j), acc);
-      }
+// Bytes meet whole 16-bit values, which are put together once for four rows.
+void gemv_8_0(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+              size_t k, const Activation& x, float* y) {
+  constexpr size_t kRows = 4;
+  for (size_t i = 0; i < n; i += kRows) {
+    const uint8_t *row[kRows], *later[kRows];
+    for (size_t r = 0; r < kRows; ++r) {  // past the end the last one stands in
+      row[r] = w + row_of(rows, begin, std::min(i + r, n - 1)) * row_bytes;
+      later[r] = w + row_of(rows, begin, std::min(i + r + kRows, n - 1)) * row_bytes;
     }
-    y[i] = sum_lanes(acc) - minima;
-  }
-}
-
-// sums += four rows of one block times their coefficients. Within 32 columns the order is that of
-// byte interleaving: lane l of register i holds columns 16 l + 4 i + (0..3).
-template <class F>
-FALLOW_INLINE void axpy_block(const uint8_t* const* b, const float* c, float* sums, float* minima) {
-  constexpr int chunks = F::block / kChunk, groups = F::block / F::group;
-  float s[4][groups], scale[groups];
-  int8_t q[4][groups];  // c * s with one scale for the four rows
-  for (int r = 0; r < 4; ++r) {
-    float m[groups];
-    F::groups(b[r], s[r], m);
-    for (int g = 0; g < groups; ++g) {
-      if constexpr (F::has_min) minima[g] += c[r] * (m[g] - F::centre * s[r][g]);
-      s[r][g] *= c[r];
-    }
-  }
-  round_coefficients(s, [](float v) { return _mm_cvtss_si32(_mm_set_ss(v)); }, q, scale);
-  const auto spread_bytes = [&](int r, int j) {
-    if constexpr (F::group == 32) return _mm256_set1_epi8(q[r][j]);
-    return _mm256_set_m128i(_mm_set1_epi8(q[r][2 * j + 1]), _mm_set1_epi8(q[r][2 * j]));
-  };
-#pragma GCC unroll 2
-  for (int j = 0; j < chunks; ++j) {
-    __m256i w[4], size[4];  // weights with the sign of their coefficient, and its magnitude
+    __m256 sum[kRows] = {};
+    for (size_t at = 0; at < k; at += Q8_0::block) {
+      prefetch(later[at / 32 % kRows], kRows * Q8_0::bytes);
+      const auto values = [&](size_t from) {
+        const __m256i high = _mm256_cvtepi8_epi16(load128(x.high + from));
+        const __m256i low = _mm256_cvtepi8_epi16(load128(x.low + from));
+        return _mm256_add_epi16(_mm256_slli_epi16(high, 8), low);
+      };
+      const __m256i first = values(at), second = values(at + 16);
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const __m256i coefficient = spread_bytes(r, j);
-      w[r] = _mm256_sign_epi8(centred<F>(b[r], j), coefficient);
-      size[r] = _mm256_abs_epi8(coefficient);
+      for (size_t r = 0; r < kRows; ++r) {
+        const uint8_t* b = row[r];
+        const __m256i all =
+            _mm256_add_epi32(_mm256_madd_epi16(_mm256_cvtepi8_epi16(load128(b + 2)), first),
+                             _mm256_madd_epi16(_mm256_cvtepi8_epi16(load128(b + 18)), second));
+        const __m256 scale = _mm256_set1_ps(load_half(b) * x.d[at / 32]);
+        sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(all), scale, sum[r]);
+        row[r] += Q8_0::bytes;
+      }
     }
-    const __m256 factor = spread<F>(scale, j);
-    const __m256i size01 = _mm256_unpacklo_epi8(size[0], size[1]);
-    const __m256i size23 = _mm256_unpacklo_epi8(size[2], size[3]);
-    const auto add = [&](__m256i w01, __m256i w23, float* to) {
-      const __m256i p01 = _mm256_maddubs_epi16(size01, w01);
-      const __m256i p23 = _mm256_maddubs_epi16(size23, w23);
-      const __m256i ones = _mm256_set1_epi16(1);
-      const __m256i low = _mm256_madd_epi16(_mm256_unpacklo_epi16(p01, p23), ones);
-      const __m256i high = _mm256_madd_epi16(_mm256_unpackhi_epi16(p01, p23), ones);
-      _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(low), factor, _mm256_loadu_ps(to)));
-      _mm256_storeu_ps(
-          to + 8, _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), factor, _mm256_loadu_ps(to + 8)));
-    };
-    float* to = sums + kChunk * static_cast<size_t>(j);
-    add(_mm256_unpacklo_epi8(w[0], w[1]), _mm256_unpacklo_epi8(w[2], w[3]), to);
-    add(_mm256_unpackhi_epi8(w[0], w[1]), _mm256_unpackhi_epi8(w[2], w[3]), to + 16);
+    for (size_t r = 0; r < kRows && i + r < n; ++r) y[i + r] = sum_lanes(sum[r]);
   }
-}
-
-template <class F>
-void axpy_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
-               size_t k, const float* coefficient, float* y) {
-  axpy_in_slabs<F>(w, row_bytes, rows, begin, n, k, coefficient, kPrefetch / row_bytes + 4,
-                   axpy_block<F>,
-                   [](size_t j) { return j / 4 % 4 * 8 + j / 16 * 4 + j % 4; }, y);
 }
 
 // Eight weights of a float row as float32; the last ones of a row come one at a time.
@@ -318,13 +120,15 @@ struct LBF16 {
 };
 
 template <class L>
-FALLOW_INLINE float dot_float(const uint8_t* a, const float* x, size_t n) {
+FALLOW_INLINE float dot_float(const uint8_t* a, const uint8_t* later, const float* x, size_t n) {
   __m256 sum[4] = {};
   size_t i = 0;
-  for (; i + 32 <= n; i += 32)
+  for (; i + 32 <= n; i += 32) {
+    prefetch(later, 32 * L::bytes);
     for (size_t j = 0; j < 4; ++j)
       sum[j] = _mm256_fmadd_ps(L::load(a + (i + 8 * j) * L::bytes), _mm256_loadu_ps(x + i + 8 * j),
                                sum[j]);
+  }
   for (; i + 8 <= n; i += 8)
     sum[0] = _mm256_fmadd_ps(L::load(a + i * L::bytes), _mm256_loadu_ps(x + i), sum[0]);
   float total = sum_lanes(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]),
@@ -346,13 +150,45 @@ FALLOW_INLINE void axpy_float(float c, const uint8_t* a, size_t n, float* y) {
 template <class L>
 void gemv_rows_float(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin,
                      size_t n, size_t k, const Activation& x, float* y) {
-  gemv_floats(w, row_bytes, rows, begin, n, k, x, dot_float<L>, y);
+  const size_t ahead = kPrefetch / row_bytes + 1;
+  for (size_t i = 0; i < n; ++i) {
+    const uint8_t* later = i + ahead < n ? w + row_of(rows, begin, i + ahead) * row_bytes : nullptr;
+    y[i] = dot_float<L>(w + row_of(rows, begin, i) * row_bytes, later, x.x, k);
+  }
 }
 
+// Four rows at a time, which load and store y once.
 template <class L>
 void axpy_rows_float(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin,
                      size_t n, size_t k, const float* coefficient, float* y) {
-  axpy_floats(w, row_bytes, rows, begin, n, k, coefficient, axpy_float<L>, y);
+  constexpr size_t kRows = 4;
+  const auto row_at = [&](size_t i) { return w + row_of(rows, begin, i) * row_bytes; };
+  size_t i = 0;
+  for (; i + kRows <= n; i += kRows) {
+    const uint8_t *row[kRows], *later[kRows];
+    __m256 c[kRows];
+    for (size_t r = 0; r < kRows; ++r) {
+      row[r] = row_at(i + r);
+      later[r] = i + r + kRows < n ? row_at(i + r + kRows) : nullptr;
+      c[r] = _mm256_set1_ps(coefficient[i + r]);
+    }
+    size_t j = 0;
+    for (; j + 32 <= k; j += 32) {
+#pragma GCC unroll 4
+      for (size_t r = 0; r < kRows; ++r) prefetch(later[r], 32 * L::bytes);
+#pragma GCC unroll 4
+      for (size_t part = j; part < j + 32; part += 8) {
+        __m256 sum = _mm256_loadu_ps(y + part);
+#pragma GCC unroll 4
+        for (size_t r = 0; r < kRows; ++r)
+          sum = _mm256_fmadd_ps(c[r], L::load(row[r] + part * L::bytes), sum);
+        _mm256_storeu_ps(y + part, sum);
+      }
+    }
+    for (size_t r = 0; r < kRows; ++r)
+      axpy_float<L>(coefficient[i + r], row[r] + j * L::bytes, k - j, y + j);
+  }
+  for (; i < n; ++i) axpy_float<L>(coefficient[i], row_at(i), k, y);
 }
 
 // What attention decodes for every token; other types only prefill needs.
@@ -363,8 +199,40 @@ void decode(uint32_t type, const uint8_t* row, size_t k, float* y) {
   for (; i < k; ++i) y[i] = LF16::one(row + i * LF16::bytes);
 }
 
+void quantize(const float* x, size_t k, int8_t* high, int8_t* low, float* d, float* sum,
+              float* sum16) {
+  constexpr float kLargest = 32512;  // see the portable twin
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  for (size_t b = 0; b < k / 32; ++b) {
+    const float* from = x + 32 * b;
+    __m256 v[4], top = _mm256_setzero_ps();
+    for (size_t i = 0; i < 4; ++i) {
+      v[i] = _mm256_loadu_ps(from + 8 * i);
+      top = _mm256_max_ps(top, _mm256_andnot_ps(sign, v[i]));
+    }
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    const float largest = _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+    d[b] = largest / kLargest;
+    const __m256 inverse = _mm256_set1_ps(largest > 0 ? kLargest / largest : 0.0f);
+    for (size_t h = 0; h < 2; ++h) {
+      const __m256i first = _mm256_cvtps_epi32(_mm256_mul_ps(v[2 * h], inverse));
+      const __m256i second = _mm256_cvtps_epi32(_mm256_mul_ps(v[2 * h + 1], inverse));
+      sum16[2 * b + h] = d[b] * static_cast<float>(sum_lanes(_mm256_add_epi32(first, second)));
+      const __m256i values = _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xD8);
+      const __m256i upper = _mm256_srai_epi16(_mm256_add_epi16(values, _mm256_set1_epi16(128)), 8);
+      const __m256i lower = _mm256_sub_epi16(values, _mm256_slli_epi16(upper, 8));
+      const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(upper, lower), 0xD8);
+      const size_t at = 32 * b + 16 * h;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(high + at), _mm256_castsi256_si128(both));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(low + at), _mm256_extracti128_si256(both, 1));
+    }
+    sum[b] = sum16[2 * b] + sum16[2 * b + 1];
+  }
+}
+
 float sum_squares(const float* x, size_t n) {
-  return dot_float<L32>(reinterpret_cast<const uint8_t*>(x), x, n);
+  return dot_float<L32>(reinterpret_cast<const uint8_t*>(x), nullptr, x, n);
 }
 
 void to_f16(const float* x, size_t n, uint16_t* y) {
@@ -486,19 +354,21 @@ void and_tile(const uint64_t* const* rows, const uint64_t* const* others, size_t
 Kernels make() {
   Kernels table = portable_kernels();  // what is not below stays scalar
   table.name = "avx2";
-  add<W4_0>(table);
-  add<W4_1>(table);
-  add<W5_0>(table);
-  add<W5_1>(table);
-  add<W8_0>(table);
-  add<W4_K>(table);
-  add<W5_K>(table);
-  add<W6_K>(table);
+  add<Lanes32<Q4_0>>(table);
+  add<Lanes32<Q4_1>>(table);
+  add<Lanes32<Q5_0>>(table);
+  add<Lanes32<Q5_1>>(table);
+  add<LanesK<Q4_K>>(table);
+  add<LanesK<Q5_K>>(table);
+  add<Lanes6_K>(table);
+  table.gemv_rows[kQ8_0] = gemv_8_0;
+  table.axpy_rows[kQ8_0] = axpy_rows<Q8_0>;
   table.gemv_rows[kTwoBits] = gemv_two_bits;
   add_float<L32>(table, kF32);
   add_float<LF16>(table, kF16);
   add_float<LBF16>(table, kBF16);
   table.decode = decode;
+  table.quantize = quantize;
   table.gemm_f32 = gemm_f32;
   table.to_f16 = to_f16;
   table.sum_squares = sum_squares;

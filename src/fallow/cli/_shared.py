@@ -27,6 +27,10 @@ ModelArg = Annotated[
 ]
 PackedArg = Annotated[Path, typer.Argument(help="A file that fallow pack wrote.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="Default: all processors.")]
+KernelsOption = Annotated[
+    str | None,
+    typer.Option(help="Packed models: an instruction set, avx2 say; default: the fastest here."),
+]
 MemoryOption = Annotated[
     str | None,
     typer.Option(

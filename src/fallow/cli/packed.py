@@ -10,6 +10,7 @@ from fallow.cli._shared import (
     ContextOption,
     DtypeOption,
     JsonOption,
+    KernelsOption,
     MemoryOption,
     ModelArg,
     PackedArg,
@@ -138,6 +139,7 @@ def bench(
         Path | None, typer.Option(help="The GGUF that the other engine reads.")
     ] = None,
     threads: ThreadsOption = None,
+    kernels: KernelsOption = None,
     prompt_tokens: Annotated[int, typer.Option("-p", help="Tokens of prefill.")] = 512,
     new_tokens: Annotated[int, typer.Option("-n", help="Tokens of decode.")] = 128,
     runs: Annotated[int, typer.Option(help="Runs; medians are reported.")] = 5,
@@ -157,7 +159,7 @@ def bench(
         if against or source:
             raise UsageError("--against goes with one --memory, not with several")
         given = {"--plan": plan, "--threads": threads, "--text": text, "--runs": runs}
-        given |= {"-p": prompt_tokens, "-n": new_tokens}
+        given |= {"--kernels": kernels, "-p": prompt_tokens, "-n": new_tokens}
         _bench_budgets(file, budgets, given, figure, as_json)
         return
     if figure:
@@ -169,6 +171,7 @@ def bench(
         file,
         loaded_plan,
         threads=threads,
+        kernels=kernels or "",
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         runs=runs,
@@ -282,6 +285,7 @@ def generate(
         ),
     ] = False,
     threads: ThreadsOption = None,
+    kernels: KernelsOption = None,
     context: Annotated[
         int | None, typer.Option(help="Packed models: tokens of cache; default: at most 4096.")
     ] = None,
@@ -300,7 +304,9 @@ def generate(
         from fallow.common.progress import console
 
         refuse_given({"--dtype": dtype != "auto"}, "is for models that are not packed")
-        engine = Engine(model, loaded_plan, threads, context=context, memory=memory)
+        engine = Engine(
+            model, loaded_plan, threads, context=context, kernels=kernels or "", memory=memory
+        )
         if memory is not None:
             console.print(engine.describe_memory(), highlight=False)
         pieces = engine.generate(
@@ -311,6 +317,7 @@ def generate(
         return
     given = {"--top-p": top_p != 1, "--top-k": top_k != 0, "--min-p": min_p != 0}
     given |= {"--stop": bool(stop), "--lossless": lossless, "--threads": threads is not None}
+    given |= {"--kernels": kernels is not None}
     given |= {"--context": context is not None, "--memory": memory is not None}
     refuse_given(given, "needs a packed model; make one with fallow pack")
     loaded = load_model(model, dtype)

@@ -59,7 +59,7 @@ class Engine:
         threads: default: all processors.
         context: tokens that the cache holds; default: the model's own, at most 4096, or 1024 with
             `memory`.
-        kernels: one of `_core.KERNELS`, "portable" say; default: the fastest that runs here.
+        kernels: one of `_core.KERNELS`, "avx2" say; default: the fastest that runs here.
         memory: bytes that the process may take, or a size such as "800MB": weights that do not fit
             are read from the file for every pass over the model. Default: all is in memory, in huge
             pages, or mapped where the file is more than half of the memory that is left.
@@ -97,7 +97,7 @@ class Engine:
             )
         if kernels and kernels not in _core.KERNELS:
             raise UsageError(
-                f"kernels {kernels!r} do not run here; known: {', '.join(_core.KERNELS)}"
+                f"--kernels {kernels!r} do not run here; known: {', '.join(_core.KERNELS)}"
             )
         first = plan if isinstance(plan, Plan) else None if plan is False else self._packed_plan()
         # Under a budget the coarse head is in memory only if this plan uses it.

@@ -44,6 +44,7 @@ def bench(
     plan: Plan | None = None,
     *,
     threads: int | None = None,
+    kernels: str = "",
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     runs: int = 5,
@@ -56,7 +57,7 @@ def bench(
 
     Args:
         against: one of BASELINES; needs `source`, the GGUF that it reads.
-        memory: as for `Engine`; the other engine is not bound by it.
+        kernels, memory: as for `Engine`; the other engine is not bound by them.
 
     Returns:
         Medians over the runs, all runs under `all`; with `against` the baseline's and the ratios.
@@ -71,8 +72,9 @@ def bench(
         raise UsageError("--against and --source, the GGUF it reads, belong together")
     if prompt_tokens < 2 or new_tokens < 1 or runs < 1:
         raise UsageError("give at least -p 2, -n 1 and --runs 1")
-    engine = Engine(path, plan, threads, context=prompt_tokens + new_tokens, memory=memory)
-    ids = _first_tokens(engine, text, prompt_tokens + new_tokens)
+    context = prompt_tokens + new_tokens
+    engine = Engine(path, plan, threads, context=context, kernels=kernels, memory=memory)
+    ids = _first_tokens(engine, text, context)
     baseline = _Baseline(against, source, engine.threads, ids, prompt_tokens) if against else None
     ours: list[dict[str, float]] = []
     theirs: list[dict[str, float]] = []

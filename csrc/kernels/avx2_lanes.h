@@ -1,0 +1,554 @@
+// Products with 256-bit registers. A format keeps 16 bytes, a piece, for columns of four bits and more: one
+// in the low nibbles, another in the high ones, what is above four bits elsewhere. Pieces of several
+// rows are arranged in one of two ways:
+//
+// - A row per lane, for products with x, as avx512_lanes.h has them: 16 bytes of each of 8 rows become
+//   four registers whose lane r holds a dword of row r; four columns of all the rows are byte products
+//   with four values of x, sums never leave their lanes, and 8 rows are 8 memory streams.
+// - Two rows side by side, for sums of rows: a byte product is then what two rows add to a column.
+//
+// Either way sums stay in 16 bits for as long as those hold them.
+#pragma once
+
+#include <immintrin.h>
+
+#include <utility>
+
+#include "formats/formats.h"
+#include "kernels/shared.h"
+
+namespace fallow {
+namespace {
+
+constexpr size_t kLanes = 8;
+// Rows that are summed in integers before they become floats.
+constexpr size_t kSummed = 16;
+
+FALLOW_INLINE __m256i load256(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+FALLOW_INLINE __m128i load128(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+FALLOW_INLINE __m256i side_by_side(__m128i low, __m128i high) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+FALLOW_INLINE __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+FALLOW_INLINE __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi32(v, 4)); }
+
+// Bits that `mask` has in every byte, shifted there to the left, or to the right if negative, and put to v.
+template <int left>
+FALLOW_INLINE __m256i with_bits(__m256i v, __m256i bits, char mask) {
+  if constexpr (left > 0) bits = _mm256_slli_epi32(bits, left);
+  if constexpr (left < 0) bits = _mm256_srli_epi32(bits, -left);
+  return _mm256_or_si256(v, _mm256_and_si256(bits, _mm256_set1_epi8(mask)));
+}
+
+// Calls some.operator()<i>() for i in [0, n).
+template <int n, class Some>
+FALLOW_INLINE void unrolled(const Some& some) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (some.template operator()<i>(), ...);
+  }(std::make_integer_sequence<int, n>());
+}
+
+// 8 rows, a row per lane.
+struct InLanes {
+  static constexpr size_t registers = 4;  // of a piece
+  const uint8_t* const* rows;
+
+  // out[i] = dword i of the piece at `at` of every row.
+  FALLOW_INLINE void load(size_t at, __m256i* out) const {
+    __m256i v[4];
+#pragma GCC unroll 4
+    for (size_t r = 0; r < 4; ++r) v[r] = side_by_side(load128(rows[r] + at), load128(rows[r + 4] + at));
+    const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
+    const __m256i c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+    out[0] = _mm256_unpacklo_epi64(a, b);
+    out[1] = _mm256_unpackhi_epi64(a, b);
+    out[2] = _mm256_unpacklo_epi64(c, d);
+    out[3] = _mm256_unpackhi_epi64(c, d);
+  }
+  // The dword at `at` of every row.
+  FALLOW_INLINE __m256i dword(size_t at) const {
+    const auto of = [&](size_t r) { return static_cast<int>(load_u32(rows[r] + at)); };
+    return _mm256_set_epi32(of(7), of(6), of(5), of(4), of(3), of(2), of(1), of(0));
+  }
+  // The half-precision number at `at` of every row.
+  FALLOW_INLINE __m256 half(size_t at) const {
+    const auto of = [&](size_t r) { return static_cast<short>(load_u16(rows[r] + at)); };
+    return _mm256_cvtph_ps(_mm_set_epi16(of(7), of(6), of(5), of(4), of(3), of(2), of(1), of(0)));
+  }
+  // The 32 bits at `at`, one of a column each, as two pieces of bytes that are 0 or 16.
+  FALLOW_INLINE void fifth(size_t at, __m256i* out) const {
+    const __m256i bits = dword(at), sixteen = _mm256_set1_epi8(16);
+    unrolled<8>([&]<int i>() {
+      const __m256i byte = _mm256_shuffle_epi8(bits, _mm256_set_epi32(
+          0x0C0C0C0C + 0x01010101 * (i / 2), 0x08080808 + 0x01010101 * (i / 2),
+          0x04040404 + 0x01010101 * (i / 2), 0x01010101 * (i / 2), 0x0C0C0C0C + 0x01010101 * (i / 2),
+          0x08080808 + 0x01010101 * (i / 2), 0x04040404 + 0x01010101 * (i / 2), 0x01010101 * (i / 2)));
+      const __m256i bit = _mm256_set1_epi32(static_cast<int>(i % 2 ? 0x80402010 : 0x08040201));
+      out[i] = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(byte, bit), bit), sixteen);
+    });
+  }
+};
+
+// Rows r and r + 1 of `rows` side by side in the low half of a register, r + 4 and r + 5 in the high one.
+struct InPairs {
+  static constexpr size_t registers = 2;
+  const uint8_t* const* rows;
+
+  static FALLOW_INLINE void interleave(__m256i even, __m256i odd, __m256i* out) {
+    out[0] = _mm256_unpacklo_epi8(even, odd);
+    out[1] = _mm256_unpackhi_epi8(even, odd);
+  }
+  FALLOW_INLINE void load(size_t at, __m256i* out) const {
+    interleave(side_by_side(load128(rows[0] + at), load128(rows[4] + at)),
+               side_by_side(load128(rows[1] + at), load128(rows[5] + at)), out);
+  }
+  FALLOW_INLINE void fifth(size_t at, __m256i* out) const {
+    const auto piece = [&](size_t r, int64_t from) {
+      const auto bits = [&](size_t row) { return _mm_cvtsi32_si128(static_cast<int>(load_u32(rows[row] + at))); };
+      const __m256i both = side_by_side(bits(r), bits(r + 4));
+      const __m256i byte = _mm256_shuffle_epi8(
+          both, _mm256_set_epi64x(from + 0x0101010101010101, from, from + 0x0101010101010101, from));
+      const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+      return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(byte, bit), bit), _mm256_set1_epi8(16));
+    };
+    interleave(piece(0, 0), piece(1, 0), out);
+    interleave(piece(0, 0x0202020202020202), piece(1, 0x0202020202020202), out + 2);
+  }
+};
+
+// What follows are formats. Piece i is at byte at(i), its low nibbles are columns from low(i) on and its
+// high ones those `apart` further. tops(a, t) loads what is above four bits, arranged as `a` does;
+// split<i, n>(t, q, v, ...) makes weights of register q of n that the piece has. `most` products fit
+// 16 bits. scale<g>() and minimum<g>() are those of group g in 8 rows.
+
+// Blocks of 32.
+template <class F>
+struct Lanes32 : F {
+  static constexpr size_t halves = F::has_min ? 4 : 2;
+  static constexpr bool has_fifth = F::bytes == halves + 20;
+  static constexpr int pieces = 1, most = has_fifth ? 4 : 8;
+  static constexpr size_t top_pieces = has_fifth ? 2 : 0, apart = 16;
+  static constexpr size_t at(int) { return F::bytes - 16; }
+  static constexpr size_t low(int) { return 0; }
+
+  template <class Arranged>
+  static FALLOW_INLINE void tops(const Arranged& rows, __m256i* t) {
+    if constexpr (has_fifth) rows.fifth(halves, t);
+  }
+  template <int, size_t n>
+  static FALLOW_INLINE void split(const __m256i* tops, size_t q, __m256i v, __m256i& low, __m256i& high) {
+    low = low_nibbles(v);
+    high = high_nibbles(v);
+    if constexpr (has_fifth) {
+      low = _mm256_or_si256(low, tops[q]);
+      high = _mm256_or_si256(high, tops[n + q]);
+    }
+  }
+
+  class Scales {
+   public:
+    FALLOW_INLINE explicit Scales(const InLanes& rows) : s_(rows.half(0)), m_(s_) {
+      if constexpr (F::has_min) m_ = _mm256_xor_ps(rows.half(2), _mm256_set1_ps(-0.0f));
+    }
+    template <int>
+    FALLOW_INLINE __m256 scale() const { return s_; }
+    template <int>
+    FALLOW_INLINE __m256 minimum() const { return m_; }
+
+   private:
+    __m256 s_, m_;
+  };
+};
+
+// Q4_K and Q5_K.
+template <class F>
+struct LanesK : F {
+  static constexpr bool has_fifth = F::type == kQ5_K;
+  static constexpr int pieces = 8, most = has_fifth ? 4 : 8;
+  static constexpr size_t top_pieces = has_fifth ? 2 : 0, apart = 32;
+  static constexpr size_t at(int i) { return F::bytes - 128 + 16 * static_cast<size_t>(i); }
+  static constexpr size_t low(int i) { return static_cast<size_t>(64 * (i / 2) + 16 * (i % 2)); }
+
+  template <class Arranged>
+  static FALLOW_INLINE void tops(const Arranged& rows, __m256i* t) {
+    if constexpr (has_fifth) {
+      rows.load(16, t);
+      rows.load(32, t + Arranged::registers);
+    }
+  }
+  // Bit g of a byte of `tops` is the fifth one of group g.
+  template <int i, size_t n>
+  static FALLOW_INLINE void split(const __m256i* tops, size_t q, __m256i v, __m256i& low, __m256i& high) {
+    low = low_nibbles(v);
+    high = high_nibbles(v);
+    if constexpr (has_fifth) {
+      constexpr int g = i / 2 * 2;
+      low = with_bits<4 - g>(low, tops[n * (i % 2) + q], 16);
+      high = with_bits<3 - g>(high, tops[n * (i % 2) + q], 16);
+    }
+  }
+
+  class Scales {
+   public:
+    FALLOW_INLINE explicit Scales(const InLanes& rows) {
+      __m256i t[4];
+      rows.load(0, t);
+      const __m256i six = _mm256_set1_epi8(63);
+      d_ = halves(t[0]);
+      dmin_ = halves(_mm256_srli_epi32(t[0], 16));
+      s_[0] = _mm256_and_si256(t[1], six);
+      m_[0] = _mm256_and_si256(t[2], six);
+      s_[1] = with_bits<-2>(low_nibbles(t[3]), t[1], 0x30);
+      m_[1] = with_bits<-2>(high_nibbles(t[3]), t[2], 0x30);
+    }
+    template <int g>
+    FALLOW_INLINE __m256 scale() const { return _mm256_mul_ps(d_, byte<g % 4>(s_[g / 4])); }
+    template <int g>
+    FALLOW_INLINE __m256 minimum() const { return _mm256_mul_ps(dmin_, byte<g % 4>(m_[g / 4])); }
+
+   private:
+    static FALLOW_INLINE __m256 halves(__m256i v) {  // the low ones of dwords
+      const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xFFFF));
+      return _mm256_cvtph_ps(
+          _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+    }
+    template <int i>
+    static FALLOW_INLINE __m256 byte(__m256i v) {
+      return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(
+          v, _mm256_set_epi32(static_cast<int>(0x8080800C) + i, static_cast<int>(0x80808008) + i,
+                              static_cast<int>(0x80808004) + i, static_cast<int>(0x80808000) + i,
+                              static_cast<int>(0x8080800C) + i, static_cast<int>(0x80808008) + i,
+                              static_cast<int>(0x80808004) + i, static_cast<int>(0x80808000) + i)));
+    }
+
+    __m256i s_[2], m_[2];
+    __m256 d_, dmin_;
+  };
+};
+
+struct Lanes6_K : Q6_K {
+  static constexpr int pieces = 8, most = 2;
+  static constexpr size_t top_pieces = 4, apart = 64;
+  static constexpr size_t at(int i) { return 16 * static_cast<size_t>(i); }
+  static constexpr size_t low(int i) { return static_cast<size_t>(128 * (i / 4) + 16 * (i % 4)); }
+
+  template <class Arranged>
+  static FALLOW_INLINE void tops(const Arranged& rows, __m256i* t) {
+    for (size_t i = 0; i < top_pieces; ++i) rows.load(128 + 16 * i, t + Arranged::registers * i);
+  }
+  // Two bits each of columns that are 32 apart.
+  template <int i, size_t n>
+  static FALLOW_INLINE void split(const __m256i* tops, size_t q, __m256i v, __m256i& low, __m256i& high) {
+    constexpr int from = i / 2 % 2 * 2;
+    const __m256i top = tops[n * (i / 4 * 2 + i % 2) + q];
+    low = with_bits<4 - from>(low_nibbles(v), top, 0x30);
+    high = with_bits<-from>(high_nibbles(v), top, 0x30);
+  }
+
+  class Scales {
+   public:
+    FALLOW_INLINE explicit Scales(const InLanes& rows) : d_(rows.half(208)) { rows.load(192, s_); }
+    template <int g>
+    FALLOW_INLINE __m256 scale() const {
+      const __m256i s = _mm256_srai_epi32(_mm256_slli_epi32(s_[g / 4], 24 - 8 * (g % 4)), 24);
+      return _mm256_mul_ps(d_, _mm256_cvtepi32_ps(s));
+    }
+    template <int g>
+    FALLOW_INLINE __m256 minimum() const { return scale<g>(); }
+
+   private:
+    __m256i s_[4];
+    __m256 d_;
+  };
+};
+
+// Rows that come after those at work. They are asked for in the second cache, since they and those at
+// work do not fit the first, 256 columns of some rows at a time: of all rows at once, what is asked for
+// kept what is needed waiting.
+template <class F, size_t n>
+struct Later {
+  const uint8_t* rows[n];
+
+  // Part i of 8.
+  FALLOW_INLINE void ask(size_t i) {
+    for (size_t r = n / 8 * i; r < n / 8 * (i + 1); ++r) prefetch(rows[r], 256 / F::block * F::bytes);
+  }
+};
+
+FALLOW_INLINE __m256i four_of(const int8_t* x) {
+  int32_t v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return _mm256_set1_epi32(v);
+}
+
+// The products of a group of columns with the digits of x; `most` of them fit 16 bits.
+template <int most>
+class LaneGroup {
+ public:
+  // Product i: four columns of all rows, from `column` on.
+  FALLOW_INLINE void add(size_t i, __m256i weights, const Activation& x, size_t column) {
+    const __m256i high = _mm256_maddubs_epi16(weights, four_of(x.high + column));
+    const __m256i low = _mm256_maddubs_epi16(weights, four_of(x.low + column));
+    high_ = i % most == 0 ? high : _mm256_add_epi16(high_, high);
+    low_ = i % most == 0 ? low : _mm256_add_epi16(low_, low);
+    if (i % most == most - 1) widen(i < most);
+  }
+  // The sum of 256 * high + low, of n products.
+  FALLOW_INLINE __m256 sum(size_t n) {
+    if (n % most != 0) widen(n < most);
+    return _mm256_cvtepi32_ps(all_);
+  }
+
+ private:
+  FALLOW_INLINE void widen(bool first) {
+    const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(high_, _mm256_set1_epi16(256)),
+                                          _mm256_madd_epi16(low_, _mm256_set1_epi16(1)));
+    all_ = first ? both : _mm256_add_epi32(all_, both);
+  }
+
+  __m256i high_, low_, all_;
+};
+
+// What 8 rows make of x is sum - minima, the latter times the offset for formats without minima.
+struct LaneSums {
+  __m256 sum = _mm256_setzero_ps(), minima = _mm256_setzero_ps();
+};
+
+// One block of 8 rows.
+template <class F>
+FALLOW_INLINE void dot_block(const InLanes& rows, Later<F, kLanes>& later, const Activation& x,
+                             size_t column, LaneSums& sums) {
+  constexpr int run = F::group == 32 && F::apart == 32 ? 2 : 1;  // pieces of the same groups
+  const typename F::Scales scales(rows);
+  __m256i tops[F::top_pieces * 4 + 1];
+  F::tops(rows, tops);
+  unrolled<F::pieces / run>([&]<int p>() {
+    LaneGroup<F::most> low, high;
+    unrolled<run>([&]<int r>() {
+      constexpr int i = p * run + r;
+      later.ask(F::block > 32 ? i : column / 32 % 8);
+      __m256i v[4];
+      rows.load(F::at(i), v);
+      const size_t at = column + F::low(i);
+#pragma GCC unroll 4
+      for (size_t q = 0; q < 4; ++q) {
+        __m256i a, b;
+        F::template split<i, 4>(tops, q, v[q], a, b);
+        low.add(4 * r + q, a, x, at + 4 * q);
+        high.add(4 * r + q, b, x, at + F::apart + 4 * q);
+      }
+    });
+    const auto finish = [&]<size_t from>(LaneGroup<F::most>& group) {
+      const __m256 d = _mm256_set1_ps(x.d[(column + from) / 32]);
+      const __m256 scale = scales.template scale<from / F::group>();
+      sums.sum = _mm256_fmadd_ps(_mm256_mul_ps(group.sum(4 * run), d), scale, sums.sum);
+    };
+    const auto subtract = [&]<size_t from>() {
+      const float* of_x = (F::group == 16 ? x.sum16 : x.sum) + (column + from) / F::group;
+      const __m256 minimum = scales.template minimum<from / F::group>();
+      sums.minima = _mm256_fmadd_ps(minimum, _mm256_set1_ps(*of_x), sums.minima);
+    };
+    constexpr size_t from = F::low(p * run);
+    finish.template operator()<from>(low);
+    finish.template operator()<from + F::apart>(high);
+    subtract.template operator()<from>();
+    if constexpr (F::block > 32) subtract.template operator()<from + F::apart>();
+  });
+}
+
+template <class F>
+void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+                size_t k, const Activation& x, float* y) {
+  for (size_t i = 0; i < n; i += kLanes) {
+    const uint8_t* row[kLanes];
+    Later<F, kLanes> later;
+    for (size_t r = 0; r < kLanes; ++r) {  // past the end the last one stands in
+      row[r] = w + row_of(rows, begin, i + r < n ? i + r : n - 1) * row_bytes;
+      later.rows[r] = i + r + kLanes < n ? w + row_of(rows, begin, i + r + kLanes) * row_bytes : nullptr;
+    }
+    LaneSums sums;
+    for (size_t at = 0; at < k; at += F::block) {
+      dot_block<F>(InLanes{row}, later, x, at, sums);
+      for (auto& p : row) p += F::bytes;
+    }
+    const __m256 factor = _mm256_set1_ps(F::has_min ? 1.0f : static_cast<float>(F::offset));
+    float found[kLanes];
+    _mm256_storeu_ps(found, _mm256_fnmadd_ps(sums.minima, factor, sums.sum));
+    for (size_t r = 0; r < kLanes && i + r < n; ++r) y[i + r] = found[r];
+  }
+}
+
+// Products of rows 0..7 and 8..15 as integers up to `most`: those of rows 0..3, 8..11, 4..7 and 12..15.
+FALLOW_INLINE __m256i rounded(__m256 a, __m256 b, float most, __m256& scale) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  __m256 largest = _mm256_max_ps(_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, b));
+  largest = _mm256_max_ps(largest, _mm256_permute2f128_ps(largest, largest, 1));
+  largest = _mm256_max_ps(largest, _mm256_permute_ps(largest, 0x4E));
+  largest = _mm256_max_ps(largest, _mm256_permute_ps(largest, 0xB1));
+  largest = _mm256_max_ps(largest, _mm256_set1_ps(1e-30f));  // zeros divide by it
+  scale = _mm256_mul_ps(largest, _mm256_set1_ps(1 / most));
+  const __m256 inverse = _mm256_div_ps(_mm256_set1_ps(most), largest);
+  return _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(a, inverse)),
+                            _mm256_cvtps_epi32(_mm256_mul_ps(b, inverse)));
+}
+
+// kSummed rows' coefficients times their scales in one group, as int8 with one scale. The error is that
+// of int8 activations, but relative to the largest of 16 products instead of 32.
+class Rounded {
+ public:
+  FALLOW_INLINE Rounded() = default;
+  // Of rows 0..7 and 8..15.
+  FALLOW_INLINE Rounded(__m256 a, __m256 b, int centre) {
+    const __m256i q = rounded(a, b, 127, scale_);
+    bytes_ = _mm256_packs_epi16(q, q);
+    // -centre times the sum of the eight bytes of each half: sad adds them up without signs.
+    const __m256i sum = _mm256_sad_epu8(_mm256_xor_si256(bytes_, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+    const __m256i first = _mm256_shuffle_epi8(sum, _mm256_set1_epi16(0x0100));
+    start_ = _mm256_mullo_epi16(_mm256_sub_epi16(_mm256_set1_epi16(8 * 128), first),
+                                _mm256_set1_epi16(static_cast<short>(centre)));
+  }
+  // The coefficients of the rows of step s, those of a pair in every 16 bits.
+  FALLOW_INLINE __m256i pair(size_t s) const {
+    return _mm256_shuffle_epi8(bytes_, _mm256_set1_epi16(static_cast<short>(0x0100 + 0x0202 * s)));
+  }
+  FALLOW_INLINE __m256i start() const { return start_; }
+  // y (8,) += what the sums of a column's rows, in the two halves of v, stand for.
+  FALLOW_INLINE void add_to(float* y, __m256i v) const {
+    const __m256i sum = _mm256_add_epi32(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(v)),
+                                         _mm256_cvtepi16_epi32(_mm256_extracti128_si256(v, 1)));
+    _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale_, _mm256_loadu_ps(y)));
+  }
+
+ private:
+  __m256i bytes_;  // of rows 0..3 and 8..11, 4..7 and 12..15, twice in each half
+  __m256i start_;  // what offsets add up to; then 16 bits hold the sum of 8 rows, and of 16 of 5 bits
+  __m256 scale_;
+};
+
+// y (block,) += one block of kSummed rows; 8 sums for each minimum.
+template <class F>
+FALLOW_INLINE void axpy_block(const uint8_t* const* rows, Later<F, kSummed>& later, const float* c,
+                              size_t column, float* y, float* minima) {
+  constexpr int groups = F::block / F::group;
+  Rounded rounded[groups];
+  {
+    const typename F::Scales first(InLanes{rows}), second(InLanes{rows + 8});
+    const __m256 c0 = _mm256_loadu_ps(c), c1 = _mm256_loadu_ps(c + 8);
+    unrolled<groups>([&]<int g>() {
+      const __m256 a = _mm256_mul_ps(first.template scale<g>(), c0);
+      const __m256 b = _mm256_mul_ps(second.template scale<g>(), c1);
+      rounded[g] = Rounded(a, b, F::centre);
+      if constexpr (F::has_min) {  // w = s (q - centre) - (m - centre s)
+        __m256 m = _mm256_loadu_ps(minima + 8 * g);
+        m = _mm256_fmadd_ps(first.template minimum<g>(), c0, m);
+        m = _mm256_fmadd_ps(second.template minimum<g>(), c1, m);
+        m = _mm256_fnmadd_ps(_mm256_add_ps(a, b), _mm256_set1_ps(F::centre), m);
+        _mm256_storeu_ps(minima + 8 * g, m);
+      }
+    });
+  }
+  const auto step = [&](size_t s) { return InPairs{rows + s / 2 * 8 + s % 2 * 2}; };
+  __m256i tops[4][F::top_pieces * 2 + 1];
+  for (size_t s = 0; s < 4; ++s) F::tops(step(s), tops[s]);
+  unrolled<F::pieces>([&]<int i>() {
+    later.ask(F::block > 32 ? i : column / 32 % 8);
+    const Rounded& low = rounded[F::low(i) / F::group];
+    const Rounded& high = rounded[(F::low(i) + F::apart) / F::group];
+    __m256i sum[4] = {low.start(), low.start(), high.start(), high.start()};
+#pragma GCC unroll 4
+    for (size_t s = 0; s < 4; ++s) {
+      __m256i v[2];
+      step(s).load(F::at(i), v);
+      const __m256i of_low = low.pair(s), of_high = high.pair(s);
+#pragma GCC unroll 2
+      for (size_t q = 0; q < 2; ++q) {
+        __m256i a, b;
+        F::template split<i, 2>(tops[s], q, v[q], a, b);
+        sum[q] = _mm256_add_epi16(sum[q], _mm256_maddubs_epi16(a, of_low));
+        sum[2 + q] = _mm256_add_epi16(sum[2 + q], _mm256_maddubs_epi16(b, of_high));
+      }
+    }
+    float* to = y + F::low(i);
+    low.add_to(to, sum[0]);
+    low.add_to(to + 8, sum[1]);
+    high.add_to(to + F::apart, sum[2]);
+    high.add_to(to + F::apart + 8, sum[3]);
+  });
+}
+
+// The same of Q8_0, whose weights have no room for a coefficient in 16 bits: both have 16.
+FALLOW_INLINE void axpy_block_8_0(const uint8_t* const* rows, const float* c, float* y) {
+  const __m256 a = _mm256_mul_ps(InLanes{rows}.half(0), _mm256_loadu_ps(c));
+  const __m256 b = _mm256_mul_ps(InLanes{rows + 8}.half(0), _mm256_loadu_ps(c + 8));
+  __m256 scale;
+  alignas(32) int32_t pairs[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), rounded(a, b, 32767, scale));
+  __m256i sum[4] = {};
+#pragma GCC unroll 8
+  for (size_t p = 0; p < 8; ++p) {
+    constexpr size_t kEven[] = {0, 2, 8, 10, 4, 6, 12, 14};
+    const __m256i pair = _mm256_set1_epi32(pairs[p]);
+#pragma GCC unroll 2
+    for (size_t h = 0; h < 2; ++h) {
+      const __m256i even = _mm256_cvtepi8_epi16(load128(rows[kEven[p]] + 2 + 16 * h));
+      const __m256i odd = _mm256_cvtepi8_epi16(load128(rows[kEven[p] + 1] + 2 + 16 * h));
+      sum[2 * h] = _mm256_add_epi32(sum[2 * h], _mm256_madd_epi16(_mm256_unpacklo_epi16(even, odd), pair));
+      sum[2 * h + 1] =
+          _mm256_add_epi32(sum[2 * h + 1], _mm256_madd_epi16(_mm256_unpackhi_epi16(even, odd), pair));
+    }
+  }
+  const auto add = [&](float* to, __m256i v) {
+    _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), scale, _mm256_loadu_ps(to)));
+  };
+#pragma GCC unroll 2
+  for (size_t h = 0; h < 2; ++h) {  // columns 0..3 and 8..11, 4..7 and 12..15
+    add(y + 16 * h, _mm256_permute2x128_si256(sum[2 * h], sum[2 * h + 1], 0x20));
+    add(y + 16 * h + 8, _mm256_permute2x128_si256(sum[2 * h], sum[2 * h + 1], 0x31));
+  }
+}
+
+// In slabs of columns whose sums and minima stay in the first cache.
+template <class F>
+void axpy_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+                size_t k, const float* coefficient, float* y) {
+  if (n == 0) return;
+  for (size_t first = 0; first < k; first += kSlab) {
+    const uint8_t* slab = w + first / F::block * F::bytes;
+    const size_t width = k - first < kSlab ? k - first : kSlab;
+    alignas(32) float minima[F::has_min ? kSlab / F::group * 8 : 1] = {};
+    const auto row_at = [&](size_t i) { return slab + row_of(rows, begin, i) * row_bytes; };
+    for (size_t i = 0; i < n; i += kSummed) {
+      const uint8_t* row[kSummed];
+      Later<F, kSummed> later;
+      float c[kSummed];
+      for (size_t r = 0; r < kSummed; ++r) {  // rows past the end are the last one with coefficient 0
+        row[r] = row_at(i + r < n ? i + r : n - 1);
+        c[r] = i + r < n ? coefficient[i + r] : 0.0f;
+        later.rows[r] = i + r + kSummed < n ? row_at(i + r + kSummed) : nullptr;
+      }
+      for (size_t at = 0; at < width; at += F::block) {
+        if constexpr (F::type == kQ8_0) {
+          later.ask(at / 32 % 8);
+          axpy_block_8_0(row, c, y + first + at);
+        } else {
+          axpy_block<F>(row, later, c, at, y + first + at,
+                        minima + (F::has_min ? at / F::group * 8 : 0));
+        }
+        for (auto& p : row) p += F::bytes;
+      }
+    }
+    if constexpr (F::has_min)
+      for (size_t g = 0; g < width / F::group; ++g) {
+        float sum = 0;
+        for (size_t lane = 0; lane < 8; ++lane) sum += minima[8 * g + lane];
+        for (size_t j = 0; j < F::group; ++j) y[first + g * F::group + j] -= sum;
+      }
+  }
+}
+
+}  // namespace
+}  // namespace fallow
