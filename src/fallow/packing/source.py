@@ -25,7 +25,7 @@ from fallow.packing.quantize import (
     quantize,
 )
 from fallow.packing.selfcheck import CHECK_CONTEXT
-from fallow.reference.model import Model, find_model
+from fallow.reference.model import Model, find_model, in_bfloat16
 
 # Neurons per layer whose rows of down_proj_t are kept as F16: those that rounding harms most. Some
 # have activations thousands of times larger than the rest, on attention sinks. On SmolLM2 four such
@@ -57,6 +57,7 @@ class Source:
         self.config = model.module.config
         path = find_model(name) if name is not None else None
         self.gguf = read_gguf(path) if path is not None and path.is_file() else None
+        self._rounded_to, self._rounded = "", dict[int, tuple[Matrix, np.ndarray, Matrix | None]]()
         problem = model.architecture.check(self.config)
         if problem:
             raise FallowError(f"{model.name} has {problem}, which the engine does not run")
@@ -201,7 +202,7 @@ class Source:
             count = HEAD_DEFAULT_WINDOWS if used else HEAD_WINDOWS
             used += list(spread(self.model.windows(default, context), count))
         n_tokens = sum(window.size for window in used)
-        with progress("hidden states", len(used)) as ticker:
+        with progress("hidden states", len(used)) as ticker, in_bfloat16():
             for window in used:
                 hidden = final_hidden(self.model, window).float()
                 moment += hidden.T @ hidden / n_tokens
@@ -230,6 +231,7 @@ class Source:
         windows = self._calibration_windows(OUTLIER_WINDOWS)
         with (
             progress("outlier neurons", len(windows)) as ticker,
+            in_bfloat16(),
             attach(model.layers, {"inter": add}),
         ):
             for window in windows:
@@ -239,6 +241,13 @@ class Source:
 
     def down_proj_t(self, layer: int, kind: str) -> tuple[Matrix, np.ndarray, Matrix | None]:
         """down_proj_t without its outlier neurons, those neurons, and their rows."""
+        if kind != self._rounded_to:  # of one kind they are kept, to be written again with a plan
+            self._rounded_to, self._rounded = kind, {}
+        if layer not in self._rounded:
+            self._rounded[layer] = self._round_down_proj(layer, kind)
+        return self._rounded[layer]
+
+    def _round_down_proj(self, layer: int, kind: str) -> tuple[Matrix, np.ndarray, Matrix | None]:
         weight = self.model.layers[layer].down_proj.weight.detach().float().numpy()
         values = np.ascontiguousarray(weight.T)
         matrix = quantize(values, kind)
