@@ -226,6 +226,11 @@ neurons (GPTQ on 8,000 tokens of WikiText), did not pay: 0.0063 nats on other te
 on text of that kind; but on WikiText, with a head margin of 12 in place of 14, which is a part of
 it, 1.3 ± 0.2 % of PPL more than Q5_K.
 """
+STAGES = """
+## Where the time goes
+
+Seconds of each stage of `fallow optimize`; a search that the check does not confirm is repeated.
+"""
 OLD = """
 ## Before
 
@@ -269,6 +274,8 @@ def report() -> str:
     else:
         lines.append("No results yet.")
     found = now + before
+    if now:
+        lines += [STAGES, *_stages(now)]
     transfers = [
         f"| {name}, {where} | {Path(r['optimize']['calibration_text']).name} "
         f"| {change(r['quality'])} | {change(r['code'])} |"
@@ -333,6 +340,15 @@ def gains(name: str, where: str, result: dict[str, Any]) -> dict[str, str]:
         ratio(runs, "plan", "dense"),
     ]
     return dict(zip(GAINS, [engine, *cells], strict=True))
+
+
+def _stages(found: list[tuple[str, str, dict[str, Any], dict[str, Any]]]) -> list[str]:
+    names = list(found[0][2]["optimize"]["seconds_by_stage"])
+    lines = [f"| model | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for name, where, r, _ in found:
+        seconds = r["optimize"]["seconds_by_stage"]
+        lines.append(f"| {name}, {where} | {' | '.join(f'{seconds[n]:.0f}' for n in names)} |")
+    return lines
 
 
 def _bytes(result: dict[str, Any]) -> list[str]:

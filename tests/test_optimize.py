@@ -14,6 +14,7 @@ from fallow.checkpoints.text import load_text
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
 from fallow.engine.engine import Engine
+from fallow.measure import speed
 from fallow.measure.quality import evaluate_engine
 from fallow.models.capture import Calibration
 from fallow.optimization import candidates as candidates_module
@@ -485,6 +486,42 @@ def test_costs_follow_energy(folders: dict[str, Path], texts: Texts, tmp_path: P
         rows = np.arange(2)
         total = sum(costs[s][rows, choice[s]].sum() for s in candidates.stages)
         assert cost == pytest.approx(total)
+
+
+def test_peers_take_turns_with_plans(
+    shortlisted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    turns: list[str] = []
+
+    class Peer:
+        def __init__(self, name: str, source: Path, *_: Any) -> None:
+            assert source == tmp_path / "source.gguf"
+            self.name = name
+
+        def run(self) -> dict[str, float]:
+            turns.append(self.name)
+            return {"decode_tps": 1.0}
+
+        def close(self) -> None:
+            turns.append(f"close {self.name}")
+
+    def run_once(engine: Engine, *_: Any) -> dict[str, float]:
+        turns.append(search.selector_of(engine.plan))
+        return {"decode_tps": 2.0}
+
+    monkeypatch.setattr(speed, "_Baseline", Peer)
+    monkeypatch.setattr(speed, "run_once", run_once)
+    found = speed.run_in_turn(
+        Engine(shortlisted), {"dense": None, "plan": margin_plan(shortlisted, 12.0)}, IDS, 8, 2,
+        tmp_path / "source.gguf", ["llama.cpp", "openvino"],
+    )  # fmt: skip
+    assert turns == 2 * ["llama.cpp", "openvino", "dense", "shortlist"] + [
+        "close openvino",
+        "close llama.cpp",
+    ]
+    assert {name: len(runs) for name, runs in found.items()} == {
+        "llama.cpp": 2, "openvino": 2, "dense": 2, "plan": 2,
+    }  # fmt: skip
 
 
 def test_three_texts_share_no_token(

@@ -84,7 +84,7 @@ def optimize(
     ] = None,
     context: ContextOption = 1024,
     windows: Annotated[int, typer.Option(help="Windows that thresholds are fitted on.")] = 4,
-    validation_windows: Annotated[int, typer.Option(help="Held-out windows after those.")] = 12,
+    validation_windows: Annotated[int, typer.Option(help="Held-out windows after those.")] = 10,
     check_windows: Annotated[int, typer.Option(help="Windows of --text.")] = 8,
     threads: ThreadsOption = None,
     prefer: Annotated[

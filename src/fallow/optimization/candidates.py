@@ -25,7 +25,7 @@ GRID = np.arange(0, 0.951, 0.05)  # sparsities that a layer may be given
 # (`energies`), so one sparsity of each layer is measured: docs/results/layer_costs.md. At one much
 # lower the rounding of prefill would be all that is seen.
 PROBED = 14  # index into the grid
-SCORE_TOKENS = 256  # per layer, whose scores' quantiles are thresholds
+SCORE_TOKENS = 128  # per layer, whose scores' quantiles are thresholds
 # Scattered rows take longer than their share of a matrix: how much is timed on half of the rows of
 # one too large for any cache, and never taken to be less than nothing.
 TIMED_BYTES, ROW_RUNS = 1 << 26, 5

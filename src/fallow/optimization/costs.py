@@ -12,7 +12,7 @@ from fallow.engine.engine import Engine
 from fallow.measure.quality import log_softmax
 from fallow.optimization.candidates import PROBED, Candidates
 
-PROBE_WINDOWS, PROBE_CONTEXT = 2, 256  # tokens on which the divergence is measured
+PROBE_WINDOWS, PROBE_CONTEXT = 2, 128  # tokens on which the divergence is measured
 
 
 def measure_costs(

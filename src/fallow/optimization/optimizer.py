@@ -36,7 +36,7 @@ from fallow.reference.model import Model
 
 PREFERENCES = ("speed", "bytes")
 # Of each window that checks a plan, read again token by token.
-DECODED_TOKENS = 128
+DECODED_TOKENS = 64
 
 
 @dataclass
@@ -82,7 +82,7 @@ def optimize(
     text: str | Path | Text | None = None,
     context: int = 1024,
     windows: int = 4,
-    validation_windows: int = 12,
+    validation_windows: int = 10,
     check_windows: int = 8,
     threads: int | None = None,
     prefer: str = "speed",
@@ -139,7 +139,7 @@ def optimize(
         differs = check.decode(plan)
         stages.end("decode check")
         packer.leave_out_unused(plan)
-        packer.write(temporary, plan)
+        packer.write_again(temporary, plan)
         stages.end("pack again")
     costs_path.unlink(missing_ok=True)
     return Optimized(

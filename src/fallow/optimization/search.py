@@ -53,6 +53,7 @@ class Search:
         """`costs`: divergence by tap, (L, grid) each; the judge's engine is `engine`."""
         self._candidates, self._costs, self._engine = candidates, costs, engine
         self._judge, self._limit, self._prefer = judge, limit, prefer
+        self._kept: dict[bool, tuple[Plan, float, float, int]] = {}
         self._percent_per_nat = 100.0  # of PPL, of what costs say: a guess, until plans are judged
 
     def run(
@@ -67,13 +68,17 @@ class Search:
         Raises:
             FallowError: the packed model run dense costs more than the limit; or no plan held it.
         """
-        dense = self._dense_change()
         aim = self._limit
         for left in reversed(range(CHECKS)):
-            whole, judged = self._most_within(aim, dense)
+            whole, judged = self._most_within(aim)
             plan, runs = worthwhile(self._engine, whole, self._prefer)
             if plan is not whole:
-                judged = dense if plan is None else self._judge.change(plan, aim)[0]
+                alone = plan is None or not plan.cuts
+                judged = (
+                    self._without_neurons(plan is not None)[1]
+                    if alone
+                    else self._judge.change(plan, aim)[0]
+                )
             quality = check(plan)
             change, error = quality.ppl_change_percent, quality.ppl_change_se or 0.0
             found = (
@@ -105,30 +110,18 @@ class Search:
             f"{remedy}raise --max-ppl-increase"
         )
 
-    def _dense_change(self) -> float:
-        """PPL change of the packed model run dense, as judged."""
-        nothing = self._candidates.nothing()
-        change, error, seen = self._judge.change(self._candidates.plan(nothing, 0.0), self._limit)
-        cost = f"PPL {change:+.2f} ± {error:.2f} % on {seen} windows"
-        console.print(f"dense: {cost}", highlight=False)
-        if change + error > self._limit:
-            raise FallowError(
-                f"the packed model itself, run dense, costs {cost} of held-out text, more than the "
-                f"{self._limit:g} % allowed; raise --max-ppl-increase or give --down q8_0 (and "
-                "--quant q8_0 for a Hugging Face folder)"
-            )
-        return change
-
-    def _most_within(self, aim: float, dense: float) -> tuple[Plan, float]:
-        """The plan of the highest price that the judge finds within `aim`, and its PPL change.
+    def _most_within(self, aim: float) -> tuple[Plan, float]:
+        """The plan of the most loss that the judge finds within `aim`, and its PPL change.
 
         Where there is none it is the plan that does nothing.
+
+        Raises:
+            FallowError: the packed model run dense costs more than the limit.
         """
         candidates = self._candidates
-        best = candidates.plan(candidates.nothing(), 0.0), dense
-        if dense > aim:
+        best = self._start(aim)
+        if best[1] > aim:
             return best
-        best = self._with_shortlist(aim) or best
         margin, base = best[0].head_margin, best[1]
         guess = _Guess((aim - base) / self._percent_per_nat)
         with progress("search", MOST_JUDGED) as ticker:
@@ -150,18 +143,35 @@ class Search:
                     break
         return best
 
-    def _with_shortlist(self, aim: float) -> tuple[Plan, float] | None:
-        """The plan that uses the head's shortlist alone, and its PPL change, if within `aim`."""
-        candidates = self._candidates
-        if candidates.head_margin == 0:
-            return None
-        plan = candidates.plan(candidates.nothing(), candidates.head_margin)
-        change, error, seen = self._judge.change(plan, aim)
-        console.print(
-            f"with the head's shortlist: PPL {change:+.2f} ± {error:.2f} % on {seen} windows",
-            highlight=False,
-        )
-        return (plan, change) if change + error <= aim else None
+    def _start(self, aim: float) -> tuple[Plan, float]:
+        """The plan without idle neurons, with the shortlist if that is within `aim`; its change."""
+        if self._candidates.head_margin > 0:
+            plan, change, error, _ = self._without_neurons(True)
+            if change + error <= aim:
+                return plan, change
+        plan, change, error, seen = self._without_neurons(False)
+        if change + error > self._limit:
+            raise FallowError(
+                f"the packed model itself, run dense, costs PPL {change:+.2f} ± {error:.2f} % on "
+                f"{seen} windows of held-out text, more than the {self._limit:g} % allowed; "
+                "raise --max-ppl-increase or give --down q8_0 (and --quant q8_0 for a Hugging "
+                "Face folder)"
+            )
+        return plan, change
+
+    def _without_neurons(self, shortlist: bool) -> tuple[Plan, float, float, int]:
+        """The plan, its PPL change, the error of that and the windows it comes from; kept."""
+        if shortlist not in self._kept:
+            candidates = self._candidates
+            margin = candidates.head_margin if shortlist else 0.0
+            plan = candidates.plan(candidates.nothing(), margin)
+            found = change, error, seen = self._judge.change(plan, self._limit)
+            self._kept[shortlist] = (plan, *found)
+            name = "with the head's shortlist" if shortlist else "dense"
+            console.print(
+                f"{name}: PPL {change:+.2f} ± {error:.2f} % on {seen} windows", highlight=False
+            )
+        return self._kept[shortlist]
 
 
 class _Guess:
