@@ -90,7 +90,8 @@ def report() -> str:
                     f"| {path.parts[-3]} | {stage} | {sparsity:.0%} | {np.mean(kl):.1e} "
                     f"| {np.mean(ratios):.2f} ± {np.std(ratios):.2f} | {len(here)} |"
                 )
-    return "\n".join([*lines, f"\n{machine_line(*wheres)}.\n"])
+    lines.append(f"\n{machine_line(*wheres)}." if wheres else "\nNo results yet.")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
