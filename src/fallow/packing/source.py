@@ -233,7 +233,6 @@ class Source:
         windows = self._calibration_windows(OUTLIER_WINDOWS)
         with (
             progress("outlier neurons", len(windows)) as ticker,
-            in_bfloat16(),
             attach(model.layers, {"inter": add}),
         ):
             for window in windows:
