@@ -25,6 +25,7 @@ from fallow.optimization.optimizer import optimize
 from fallow.packing import source
 from fallow.packing.coarse_head import coarse_head
 from fallow.packing.packer import pack
+from fallow.packing.selfcheck import SelfCheck
 from fallow.plan import Cut, Plan
 
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, 100)
@@ -233,6 +234,14 @@ def test_a_shortlist_that_costs_too_much_is_left_out(
     assert result.selector == "two_stage"
     assert result.validation_ppl_change_percent <= 20.0
     assert "lm_head_coarse.codes" not in Engine(output).file.tensors
+
+
+@pytest.mark.parametrize(
+    ("kl", "change", "passes"),
+    [(3.7e-4, 0.226, True), (3.7e-4, 0.35, False), (1e-5, 0.25, False), (6e-3, 0.1, False)],
+)
+def test_a_self_check_allows_for_chance(kl: float, change: float, passes: bool) -> None:
+    assert SelfCheck(kl, change, 0.99, 1024).passed == passes
 
 
 # What holds, and what pays -----------------------------------------------------------------------
