@@ -59,9 +59,9 @@ demo: install
 # Long: hours on two cores; stops and continues. Results: docs/results.
 bench: install
 	$(BIN)/python benchmarks/tradeoff.py smollm2 gemma3 qwen2.5-1.5b
-	$(BIN)/python benchmarks/engine.py smollm2 gemma3 qwen2.5-1.5b
 	$(BIN)/python benchmarks/selector.py smollm2 gemma3 qwen2.5-1.5b
 	$(BIN)/python benchmarks/optimize.py smollm2 gemma3 qwen2.5-1.5b
+	$(BIN)/python benchmarks/engine.py smollm2 gemma3 qwen2.5-1.5b
 
 clean:
 	rm -rf $(VENV) build $(DEMO)

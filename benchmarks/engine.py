@@ -1,22 +1,26 @@
-"""Speed of the engine against llama.cpp, ik_llama.cpp and OpenVINO, of skipping, and of kernels.
+"""Speed of the engine beside llama.cpp, ik_llama.cpp and OpenVINO, with plans and without.
 
-Everything is compared inside one run, alternating; ratios and medians are reported. Each timed
-configuration comes with its PPL and KL on WikiText-2 raw test text; plans are fitted on the
-validation text. Needs llama-cpp-python==0.3.36, and for their rows openvino-genai and
-ik-llama-cpp-python==0.1.5, whose wheel is an AVX2 build (IK_LLAMA_CPP_LIB_PATH names a native one):
+One run per model and machine, from which all tables take their speeds: every peer, the dense
+engine, the shortlist alone, the plan of `fallow optimize` and two rules, each in turn. With what
+each costs: PPL and KL on the WikiText-2 raw test text, in blocks as prefill reads and token by
+token as decode does; plans come from the validation text. Times the file of
+benchmarks/optimize.py, which goes first. Needs llama-cpp-python==0.3.36, and for their rows
+openvino-genai and ik-llama-cpp-python==0.1.5, whose wheel is an AVX2 build (IK_LLAMA_CPP_LIB_PATH
+names a native one):
 
+    python benchmarks/optimize.py smollm2 gemma3 qwen2.5-1.5b
     python benchmarks/engine.py smollm2 gemma3 qwen2.5-1.5b
     python benchmarks/engine.py qwen2.5-1.5b --kernels avx2   # as on processors without AVX-512
-    python benchmarks/engine.py --report      # writes docs/results/engine.md
+    python benchmarks/engine.py --report      # writes docs/results/engine.md, the README's table
 """
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +29,14 @@ import numpy as np
 from tradeoff import DATA, ROOT, machine_line, processor, record_machine, update_readme
 
 RESULTS = ROOT / "benchmarks" / "results" / "engine"
+OPTIMIZED = ROOT / "benchmarks" / "results" / "optimize"  # benchmarks/optimize.py
 TEST, VALIDATION = DATA / "wikitext2" / "wiki.test.raw", DATA / "wikitext2" / "wiki.valid.detok.txt"
 RULES = {"gate_topk": 0.5, "topk": 0.5}
-THREADS, PROMPT, NEW, RUNS, WINDOWS = 2, 512, 128, 5, 4
+PEERS = ("llama.cpp", "ik_llama.cpp", "ik_llama.cpp-rtr", "openvino")
+THREADS, PROMPT, NEW, RUNS = 2, 512, 128, 7
+# Of quality: windows and their tokens, in blocks and token by token.
+WINDOWS, CONTEXT, DECODED_WINDOWS, DECODED_CONTEXT = 8, 1024, 8, 128
+STREAM_BYTES = 1 << 28  # far beyond any cache here
 PROMPTS = [
     "The capital of France is",
     "def quicksort(values):",
@@ -39,51 +48,81 @@ KERNELS = [("Q4_K", 1536), ("Q5_K", 1536), ("Q6_K", 1536), ("Q4_K", 8960), ("Q6_
 MATRIX_BYTES = 400e6
 
 
-def machine(kernels: str) -> str:
+def machine(kernels: str = "") -> str:
     """A folder for the results of this processor and kernels, beside those of others."""
     return re.sub(r"\W+", "-", f"{processor()} {kernels}").strip("-").lower()
 
 
 def run(name: str, kernels: str) -> None:
-    import fallow
+    from fallow import Engine
     from fallow.checkpoints.catalog import ALIASES, resolve
-    from fallow.measure.quality import evaluate_engine
 
+    packed, source = OPTIMIZED / name / machine() / "packed.gguf", resolve(ALIASES[name])
+    if not packed.exists():
+        raise SystemExit(f"{packed} not found; first: python benchmarks/optimize.py {name}")
     folder = RESULTS / name / machine(kernels)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "machine.json").unlink(missing_ok=True)  # a run is never continued
     record_machine(folder / "machine.json")
-    packed, source = folder / "packed.gguf", resolve(ALIASES[name])
-    check = fallow.pack(name, packed)
-    plans = {rule: make_plan(name, rule, s, folder) for rule, s in RULES.items()}
-    result: dict[str, Any] = {"self_check": vars(check), "file_mb": packed.stat().st_size / 1e6}
-    result["source_mb"] = source.stat().st_size / 1e6
-    result["dense"] = bench(packed, RUNS, "llama.cpp", source, kernels)
-    for peer in ("ik_llama.cpp", "ik_llama.cpp-rtr", "openvino"):
-        try:
-            result[peer] = bench(packed, RUNS if peer != "openvino" else 3, peer, source, kernels)
-        except RuntimeError as error:
-            result[peer] = str(error)
+    context = max(CONTEXT, PROMPT + NEW)
+    engine = Engine(packed, threads=THREADS, context=context, kernels=kernels)
+    plans = {"dense": None} | parts(engine.plan)
+    plans |= {rule: make_plan(name, rule, s, folder) for rule, s in RULES.items()}
+    result: dict[str, Any] = {"threads": THREADS, "kernels": engine.kernels}
+    result["file_mb"], result["source_mb"] = (p.stat().st_size / 1e6 for p in (packed, source))
+    result |= in_turn(engine, plans, source)
     result["greedy"] = greedy(packed, source, kernels)
-    result["sparse"] = skipping(packed, plans, kernels)
-    engine = fallow.Engine(packed, threads=THREADS, context=1024, kernels=kernels)
-    quality = {
-        rule: evaluate_engine(engine, plan, TEST, context=1024, windows=WINDOWS).to_json()
-        for rule, plan in ({"dense": None} | plans).items()
-    }
-    keys = ("ppl", "ppl_se", "ppl_change_percent", "ppl_change_se", "kl_to_dense")
-    result["quality"] = {rule: {k: q[k] for k in keys} for rule, q in quality.items()}
+    result["quality"] = {name: quality(engine, plan) for name, plan in plans.items()}
+    result["peak_rss_mb"] = bench(packed, kernels)["peak_rss_mb"]
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    packed.unlink()
 
 
-def bench(packed: Path, runs: int, against: str, source: Path, kernels: str) -> dict[str, Any]:
+def parts(plan: Any) -> dict[str, Any]:
+    """A plan, and if it has more than a shortlist that alone; nothing of no plan."""
+    if plan is None:
+        return {}
+    alone = plan.head_margin > 0 and plan.cuts
+    return ({"shortlist": replace(plan, cuts=())} if alone else {}) | {"plan": plan}
+
+
+def in_turn(engine: Any, plans: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Runs of every peer and with every plan, why a peer has none, and what memory gives."""
+    from fallow import _core
+    from fallow.checkpoints.text import load_text
+    from fallow.common.errors import FallowError
+    from fallow.measure.speed import run_in_turn
+
+    ids = engine.windows(load_text(TEST, "evaluation"), PROMPT + NEW, 1)[0]
+    missing = {}
+    for peer in PEERS:
+        try:
+            run_in_turn(engine, {}, ids, PROMPT, 0, source, [peer])
+        except FallowError as error:
+            missing[peer] = str(error)
+    peers = [peer for peer in PEERS if peer not in missing]
+    runs = run_in_turn(engine, plans, ids, PROMPT, RUNS, source, peers)
+    stream = [_core.read_bandwidth(STREAM_BYTES, THREADS) / 1e9 for _ in range(RUNS)]
+    return {"runs": runs, "missing": missing, "stream_gbps": statistics.median(stream)}
+
+
+def quality(engine: Any, plan: Any) -> dict[str, Any]:
+    """Against the dense engine, in blocks of tokens and token by token."""
+    from fallow.measure.quality import evaluate_engine
+
+    sizes = {
+        "blocks": {"context": CONTEXT, "windows": WINDOWS},
+        "decode": {"context": DECODED_CONTEXT, "windows": DECODED_WINDOWS, "decode": True},
+    }
+    keys = ("ppl", "ppl_se", "ppl_change_percent", "ppl_change_se", "kl_to_dense", "tokens")
+    found = {k: evaluate_engine(engine, plan, TEST, **s).to_json() for k, s in sizes.items()}
+    return {k: {key: q[key] for key in keys} for k, q in found.items()}
+
+
+def bench(packed: Path, kernels: str) -> dict[str, Any]:
     """`fallow bench` in a process of its own, whose memory is the engine's alone."""
     command = [sys.executable, "-m", "fallow", "bench", packed, "--json", "--text", TEST]
-    command += ["--threads", THREADS, "-p", PROMPT, "-n", NEW, "--runs", runs]
-    command += ["--against", against, "--source", source, "--kernels", kernels]
-    # The baseline's threads as it would have them: told to wait passively, llama.cpp's are slow.
-    own = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=own)
+    command += ["--threads", THREADS, "-p", PROMPT, "-n", NEW, "--runs", 1, "--kernels", kernels]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
     return json.loads(done.stdout.splitlines()[-1])
@@ -123,26 +162,6 @@ def greedy(packed: Path, source: Path, kernels: str) -> dict[str, float]:
     return {"agreement": float(np.mean(agree)), "same": float(np.mean(lengths))}
 
 
-def skipping(packed: Path, plans: dict[str, Any], kernels: str) -> dict[str, Any]:
-    """Decode with each plan and without, in turn."""
-    from fallow import Engine
-    from fallow.checkpoints.text import load_text
-    from fallow.measure.speed import run_in_turn
-
-    engine = Engine(packed, threads=THREADS, context=PROMPT + NEW, kernels=kernels)
-    ids = engine.tokenizer.with_bos(engine.tokenizer.encode(load_text(TEST, "evaluation").content))
-    ids = ids[: PROMPT + NEW]
-    runs = run_in_turn(engine, {"dense": None} | plans, ids, PROMPT, RUNS)
-    result = {}
-    for rule, found in runs.items():
-        ratios = [
-            a["decode_tps"] / b["decode_tps"] for a, b in zip(found, runs["dense"], strict=True)
-        ]
-        medians = {k: statistics.median(r[k] for r in found) for k in found[0]}
-        result[rule] = medians | {"ratio": statistics.median(ratios), "ratios": ratios}
-    return result
-
-
 def time_kernels(kernels: str) -> list[dict[str, Any]]:
     """Products over matrices far larger than the caches, whole and at 50 % random rows."""
     from fallow import _core
@@ -172,13 +191,18 @@ def time_kernels(kernels: str) -> list[dict[str, Any]]:
 
 INTRODUCTION = """# The engine's speed
 
-Two threads; prefill of 512 tokens, decode of the 128 after them, the same text on both sides.
-Ratios are medians over alternating runs in one process pair; absolute figures move with the
-machine's other tenants. Peers read the GGUF that was packed: llama-cpp-python 0.3.36 and
-ik-llama-cpp-python 0.1.5, the latter built for this processor, without and with its run-time
-repacking (`-rtr`). `python benchmarks/engine.py` does it; every run is in
-`benchmarks/results/engine`, a folder per processor. Where a processor is "not recorded" it was
-probably Zen 5, and the kernels were those of before; compare nothing across processors.
+Two threads; prefill of 512 tokens, decode of the 128 after them, the same text everywhere. Of each
+model and processor everything was timed in one run, each in turn: ratios are medians over its
+turns, with the lowest and the highest; absolute figures move with the machine's other tenants.
+Peers read the GGUF that was packed: llama-cpp-python 0.3.36 and ik-llama-cpp-python 0.1.5, the
+latter built for this processor, without and with its run-time repacking (`-rtr`).
+`python benchmarks/engine.py` does it; every run is in `benchmarks/results/engine`, a folder per
+processor. Compare nothing across processors.
+
+`plan` is what `fallow optimize --max-ppl-increase 1` chose ([more](optimize.md)), `shortlist` that
+plan without inactive neurons; the rules leave out half of the neurons. PPL changes are against the
+dense engine on the WikiText-2 raw test text, ± one paired standard error: in blocks, as prefill
+reads, and on fewer tokens one by one, as decode does.
 """
 
 
@@ -199,90 +223,112 @@ be given the memory first.
 
 
 def report() -> str:
-    parts = [INTRODUCTION]
-    found = sorted(RESULTS.glob("*/*/result.json"))
-    parts += [_model(path) for path in found if path.parent.parent.name != "kernels"]
-    for path in sorted(RESULTS.glob("kernels/*/result.json")):
-        parts.append(_kernels(path))
-    parts.append(SKIPPING)
-    return "\n".join(parts)
+    found = [_model(*where) for where in results()]
+    kernels = [_kernels(path) for path in sorted(RESULTS.glob("kernels/*/result.json"))]
+    return "\n".join([INTRODUCTION, *(found or ["No results yet.\n"]), *kernels, SKIPPING])
 
 
-def _model(path: Path) -> str:
-    """A model's section."""
-    r, where = (
-        json.loads(path.read_text()),
-        json.loads((path.parent / "machine.json").read_text()),
+def results() -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
+    """Model, processor, what was measured and what `record_machine` wrote, of every run."""
+    return [
+        (*path.parts[-3:-1], json.loads(path.read_text()), _where(path))
+        for path in sorted(RESULTS.glob("*/*/result.json"))
+        if path.parts[-3] != "kernels"
+    ]
+
+
+def _where(path: Path) -> dict[str, Any]:
+    return json.loads((path.parent / "machine.json").read_text())
+
+
+def ratios(runs: dict[str, Any], ours: str, other: str, key: str = "decode_tps") -> list[float]:
+    """Of two of a run's speeds, turn by turn."""
+    return [a[key] / b[key] for a, b in zip(runs[ours], runs[other], strict=True)]
+
+
+def ratio(runs: dict[str, Any], ours: str, other: str, key: str = "decode_tps") -> str:
+    found = ratios(runs, ours, other, key)
+    return f"**{statistics.median(found):.2f}** ({min(found):.2f} to {max(found):.2f})"
+
+
+def fastest_peer(runs: dict[str, Any], key: str = "decode_tps") -> str | None:
+    """Of those that were timed."""
+    return max(
+        (peer for peer in PEERS if peer in runs),
+        key=lambda peer: statistics.median(r[key] for r in runs[peer]),
+        default=None,
     )
-    d, g = r["dense"], r["greedy"]
+
+
+def _model(name: str, where: str, r: dict[str, Any], machine: dict[str, Any]) -> str:
+    """A model's section."""
+    g, runs = r["greedy"], r["runs"]
+    dense = {k: statistics.median(run[k] for run in runs["dense"]) for k in runs["dense"][0]}
     lines = [
-        f"## {path.parent.parent.name}, {path.parent.name}\n",
-        f"{machine_line(where)}; "
-        f"{d['kernels']} kernels. Packed {r['file_mb']:.0f} MB from {r['source_mb']:.0f} MB; "
-        f"self-check KL {r['self_check']['kl']:.5f} nats, "
-        f"PPL {r['self_check']['ppl_change_percent']:+.3f} %.\n",
+        f"## {name}, {where}\n",
+        f"{machine_line(machine)}; {r['kernels']} kernels. Packed {r['file_mb']:.0f} MB from "
+        f"{r['source_mb']:.0f} MB.\n",
         *_against_others(r),
-        f"\nDecode reads {d['bytes_per_token'] / 1e6:.0f} MB per token at "
-        f"{d['gbps']:.1f} GB/s, {d['mbu']:.0%} of what two threads read here; outside the "
-        f"products with weights it spends {d['overhead']:.1%}; peak RSS "
-        f"{d['peak_rss_mb']:.0f} MB.\n",
+        f"\nDecode reads {dense['bytes_per_token'] / 1e6:.0f} MB per token at "
+        f"{dense['gbps']:.1f} GB/s; two threads read {r['stream_gbps']:.1f} GB/s here. Outside the "
+        f"products with weights it spends {dense['overhead']:.1%}; peak RSS "
+        f"{r['peak_rss_mb']:.0f} MB.\n",
         f"Greedy continuations of {len(PROMPTS)} prompts by {CONTINUATION} tokens: the engine "
         f"chooses {g['agreement']:.1%} of llama.cpp's tokens; the first {g['same']:.0f} on "
         "average are the same.\n",
-        *_of_plans(r["sparse"], r["quality"]),
+        *_of_plans(runs, r["quality"]),
     ]
     return "\n".join(lines) + "\n"
 
 
-PEERS = {"dense": "llama.cpp"} | {
-    name: name for name in ("ik_llama.cpp", "ik_llama.cpp-rtr", "openvino")
-}  # keys of a result
-
-
 def _against_others(result: dict[str, Any]) -> list[str]:
     """The dense model's speed beside every peer's, or why one has none; "-rtr" repacks."""
+    runs = result["runs"]
     lines = [
-        "| dense / peer | prefill (lowest to highest) | decode | peer, tok/s | ours, tok/s |",
+        "| dense / peer | prefill | decode | peer, tok/s | ours, tok/s |",
         "|---|---|---|---|---|",
     ]
-    for key, peer in PEERS.items():
-        found = result.get(key, "not measured")
-        if isinstance(found, str):
-            lines.append(f"| {peer} | {found} | | | |")
+    for peer in PEERS:
+        if peer not in runs:
+            lines.append(f"| {peer} | {result['missing'][peer]} | | | |")
             continue
-        cells = []
-        for phase in ("prefill", "decode"):
-            low, high = found[f"{phase}_ratio_range"]
-            cells.append(f"**{found[f'{phase}_ratio']:.2f}** ({low:.2f} to {high:.2f})")
-        theirs, ours = (
-            f"{found[f'{side}prefill_tps']:.0f}, {found[f'{side}decode_tps']:.1f}"
-            for side in ("baseline_", "")
-        )
-        lines.append(f"| {peer} | {' | '.join(cells)} | {theirs} | {ours} |")
+        keys = ("prefill_tps", "decode_tps")
+        cells = [ratio(runs, "dense", peer, key) for key in keys]
+        for side in (peer, "dense"):
+            prefill, decode = (statistics.median(r[key] for r in runs[side]) for key in keys)
+            cells.append(f"{prefill:.0f}, {decode:.1f}")
+        lines.append(f"| {peer} | {' | '.join(cells)} |")
     return lines
 
 
-def _of_plans(sparse: dict[str, Any], quality: dict[str, Any]) -> list[str]:
+def _of_plans(runs: dict[str, Any], quality: dict[str, Any]) -> list[str]:
     """Decoding with each plan: what it saves and costs, and where the time goes."""
     lines = [
-        "| decode | tok/s | / dense | MB/token | neurons inactive | PPL | change % | KL |",
+        "| decode | tok/s | / dense | MB/token | neurons inactive | change %, blocks "
+        "| token by token | KL |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for rule, s in sparse.items():
-        x = quality[rule]
-        error = f" ± {x['ppl_change_se']:.2f}" if x["ppl_change_se"] else ""
+    medians = {
+        name: {k: statistics.median(r[k] for r in runs[name]) for k in runs[name][0]}
+        for name in quality
+    }
+    for name, s in medians.items():
+        blocks, decode = quality[name]["blocks"], quality[name]["decode"]
         lines.append(
-            f"| {rule} | {s['decode_tps']:.1f} | {s['ratio']:.2f} "
-            f"({min(s['ratios']):.2f} to {max(s['ratios']):.2f}) | "
-            f"{s['bytes_per_token'] / 1e6:.0f} | {s['sparsity']:.1%} | {x['ppl']:.2f} | "
-            f"{x['ppl_change_percent']:+.2f}{error} | {x['kl_to_dense']['mean']:.4f} |"
+            f"| {name} | {s['decode_tps']:.1f} | {ratio(runs, name, 'dense')} | "
+            f"{s['bytes_per_token'] / 1e6:.0f} | {s['sparsity']:.1%} | {change(blocks)} | "
+            f"{change(decode)} | {blocks['kl_to_dense']['mean']:.4f} |"
         )
     kinds = ("attention_proj", "attention", "ffn", "select", "head", "other")
     lines += [f"\n| ms per token | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
-    for rule, s in sparse.items():
+    for name, s in medians.items():
         times = " | ".join(f"{s['ms_' + kind]:.2f}" for kind in kinds)
-        lines.append(f"| {rule} | {times} |")
+        lines.append(f"| {name} | {times} |")
     return lines
+
+
+def change(quality: dict[str, Any]) -> str:
+    return f"{quality['ppl_change_percent']:+.2f} ± {quality['ppl_change_se'] or 0:.2f}"
 
 
 def _kernels(path: Path) -> str:
@@ -304,44 +350,42 @@ def _kernels(path: Path) -> str:
 
 
 def summary() -> str:
-    """The README's table: what plans give over dense."""
-    lines = ["| decode / dense | `gate_topk` 50 % | `topk` 50 % |", "|---|---|---|"]
-    wheres = []
-    for path in sorted(RESULTS.glob("*/*/result.json")):
-        if path.parent.parent.name == "kernels":
-            continue
-        r, where = (
-            json.loads(path.read_text()),
-            json.loads((path.parent / "machine.json").read_text()),
-        )
-        wheres.append(where)
+    """The README's table: the dense engine beside its peers."""
+    found = results()
+    if not found:
+        return "No results yet."
+    lines = [
+        f"| dense, decode (prefill) / | {' | '.join(PEERS)} |",
+        "|---" * (1 + len(PEERS)) + "|",
+    ]
+    for name, where, r, _ in found:
         cells = []
-        for rule in RULES:
-            change = r["quality"][rule]
-            cells.append(
-                f"{r['sparse'][rule]['ratio']:.2f} at {change['ppl_change_percent']:+.1f} "
-                f"± {change['ppl_change_se']:.1f} % PPL"
-            )
-        lines.append(f"| {path.parent.parent.name}, {path.parent.name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\n{machine_line(*wheres)}."
+        for peer in PEERS:
+            if peer not in r["runs"]:
+                cells.append("not run")
+                continue
+            prefill = statistics.median(ratios(r["runs"], "dense", peer, "prefill_tps"))
+            cells.append(f"{ratio(r['runs'], 'dense', peer)}; {prefill:.2f}")
+        lines.append(f"| {name}, {where} | {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\n{machine_line(*(machine for *_, machine in found))}."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
-    parser.add_argument("--report", action="store_true")
     parser.add_argument("--kernels", default="")
+    parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     for name in arguments.models:
         run(name, arguments.kernels)
     if arguments.models:
         path = RESULTS / "kernels" / machine(arguments.kernels)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "result.json").write_text(
-            json.dumps(time_kernels(arguments.kernels), indent=1) + "\n"
-        )
-    (ROOT / "docs" / "results" / "engine.md").write_text(report())
-    update_readme("engine", summary())
+        timed = time_kernels(arguments.kernels)
+        (path / "result.json").write_text(json.dumps(timed, indent=1) + "\n")
+    if arguments.report:
+        (ROOT / "docs" / "results" / "engine.md").write_text(report())
+        update_readme("engine", summary())
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ import statistics
 import time
 from typing import Any
 
-from engine import TEST, THREADS
+from engine import OPTIMIZED, TEST, THREADS
 from tradeoff import DATA, ROOT, machine_line, record_machine, run_and_report
 
 RESULTS = ROOT / "benchmarks" / "results" / "lossless"
-OPTIMIZED = ROOT / "benchmarks" / "results" / "optimize"
 TEXTS = {"WikiText-2": TEST, "code": DATA / "calibration" / "code.txt"}
 TEMPERATURES = (0.0, 0.8)
 PROMPT, NEW, PROMPTS, PASSES = 256, 128, 8, 9
@@ -132,7 +131,7 @@ docs/results/optimize.md, a their agreement with the source's first choice, and 
 def drafts(name: str, passes: dict[str, float]) -> list[str]:
     """What the measured plans of a model would give as drafts."""
     lines = []
-    for path in sorted(OPTIMIZED.glob(f"{name}*/result.json")):
+    for path in sorted(OPTIMIZED.glob(f"{name}*/*/result.json")):
         result = json.loads(path.read_text())
         if "quality" not in result:
             continue
@@ -142,7 +141,7 @@ def drafts(name: str, passes: dict[str, float]) -> list[str]:
             (sum(a**i for i in range(k + 1)) / (k * d + passes[str(k + 1)]), k)
             for k in range(1, len(passes))
         )
-        lines.append(f"| {path.parent.name} | {d:.2f} | {a:.3f} | {k} | {speed:.2f} |")
+        lines.append(f"| {', '.join(path.parts[-3:-1])} | {d:.2f} | {a:.3f} | {k} | {speed:.2f} |")
     return lines
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 import optimize
 import seven_billion
-from engine import TEST, THREADS
+from engine import OPTIMIZED, TEST, THREADS, machine
 from tradeoff import ROOT, machine_line, record_machine
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory"
@@ -92,7 +92,7 @@ def files(name: str, folder: Path) -> tuple[Path, Path]:
         if not packed.exists():
             seven_billion.make(source, packed)
         return packed, source
-    packed = optimize.RESULTS / name / "packed.gguf"
+    packed = OPTIMIZED / name / machine() / "packed.gguf"
     if not packed.exists():
         raise SystemExit(f"run first: python benchmarks/optimize.py {name}")
     return packed, resolve(ALIASES[name])

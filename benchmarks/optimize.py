@@ -1,10 +1,12 @@
 """What `fallow optimize` makes of the three real models: bytes, speed and quality.
 
 Plans are made on the WikiText-2 validation text, or on C4, and judged on the WikiText-2 raw test
-text, on code and on zero-shot tasks, against the source model; speed is llama.cpp's on the same
-GGUF, alternating. Needs llama-cpp-python==0.3.36; a stopped run continues with the next step:
+text, on code and on zero-shot tasks, against the source model. Speeds beside other engines come
+from benchmarks/engine.py, which times the files made here. A stopped run continues with the next
+step:
 
     python benchmarks/optimize.py smollm2 gemma3 qwen2.5-1.5b
+    python benchmarks/engine.py smollm2 gemma3 qwen2.5-1.5b
     python benchmarks/optimize.py qwen2.5-1.5b --prefer bytes
     python benchmarks/optimize.py qwen2.5-1.5b --prefer bytes --calibration c4
     python benchmarks/optimize.py --report    # writes docs/results/optimize.md, the README's table
@@ -21,12 +23,25 @@ from typing import Any
 
 import numpy as np
 
-from engine import NEW, PROMPT, RUNS, TEST, THREADS, VALIDATION, bench
+from engine import (
+    NEW,
+    OPTIMIZED,
+    PROMPT,
+    TEST,
+    THREADS,
+    VALIDATION,
+    change,
+    fastest_peer,
+    machine,
+    ratio,
+)
+from engine import RESULTS as TIMED
 from tradeoff import DATA, ROOT, machine_line, record_machine, update_readme
 
-RESULTS = ROOT / "benchmarks" / "results" / "optimize"
 LIMIT = 1.0  # percent
 WINDOWS = 40
+DECODED_WINDOWS, DECODED_TOKENS = 16, 128  # of those the first, read again token by token
+BEFORE = "not-recorded"  # a folder for results whose processor is not known
 CALIBRATION = {"wikitext2": VALIDATION, "c4": DATA / "calibration" / "c4.txt"}
 CODE = DATA / "calibration" / "code.txt"
 TASKS = ("arc_easy_test", "piqa_val", "winogrande_dev", "lambada_openai_test")
@@ -40,7 +55,7 @@ def run(name: str, prefer: str, calibration: str) -> None:
     options = ["--prefer", prefer]
     parts = [name, *([prefer] if prefer != "speed" else [])]
     parts += [calibration] if calibration != "wikitext2" else []
-    folder = RESULTS / "-".join(parts)
+    folder = OPTIMIZED / "-".join(parts) / machine()
     folder.mkdir(parents=True, exist_ok=True)
     record_machine(folder / "machine.json")
     packed, source = folder / "packed.gguf", resolve(ALIASES[name])
@@ -51,8 +66,8 @@ def run(name: str, prefer: str, calibration: str) -> None:
     steps: dict[str, Callable[[], Any]] = {
         "optimize": lambda: optimize(name, packed, options, CALIBRATION[calibration]),
         "bytes": lambda: count_bytes(packed, source),
-        "speed": lambda: bench(packed, RUNS, "llama.cpp", source),
         "quality": lambda: quality(name, packed, TEST, WINDOWS),
+        "decode": lambda: decode(packed),
         "code": lambda: quality(name, packed, CODE, CODE_WINDOWS),
     }
     if calibration == "wikitext2":  # C4's plan answers for its transfer between texts only
@@ -142,6 +157,30 @@ def quality(name: str, packed: Path, text: Path, windows: int) -> dict[str, Any]
     return {k: found[k] for k in (*keys, "top1_agreement", "achieved_sparsity")}
 
 
+def decode(packed: Path) -> dict[str, Any]:
+    """What reading token by token, as decode does, differs from reading in blocks, with the plan.
+
+    PPL change in percent and its paired error, and divergence: of the plan in blocks, not of dense.
+    """
+    from fallow import Engine
+    from fallow.checkpoints.text import load_text
+    from fallow.measure.quality import evaluate_engine
+
+    engine = Engine(packed, threads=THREADS, context=1024)
+    plan, text = engine.plan, load_text(TEST, "evaluation")
+
+    def blocks(window: np.ndarray) -> Any:
+        engine.use_plan(plan)
+        return engine.logits(window).__getitem__
+
+    windows = engine.windows(text, 1024, DECODED_WINDOWS)[:, :DECODED_TOKENS]
+    found = evaluate_engine(
+        engine, plan, text, windows=windows, against=blocks, decode=True
+    ).to_json()
+    keys = ("ppl_change_percent", "ppl_change_se", "kl_to_dense", "tokens", "windows")
+    return {k: found[k] for k in keys}
+
+
 def tasks(packed: Path, items: int) -> list[dict[str, Any]]:
     """Accuracies with the plan and, on the same items, of the packed model run dense."""
     from fallow import Engine
@@ -157,18 +196,23 @@ INTRODUCTION = f"""# What `fallow optimize` makes of a model
 
 `fallow optimize --max-ppl-increase {LIMIT:g}`, thresholds and search on the WikiText-2 validation
 text or, where a name ends in c4, on C4; every figure here on other text, the WikiText-2 raw test
-text unless said. `benchmarks/optimize.py` does it.
+text unless said. `benchmarks/optimize.py` does it, and `benchmarks/engine.py` the timing.
 
 - **PPL**, **KL** are against the source model in float32, windows of 1024 tokens, ± one paired
-  standard error.
+  standard error, read in blocks as prefill reads. **token by token**: what PPL changes further when
+  the beginnings of {DECODED_WINDOWS} of the windows are read as decode reads, which is what is
+  timed.
 - **bytes** are of the weights that decode reads per token, **of the source** over what the GGUF's
   own matrices hold (an embedding that is not the head is not read), **of FFN** over the packed
   model's FFN, what is read to choose included.
-- **decode / dense**: the packed file with its plan over the same without. Against llama.cpp it
-  depends on the processor ([dense](engine.md)), and there are no figures of one machine yet.
+- Speed of decode, all of one run in turn ([all of it](engine.md)): **engine** is the packed model
+  dense over the fastest other engine, **shortlist** the shortlist alone over dense, **neurons** the
+  plan over the shortlist alone, **plan / dense** those two together. Of names with an option there
+  is only the timing by which the plan was chosen, marked \\*.
+- **minutes** are those of `fallow optimize`, two threads.
 
-These plans are of before the limit was checked on another text than the search's, and before what
-gains less than 3 % was left out: of the plan of smollm2 nothing would be left.
+A plan of which it is not sure that decode gains 3 % is left out: the lower quartile of nine ratios
+in turn has to be 1.03, of a plan over dense, and of inactive neurons over the shortlist alone.
 
 Rows in two planes of bits, of which a plan read one or both (the row ending in planes), are taken
 out: they were slower than none in decode and, where bytes rule, no faster. Qwen2.5-Coder dense in a
@@ -182,7 +226,17 @@ neurons (GPTQ on 8,000 tokens of WikiText), did not pay: 0.0063 nats on other te
 on text of that kind; but on WikiText, with a head margin of 12 in place of 14, which is a part of
 it, 1.3 ± 0.2 % of PPL more than Q5_K.
 """
+STAGES = """
+## Where the time goes
 
+Seconds of each stage of `fallow optimize`; a search that the check does not confirm is repeated.
+"""
+OLD = """
+## Before
+
+Plans of before the limit was checked on another text than the search's, made on a processor that
+was not recorded: no speeds.
+"""
 
 TRANSFER = """
 ## Other text
@@ -201,33 +255,37 @@ the same items, ± one paired standard error; the first items of each task, zero
 
 
 def report() -> str:
-    lines = [
-        INTRODUCTION,
-        "| model | uses | PPL change % | KL nats | neurons inactive | bytes of source | of FFN "
-        "| decode / dense | minutes |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    found = results()
-    for path, r in found:
-        o, q, b = r["optimize"], r["quality"], r["bytes"]
-        lines.append(
-            f"| {path.parent.name} | {o['selector']} "
-            f"| {change(q)} ({q['windows']} windows) "
-            f"| {q['kl_to_dense']['mean']:.4f} | {q['achieved_sparsity']:.2f} "
-            f"| {b['ratio_to_source']:.3f} | {b['ffn_ratio']:.3f} "
-            f"| {o['decode_ratio_dense']:.2f} | {o['seconds'] / 60:.0f} |"
-        )
-    lines.append(f"\n{machine_line(*machines(found))}.")
+    now = [r for r in results() if r[1] != BEFORE]
+    before = [r for r in results() if r[1] == BEFORE]
+    header = ["model", "uses", "PPL change %", "token by token", "KL nats", "neurons inactive"]
+    header += ["bytes of source", "of FFN", *GAINS, "minutes"]
+    lines = [INTRODUCTION]
+    if now:
+        lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for name, where, r, _ in now:
+            gained = " | ".join(gains(name, where, r).values())
+            minutes = r["optimize"]["seconds"] / 60
+            cells = [change(r["quality"]), change(r["decode"]), *_bytes(r)]
+            lines.append(
+                f"| {name}, {where} | {r['optimize']['selector']} | {' | '.join(cells)} "
+                f"| {gained} | {minutes:.0f} |"
+            )
+        lines.append(f"\n{machine_line(*(machine for *_, machine in now))}.")
+    else:
+        lines.append("No results yet.")
+    found = now + before
+    if now:
+        lines += [STAGES, *_stages(now)]
     transfers = [
-        f"| {path.parent.name} | {Path(r['optimize']['calibration_text']).name} "
+        f"| {name}, {where} | {Path(r['optimize']['calibration_text']).name} "
         f"| {change(r['quality'])} | {change(r['code'])} |"
-        for path, r in found
+        for name, where, r, _ in found
         if "code" in r
     ]
     if transfers:
         lines += [TRANSFER, *transfers]
     accuracies = []
-    for path, r in found:
+    for name, where, r, _ in found:
         if "tasks" not in r:
             continue
         cells = [
@@ -237,38 +295,102 @@ def report() -> str:
         mean = float(np.mean([t["change"] for t in r["tasks"]]))
         error = float(np.linalg.norm([t["change_se"] for t in r["tasks"]])) / len(r["tasks"])
         accuracies.append(
-            f"| {path.parent.name} | {r['tasks'][0]['items']} | {' | '.join(cells)} "
+            f"| {name}, {where} | {r['tasks'][0]['items']} | {' | '.join(cells)} "
             f"| {100 * mean:+.2f} ± {100 * error:.2f} |"
         )
     if accuracies:
         header = " | ".join(["model", "items", *TASKS, "mean change"])
         lines += [ACCURACY, f"| {header} |", "|---" * (len(TASKS) + 3) + "|", *accuracies]
+    if before:
+        header = ["model", "uses", "PPL change %", "KL nats", "neurons inactive"]
+        header += ["bytes of source", "of FFN"]
+        lines += [OLD, f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        lines += [
+            f"| {name} | {r['optimize']['selector']} | {change(r['quality'])} "
+            f"| {' | '.join(_bytes(r))} |"
+            for name, _, r, _ in before
+        ]
+        lines.append(f"\n{machine_line(*(machine for *_, machine in before))}.")
     return "\n".join(lines) + "\n"
 
 
-def results() -> list[tuple[Path, dict[str, Any]]]:
-    found = [(p, json.loads(p.read_text())) for p in sorted(RESULTS.glob("*/result.json"))]
-    return [(path, result) for path, result in found if "quality" in result]
+GAINS = ("engine", "shortlist", "neurons", "plan / dense")
 
 
-def machines(found: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, Any]]:
-    return [json.loads((path.parent / "machine.json").read_text()) for path, _ in found]
+def gains(name: str, where: str, result: dict[str, Any]) -> dict[str, str]:
+    """What the engine, its shortlist and its neurons gain, each alone, and the last two together.
+
+    Of one run beside the peers or, where there is none, of the one that chose the plan.
+    """
+    path, own = TIMED / name / where / "result.json", result["optimize"]
+    if not path.exists():
+        found = [own[k] for k in ("shortlist_gain", "neuron_gain", "decode_ratio_dense")]
+        return dict(zip(GAINS, ["", *(f"{gain:.2f}\\*" for gain in found)], strict=True))
+    runs = json.loads(path.read_text())["runs"]
+    peer = fastest_peer(runs)
+    engine = f"{ratio(runs, 'dense', peer)}, {peer}" if peer else ""
+    if "plan" not in runs:
+        return dict(zip(GAINS, [engine, "none", "none", "1"], strict=True))
+    lists = "shortlist" if "shortlist" in runs else "dense"
+    if own["selector"] == "shortlist":  # there is nothing else in the plan
+        lists = "plan"
+    cells = [
+        ratio(runs, lists, "dense") if lists != "dense" else "none",
+        ratio(runs, "plan", lists) if lists != "plan" else "none",
+        ratio(runs, "plan", "dense"),
+    ]
+    return dict(zip(GAINS, [engine, *cells], strict=True))
+
+
+def _stages(found: list[tuple[str, str, dict[str, Any], dict[str, Any]]]) -> list[str]:
+    names = list(found[0][2]["optimize"]["seconds_by_stage"])
+    lines = [f"| model | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for name, where, r, _ in found:
+        seconds = r["optimize"]["seconds_by_stage"]
+        lines.append(f"| {name}, {where} | {' | '.join(f'{seconds[n]:.0f}' for n in names)} |")
+    return lines
+
+
+def _bytes(result: dict[str, Any]) -> list[str]:
+    """KL, inactive neurons, and both shares of bytes."""
+    quality, read = result["quality"], result["bytes"]
+    return [
+        f"{quality['kl_to_dense']['mean']:.4f}",
+        f"{quality['achieved_sparsity']:.2f}",
+        f"{read['ratio_to_source']:.3f}",
+        f"{read['ffn_ratio']:.3f}",
+    ]
+
+
+def results() -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
+    """Model with its options, processor, what was found and what `record_machine` wrote."""
+    found = [
+        (*path.parts[-3:-1], json.loads(path.read_text()), path.parent / "machine.json")
+        for path in sorted(OPTIMIZED.glob("*/*/result.json"))
+    ]
+    return [
+        (name, where, result, json.loads(machine.read_text()))
+        for name, where, result, machine in found
+        if "quality" in result
+    ]
 
 
 def summary() -> str:
     """The README's table."""
-    lines = ["| | PPL change % | decode / dense | weight bytes / dense |", "|---|---|---|---|"]
-    found = [(path, r) for path, r in results() if not path.parent.name.endswith("-planes")]
-    for path, r in found:
+    found = [r for r in results() if r[1] != BEFORE]
+    if not found:
+        return "No results yet."
+    lines = [
+        f"| | PPL change % | {' | '.join(GAINS)} | weight bytes / dense | minutes |",
+        "|---" * (4 + len(GAINS)) + "|",
+    ]
+    for name, where, r, _ in found:
+        gained = " | ".join(gains(name, where, r).values())
         lines.append(
-            f"| {path.parent.name} | {change(r['quality'])} "
-            f"| {r['optimize']['decode_ratio_dense']:.2f} | {r['bytes']['ratio_to_dense']:.2f} |"
+            f"| {name}, {where} | {change(r['quality'])} | {gained} "
+            f"| {r['bytes']['ratio_to_dense']:.2f} | {r['optimize']['seconds'] / 60:.0f} |"
         )
-    return "\n".join(lines) + f"\n\n{machine_line(*machines(found))}."
-
-
-def change(quality: dict[str, Any]) -> str:
-    return f"{quality['ppl_change_percent']:+.2f} ± {quality['ppl_change_se']:.2f}"
+    return "\n".join(lines) + f"\n\n{machine_line(*(machine for *_, machine in found))}."
 
 
 def main() -> None:

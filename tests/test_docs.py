@@ -147,3 +147,51 @@ def test_benchmarks_record_family_and_model(
 def test_settings_fetch_no_fonts() -> None:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     assert settings["theme"]["font"] is False
+
+
+def test_tables_of_speed_agree(
+    benchmarks: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """README, engine.md and optimize.md take a processor's figures from one run."""
+    optimize = benchmarks("optimize")
+    engine = importlib.import_module("engine")
+    folders = [tmp_path / kind / "tiny" / "amd-epyc-family-25-model-17" for kind in "et"]
+    for module in (engine, optimize):
+        monkeypatch.setattr(module, "OPTIMIZED", tmp_path / "e")
+    monkeypatch.setattr(engine, "RESULTS", tmp_path / "t")
+    monkeypatch.setattr(optimize, "TIMED", tmp_path / "t")
+    where = {"processors": ["AMD EPYC (family 25, model 17)"], "threads": 2, "commits": ["abc"]}
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "machine.json").write_text(json.dumps(where))
+    run = {"prefill_tps": 50.0, "bytes_per_token": 1e6, "gbps": 1.0, "overhead": 0.1}
+    run |= {"sparsity": 0.0}
+    run |= {f"ms_{k}": 1.0 for k in ("attention_proj", "attention", "ffn", "select", "head")}
+    run |= {"ms_other": 1.0}
+    speeds = {"llama.cpp": 80.0, "ik_llama.cpp": 96.0, "dense": 120.0, "shortlist": 132.0}
+    speeds["plan"] = 165.0
+    kl = {"mean": 0.01}
+    change = {"ppl_change_percent": 0.5, "ppl_change_se": 0.1, "kl_to_dense": kl}
+    missing = dict.fromkeys(("ik_llama.cpp-rtr", "openvino"), "is not installed")
+    timed = {"kernels": "avx2", "file_mb": 1, "source_mb": 1, "stream_gbps": 2, "peak_rss_mb": 3}
+    timed |= {"runs": {name: [run | {"decode_tps": s}] * 3 for name, s in speeds.items()}}
+    timed |= {"missing": missing, "greedy": {"agreement": 1, "same": 64}}
+    quality = {"blocks": change, "decode": change}
+    timed["quality"] = dict.fromkeys(("dense", "shortlist", "plan"), quality)
+    (folders[1] / "result.json").write_text(json.dumps(timed))
+    chosen = {"selector": "two_stage+shortlist", "seconds": 600.0, "calibration_text": "c"}
+    chosen |= {"seconds_by_stage": {"pack": 100.0}}
+    read = {"ratio_to_source": 0.7, "ffn_ratio": 0.8, "ratio_to_dense": 0.75}
+    found = {"optimize": chosen, "bytes": read, "decode": change}
+    found["quality"] = change | {"windows": 40, "achieved_sparsity": 0.4}
+    (folders[0] / "result.json").write_text(json.dumps(found))
+
+    over_fastest, shortlist, neurons, whole = (
+        f"**{ratio}** ({ratio} to {ratio})" for ratio in ("1.25", "1.10", "1.25", "1.38")
+    )
+    gains = f"| {over_fastest}, ik_llama.cpp | {shortlist} | {neurons} | {whole} |"
+    assert gains in optimize.report()
+    assert gains in optimize.summary()
+    assert f"| ik_llama.cpp | **1.00** (1.00 to 1.00) | {over_fastest} |" in engine.report()
+    assert f"| plan | 165.0 | {whole} |" in engine.report()
+    assert f"{over_fastest}; 1.00" in engine.summary()

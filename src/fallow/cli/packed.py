@@ -85,7 +85,7 @@ def optimize(
     ] = None,
     context: ContextOption = 1024,
     windows: Annotated[int, typer.Option(help="Windows that thresholds are fitted on.")] = 4,
-    validation_windows: Annotated[int, typer.Option(help="Held-out windows after those.")] = 24,
+    validation_windows: Annotated[int, typer.Option(help="Held-out windows after those.")] = 10,
     check_windows: Annotated[int, typer.Option(help="Windows of --text.")] = 8,
     threads: ThreadsOption = None,
     prefer: Annotated[
@@ -120,9 +120,12 @@ def optimize(
     change = plus_minus(result.ppl_change_percent, result.ppl_change_se, 2)
     print(f"{result.selector}: {result.sparsity_ratio:.0%} of neurons inactive")
     print(f"  PPL {change} % against {model} on {result.text}, KL {result.kl_to_dense:.4f} nats")
+    decoded = plus_minus(result.decode_ppl_change_percent, result.decode_ppl_change_se, 2)
+    print(f"  read token by token, as it is timed: PPL {decoded} % ({result.decode_tokens} tokens)")
     print(
-        f"  decode {result.decode_tps:.1f} tok/s, {result.decode_ratio_dense:.2f} times dense, "
-        f"{result.threads} threads"
+        f"  decode {result.decode_tps:.1f} tok/s, {result.decode_ratio_dense:.2f} times dense: "
+        f"{result.shortlist_gain:.2f} by the shortlist, {result.neuron_gain:.2f} by inactive "
+        f"neurons; {result.threads} threads"
     )
     print(f"  {result.bytes_per_token / 1e6:.0f} MB/token, {result.bytes_ratio:.0%} of dense")
     print(f"written: {output}, after {result.seconds:.0f} s")

@@ -6,11 +6,13 @@ arithmetic. Absolute figures depend on the machine's other tenants; ratios withi
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -187,11 +189,25 @@ def run_in_turn(
     ids: np.ndarray,
     prompt_tokens: int,
     runs: int,
+    source: str | Path | None = None,
+    against: Sequence[str] = (),
 ) -> dict[str, list[dict[str, float]]]:
-    """`run_once` with each plan in turn, `runs` times, by the plans' names."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in plans}
-    with progress("timing", runs) as ticker:
+    """`run_once` with each plan in turn, `runs` times, by the plans' names.
+
+    And of BASELINES those in `against`, which read `source`, in turn with them.
+
+    Raises:
+        FallowError: a baseline is not installed or fails.
+    """
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in [*against, *plans]}
+    with progress("timing", runs) as ticker, ExitStack() as stack:
+        others = {}
+        for name in against:
+            others[name] = _Baseline(name, source, engine.threads, ids, prompt_tokens)
+            stack.callback(others[name].close)
         for _ in range(runs):
+            for name, other in others.items():
+                found[name].append(other.run())
             for name, plan in plans.items():
                 engine.use_plan(plan)
                 found[name].append(run_once(engine, ids, prompt_tokens))
@@ -248,12 +264,15 @@ class _Baseline:
         if not Path(source).is_file():
             raise FallowError(f"--source {source} not found; give the GGUF that was packed")
         self.name = name
+        # Threads as it would have them: told to wait passively, llama.cpp's are slow.
+        own = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fallow.measure.baselines", name, str(source), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            env=own,
         )
         self._ask({"ids": ids.tolist(), "prompt_tokens": prompt})
 

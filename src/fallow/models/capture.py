@@ -113,39 +113,26 @@ class Calibration:
 
     def sample(self, tap: str, tokens: int = SAMPLE_TOKENS) -> list[torch.Tensor]:
         """A tap's values at an even sample of tokens, per layer (T', d_ff)."""
-        count = min(tokens, self.n_tokens)
-        # From the middle of each stride: a window's first token is an attention sink with
-        # activations of its own kind, and must not be over-represented.
-        wanted = ((np.arange(count) + 0.5) * self.n_tokens / count).astype(np.int64)
-        parts: list[list[torch.Tensor]] = [[] for _ in self.layers]
-        seen = [0] * len(self.layers)
-
-        def keep(layer: int, value: torch.Tensor) -> None:
-            if not torch.isfinite(value).all():
-                raise non_finite_error(tap, layer, int((~torch.isfinite(value)).sum()))
-            here = wanted[(wanted >= seen[layer]) & (wanted < seen[layer] + len(value))]
-            parts[layer].append(value[here - seen[layer]].clone())
-            seen[layer] += len(value)
-
-        self.run("activations", {tap: keep})
-        return [torch.cat(p) for p in parts]
+        sample = _Sample(self, tap, tokens)
+        self.run("activations", {tap: sample.add})
+        return sample.found
 
     @cached_property
     def mean_up(self) -> np.ndarray:
         """E|up_i| of every neuron, (L, d_ff) float32; ones for an FFN without a gate."""
-        total = np.ones((len(self.layers), self.layers[0].down_proj.in_features))
-        if not self.layers[0].gated:
-            return total.astype(np.float32)
-        total[:] = 0
+        mean = _MeanUp(self)
+        if mean.gated:
+            self.run("mean up", {"up": mean.add})
+        return mean.found
 
-        def add(layer: int, value: torch.Tensor) -> None:
-            total[layer] += value.abs().float().sum(dim=0).numpy()
-
-        self.run("mean up", {"up": add})
-        if not np.isfinite(total).all():
-            layer = int(np.argmax(~np.isfinite(total).all(axis=1)))
-            raise non_finite_error("up", layer, int((~np.isfinite(total[layer])).sum()))
-        return (total / self.n_tokens).astype(np.float32)
+    def collect_stages(self) -> None:
+        """`mean_up`, `gate_act` and `inter` from one run of the model."""
+        mean = _MeanUp(self)
+        taps = ("gate_act", "inter") if mean.gated else ("inter",)
+        samples = {tap: _Sample(self, tap, SAMPLE_TOKENS) for tap in taps}
+        adding: dict[str, Callable[..., Any]] = {tap: s.add for tap, s in samples.items()}
+        self.run("activations", adding | ({"up": mean.add} if mean.gated else {}))
+        vars(self).update({tap: s.found for tap, s in samples.items()}, mean_up=mean.found)
 
     @cached_property
     def input_moments(self) -> np.ndarray:
@@ -203,6 +190,53 @@ class Calibration:
             for window in self.windows:
                 self.model.hidden(window[None])
                 ticker.advance()
+
+
+class _Sample:
+    """A tap's values at an even sample of a calibration's tokens."""
+
+    def __init__(self, calibration: Calibration, tap: str, tokens: int) -> None:
+        count, n_layers = min(tokens, calibration.n_tokens), len(calibration.layers)
+        # From the middle of each stride: a window's first token is an attention sink with
+        # activations of its own kind, and must not be over-represented.
+        self._wanted = ((np.arange(count) + 0.5) * calibration.n_tokens / count).astype(np.int64)
+        self._tap, self._seen = tap, [0] * n_layers
+        self._parts: list[list[torch.Tensor]] = [[] for _ in range(n_layers)]
+
+    def add(self, layer: int, value: torch.Tensor) -> None:
+        if not torch.isfinite(value).all():
+            raise non_finite_error(self._tap, layer, int((~torch.isfinite(value)).sum()))
+        first, wanted = self._seen[layer], self._wanted
+        here = wanted[(wanted >= first) & (wanted < first + len(value))]
+        self._parts[layer].append(value[here - first].clone())
+        self._seen[layer] += len(value)
+
+    @property
+    def found(self) -> list[torch.Tensor]:
+        """Per layer (T', d_ff)."""
+        return [torch.cat(parts) for parts in self._parts]
+
+
+class _MeanUp:
+    """E|up_i| of every neuron."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        layers, self._n_tokens = calibration.layers, calibration.n_tokens
+        self.gated = layers[0].gated
+        self._total = np.zeros((len(layers), layers[0].down_proj.in_features))
+
+    def add(self, layer: int, value: torch.Tensor) -> None:
+        self._total[layer] += value.abs().float().sum(dim=0).numpy()
+
+    @property
+    def found(self) -> np.ndarray:
+        """(L, d_ff) float32; ones for an FFN without a gate."""
+        if not self.gated:
+            return np.ones(self._total.shape, dtype=np.float32)
+        if not np.isfinite(self._total).all():
+            layer = int(np.argmax(~np.isfinite(self._total).all(axis=1)))
+            raise non_finite_error("up", layer, int((~np.isfinite(self._total[layer])).sum()))
+        return (self._total / self._n_tokens).astype(np.float32)
 
 
 def input_histogram(layer: Layer, projection: str) -> str:

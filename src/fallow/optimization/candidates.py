@@ -1,6 +1,5 @@
 """Plans that might be chosen: thresholds of every layer at a grid of sparsities."""
 
-from collections.abc import Iterator
 from statistics import median
 
 import numpy as np
@@ -15,20 +14,18 @@ from fallow.engine.engine import Engine
 from fallow.engine.memory import COARSE_HEAD
 from fallow.models.capture import Calibration
 from fallow.plan import Plan
-from fallow.reference.model import Model
+from fallow.reference.model import Model, in_bfloat16
 from fallow.rules._gate import gate_weights
 from fallow.rules.two_stage import TwoStage, two_stage_cuts
 
-# Sparsities at which each layer's thresholds are measured; between them the divergence is taken as
-# linear, which overestimates it a little since it is convex.
-LEVELS = {
-    "gate_act": (0.1, 0.25, 0.4),
-    "inter": (0.3, 0.5, 0.7, 0.85),
-}
 # What each stage spares rows of, and the product that reads them.
 ROWS = {"gate_act": ("up_proj", "gemv"), "inter": ("down_proj_t", "axpy")}
 GRID = np.arange(0, 0.951, 0.05)  # sparsities that a layer may be given
-SCORE_TOKENS = 256  # per layer, whose scores' quantiles are thresholds
+# What a sparsity costs at one layer is as the energy that its inactive neurons would have put out
+# (`energies`), so one sparsity of each layer is measured: docs/results/layer_costs.md. At one much
+# lower the rounding of prefill would be all that is seen.
+PROBED = 14  # index into the grid
+SCORE_TOKENS = 128  # per layer, whose scores' quantiles are thresholds
 # Scattered rows take longer than their share of a matrix: how much is timed on half of the rows of
 # one too large for any cache, and never taken to be less than nothing.
 TIMED_BYTES, ROW_RUNS = 1 << 26, 5
@@ -39,6 +36,8 @@ TIMED_BYTES, ROW_RUNS = 1 << 26, 5
 # a layer.
 HEAD_MARGIN = 12.0
 HEAD_SHARE, HEAD_LEAST = 1 / 64, 1024  # of rows, whichever is more
+# Logarithm of the price, in nats for all of the FFN's bytes.
+LOWEST_PRICE, HIGHEST_PRICE, PRICE_STEPS = -5.0, 2.0, 24
 
 
 class Candidates:
@@ -57,6 +56,8 @@ class Candidates:
         self.n_layers = len(model.layers)
         self.stages = ("gate_act", "inter") if model.layers[0].gated else ("inter",)
         self.calibration = Calibration(model, windows)
+        with in_bfloat16():
+            self.calibration.collect_stages()
         self.weights = gate_weights(self.calibration)
         tensors = engine.file.tensors
         coarse = tensors.get(COARSE_HEAD[0])
@@ -70,7 +71,13 @@ class Candidates:
         total = sum(sizes(name).sum() for name in ("gate_proj", "up_proj", "down_proj_t"))
         # Of all the FFN's bytes: a stage's matrix.
         self.shares = {stage: sizes(ROWS[stage][0]) / total for stage in self.stages}
-        self.thresholds = {stage: self._quantiles(stage) for stage in self.stages}
+        shape = (self.n_layers, len(GRID))
+        self.thresholds = {s: np.empty(shape, dtype=np.float32) for s in self.stages}
+        self.energies = {s: np.empty(shape) for s in self.stages}
+        with progress("thresholds", self.n_layers) as ticker:
+            for layer in range(self.n_layers):
+                self._measure(layer)
+                ticker.advance()
         self.row_costs = dict.fromkeys(self.stages, 1.0)
         if prefer == "speed":
             for stage in self.stages:
@@ -81,23 +88,31 @@ class Candidates:
                     f"half of {name} takes {cost / 2:.2f} of the time of all", highlight=False
                 )
 
-    def _quantiles(self, stage: str) -> np.ndarray:
-        """The score below which a share of a layer's scores lies, (L, grid) float32."""
+    def _measure(self, layer: int) -> None:
+        """Of a layer and each stage the scores below which each share of the grid lies, (grid,).
 
-        def scores(i: int) -> torch.Tensor:
-            values = getattr(self.calibration, stage)[i]
-            some = values[:: max(1, len(values) // SCORE_TOKENS)].abs().float()
+        And the energy of the neurons with such scores: the sum of inter_i² ||down_proj[:, i]||²,
+        mean over tokens.
+        """
+        norm = self.model.layers[layer].down_norm
+        out_norm = self._some("inter", layer) * norm
+        energy = out_norm.square().numpy()
+        for stage in self.stages:
             if stage == "gate_act":
-                return some * torch.from_numpy(self.weights[i])
-            return some * self.model.layers[i].down_norm
+                scores = self._some(stage, layer) * torch.from_numpy(self.weights[layer])
+            else:
+                scores = out_norm
+            found = np.quantile(scores.numpy(), GRID)
+            found[0] = -1  # nothing is cut, not even exact zeros
+            self.thresholds[stage][layer] = found
+            self.energies[stage][layer] = [
+                energy[scores.numpy() <= t].sum() / len(energy) for t in found
+            ]
 
-        found = np.empty((self.n_layers, len(GRID)), dtype=np.float32)
-        with progress(f"thresholds of {stage}", self.n_layers) as ticker:
-            for i in range(self.n_layers):
-                found[i] = np.quantile(scores(i).numpy(), GRID)
-                ticker.advance()
-        found[:, 0] = -1  # nothing is cut, not even exact zeros
-        return found
+    def _some(self, tap: str, layer: int) -> torch.Tensor:
+        """Magnitudes of a tap at some tokens, (T, d_ff) float32."""
+        values: torch.Tensor = getattr(self.calibration, tap)[layer]
+        return values[:: max(1, len(values) // SCORE_TOKENS)].abs().float()
 
     def plan(self, choice: dict[str, np.ndarray], head_margin: float) -> Plan:
         """A plan from the index into the grid of every tap and layer, (L,) each."""
@@ -122,24 +137,35 @@ class Candidates:
         """The choice that skips no neuron."""
         return {stage: np.zeros(self.n_layers, dtype=int) for stage in self.stages}
 
-    def probes(self) -> Iterator[tuple[str, int, int, Plan]]:
-        """Every plan that cuts one layer at one tap: tap, layer, index into the grid, plan."""
-        for layer in range(self.n_layers):
-            for tap in self.stages:
-                for level in LEVELS[tap]:
-                    index = int(np.abs(GRID - level).argmin())
-                    choice = self.nothing()
-                    choice[tap][layer] = index
-                    yield tap, layer, index, self.plan(choice, 0.0)
+    def probe(self, layer: int) -> Plan:
+        """The plan that cuts `inter` of one layer, at the sparsity that is measured."""
+        choice = self.nothing()
+        choice["inter"][layer] = PROBED
+        return self.plan(choice, 0.0)
 
     def choose(self, costs: dict[str, np.ndarray], price: float) -> dict[str, np.ndarray]:
         """The choice of each layer that is cheapest at `price` nats for all of the FFN's bytes."""
         found = self.nothing()
-        for layer in range(self.n_layers):
-            for stage in self.stages:
-                read = np.minimum(1, self.row_costs[stage] * (1 - GRID))
-                loss = costs[stage][layer] + price * self.shares[stage][layer] * read
-                found[stage][layer] = int(np.argmin(loss))
+        for stage in self.stages:
+            read = np.minimum(1, self.row_costs[stage] * (1 - GRID))
+            loss = costs[stage] + price * self.shares[stage][:, None] * read
+            found[stage] = loss.argmin(axis=1)
+        return found
+
+    def within(
+        self, costs: dict[str, np.ndarray], loss: float
+    ) -> tuple[dict[str, np.ndarray], float]:
+        """The choice of the highest price that costs no more than `loss` nats, and its cost."""
+        low, high = LOWEST_PRICE, HIGHEST_PRICE
+        found = self.nothing(), 0.0
+        for _ in range(PRICE_STEPS):
+            price = (low + high) / 2
+            choice = self.choose(costs, 10**price)
+            cost = sum(float(costs[s][np.arange(self.n_layers), choice[s]].sum()) for s in choice)
+            if cost <= loss:
+                low, found = price, (choice, cost)
+            else:
+                high = price
         return found
 
 

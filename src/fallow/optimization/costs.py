@@ -10,9 +10,9 @@ from fallow.common.files import JsonLines, fits
 from fallow.common.progress import console, progress
 from fallow.engine.engine import Engine
 from fallow.measure.quality import log_softmax
-from fallow.optimization.candidates import GRID, Candidates
+from fallow.optimization.candidates import PROBED, Candidates
 
-PROBE_WINDOWS, PROBE_CONTEXT = 2, 256  # tokens on which the divergence is measured
+PROBE_WINDOWS, PROBE_CONTEXT = 2, 128  # tokens on which the divergence is measured
 
 
 def measure_costs(
@@ -22,7 +22,11 @@ def measure_costs(
     path: Path,
     settings: dict[str, Any],
 ) -> dict[str, np.ndarray]:
-    """Divergence from dense, nats per token, of each tap, layer and grid point: (L, grid)."""
+    """Divergence from dense, nats per token, of each stage, layer and grid point: (L, grid).
+
+    One sparsity of each layer is measured; the others cost as much more or less as they leave out
+    energy (docs/methods.md).
+    """
     probe = windows[:PROBE_WINDOWS, :PROBE_CONTEXT]
     file = JsonLines(path)
     if not file.found:
@@ -31,43 +35,38 @@ def measure_costs(
         raise UsageError(f"{path} belongs to a run with another model, text or option; remove it")
     else:
         console.print(f"continuing with {len(file.found) - 1} costs of {path}", highlight=False)
-    todo = list(candidates.probes())
-    wanted = {(tap, layer, index) for tap, layer, index, _ in todo}
-    known = {tuple(line[:3]): float(line[3]) for line in file.found[1:] if _is_cost(line, wanted)}
-    dense = [_Dense(engine.logits(window)) for window in probe]
-    with progress("cost of layers", len(todo)) as ticker:
-        for tap, layer, index, plan in todo:
-            if (tap, layer, index) not in known:
-                engine.use_plan(plan)
+    known = {line[0]: line[1] for line in file.found[1:] if _is_cost(line, candidates.n_layers)}
+    dense = [Dense(engine.logits(window)) for window in probe]
+    with progress("cost of layers", candidates.n_layers) as ticker:
+        for layer in range(candidates.n_layers):
+            if layer not in known:
+                engine.use_plan(candidates.probe(layer))
                 kl = [
                     d.divergence(engine.logits(window))
                     for d, window in zip(dense, probe, strict=True)
                 ]
-                known[tap, layer, index] = float(np.mean(kl))
-                file.add([tap, layer, index, known[tap, layer, index]])
+                known[layer] = float(np.mean(kl))
+                file.add([layer, known[layer]])
             ticker.advance()
-    costs = {t: np.empty((candidates.n_layers, len(GRID))) for t in candidates.stages}
-    for tap, table in costs.items():
-        for layer in range(candidates.n_layers):
-            points = {i: cost for (t, n, i), cost in known.items() if (t, n) == (tap, layer)}
-            levels = sorted(points)
-            table[layer] = np.interp(GRID, [0, *GRID[levels]], [0, *(points[i] for i in levels)])
-            table[layer, levels[-1] + 1 :] = np.inf  # not measured
-    return costs
+    measured = np.array([known[layer] for layer in range(candidates.n_layers)])
+    left_out = candidates.energies["inter"][:, PROBED]
+    # Nats per unit of energy. A layer whose neurons put out nothing has nothing to lose.
+    per_energy = np.divide(measured, left_out, out=np.zeros_like(measured), where=left_out > 0)
+    return {stage: found * per_energy[:, None] for stage, found in candidates.energies.items()}
 
 
-def _is_cost(line: Any, wanted: set[tuple[str, int, int]]) -> bool:
+def _is_cost(line: Any, n_layers: int) -> bool:
     """Whether a line of a file is a cost; any other is measured again."""
     return (
         fits(line, list)
-        and [type(part) for part in line[:3]] == [str, int, int]
-        and tuple(line[:3]) in wanted
-        and len(line) == 4
-        and fits(line[3], float)
+        and len(line) == 2
+        and type(line[0]) is int
+        and 0 <= line[0] < n_layers
+        and fits(line[1], float)
     )
 
 
-class _Dense:
+class Dense:
     """A window's dense logits (T, vocabulary), to which others are compared."""
 
     def __init__(self, logits: np.ndarray) -> None:

@@ -4,12 +4,13 @@ What may be spared: rows of up_proj of neurons whose gate is small, rows of down
 whose output is small (rule `two_stage`), and exact logits of unlikely tokens (the shortlist).
 What each layer's thresholds cost the whole model is measured layer by layer; then every layer takes
 the cheapest of its choices at one common price of divergence for bytes, and the price is searched
-for which held-out text loses as much as is allowed.
+for which held-out text loses as much as is allowed. What of that plan is worth its loss is timed.
 
 Three texts, none of which shares a token with another: the plan is made on the first, the search
 judges by the second, and the third, which neither has seen, checks what came of it.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +18,25 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
 from fallow.checkpoints.text import Text, check_no_leakage, load_text, split_windows
 from fallow.common.errors import UsageError
 from fallow.common.files import atomic_path, check_writable
+from fallow.common.progress import console
 from fallow.engine.engine import Engine
-from fallow.measure.evaluation import dense_logits
-from fallow.measure.quality import Evaluation, evaluate_engine
+from fallow.measure.evaluation import final_hidden, logits_of
+from fallow.measure.quality import Evaluation, Logits, evaluate_engine
 from fallow.optimization.candidates import Candidates
 from fallow.optimization.costs import measure_costs
-from fallow.optimization.search import Judge, Search, selector_of, time_plans
+from fallow.optimization.search import Judge, Runs, Search, decode_ratio, selector_of
 from fallow.packing.packer import Packer
 from fallow.plan import Plan
 from fallow.reference.model import Model
 
 PREFERENCES = ("speed", "bytes")
+# Of each window that checks a plan, read again token by token.
+DECODED_TOKENS = 64
 
 
 @dataclass
@@ -40,13 +45,21 @@ class Optimized:
 
     path: str
     selector: str
-    ppl_change_percent: float  # on windows that only checked the plan, as are the next two
+    # On windows that only checked the plan, read in blocks as prefill reads; as are the next two.
+    ppl_change_percent: float
     ppl_change_se: float | None  # paired
     kl_to_dense: float  # nats per token, from the source model
+    # Read token by token, as it is timed: that, and what the beginnings of the same windows,
+    # `decode_tokens` in all, differ when read so. The errors of both add up.
+    decode_ppl_change_percent: float
+    decode_ppl_change_se: float | None
+    decode_tokens: int
     bytes_per_token: float  # weights and cache read per decoded token
     bytes_ratio: float  # that over the same of the packed model run dense
     decode_tps: float  # median of alternating runs
-    decode_ratio_dense: float  # against the packed model run dense
+    decode_ratio_dense: float  # against the packed model run dense: shortlist_gain * neuron_gain
+    shortlist_gain: float  # decode with the shortlist alone over dense; 1 if it is not used
+    neuron_gain: float  # decode with the plan over that with its shortlist alone
     sparsity_ratio: float  # S(inter) while decoding
     validation_ppl_change_percent: float  # on the text that the search judged by
     text: str
@@ -54,6 +67,7 @@ class Optimized:
     calibration_text: str
     threads: int
     seconds: float
+    seconds_by_stage: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -68,7 +82,7 @@ def optimize(
     text: str | Path | Text | None = None,
     context: int = 1024,
     windows: int = 4,
-    validation_windows: int = 24,
+    validation_windows: int = 10,
     check_windows: int = 8,
     threads: int | None = None,
     prefer: str = "speed",
@@ -80,7 +94,8 @@ def optimize(
     The search keeps the limit, with one standard error to spare, on windows of the calibration text
     that nothing was fitted on. The result's figures come from `text`, which must be another one: if
     the limit is exceeded there by more than one paired standard error, the search is repeated for a
-    smaller loss, twice at most. A plan that gains less than 3 % over none is left out. Measured
+    smaller loss, twice at most. What does not surely gain 3 % is left out: of runs in turn the
+    lower quartile has to, of a plan over none and of thresholds over the shortlist alone. Measured
     costs of layers are kept beside the output until it is written, so that a stopped run continues
     there.
 
@@ -99,7 +114,7 @@ def optimize(
         FallowError: as `pack`; the packed model costs more than the limit by itself; or the limit
             does not hold on `text` (nothing is written).
     """
-    start = time.monotonic()
+    stages = Stages()
     counts = {"windows": windows, "validation-windows": validation_windows}
     counts["check-windows"] = check_windows
     _check_request(output, max_ppl_increase, prefer, counts)
@@ -107,18 +122,36 @@ def optimize(
     # The packer's own check may refuse a type of down_proj_t, so it reads no check text either.
     packer = Packer(model, quant=quant, down=down, text=load_text(None, "calibration"))
     texts = _cut(packer, fit_text, check_text, context, counts)
+    stages.end("load")
     packer.add_coarse_head(fit_text, texts.for_head)
+    stages.end("coarse head")
     costs_path, packing = Path(f"{output}.costs.jsonl"), {"quant": quant, "down": down}
     with atomic_path(output) as temporary:
         packer.write(temporary)
+        stages.end("pack")
         engine = Engine(temporary, plan=False, threads=threads, context=texts.context)
-        plan, judged, quality = _search(
-            packer.model, engine, texts, costs_path, packing, max_ppl_increase, prefer
+        search = _prepare(
+            packer.model, engine, texts, costs_path, packing, max_ppl_increase, prefer, stages
         )
+        check = _Check(packer.model, engine, texts)
+        plan, judged, quality, runs = search.run(check.blocks)
+        stages.end("search and check")
+        differs = check.decode(plan)
+        stages.end("decode check")
         packer.leave_out_unused(plan)
-        packer.write(temporary, plan)
+        packer.write_again(temporary, plan)
+        stages.end("pack again")
     costs_path.unlink(missing_ok=True)
-    return _result(output, plan, quality, judged, texts, threads, start)
+    return Optimized(
+        path=str(output),
+        **_quality(quality, differs, texts),
+        **_speed(plan, runs),
+        validation_ppl_change_percent=judged,
+        calibration_text=texts.fit_text.name,
+        threads=engine.threads,
+        seconds=sum(stages.seconds.values()),
+        seconds_by_stage=stages.seconds,
+    )
 
 
 def _check_request(
@@ -143,6 +176,20 @@ def _load_texts(
     fit_text = load_text(calibration_text, "calibration")
     check_no_leakage(fit_text.sha256, check_text, False, fit_text.sketch)
     return fit_text, check_text
+
+
+class Stages:
+    """How long each stage of the work took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.monotonic()
+
+    def end(self, stage: str) -> None:
+        """One that begins where the one before ended."""
+        now = time.monotonic()
+        self.seconds[stage], self._start = now - self._start, now
+        console.print(f"{stage}: {self.seconds[stage]:.0f} s", highlight=False)
 
 
 @dataclass(frozen=True)
@@ -172,7 +219,7 @@ def _cut(
     return _Texts(fit_text, fit, validation, for_head, check_text, counts["check-windows"], context)
 
 
-def _search(
+def _prepare(
     source: Model,
     engine: Engine,
     texts: _Texts,
@@ -180,60 +227,88 @@ def _search(
     packing: dict[str, str | None],
     max_ppl_increase: float,
     prefer: str,
-) -> tuple[Plan | None, float, Evaluation]:
-    """What `Search` finds: the plan, its PPL change as judged, and what the check says."""
+    stages: Stages,
+) -> Search:
+    """A search with all that it needs to know of the layers."""
     candidates = Candidates(source, texts.fit, texts.fit_text, engine, prefer)
+    stages.end("thresholds")
     settings: dict[str, Any] = {"fingerprint": source.fingerprint, "text": texts.fit_text.sha256}
     settings |= {"windows": len(texts.fit), "context": texts.context} | packing
     costs = measure_costs(candidates, engine, texts.fit, costs_path, settings)
+    stages.end("costs")
+    judge = Judge(source, engine, texts.validation)
+    return Search(candidates, costs, engine, judge, max_ppl_increase, prefer)
 
-    def check(plan: Plan | None) -> Evaluation:
+
+class _Check:
+    """Reads windows that neither plan nor search has seen, against the source in float32."""
+
+    def __init__(self, source: Model, engine: Engine, texts: _Texts) -> None:
+        self._source, self._engine, self._text = source, engine, texts.check_text
+        self._windows = source.windows(texts.check_text, texts.context, texts.check_windows)
+        self._hidden: dict[bytes, torch.Tensor] = {}  # the source's, of windows that were read
+
+    def blocks(self, plan: Plan | None) -> Evaluation:
+        """In blocks of tokens, as prefill reads."""
         return evaluate_engine(
-            engine,
-            plan,
-            texts.check_text,
-            context=texts.context,
-            windows=texts.check_windows,
-            against=lambda window: dense_logits(source, window),
+            self._engine, plan, self._text, windows=self._windows, against=self._dense
         )
 
-    judge = Judge(source, engine, texts.validation)
-    return Search(candidates, costs, engine, judge, max_ppl_increase, prefer).run(check)
+    def _dense(self, window: np.ndarray) -> Logits:
+        key = window.tobytes()
+        if key not in self._hidden:
+            self._hidden[key] = final_hidden(self._source, window)
+        return logits_of(self._source, self._hidden[key])
+
+    def decode(self, plan: Plan | None) -> Evaluation:
+        """What the windows' beginnings differ token by token from the same plan in blocks."""
+
+        def blocks(window: np.ndarray) -> Logits:
+            self._engine.use_plan(plan)
+            return self._engine.logits(window).__getitem__
+
+        return evaluate_engine(
+            self._engine,
+            plan,
+            self._text,
+            windows=self._windows[:, :DECODED_TOKENS],
+            against=blocks,
+            decode=True,
+        )
 
 
-def _result(
-    output: str | Path,
-    plan: Plan | None,
-    quality: Evaluation,
-    validation: float,
-    texts: _Texts,
-    threads: int | None,
-    start: float,
-) -> Optimized:
-    """The packed file's figures; its speed is timed here."""
-    engine = Engine(output, threads=threads, context=texts.context)
-    runs = time_plans(engine, {"dense": None} | ({"plan": plan} if plan else {}))
-    dense = runs["dense"]
-    sparse = runs.get("plan", dense)
-    kl = quality.kl_to_dense["mean"]
+def _quality(blocks: Evaluation, differs: Evaluation, texts: _Texts) -> dict[str, Any]:
+    """What the check found, in blocks and token by token."""
+    kl = blocks.kl_to_dense["mean"]
     assert kl is not None
-    return Optimized(
-        path=str(output),
-        selector=selector_of(plan),
-        ppl_change_percent=quality.ppl_change_percent,
-        ppl_change_se=quality.ppl_change_se,
-        kl_to_dense=kl,
-        bytes_per_token=sparse[0]["bytes_per_token"],
-        bytes_ratio=sparse[0]["bytes_per_token"] / dense[0]["bytes_per_token"],
-        decode_tps=median(r["decode_tps"] for r in sparse),
-        decode_ratio_dense=median(
-            a["decode_tps"] / b["decode_tps"] for a, b in zip(sparse, dense, strict=True)
-        ),
-        sparsity_ratio=sparse[0]["sparsity"],
-        validation_ppl_change_percent=validation,
-        text=quality.text,
-        windows=quality.windows,
-        calibration_text=texts.fit_text.name,
-        threads=engine.threads,
-        seconds=time.monotonic() - start,
-    )
+    change = blocks.ppl_change_percent
+    errors = [e for e in (blocks.ppl_change_se, differs.ppl_change_se) if e is not None]
+    both = (1 + change / 100) * (1 + differs.ppl_change_percent / 100)
+    return {
+        "ppl_change_percent": change,
+        "ppl_change_se": blocks.ppl_change_se,
+        "kl_to_dense": kl,
+        "decode_ppl_change_percent": 100 * (both - 1),
+        "decode_ppl_change_se": math.hypot(*errors) if len(errors) == 2 else None,
+        "decode_tokens": differs.tokens,
+        "text": blocks.text,
+        "windows": blocks.windows,
+    }
+
+
+def _speed(plan: Plan | None, runs: Runs) -> dict[str, Any]:
+    """What the runs that chose the plan say of it."""
+    name = selector_of(plan)
+    first, ratio = runs[name][0], decode_ratio(runs, name)
+    lists = plan is not None and plan.head_margin > 0
+    shortlist = decode_ratio(runs, "shortlist") if lists else 1.0
+    return {
+        "selector": name,
+        "bytes_per_token": first["bytes_per_token"],
+        "bytes_ratio": first["bytes_per_token"] / runs["dense"][0]["bytes_per_token"],
+        "decode_tps": median(r["decode_tps"] for r in runs[name]),
+        "decode_ratio_dense": ratio,
+        "shortlist_gain": shortlist,
+        "neuron_gain": ratio / shortlist,
+        "sparsity_ratio": first["sparsity"],
+    }

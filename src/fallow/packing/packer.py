@@ -143,3 +143,9 @@ class Packer:
                     "--down q8_0, and please report this model"
                 )
         return check
+
+    def write_again(self, output: str | Path, plan: Plan | None) -> None:
+        """The same file with another plan, or without a coarse head; not checked once more."""
+        (kind,) = self._types  # that the first passed with
+        with atomic_path(output) as temporary:
+            write_packed(temporary, self._source, self._matrices, kind, plan)

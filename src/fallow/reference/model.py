@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fallow import _core
 from fallow.checkpoints.catalog import ALIASES, is_hub_id, resolve
 from fallow.checkpoints.text import Text, cut_windows
 from fallow.checkpoints.tokenizer import (
@@ -65,6 +66,17 @@ def use_fastest_float32() -> None:
     matmul.fp32_precision = "bf16"
     if float((nn.functional.linear(a, b.T) - exact).abs().max()) > FLOAT32_ERROR:
         matmul.fp32_precision = "ieee"
+
+
+@contextmanager
+def in_bfloat16() -> Iterator[None]:
+    """Products in bfloat16 where the processor has them: for statistics, not for figures.
+
+    Qwen2.5-Coder-1.5B reads 122 tokens/s so and 68 in float32 (Zen 4, two threads). Logits are
+    float32 all the same.
+    """
+    with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in _core.KERNELS[0]):
+        yield
 
 
 def keep_freed_memory() -> None:
@@ -157,7 +169,7 @@ class Model:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocabulary), float32, of final hidden states (..., d_model)."""
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             return nn.functional.linear(hidden.float(), self._head_weight, self._head_bias)
 
     def taps(self, choice: Plan | Selector | None) -> dict[str, Tap]:
