@@ -20,7 +20,7 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
       cuts_(run_, std::max<size_t>(widest_input(config_), config_.intermediate_size)),
       products_(run_, cuts_, block_, widest_input(config_), config_.intermediate_size),
       attention_(run_, products_, model, block_, context), ffn_(run_, cuts_, products_, model, block_),
-      head_(run_, products_, model), normed_(block_, config_.hidden_size, kernels.gemm_bf16),
+      head_(run_, products_, model), normed_(block_, config_.hidden_size, kernels),
       residual_(block_ * config_.hidden_size), branch_(residual_.size()) {}
 
 void Engine::set_stream(Streamer* streamer, std::vector<StreamedLayer> layers) {

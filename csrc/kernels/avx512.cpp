@@ -980,7 +980,13 @@ void decode_blocks_512(const uint8_t* b, size_t k, float* y) {
   while (at + kSpan <= k) span(std::integral_constant<int, 4>{});
   if constexpr (F::block == 32) {
     while (at + 64 <= k) span(std::integral_constant<int, 1>{});
-    if (at < k) portable_kernels().decode(F::type, b, k - at, y + at);
+    if (at < k) {  // one more block, as the first of two
+      uint8_t two[2 * F::bytes] = {};
+      float decoded[64];
+      std::memcpy(two, b, F::bytes);
+      decode_blocks_512<F>(two, 64, decoded);
+      std::memcpy(y + at, decoded, 32 * sizeof(float));
+    }
   }
 }
 
@@ -1184,6 +1190,7 @@ Kernels make() {
   table.quantize = quantize;
   table.panel_f32 = panel_f32;
   table.gemm_f32 = gemm_f32;
+  add_bytes(table);
   table.to_f16 = to_f16;
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;
