@@ -18,10 +18,11 @@ struct Input {
   std::vector<float> x, d, sum, sum16;
   std::vector<int8_t> high, low;
   std::vector<uint16_t> half;
+  std::vector<uint32_t> rest;
 
   Input(size_t tokens, size_t width, const Kernels& kernels);
   Activation activation(size_t token = 0) const;
-  ByteTokens bytes() const { return {high.data(), d.data(), sum.data(), width}; }
+  ByteTokens bytes() const { return {high.data(), d.data(), rest.data(), width}; }
 };
 
 // y (T, rows) = x W^T + bias, of inputs that a plan may cut at `input`.
@@ -77,7 +78,7 @@ class Products {
   void multiply(const Input& input, size_t n, const Product* begin, const Product* end);
   void multiply_block(const Input& input, size_t n, const Product& product, int worker);
   bool uses_bf16(const Matrix& w, size_t k) const;
-  bool uses_bytes(const Matrix& w) const;
+  bool sums_bytes(const Matrix& w) const;
   void sum_rows_bytes(const Matrix& w, size_t n, const float* x, float* y);
 
   Runtime& run_;
@@ -86,7 +87,8 @@ class Products {
   // (block, d_ff), of sum_rows
   std::vector<uint16_t> x_half_;
   std::vector<int8_t> x_bytes_;
-  std::vector<float> x_d_, x_sum_;  // (block, d_ff / 32)
+  std::vector<float> x_d_;        // (block, d_ff / 32)
+  std::vector<uint32_t> x_rest_;  // (block, d_ff / 32)
   std::vector<Scratch> scratch_;  // of each thread
 };
 

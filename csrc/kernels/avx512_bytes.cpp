@@ -5,23 +5,41 @@
 
 #include <utility>
 
+#include "kernels/avx512_bytes.h"
 #include "kernels/avx512_lanes.h"
 
 namespace fallow {
 namespace {
 
-static_assert(kPanel == 2 * kLanes && sizeof(PanelGroup) == kPanel * (32 + 8));
+static_assert(kPanel == 2 * kLanes);
 
-// What 16 rows of a group are: columns [4 c, 4 c + 4) in q[c].
+// The nearest bfloat16, ties to even, in the high half of each lane.
+FALLOW_INLINE __m512i round_to_high(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  return _mm512_and_si512(rounded, _mm512_set1_epi32(-0x10000));
+}
+FALLOW_INLINE __m512i pair_of(__m512 low, __m512 high) {
+  return _mm512_or_si512(_mm512_srli_epi32(round_to_high(low), 16), round_to_high(high));
+}
+
+// What 16 rows of a group are: columns [4 c, 4 c + 4) in p[c].
 struct LaneBytes {
-  __m512i q[8];
-  __m512 scale, minimum;
+  __m512i p[8];
+  __m512 s, minus_m;
 
   FALLOW_INLINE void store(PanelGroup& to, size_t first) const {
+    __m512i sum = _mm512_setzero_si512();
 #pragma GCC unroll 8
-    for (size_t c = 0; c < 8; ++c) _mm512_store_si512(to.q[c] + 4 * first, q[c]);
-    _mm512_store_ps(to.scale + first, scale);
-    _mm512_store_ps(to.minimum + first, minimum);
+    for (size_t c = 0; c < 8; ++c) {
+      _mm512_store_si512(to.p[c] + 4 * first, p[c]);
+      sum = _mm512_dpbusd_epi32(sum, p[c], _mm512_set1_epi8(1));
+    }
+    _mm512_store_ps(to.s + first, s);
+    const __m512 minima = _mm512_mul_ps(minus_m, _mm512_set1_ps(32));
+    const __m512 all = _mm512_fmadd_ps(s, _mm512_cvtepi32_ps(sum), minima);
+    _mm512_store_si512(to.rest + first, pair_of(all, minus_m));
   }
 };
 
@@ -35,11 +53,11 @@ FALLOW_INLINE __m512i spread_fifth(__m512i bits) {
 template <class F, size_t begin>
 FALLOW_INLINE LaneBytes bytes_of(const __m512i* t) {
   LaneBytes b;
-  b.scale = half_at<begin>(t);
+  b.s = half_at<begin>(t);
   if constexpr (F::has_min) {
-    b.minimum = _mm512_xor_ps(half_at<begin + 2>(t), _mm512_set1_ps(-0.0f));
+    b.minus_m = half_at<begin + 2>(t);
   } else {
-    b.minimum = _mm512_mul_ps(b.scale, _mm512_set1_ps(static_cast<float>(F::offset)));
+    b.minus_m = _mm512_mul_ps(b.s, _mm512_set1_ps(-static_cast<float>(F::offset)));
   }
   constexpr size_t head = F::has_min ? 4 : 2, body = F::bytes - (F::centre == 128 ? 32 : 16);
   const auto quad = [&]<size_t c>() {
@@ -53,7 +71,7 @@ FALLOW_INLINE LaneBytes bytes_of(const __m512i* t) {
     }
   };
   [&]<size_t... c>(std::index_sequence<c...>) {
-    ((b.q[c] = quad.template operator()<c>()), ...);
+    ((b.p[c] = quad.template operator()<c>()), ...);
   }(std::make_index_sequence<8>());
   return b;
 }
@@ -88,11 +106,12 @@ void panel_of_k(const uint8_t* w, size_t row_bytes, size_t n, size_t k, PanelGro
       const auto pair = [&]<int p>() {
         LaneBytes low, high;
 #pragma GCC unroll 8
-        for (int c = 0; c < 8; ++c) F::template quads<p>(t, c, low.q[c], high.q[c]);
-        low.scale = scales.scale<2 * p>();
-        low.minimum = scales.minimum<2 * p>();
-        high.scale = scales.scale<2 * p + 1>();
-        high.minimum = scales.minimum<2 * p + 1>();
+        for (int c = 0; c < 8; ++c) F::template quads<p>(t, c, low.p[c], high.p[c]);
+        const __m512 sign = _mm512_set1_ps(-0.0f);
+        low.s = scales.scale<2 * p>();
+        low.minus_m = _mm512_xor_ps(scales.minimum<2 * p>(), sign);
+        high.s = scales.scale<2 * p + 1>();
+        high.minus_m = _mm512_xor_ps(scales.minimum<2 * p + 1>(), sign);
         low.store(panel[g + 2 * p], first);
         high.store(panel[g + 2 * p + 1], first);
       };
@@ -110,102 +129,65 @@ void columns_bytes(const float* rows, size_t stride, size_t n, PanelGroup& panel
   for (size_t first = 0; first < kPanel && first < n; first += kLanes, rows += kLanes) {
     const __mmask16 lanes = first_lanes(n - first);
     const auto row = [&](size_t r) { return _mm512_maskz_loadu_ps(lanes, rows + r * stride); };
-    __m512 largest = _mm512_setzero_ps();
-    for (size_t r = 0; r < 32; ++r) largest = _mm512_max_ps(largest, _mm512_abs_ps(row(r)));
-    const __m512 most = _mm512_set1_ps(127);
-    const __m512 inverse =
-        _mm512_maskz_div_ps(_mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_GT_OQ), most, largest);
-    const auto whole = [&](size_t r) { return _mm512_cvtps_epi32(_mm512_mul_ps(row(r), inverse)); };
-    LaneBytes b;
-    for (size_t c = 0; c < 8; ++c) {
-      const auto merge = [](__m512i low, __m512i high, int bits, __mmask64 bytes) {
-        return _mm512_mask_blend_epi8(bytes, low, _mm512_slli_epi32(high, bits));
-      };
-      const __m512i even = merge(whole(4 * c), whole(4 * c + 1), 8, 0x2222222222222222);
-      const __m512i odd = merge(whole(4 * c + 2), whole(4 * c + 3), 8, 0x2222222222222222);
-      const __m512i four = merge(even, odd, 16, 0xCCCCCCCCCCCCCCCC);
-      b.q[c] = _mm512_xor_si512(four, _mm512_set1_epi8(-128));
+    __m512 least = row(0), most = least;
+    for (size_t r = 1; r < 32; ++r) {
+      least = _mm512_min_ps(least, row(r));
+      most = _mm512_max_ps(most, row(r));
     }
-    b.scale = _mm512_div_ps(largest, most);
-    b.minimum = _mm512_mul_ps(b.scale, _mm512_set1_ps(128));
+    const __m512 steps = _mm512_set1_ps(255);
+    LaneBytes b;
+    b.minus_m = _mm512_castsi512_ps(round_to_high(least));
+    const __m512 range = _mm512_max_ps(_mm512_sub_ps(most, b.minus_m), _mm512_setzero_ps());
+    b.s = _mm512_div_ps(range, steps);
+    const __mmask16 some = _mm512_cmp_ps_mask(range, _mm512_setzero_ps(), _CMP_GT_OQ);
+    const __m512 inverse = _mm512_maskz_div_ps(some, steps, range);
+    const auto whole = [&](size_t r) {
+      const __m512i p = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(row(r), b.minus_m), inverse));
+      return _mm512_max_epi32(p, _mm512_setzero_si512());
+    };
+    for (size_t c = 0; c < 8; ++c) {
+      const auto merge = [](__m512i low, __m512i high, int bits) {
+        return _mm512_or_si512(low, _mm512_slli_epi32(high, bits));
+      };
+      const __m512i even = merge(whole(4 * c), whole(4 * c + 1), 8);
+      b.p[c] = merge(even, merge(whole(4 * c + 2), whole(4 * c + 3), 8), 16);
+    }
     b.store(panel, first);
   }
 }
 
-void to_bytes(const float* x, size_t k, int8_t* q, float* d, float* sum) {
-  for (size_t g = 0; g < k / 32; ++g) {
-    const __m512 first = _mm512_loadu_ps(x + 32 * g), second = _mm512_loadu_ps(x + 32 * g + 16);
-    const float largest =
-        _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
+void to_bytes(const float* x, size_t k, int8_t* q, float* d, uint32_t* rest) {
+  for (size_t g = 0; g < k / 32; ++g, x += 32, q += 32) {
+    const __m512 first = _mm512_loadu_ps(x), second = _mm512_loadu_ps(x + 16);
+    const float most = _mm512_reduce_max_ps(_mm512_max_ps(first, second));
+    const float least = _mm512_reduce_min_ps(_mm512_min_ps(first, second));
+    const __m512 z = _mm512_castsi512_ps(round_to_high(_mm512_set1_ps((most + least) / 2)));
+    const float middle = _mm512_cvtss_f32(z);
+    const float largest = most - middle > middle - least ? most - middle : middle - least;
     d[g] = largest / 127;
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127 / largest : 0.0f);
-    const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(first, inverse));
-    const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(second, inverse));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 32 * g), _mm512_cvtepi32_epi8(a));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 32 * g + 16), _mm512_cvtepi32_epi8(b));
-    sum[g] = d[g] * static_cast<float>(_mm512_reduce_add_epi32(_mm512_add_epi32(a, b)));
+    const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(first, z), inverse));
+    const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(second, z), inverse));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(a));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtepi32_epi8(b));
+    const float sum = d[g] * static_cast<float>(_mm512_reduce_add_epi32(_mm512_add_epi32(a, b)));
+    rest[g] = static_cast<uint32_t>(
+        _mm_cvtsi128_si32(_mm512_castsi512_si128(pair_of(z, _mm512_set1_ps(sum)))));
   }
 }
 
-// Six tokens keep 24 sums in registers, integers of a group and floats of all. On Zen 4 that was 162
-// billion products per second and core of 229 that its byte instruction could do alone; scales and
-// minima take 3 instructions in 11.
-template <int tokens>
-void gemm_bytes_tile(const PanelGroup* panel, size_t n, size_t k, const ByteTokens& x, size_t token,
-                     bool add, float* y, size_t stride) {
-  const int8_t* q = x.q + token * x.stride;
-  const float *d = x.d + token * (x.stride / 32), *minus = x.sum + token * (x.stride / 32);
-  __m512 sum[2][tokens];
-  for (int t = 0; t < tokens; ++t) sum[0][t] = sum[1][t] = _mm512_setzero_ps();
-  for (size_t g = 0; g < k / 32; ++g, ++panel, q += 32) {
-    __m512i whole[2][tokens];
-    for (int t = 0; t < tokens; ++t) whole[0][t] = whole[1][t] = _mm512_setzero_si512();
-#pragma GCC unroll 1
-    for (size_t c = 0; c < 8; ++c) {
-      const __m512i low = _mm512_load_si512(panel->q[c]), high = _mm512_load_si512(panel->q[c] + 64);
-#pragma GCC unroll 6
-      for (int t = 0; t < tokens; ++t) {
-        const __m512i v = four_of(q + static_cast<size_t>(t) * x.stride + 4 * c);
-        whole[0][t] = _mm512_dpbusd_epi32(whole[0][t], low, v);
-        whole[1][t] = _mm512_dpbusd_epi32(whole[1][t], high, v);
-      }
-    }
-#pragma GCC unroll 2
-    for (size_t h = 0; h < 2; ++h) {
-      const __m512 scale = _mm512_load_ps(panel->scale + 16 * h);
-      const __m512 minimum = _mm512_load_ps(panel->minimum + 16 * h);
-#pragma GCC unroll 6
-      for (int t = 0; t < tokens; ++t) {
-        const size_t at = static_cast<size_t>(t) * (x.stride / 32) + g;
-        const __m512 scaled = _mm512_mul_ps(scale, _mm512_set1_ps(d[at]));
-        sum[h][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[h][t]), scaled, sum[h][t]);
-        sum[h][t] = _mm512_fnmadd_ps(minimum, _mm512_set1_ps(minus[at]), sum[h][t]);
-      }
-    }
+// Without an instruction for pairs of bfloat16.
+struct Halves {
+  __m512 low, high;
+
+  FALLOW_INLINE explicit Halves(__m512i pair)
+      : low(_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16))),
+        high(_mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(-0x10000)))) {}
+  FALLOW_INLINE __m512 add_product(__m512 sum, __m512i pair) const {
+    const Halves other(pair);
+    return _mm512_fmadd_ps(low, other.low, _mm512_fmadd_ps(high, other.high, sum));
   }
-  for (int t = 0; t < tokens; ++t)
-    for (size_t h = 0; h < 2 && 16 * h < n; ++h) {
-      const __mmask16 lanes = first_lanes(n - 16 * h);
-      float* to = y + static_cast<size_t>(t) * stride + 16 * h;
-      if (add) sum[h][t] = _mm512_add_ps(sum[h][t], _mm512_maskz_loadu_ps(lanes, to));
-      _mm512_mask_storeu_ps(to, lanes, sum[h][t]);
-    }
-}
-
-constexpr size_t kTile = 6;
-
-void gemm_bytes(const PanelGroup* panel, size_t n, size_t k, const ByteTokens& x, size_t tokens,
-                bool add, float* y, size_t stride) {
-  size_t t = 0;
-  for (; t + kTile <= tokens; t += kTile)
-    gemm_bytes_tile<kTile>(panel, n, k, x, t, add, y + t * stride, stride);
-  [&]<int... left>(std::integer_sequence<int, left...>) {
-    ((tokens - t == left + 1
-          ? gemm_bytes_tile<left + 1>(panel, n, k, x, t, add, y + t * stride, stride)
-          : void()),
-     ...);
-  }(std::make_integer_sequence<int, kTile - 1>());
-}
+};
 
 }  // namespace
 
@@ -219,7 +201,7 @@ void add_bytes(Kernels& table) {
   table.panel_bytes[kQ5_K] = panel_of_k<Block5_K>;
   table.columns_bytes = columns_bytes;
   table.to_bytes = to_bytes;
-  table.gemm_bytes = gemm_bytes;
+  table.gemm_bytes = gemm_bytes_with<Halves>;
 }
 
 }  // namespace fallow
