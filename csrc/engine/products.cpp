@@ -7,7 +7,7 @@ namespace {
 
 // Rows that sum_rows decodes at once.
 constexpr size_t kSummedRows = 128;
-// The same in bytes: 16 groups of eight panels are 160 KB of the second cache.
+// The same in bytes: 16 groups of eight panels are 180 KB of the second cache.
 constexpr size_t kSummedBytes = 512;
 // Rows that several tokens are multiplied with in turn where no kernel takes them together.
 constexpr size_t kSharedRows = 128;
@@ -29,10 +29,12 @@ Input::Input(size_t tokens, size_t w, const Kernels& kernels)
   const size_t few = std::min(tokens, kFew), some = kernels.to_bytes ? tokens : few;
   d.resize(some * (w / 32));
   sum.resize(few * (w / 32));
-  rest.resize(kernels.to_bytes ? tokens * (w / 32) : 0);
   sum16.resize(few * (w / 16));
-  high.resize(some * w);
+  high.resize(few * w);
   low.resize(few * w);
+  if (!kernels.to_bytes) return;
+  q.resize(tokens * w);
+  rest.resize(tokens * (w / 32));
 }
 
 Activation Input::activation(size_t token) const {
@@ -67,7 +69,7 @@ void Products::prepare(Input& input, size_t n) const {
       const float* x = input.x.data() + t * w;
       if (k.to_bf16) k.to_bf16(x, w, input.half.data() + t * w);
       if (k.to_bytes && w % 32 == 0)
-        k.to_bytes(x, w, input.high.data() + t * w, input.d.data() + t * (w / 32),
+        k.to_bytes(x, w, input.q.data() + t * w, input.d.data() + t * (w / 32),
                    input.rest.data() + t * (w / 32));
     });
   } else if (w % 32 == 0) {  // otherwise its weights are F32, F16 or BF16

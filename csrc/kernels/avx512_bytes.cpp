@@ -27,19 +27,20 @@ FALLOW_INLINE __m512i pair_of(__m512 low, __m512 high) {
 // What 16 rows of a group are: columns [4 c, 4 c + 4) in p[c].
 struct LaneBytes {
   __m512i p[8];
-  __m512 s, minus_m;
+  __m512 s, m;
 
   FALLOW_INLINE void store(PanelGroup& to, size_t first) const {
     __m512i sum = _mm512_setzero_si512();
 #pragma GCC unroll 8
     for (size_t c = 0; c < 8; ++c) {
       _mm512_store_si512(to.p[c] + 4 * first, p[c]);
-      sum = _mm512_dpbusd_epi32(sum, p[c], _mm512_set1_epi8(1));
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), p[c]);
     }
+    const __m512i start = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, 7));
+    _mm512_store_si512(to.start + first, start);
     _mm512_store_ps(to.s + first, s);
-    const __m512 minima = _mm512_mul_ps(minus_m, _mm512_set1_ps(32));
-    const __m512 all = _mm512_fmadd_ps(s, _mm512_cvtepi32_ps(sum), minima);
-    _mm512_store_si512(to.rest + first, pair_of(all, minus_m));
+    const __m512 all = _mm512_fmadd_ps(s, _mm512_cvtepi32_ps(sum), _mm512_mul_ps(m, _mm512_set1_ps(32)));
+    _mm512_store_si512(to.rest + first, pair_of(all, m));
   }
 };
 
@@ -49,25 +50,32 @@ FALLOW_INLINE __m512i spread_fifth(__m512i bits) {
   return _mm512_slli_epi32(_mm512_mullo_epi32(four, _mm512_set1_epi32(0x00204081)), 4);
 }
 
+template <class F>
+FALLOW_INLINE __m512i centred(__m512i p) {
+  return _mm512_sub_epi8(p, _mm512_set1_epi8(static_cast<char>(F::centre)));
+}
+
 // The block at a byte of t, of a format with blocks of 32.
 template <class F, size_t begin>
 FALLOW_INLINE LaneBytes bytes_of(const __m512i* t) {
   LaneBytes b;
   b.s = half_at<begin>(t);
   if constexpr (F::has_min) {
-    b.minus_m = half_at<begin + 2>(t);
+    b.m = _mm512_fmadd_ps(b.s, _mm512_set1_ps(static_cast<float>(F::centre)), half_at<begin + 2>(t));
   } else {
-    b.minus_m = _mm512_mul_ps(b.s, _mm512_set1_ps(-static_cast<float>(F::offset)));
+    static_assert(F::centre == F::offset);
+    b.m = _mm512_setzero_ps();
   }
   constexpr size_t head = F::has_min ? 4 : 2, body = F::bytes - (F::centre == 128 ? 32 : 16);
   const auto quad = [&]<size_t c>() {
     if constexpr (F::centre == 128) {
-      return _mm512_xor_si512(dword_at<begin + head + 4 * c>(t), _mm512_set1_epi8(-128));
+      return dword_at<begin + head + 4 * c>(t);
     } else {
       const __m512i v = dword_at<begin + body + 4 * (c % 4)>(t);
       const __m512i nibbles = c < 4 ? low_nibbles(v) : high_nibbles(v);
-      if constexpr (F::centre == 8) return nibbles;
-      return with_fifth(nibbles, spread_fifth(_mm512_srli_epi32(dword_at<begin + head>(t), 4 * c)));
+      if constexpr (F::centre == 8) return centred<F>(nibbles);
+      const __m512i fifth = spread_fifth(_mm512_srli_epi32(dword_at<begin + head>(t), 4 * c));
+      return centred<F>(with_fifth(nibbles, fifth));
     }
   };
   [&]<size_t... c>(std::index_sequence<c...>) {
@@ -106,12 +114,16 @@ void panel_of_k(const uint8_t* w, size_t row_bytes, size_t n, size_t k, PanelGro
       const auto pair = [&]<int p>() {
         LaneBytes low, high;
 #pragma GCC unroll 8
-        for (int c = 0; c < 8; ++c) F::template quads<p>(t, c, low.p[c], high.p[c]);
-        const __m512 sign = _mm512_set1_ps(-0.0f);
+        for (int c = 0; c < 8; ++c) {
+          F::template quads<p>(t, c, low.p[c], high.p[c]);
+          low.p[c] = centred<F>(low.p[c]);
+          high.p[c] = centred<F>(high.p[c]);
+        }
+        const __m512 centre = _mm512_set1_ps(static_cast<float>(F::centre));
         low.s = scales.scale<2 * p>();
-        low.minus_m = _mm512_xor_ps(scales.minimum<2 * p>(), sign);
+        low.m = _mm512_fmsub_ps(low.s, centre, scales.minimum<2 * p>());
         high.s = scales.scale<2 * p + 1>();
-        high.minus_m = _mm512_xor_ps(scales.minimum<2 * p + 1>(), sign);
+        high.m = _mm512_fmsub_ps(high.s, centre, scales.minimum<2 * p + 1>());
         low.store(panel[g + 2 * p], first);
         high.store(panel[g + 2 * p + 1], first);
       };
@@ -134,29 +146,31 @@ void columns_bytes(const float* rows, size_t stride, size_t n, PanelGroup& panel
       least = _mm512_min_ps(least, row(r));
       most = _mm512_max_ps(most, row(r));
     }
-    const __m512 steps = _mm512_set1_ps(255);
+    const __m512 steps = _mm512_set1_ps(127);
     LaneBytes b;
-    b.minus_m = _mm512_castsi512_ps(round_to_high(least));
-    const __m512 range = _mm512_max_ps(_mm512_sub_ps(most, b.minus_m), _mm512_setzero_ps());
-    b.s = _mm512_div_ps(range, steps);
-    const __mmask16 some = _mm512_cmp_ps_mask(range, _mm512_setzero_ps(), _CMP_GT_OQ);
-    const __m512 inverse = _mm512_maskz_div_ps(some, steps, range);
-    const auto whole = [&](size_t r) {
-      const __m512i p = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(row(r), b.minus_m), inverse));
-      return _mm512_max_epi32(p, _mm512_setzero_si512());
+    const __m512 middle = _mm512_mul_ps(_mm512_add_ps(most, least), _mm512_set1_ps(0.5f));
+    b.m = _mm512_castsi512_ps(round_to_high(middle));
+    const __m512 largest = _mm512_max_ps(_mm512_sub_ps(most, b.m), _mm512_sub_ps(b.m, least));
+    b.s = _mm512_div_ps(largest, steps);
+    const __mmask16 some = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_GT_OQ);
+    const __m512 inverse = _mm512_maskz_div_ps(some, steps, largest);
+    const auto byte = [&](size_t r) {
+      const __m512i p = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(row(r), b.m), inverse));
+      return _mm512_and_si512(p, _mm512_set1_epi32(255));
     };
     for (size_t c = 0; c < 8; ++c) {
       const auto merge = [](__m512i low, __m512i high, int bits) {
         return _mm512_or_si512(low, _mm512_slli_epi32(high, bits));
       };
-      const __m512i even = merge(whole(4 * c), whole(4 * c + 1), 8);
-      b.p[c] = merge(even, merge(whole(4 * c + 2), whole(4 * c + 3), 8), 16);
+      const __m512i even = merge(byte(4 * c), byte(4 * c + 1), 8);
+      b.p[c] = merge(even, merge(byte(4 * c + 2), byte(4 * c + 3), 8), 16);
     }
     b.store(panel, first);
   }
 }
 
-void to_bytes(const float* x, size_t k, int8_t* q, float* d, uint32_t* rest) {
+void to_bytes(const float* x, size_t k, uint8_t* q, float* d, uint32_t* rest) {
+  const __m512i zero = _mm512_set1_epi32(128);
   for (size_t g = 0; g < k / 32; ++g, x += 32, q += 32) {
     const __m512 first = _mm512_loadu_ps(x), second = _mm512_loadu_ps(x + 16);
     const float most = _mm512_reduce_max_ps(_mm512_max_ps(first, second));
@@ -168,8 +182,8 @@ void to_bytes(const float* x, size_t k, int8_t* q, float* d, uint32_t* rest) {
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127 / largest : 0.0f);
     const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(first, z), inverse));
     const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(second, z), inverse));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(a));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtepi32_epi8(b));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(_mm512_add_epi32(a, zero)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtepi32_epi8(_mm512_add_epi32(b, zero)));
     const float sum = d[g] * static_cast<float>(_mm512_reduce_add_epi32(_mm512_add_epi32(a, b)));
     rest[g] = static_cast<uint32_t>(
         _mm_cvtsi128_si32(_mm512_castsi512_si128(pair_of(z, _mm512_set1_ps(sum)))));

@@ -20,21 +20,24 @@ FALLOW_INLINE __m512i broadcast_dword(const void* p) {
 template <class Rest, int tokens>
 void gemm_bytes_tile(const PanelGroup* panel, size_t n, size_t k, const ByteTokens& x, size_t token,
                      bool add, float* y, size_t stride) {
-  const int8_t* q = x.q + token * x.stride;
+  const uint8_t* q = x.q + token * x.stride;
   const size_t groups = x.stride / 32;
   __m512 sum[2][tokens];
   for (int t = 0; t < tokens; ++t) sum[0][t] = sum[1][t] = _mm512_setzero_ps();
   for (size_t g = 0; g < k / 32; ++g, ++panel, q += 32) {
     __m512i whole[2][tokens];
-    for (int t = 0; t < tokens; ++t) whole[0][t] = whole[1][t] = _mm512_setzero_si512();
+    for (int t = 0; t < tokens; ++t) {
+      whole[0][t] = _mm512_load_si512(panel->start);
+      whole[1][t] = _mm512_load_si512(panel->start + 16);
+    }
 #pragma GCC unroll 1
     for (size_t c = 0; c < 8; ++c) {
       const __m512i first = _mm512_load_si512(panel->p[c]), second = _mm512_load_si512(panel->p[c] + 64);
 #pragma GCC unroll 6
       for (int t = 0; t < tokens; ++t) {
         const __m512i v = broadcast_dword(q + static_cast<size_t>(t) * x.stride + 4 * c);
-        whole[0][t] = _mm512_dpbusd_epi32(whole[0][t], first, v);
-        whole[1][t] = _mm512_dpbusd_epi32(whole[1][t], second, v);
+        whole[0][t] = _mm512_dpbusd_epi32(whole[0][t], v, first);
+        whole[1][t] = _mm512_dpbusd_epi32(whole[1][t], v, second);
       }
     }
 #pragma GCC unroll 2

@@ -67,7 +67,7 @@ void decode(const std::string& table, const std::string& type, Bytes w, Floats y
 
 // Tokens (T, k), rounded to bytes.
 struct Rounded {
-  std::vector<int8_t> q;
+  std::vector<uint8_t> q;
   std::vector<float> d;
   std::vector<uint32_t> rest;
   size_t stride;
