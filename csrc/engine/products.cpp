@@ -7,16 +7,14 @@ namespace {
 
 // Rows that sum_rows decodes at once.
 constexpr size_t kSummedRows = 128;
-// The same in bytes: 16 groups of eight panels are 180 KB of the second cache.
+// The same in bytes: 16 groups of eight panels are 160 KB of the second cache.
 constexpr size_t kSummedBytes = 512;
 // Rows that several tokens are multiplied with in turn where no kernel takes them together.
 constexpr size_t kSharedRows = 128;
 
-// Whose products prefill makes in bytes. Rounding v_proj's input costs SmolLM2 as much as that of all
-// these, and errors of the head are the logits' own.
+// Whose products prefill makes in bytes. Rounding the input of v_proj costs SmolLM2 as much as those of
+// gate_proj and up_proj together, and errors of the head are the logits' own.
 bool takes_bytes(Tap input) { return input == kGateInput || input == kUpInput || input == kOInput; }
-
-bool holds_floats(const Matrix& w) { return w.type == kF32 || w.type == kF16 || w.type == kBF16; }
 
 const uint8_t* row_of(const Matrix& w, size_t row, size_t column = 0) {
   return w.data + row * w.row_bytes + w.row_bytes * column / w.cols;
@@ -28,13 +26,10 @@ Input::Input(size_t tokens, size_t w, const Kernels& kernels)
     : width(w), x(tokens * w), half(kernels.to_bf16 && !is_decode(tokens) ? tokens * w : 0) {
   const size_t few = std::min(tokens, kFew), some = kernels.to_bytes ? tokens : few;
   d.resize(some * (w / 32));
-  sum.resize(few * (w / 32));
+  sum.resize(some * (w / 32));
   sum16.resize(few * (w / 16));
-  high.resize(few * w);
+  high.resize(some * w);
   low.resize(few * w);
-  if (!kernels.to_bytes) return;
-  q.resize(tokens * w);
-  rest.resize(tokens * (w / 32));
 }
 
 Activation Input::activation(size_t token) const {
@@ -50,7 +45,7 @@ Products::Products(Runtime& run, Cuts& cuts, size_t tokens, size_t width, size_t
   if (run.kernels.gemm_bytes) {
     x_bytes_.resize(tokens * d_ff);
     x_d_.resize(tokens * (d_ff / 32));
-    x_rest_.resize(x_d_.size());
+    x_sum_.resize(x_d_.size());
   }
   const size_t panel = std::max(width * kPanel, kSummedRows * 256);
   for (Scratch& own : scratch_) {
@@ -69,8 +64,8 @@ void Products::prepare(Input& input, size_t n) const {
       const float* x = input.x.data() + t * w;
       if (k.to_bf16) k.to_bf16(x, w, input.half.data() + t * w);
       if (k.to_bytes && w % 32 == 0)
-        k.to_bytes(x, w, input.q.data() + t * w, input.d.data() + t * (w / 32),
-                   input.rest.data() + t * (w / 32));
+        k.to_bytes(x, w, input.high.data() + t * w, input.d.data() + t * (w / 32),
+                   input.sum.data() + t * (w / 32));
     });
   } else if (w % 32 == 0) {  // otherwise its weights are F32, F16 or BF16
     run_.for_tokens(n, [&](size_t t, int) {
@@ -125,7 +120,7 @@ bool Products::uses_bf16(const Matrix& w, size_t k) const {
 
 // Whether sum_rows does so in bytes: of quantised weights, in whole groups.
 bool Products::sums_bytes(const Matrix& w) const {
-  return run_.kernels.gemm_bytes && !holds_floats(w) && w.rows % 32 == 0;
+  return run_.kernels.panel_bytes[w.type] && w.rows % 32 == 0;
 }
 
 // One thread's panels of y (T, rows) = x W^T + bias.
@@ -214,7 +209,7 @@ void Products::sum_rows_bytes(const Matrix& w, size_t n, const float* x, float* 
   const size_t k = w.rows, unit = w.cols % 256 == 0 ? 256 : 32;  // columns; whole blocks of any format
   run_.for_tokens(n, [&](size_t t, int) {
     kernels.to_bytes(x + t * k, k, x_bytes_.data() + t * k, x_d_.data() + t * (k / 32),
-                     x_rest_.data() + t * (k / 32));
+                     x_sum_.data() + t * (k / 32));
   });
   run_.pool.run([&](int worker) {
     Scratch& own = scratch_[static_cast<size_t>(worker)];
@@ -231,7 +226,7 @@ void Products::sum_rows_bytes(const Matrix& w, size_t n, const float* x, float* 
             kernels.columns_bytes(own.rows.data() + c, width, width - c,
                                   own.panel_bytes[c / kPanel * groups + g]);
         }
-        const ByteTokens tokens{x_bytes_.data() + row, x_d_.data() + row / 32, x_rest_.data() + row / 32, k};
+        const ByteTokens tokens{x_bytes_.data() + row, x_d_.data() + row / 32, x_sum_.data() + row / 32, k};
         for (size_t c = 0; c < width; c += kPanel)
           kernels.gemm_bytes(&own.panel_bytes[c / kPanel * groups], std::min(kPanel, width - c), rows,
                              tokens, n, row > 0, y + column + c, w.cols);

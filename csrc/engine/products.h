@@ -12,18 +12,16 @@
 namespace fallow {
 
 // Tokens on their way into a product, (T, width): floats; for at most kFew tokens integers; for a block
-// of prefill bfloat16 and bytes where the kernels have such products.
+// of prefill bfloat16 and bytes, which are `high`, where the kernels have such products.
 struct Input {
   size_t width = 0;
   std::vector<float> x, d, sum, sum16;
   std::vector<int8_t> high, low;
   std::vector<uint16_t> half;
-  std::vector<uint8_t> q;
-  std::vector<uint32_t> rest;
 
   Input(size_t tokens, size_t width, const Kernels& kernels);
   Activation activation(size_t token = 0) const;
-  ByteTokens bytes() const { return {q.data(), d.data(), rest.data(), width}; }
+  ByteTokens bytes() const { return {high.data(), d.data(), sum.data(), width}; }
 };
 
 // y (T, rows) = x W^T + bias, of inputs that a plan may cut at `input`.
@@ -87,9 +85,8 @@ class Products {
   Input cut_input_;
   // (block, d_ff), of sum_rows
   std::vector<uint16_t> x_half_;
-  std::vector<uint8_t> x_bytes_;
-  std::vector<float> x_d_;        // (block, d_ff / 32)
-  std::vector<uint32_t> x_rest_;  // (block, d_ff / 32)
+  std::vector<int8_t> x_bytes_;
+  std::vector<float> x_d_, x_sum_;  // (block, d_ff / 32)
   std::vector<Scratch> scratch_;  // of each thread
 };
 

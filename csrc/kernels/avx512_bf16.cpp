@@ -6,7 +6,6 @@
 #include <type_traits>
 
 #include "kernels/avx512.h"
-#include "kernels/avx512_bytes.h"
 
 namespace fallow {
 namespace {
@@ -88,15 +87,6 @@ void gemm_bf16(const uint16_t* panel, size_t n, size_t k, const uint16_t* x, siz
   for (; t < tokens; ++t) tile(std::integral_constant<int, 1>{}, t);
 }
 
-struct Pairs {
-  __m512bh pairs;
-
-  FALLOW_INLINE explicit Pairs(__m512i pair) : pairs(std::bit_cast<__m512bh>(pair)) {}
-  FALLOW_INLINE __m512 add_product(__m512 sum, __m512i pair) const {
-    return _mm512_dpbf16_ps(sum, pairs, std::bit_cast<__m512bh>(pair));
-  }
-};
-
 Kernels make() {
   Kernels table = *avx512_kernels();
   table.name = "avx512_bf16";
@@ -104,7 +94,6 @@ Kernels make() {
   table.pair_bf16 = pair_bf16;
   table.to_bf16 = to_bf16;
   table.gemm_bf16 = gemm_bf16;
-  table.gemm_bytes = gemm_bytes_with<Pairs>;
   return table;
 }
 

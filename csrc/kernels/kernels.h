@@ -48,23 +48,17 @@ using AxpyTokens = void (*)(const uint8_t* w, size_t row_bytes, size_t begin, si
 // Rows per panel of the batched products.
 constexpr size_t kPanel = 32;
 
-// Products in bytes of a block of tokens x and weights w, both rounded in groups of 32 columns:
-//
-//     x = d q + z     w = s p + m     x . w = s d (q . p) + z sum(w) + m d sum(q)
-//
-// Halves of a pair are bfloat16. z is the middle of a group of x: from there the largest value is
-// nearer than from zero, and SmolLM2's gate_proj and up_proj so cost it 0.0003 nats in place of 0.0008.
-// p is signed, for else m would be large, and so would what its rounding costs.
-struct PanelGroup {  // of kPanel rows
-  alignas(64) int8_t p[8][4 * kPanel];  // weight (r, j): p[j / 4][4 * r + j % 4]
-  int32_t start[kPanel];                // -128 sum(p)
-  float s[kPanel];
-  uint32_t rest[kPanel];  // sum(w), then m in the high half
+// 32 columns of kPanel rows: weight (r, j) is scale[r] * q[j / 4][4 * r + j % 4] - minimum[r].
+struct PanelGroup {
+  alignas(64) uint8_t q[8][4 * kPanel];
+  float scale[kPanel], minimum[kPanel];
 };
+
+// A block of tokens x (T, k), each `stride` values long and rounded in groups of 32: x[j] is close to
+// d[j / 32] * q[j], and sum[j / 32] is the sum of the right side.
 struct ByteTokens {
-  const uint8_t* q;      // (T, stride): q + 128
-  const float* d;        // (T, stride / 32)
-  const uint32_t* rest;  // z, then d sum(q) in the high half
+  const int8_t* q;
+  const float *d, *sum;  // stride / 32 apart
   size_t stride;
 };
 
@@ -107,7 +101,7 @@ struct Kernels {
                               PanelGroup* panel);
   // One group of n rows of W^T, from 32 rows of W, decoded, that are `stride` apart.
   void (*columns_bytes)(const float* rows, size_t stride, size_t n, PanelGroup& panel);
-  void (*to_bytes)(const float* x, size_t k, uint8_t* q, float* d, uint32_t* rest);
+  void (*to_bytes)(const float* x, size_t k, int8_t* q, float* d, float* sum);
   void (*gemm_bytes)(const PanelGroup* panel, size_t n, size_t k, const ByteTokens& x, size_t tokens,
                      bool add, float* y, size_t stride);
 

@@ -67,17 +67,16 @@ void decode(const std::string& table, const std::string& type, Bytes w, Floats y
 
 // Tokens (T, k), rounded to bytes.
 struct Rounded {
-  std::vector<uint8_t> q;
-  std::vector<float> d;
-  std::vector<uint32_t> rest;
+  std::vector<int8_t> q;
+  std::vector<float> d, sum;
   size_t stride;
 
   Rounded(const Kernels& kernels, const Rows& x)
-      : q(x.size()), d(x.size() / 32), rest(d.size()), stride(x.shape(1)) {
+      : q(x.size()), d(x.size() / 32), sum(d.size()), stride(x.shape(1)) {
     if (!kernels.gemm_bytes || stride % 32 != 0) throw nb::value_error("no products in bytes");
-    kernels.to_bytes(x.data(), x.size(), q.data(), d.data(), rest.data());
+    kernels.to_bytes(x.data(), x.size(), q.data(), d.data(), sum.data());
   }
-  ByteTokens tokens() const { return {q.data(), d.data(), rest.data(), stride}; }
+  ByteTokens tokens() const { return {q.data(), d.data(), sum.data(), stride}; }
 };
 
 // y (T, rows) for x (T, k), through the panels of prefill: of "floats", "bfloat16" or "bytes".
