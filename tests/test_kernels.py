@@ -107,6 +107,60 @@ def test_axpy_rows(table: str, kind: str, width: int) -> None:
         np.testing.assert_array_equal(whole, listed)
 
 
+TILED_ROWS, MANY = 48, 7
+
+
+def of_several(call: str, case: tuple[str, str, int], given: np.ndarray, tiled: bool) -> np.ndarray:
+    """What a kernel for several tokens makes of 48 rows; skips the test if there is none."""
+    table, kind, width = case
+    data, _ = make(kind, TILED_ROWS, width)
+    shape = (len(given), TILED_ROWS if call == "gemv_tokens" else width)
+    y = np.zeros(shape, dtype=np.float32)
+    try:
+        getattr(_kernel_tests, call)(table, kind, data, given, tiled, y)
+    except ValueError as error:
+        pytest.skip(str(error))
+    return y
+
+
+@pytest.mark.parametrize("tiled", [False, True], ids=["rows", "tiles"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gemv_of_several_tokens_is_that_of_each(case: tuple[str, str, int], tiled: bool) -> None:
+    table, kind, width = case
+    x = np.random.default_rng(5).standard_normal((MANY, width)).astype(np.float32)
+    found = of_several("gemv_tokens", case, x, tiled)
+    data, _ = make(kind, TILED_ROWS, width)
+    for token, values in zip(found, x, strict=True):
+        y = np.empty(TILED_ROWS, dtype=np.float32)
+        _kernel_tests.gemv_rows(table, kind, data, values, None, y)
+        np.testing.assert_array_equal(token, y)
+
+
+@pytest.mark.parametrize("tiled", [False, True], ids=["rows", "tiles"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_axpy_of_several_tokens_is_that_of_each(case: tuple[str, str, int], tiled: bool) -> None:
+    table, kind, width = case
+    coefficient = np.random.default_rng(6).standard_normal((MANY, TILED_ROWS)).astype(np.float32)
+    coefficient[:, ::5] = 0
+    found = of_several("axpy_tokens", case, coefficient, tiled)
+    data, _ = make(kind, TILED_ROWS, width)
+    for token, values in zip(found, coefficient, strict=True):
+        y = np.zeros(width, dtype=np.float32)
+        _kernel_tests.axpy_rows(table, kind, data, values, None, y)
+        np.testing.assert_array_equal(token, y)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("table", TABLES)
+def test_a_coefficient_that_is_no_number_is_told(table: str, kind: str) -> None:
+    data, _ = make(kind, 16, 256)
+    coefficient = np.ones(16, dtype=np.float32)
+    coefficient[3] = np.nan
+    y = np.zeros(256, dtype=np.float32)
+    _kernel_tests.axpy_rows(table, kind, data, coefficient, None, y)
+    assert np.isnan(y).all()
+
+
 @pytest.mark.parametrize(("table", "kind", "width"), CASES)
 def test_decode(table: str, kind: str, width: int) -> None:
     data, values = make(kind, 1, width)
@@ -116,6 +170,9 @@ def test_decode(table: str, kind: str, width: int) -> None:
 
 
 HALF = [case for case in CASES if case[0] == "avx512_bf16" and case[2] % 2 == 0]
+WITH_BYTES = [table for table in TABLES if table.startswith("avx512")]
+BYTES = [c for c in CASES if c[0] in WITH_BYTES and c[1] in (*BLOCK_TYPES, "Q4_K", "Q5_K")]
+TOKENS = (1, 5, 13)
 
 
 @pytest.mark.parametrize(
@@ -124,13 +181,53 @@ HALF = [case for case in CASES if case[0] == "avx512_bf16" and case[2] % 2 == 0]
 )
 def test_gemm(table: str, kind: str, width: int, half: bool) -> None:
     for rows in ROWS:
-        for tokens in (1, 5, 13):
+        for tokens in TOKENS:
             data, values = make(kind, rows, width)
             x = np.random.default_rng(tokens).standard_normal((tokens, width)).astype(np.float32)
             y = np.empty((tokens, rows), dtype=np.float32)
-            _kernel_tests.gemm(table, kind, data, x, y, half)
+            _kernel_tests.gemm(table, kind, data, x, y, "bfloat16" if half else "floats")
             expected = x.astype(np.float64) @ values.T
             close(y, expected, 2**-7 if half else 1e-5, np.abs(values).max() * np.sqrt(width) * 4)
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """Groups of 32 along the last axis, as bytes with a scale each."""
+    groups = x.reshape(*x.shape[:-1], -1, 32)
+    largest = np.abs(groups).max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        whole = np.where(largest > 0, np.rint(groups * (np.float32(127) / largest)), 0)
+    return (whole * (largest / 127).astype(np.float64)).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("table", "kind", "width"), BYTES)
+def test_gemm_in_bytes(table: str, kind: str, width: int) -> None:
+    for rows in ROWS:
+        for tokens in TOKENS:
+            data, values = make(kind, rows, width)
+            x = np.random.default_rng(tokens).standard_normal((tokens, width)).astype(np.float32)
+            x[0, :32] = 0
+            y = np.empty((tokens, rows), dtype=np.float32)
+            _kernel_tests.gemm(table, kind, data, x, y, "bytes")
+            expected = rounded(x) @ values.T.astype(np.float64)
+            close(y, expected, 1e-5, np.abs(values).max() * np.sqrt(width) * 4)
+            one = np.empty((1, rows), dtype=np.float32)  # a token does not depend on the others
+            _kernel_tests.gemm(table, kind, data, x[-1:], one, "bytes")
+            np.testing.assert_array_equal(one[0], y[-1])
+
+
+@pytest.mark.parametrize("table", WITH_BYTES)
+@pytest.mark.parametrize("rows", [32, 96, 1536])
+@pytest.mark.parametrize("columns", [1, 15, 16, 33, 64])
+def test_sums_of_rows_in_bytes(table: str, rows: int, columns: int) -> None:
+    rng = np.random.default_rng([rows, columns])
+    w = rng.standard_normal((rows, columns)).astype(np.float32)
+    w[:32, 0] = 0
+    for tokens in TOKENS:
+        x = rng.standard_normal((tokens, rows)).astype(np.float32)
+        y = np.ones((tokens, columns), dtype=np.float32)
+        _kernel_tests.sum_rows_bytes(table, w, x, y)
+        expected = 1 + rounded(x) @ rounded(np.ascontiguousarray(w.T)).T
+        close(y, expected, 1e-5, np.abs(w).max() * np.sqrt(rows) * 4)
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K"])

@@ -17,7 +17,7 @@ Attention::Attention(Runtime& run, Products& products, const Packed& model, size
                      size_t context)
     : run_(run), products_(products), model_(model), config_(model.config),
       cache_(config_.n_layers, config_.n_kv_heads, config_.head_dim, context),
-      mixed_(tokens, size_t{config_.n_heads} * config_.head_dim, run.kernels.gemm_bf16),
+      mixed_(tokens, size_t{config_.n_heads} * config_.head_dim, run.kernels),
       scratch_(run.n_threads()) {
   q_.resize(tokens * mixed_.width);
   k_.resize(tokens * config_.n_kv_heads * config_.head_dim);

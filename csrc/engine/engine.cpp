@@ -20,7 +20,7 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
       cuts_(run_, std::max<size_t>(widest_input(config_), config_.intermediate_size)),
       products_(run_, cuts_, block_, widest_input(config_), config_.intermediate_size),
       attention_(run_, products_, model, block_, context), ffn_(run_, cuts_, products_, model, block_),
-      head_(run_, products_, model), normed_(block_, config_.hidden_size, kernels.gemm_bf16),
+      head_(run_, products_, model), normed_(block_, config_.hidden_size, kernels),
       residual_(block_ * config_.hidden_size), branch_(residual_.size()) {}
 
 void Engine::set_stream(Streamer* streamer, std::vector<StreamedLayer> layers) {
@@ -31,6 +31,7 @@ void Engine::set_stream(Streamer* streamer, std::vector<StreamedLayer> layers) {
 void Engine::forward(const int32_t* tokens, size_t n, uint32_t position, bool all, bool dense,
                      float* logits) {
   cuts_.leave_aside(dense);
+  products_.allow_bytes(!all);
   position_ = position;
   for (size_t start = 0, size; start < n; start += size) {
     size = std::min(block_, n - start);

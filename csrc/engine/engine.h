@@ -45,7 +45,8 @@ class Engine {
 
   // Reads n tokens as those that follow the first `position` that the cache holds, and forgets what it
   // held after these. logits (n, vocab) if `all`, else those of the last token; `dense`: without cuts
-  // and head margin. The caller checks ids, and that position <= held() and position + n <= context().
+  // and head margin. All logits are what quality is measured by: a block's are then as close to those of
+  // single tokens as products can make them, the last one's as fast. The caller checks ids, and that position <= held() and position + n <= context().
   // After an exception the cache holds at least `position` tokens.
   void forward(const int32_t* tokens, size_t n, uint32_t position, bool all, bool dense,
                float* logits);

@@ -10,7 +10,7 @@ Ffn::Ffn(Runtime& run, Cuts& cuts, Products& products, const Packed& model, size
     : run_(run), cuts_(cuts), products_(products), model_(model), config_(model.config),
       hidden_(config_.hidden_size), d_ff_(config_.intermediate_size), inter_(tokens * d_ff_),
       up_(config_.gated ? tokens * d_ff_ : 0), partial_(run.n_threads() * kFew * hidden_),
-      active_(d_ff_), token_(1, hidden_, false), cut_input_(1, hidden_, false),
+      active_(d_ff_), token_(1, hidden_, run.kernels), cut_input_(1, hidden_, run.kernels),
       scratch_(run.n_threads()) {
   for (Scratch& own : scratch_) {
     own.coefficients.resize(d_ff_);

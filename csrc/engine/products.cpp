@@ -5,6 +5,8 @@ namespace {
 
 // Rows that sum_rows decodes at once.
 constexpr size_t kSummedRows = 128;
+// The same in bytes: 16 groups of eight panels are 160 KB of the second cache.
+constexpr size_t kSummedBytes = 512;
 // Rows that several tokens are multiplied with in turn where no kernel takes them together.
 constexpr size_t kSharedRows = 128;
 
@@ -23,15 +25,19 @@ PlainRows plain_rows(const Matrix& w, size_t row, size_t n, size_t from, size_t 
   return {plain.data(), bytes};
 }
 
+// Whose products prefill makes in bytes. Rounding the input of v_proj costs SmolLM2 as much as those of
+// gate_proj and up_proj together, and errors of the head are the logits' own.
+bool takes_bytes(Tap input) { return input == kGateInput || input == kUpInput || input == kOInput; }
+
 }  // namespace
 
-Input::Input(size_t tokens, size_t w, bool has_half)
-    : width(w), x(tokens * w), half(has_half ? tokens * w : 0) {
-  const size_t few = std::min(tokens, kFew);
-  d.resize(few * (w / 32));
-  sum.resize(few * (w / 32));
+Input::Input(size_t tokens, size_t w, const Kernels& kernels)
+    : width(w), x(tokens * w), half(kernels.to_bf16 && !is_decode(tokens) ? tokens * w : 0) {
+  const size_t few = std::min(tokens, kFew), some = kernels.to_bytes ? tokens : few;
+  d.resize(some * (w / 32));
+  sum.resize(some * (w / 32));
   sum16.resize(few * (w / 16));
-  high.resize(few * w);
+  high.resize(some * w);
   low.resize(few * w);
 }
 
@@ -42,14 +48,20 @@ Activation Input::activation(size_t token) const {
 }
 
 Products::Products(Runtime& run, Cuts& cuts, size_t tokens, size_t width, size_t d_ff)
-    : run_(run), cuts_(cuts), cut_input_(tokens, width, run.kernels.gemm_bf16),
+    : run_(run), cuts_(cuts), cut_input_(tokens, width, run.kernels),
       scratch_(run.n_threads()) {
   if (run.kernels.gemm_bf16) x_half_.resize(tokens * d_ff);
+  if (run.kernels.gemm_bytes) {
+    x_bytes_.resize(tokens * d_ff);
+    x_d_.resize(tokens * (d_ff / 32));
+    x_sum_.resize(x_d_.size());
+  }
   const size_t panel = std::max(width * kPanel, kSummedRows * 256);
   for (Scratch& own : scratch_) {
     own.panel.resize(panel);
-    own.rows.resize(std::max(width * kPanel, size_t{2} * 256));
+    own.rows.resize(std::max(width * kPanel, size_t{32} * 256));
     if (run.kernels.gemm_bf16) own.panel_half.resize(panel);
+    if (run.kernels.gemm_bytes) own.panel_bytes.resize(std::max(width, 8 * kSummedBytes) / 32);
   }
 }
 
@@ -57,9 +69,12 @@ void Products::prepare(Input& input, size_t n) const {
   const Kernels& k = run_.kernels;
   const size_t w = input.width;
   if (!is_decode(n)) {
-    if (!k.to_bf16) return;
     run_.for_tokens(n, [&](size_t t, int) {
-      k.to_bf16(input.x.data() + t * w, w, input.half.data() + t * w);
+      const float* x = input.x.data() + t * w;
+      if (k.to_bf16) k.to_bf16(x, w, input.half.data() + t * w);
+      if (k.to_bytes && w % 32 == 0)
+        k.to_bytes(x, w, input.high.data() + t * w, input.d.data() + t * (w / 32),
+                   input.sum.data() + t * (w / 32));
     });
   } else if (w % 32 == 0) {  // otherwise its weights are F32, F16 or BF16
     run_.for_tokens(n, [&](size_t t, int) {
@@ -112,23 +127,32 @@ bool Products::uses_bf16(const Matrix& w, size_t k) const {
   return run_.kernels.gemm_bf16 && w.type != kF32 && w.type != kF16 && k % 2 == 0;
 }
 
+// Whether sum_rows does so in bytes: of quantised weights, in whole groups.
+bool Products::sums_bytes(const Matrix& w) const {
+  return in_bytes_ && run_.kernels.panel_bytes[w.type] && w.rows % 32 == 0;
+}
+
 // One thread's panels of y (T, rows) = x W^T + bias.
 void Products::multiply_block(const Input& input, size_t n, const Product& p, int worker) {
   const Share share = share_of(pieces(p.w.rows, kPanel), worker, run_.pool.size());
   for (size_t panel = share.begin; panel < share.end; ++panel) {
     const size_t row = panel * kPanel, rows = std::min<size_t>(kPanel, p.w.rows - row);
     float* y = p.y + row;
-    multiply_panel(input, n, p.w, row, rows, y, p.step(), worker);
+    multiply_panel(input, n, p.w, row, rows, y, p.step(), worker, in_bytes_ && takes_bytes(p.input));
     if (p.bias)
       for (size_t t = 0; t < n; ++t) add_to(y + t * p.step(), p.bias + row, rows);
   }
 }
 
 void Products::multiply_panel(const Input& input, size_t n, const Matrix& w, size_t row,
-                              size_t rows, float* y, size_t stride, int worker) {
+                              size_t rows, float* y, size_t stride, int worker, bool in_bytes) {
   const Kernels& kernels = run_.kernels;
   Scratch& own = scratch_[static_cast<size_t>(worker)];
   const size_t k = w.cols;
+  if (const auto make = kernels.panel_bytes[w.type]; make && in_bytes) {
+    make(w.data + row * w.row_bytes, w.row_bytes, w.layout != Layout::kRows, rows, k, own.panel_bytes.data());
+    return kernels.gemm_bytes(own.panel_bytes.data(), rows, k, input.bytes(), n, false, y, stride);
+  }
   const PlainRows plain = plain_rows(w, row, rows, 0, w.row_bytes, own.plain);
   for (size_t r = 0; r < rows; ++r)
     kernels.decode(w.type, plain.data + r * plain.step, k, own.rows.data() + r * k);
@@ -146,6 +170,7 @@ void Products::multiply_panel(const Input& input, size_t n, const Matrix& w, siz
 // tokens.
 void Products::sum_rows(const Matrix& w, size_t n, const float* x, float* y) {
   const Kernels& kernels = run_.kernels;
+  if (sums_bytes(w)) return sum_rows_bytes(w, n, x, y);
   const size_t unit = w.cols % 256 == 0 ? 256 : 32;  // columns; whole blocks of any format
   const bool half = uses_bf16(w, w.rows);
   if (half)
@@ -187,6 +212,40 @@ void Products::sum_rows(const Matrix& w, size_t n, const float* x, float* y) {
                              y + column + c, w.cols);
           }
         }
+      }
+    }
+  });
+}
+
+// The same in bytes, 32 rows to a group.
+void Products::sum_rows_bytes(const Matrix& w, size_t n, const float* x, float* y) {
+  const Kernels& kernels = run_.kernels;
+  const size_t k = w.rows, unit = w.cols % 256 == 0 ? 256 : 32;  // columns; whole blocks of any format
+  run_.for_tokens(n, [&](size_t t, int) {
+    kernels.to_bytes(x + t * k, k, x_bytes_.data() + t * k, x_d_.data() + t * (k / 32),
+                     x_sum_.data() + t * (k / 32));
+  });
+  run_.pool.run([&](int worker) {
+    Scratch& own = scratch_[static_cast<size_t>(worker)];
+    const Share share = share_of(pieces(w.cols, unit), worker, run_.pool.size());
+    const size_t end = share.end * unit;
+    for (size_t column = share.begin * unit, width; column < end; column += width) {
+      width = std::min<size_t>(256, end - column);
+      for (size_t row = 0; row < k; row += kSummedBytes) {
+        const size_t rows = std::min(kSummedBytes, k - row), groups = rows / 32;
+        for (size_t g = 0; g < groups; ++g) {
+          const PlainRows plain = plain_rows(w, row + 32 * g, 32, w.row_bytes * column / w.cols,
+                                             w.row_bytes * width / w.cols, own.plain);
+          for (size_t r = 0; r < 32; ++r)
+            kernels.decode(w.type, plain.data + r * plain.step, width, own.rows.data() + r * width);
+          for (size_t c = 0; c < width; c += kPanel)
+            kernels.columns_bytes(own.rows.data() + c, width, width - c,
+                                  own.panel_bytes[c / kPanel * groups + g]);
+        }
+        const ByteTokens tokens{x_bytes_.data() + row, x_d_.data() + row / 32, x_sum_.data() + row / 32, k};
+        for (size_t c = 0; c < width; c += kPanel)
+          kernels.gemm_bytes(&own.panel_bytes[c / kPanel * groups], std::min(kPanel, width - c), rows,
+                             tokens, n, row > 0, y + column + c, w.cols);
       }
     }
   });

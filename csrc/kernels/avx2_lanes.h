@@ -385,11 +385,14 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
 // Products of rows 0..7 and 8..15 as integers up to `most`: those of rows 0..3, 8..11, 4..7 and 12..15.
 FALLOW_INLINE __m256i rounded(__m256 a, __m256 b, float most, __m256& scale) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
-  __m256 largest = _mm256_max_ps(_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, b));
-  largest = _mm256_max_ps(largest, _mm256_permute2f128_ps(largest, largest, 1));
-  largest = _mm256_max_ps(largest, _mm256_permute_ps(largest, 0x4E));
-  largest = _mm256_max_ps(largest, _mm256_permute_ps(largest, 0xB1));
-  largest = _mm256_max_ps(largest, _mm256_set1_ps(1e-30f));  // zeros divide by it
+  const auto max = [](__m256 x, __m256 y) {  // as integers, of which NaN's is the largest
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
+  };
+  __m256 largest = max(_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, b));
+  largest = max(largest, _mm256_permute2f128_ps(largest, largest, 1));
+  largest = max(largest, _mm256_permute_ps(largest, 0x4E));
+  largest = max(largest, _mm256_permute_ps(largest, 0xB1));
+  largest = max(largest, _mm256_set1_ps(1e-30f));  // zeros divide by it
   scale = _mm256_mul_ps(largest, _mm256_set1_ps(1 / most));
   const __m256 inverse = _mm256_div_ps(_mm256_set1_ps(most), largest);
   return _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(a, inverse)),

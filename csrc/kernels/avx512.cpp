@@ -49,8 +49,9 @@ struct Groups<32> {
   static V set1(float v) { return _mm256_set1_ps(v); }
   static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-  static V max_abs(V a, V b) {
-    return _mm256_max_ps(a, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), b));
+  static V max_abs(V a, V b) {  // a >= 0; as integers, of which NaN's is the largest
+    const __m256i bits = _mm256_and_si256(_mm256_castps_si256(b), _mm256_set1_epi32(0x7FFFFFFF));
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), bits));
   }
   static V div(V a, V b) {  // 0 where b is 0
     return _mm256_maskz_div_ps(_mm256_cmp_ps_mask(b, zero(), _CMP_NEQ_OQ), a, b);
@@ -90,7 +91,10 @@ struct Groups<16> {
   static V set1(float v) { return _mm512_set1_ps(v); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  static V max_abs(V a, V b) { return _mm512_max_ps(a, _mm512_abs_ps(b)); }
+  static V max_abs(V a, V b) {
+    const __m512i bits = _mm512_castps_si512(_mm512_abs_ps(b));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), bits));
+  }
   static V div(V a, V b) {
     return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(b, zero(), _CMP_NEQ_OQ), a, b);
   }
@@ -932,7 +936,13 @@ void decode_blocks_512(const uint8_t* b, size_t k, float* y) {
   while (at + kSpan <= k) span(std::integral_constant<int, 4>{});
   if constexpr (F::block == 32) {
     while (at + 64 <= k) span(std::integral_constant<int, 1>{});
-    if (at < k) portable_kernels().decode(F::type, b, k - at, y + at);
+    if (at < k) {  // one more block, as the first of two
+      uint8_t two[2 * F::bytes] = {};
+      float decoded[64];
+      std::memcpy(two, b, F::bytes);
+      decode_blocks_512<F>(two, 64, decoded);
+      std::memcpy(y + at, decoded, 32 * sizeof(float));
+    }
   }
 }
 
@@ -1144,6 +1154,7 @@ Kernels make() {
   table.quantize = quantize;
   table.panel_f32 = panel_f32;
   table.gemm_f32 = gemm_f32;
+  add_bytes(table);
   table.to_f16 = to_f16;
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;

@@ -1,4 +1,4 @@
-// What both AVX-512 files use. Include only there.
+// What the AVX-512 files use. Include only there.
 #pragma once
 
 #include <immintrin.h>
@@ -8,6 +8,9 @@
 #include "kernels/shared.h"
 
 namespace fallow {
+
+void add_bytes(Kernels& table);  // avx512_bytes.cpp
+
 namespace {
 
 FALLOW_INLINE __mmask16 first_lanes(size_t n) {

@@ -4,7 +4,7 @@
 // Weights W (rows, k) lie in memory row by row in a ggml type. Decode reads every weight once for
 // one vector and is bound by memory, so quantised weights meet that vector as 16-bit integers, in
 // two planes of 8 bits that byte products can take. With 8 bits alone, as in llama.cpp, SmolLM2 is
-// 0.0027 nats from its float32 self. Prefill unpacks weights into panels of float or bfloat16.
+// 0.0027 nats from its float32 self. Prefill unpacks weights into panels of floats, bfloat16 or bytes.
 #pragma once
 
 #include <cstddef>
@@ -51,6 +51,20 @@ constexpr size_t kTileRows = 16;
 // Rows per panel of the batched products.
 constexpr size_t kPanel = 32;
 
+// 32 columns of kPanel rows: weight (r, j) is scale[r] * q[j / 4][4 * r + j % 4] - minimum[r].
+struct PanelGroup {
+  alignas(64) uint8_t q[8][4 * kPanel];
+  float scale[kPanel], minimum[kPanel];
+};
+
+// A block of tokens x (T, k), each `stride` values long and rounded in groups of 32: x[j] is close to
+// d[j / 32] * q[j], and sum[j / 32] is the sum of the right side.
+struct ByteTokens {
+  const int8_t* q;
+  const float *d, *sum;  // stride / 32 apart
+  size_t stride;
+};
+
 // Rows on either side of a tile of bit counts.
 constexpr size_t kBitTile = 4;
 
@@ -88,6 +102,16 @@ struct Kernels {
   void (*to_bf16)(const float* x, size_t n, uint16_t* y);
   void (*gemm_bf16)(const uint16_t* panel, size_t n, size_t k, const uint16_t* x, size_t x_stride,
                     size_t tokens, bool add, float* y, size_t stride);
+
+  // The same in bytes: n rows of a type, or as many in tiles of dwords, as k / 32 groups. Null where that
+  // is not faster.
+  void (*panel_bytes[kTypes])(const uint8_t* w, size_t row_bytes, bool tiled, size_t n, size_t k,
+                              PanelGroup* panel);
+  // One group of n rows of W^T, from 32 rows of W, decoded, that are `stride` apart.
+  void (*columns_bytes)(const float* rows, size_t stride, size_t n, PanelGroup& panel);
+  void (*to_bytes)(const float* x, size_t k, int8_t* q, float* d, float* sum);
+  void (*gemm_bytes)(const PanelGroup* panel, size_t n, size_t k, const ByteTokens& x, size_t tokens,
+                     bool add, float* y, size_t stride);
 
   void (*to_f16)(const float* x, size_t n, uint16_t* y);
   float (*sum_squares)(const float* x, size_t n);

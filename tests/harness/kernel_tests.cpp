@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "bindings.h"
+#include "engine/tiles.h"
 
 using namespace nb::literals;
 using namespace fallow;
@@ -59,25 +60,88 @@ void axpy_rows(const std::string& table, const std::string& type, Bytes w,
                                      t.count(list), t.k, coefficient.data(), y.data());
 }
 
+// What several tokens make of a matrix in tiles, or of its rows: y (T, rows) for x (T, k), and
+// y (T, k) += for coefficients (T, rows).
+std::vector<uint8_t> in_tiles(Layout layout, const KernelTest& t) {
+  if (!fits(layout, t.rows, t.row_bytes)) throw nb::value_error("no whole tiles");
+  std::vector<uint8_t> tiles(t.weights.data(), t.weights.data() + t.weights.size());
+  to_tiles(layout, tiles.data(), t.rows, t.row_bytes);
+  std::vector<uint8_t> back = tiles;
+  to_rows(layout, back.data(), t.rows, t.row_bytes);
+  if (!std::equal(back.begin(), back.end(), t.weights.data())) throw nb::value_error("rows do not come back");
+  return tiles;
+}
+
+void gemv_tokens(const std::string& table, const std::string& type, Bytes w, Rows x, bool tiled,
+                 WritableRows y) {
+  const KernelTest t(table, type, w, x.shape(1));
+  const GemvTokens product = (tiled ? t.kernels.gemv_tiles : t.kernels.gemv_tokens)[t.format.type];
+  if (!product) throw nb::value_error("no product of several tokens with this type");
+  if (y.shape(0) != x.shape(0) || y.shape(1) != t.rows) throw nb::value_error("y: wrong shape");
+  std::vector<Quantized> quantized;
+  std::vector<Activation> tokens;
+  quantized.reserve(x.shape(0));
+  for (size_t i = 0; i < x.shape(0); ++i) {
+    quantized.emplace_back(t.kernels, x.data() + i * t.k, t.k);
+    tokens.push_back(quantized.back().with(x.data() + i * t.k));
+  }
+  const auto tiles = tiled ? in_tiles(Layout::kDwordTiles, t) : std::vector<uint8_t>{};
+  product(tiled ? tiles.data() : w.data(), t.row_bytes, 0, t.rows, t.k, tokens.data(), tokens.size(), y.data(),
+          t.rows);
+}
+
+void axpy_tokens(const std::string& table, const std::string& type, Bytes w, Rows coefficient, bool tiled,
+                 WritableRows y) {
+  const KernelTest t(table, type, w, y.shape(1));
+  const AxpyTokens sum = (tiled ? t.kernels.axpy_tiles : t.kernels.axpy_tokens)[t.format.type];
+  if (!sum) throw nb::value_error("no sums of several tokens of this type");
+  if (y.shape(0) != coefficient.shape(0) || coefficient.shape(1) != t.rows)
+    throw nb::value_error("wrong shapes");
+  const auto tiles = tiled ? in_tiles(Layout::kByteTiles, t) : std::vector<uint8_t>{};
+  sum(tiled ? tiles.data() : w.data(), t.row_bytes, 0, t.rows, t.k, coefficient.data(), t.rows, y.shape(0), y.data(),
+      t.k);
+}
+
 void decode(const std::string& table, const std::string& type, Bytes w, Floats y) {
   const KernelTest t(table, type, w, y.size());
   if (t.rows != 1) throw nb::value_error("decode takes one row");
   t.kernels.decode(t.format.type, w.data(), t.k, y.data());
 }
 
-// y (T, rows) for x (T, k), through the panels of prefill.
+// Tokens (T, k), rounded to bytes.
+struct Rounded {
+  std::vector<int8_t> q;
+  std::vector<float> d, sum;
+  size_t stride;
+
+  Rounded(const Kernels& kernels, const Rows& x)
+      : q(x.size()), d(x.size() / 32), sum(d.size()), stride(x.shape(1)) {
+    if (!kernels.gemm_bytes || stride % 32 != 0) throw nb::value_error("no products in bytes");
+    kernels.to_bytes(x.data(), x.size(), q.data(), d.data(), sum.data());
+  }
+  ByteTokens tokens() const { return {q.data(), d.data(), sum.data(), stride}; }
+};
+
+// y (T, rows) for x (T, k), through the panels of prefill: of "floats", "bfloat16" or "bytes".
 void gemm(const std::string& table, const std::string& type, Bytes w, Rows x, WritableRows y,
-               bool half) {
+          const std::string& panels) {
   const KernelTest t(table, type, w, x.shape(1));
   if (y.shape(0) != x.shape(0) || y.shape(1) != t.rows) throw nb::value_error("y: wrong shape");
   const size_t tokens = x.shape(0);
   std::vector<float> rows(t.k * kPanel), panel(t.k * kPanel);
   for (size_t first = 0; first < t.rows; first += kPanel) {
     const size_t n = std::min(kPanel, t.rows - first);
+    const uint8_t* data = w.data() + first * t.row_bytes;
     for (size_t r = 0; r < n; ++r)
-      t.kernels.decode(t.format.type, w.data() + (first + r) * t.row_bytes, t.k, &rows[r * t.k]);
+      t.kernels.decode(t.format.type, data + r * t.row_bytes, t.k, &rows[r * t.k]);
     float* to = y.data() + first;
-    if (half) {
+    if (panels == "bytes") {
+      const Rounded rounded(t.kernels, x);
+      std::vector<PanelGroup> groups(t.k / 32);
+      if (!t.kernels.panel_bytes[t.format.type]) throw nb::value_error("no panels of this type");
+      t.kernels.panel_bytes[t.format.type](data, t.row_bytes, false, n, t.k, groups.data());
+      t.kernels.gemm_bytes(groups.data(), n, t.k, rounded.tokens(), tokens, false, to, t.rows);
+    } else if (panels == "bfloat16") {
       if (!t.kernels.gemm_bf16 || t.k % 2 != 0) throw nb::value_error("no bfloat16 product");
       std::vector<uint16_t> panel_half(t.k * kPanel), x_half(x.size());
       t.kernels.panel_bf16(rows.data(), n, t.k, panel_half.data());
@@ -87,6 +151,22 @@ void gemm(const std::string& table, const std::string& type, Bytes w, Rows x, Wr
       t.kernels.panel_f32(rows.data(), n, t.k, panel.data());
       t.kernels.gemm_f32(panel.data(), n, t.k, x.data(), t.k, tokens, false, to, t.rows);
     }
+  }
+}
+
+// y (T, columns) += x (T, rows) W in bytes, of floats W (rows, columns).
+void sum_rows_bytes(const std::string& table, Rows w, Rows x, WritableRows y) {
+  const Kernels& kernels = kernels_of(table);
+  const Rounded rounded(kernels, x);
+  const size_t k = w.shape(0), columns = w.shape(1);
+  if (x.shape(1) != k || y.shape(0) != x.shape(0) || y.shape(1) != columns)
+    throw nb::value_error("wrong shapes");
+  for (size_t c = 0; c < columns; c += kPanel) {
+    std::vector<PanelGroup> groups(k / 32);
+    const size_t n = std::min(kPanel, columns - c);
+    for (size_t g = 0; g < k / 32; ++g)
+      kernels.columns_bytes(w.data() + 32 * g * columns + c, columns, n, groups[g]);
+    kernels.gemm_bytes(groups.data(), n, k, rounded.tokens(), x.shape(0), true, y.data() + c, columns);
   }
 }
 
@@ -109,8 +189,10 @@ NB_MODULE(_kernel_tests, m) {
         "rows"_a.none(), "y"_a);
   m.def("axpy_rows", &axpy_rows, "kernels"_a, "type"_a, "weights"_a, "coefficient"_a,
         "rows"_a.none(), "y"_a);
+  m.def("gemv_tokens", &gemv_tokens, "kernels"_a, "type"_a, "weights"_a, "x"_a, "tiled"_a, "y"_a);
+  m.def("axpy_tokens", &axpy_tokens, "kernels"_a, "type"_a, "weights"_a, "coefficient"_a, "tiled"_a, "y"_a);
   m.def("decode", &decode, "kernels"_a, "type"_a, "weights"_a, "y"_a);
-  m.def("gemm", &gemm, "kernels"_a, "type"_a, "weights"_a, "x"_a, "y"_a,
-        "half"_a);
+  m.def("gemm", &gemm, "kernels"_a, "type"_a, "weights"_a, "x"_a, "y"_a, "panels"_a);
+  m.def("sum_rows_bytes", &sum_rows_bytes, "kernels"_a, "weights"_a, "x"_a, "y"_a);
   m.def("activation", &activation, "kernels"_a, "name"_a, "x"_a);
 }
