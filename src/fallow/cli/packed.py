@@ -161,8 +161,15 @@ def bench(
     if len(budgets) > 1:
         if against or source:
             raise UsageError("--against goes with one --memory, not with several")
-        given = {"--plan": plan, "--threads": threads, "--text": text, "--runs": runs}
-        given |= {"--kernels": kernels, "-p": prompt_tokens, "-n": new_tokens}
+        given = {
+            "--plan": plan,
+            "--threads": threads,
+            "--text": text,
+            "--runs": runs,
+            "--kernels": kernels,
+            "-p": prompt_tokens,
+            "-n": new_tokens,
+        }
         _bench_budgets(file, budgets, given, figure, as_json)
         return
     if figure:
