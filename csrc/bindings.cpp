@@ -8,6 +8,7 @@
 
 #include "bindings.h"
 #include "engine/packed.h"
+#include "engine/tiles.h"
 #include "formats/gguf.h"
 #include "formats/quantize.h"
 #include "parallel.h"
@@ -84,8 +85,9 @@ double read_bandwidth(size_t n_bytes, int n_threads) {
   return static_cast<double>(n_bytes) / seconds.count();
 }
 
-// Seconds that n_threads threads take for one pass over a matrix (rows, width) of a type: through
-// gemv_rows and axpy_rows, whole and with the listed rows alone, and for reading its bytes.
+// Seconds that n_threads threads take for one pass over a matrix (rows, width) of a type that lies as an
+// engine's do: for products with it and sums of its rows, whole, in tiles where they have some, and of
+// the listed rows alone; and for reading its bytes.
 nb::dict time_rows(const std::string& type, size_t rows, size_t width, Indices list,
                    int n_threads, const std::string& set) {
   const Kernels& kernels = kernels_of(set);
@@ -97,7 +99,10 @@ nb::dict time_rows(const std::string& type, size_t rows, size_t width, Indices l
     if (list.data()[i] < 0 || static_cast<size_t>(list.data()[i]) >= rows)
       throw nb::value_error("a row is outside the matrix");
   const size_t row_bytes = width / format.block_size * format.block_bytes;
-  std::vector<uint8_t> weights(rows * row_bytes, 1);
+  const size_t bytes = rows * row_bytes;
+  Pages weights(bytes);
+  weights.expect(0, bytes);
+  std::fill_n(weights.data(), bytes, uint8_t{1});
   std::vector<float> x(width, 0.5f), y(rows), coefficient(rows, 0.5f);
   std::vector<float> sums(static_cast<size_t>(n_threads) * width);
   std::vector<float> read(static_cast<size_t>(n_threads));
@@ -111,26 +116,36 @@ nb::dict time_rows(const std::string& type, size_t rows, size_t width, Indices l
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   };
   const auto gemv = [&](const int32_t* indices, size_t n) {
+    const GemvTokens tiles = indices || !fits(Layout::kDwordTiles, rows, row_bytes)
+                                 ? nullptr
+                                 : kernels.gemv_tiles[format.type];
     return seconds([&, indices, n](int worker) {
-      const Share s = share_of(n, worker, n_threads);
-      kernels.gemv_rows[format.type](weights.data(), row_bytes, indices ? indices + s.begin : nullptr,
-                                     indices ? 0 : s.begin, s.end - s.begin, width, activation,
-                                     y.data() + s.begin);
+      const Share s = share_of_rows(n, worker, n_threads);
+      const size_t begin = indices ? 0 : s.begin, count = s.end - s.begin;
+      float* to = y.data() + s.begin;
+      if (tiles) return tiles(weights.data(), row_bytes, begin, count, width, &activation, 1, to, rows);
+      kernels.gemv_rows[format.type](weights.data(), row_bytes, indices ? indices + s.begin : nullptr, begin,
+                                     count, width, activation, to);
     });
   };
   const auto axpy = [&](const int32_t* indices, size_t n) {
+    const AxpyTokens tiles = indices || !fits(Layout::kByteTiles, rows, row_bytes)
+                                 ? nullptr
+                                 : kernels.axpy_tiles[format.type];
     return seconds([&, indices, n](int worker) {
-      const Share s = share_of(n, worker, n_threads);
-      kernels.axpy_rows[format.type](weights.data(), row_bytes, indices ? indices + s.begin : nullptr,
-                                     indices ? 0 : s.begin, s.end - s.begin, width,
-                                     coefficient.data(),
-                                     sums.data() + static_cast<size_t>(worker) * width);
+      const Share s = share_of_rows(n, worker, n_threads);
+      const size_t begin = indices ? 0 : s.begin, count = s.end - s.begin;
+      const float* c = coefficient.data() + s.begin;
+      float* to = sums.data() + static_cast<size_t>(worker) * width;
+      if (tiles) return tiles(weights.data(), row_bytes, begin, count, width, c, rows, 1, to, width);
+      kernels.axpy_rows[format.type](weights.data(), row_bytes, indices ? indices + s.begin : nullptr, begin,
+                                     count, width, c, to);
     });
   };
   nb::dict result;
-  result["bytes"] = weights.size();
+  result["bytes"] = bytes;
   result["read"] = seconds([&](int worker) {
-    const Share s = share_of(weights.size() / sizeof(float), worker, n_threads);
+    const Share s = share_of(bytes / sizeof(float), worker, n_threads);
     read[static_cast<size_t>(worker)] = kernels.sum_squares(
         reinterpret_cast<const float*>(weights.data()) + s.begin, s.end - s.begin);
   });

@@ -26,8 +26,8 @@ namespace {
 class BoundEngine {
  public:
   // The mapping must outlive the engine. With `copy` the weights are read into memory of huge pages, which
-  // few of a page cache's are: decode then takes 0.95 of the time (Qwen2.5-Coder-1.5B, SmolLM2) to 0.87
-  // (Gemma-3-270M; Zen 4), and loading 0.1 to 0.4 s per GB.
+  // few of a page cache's are, and laid out in tiles: decode of Qwen2.5-Coder-1.5B then takes 0.7 of the
+  // time with one thread (Zen 4), and loading 0.3 to 0.7 s per GB.
   BoundEngine(const Mapping& mapping, const std::string& kernels, int n_threads, uint32_t context, bool copy)
       : mapping_(&mapping), image_(copy ? std::make_unique<Pages>(mapping.size() + kSector) : nullptr),
         kernels_(kernels_of(kernels)) {

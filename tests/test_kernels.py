@@ -107,43 +107,38 @@ def test_axpy_rows(table: str, kind: str, width: int) -> None:
         np.testing.assert_array_equal(whole, listed)
 
 
-TILED_ROWS, MANY = 48, 7
+SEVERAL_ROWS, SEVERAL = 48, 7
+PRODUCTS = [(*case, what) for case in CASES for what in _kernel_tests.products(*case)]
 
 
-def of_several(call: str, case: tuple[str, str, int], given: np.ndarray, tiled: bool) -> np.ndarray:
-    """What a kernel for several tokens makes of 48 rows; skips the test if there is none."""
-    table, kind, width = case
-    data, _ = make(kind, TILED_ROWS, width)
-    shape = (len(given), TILED_ROWS if call == "gemv_tokens" else width)
-    y = np.zeros(shape, dtype=np.float32)
-    try:
-        getattr(_kernel_tests, call)(table, kind, data, given, tiled, y)
-    except ValueError as error:
-        pytest.skip(str(error))
-    return y
+def of_several(what: str) -> list[tuple[str, str, int, bool]]:
+    return [(*case, "tiles" in found) for *case, found in PRODUCTS if found.startswith(what)]
 
 
-@pytest.mark.parametrize("tiled", [False, True], ids=["rows", "tiles"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_gemv_of_several_tokens_is_that_of_each(case: tuple[str, str, int], tiled: bool) -> None:
-    table, kind, width = case
-    x = np.random.default_rng(5).standard_normal((MANY, width)).astype(np.float32)
-    found = of_several("gemv_tokens", case, x, tiled)
-    data, _ = make(kind, TILED_ROWS, width)
+@pytest.mark.parametrize(("table", "kind", "width", "tiled"), of_several("gemv"))
+def test_gemv_of_several_tokens_is_that_of_each(
+    table: str, kind: str, width: int, tiled: bool
+) -> None:
+    x = np.random.default_rng(5).standard_normal((SEVERAL, width)).astype(np.float32)
+    data, _ = make(kind, SEVERAL_ROWS, width)
+    found = np.empty((SEVERAL, SEVERAL_ROWS), dtype=np.float32)
+    _kernel_tests.gemv_tokens(table, kind, data, x, tiled, found)
     for token, values in zip(found, x, strict=True):
-        y = np.empty(TILED_ROWS, dtype=np.float32)
+        y = np.empty(SEVERAL_ROWS, dtype=np.float32)
         _kernel_tests.gemv_rows(table, kind, data, values, None, y)
         np.testing.assert_array_equal(token, y)
 
 
-@pytest.mark.parametrize("tiled", [False, True], ids=["rows", "tiles"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_axpy_of_several_tokens_is_that_of_each(case: tuple[str, str, int], tiled: bool) -> None:
-    table, kind, width = case
-    coefficient = np.random.default_rng(6).standard_normal((MANY, TILED_ROWS)).astype(np.float32)
+@pytest.mark.parametrize(("table", "kind", "width", "tiled"), of_several("axpy"))
+def test_axpy_of_several_tokens_is_that_of_each(
+    table: str, kind: str, width: int, tiled: bool
+) -> None:
+    shape = (SEVERAL, SEVERAL_ROWS)
+    coefficient = np.random.default_rng(6).standard_normal(shape).astype(np.float32)
     coefficient[:, ::5] = 0
-    found = of_several("axpy_tokens", case, coefficient, tiled)
-    data, _ = make(kind, TILED_ROWS, width)
+    data, _ = make(kind, SEVERAL_ROWS, width)
+    found = np.zeros((SEVERAL, width), dtype=np.float32)
+    _kernel_tests.axpy_tokens(table, kind, data, coefficient, tiled, found)
     for token, values in zip(found, coefficient, strict=True):
         y = np.zeros(width, dtype=np.float32)
         _kernel_tests.axpy_rows(table, kind, data, values, None, y)

@@ -38,7 +38,7 @@ void Cuts::apply(const Cut& cut, float* values, size_t width, int worker) {
   for (size_t i = 0; i < width; ++i) values[i] = score[i] <= threshold ? 0.0f : values[i];
 }
 
-size_t Cuts::keep_active(const Cut& cut, float* values, Share range, int32_t* active) {
+size_t Cuts::keep_active(const Cut& cut, float* values, Share range, int32_t* active) const {
   const auto threshold = static_cast<float>(cut.value);
   const float* weight = cut.weight.data();
   if (cut.weight.empty()) {
@@ -48,16 +48,7 @@ size_t Cuts::keep_active(const Cut& cut, float* values, Share range, int32_t* ac
     for (size_t i = range.begin; i < range.end; ++i)
       values[i] = std::fabs(values[i]) * weight[i] <= threshold ? 0.0f : values[i];
   }
-  return list_active(values, range, active);
-}
-
-size_t list_active(const float* values, Share range, int32_t* active) {
-  size_t n = 0;
-  for (size_t i = range.begin; i < range.end; ++i) {
-    active[n] = static_cast<int32_t>(i);
-    n += values[i] != 0;
-  }
-  return n;
+  return run_.kernels.list_nonzero(values, range.begin, range.end, active);
 }
 
 }  // namespace fallow

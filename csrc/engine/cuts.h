@@ -54,7 +54,7 @@ class Cuts {
   // Sets inactive ones of a token's values (width,) to zero.
   void apply(const Cut& cut, float* values, size_t width, int worker);
   // The same by a fixed threshold for a range of values; lists the others' indices and returns how many.
-  static size_t keep_active(const Cut& cut, float* values, Share range, int32_t* active);
+  size_t keep_active(const Cut& cut, float* values, Share range, int32_t* active) const;
 
  private:
   struct Scratch {
@@ -67,8 +67,5 @@ class Cuts {
   bool aside_ = false;
   std::vector<Scratch> scratch_;  // of each thread
 };
-
-// Lists the indices of values that are not zero, ascending, and returns how many.
-size_t list_active(const float* values, Share range, int32_t* active);
 
 }  // namespace fallow

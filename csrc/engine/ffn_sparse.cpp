@@ -37,21 +37,27 @@ void Ffn::sparse_apart(size_t l, const Input& x, float* out) {
 Ffn::Neurons Ffn::choose(const Cut& cut, Neurons among, Share range) {
   if (!cut.cuts()) return among;
   int32_t* list = active_.data() + range.begin;
-  return {list, range.begin, Cuts::keep_active(cut, inter_.data(), range, list)};
+  return {list, range.begin, cuts_.keep_active(cut, inter_.data(), range, list)};
 }
 
 // By cuts that need all of a token's values: threads meet at each of them.
 void Ffn::sparse_together(size_t l, const Input& x, float* out) {
   const Layer& layer = model_.layers[l];
   float* inter = inter_.data();
-  if (config_.gated) {
-    products_.multiply(l, x, 1, {{layer.gate_proj, layer.gate_bias, inter, kGateInput}});
-  } else {
-    products_.multiply(l, x, 1, {{layer.up_proj, layer.up_bias, inter, kUpInput}});
-  }
+  const Tap input = config_.gated ? kGateInput : kUpInput;
   Clock clock;
-  cuts_.apply(cuts_.at(l, kGatePre), inter, d_ff_, 0);
-  activate(inter, d_ff_);
+  if (!cuts_.any(l, {input, kGatePre})) {
+    run_.pool.run([&](int worker) {
+      gate(layer, x, 1, share_of_rows(d_ff_, worker, run_.pool.size()), worker);
+    });
+    clock = Clock();
+  } else {
+    const Matrix& w = config_.gated ? layer.gate_proj : layer.up_proj;
+    products_.multiply(l, x, 1, {{w, config_.gated ? layer.gate_bias : layer.up_bias, inter, input}});
+    clock = Clock();
+    cuts_.apply(cuts_.at(l, kGatePre), inter, d_ff_, 0);
+    activate(inter, d_ff_);
+  }
   cuts_.apply(cuts_.at(l, kGateAct), inter, d_ff_, 0);
   list_active_of(cuts_.any(l, {kGatePre, kGateAct}));
   clock.mark(run_.statistics.timing.select);
@@ -98,7 +104,7 @@ void Ffn::sparse_together(size_t l, const Input& x, float* out) {
 // All neurons, or those that are not zero.
 void Ffn::list_active_of(bool some) {
   if (some) {
-    n_active_ = list_active(inter_.data(), {0, d_ff_}, active_.data());
+    n_active_ = run_.kernels.list_nonzero(inter_.data(), 0, d_ff_, active_.data());
   } else {
     std::iota(active_.begin(), active_.end(), 0);
     n_active_ = d_ff_;

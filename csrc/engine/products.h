@@ -2,7 +2,6 @@
 // once for at most kFew tokens, prefill unpacks rows into panels for a block of them.
 #pragma once
 
-#include <algorithm>
 #include <initializer_list>
 #include <vector>
 
@@ -35,12 +34,6 @@ struct Product {
 
   size_t step() const { return stride > 0 ? stride : w.rows; }
 };
-
-// The share of n rows or neurons that falls to a worker, in whole tiles.
-inline Share share_of_rows(size_t n, int worker, int workers) {
-  const Share tiles = share_of(pieces(n, kTileRows), worker, workers);
-  return {std::min(n, tiles.begin * kTileRows), std::min(n, tiles.end * kTileRows)};
-}
 
 class Products {
  public:

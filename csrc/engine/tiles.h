@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/kernels.h"
+#include "parallel.h"
 
 namespace fallow {
 
@@ -18,6 +19,12 @@ enum class Layout {
 
 // Whether rows of so many bytes can lie so.
 bool fits(Layout layout, size_t rows, size_t row_bytes);
+
+// The share of n rows or neurons that falls to a worker, in whole tiles.
+inline Share share_of_rows(size_t n, int worker, int workers) {
+  const Share tiles = share_of((n + kTileRows - 1) / kTileRows, worker, workers);
+  return {std::min(n, tiles.begin * kTileRows), std::min(n, tiles.end * kTileRows)};
+}
 
 // Lays out n rows in place, from kRows to another way, and back.
 void to_tiles(Layout layout, uint8_t* rows, size_t n, size_t row_bytes);

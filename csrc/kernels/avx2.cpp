@@ -361,6 +361,9 @@ Kernels make() {
   add<LanesK<Q4_K>>(table);
   add<LanesK<Q5_K>>(table);
   add<Lanes6_K>(table);
+  table.gemv_tiles[kQ4_1] = gemv_tiles<Lanes32<Q4_1>>;
+  table.gemv_tiles[kQ4_K] = gemv_tiles<LanesK<Q4_K>>;
+  table.gemv_tiles[kQ5_K] = gemv_tiles<LanesK<Q5_K>>;
   table.gemv_rows[kQ8_0] = gemv_8_0;
   table.axpy_rows[kQ8_0] = axpy_rows<Q8_0>;
   table.gemv_rows[kTwoBits] = gemv_two_bits;

@@ -36,6 +36,12 @@ FALLOW_INLINE __m256i side_by_side(__m128i low, __m128i high) {
 FALLOW_INLINE __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 FALLOW_INLINE __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi32(v, 4)); }
 
+// The half-precision numbers in the low halves of dwords.
+FALLOW_INLINE __m256 low_halves(__m256i v) {
+  const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xFFFF));
+  return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+}
+
 // Bits that `mask` has in every byte, shifted there to the left, or to the right if negative, and put to v.
 template <int left>
 FALLOW_INLINE __m256i with_bits(__m256i v, __m256i bits, char mask) {
@@ -90,6 +96,22 @@ struct InLanes {
       const __m256i bit = _mm256_set1_epi32(static_cast<int>(i % 2 ? 0x80402010 : 0x08040201));
       out[i] = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(byte, bit), bit), sixteen);
     });
+  }
+};
+
+// 8 rows of a tile, whose dwords lie as InLanes arranges them; for formats whose blocks are whole dwords.
+struct InTile {
+  static constexpr size_t registers = 4;
+  const uint8_t* first;  // of the tile's 16 rows: these 8 begin here
+
+  FALLOW_INLINE __m256i dword(size_t at) const { return load256(first + kTileRows * at); }
+  FALLOW_INLINE void load(size_t at, __m256i* out) const {
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; ++i) out[i] = dword(at + 4 * i);
+  }
+  FALLOW_INLINE __m256 half(size_t at) const {
+    const __m256i v = dword(at / 4 * 4);
+    return low_halves(at % 4 ? _mm256_srli_epi32(v, 16) : v);
   }
 };
 
@@ -151,7 +173,8 @@ struct Lanes32 : F {
 
   class Scales {
    public:
-    FALLOW_INLINE explicit Scales(const InLanes& rows) : s_(rows.half(0)), m_(s_) {
+    template <class Rows>
+    FALLOW_INLINE explicit Scales(const Rows& rows) : s_(rows.half(0)), m_(s_) {
       if constexpr (F::has_min) m_ = _mm256_xor_ps(rows.half(2), _mm256_set1_ps(-0.0f));
     }
     template <int>
@@ -194,12 +217,13 @@ struct LanesK : F {
 
   class Scales {
    public:
-    FALLOW_INLINE explicit Scales(const InLanes& rows) {
+    template <class Rows>
+    FALLOW_INLINE explicit Scales(const Rows& rows) {
       __m256i t[4];
       rows.load(0, t);
       const __m256i six = _mm256_set1_epi8(63);
-      d_ = halves(t[0]);
-      dmin_ = halves(_mm256_srli_epi32(t[0], 16));
+      d_ = low_halves(t[0]);
+      dmin_ = low_halves(_mm256_srli_epi32(t[0], 16));
       s_[0] = _mm256_and_si256(t[1], six);
       m_[0] = _mm256_and_si256(t[2], six);
       s_[1] = with_bits<-2>(low_nibbles(t[3]), t[1], 0x30);
@@ -211,11 +235,6 @@ struct LanesK : F {
     FALLOW_INLINE __m256 minimum() const { return _mm256_mul_ps(dmin_, byte<g % 4>(m_[g / 4])); }
 
    private:
-    static FALLOW_INLINE __m256 halves(__m256i v) {  // the low ones of dwords
-      const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xFFFF));
-      return _mm256_cvtph_ps(
-          _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
-    }
     template <int i>
     static FALLOW_INLINE __m256 byte(__m256i v) {
       return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(
@@ -251,7 +270,8 @@ struct Lanes6_K : Q6_K {
 
   class Scales {
    public:
-    FALLOW_INLINE explicit Scales(const InLanes& rows) : d_(rows.half(208)) { rows.load(192, s_); }
+    template <class Rows>
+    FALLOW_INLINE explicit Scales(const Rows& rows) : d_(rows.half(208)) { rows.load(192, s_); }
     template <int g>
     FALLOW_INLINE __m256 scale() const {
       const __m256i s = _mm256_srai_epi32(_mm256_slli_epi32(s_[g / 4], 24 - 8 * (g % 4)), 24);
@@ -316,12 +336,18 @@ class LaneGroup {
 // What 8 rows make of x is sum - minima, the latter times the offset for formats without minima.
 struct LaneSums {
   __m256 sum = _mm256_setzero_ps(), minima = _mm256_setzero_ps();
+
+  template <class F>
+  FALLOW_INLINE void store(float* y) const {
+    const __m256 factor = _mm256_set1_ps(F::has_min ? 1.0f : static_cast<float>(F::offset));
+    _mm256_storeu_ps(y, _mm256_fnmadd_ps(minima, factor, sum));
+  }
 };
 
-// One block of 8 rows.
-template <class F>
-FALLOW_INLINE void dot_block(const InLanes& rows, Later<F, kLanes>& later, const Activation& x,
-                             size_t column, LaneSums& sums) {
+// One block of 8 rows. Part i of 8 of what comes later is asked for by ask(i).
+template <class F, class Rows, class Ask>
+FALLOW_INLINE void dot_block(const Rows& rows, const Ask& ask, const Activation& x, size_t column,
+                             LaneSums& sums) {
   constexpr int run = F::group == 32 && F::apart == 32 ? 2 : 1;  // pieces of the same groups
   const typename F::Scales scales(rows);
   __m256i tops[F::top_pieces * 4 + 1];
@@ -330,7 +356,7 @@ FALLOW_INLINE void dot_block(const InLanes& rows, Later<F, kLanes>& later, const
     LaneGroup<F::most> low, high;
     unrolled<run>([&]<int r>() {
       constexpr int i = p * run + r;
-      later.ask(F::block > 32 ? i : column / 32 % 8);
+      ask(F::block > 32 ? i : column / 32 % 8);
       __m256i v[4];
       rows.load(F::at(i), v);
       const size_t at = column + F::low(i);
@@ -372,14 +398,32 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
     }
     LaneSums sums;
     for (size_t at = 0; at < k; at += F::block) {
-      dot_block<F>(InLanes{row}, later, x, at, sums);
+      dot_block<F>(InLanes{row}, [&](size_t part) __attribute__((always_inline)) { later.ask(part); }, x, at, sums);
       for (auto& p : row) p += F::bytes;
     }
-    const __m256 factor = _mm256_set1_ps(F::has_min ? 1.0f : static_cast<float>(F::offset));
     float found[kLanes];
-    _mm256_storeu_ps(found, _mm256_fnmadd_ps(sums.minima, factor, sums.sum));
+    sums.store<F>(found);
     for (size_t r = 0; r < kLanes && i + r < n; ++r) y[i + r] = found[r];
   }
+}
+
+// In one stream, which the processor sees coming: see avx512_lanes.h.
+template <class F>
+void gemv_tiles(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, size_t k,
+                const Activation* x, size_t tokens, float* y, size_t stride) {
+  static_assert(kTileRows == 2 * kLanes && F::bytes % 4 == 0);
+  for (size_t i = 0; i < n; i += kTileRows)
+    for (size_t t = 0; t < tokens; ++t) {
+      InTile low{w + (begin + i) * row_bytes}, high{low.first + 4 * kLanes};
+      LaneSums sums[2];
+      for (size_t at = 0; at < k; at += F::block) {
+        dot_block<F>(low, [](size_t) {}, x[t], at, sums[0]);
+        dot_block<F>(high, [](size_t) {}, x[t], at, sums[1]);
+        low.first += kTileRows * F::bytes;
+        high.first += kTileRows * F::bytes;
+      }
+      for (size_t h = 0; h < 2; ++h) sums[h].store<F>(y + t * stride + i + h * kLanes);
+    }
 }
 
 // Products of rows 0..7 and 8..15 as integers up to `most`: those of rows 0..3, 8..11, 4..7 and 12..15.

@@ -1022,34 +1022,71 @@ float softmax_numerators(float* x, size_t n) {
   return _mm512_reduce_add_ps(sum);
 }
 
-float topk_threshold(const float* magnitudes, size_t n, size_t k) {  // see the portable twin
+// See the portable twin. As the bounds of the threshold come nearer to each other, values outside them
+// are left behind.
+float topk_threshold(const float* magnitudes, size_t n, size_t k) {
   if (k >= n) return 0.0f;
-  const size_t whole = n / 64 * 64;
+  constexpr size_t kSome = 4096;
+  alignas(64) uint32_t some[kSome + 16];
+  const auto* from = reinterpret_cast<const uint32_t*>(magnitudes);
+  // Of n: those above `high`, and those not below `low`; how many of the former `from` lacks.
+  size_t above_high = 0, from_low = n, left_out = 0;
   uint32_t low = 0, high = 0x7FFFFFFF;
   while (low < high) {
     const uint32_t middle = low + (high - low) / 2;
     const __m512i limit = _mm512_set1_epi32(static_cast<int>(middle));
     __m512i counts[4] = {};
     const auto count = [&](__m512i& sum, __mmask16 lanes, size_t i) {
-      const __m512i bits = _mm512_maskz_loadu_epi32(lanes, magnitudes + i);
+      const __m512i bits = _mm512_maskz_loadu_epi32(lanes, from + i);
       const __mmask16 larger = _mm512_cmpgt_epu32_mask(bits, limit);
       sum = _mm512_mask_add_epi32(sum, larger, sum, _mm512_set1_epi32(1));
     };
+    const size_t whole = n / 64 * 64;
     for (size_t i = 0; i < whole; i += 64)
       for (size_t j = 0; j < 4; ++j) count(counts[j], 0xFFFF, i + 16 * j);
     for (size_t i = whole; i < n; i += 16) count(counts[0], first_lanes(n - i), i);
     const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(counts[0], counts[1]),
                                          _mm512_add_epi32(counts[2], counts[3]));
-    const auto above = static_cast<size_t>(_mm512_reduce_add_epi32(sum));
+    const auto above = left_out + static_cast<size_t>(_mm512_reduce_add_epi32(sum));
     if (above <= k) {
       high = middle;
+      above_high = above;
     } else {
       low = middle + 1;
+      from_low = above;
     }
+    const size_t between = from_low - above_high;
+    if (between > kSome || between > n / 2) continue;
+    size_t kept = 0;
+    for (size_t i = 0; i < n; i += 16) {
+      const __m512i bits = _mm512_maskz_loadu_epi32(first_lanes(n - i), from + i);
+      const __mmask16 inside = _mm512_mask_cmple_epu32_mask(
+          _mm512_mask_cmpge_epu32_mask(first_lanes(n - i), bits, _mm512_set1_epi32(static_cast<int>(low))), bits,
+          _mm512_set1_epi32(static_cast<int>(high)));
+      _mm512_storeu_si512(some + kept, _mm512_maskz_compress_epi32(inside, bits));
+      kept += static_cast<size_t>(__builtin_popcount(inside));
+    }
+    from = some;
+    n = kept;
+    left_out = above_high;
   }
   float threshold;
-  __builtin_memcpy(&threshold, &low, sizeof threshold);
+  std::memcpy(&threshold, &low, sizeof threshold);
   return threshold;
+}
+
+size_t list_nonzero(const float* values, size_t begin, size_t end, int32_t* list) {
+  size_t n = 0;
+  __m512i index = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(begin)),
+                                   _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+  for (size_t i = begin; i < end; i += 16, index = _mm512_add_epi32(index, _mm512_set1_epi32(16))) {
+    const __m512 v = _mm512_maskz_loadu_ps(first_lanes(end - i), values + i);
+    const __mmask16 there = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const auto count = static_cast<size_t>(__builtin_popcount(there));
+    _mm512_mask_storeu_epi32(list + n, first_lanes(count), _mm512_maskz_compress_epi32(there, index));
+    n += count;
+  }
+  return n;
 }
 
 template <class Function>
@@ -1159,6 +1196,7 @@ Kernels make() {
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;
   table.topk_threshold = topk_threshold;
+  table.list_nonzero = list_nonzero;
   table.and_tile = avx2_kernels()->and_tile;
   if (__builtin_cpu_supports("avx512vpopcntdq")) table.and_tile = and_tile;
   table.silu = silu;

@@ -261,10 +261,12 @@ FALLOW_INLINE void dot_lanes(const LaneRows& rows, size_t k, const Activation* x
   __m512i t[(bytes + 15) / 16 * 4];
   size_t column = 0, at = 0;
   const auto span = [&](size_t some, size_t size) {
-    transpose_rows(rows.row, at, size, t);
-    F::template add<tokens>(t, x, column, some, sums, [&](size_t step, size_t steps) {
+    // GCC 12 takes a function that does nothing but prefetch for one that does nothing.
+    const auto ask = [&](size_t step, size_t steps) __attribute__((always_inline)) {
       rows.ask(step, steps, at, size);
-    });
+    };
+    transpose_rows(rows.row, at, size, t);
+    F::template add<tokens>(t, x, column, some, sums, ask);
   };
   for (; column + kSpan <= k; column += kSpan, at += bytes) span(blocks, bytes);
   if constexpr (F::block == 32) {

@@ -120,6 +120,8 @@ struct Kernels {
   // The threshold that leaves the k largest of n magnitudes above it: the (n - k)-th smallest, 0 if
   // k >= n.
   float (*topk_threshold)(const float* magnitudes, size_t n, size_t k);
+  // Lists the indices in [begin, end) of values that are not zero, ascending; returns how many.
+  size_t (*list_nonzero)(const float* values, size_t begin, size_t end, int32_t* list);
   // counts[r * kBitTile + c] = bits that are set in both rows[r] and others[c], each of `words` words, a
   // multiple of 8.
   void (*and_tile)(const uint64_t* const* rows, const uint64_t* const* others, size_t words,

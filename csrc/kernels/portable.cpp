@@ -185,6 +185,15 @@ float topk_threshold(const float* magnitudes, size_t n, size_t k) {
   return std::bit_cast<float>(low);
 }
 
+size_t list_nonzero(const float* values, size_t begin, size_t end, int32_t* list) {
+  size_t n = 0;
+  for (size_t i = begin; i < end; ++i) {
+    list[n] = static_cast<int32_t>(i);
+    n += values[i] != 0;
+  }
+  return n;
+}
+
 void silu(float* x, size_t n) {
   for (size_t i = 0; i < n; ++i) x[i] /= 1 + std::exp(-x[i]);
 }
@@ -234,6 +243,7 @@ Kernels make() {
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;
   table.topk_threshold = topk_threshold;
+  table.list_nonzero = list_nonzero;
   table.and_tile = and_tile;
   table.silu = silu;
   table.gelu_tanh = gelu_tanh;

@@ -1,6 +1,7 @@
 // The kernels for their tests, as the module fallow._kernel_tests; built with -DFALLOW_TESTS=ON.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <optional>
 
@@ -60,24 +61,44 @@ void axpy_rows(const std::string& table, const std::string& type, Bytes w,
                                      t.count(list), t.k, coefficient.data(), y.data());
 }
 
-// What several tokens make of a matrix in tiles, or of its rows: y (T, rows) for x (T, k), and
-// y (T, k) += for coefficients (T, rows).
-std::vector<uint8_t> in_tiles(Layout layout, const KernelTest& t) {
-  if (!fits(layout, t.rows, t.row_bytes)) throw nb::value_error("no whole tiles");
-  std::vector<uint8_t> tiles(t.weights.data(), t.weights.data() + t.weights.size());
-  to_tiles(layout, tiles.data(), t.rows, t.row_bytes);
-  std::vector<uint8_t> back = tiles;
-  to_rows(layout, back.data(), t.rows, t.row_bytes);
-  if (!std::equal(back.begin(), back.end(), t.weights.data())) throw nb::value_error("rows do not come back");
-  return tiles;
+// Products of several tokens with rows of a width, and with tiles of them: those that a table has.
+std::vector<std::string> products(const std::string& table, const std::string& type, size_t width) {
+  const Kernels& kernels = kernels_of(table);
+  const BlockFormat& format = format_of(type);
+  const size_t row_bytes = width / format.block_size * format.block_bytes;
+  std::vector<std::string> found;
+  if (kernels.gemv_tokens[format.type]) found.push_back("gemv of rows");
+  if (kernels.axpy_tokens[format.type]) found.push_back("axpy of rows");
+  if (kernels.gemv_tiles[format.type] && fits(Layout::kDwordTiles, kTileRows, row_bytes))
+    found.push_back("gemv of tiles");
+  if (kernels.axpy_tiles[format.type] && fits(Layout::kByteTiles, kTileRows, row_bytes))
+    found.push_back("axpy of tiles");
+  return found;
 }
 
+// A test's matrix, and a copy of it in tiles if asked for.
+struct InLayout : KernelTest {
+  std::vector<uint8_t> tiles;
+
+  InLayout(const std::string& table, const std::string& type, Bytes w, size_t width, bool tiled, Layout layout)
+      : KernelTest(table, type, w, width) {
+    if (!tiled) return;
+    if (!fits(layout, rows, row_bytes)) throw nb::value_error("no whole tiles");
+    tiles.assign(w.data(), w.data() + w.size());
+    to_tiles(layout, tiles.data(), rows, row_bytes);
+    std::vector<uint8_t> back = tiles;
+    to_rows(layout, back.data(), rows, row_bytes);
+    if (!std::equal(back.begin(), back.end(), w.data())) throw nb::value_error("rows do not come back");
+  }
+  const uint8_t* data() const { return tiles.empty() ? weights.data() : tiles.data(); }
+};
+
+// y (T, rows) for x (T, k)
 void gemv_tokens(const std::string& table, const std::string& type, Bytes w, Rows x, bool tiled,
                  WritableRows y) {
-  const KernelTest t(table, type, w, x.shape(1));
+  const InLayout t(table, type, w, x.shape(1), tiled, Layout::kDwordTiles);
   const GemvTokens product = (tiled ? t.kernels.gemv_tiles : t.kernels.gemv_tokens)[t.format.type];
-  if (!product) throw nb::value_error("no product of several tokens with this type");
-  if (y.shape(0) != x.shape(0) || y.shape(1) != t.rows) throw nb::value_error("y: wrong shape");
+  if (!product || y.shape(0) != x.shape(0) || y.shape(1) != t.rows) throw nb::value_error("no such product");
   std::vector<Quantized> quantized;
   std::vector<Activation> tokens;
   quantized.reserve(x.shape(0));
@@ -85,21 +106,17 @@ void gemv_tokens(const std::string& table, const std::string& type, Bytes w, Row
     quantized.emplace_back(t.kernels, x.data() + i * t.k, t.k);
     tokens.push_back(quantized.back().with(x.data() + i * t.k));
   }
-  const auto tiles = tiled ? in_tiles(Layout::kDwordTiles, t) : std::vector<uint8_t>{};
-  product(tiled ? tiles.data() : w.data(), t.row_bytes, 0, t.rows, t.k, tokens.data(), tokens.size(), y.data(),
-          t.rows);
+  product(t.data(), t.row_bytes, 0, t.rows, t.k, tokens.data(), tokens.size(), y.data(), t.rows);
 }
 
+// y (T, k) += for coefficients (T, rows)
 void axpy_tokens(const std::string& table, const std::string& type, Bytes w, Rows coefficient, bool tiled,
                  WritableRows y) {
-  const KernelTest t(table, type, w, y.shape(1));
+  const InLayout t(table, type, w, y.shape(1), tiled, Layout::kByteTiles);
   const AxpyTokens sum = (tiled ? t.kernels.axpy_tiles : t.kernels.axpy_tokens)[t.format.type];
-  if (!sum) throw nb::value_error("no sums of several tokens of this type");
-  if (y.shape(0) != coefficient.shape(0) || coefficient.shape(1) != t.rows)
-    throw nb::value_error("wrong shapes");
-  const auto tiles = tiled ? in_tiles(Layout::kByteTiles, t) : std::vector<uint8_t>{};
-  sum(tiled ? tiles.data() : w.data(), t.row_bytes, 0, t.rows, t.k, coefficient.data(), t.rows, y.shape(0), y.data(),
-      t.k);
+  if (!sum || y.shape(0) != coefficient.shape(0) || coefficient.shape(1) != t.rows)
+    throw nb::value_error("no such sum");
+  sum(t.data(), t.row_bytes, 0, t.rows, t.k, coefficient.data(), t.rows, y.shape(0), y.data(), t.k);
 }
 
 void decode(const std::string& table, const std::string& type, Bytes w, Floats y) {
@@ -189,6 +206,7 @@ NB_MODULE(_kernel_tests, m) {
         "rows"_a.none(), "y"_a);
   m.def("axpy_rows", &axpy_rows, "kernels"_a, "type"_a, "weights"_a, "coefficient"_a,
         "rows"_a.none(), "y"_a);
+  m.def("products", &products, "kernels"_a, "type"_a, "width"_a);
   m.def("gemv_tokens", &gemv_tokens, "kernels"_a, "type"_a, "weights"_a, "x"_a, "tiled"_a, "y"_a);
   m.def("axpy_tokens", &axpy_tokens, "kernels"_a, "type"_a, "weights"_a, "coefficient"_a, "tiled"_a, "y"_a);
   m.def("decode", &decode, "kernels"_a, "type"_a, "weights"_a, "y"_a);

@@ -90,14 +90,14 @@ class Engine:
         self.name = str(self.file.get("fallow.model", self.path.name))
         self.fingerprint = str(self.file.get("fallow.fingerprint", ""))
         self.threads = thread_count(threads)
+        if kernels and kernels not in _core.KERNELS:
+            raise UsageError(
+                f"--kernels {kernels!r} do not run here; known: {', '.join(_core.KERNELS)}"
+            )
         longest = self._count("fallow.context_length")
         if context is not None and not 1 <= context <= longest:
             raise UsageError(
                 f"--context {context} is outside 1 to {longest}, what this model was made for"
-            )
-        if kernels and kernels not in _core.KERNELS:
-            raise UsageError(
-                f"--kernels {kernels!r} do not run here; known: {', '.join(_core.KERNELS)}"
             )
         first = plan if isinstance(plan, Plan) else None if plan is False else self._packed_plan()
         # Under a budget the coarse head is in memory only if this plan uses it.
