@@ -284,6 +284,10 @@ FALLOW_INLINE void dot_tile(const uint8_t* tile, size_t k, const Activation* x, 
   LaneSums<tokens> sums;
   size_t column = 0;
   const auto span = [&](size_t columns) {
+    // Fifth bits come first and are used to the end; touched in their turn they are part of the stream,
+    // which was half as fast without (one thread, Zen 4).
+    if constexpr (F::type == kQ5_K)
+      for (size_t i = 4; i < 12; ++i) __builtin_prefetch(tile + 64 * i);
     F::template add<tokens>(reinterpret_cast<const __m512i_u*>(tile), x, column, columns / F::block, sums,
                             [](size_t, size_t) {});
     column += columns;
