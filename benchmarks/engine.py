@@ -33,9 +33,9 @@ OPTIMIZED = ROOT / "benchmarks" / "results" / "optimize"  # benchmarks/optimize.
 TEST, VALIDATION = DATA / "wikitext2" / "wiki.test.raw", DATA / "wikitext2" / "wiki.valid.detok.txt"
 RULES = {"gate_topk": 0.5, "topk": 0.5}
 PEERS = ("llama.cpp", "ik_llama.cpp", "ik_llama.cpp-rtr", "openvino")
-THREADS, PROMPT, NEW, RUNS = 2, 512, 128, 7
+THREADS, PROMPT, NEW, RUNS = 2, 512, 128, 5
 # Of quality: windows and their tokens, in blocks and token by token.
-WINDOWS, CONTEXT, DECODED_WINDOWS, DECODED_CONTEXT = 8, 1024, 8, 128
+WINDOWS, CONTEXT, DECODED_WINDOWS, DECODED_CONTEXT = 4, 1024, 8, 128
 STREAM_BYTES = 1 << 28  # far beyond any cache here
 PROMPTS = [
     "The capital of France is",
