@@ -73,6 +73,7 @@ def run(name: str, kernels: str) -> None:
     result |= in_turn(engine, plans, source)
     result["greedy"] = greedy(packed, source, kernels)
     result["quality"] = {name: quality(engine, plan) for name, plan in plans.items()}
+    result["prompt_kl"] = prompt_kl(engine)
     result["peak_rss_mb"] = bench(packed, kernels)["peak_rss_mb"]
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
@@ -116,6 +117,19 @@ def quality(engine: Any, plan: Any) -> dict[str, Any]:
     keys = ("ppl", "ppl_se", "ppl_change_percent", "ppl_change_se", "kl_to_dense", "tokens")
     found = {k: evaluate_engine(engine, plan, TEST, **s).to_json() for k, s in sizes.items()}
     return {k: {key: q[key] for key in keys} for k, q in found.items()}
+
+
+def prompt_kl(engine: Any) -> float:
+    """Nats per token from what measures quality to a prompt that is read as `generate` does."""
+    from fallow.checkpoints.text import load_text
+    from fallow.measure.quality import log_softmax
+
+    engine.use_plan(None)
+    found = []
+    for window in engine.windows(load_text(TEST, "evaluation"), CONTEXT, 2):
+        exact, fast = (log_softmax(engine.logits(window, exact=e)) for e in (True, False))
+        found.append(np.einsum("tv,tv->t", np.exp(exact), exact - fast).mean())
+    return float(np.mean(found))
 
 
 def bench(packed: Path, kernels: str) -> dict[str, Any]:
@@ -169,7 +183,7 @@ def time_kernels(kernels: str) -> list[dict[str, Any]]:
     rng, rows = np.random.default_rng(0), []
     for kind, width in KERNELS:
         block, n_bytes = _core.FORMATS[kind]
-        n = int(MATRIX_BYTES // (width // block * n_bytes))
+        n = int(MATRIX_BYTES // (width // block * n_bytes)) // _core.TILE_ROWS * _core.TILE_ROWS
         half = np.sort(rng.permutation(n)[: n // 2]).astype(np.int32)
         runs = [_core.time_rows(kind, n, width, half, THREADS, kernels) for _ in range(9)]
         ratio = {
@@ -223,9 +237,9 @@ a row per lane of a register or, where they are summed, in integers. The dense e
 the harder one to beat: skipping gains over it what it saves in bytes, less what rows cost more
 than tiles.
 
-**Prefill** multiplies in bytes where a processor has VNNI, in bfloat16 or floats otherwise. Where
-all tokens' logits are asked for, to measure quality say, it always takes the latter, which are as
-close to the source as decode is: 0.0004 nats on SmolLM2, against 0.0016 in bytes.
+**Prefill** of a prompt multiplies in bytes where a processor has VNNI, in bfloat16 or floats
+otherwise. Quality (`evaluate`, `Engine.logits`) is always measured with the latter, which are
+nearer to decode; how far bytes are from them stands with each model.
 """
 
 
@@ -282,7 +296,8 @@ def _model(name: str, where: str, r: dict[str, Any], machine: dict[str, Any]) ->
         f"{r['peak_rss_mb']:.0f} MB.\n",
         f"Greedy continuations of {len(PROMPTS)} prompts by {CONTINUATION} tokens: the engine "
         f"chooses {g['agreement']:.1%} of llama.cpp's tokens; the first {g['same']:.0f} on "
-        "average are the same.\n",
+        "average are the same. A prompt is read in products that are "
+        f"{r['prompt_kl']:.4f} nats per token from those of the PPL below.\n",
         *_of_plans(runs, r["quality"]),
     ]
     return "\n".join(lines) + "\n"

@@ -86,8 +86,8 @@ double read_bandwidth(size_t n_bytes, int n_threads) {
 }
 
 // Seconds that n_threads threads take for one pass over a matrix (rows, width) of a type that lies as an
-// engine's do: for products with it and sums of its rows, whole, in tiles where they have some, and of
-// the listed rows alone; and for reading its bytes.
+// engine's do: for products with it and sums of its rows, whole, in tiles if rows are a multiple of
+// TILE_ROWS and the type has some, and of the listed rows alone; and for reading its bytes.
 nb::dict time_rows(const std::string& type, size_t rows, size_t width, Indices list,
                    int n_threads, const std::string& set) {
   const Kernels& kernels = kernels_of(set);
@@ -286,6 +286,7 @@ NB_MODULE(_core, m) {
   std::vector<std::string> tables;
   for (const Kernels* table : usable_kernels()) tables.emplace_back(table->name);
   m.attr("KERNELS") = tables;
+  m.attr("TILE_ROWS") = kTileRows;
 
   bind_engine(m);
 }

@@ -26,8 +26,7 @@ namespace {
 class BoundEngine {
  public:
   // The mapping must outlive the engine. With `copy` the weights are read into memory of huge pages, which
-  // few of a page cache's are, and laid out in tiles: decode of Qwen2.5-Coder-1.5B then takes 0.7 of the
-  // time with one thread (Zen 4), and loading 0.3 to 0.7 s per GB.
+  // few of a page cache's are, and laid out in tiles, which takes some tenths of a second per GB.
   BoundEngine(const Mapping& mapping, const std::string& kernels, int n_threads, uint32_t context, bool copy)
       : mapping_(&mapping), image_(copy ? std::make_unique<Pages>(mapping.size() + kSector) : nullptr),
         kernels_(kernels_of(kernels)) {
@@ -65,6 +64,7 @@ class BoundEngine {
   // Reads parts (offset, bytes) of the file into memory.
   void load(const std::vector<std::pair<uint64_t, uint64_t>>& parts) {
     if (!file_) throw nb::value_error("this engine's file is mapped");
+    if (is_laid_out_) throw nb::value_error("the weights are laid out already");
     std::vector<Extent> extents;
     for (const auto& [offset, size] : parts) extents.push_back(extent(offset, size));
     nb::gil_scoped_release release;
@@ -92,6 +92,7 @@ class BoundEngine {
   // What is not in memory, and in how many slots of the largest unit's size it passes through.
   void stream(const std::vector<PyUnit>& list, size_t n_slots) {
     if (!file_ || list.empty() || n_slots == 0) throw nb::value_error("nothing to stream");
+    if (is_laid_out_) throw nb::value_error("the weights are laid out already");
     std::vector<std::vector<Extent>> units;
     std::vector<StreamedLayer> layers(model_.layers.size());
     for (const auto& [layer, parts] : list) {
@@ -115,7 +116,7 @@ class BoundEngine {
     engine_->set_stream(streamer_.get(), std::move(layers));
   }
 
-  void forward(Indices tokens, uint32_t position, bool all, bool dense, WritableRows logits) {
+  void forward(Indices tokens, uint32_t position, bool all, bool dense, bool exact, WritableRows logits) {
     const size_t n = tokens.size();
     if (position > engine_->held()) throw nb::value_error("the cache does not hold so many tokens");
     if (n == 0 || n > engine_->context() - position)
@@ -129,7 +130,7 @@ class BoundEngine {
     if (process_id() != process_) throw nb::value_error("this engine was made before a fork");
     nb::gil_scoped_release release;
     asked_ = std::chrono::steady_clock::now();
-    engine_->forward(tokens.data(), n, position, all, dense, logits.data());
+    engine_->forward(tokens.data(), n, position, all, dense, exact, logits.data());
     if (mapping_) mapping_->check();
   }
 
@@ -149,8 +150,13 @@ class BoundEngine {
       cut.weight.assign(weight->data(), weight->data() + weight->size());
     }
     nb::gil_scoped_release release;
-    engine_->set_cuts(std::move(cuts));
-    lay_out();
+    try {
+      engine_->set_cuts(std::move(cuts));
+      lay_out();
+    } catch (...) {  // dense, which works with every layout
+      engine_->set_cuts({});
+      throw;
+    }
   }
 
   nb::dict stats() const {
@@ -213,6 +219,7 @@ class BoundEngine {
   // Weights in memory of our own lie in tiles, but for those of which the plan leaves out some rows.
   void lay_out() {
     if (!image_) return;
+    is_laid_out_ = true;
     struct Wanted {
       Matrix* w;
       Layout layout;
@@ -223,7 +230,8 @@ class BoundEngine {
       for (Matrix* w : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj, &layer.gate_proj})
         wanted.push_back({w, Layout::kDwordTiles});
       const bool dense = !engine_->leaves_out_neurons(l);
-      wanted.push_back({&layer.up_proj, dense ? Layout::kDwordTiles : Layout::kRows});
+      const bool whole_up = dense || !model_.config.gated;
+      wanted.push_back({&layer.up_proj, whole_up ? Layout::kDwordTiles : Layout::kRows});
       wanted.push_back({&layer.down_proj_t, dense ? Layout::kByteTiles : Layout::kRows});
     }
     std::erase_if(wanted, [&](const Wanted& wish) {
@@ -238,6 +246,7 @@ class BoundEngine {
         auto& [w, layout] = wanted[i];
         uint8_t* data = image_->data() + (w->data - image_->data());
         if (w->layout != Layout::kRows) to_rows(w->layout, data, w->rows, w->row_bytes);
+        w->layout = Layout::kRows;
         if (layout != Layout::kRows) to_tiles(layout, data, w->rows, w->row_bytes);
         w->layout = layout;
       }
@@ -278,6 +287,7 @@ class BoundEngine {
   std::vector<std::unique_ptr<FileRows>> file_rows_;
   std::unique_ptr<Streamer> streamer_;
   std::set<const Matrix*> streamed_;
+  bool is_laid_out_ = false;
   std::unique_ptr<Engine> engine_;
 };
 
@@ -312,7 +322,7 @@ void bind_engine(nb::module_& m) {
       .def("rows_from_file", &BoundEngine::rows_from_file, "embedding"_a, "head"_a, "offset"_a,
            "room"_a, "range_bytes"_a)
       .def("stream", &BoundEngine::stream, "units"_a, "n_slots"_a)
-      .def("forward", &BoundEngine::forward, "tokens"_a, "position"_a, "all"_a, "dense"_a, "logits"_a)
+      .def("forward", &BoundEngine::forward, "tokens"_a, "position"_a, "all"_a, "dense"_a, "exact"_a, "logits"_a)
       .def("set_cuts", &BoundEngine::set_cuts, "cuts"_a)
       .def("stats", &BoundEngine::stats)
       .def("reset_stats", &BoundEngine::reset_stats)

@@ -175,7 +175,7 @@ def test_tables_of_speed_agree(
     missing = dict.fromkeys(("ik_llama.cpp-rtr", "openvino"), "is not installed")
     timed = {"kernels": "avx2", "file_mb": 1, "source_mb": 1, "stream_gbps": 2, "peak_rss_mb": 3}
     timed |= {"runs": {name: [run | {"decode_tps": s}] * 3 for name, s in speeds.items()}}
-    timed |= {"missing": missing, "greedy": {"agreement": 1, "same": 64}}
+    timed |= {"missing": missing, "greedy": {"agreement": 1, "same": 64}, "prompt_kl": 0.001}
     quality = {"blocks": change, "decode": change}
     timed["quality"] = dict.fromkeys(("dense", "shortlist", "plan"), quality)
     (folders[1] / "result.json").write_text(json.dumps(timed))

@@ -208,6 +208,26 @@ def test_gemm_in_bytes(table: str, kind: str, width: int) -> None:
             one = np.empty((1, rows), dtype=np.float32)  # a token does not depend on the others
             _kernel_tests.gemm(table, kind, data, x[-1:], one, "bytes")
             np.testing.assert_array_equal(one[0], y[-1])
+            if rows % 16 == 0 and "gemv of tiles" in _kernel_tests.products(table, kind, width):
+                tiles = np.empty_like(y)
+                _kernel_tests.gemm(table, kind, data, x, tiles, "bytes of tiles")
+                np.testing.assert_array_equal(tiles, y)
+
+
+@pytest.mark.parametrize("table", WITH_BYTES)
+def test_bytes_tell_of_what_is_no_number(table: str) -> None:
+    data, _ = make("Q4_0", 32, 64)
+    x = np.ones((2, 64), dtype=np.float32)
+    x[1, 3] = np.nan
+    y = np.empty((2, 32), dtype=np.float32)
+    _kernel_tests.gemm(table, "Q4_0", data, x, y, "bytes")
+    assert np.isfinite(y[0]).all()
+    assert np.isnan(y[1]).all()
+    weights = np.ones((32, 16), dtype=np.float32)
+    weights[5, 7] = np.nan
+    sums = np.zeros((1, 16), dtype=np.float32)
+    _kernel_tests.sum_rows_bytes(table, weights, np.ones((1, 32), dtype=np.float32), sums)
+    assert np.flatnonzero(np.isnan(sums[0])).tolist() == [7]
 
 
 @pytest.mark.parametrize("table", WITH_BYTES)

@@ -29,9 +29,9 @@ void Engine::set_stream(Streamer* streamer, std::vector<StreamedLayer> layers) {
 }
 
 void Engine::forward(const int32_t* tokens, size_t n, uint32_t position, bool all, bool dense,
-                     float* logits) {
+                     bool exact, float* logits) {
   cuts_.leave_aside(dense);
-  products_.allow_bytes(!all);
+  products_.allow_bytes(!exact);
   position_ = position;
   for (size_t start = 0, size; start < n; start += size) {
     size = std::min(block_, n - start);

@@ -20,8 +20,8 @@ namespace fallow {
 
 class Engine {
  public:
-  // Tokens of a block of prefill, enough to pay for unpacking the weights, and where memory is scarce:
-  // the buffers of a 1.5B model then take 9 in place of 38 MB.
+  // Tokens of a block of prefill, enough to pay for unpacking the weights, and where memory is scarce: the
+  // buffers, some 40 MB of a 1.5B model, then take a fourth.
   static constexpr size_t kBlock = 256, kSmallBlock = 64;
 
   // `context` tokens of cache; the model must outlive the engine.
@@ -45,10 +45,10 @@ class Engine {
 
   // Reads n tokens as those that follow the first `position` that the cache holds, and forgets what it
   // held after these. logits (n, vocab) if `all`, else those of the last token; `dense`: without cuts
-  // and head margin. All logits are what quality is measured by: a block's are then as close to those of
-  // single tokens as products can make them, the last one's as fast. The caller checks ids, and that position <= held() and position + n <= context().
-  // After an exception the cache holds at least `position` tokens.
-  void forward(const int32_t* tokens, size_t n, uint32_t position, bool all, bool dense,
+  // and head margin; `exact`: a block's products are as near to those of single tokens as there are, not
+  // as fast. The caller checks ids, and that position <= held() and position + n <= context(). After an
+  // exception the cache holds at least `position` tokens.
+  void forward(const int32_t* tokens, size_t n, uint32_t position, bool all, bool dense, bool exact,
                float* logits);
 
   uint32_t held() const { return position_; }  // tokens in the cache

@@ -19,7 +19,6 @@ PlainRows plain_rows(const Matrix& w, size_t row, size_t n, size_t from, size_t 
                      std::vector<uint8_t>& plain) {
   const uint8_t* first = w.data + row * w.row_bytes;
   if (w.layout == Layout::kRows) return {first + from, w.row_bytes};
-  plain.resize(pieces(n, kTileRows) * kTileRows * bytes);
   for (size_t i = 0; i < n; i += kTileRows)
     rows_of_tile(w.layout, first + i * w.row_bytes, from, bytes, plain.data() + i * bytes);
   return {plain.data(), bytes};
@@ -60,6 +59,7 @@ Products::Products(Runtime& run, Cuts& cuts, size_t tokens, size_t width, size_t
   for (Scratch& own : scratch_) {
     own.panel.resize(panel);
     own.rows.resize(std::max(width * kPanel, size_t{32} * 256));
+    own.plain.resize(panel);  // types that have tiles take less than a byte per weight
     if (run.kernels.gemm_bf16) own.panel_half.resize(panel);
     if (run.kernels.gemm_bytes) own.panel_bytes.resize(std::max(width, 8 * kSummedBytes) / 32);
   }

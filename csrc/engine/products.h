@@ -40,8 +40,8 @@ class Products {
   // `tokens` of a block, inputs of at most `width` values, rows of W^T (d_ff, hidden) for sum_rows.
   Products(Runtime& run, Cuts& cuts, size_t tokens, size_t width, size_t d_ff);
 
-  // Whether a block's products may be those in bytes, which cost SmolLM2 0.0016 nats and Qwen2.5-Coder-1.5B
-  // 0.0014 where others cost 0.0004 and less.
+  // Whether a block's products may be those in bytes, which are faster and less exact
+  // (docs/results/engine.md).
   void allow_bytes(bool allow) { in_bytes_ = allow; }
   // Makes from the floats of an input what its products need besides.
   void prepare(Input& input, size_t n) const;

@@ -1,5 +1,6 @@
 #include "formats/gguf.h"
 
+#include <algorithm>
 #include <cstring>
 #include <unordered_set>
 
@@ -174,6 +175,14 @@ GgufHeader parse_gguf(const uint8_t* data, uint64_t size) {
       throw GgufError("truncated: tensor " + tensor.name + " lies outside the file of " +
                       std::to_string(size) + " bytes");
     tensor.offset += data_start;
+  }
+  std::vector<const GgufTensor*> in_order;
+  for (const auto& tensor : header.tensors) in_order.push_back(&tensor);
+  std::ranges::sort(in_order, {}, &GgufTensor::offset);
+  for (size_t i = 1; i < in_order.size(); ++i) {
+    const GgufTensor &before = *in_order[i - 1], &after = *in_order[i];
+    if (before.offset + before.n_bytes > after.offset)
+      throw GgufError("tensors " + before.name + " and " + after.name + " overlap");
   }
   return header;
 }

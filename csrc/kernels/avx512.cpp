@@ -91,10 +91,7 @@ struct Groups<16> {
   static V set1(float v) { return _mm512_set1_ps(v); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  static V max_abs(V a, V b) {
-    const __m512i bits = _mm512_castps_si512(_mm512_abs_ps(b));
-    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), bits));
-  }
+  static V max_abs(V a, V b) { return fallow::max_abs(a, b); }
   static V div(V a, V b) {
     return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(b, zero(), _CMP_NEQ_OQ), a, b);
   }
@@ -174,16 +171,10 @@ FALLOW_INLINE uint64_t two_words(const uint8_t* first, const uint8_t* second) {
   return load_u32(first) | static_cast<uint64_t>(load_u32(second)) << 32;
 }
 
-// How formats that keep two columns in a byte do so, for 128 columns, `half` of a span: kLow[half] and
-// kHigh[half] are the groups of the low and high nibbles of each dword of four bytes, place(j) is where
-// column j's sum lies when those of low nibbles come first.
-
-// Blocks of 32: bytes of four blocks, the low nibbles columns 0..15 of each.
+// Blocks of 32 that keep two columns in a byte: bytes of four blocks, `half` of a span, the low nibbles
+// columns 0..15 of each. place(j) is where column j's sum lies when those of low nibbles come first.
 template <class F, size_t from>
 struct BlockNibbles {
-  alignas(64) static constexpr int32_t kLow[2][16] = {
-      {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3}, {4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7}};
-  static constexpr const auto& kHigh = kLow;
   static FALLOW_INLINE __m512i load(const uint8_t* b, int half) {
     b += 4 * half * F::bytes + from;
     return side_by_side(load128(b), load128(b + F::bytes), load128(b + 2 * F::bytes),
@@ -543,8 +534,7 @@ FALLOW_INLINE void axpy_chunks(const Row* rows, Row* later, const Coefficients<F
       const __m512 scale = G::spread(coefficients[t].scale, j);
       float* to = sums[t] + at + 64 * static_cast<size_t>(j);
 #pragma GCC unroll 4
-      for (size_t i = 0; i < 4; ++i, to += 16)
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][i]), scale, _mm512_loadu_ps(to)));
+      for (size_t i = 0; i < 4; ++i, to += 16) add_scaled(sum[t][i], scale, to);
     }
   }
 }
@@ -554,23 +544,17 @@ template <class F, size_t tokens, class Row>
 FALLOW_INLINE void axpy_nibbles(const Row* rows, Row* later, const Coefficients<F> (&coefficients)[tokens],
                                 float (*sums)[kSlab], size_t at) {
   using N = typename F::Nibbles;
-  const auto spread = [](__m256i v, const int32_t* lanes) {
-    return _mm512_permutexvar_epi32(load512(lanes), _mm512_castsi256_si512(v));
-  };
-  const auto spread_floats = [](__m256 v, const int32_t* lanes) {
-    return _mm512_permutexvar_ps(load512(lanes), _mm512_castps256_ps512(v));
-  };
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half, at += 128) {
-    const int32_t *to_low = N::kLow[half], *to_high = N::kHigh[half];
+    const __m512i groups = load512(kLanes16[half]);  // of the dwords, in both halves of their bytes
+    const auto spread = [&](__m256i v) {
+      return _mm512_permutexvar_epi32(groups, _mm512_castsi256_si512(v));
+    };
     __m512i low[tokens][4], high[tokens][4];
 #pragma GCC unroll 4
     for (size_t t = 0; t < tokens; ++t)
 #pragma GCC unroll 4
-      for (size_t i = 0; i < 4; ++i) {
-        low[t][i] = spread(coefficients[t].start, to_low);
-        high[t][i] = spread(coefficients[t].start, to_high);
-      }
+      for (size_t i = 0; i < 4; ++i) low[t][i] = high[t][i] = spread(coefficients[t].start);
 #pragma GCC unroll 4
     for (size_t four = 0; four < 4; ++four) {
       const Row* r = rows + 4 * four;
@@ -584,22 +568,20 @@ FALLOW_INLINE void axpy_nibbles(const Row* rows, Row* later, const Coefficients<
         const __m512i first = low_nibbles(columns[i]), second = high_nibbles(columns[i]);
 #pragma GCC unroll 4
         for (size_t t = 0; t < tokens; ++t) {
-          const __m256i bytes = coefficients[t].bytes[four];
-          low[t][i] = _mm512_dpbusd_epi32(low[t][i], first, spread(bytes, to_low));
-          high[t][i] = _mm512_dpbusd_epi32(high[t][i], second, spread(bytes, to_high));
+          const __m512i bytes = spread(coefficients[t].bytes[four]);
+          low[t][i] = _mm512_dpbusd_epi32(low[t][i], first, bytes);
+          high[t][i] = _mm512_dpbusd_epi32(high[t][i], second, bytes);
         }
       }
     }
 #pragma GCC unroll 4
     for (size_t t = 0; t < tokens; ++t) {
-      const __m512 first = spread_floats(coefficients[t].scale, to_low);
-      const __m512 second = spread_floats(coefficients[t].scale, to_high);
+      const __m512 scale = _mm512_permutexvar_ps(groups, _mm512_castps256_ps512(coefficients[t].scale));
       float* to = sums[t] + at;
 #pragma GCC unroll 4
       for (size_t i = 0; i < 4; ++i, to += 16) {
-        const __m512 a = _mm512_cvtepi32_ps(low[t][i]), b = _mm512_cvtepi32_ps(high[t][i]);
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(a, first, _mm512_loadu_ps(to)));
-        _mm512_storeu_ps(to + 64, _mm512_fmadd_ps(b, second, _mm512_loadu_ps(to + 64)));
+        add_scaled(low[t][i], scale, to);
+        add_scaled(high[t][i], scale, to + 64);
       }
     }
   }
@@ -1032,12 +1014,13 @@ float topk_threshold(const float* magnitudes, size_t n, size_t k) {
   // Of n: those above `high`, and those not below `low`; how many of the former `from` lacks.
   size_t above_high = 0, from_low = n, left_out = 0;
   uint32_t low = 0, high = 0x7FFFFFFF;
+  const auto magnitude = [&](__m512i bits) { return _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF)); };
   while (low < high) {
     const uint32_t middle = low + (high - low) / 2;
     const __m512i limit = _mm512_set1_epi32(static_cast<int>(middle));
     __m512i counts[4] = {};
     const auto count = [&](__m512i& sum, __mmask16 lanes, size_t i) {
-      const __m512i bits = _mm512_maskz_loadu_epi32(lanes, from + i);
+      const __m512i bits = magnitude(_mm512_maskz_loadu_epi32(lanes, from + i));
       const __mmask16 larger = _mm512_cmpgt_epu32_mask(bits, limit);
       sum = _mm512_mask_add_epi32(sum, larger, sum, _mm512_set1_epi32(1));
     };
@@ -1059,7 +1042,7 @@ float topk_threshold(const float* magnitudes, size_t n, size_t k) {
     if (between > kSome || between > n / 2) continue;
     size_t kept = 0;
     for (size_t i = 0; i < n; i += 16) {
-      const __m512i bits = _mm512_maskz_loadu_epi32(first_lanes(n - i), from + i);
+      const __m512i bits = magnitude(_mm512_maskz_loadu_epi32(first_lanes(n - i), from + i));
       const __mmask16 inside = _mm512_mask_cmple_epu32_mask(
           _mm512_mask_cmpge_epu32_mask(first_lanes(n - i), bits, _mm512_set1_epi32(static_cast<int>(low))), bits,
           _mm512_set1_epi32(static_cast<int>(high)));
@@ -1101,10 +1084,13 @@ void silu(float* x, size_t n) { in_lanes(x, n, silu_of<V>); }
 void gelu_tanh(float* x, size_t n) { in_lanes(x, n, gelu_tanh_of<V>); }
 
 template <class F>
-void add(Kernels& table) {
+void add_rows(Kernels& table) {
   table.gemv_rows[F::type] = gemv_rows<F>;
-  table.axpy_rows[F::type] = axpy_rows<F>;
   table.gemv_tokens[F::type] = gemv_tokens<F>;
+}
+template <class F>
+void add_axpy(Kernels& table) {
+  table.axpy_rows[F::type] = axpy_rows<F>;
   table.axpy_tokens[F::type] = axpy_tokens<F>;
 }
 
@@ -1171,16 +1157,20 @@ __attribute__((target("avx512vpopcntdq"))) void and_tile(const uint64_t* const* 
 Kernels make() {
   Kernels table = portable_kernels();  // Q2_K and Q3_K stay scalar
   table.name = "avx512";
-  add<V4_0>(table);
-  add<V4_1>(table);
-  add<V5_0>(table);
-  add<V5_1>(table);
-  add<V8_0>(table);
-  add<V6_K>(table);
+  add_rows<V5_0>(table);
+  add_rows<V5_1>(table);
+  add_rows<V8_0>(table);
+  add_rows<V6_K>(table);
   add_lanes<LanesOf32<Q4_0>>(table);
   add_lanes<LanesOf32<Q4_1>>(table);
   add_lanes<LanesOfK<Block4_K>>(table);
   add_lanes<LanesOfK<Block5_K>>(table);
+  add_axpy<V4_0>(table);
+  add_axpy<V4_1>(table);
+  add_axpy<V5_0>(table);
+  add_axpy<V5_1>(table);
+  add_axpy<V8_0>(table);
+  add_axpy<V6_K>(table);
   add_axpy_k<Q4_K>(table);
   add_axpy_k<Q5_K>(table);
   table.gemv_rows[kTwoBits] = gemv_two_bits;

@@ -31,6 +31,19 @@ FALLOW_INLINE void in_groups(size_t tokens, const Some& some) {
   if (tokens - t == 3) some.template operator()<3>(t);
 }
 
+// The larger of a >= 0 and |b|: as integers, of which NaN's is the largest.
+FALLOW_INLINE __m512 max_abs(__m512 a, __m512 b) {
+  return _mm512_castsi512_ps(
+      _mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(_mm512_abs_ps(b))));
+}
+// Of lanes >= 0, likewise.
+FALLOW_INLINE float largest_of(__m512 v) {
+  const int32_t bits = _mm512_reduce_max_epi32(_mm512_castps_si512(v));
+  float largest;
+  __builtin_memcpy(&largest, &bits, sizeof largest);
+  return largest;
+}
+
 // Four parts of a register.
 FALLOW_INLINE __m512i side_by_side(__m128i a, __m128i b, __m128i c, __m128i d) {
   __m512i v = _mm512_castsi128_si512(a);

@@ -119,11 +119,7 @@ struct KCoefficients {
     alignas(32) int16_t values[16];
 
     FALLOW_INLINE explicit Rounded(__m512 v) {
-      // As integers, of which NaN's is the largest.
-      const __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
-      const int32_t most = _mm512_reduce_max_epi32(bits);
-      float largest;
-      std::memcpy(&largest, &most, sizeof largest);
+      const float largest = largest_of(_mm512_abs_ps(v));
       unit = largest / 32767;
       const __m512 inverse = _mm512_set1_ps(largest > 0 ? 32767 / largest : 0.0f);
       const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse));

@@ -117,10 +117,10 @@ void columns_bytes(const float* rows, size_t stride, size_t n, PanelGroup& panel
     const __mmask16 lanes = first_lanes(n - first);
     const auto row = [&](size_t r) { return _mm512_maskz_loadu_ps(lanes, rows + r * stride); };
     __m512 largest = _mm512_setzero_ps();
-    for (size_t r = 0; r < 32; ++r) largest = _mm512_max_ps(largest, _mm512_abs_ps(row(r)));
+    for (size_t r = 0; r < 32; ++r) largest = max_abs(largest, row(r));
     const __m512 most = _mm512_set1_ps(127);
     const __m512 inverse =
-        _mm512_maskz_div_ps(_mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_GT_OQ), most, largest);
+        _mm512_maskz_div_ps(_mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_NEQ_UQ), most, largest);
     const auto whole = [&](size_t r) { return _mm512_cvtps_epi32(_mm512_mul_ps(row(r), inverse)); };
     LaneBytes b;
     for (size_t c = 0; c < 8; ++c) {
@@ -141,8 +141,8 @@ void columns_bytes(const float* rows, size_t stride, size_t n, PanelGroup& panel
 void to_bytes(const float* x, size_t k, int8_t* q, float* d, float* sum) {
   for (size_t g = 0; g < k / 32; ++g) {
     const __m512 first = _mm512_loadu_ps(x + 32 * g), second = _mm512_loadu_ps(x + 32 * g + 16);
-    const float largest =
-        _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
+    const __m512 either = max_abs(_mm512_abs_ps(first), second);
+    const float largest = largest_of(either);
     d[g] = largest / 127;
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127 / largest : 0.0f);
     const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(first, inverse));

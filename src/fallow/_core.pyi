@@ -48,6 +48,7 @@ def add_rows(
 ) -> None: ...
 
 KERNELS: list[str]
+TILE_ROWS: int
 TAPS: list[str]
 FEW: int
 
@@ -79,7 +80,13 @@ class Engine:
         n_slots: int,
     ) -> None: ...
     def forward(
-        self, tokens: np.ndarray, position: int, all: bool, dense: bool, logits: np.ndarray
+        self,
+        tokens: np.ndarray,
+        position: int,
+        all: bool,
+        dense: bool,
+        exact: bool,
+        logits: np.ndarray,
     ) -> None: ...
     def set_cuts(self, cuts: Sequence[tuple[int, int, int, float, np.ndarray | None]]) -> None: ...
     def stats(self) -> dict[str, Any]: ...

@@ -106,7 +106,10 @@ void gemv_tokens(const std::string& table, const std::string& type, Bytes w, Row
     quantized.emplace_back(t.kernels, x.data() + i * t.k, t.k);
     tokens.push_back(quantized.back().with(x.data() + i * t.k));
   }
-  product(t.data(), t.row_bytes, 0, t.rows, t.k, tokens.data(), tokens.size(), y.data(), t.rows);
+  for (size_t i = 0, n; i < t.rows; i += n) {  // in two parts
+    n = i == 0 && t.rows > kTileRows ? kTileRows : t.rows - i;
+    product(t.data(), t.row_bytes, i, n, t.k, tokens.data(), tokens.size(), y.data() + i, t.rows);
+  }
 }
 
 // y (T, k) += for coefficients (T, rows)
@@ -139,7 +142,8 @@ struct Rounded {
   ByteTokens tokens() const { return {q.data(), d.data(), sum.data(), stride}; }
 };
 
-// y (T, rows) for x (T, k), through the panels of prefill: of "floats", "bfloat16" or "bytes".
+// y (T, rows) for x (T, k), through the panels of prefill: of "floats", "bfloat16",
+// "bytes" or "bytes of tiles".
 void gemm(const std::string& table, const std::string& type, Bytes w, Rows x, WritableRows y,
           const std::string& panels) {
   const KernelTest t(table, type, w, x.shape(1));
@@ -152,11 +156,14 @@ void gemm(const std::string& table, const std::string& type, Bytes w, Rows x, Wr
     for (size_t r = 0; r < n; ++r)
       t.kernels.decode(t.format.type, data + r * t.row_bytes, t.k, &rows[r * t.k]);
     float* to = y.data() + first;
-    if (panels == "bytes") {
+    if (panels == "bytes" || panels == "bytes of tiles") {
+      const bool tiled = panels != "bytes";
+      const InLayout matrix(table, type, w, t.k, tiled, Layout::kDwordTiles);
       const Rounded rounded(t.kernels, x);
       std::vector<PanelGroup> groups(t.k / 32);
       if (!t.kernels.panel_bytes[t.format.type]) throw nb::value_error("no panels of this type");
-      t.kernels.panel_bytes[t.format.type](data, t.row_bytes, false, n, t.k, groups.data());
+      t.kernels.panel_bytes[t.format.type](matrix.data() + first * t.row_bytes, t.row_bytes, tiled, n, t.k,
+                                           groups.data());
       t.kernels.gemm_bytes(groups.data(), n, t.k, rounded.tokens(), tokens, false, to, t.rows);
     } else if (panels == "bfloat16") {
       if (!t.kernels.gemm_bf16 || t.k % 2 != 0) throw nb::value_error("no bfloat16 product");

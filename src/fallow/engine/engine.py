@@ -313,12 +313,16 @@ class Engine:
             return self._read(ids, every, dense)
 
     def _read(
-        self, ids: Sequence[int] | np.ndarray, every: bool = False, dense: bool = False
+        self,
+        ids: Sequence[int] | np.ndarray,
+        every: bool = False,
+        dense: bool = False,
+        exact: bool = False,
     ) -> np.ndarray:
         tokens = self._check_ids(ids)
         logits = np.empty((len(tokens) if every else 1, self._core.vocab_size), dtype=np.float32)
         try:
-            self._core.forward(tokens, len(self._held), every, dense, logits)
+            self._core.forward(tokens, len(self._held), every, dense, exact, logits)
         except _core.DiskError as error:
             raise FallowError(str(error)) from error
         # What the core holds beyond these, after Ctrl-C say, the next pass writes over.
@@ -342,15 +346,19 @@ class Engine:
             )
         return np.ascontiguousarray(tokens, dtype=np.int32)
 
-    def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def logits(self, ids: Sequence[int] | np.ndarray, exact: bool = True) -> np.ndarray:
         """Logits (T, vocabulary), float32, of a text (T,) read from the start.
+
+        Args:
+            exact: as near as a block of tokens comes to what decode makes of them one by one, to
+                measure quality; without, as `generate` reads a prompt.
 
         Raises:
             FallowError: an id outside the vocabulary, no ids, or more than the context holds.
         """
         with self._turn(threading.get_ident(), begins=True):
             self._held.clear()
-            return self._read(ids, every=True)
+            return self._read(ids, every=True, exact=exact)
 
     def score(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Log-probability (T - 1,) of each token of a text after the first, nats.

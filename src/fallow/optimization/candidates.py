@@ -172,7 +172,8 @@ class Candidates:
 def _row_cost(tensor: StoredTensor, product: str, threads: int) -> float:
     """Time per row of every other row, on average, over that of all rows of a matrix."""
     width = tensor.shape[1]
-    rows = max(2, TIMED_BYTES * tensor.shape[0] // tensor.data.nbytes)
+    tile = _core.TILE_ROWS
+    rows = max(1, TIMED_BYTES * tensor.shape[0] // tensor.data.nbytes // tile) * tile
     half = np.sort(np.random.default_rng(0).choice(rows, rows // 2, replace=False))
     runs = [
         _core.time_rows(tensor.type, rows, width, half.astype(np.int32), threads)

@@ -45,7 +45,7 @@ class Optimized:
 
     path: str
     selector: str
-    # On windows that only checked the plan, read in blocks as prefill reads; as are the next two.
+    # On windows that only checked the plan, read in blocks of tokens; as are the next two.
     ppl_change_percent: float
     ppl_change_se: float | None  # paired
     kl_to_dense: float  # nats per token, from the source model
@@ -249,7 +249,7 @@ class _Check:
         self._hidden: dict[bytes, torch.Tensor] = {}  # the source's, of windows that were read
 
     def blocks(self, plan: Plan | None) -> Evaluation:
-        """In blocks of tokens, as prefill reads."""
+        """In blocks of tokens, without the products in bytes that a prompt may get."""
         return evaluate_engine(
             self._engine, plan, self._text, windows=self._windows, against=self._dense
         )

@@ -32,10 +32,11 @@ class SelfCheck:
 
     @property
     def passed(self) -> bool:
-        # Of distributions this near, a token's losses differ with a variance of 2 KL: by that much
-        # PPL moves by chance, 0.09 % for SmolLM2, whose 1024 tokens say +0.23 % where others say 0.
+        # Of distributions this near, a token's losses differ with a variance of 2 KL. By that PPL
+        # moves by chance, 0.09 % for SmolLM2, whose 1024 tokens say +0.23 % where others say 0, and
+        # 0.17 % for Qwen2.5-Coder-1.5B: what is refused is two such errors beyond the limit.
         chance = 100 * math.sqrt(2 * max(self.kl, 0.0) / self.tokens)
-        largest = LARGEST_PPL_CHANGE + chance
+        largest = LARGEST_PPL_CHANGE + 2 * chance
         return self.kl <= LARGEST_KL and abs(self.ppl_change_percent) <= largest
 
     def __str__(self) -> str:
