@@ -299,18 +299,26 @@ class Engine:
         return cut_windows(text, self.tokenizer, context, limit, at_most)
 
     def forward(
-        self, ids: Sequence[int] | np.ndarray, every: bool = False, dense: bool = False
+        self,
+        ids: Sequence[int] | np.ndarray,
+        every: bool = False,
+        dense: bool = False,
+        exact: bool = False,
     ) -> np.ndarray:
         """Reads more tokens; logits (T, vocabulary) of all of them, or (1, vocabulary) of the last.
 
-        With `dense` the plan is left aside. Up to `_core.FEW` tokens have to the bit the logits
-        that they have one by one, in less time.
+        Up to `_core.FEW` tokens have to the bit the logits that they have one by one, in less time.
+
+        Args:
+            dense: the plan is left aside.
+            exact: more tokens have logits as near to those as a block of tokens comes, to measure
+                quality; otherwise they are read as a prompt is, which is faster.
 
         Raises:
             FallowError: an id outside the vocabulary, no ids, or the context is full.
         """
         with self._turn(threading.get_ident()):
-            return self._read(ids, every, dense)
+            return self._read(ids, every, dense, exact)
 
     def _read(
         self,
@@ -350,8 +358,7 @@ class Engine:
         """Logits (T, vocabulary), float32, of a text (T,) read from the start.
 
         Args:
-            exact: as near as a block of tokens comes to what decode makes of them one by one, to
-                measure quality; without, as `generate` reads a prompt.
+            exact: as for `forward`.
 
         Raises:
             FallowError: an id outside the vocabulary, no ids, or more than the context holds.

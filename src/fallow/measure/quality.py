@@ -210,7 +210,8 @@ def _read(engine: Engine, window: np.ndarray, decode: bool) -> Logits:
 
     def logits(part: slice) -> np.ndarray:
         ids, step = window[part], 1 if decode else part.stop - part.start
-        found = [engine.forward(ids[i : i + step], every=True) for i in range(0, len(ids), step)]
+        parts = (ids[i : i + step] for i in range(0, len(ids), step))
+        found = [engine.forward(some, every=True, exact=True) for some in parts]
         if not all(np.isfinite(values).all() for values in found):
             raise FallowError(f"{engine.path}: NaN or infinite logits; pack the model again")
         return found[0] if len(found) == 1 else np.concatenate(found)

@@ -197,13 +197,14 @@ def read_engine(engine: Engine, pairs: list[ScoredIds]) -> list[Result]:
     shared = int(differ.argmax()) if differ.any() else shared
     engine.reset()
     if shared:
-        engine.forward(pairs[0].ids[:shared])
+        engine.forward(pairs[0].ids[:shared], exact=True)
     found = []
     for pair in pairs:
         engine.reset(shared)
         if pair.first > shared:
-            engine.forward(pair.ids[shared : pair.first])
-        found.append(_result(engine.forward(pair.ids[pair.first : -1], every=True), pair))
+            engine.forward(pair.ids[shared : pair.first], exact=True)
+        rest = engine.forward(pair.ids[pair.first : -1], every=True, exact=True)
+        found.append(_result(rest, pair))
     return found
 
 
