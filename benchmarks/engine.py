@@ -215,8 +215,8 @@ processor. Compare nothing across processors.
 
 `plan` is what `fallow optimize --max-ppl-increase 1` chose ([more](optimize.md)), `shortlist` that
 plan without inactive neurons; the rules leave out half of the neurons. PPL changes are against the
-dense engine on the WikiText-2 raw test text, ± one paired standard error: in blocks, as prefill
-reads, and on fewer tokens one by one, as decode does.
+dense engine on the WikiText-2 raw test text, ± one paired standard error: in blocks of tokens, and
+on fewer tokens one by one, as decode reads. Where there is no `plan`, the file is `fallow pack`'s.
 """
 
 

@@ -199,7 +199,7 @@ text or, where a name ends in c4, on C4; every figure here on other text, the Wi
 text unless said. `benchmarks/optimize.py` does it, and `benchmarks/engine.py` the timing.
 
 - **PPL**, **KL** are against the source model in float32, windows of 1024 tokens, ± one paired
-  standard error, read in blocks as prefill reads. **token by token**: what PPL changes further when
+  standard error, read in blocks of tokens. **token by token**: what PPL changes further when
   the beginnings of {DECODED_WINDOWS} of the windows are read as decode reads, which is what is
   timed.
 - **bytes** are of the weights that decode reads per token, **of the source** over what the GGUF's
@@ -272,7 +272,7 @@ def report() -> str:
             )
         lines.append(f"\n{machine_line(*(machine for *_, machine in now))}.")
     else:
-        lines.append("No results yet.")
+        lines.append("Not measured yet with what this version finds; what was is below.")
     found = now + before
     if now:
         lines += [STAGES, *_stages(now)]
@@ -379,7 +379,7 @@ def summary() -> str:
     """The README's table."""
     found = [r for r in results() if r[1] != BEFORE]
     if not found:
-        return "No results yet."
+        return "Not measured yet with what this version finds; the page has plans of before."
     lines = [
         f"| | PPL change % | {' | '.join(GAINS)} | weight bytes / dense | minutes |",
         "|---" * (4 + len(GAINS)) + "|",
