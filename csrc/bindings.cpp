@@ -116,9 +116,8 @@ nb::dict time_rows(const std::string& type, size_t rows, size_t width, Indices l
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   };
   const auto gemv = [&](const int32_t* indices, size_t n) {
-    const GemvTokens tiles = indices || !fits(Layout::kDwordTiles, rows, row_bytes)
-                                 ? nullptr
-                                 : kernels.gemv_tiles[format.type];
+    const bool tiled = !indices && has_tiles(kernels, Layout::kDwordTiles, format.type, rows, row_bytes);
+    const GemvTokens tiles = tiled ? kernels.gemv_tiles[format.type] : nullptr;
     return seconds([&, indices, n](int worker) {
       const Share s = share_of_rows(n, worker, n_threads);
       const size_t begin = indices ? 0 : s.begin, count = s.end - s.begin;
@@ -129,9 +128,8 @@ nb::dict time_rows(const std::string& type, size_t rows, size_t width, Indices l
     });
   };
   const auto axpy = [&](const int32_t* indices, size_t n) {
-    const AxpyTokens tiles = indices || !fits(Layout::kByteTiles, rows, row_bytes)
-                                 ? nullptr
-                                 : kernels.axpy_tiles[format.type];
+    const bool tiled = !indices && has_tiles(kernels, Layout::kByteTiles, format.type, rows, row_bytes);
+    const AxpyTokens tiles = tiled ? kernels.axpy_tiles[format.type] : nullptr;
     return seconds([&, indices, n](int worker) {
       const Share s = share_of_rows(n, worker, n_threads);
       const size_t begin = indices ? 0 : s.begin, count = s.end - s.begin;

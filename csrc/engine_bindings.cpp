@@ -237,9 +237,7 @@ class BoundEngine {
     std::erase_if(wanted, [&](const Wanted& wish) {
       const Matrix& w = *wish.w;
       if (!w.data || w.layout == wish.layout || streamed_.contains(&w)) return true;
-      const bool has_product = wish.layout == Layout::kByteTiles ? kernels_.axpy_tiles[w.type] != nullptr
-                                                                 : kernels_.gemv_tiles[w.type] != nullptr;
-      return wish.layout != Layout::kRows && (!has_product || !fits(wish.layout, w.rows, w.row_bytes));
+      return wish.layout != Layout::kRows && !has_tiles(kernels_, wish.layout, w.type, w.rows, w.row_bytes);
     });
     parallel_ranges(wanted.size(), engine_->threads(), [&](size_t begin, size_t end, int) {
       for (size_t i = begin; i < end; ++i) {

@@ -58,8 +58,10 @@ void in_tiles(uint8_t* rows, size_t n, size_t row_bytes, const Lay& lay) {
 
 }  // namespace
 
-bool fits(Layout layout, size_t rows, size_t row_bytes) {
-  return rows % kTileRows == 0 && row_bytes % (layout == Layout::kByteTiles ? kPiece : 4) == 0;
+bool has_tiles(const Kernels& kernels, Layout layout, uint32_t type, size_t rows, size_t row_bytes) {
+  if (rows % kTileRows != 0) return false;
+  if (layout == Layout::kDwordTiles) return kernels.gemv_tiles[type] && row_bytes % 4 == 0;
+  return layout == Layout::kByteTiles && kernels.axpy_tiles[type] && row_bytes % kPiece == 0;
 }
 
 void to_tiles(Layout layout, uint8_t* rows, size_t n, size_t row_bytes) {

@@ -6,8 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/kernels.h"
-#include "parallel.h"
+#include "engine/runtime.h"
 
 namespace fallow {
 
@@ -17,12 +16,12 @@ enum class Layout {
   kByteTiles,   // byte 16 p + j of row 4 f + r is byte 256 p + 64 f + 4 j + r: for sums of rows
 };
 
-// Whether rows of so many bytes can lie so.
-bool fits(Layout layout, size_t rows, size_t row_bytes);
+// Whether there are products with a matrix that lies so, and whole tiles of it.
+bool has_tiles(const Kernels& kernels, Layout layout, uint32_t type, size_t rows, size_t row_bytes);
 
 // The share of n rows or neurons that falls to a worker, in whole tiles.
 inline Share share_of_rows(size_t n, int worker, int workers) {
-  const Share tiles = share_of((n + kTileRows - 1) / kTileRows, worker, workers);
+  const Share tiles = share_of(pieces(n, kTileRows), worker, workers);
   return {std::min(n, tiles.begin * kTileRows), std::min(n, tiles.end * kTileRows)};
 }
 

@@ -789,32 +789,14 @@ void gemm_f32_tile(const float* a, size_t n, size_t k, const float* x, size_t x_
       sum[1][t] = _mm512_fmadd_ps(high, v, sum[1][t]);
     }
   }
-  for (int t = 0; t < tokens; ++t)
-    for (int h = 0; h < 2; ++h) {
-      if (static_cast<size_t>(16 * h) >= n) break;
-      const __mmask16 lanes = first_lanes(n - 16 * h);
-      float* to = y + static_cast<size_t>(t) * stride + 16 * h;
-      if (add) sum[h][t] = _mm512_add_ps(sum[h][t], _mm512_maskz_loadu_ps(lanes, to));
-      _mm512_mask_storeu_ps(to, lanes, sum[h][t]);
-    }
-}
-
-// Fewer tokens than the largest tile, all at once.
-template <int tokens>
-void gemm_f32_rest(const float* a, size_t n, size_t k, const float* x, size_t x_stride, size_t left,
-                   bool add, float* y, size_t stride) {
-  if constexpr (tokens > 0) {
-    if (left == tokens) return gemm_f32_tile<tokens>(a, n, k, x, x_stride, add, y, stride);
-    gemm_f32_rest<tokens - 1>(a, n, k, x, x_stride, left, add, y, stride);
-  }
+  store_panel(sum, n, add, y, stride);
 }
 
 void gemm_f32(const float* a, size_t n, size_t k, const float* x, size_t x_stride, size_t tokens,
               bool add, float* y, size_t stride) {
-  size_t t = 0;
-  for (; t + 12 <= tokens; t += 12)
-    gemm_f32_tile<12>(a, n, k, x + t * x_stride, x_stride, add, y + t * stride, stride);
-  gemm_f32_rest<11>(a, n, k, x + t * x_stride, x_stride, tokens - t, add, y + t * stride, stride);
+  in_groups<12>(tokens, [&]<size_t count>(size_t t) {
+    gemm_f32_tile<static_cast<int>(count)>(a, n, k, x + t * x_stride, x_stride, add, y + t * stride, stride);
+  });
 }
 
 // 16 weights of a float row as float32.

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstddef>
+#include <utility>
 
 #include "kernels/shared.h"
 
@@ -20,15 +21,26 @@ FALLOW_INLINE __mmask16 first_lanes(size_t n) {
 // Columns that products take together: one block of the K formats, eight of the others.
 constexpr size_t kSpan = 256;
 
-// Calls some.operator()<count>(first) for groups of tokens, kTokens or what is left.
-template <class Some>
+// Calls some.operator()<count>(first) for groups of tokens, `most` or what is left.
+template <size_t most = kTokens, class Some>
 FALLOW_INLINE void in_groups(size_t tokens, const Some& some) {
-  static_assert(kTokens == 4);
   size_t t = 0;
-  for (; t + kTokens <= tokens; t += kTokens) some.template operator()<kTokens>(t);
-  if (tokens - t == 1) some.template operator()<1>(t);
-  if (tokens - t == 2) some.template operator()<2>(t);
-  if (tokens - t == 3) some.template operator()<3>(t);
+  for (; t + most <= tokens; t += most) some.template operator()<most>(t);
+  [&]<size_t... fewer>(std::index_sequence<fewer...>) {
+    ((tokens - t == fewer + 1 ? some.template operator()<fewer + 1>(t) : void()), ...);
+  }(std::make_index_sequence<most - 1>());
+}
+
+// The n rows of a panel for some tokens: y[t * stride + 16 h + lane] (+)= sum[h][t].
+template <int tokens>
+FALLOW_INLINE void store_panel(__m512 (&sum)[2][tokens], size_t n, bool add, float* y, size_t stride) {
+  for (int t = 0; t < tokens; ++t)
+    for (size_t h = 0; h < 2 && 16 * h < n; ++h) {
+      const __mmask16 lanes = first_lanes(n - 16 * h);
+      float* to = y + static_cast<size_t>(t) * stride + 16 * h;
+      if (add) sum[h][t] = _mm512_add_ps(sum[h][t], _mm512_maskz_loadu_ps(lanes, to));
+      _mm512_mask_storeu_ps(to, lanes, sum[h][t]);
+    }
 }
 
 // The larger of a >= 0 and |b|: as integers, of which NaN's is the largest.

@@ -141,12 +141,6 @@ struct KPlaces {
   static constexpr size_t fifth = 16, nibbles = has_fifth ? 48 : 16;
 };
 
-// Bit g of the fifth ones goes to bit 4.
-template <int g>
-FALLOW_INLINE __m512i with_fifth_of(__m512i low, __m512i bits) {
-  return with_fifth(low, g < 4 ? _mm512_slli_epi32(bits, 4 - g) : _mm512_srli_epi32(bits, g - 4));
-}
-
 // to (16,) += sum of a column's integers, times their scale
 FALLOW_INLINE void add_scaled(__m512i sum, __m512 scale, float* to) {
   _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_loadu_ps(to)));

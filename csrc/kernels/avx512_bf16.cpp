@@ -66,13 +66,7 @@ void gemm_bf16_tile(const uint16_t* panel, size_t n, size_t k, const uint16_t* x
       sum[1][t] = _mm512_dpbf16_ps(sum[1][t], high, v);
     }
   }
-  for (int t = 0; t < tokens; ++t)
-    for (size_t h = 0; h < 2 && 16 * h < n; ++h) {
-      const __mmask16 lanes = first_lanes(n - 16 * h);
-      float* to = y + static_cast<size_t>(t) * stride + 16 * h;
-      if (add) sum[h][t] = _mm512_add_ps(sum[h][t], _mm512_maskz_loadu_ps(lanes, to));
-      _mm512_mask_storeu_ps(to, lanes, sum[h][t]);
-    }
+  store_panel(sum, n, add, y, stride);
 }
 
 void gemm_bf16(const uint16_t* panel, size_t n, size_t k, const uint16_t* x, size_t x_stride,

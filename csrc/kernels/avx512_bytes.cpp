@@ -189,28 +189,14 @@ void gemm_bytes_tile(const PanelGroup* panel, size_t n, size_t k, const ByteToke
       }
     }
   }
-  for (int t = 0; t < tokens; ++t)
-    for (size_t h = 0; h < 2 && 16 * h < n; ++h) {
-      const __mmask16 lanes = first_lanes(n - 16 * h);
-      float* to = y + static_cast<size_t>(t) * stride + 16 * h;
-      if (add) sum[h][t] = _mm512_add_ps(sum[h][t], _mm512_maskz_loadu_ps(lanes, to));
-      _mm512_mask_storeu_ps(to, lanes, sum[h][t]);
-    }
+  store_panel(sum, n, add, y, stride);
 }
-
-constexpr size_t kTile = 6;
 
 void gemm_bytes(const PanelGroup* panel, size_t n, size_t k, const ByteTokens& x, size_t tokens,
                 bool add, float* y, size_t stride) {
-  size_t t = 0;
-  for (; t + kTile <= tokens; t += kTile)
-    gemm_bytes_tile<kTile>(panel, n, k, x, t, add, y + t * stride, stride);
-  [&]<int... left>(std::integer_sequence<int, left...>) {
-    ((tokens - t == left + 1
-          ? gemm_bytes_tile<left + 1>(panel, n, k, x, t, add, y + t * stride, stride)
-          : void()),
-     ...);
-  }(std::make_integer_sequence<int, kTile - 1>());
+  in_groups<6>(tokens, [&]<size_t count>(size_t t) {
+    gemm_bytes_tile<static_cast<int>(count)>(panel, n, k, x, t, add, y + t * stride, stride);
+  });
 }
 
 }  // namespace

@@ -60,6 +60,12 @@ FALLOW_INLINE __m512i with_fifth(__m512i low, __m512i fifth) {
   return _mm512_ternarylogic_epi32(low, fifth, _mm512_set1_epi8(16), 0xF8);  // low | (fifth & 16)
 }
 
+// The same with bit g of `bits`, that of group g in Q5_K.
+template <int g>
+FALLOW_INLINE __m512i with_fifth_of(__m512i low, __m512i bits) {
+  return with_fifth(low, g < 4 ? _mm512_slli_epi32(bits, 4 - g) : _mm512_srli_epi32(bits, g - 4));
+}
+
 template <int i>
 FALLOW_INLINE __m512 byte_as_float(__m512i v) {
   return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 8 * i), _mm512_set1_epi32(255)));
@@ -222,11 +228,9 @@ struct Block4_K : Q4_K {
 struct Block5_K : Q5_K {
   template <int p>
   static FALLOW_INLINE void quads(const __m512i_u* t, int c, __m512i& low, __m512i& high) {
-    const __m512i v = t[12 + 8 * p + c], bits = t[4 + c];  // bit 2 p of a byte, and the next
-    const __m512i a = p < 2 ? _mm512_slli_epi32(bits, 4 - 2 * p) : _mm512_srli_epi32(bits, 2 * p - 4);
-    const __m512i b = p < 2 ? _mm512_slli_epi32(bits, 3 - 2 * p) : _mm512_srli_epi32(bits, 2 * p - 3);
-    low = with_fifth(low_nibbles(v), a);
-    high = with_fifth(high_nibbles(v), b);
+    const __m512i v = t[12 + 8 * p + c], bits = t[4 + c];
+    low = with_fifth_of<2 * p>(low_nibbles(v), bits);
+    high = with_fifth_of<2 * p + 1>(high_nibbles(v), bits);
   }
 };
 

@@ -243,6 +243,22 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
   }
 }
 
+// Four rows' coefficients of each group, as int8 with one scale for the four.
+template <int groups>
+FALLOW_INLINE void round_coefficients(const float (&c)[4][groups], int8_t (&q)[4][groups],
+                                      float (&scale)[groups]) {
+  for (int g = 0; g < groups; ++g) {
+    float largest = 0;
+    for (int r = 0; r < 4; ++r) {
+      const float magnitude = __builtin_fabsf(c[r][g]);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const float inverse = largest > 0 ? 127 / largest : 0.0f;
+    scale[g] = largest / 127;
+    for (int r = 0; r < 4; ++r) q[r][g] = static_cast<int8_t>(vcvtns_s32_f32(c[r][g] * inverse));
+  }
+}
+
 // sums += four rows of one block times their coefficients.
 template <class F>
 FALLOW_INLINE void axpy_block(const uint8_t* const* b, const float* c, float* sums, float* minima) {
@@ -257,7 +273,7 @@ FALLOW_INLINE void axpy_block(const uint8_t* const* b, const float* c, float* su
       s[r][g] *= c[r];
     }
   }
-  round_coefficients(s, [](float v) { return vcvtns_s32_f32(v); }, q, scale);
+  round_coefficients(s, q, scale);
 #pragma GCC unroll 2
   for (int j = 0; j < chunks; ++j) {
     const int8x16x2_t w[4] = {F::chunk(b[0], j), F::chunk(b[1], j), F::chunk(b[2], j),
@@ -287,11 +303,35 @@ FALLOW_INLINE void axpy_block(const uint8_t* const* b, const float* c, float* su
   }
 }
 
+// Four rows at a time, in slabs of columns.
 template <class F>
 void axpy_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
                size_t k, const float* coefficient, float* y) {
-  axpy_in_slabs<F>(w, row_bytes, rows, begin, n, k, coefficient, kPrefetch / row_bytes + 4,
-                   axpy_block<F>, [](size_t j) { return j; }, y);
+  if (n == 0) return;
+  const size_t ahead = kPrefetch / row_bytes + 4;
+  for (size_t first = 0; first < k; first += kSlab) {
+    const uint8_t* slab = w + first / F::block * F::bytes;
+    const size_t width = k - first < kSlab ? k - first : kSlab;
+    float sums[kSlab] = {};
+    float minima[kSlab / F::group] = {};
+    const auto row_at = [&](size_t i) { return slab + row_of(rows, begin, i) * row_bytes; };
+    for (size_t i = 0; i < n; i += 4) {
+      const uint8_t *b[4], *later[4];
+      float c[4];
+      for (size_t r = 0; r < 4; ++r) {  // rows past the end are the last one with coefficient 0
+        const bool there = i + r < n;
+        b[r] = row_at(there ? i + r : n - 1);
+        c[r] = there ? coefficient[i + r] : 0.0f;
+        later[r] = i + r + ahead < n ? row_at(i + r + ahead) : nullptr;
+      }
+      for (size_t at = 0; at < width; at += F::block) {
+        for (auto& p : later) prefetch(p, F::bytes);
+        axpy_block<F>(b, c, sums + at, minima + at / F::group);
+        for (auto& p : b) p += F::bytes;
+      }
+    }
+    for (size_t j = 0; j < width; ++j) y[first + j] += sums[j] - minima[j / F::group];
+  }
 }
 
 // Four weights of a float row as float32; the last ones of a row come one at a time.

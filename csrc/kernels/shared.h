@@ -27,58 +27,8 @@ FALLOW_INLINE void prefetch(const uint8_t*& p, size_t n) {
   p += n;
 }
 
-// Four rows' coefficients of each group, as int8 with one scale for the four.
-template <int groups, class Round>
-FALLOW_INLINE void round_coefficients(const float (&c)[4][groups], const Round& round,
-                                      int8_t (&q)[4][groups], float (&scale)[groups]) {
-  for (int g = 0; g < groups; ++g) {
-    float largest = 0;
-    for (int r = 0; r < 4; ++r) {
-      const float magnitude = __builtin_fabsf(c[r][g]);
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    const float inverse = largest > 0 ? 127 / largest : 0.0f;
-    scale[g] = largest / 127;
-    for (int r = 0; r < 4; ++r) q[r][g] = static_cast<int8_t>(round(c[r][g] * inverse));
-  }
-}
-
-// y (k,) += coefficient[i] * W[row i], four rows at a time, in slabs of columns whose sums and minima
-// stay in the first cache. add_block(b, c, sums, minima) adds four rows' blocks at b; column j of a
-// chunk of 32 is then sums[column_at(j)].
+// Columns of a sum of rows that are summed at a time: their sums and minima stay in the first cache.
 constexpr size_t kSlab = 4096;
-
-template <class F, class AddBlock, class ColumnAt>
-FALLOW_INLINE void axpy_in_slabs(const uint8_t* w, size_t row_bytes, const int32_t* rows,
-                                 size_t begin, size_t n, size_t k, const float* coefficient,
-                                 size_t ahead, const AddBlock& add_block, const ColumnAt& column_at,
-                                 float* y) {
-  if (n == 0) return;
-  for (size_t first = 0; first < k; first += kSlab) {
-    const uint8_t* slab = w + first / F::block * F::bytes;
-    const size_t width = k - first < kSlab ? k - first : kSlab;
-    alignas(32) float sums[kSlab] = {};
-    float minima[kSlab / F::group] = {};
-    const auto row_at = [&](size_t i) { return slab + row_of(rows, begin, i) * row_bytes; };
-    for (size_t i = 0; i < n; i += 4) {
-      const uint8_t *b[4], *later[4];
-      float c[4];
-      for (size_t r = 0; r < 4; ++r) {  // rows past the end are the last one with coefficient 0
-        const bool there = i + r < n;
-        b[r] = row_at(there ? i + r : n - 1);
-        c[r] = there ? coefficient[i + r] : 0.0f;
-        later[r] = i + r + ahead < n ? row_at(i + r + ahead) : nullptr;
-      }
-      for (size_t at = 0; at < width; at += F::block) {
-        for (auto& p : later) prefetch(p, F::bytes);
-        add_block(b, c, sums + at, minima + at / F::group);
-        for (auto& p : b) p += F::bytes;
-      }
-    }
-    for (size_t j = 0; j < width; ++j)
-      y[first + j] += sums[j - j % 32 + column_at(j % 32)] - minima[j / F::group];
-  }
-}
 
 // Rows of floats: `dot(row, x, k)` and `add(c, row, k, y)` are a file's own.
 template <class Dot>

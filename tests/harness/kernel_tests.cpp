@@ -69,10 +69,11 @@ std::vector<std::string> products(const std::string& table, const std::string& t
   std::vector<std::string> found;
   if (kernels.gemv_tokens[format.type]) found.push_back("gemv of rows");
   if (kernels.axpy_tokens[format.type]) found.push_back("axpy of rows");
-  if (kernels.gemv_tiles[format.type] && fits(Layout::kDwordTiles, kTileRows, row_bytes))
-    found.push_back("gemv of tiles");
-  if (kernels.axpy_tiles[format.type] && fits(Layout::kByteTiles, kTileRows, row_bytes))
-    found.push_back("axpy of tiles");
+  const auto tiled = [&](Layout layout) {
+    return has_tiles(kernels, layout, format.type, kTileRows, row_bytes);
+  };
+  if (tiled(Layout::kDwordTiles)) found.push_back("gemv of tiles");
+  if (tiled(Layout::kByteTiles)) found.push_back("axpy of tiles");
   return found;
 }
 
@@ -83,7 +84,7 @@ struct InLayout : KernelTest {
   InLayout(const std::string& table, const std::string& type, Bytes w, size_t width, bool tiled, Layout layout)
       : KernelTest(table, type, w, width) {
     if (!tiled) return;
-    if (!fits(layout, rows, row_bytes)) throw nb::value_error("no whole tiles");
+    if (!has_tiles(kernels, layout, format.type, rows, row_bytes)) throw nb::value_error("no tiles");
     tiles.assign(w.data(), w.data() + w.size());
     to_tiles(layout, tiles.data(), rows, row_bytes);
     std::vector<uint8_t> back = tiles;
