@@ -84,6 +84,7 @@ class BoundEngine {
     FileRows* rows = file_rows_.back().get();
     if (embedding) engine_->set_embedding(rows);
     if (head) engine_->set_head(rows);
+    is_head_on_disk_ |= head;
   }
 
   // (layer, [(matrix, offset, bytes)]), layers ascending
@@ -159,6 +160,17 @@ class BoundEngine {
     }
   }
 
+  void set_shortlist(float nats, size_t most) {
+    nb::gil_scoped_release release;
+    try {
+      engine_->set_shortlist(nats, most);
+      lay_out();
+    } catch (...) {
+      engine_->set_shortlist(0, 0);
+      throw;
+    }
+  }
+
   nb::dict stats() const {
     const Statistics& found = engine_->statistics();
     const Timing& t = found.timing;
@@ -216,7 +228,8 @@ class BoundEngine {
     engine_->set_pause([this] { answer_signals(); });
   }
 
-  // Weights in memory of our own lie in tiles, but for those of which the plan leaves out some rows.
+  // Weights in memory of our own lie in tiles, but for those of which the plan leaves out some rows. The
+  // embedding does where it is the head.
   void lay_out() {
     if (!image_) return;
     is_laid_out_ = true;
@@ -234,6 +247,8 @@ class BoundEngine {
       wanted.push_back({&layer.up_proj, whole_up ? Layout::kDwordTiles : Layout::kRows});
       wanted.push_back({&layer.down_proj_t, dense ? Layout::kByteTiles : Layout::kRows});
     }
+    if (!is_head_on_disk_)
+      wanted.push_back({&model_.lm_head, engine_->has_shortlist() ? Layout::kRows : Layout::kDwordTiles});
     std::erase_if(wanted, [&](const Wanted& wish) {
       const Matrix& w = *wish.w;
       if (!w.data || w.layout == wish.layout || streamed_.contains(&w)) return true;
@@ -249,6 +264,7 @@ class BoundEngine {
         w->layout = layout;
       }
     });
+    if (model_.embed_tokens.data == model_.lm_head.data) model_.embed_tokens.layout = model_.lm_head.layout;
   }
 
   // Lets Python act on Ctrl-C within a long pass.
@@ -285,7 +301,7 @@ class BoundEngine {
   std::vector<std::unique_ptr<FileRows>> file_rows_;
   std::unique_ptr<Streamer> streamer_;
   std::set<const Matrix*> streamed_;
-  bool is_laid_out_ = false;
+  bool is_laid_out_ = false, is_head_on_disk_ = false;
   std::unique_ptr<Engine> engine_;
 };
 
@@ -324,9 +340,7 @@ void bind_engine(nb::module_& m) {
       .def("set_cuts", &BoundEngine::set_cuts, "cuts"_a)
       .def("stats", &BoundEngine::stats)
       .def("reset_stats", &BoundEngine::reset_stats)
-      .def("set_shortlist",
-           [](BoundEngine& e, float nats, size_t most) { e.engine().set_shortlist(nats, most); },
-           "nats"_a, "most"_a)
+      .def("set_shortlist", &BoundEngine::set_shortlist, "nats"_a, "most"_a)
       .def("down_norm", &BoundEngine::down_norm, "layer"_a)
       .def_prop_ro("context", [](BoundEngine& e) { return e.engine().context(); })
       .def_prop_ro("kernels", &BoundEngine::kernels)

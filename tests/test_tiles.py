@@ -11,8 +11,9 @@ from fallow.engine.engine import Engine
 from fallow.packing.packer import pack
 from fallow.plan import Cut
 
-# Wide enough for blocks of 256; of q_proj and o_proj too the widths differ.
+# Wide enough for blocks of 256; of q_proj and o_proj too the widths differ. The vocabulary is whole tiles.
 WIDE = {
+    "vocab_size": 304,
     "hidden_size": 256,
     "intermediate_size": 528,
     "num_attention_heads": 4,
@@ -24,12 +25,16 @@ IDS = np.random.default_rng(0).integers(2, 250, 60)
 
 
 @pytest.fixture(
-    scope="module", params=[("q4_k", "q5_k"), ("q5_k", "q4_k"), ("q4_1", "q8_0")], ids=str
+    scope="module",
+    params=[("q4_k", "q5_k", False), ("q5_k", "q4_k", True), ("q8_0", "q8_0", True)]
+    + [(quant, "q8_0", False) for quant in ("q4_0", "q4_1", "q5_0", "q5_1", "q6_k")],
+    ids=str,
 )
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    quant, down = request.param
+    quant, down, tied = request.param
     root = tmp_path_factory.mktemp("tiles")
-    pack(make_folder("llama", root / "model", **WIDE), root / "packed.gguf", quant=quant, down=down)
+    folder = make_folder("llama", root / "model", tie_word_embeddings=tied, **WIDE)
+    pack(folder, root / "packed.gguf", quant=quant, down=down, shortlist=True)
     return root / "packed.gguf"
 
 
@@ -54,7 +59,8 @@ def test_tiles_are_rows_to_the_bit(
     mapped = Engine(path, threads=2, kernels=kernels)
     half = engine_plan(engine, Cut("gate_act", "topk", 0.5))
     fixed = engine_plan(engine, Cut("gate_act", "threshold", 0.001))
-    for plan in (None, half, fixed, None):
+    shortlist = engine_plan(engine, Cut("gate_act", "topk", 0.5), head_margin=1.0)
+    for plan in (None, half, fixed, shortlist, None):
         for each in (engine, mapped):
             each.use_plan(plan)
         for found, expected in zip(read(engine), read(mapped), strict=True):

@@ -21,7 +21,8 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
       products_(run_, cuts_, block_, widest_input(config_), config_.intermediate_size),
       attention_(run_, products_, model, block_, context), ffn_(run_, cuts_, products_, model, block_),
       head_(run_, products_, model), normed_(block_, config_.hidden_size, kernels),
-      residual_(block_ * config_.hidden_size), branch_(residual_.size()) {}
+      residual_(block_ * config_.hidden_size), branch_(residual_.size()),
+      embedding_row_(model.embed_tokens.row_bytes) {}
 
 void Engine::set_stream(Streamer* streamer, std::vector<StreamedLayer> layers) {
   streamer_ = streamer;
@@ -90,7 +91,12 @@ void Engine::embed(const int32_t* tokens, size_t n) {
       }
       row = slots_[t];
     }
-    run_.kernels.decode(table.type, data + static_cast<size_t>(row) * table.row_bytes, hidden, x);
+    const uint8_t* weights = data + static_cast<size_t>(row) * table.row_bytes;
+    if (table.layout != Layout::kRows) {
+      row_of_tiles(data, static_cast<size_t>(row), table.row_bytes, embedding_row_.data());
+      weights = embedding_row_.data();
+    }
+    run_.kernels.decode(table.type, weights, hidden, x);
     for (size_t i = 0; i < hidden; ++i) x[i] *= config_.embedding_scale;
     if (model_.embed_positions) add_to(x, model_.embed_positions + (position_ + t) * hidden, hidden);
   }

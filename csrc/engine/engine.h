@@ -35,6 +35,7 @@ class Engine {
   }
   bool leaves_out_neurons(size_t layer) const { return cuts_.leaves_out_neurons(layer); }
   void set_shortlist(float nats, size_t most) { head_.set_shortlist(nats, most); }  // see Head
+  bool has_shortlist() const { return head_.has_shortlist(); }
   // From now on rows of embed_tokens, or of lm_head, come from there.
   void set_embedding(FileRows* rows) { embedding_rows_ = rows; }
   void set_head(FileRows* rows) { head_.set_rows(rows); }
@@ -79,6 +80,7 @@ class Engine {
   std::vector<float> residual_, branch_;  // (block, hidden)
   FileRows* embedding_rows_ = nullptr;
   std::vector<int32_t> slots_;            // of rows that come from a file
+  std::vector<uint8_t> embedding_row_;    // one that was in a tile
   Streamer* streamer_ = nullptr;
   std::vector<StreamedLayer> streamed_;
 };

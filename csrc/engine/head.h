@@ -19,6 +19,7 @@ class Head {
   // largest; 0 nats: all are exact, 0 logits: no limit. The margin stays 0 where the model has no
   // lm_head_coarse.
   void set_shortlist(float nats, size_t most);
+  bool has_shortlist() const { return margin_ > 0; }
   // From now on rows of the head come from there.
   void set_rows(FileRows* rows) { rows_ = rows; }
 

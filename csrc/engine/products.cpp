@@ -59,7 +59,7 @@ Products::Products(Runtime& run, Cuts& cuts, size_t tokens, size_t width, size_t
   for (Scratch& own : scratch_) {
     own.panel.resize(panel);
     own.rows.resize(std::max(width * kPanel, size_t{32} * 256));
-    own.plain.resize(panel);  // types that have tiles take less than a byte per weight
+    own.plain.resize(panel + panel / 8);  // Q8_0 takes 34 bytes for 32 weights, other types less
     if (run.kernels.gemm_bf16) own.panel_half.resize(panel);
     if (run.kernels.gemm_bytes) own.panel_bytes.resize(std::max(width, 8 * kSummedBytes) / 32);
   }

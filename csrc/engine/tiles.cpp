@@ -79,4 +79,9 @@ void rows_of_tile(Layout layout, const uint8_t* tile, size_t from, size_t bytes,
   move(rows, bytes, from, bytes, tile);
 }
 
+void row_of_tiles(const uint8_t* tiles, size_t row, size_t row_bytes, uint8_t* out) {
+  const uint8_t* lane = tiles + row / kTileRows * kTileRows * row_bytes + 4 * (row % kTileRows);
+  for (size_t i = 0; i < row_bytes; i += 4) std::memcpy(out + i, lane + kTileRows * i, 4);
+}
+
 }  // namespace fallow

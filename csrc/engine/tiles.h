@@ -33,4 +33,7 @@ void to_rows(Layout layout, uint8_t* tiles, size_t n, size_t row_bytes);
 // kByteTiles, of 4 for kDwordTiles.
 void rows_of_tile(Layout layout, const uint8_t* tile, size_t from, size_t bytes, uint8_t* rows);
 
+// One row of a matrix in dword tiles.
+void row_of_tiles(const uint8_t* tiles, size_t row, size_t row_bytes, uint8_t* out);
+
 }  // namespace fallow

@@ -325,124 +325,71 @@ struct Whole {
   FALLOW_INLINE Row operator[](size_t row) const { return {data + row * row_bytes}; }
 };
 
-// The dot product of a row and one token is sum(sums) - minima, the latter times the offset for formats
-// without minima. One sum per chunk: a single one would wait for its last addition four times per
-// span, 16 of 19 cycles.
-template <class F>
-struct Dot {
-  using G = Groups<F::group>;
-  __m512 sums[4] = {};
-  typename G::V minima = G::zero();
-
-  FALLOW_INLINE float value() const {
-    const float all_minima =
-        G::sum(minima) * (F::has_min ? 1.0f : static_cast<float>(F::offset));
-    const __m512 all =
-        _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
-    return _mm512_reduce_add_ps(all) - all_minima;
-  }
-};
-
-// Adds `chunks` * 64 columns of a row, from column `at`, to the dots of some tokens.
-template <class F, int chunks, size_t tokens, class Row>
-FALLOW_INLINE void dot_span(const Row& row, size_t at, const Activation* x, Dot<F> (&dots)[tokens]) {
-  using G = Groups<F::group>;
-  constexpr size_t n = chunks * 64 / F::group;
-  typename G::V s, m, scale[tokens];
-  row.groups(n, s, m);
-#pragma GCC unroll 4
-  for (size_t t = 0; t < tokens; ++t) {
-    const typename G::V sums = G::load((F::group == 16 ? x[t].sum16 : x[t].sum) + at / F::group, n);
-    dots[t].minima = G::fma(F::has_min ? m : s, sums, dots[t].minima);
-    typename G::V d;
-    if constexpr (F::group == 32) {
-      d = G::load(x[t].d + at / 32, n);
-    } else {
-      const __m512i twice =
-          _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-      d = _mm512_permutexvar_ps(twice,
-                                _mm512_castps256_ps512(_mm256_loadu_ps(x[t].d + at / 32)));
-    }
-    scale[t] = G::mul(s, d);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < chunks; ++j) {
-    const __m512i w = row.chunk(j);
+// y[t * stride] = row . x[t], of a Q6_K row; asks for the later row on the way. One sum per chunk: a
+// single one would wait for its last addition four times per block, 16 of 19 cycles. Bytes need few
+// steps row by row, and rows that follow each other are one memory stream: 16 at a time, or in tiles, they
+// took 1.1 to 1.3 times as long (Zen 4).
+template <size_t tokens>
+FALLOW_INLINE void dot_row_q6_k(const uint8_t* row, const uint8_t* later, size_t k, const Activation* x,
+                                float* y, size_t stride) {
+  using G = Groups<16>;
+  __m512 sums[tokens][4] = {}, offsets[tokens] = {};
+  for (size_t at = 0; at < k; at += kSpan, row += Q6_K::bytes) {
+    prefetch(later, Q6_K::bytes);
+    __m512 s, unused, scale[tokens];
+    V6_K::groups(row, 16, s, unused);
 #pragma GCC unroll 4
     for (size_t t = 0; t < tokens; ++t) {
-      const __m512i high =
-          _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, load512(x[t].high + at + 64 * j));
-      const __m512i sum =
-          _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), w, load512(x[t].low + at + 64 * j));
-      dots[t].sums[j] =
-          _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), G::spread(scale[t], j), dots[t].sums[j]);
+      offsets[t] = _mm512_fmadd_ps(s, _mm512_loadu_ps(x[t].sum16 + at / 16), offsets[t]);
+      const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+      scale[t] = _mm512_mul_ps(
+          s, _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(x[t].d + at / 32))));
     }
-  }
-}
-
-// y[t * stride] = row . x[t]; asks for the later row on the way.
-template <class F, size_t tokens, class Row>
-FALLOW_INLINE void dot_row(Row row, Row later, size_t k, const Activation* x, float* y,
-                           size_t stride) {
-  Dot<F> dots[tokens];
-  size_t at = 0;
-  for (; at + kSpan <= k; at += kSpan, row.skip(kSpan)) {
-    later.ask(kSpan);
-    dot_span<F, 4>(row, at, x, dots);
-  }
-  float tail[tokens] = {};
-  if constexpr (F::block == 32) {
-    later.ask(k - at);
-    const size_t chunks = (k - at) / 64;
-    if (chunks == 1) dot_span<F, 1>(row, at, x, dots);
-    if (chunks == 2) dot_span<F, 2>(row, at, x, dots);
-    if (chunks == 3) dot_span<F, 3>(row, at, x, dots);
-    at += 64 * chunks;
-    row.skip(64 * chunks);
-    if (at < k) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512i w = V6_K::chunk(row, j);
+#pragma GCC unroll 4
       for (size_t t = 0; t < tokens; ++t) {
-        const Activation rest{nullptr,          x[t].high + at,     x[t].low + at,
-                              x[t].d + at / 32, x[t].sum + at / 32, x[t].sum16 + at / 16};
-        portable_kernels().gemv_rows[F::type](row.b, F::bytes, nullptr, 0, 1, 32, rest,
-                                              &tail[t]);
+        const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, load512(x[t].high + at + 64 * j));
+        const __m512i sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), w, load512(x[t].low + at + 64 * j));
+        sums[t][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), G::spread(scale[t], j), sums[t][j]);
       }
     }
   }
-  for (size_t t = 0; t < tokens; ++t) y[t * stride] = dots[t].value() + tail[t];
-}
-
-template <class Rows>
-FALLOW_INLINE void gemv(const Rows& w, const int32_t* rows, size_t begin, size_t n, size_t k,
-                        const Activation& x, float* y) {
-  const size_t ahead = kPrefetch / w.row_bytes + 1;
-  for (size_t i = 0; i < n; ++i) {
-    typename Rows::Row later;
-    if (i + ahead < n) later = w[row_of(rows, begin, i + ahead)];
-    dot_row<typename Rows::Format, 1>(w[row_of(rows, begin, i)], later, k, &x, y + i, 1);
+  for (size_t t = 0; t < tokens; ++t) {
+    const __m512 all = _mm512_add_ps(_mm512_add_ps(sums[t][0], sums[t][1]), _mm512_add_ps(sums[t][2], sums[t][3]));
+    y[t * stride] = _mm512_reduce_add_ps(all) - _mm512_reduce_add_ps(offsets[t]) * static_cast<float>(Q6_K::offset);
   }
 }
 
-template <class F>
-void gemv_tokens(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, size_t k,
-                 const Activation* x, size_t tokens, float* y, size_t stride) {
-  using Row = typename Whole<F>::Row;
-  const Whole<F> matrix{w, row_bytes};
-  const size_t ahead = kPrefetch / row_bytes + 1;
+// The row that is at work, and the one to ask for meanwhile.
+struct RowAndLater {
+  const uint8_t *row, *later;
+
+  FALLOW_INLINE RowAndLater(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t i, size_t n)
+      : row(w + row_of(rows, begin, i) * row_bytes), later(nullptr) {
+    const size_t ahead = kPrefetch / row_bytes + 1;
+    if (i + ahead < n) later = w + row_of(rows, begin, i + ahead) * row_bytes;
+  }
+};
+
+void gemv_rows_q6_k(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+                    size_t k, const Activation& x, float* y) {
   for (size_t i = 0; i < n; ++i) {
-    const Row row = matrix[begin + i];
-    Row later;
-    if (i + ahead < n) later = matrix[begin + i + ahead];
+    const RowAndLater at(w, row_bytes, rows, begin, i, n);
+    dot_row_q6_k<1>(at.row, at.later, k, &x, y + i, 1);
+  }
+}
+
+void gemv_tokens_q6_k(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, size_t k,
+                      const Activation* x, size_t tokens, float* y, size_t stride) {
+  for (size_t i = 0; i < n; ++i) {
+    RowAndLater at(w, row_bytes, nullptr, begin, i, n);
     in_groups(tokens, [&]<size_t count>(size_t t) {
-      dot_row<F, count>(row, later, k, x + t, y + t * stride + i, stride);
-      later = Row();  // it is asked for once
+      dot_row_q6_k<count>(at.row, at.later, k, x + t, y + t * stride + i, stride);
+      at.later = nullptr;  // it is asked for once
     });
   }
-}
-
-template <class F>
-void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
-               size_t k, const Activation& x, float* y) {
-  gemv(Whole<F>{w, row_bytes}, rows, begin, n, k, x, y);
 }
 
 // The quantised coefficients of kSummed rows in one span.
@@ -1066,18 +1013,11 @@ void silu(float* x, size_t n) { in_lanes(x, n, silu_of<V>); }
 void gelu_tanh(float* x, size_t n) { in_lanes(x, n, gelu_tanh_of<V>); }
 
 template <class F>
-void add_rows(Kernels& table) {
-  table.gemv_rows[F::type] = gemv_rows<F>;
-  table.gemv_tokens[F::type] = gemv_tokens<F>;
-}
-template <class F>
 void add_axpy(Kernels& table) {
   table.axpy_rows[F::type] = axpy_rows<F>;
   table.axpy_tokens[F::type] = axpy_tokens<F>;
 }
 
-// For formats of four bits, and Q5_K: 16 rows at a time take 0.6 to 0.8 of the time of one by one. Of
-// the others, whose bytes need fewer steps row by row, they take 1.2 to 1.4 times as long (Zen 4).
 template <class L>
 void add_lanes(Kernels& table) {
   table.gemv_rows[L::type] = gemv_lanes<L>;
@@ -1139,14 +1079,15 @@ __attribute__((target("avx512vpopcntdq"))) void and_tile(const uint64_t* const* 
 Kernels make() {
   Kernels table = portable_kernels();  // Q2_K and Q3_K stay scalar
   table.name = "avx512";
-  add_rows<V5_0>(table);
-  add_rows<V5_1>(table);
-  add_rows<V8_0>(table);
-  add_rows<V6_K>(table);
   add_lanes<LanesOf32<Q4_0>>(table);
   add_lanes<LanesOf32<Q4_1>>(table);
+  add_lanes<LanesOf32<Q5_0>>(table);
+  add_lanes<LanesOf32<Q5_1>>(table);
+  add_lanes<LanesOf32<Q8_0>>(table);
   add_lanes<LanesOfK<Block4_K>>(table);
   add_lanes<LanesOfK<Block5_K>>(table);
+  table.gemv_rows[kQ6_K] = gemv_rows_q6_k;
+  table.gemv_tokens[kQ6_K] = gemv_tokens_q6_k;
   add_axpy<V4_0>(table);
   add_axpy<V4_1>(table);
   add_axpy<V5_0>(table);

@@ -25,36 +25,19 @@ struct LaneBytes {
   }
 };
 
-// Bits 0..3 of each dword to bit 4 of its bytes.
-FALLOW_INLINE __m512i spread_fifth(__m512i bits) {
-  const __m512i four = _mm512_and_si512(bits, _mm512_set1_epi32(15));
-  return _mm512_slli_epi32(_mm512_mullo_epi32(four, _mm512_set1_epi32(0x00204081)), 4);
-}
-
 // The block at a byte of t, of a format with blocks of 32.
 template <class F, size_t begin>
 FALLOW_INLINE LaneBytes bytes_of(const __m512i_u* t) {
   LaneBytes b;
-  b.scale = half_at<begin>(t);
+  b.scale = F::template scale<begin>(t);
   if constexpr (F::has_min) {
-    b.minimum = _mm512_xor_ps(half_at<begin + 2>(t), _mm512_set1_ps(-0.0f));
+    b.minimum = F::template minimum<begin>(t);
   } else {
     b.minimum = _mm512_mul_ps(b.scale, _mm512_set1_ps(static_cast<float>(F::offset)));
   }
-  constexpr size_t head = F::has_min ? 4 : 2, body = F::bytes - (F::centre == 128 ? 32 : 16);
-  const auto quad = [&]<size_t c>() {
-    if constexpr (F::centre == 128) {
-      return _mm512_xor_si512(dword_at<begin + head + 4 * c>(t), _mm512_set1_epi8(-128));
-    } else {
-      const __m512i v = dword_at<begin + body + 4 * (c % 4)>(t);
-      const __m512i nibbles = c < 4 ? low_nibbles(v) : high_nibbles(v);
-      if constexpr (F::centre == 8) return nibbles;
-      return with_fifth(nibbles, spread_fifth(_mm512_srli_epi32(dword_at<begin + head>(t), 4 * c)));
-    }
-  };
-  [&]<size_t... c>(std::index_sequence<c...>) {
-    ((b.q[c] = quad.template operator()<c>()), ...);
-  }(std::make_index_sequence<8>());
+  [&]<int... c>(std::integer_sequence<int, c...>) {
+    ((b.q[c] = F::template quad<begin, c>(t)), ...);
+  }(std::make_integer_sequence<int, 8>());
   return b;
 }
 
@@ -202,11 +185,11 @@ void gemm_bytes(const PanelGroup* panel, size_t n, size_t k, const ByteTokens& x
 }  // namespace
 
 void add_bytes(Kernels& table) {
-  table.panel_bytes[kQ4_0] = panel_of_32<Q4_0>;
-  table.panel_bytes[kQ4_1] = panel_of_32<Q4_1>;
-  table.panel_bytes[kQ5_0] = panel_of_32<Q5_0>;
-  table.panel_bytes[kQ5_1] = panel_of_32<Q5_1>;
-  table.panel_bytes[kQ8_0] = panel_of_32<Q8_0>;
+  table.panel_bytes[kQ4_0] = panel_of_32<LanesOf32<Q4_0>>;
+  table.panel_bytes[kQ4_1] = panel_of_32<LanesOf32<Q4_1>>;
+  table.panel_bytes[kQ5_0] = panel_of_32<LanesOf32<Q5_0>>;
+  table.panel_bytes[kQ5_1] = panel_of_32<LanesOf32<Q5_1>>;
+  table.panel_bytes[kQ8_0] = panel_of_32<LanesOf32<Q8_0>>;
   table.panel_bytes[kQ4_K] = panel_of_k<Block4_K>;
   table.panel_bytes[kQ5_K] = panel_of_k<Block5_K>;
   table.columns_bytes = columns_bytes;

@@ -77,6 +77,17 @@ FALLOW_INLINE __m512i four_of(const int8_t* x) {
   return _mm512_set1_epi32(v);
 }
 
+// Bits 0..3 of byte `byte` of each dword, or bits 4..7 if `high`, as bit 4 of its bytes, put to `low`.
+template <int byte, bool high>
+FALLOW_INLINE __m512i with_fifth_bits(__m512i low, __m512i bits) {
+  const __m512i of_dword = _mm512_set_epi32(
+      0x0C0C0C0C, 0x08080808, 0x04040404, 0, 0x0C0C0C0C, 0x08080808, 0x04040404, 0, 0x0C0C0C0C, 0x08080808,
+      0x04040404, 0, 0x0C0C0C0C, 0x08080808, 0x04040404, 0);
+  const __m512i there = _mm512_shuffle_epi8(bits, _mm512_add_epi8(of_dword, _mm512_set1_epi8(byte)));
+  const __m512i own = _mm512_set1_epi32(static_cast<int>(high ? 0x80402010 : 0x08040201));
+  return _mm512_mask_add_epi8(low, _mm512_test_epi8_mask(there, own), low, _mm512_set1_epi8(16));
+}
+
 // What 16 rows make of some tokens: the products are sum - minima, the latter times the offset for
 // formats without minima.
 template <size_t tokens>
@@ -126,32 +137,51 @@ struct LaneGroup {
   }
 };
 
-// Q4_0 and Q4_1.
+// Blocks of 32: quad<begin, c>(t) gives columns [4 c, 4 c + 4) of the block at byte `begin`.
 template <class F>
 struct LanesOf32 : F {
+  static constexpr bool whole_bytes = F::centre == 128, has_fifth = F::centre == 16;
+  static constexpr size_t head = F::has_min ? 4 : 2;
+
+  template <size_t begin, int c>
+  static FALLOW_INLINE __m512i quad(const __m512i_u* t) {
+    if constexpr (whole_bytes) {
+      return _mm512_xor_si512(dword_at<begin + head + 4 * c>(t), _mm512_set1_epi8(-128));
+    } else {  // of 16 bytes the low nibbles are columns 0..15
+      const __m512i v = dword_at<begin + F::bytes - 16 + 4 * (c % 4)>(t);
+      const __m512i nibbles = c < 4 ? low_nibbles(v) : high_nibbles(v);
+      if constexpr (!has_fifth) return nibbles;
+      return with_fifth_bits<c / 2, c % 2>(nibbles, dword_at<begin + head>(t));
+    }
+  }
+  template <size_t begin>
+  static FALLOW_INLINE __m512 scale(const __m512i_u* t) { return half_at<begin>(t); }
+  template <size_t begin>
+  static FALLOW_INLINE __m512 minimum(const __m512i_u* t) {
+    return _mm512_xor_ps(half_at<begin + 2>(t), _mm512_set1_ps(-0.0f));
+  }
+
   template <size_t begin, size_t tokens>
   static FALLOW_INLINE void add_block(const __m512i_u* t, const Activation* x, size_t column,
                                       LaneSums<tokens>& sums) {
     LaneGroup<tokens> first, second;  // two, so that products wait half as long for each other
-    const auto nibbles = [&]<int c>() {  // of 16 bytes the low ones are columns 0..15
-      const __m512i v = dword_at<begin + (F::has_min ? 4 : 2) + 4 * c>(t);
-      first.add(low_nibbles(v), x, column + 4 * c);
-      second.add(high_nibbles(v), x, column + 16 + 4 * c);
+    const auto quads = [&]<int c>() {
+      first.add(quad<begin, c>(t), x, column + 4 * c);
+      second.add(quad<begin, c + 4>(t), x, column + 16 + 4 * c);
     };
-    nibbles.template operator()<0>();
-    nibbles.template operator()<1>();
-    nibbles.template operator()<2>();
-    nibbles.template operator()<3>();
+    quads.template operator()<0>();
+    quads.template operator()<1>();
+    quads.template operator()<2>();
+    quads.template operator()<3>();
 #pragma GCC unroll 4
     for (size_t i = 0; i < tokens; ++i) {
       first.high[i] = _mm512_add_epi32(first.high[i], second.high[i]);
       first.low[i] = _mm512_add_epi32(first.low[i], second.low[i]);
     }
-    const __m512 s = half_at<begin>(t);
+    const __m512 s = scale<begin>(t);
     first.finish(s, x, column, sums);
     if constexpr (F::has_min) {
-      const __m512 m = _mm512_xor_ps(half_at<begin + 2>(t), _mm512_set1_ps(-0.0f));
-      sums.subtract(m, x, column / 32);
+      sums.subtract(minimum<begin>(t), x, column / 32);
     } else {
       sums.subtract(s, x, column / 32);
     }
