@@ -10,6 +10,7 @@ names a native one):
 
     python benchmarks/optimize.py smollm2 gemma3 qwen2.5-1.5b
     python benchmarks/engine.py smollm2 gemma3 qwen2.5-1.5b
+    python benchmarks/engine.py mistral-7b-shape              # random weights: for speed alone
     python benchmarks/engine.py qwen2.5-1.5b --kernels avx2   # as on processors without AVX-512
     python benchmarks/engine.py --report      # writes docs/results/engine.md, the README's table
 """
@@ -46,6 +47,7 @@ PROMPTS = [
 CONTINUATION = 64  # greedy tokens after each prompt
 KERNELS = [("Q4_K", 1536), ("Q5_K", 1536), ("Q6_K", 1536), ("Q4_K", 8960), ("Q6_K", 8960)]
 MATRIX_BYTES = 400e6
+SHAPE_PROMPT, SHAPE_NEW = 32, 32  # tokens, of the model of random weights
 
 
 def machine(kernels: str = "") -> str:
@@ -130,6 +132,37 @@ def prompt_kl(engine: Any) -> float:
         exact, fast = (engine.logits(window, exact=e) for e in (True, False))
         found.append(Dense(exact).divergence(fast))
     return float(np.mean(found))
+
+
+def run_shape(kernels: str) -> None:
+    """Decode of a 7B model of random weights: dense, and half of the neurons by their gates."""
+    import tempfile
+
+    import seven_billion
+    from fallow import Engine
+    from fallow.measure.speed import run_in_turn
+    from fallow.plan import Cut, Plan
+
+    folder = RESULTS / seven_billion.NAME / machine(kernels)
+    folder.mkdir(parents=True, exist_ok=True)
+    record_machine(folder / "machine.json")
+    plan = Plan(
+        model=seven_billion.NAME,
+        fingerprint=seven_billion.FINGERPRINT,
+        rule="gate_topk",
+        knob=0.5,
+        knob_name="sparsity",
+        cuts=(Cut("gate_act", "topk", 0.5).of_layers(seven_billion.LAYERS),),
+    )
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        packed = Path(scratch) / "packed.gguf"
+        seven_billion.make(packed)
+        size = SHAPE_PROMPT + SHAPE_NEW
+        engine = Engine(packed, plan=False, threads=THREADS, context=size, kernels=kernels)
+        ids = np.random.default_rng(0).integers(1000, 30000, size)
+        runs = run_in_turn(engine, {"dense": None, "gate_topk": plan}, ids, SHAPE_PROMPT, RUNS)
+        found = {"threads": THREADS, "kernels": engine.kernels, "runs": runs}
+    (folder / "shape.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def bench(packed: Path, kernels: str) -> dict[str, Any]:
@@ -246,7 +279,8 @@ nearer to decode; how far bytes are from them stands with each model.
 def report() -> str:
     found = [_model(*where) for where in results()]
     kernels = [_kernels(path) for path in sorted(RESULTS.glob("kernels/*/result.json"))]
-    return "\n".join([INTRODUCTION, *(found or ["No results yet.\n"]), *kernels, HOW])
+    shapes = [_shape(path) for path in sorted(RESULTS.glob("*/*/shape.json"))]
+    return "\n".join([INTRODUCTION, *(found or ["No results yet.\n"]), *shapes, *kernels, HOW])
 
 
 def results() -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
@@ -260,6 +294,20 @@ def results() -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
 
 def _where(path: Path) -> dict[str, Any]:
     return json.loads((path.parent / "machine.json").read_text())
+
+
+def _shape(path: Path) -> str:
+    r = json.loads(path.read_text())
+    speeds = {n: statistics.median(x["decode_tps"] for x in runs) for n, runs in r["runs"].items()}
+    read = {n: runs[0]["bytes_per_token"] / 1e6 for n, runs in r["runs"].items()}
+    return (
+        f"## {path.parts[-3]}, {path.parts[-2]}\n\n"
+        f"{machine_line(_where(path))}; {r['kernels']} kernels. Random weights in Q4_K, "
+        f"{SHAPE_PROMPT} tokens and {SHAPE_NEW} after them: speed alone. `gate_topk` at 50 % over "
+        f"dense: {ratio(r['runs'], 'gate_topk', 'dense')}, {speeds['gate_topk']:.2f} against "
+        f"{speeds['dense']:.2f} tok/s, {read['gate_topk']:.0f} against {read['dense']:.0f} "
+        "MB/token.\n"
+    )
 
 
 def ratios(runs: dict[str, Any], ours: str, other: str, key: str = "decode_tps") -> list[float]:
@@ -399,7 +447,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     for name in arguments.models:
-        run(name, arguments.kernels)
+        run_shape(arguments.kernels) if name == "mistral-7b-shape" else run(name, arguments.kernels)
     if arguments.models:
         path = RESULTS / "kernels" / machine(arguments.kernels)
         path.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,7 @@ def files(name: str, folder: Path) -> tuple[Path, Path]:
     if name == seven_billion.NAME:
         packed, source = folder / "packed.gguf", folder / "source.gguf"
         if not packed.exists():
-            seven_billion.make(source, packed)
+            seven_billion.make(packed, source)
         return packed, source
     packed = OPTIMIZED / name / machine() / "packed.gguf"
     if not packed.exists():

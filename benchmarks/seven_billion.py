@@ -46,8 +46,8 @@ class RowPool:
         return self.rows(kind, width).data[self.choose(rows)]
 
 
-def make(source: Path, packed: Path) -> None:
-    """Writes both files."""
+def make(packed: Path, source: Path | None = None) -> None:
+    """Writes the packed model, and the source too if it is given a name."""
     import fallow
     from fallow.checkpoints.catalog import ALIASES, resolve
     from fallow.checkpoints.weights import read_gguf
@@ -55,7 +55,8 @@ def make(source: Path, packed: Path) -> None:
     small = packed.with_name("small.gguf")
     fallow.pack("smollm2", small)
     pool = RowPool()
-    _write_source(source, read_gguf(resolve(ALIASES["smollm2"])), pool)
+    if source is not None:
+        _write_source(source, read_gguf(resolve(ALIASES["smollm2"])), pool)
     _write_packed(packed, read_gguf(small), pool)
     small.unlink()
 

@@ -243,21 +243,26 @@ void to_f16(const float* x, size_t n, uint16_t* y) {
   for (; i < n; ++i) y[i] = _cvtss_sh(x[i], _MM_FROUND_TO_NEAREST_INT);
 }
 
+FALLOW_INLINE __m256 load_floats(const float* p) { return _mm256_loadu_ps(p); }
+FALLOW_INLINE __m256 load_floats(const uint16_t* half) { return _mm256_cvtph_ps(load128(half)); }
+
 // Four registers of a panel times `tokens` columns of x.
-template <int tokens>
-FALLOW_INLINE void gemm_tile(const float* panel, size_t n, size_t k, const float* x,
+template <int tokens, class Weight>
+FALLOW_INLINE void gemm_tile(const Weight* panel, size_t n, size_t k, const float* x,
                              size_t x_stride, bool add, float* y, size_t stride) {
   __m256 sum[tokens][4];
   for (int t = 0; t < tokens; ++t)
     for (int h = 0; h < 4; ++h) sum[t][h] = _mm256_setzero_ps();
   for (size_t j = 0; j < k; ++j) {
-    const float* a = panel + j * kPanel;
+    __m256 weights[4];
+#pragma GCC unroll 4
+    for (size_t h = 0; h < 4; ++h) weights[h] = load_floats(panel + j * kPanel + 8 * h);
 #pragma GCC unroll 3
     for (int t = 0; t < tokens; ++t) {
       const __m256 v = _mm256_set1_ps(x[static_cast<size_t>(t) * x_stride + j]);
 #pragma GCC unroll 4
       for (int h = 0; h < 4; ++h)
-        sum[t][h] = _mm256_fmadd_ps(_mm256_loadu_ps(a + 8 * h), v, sum[t][h]);
+        sum[t][h] = _mm256_fmadd_ps(weights[h], v, sum[t][h]);
     }
   }
   for (int t = 0; t < tokens; ++t) {
@@ -267,8 +272,9 @@ FALLOW_INLINE void gemm_tile(const float* panel, size_t n, size_t k, const float
   }
 }
 
-void gemm_f32(const float* panel, size_t n, size_t k, const float* x, size_t x_stride,
-              size_t tokens, bool add, float* y, size_t stride) {
+template <class Weight>
+void gemm(const Weight* panel, size_t n, size_t k, const float* x, size_t x_stride, size_t tokens,
+          bool add, float* y, size_t stride) {
   size_t t = 0;
   for (; t + 3 <= tokens; t += 3)
     gemm_tile<3>(panel, n, k, x + t * x_stride, x_stride, add, y + t * stride, stride);
@@ -372,7 +378,8 @@ Kernels make() {
   add_float<LBF16>(table, kBF16);
   table.decode = decode;
   table.quantize = quantize;
-  table.gemm_f32 = gemm_f32;
+  table.gemm_f32 = gemm<float>;
+  table.gemm_f16 = gemm<uint16_t>;
   table.to_f16 = to_f16;
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;

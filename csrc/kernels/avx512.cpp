@@ -722,13 +722,16 @@ void panel_f32(const float* rows, size_t n, size_t k, float* panel) {
     }
 }
 
-template <int tokens>
-void gemm_f32_tile(const float* a, size_t n, size_t k, const float* x, size_t x_stride, bool add,
-                   float* y, size_t stride) {
+FALLOW_INLINE __m512 load_floats(const float* p) { return _mm512_loadu_ps(p); }
+FALLOW_INLINE __m512 load_floats(const uint16_t* half) { return _mm512_cvtph_ps(load256(half)); }
+
+template <int tokens, class Weight>
+void gemm_tile(const Weight* a, size_t n, size_t k, const float* x, size_t x_stride, bool add,
+               float* y, size_t stride) {
   __m512 sum[2][tokens];
   for (int t = 0; t < tokens; ++t) sum[0][t] = sum[1][t] = _mm512_setzero_ps();
   for (size_t j = 0; j < k; ++j) {
-    const __m512 low = _mm512_loadu_ps(a + j * kPanel), high = _mm512_loadu_ps(a + j * kPanel + 16);
+    const __m512 low = load_floats(a + j * kPanel), high = load_floats(a + j * kPanel + 16);
 #pragma GCC unroll 12
     for (int t = 0; t < tokens; ++t) {
       const __m512 v = _mm512_set1_ps(x[static_cast<size_t>(t) * x_stride + j]);
@@ -739,10 +742,12 @@ void gemm_f32_tile(const float* a, size_t n, size_t k, const float* x, size_t x_
   store_panel(sum, n, add, y, stride);
 }
 
-void gemm_f32(const float* a, size_t n, size_t k, const float* x, size_t x_stride, size_t tokens,
-              bool add, float* y, size_t stride) {
+// Of float32, or of half precision for few tokens.
+template <class Weight>
+void gemm(const Weight* a, size_t n, size_t k, const float* x, size_t x_stride, size_t tokens,
+          bool add, float* y, size_t stride) {
   in_groups<12>(tokens, [&]<size_t count>(size_t t) {
-    gemm_f32_tile<static_cast<int>(count)>(a, n, k, x + t * x_stride, x_stride, add, y + t * stride, stride);
+    gemm_tile<static_cast<int>(count)>(a, n, k, x + t * x_stride, x_stride, add, y + t * stride, stride);
   });
 }
 
@@ -1103,7 +1108,8 @@ Kernels make() {
   table.decode = decode;
   table.quantize = quantize;
   table.panel_f32 = panel_f32;
-  table.gemm_f32 = gemm_f32;
+  table.gemm_f32 = gemm<float>;
+  table.gemm_f16 = gemm<uint16_t>;
   add_bytes(table);
   table.to_f16 = to_f16;
   table.sum_squares = sum_squares;

@@ -93,6 +93,9 @@ struct Kernels {
   // y[t * stride + r] (+)= sum over j of panel[j * kPanel + r] * x[t * x_stride + j], r in [0, n).
   void (*gemm_f32)(const float* panel, size_t n, size_t k, const float* x, size_t x_stride,
                    size_t tokens, bool add, float* y, size_t stride);
+  // The same of a panel in half precision, to the bit, for a few tokens. Null: it is decoded first.
+  void (*gemm_f16)(const uint16_t* panel, size_t n, size_t k, const float* x, size_t x_stride,
+                   size_t tokens, bool add, float* y, size_t stride);
 
   // The same in bfloat16, where columns come in pairs: panel[(j / 2 * kPanel + r) * 2 + j % 2]; k
   // is even. Null where the processor has no such product.
