@@ -11,7 +11,8 @@ from fallow.engine.engine import Engine
 from fallow.packing.packer import pack
 from fallow.plan import Cut
 
-# Wide enough for blocks of 256; of q_proj and o_proj too the widths differ. The vocabulary is whole tiles.
+# Wide enough for blocks of 256; of q_proj and o_proj too the widths differ. The vocabulary is
+# whole tiles.
 WIDE = {
     "vocab_size": 304,
     "hidden_size": 256,
