@@ -338,6 +338,7 @@ void bind_engine(nb::module_& m) {
       .def("stream", &BoundEngine::stream, "units"_a, "n_slots"_a)
       .def("forward", &BoundEngine::forward, "tokens"_a, "position"_a, "all"_a, "dense"_a, "exact"_a, "logits"_a)
       .def("set_cuts", &BoundEngine::set_cuts, "cuts"_a)
+      .def("set_skips_zeros", [](BoundEngine& e, bool skips) { e.engine().set_skips_zeros(skips); }, "skips"_a)
       .def("stats", &BoundEngine::stats)
       .def("reset_stats", &BoundEngine::reset_stats)
       .def("set_shortlist", &BoundEngine::set_shortlist, "nats"_a, "most"_a)

@@ -70,6 +70,44 @@ CONFIGS = {
         "Gemma3TextConfig",
         _COMMON | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
     ),
+    "gemma2": (
+        "Gemma2Config",
+        _COMMON
+        | {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 16,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "arcee": ("ArceeConfig", _COMMON),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        _COMMON | {"num_attention_heads": 3, "num_key_value_heads": 3, "rotary_pct": 0.5},
+    ),
+    "granite": (
+        "GraniteConfig",
+        _COMMON
+        | {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "ministral": ("MinistralConfig", _COMMON | {"head_dim": 6, "sliding_window": 16}),
+    "nemotron": (
+        "NemotronConfig",
+        _COMMON | {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_act": "relu2"},
+    ),
+    "olmo2": ("Olmo2Config", _COMMON),
+    "olmo3": (
+        "Olmo3Config",
+        _COMMON | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "smollm3": ("SmolLM3Config", _COMMON),
+    "starcoder2": ("Starcoder2Config", _COMMON),
     "phi": ("PhiConfig", _COMMON | {"num_attention_heads": 3, "num_key_value_heads": 3}),
     "phi3": ("Phi3Config", _COMMON),
     "opt": (

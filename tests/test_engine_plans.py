@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2 import modeling_gemma2
 
 import fallow
 from conftest import engine_plan
@@ -67,15 +68,20 @@ def test_dense_leaves_the_plan_aside(packed: dict[str, Path]) -> None:
 def f16_cache() -> Iterator[None]:
     """transformers rounds keys and values as the engine's cache does: what is left is f32's own."""
 
-    def rounded(module: Any, q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> Any:
-        return exact(module, q, k.half().float(), v.half().float(), *rest, **options)
+    def rounding(exact: Any) -> Any:
+        def rounded(module: Any, q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> Any:
+            return exact(module, q, k.half().float(), v.half().float(), *rest, **options)
 
-    exact = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS.register("sdpa", rounded)
+        return rounded
+
+    sdpa, eager = ALL_ATTENTION_FUNCTIONS["sdpa"], modeling_gemma2.eager_attention_forward
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", rounding(sdpa))
+    modeling_gemma2.eager_attention_forward = rounding(eager)  # of soft caps
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS.register("sdpa", exact)
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", sdpa)
+        modeling_gemma2.eager_attention_forward = eager
 
 
 def near_ties(monkeypatch: pytest.MonkeyPatch, margin: float) -> np.ndarray:

@@ -312,7 +312,7 @@ def test_config_with_a_key_twice(copy: Path) -> None:
 
 def test_folder_with_an_adapter(copy: Path) -> None:
     (copy / "adapter_config.json").write_text("{}")
-    assert message(copy) == "M has an adapter; give the model with it merged in"
+    assert message(copy) == "M has an adapter; give its model, and the adapter to pack --lora"
 
 
 def test_damaged_arrays(tmp_path: Path) -> None:

@@ -92,37 +92,60 @@ def permute(values: np.ndarray, heads: int) -> np.ndarray:
     return values.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
 
 
+PERMUTED = ("llama", "arcee", "granite", "smollm3")
+PARTIAL = ("phi", "gpt_neox", "nemotron")
+LAYER_NORM_EPS = ("layer_norm_eps", "norm_epsilon", "norm_eps")
+
+
 def write_gguf(
     name: str,
     model: fallow.Model,
     path: Path,
     keys: dict[str, Any] | None = None,
     part: int = 0,
+    add: dict[str, np.ndarray] | None = None,
+    quant: str = "",
     **changes: Any,
 ) -> Path:
     """A GGUF file of a tiny model, as llama.cpp's converter would write it.
 
-    `keys`: more metadata; `part`: split into parts of so many tensors; `changes`: other tensors.
+    `keys`: more metadata; `part`: split into parts of so many tensors; `add`: more tensors;
+    `changes`: other ones, of which bytes are of the type `quant`.
     """
     arch, config = model.architecture, model.module.config
     assert arch.gguf_name is not None
     writer = gguf.GGUFWriter(path, arch.gguf_name, split_max_tensors=part)
     writer.add_block_count(2)
     writer.add_context_length(128)
-    writer.add_embedding_length(24)
-    writer.add_feed_forward_length(37)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    if name == "phi":
-        writer.add_layer_norm_eps(config.layer_norm_eps)
+    if name != "gpt_neox":
+        writer.add_head_count_kv(config.num_key_value_heads)
+    if name in PARTIAL:
         writer.add_rope_dimension_count(int(8 * config.rope_parameters["partial_rotary_factor"]))
+    if (eps := next((e for e in LAYER_NORM_EPS if hasattr(config, e)), None)) is not None:
+        writer.add_layer_norm_eps(getattr(config, eps))
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if name in ("qwen3", "gemma3"):
+    if name in ("qwen3", "gemma2", "gemma3"):
         writer.add_key_length(8)
-    if name == "gemma3":
+    if name in ("gemma2", "gemma3", "olmo3"):
         writer.add_sliding_window(16)
-        writer.add_rope_freq_base(1_000_000.0)
+    if name == "olmo3":
+        writer.add_sliding_window_pattern([True, False])
+    if name == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if name == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if name == "gpt_neox":
+        writer.add_parallel_residual(True)
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
     tokens = [t for t, _ in sorted(model.tokenizer.backend.get_vocab().items(), key=lambda e: e[1])]
     merges = json.loads(model.tokenizer.backend.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
@@ -136,8 +159,10 @@ def write_gguf(
     for key, value in (keys or {}).items():
         kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
         getattr(writer, f"add_{kinds[type(value)]}")(key, value)
-    for tensor_name, values in gguf_tensors(name, model).items():
-        writer.add_tensor(tensor_name, changes.get(tensor_name, values))
+    for tensor_name, values in (gguf_tensors(name, model) | (add or {})).items():
+        changed = changes.get(tensor_name, values)
+        kind = None if changed.dtype != np.uint8 else gguf.GGMLQuantizationType[quant]
+        writer.add_tensor(tensor_name, changed, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -160,12 +185,15 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
                 state[f"{prefix}.qkv_proj.{kind}"] = np.concatenate(parts)
     found = {}
     for key, values in state.items():
-        if name == "llama" and ".q_proj." in key:
+        if name in PERMUTED and ".q_proj." in key:
             values = permute(values, 4)
-        if name == "llama" and ".k_proj." in key:
+        if name in PERMUTED and ".k_proj." in key:
             values = permute(values, 2)
-        if name == "gemma3" and "norm" in key:
+        if model.architecture.norm_offset and "norm" in key and key.endswith(".weight"):
             values = values + 1
+        if ".query_key_value." in key:  # head by head; the file has all of q first
+            heads = values.reshape(3, 3, 8, *values.shape[1:])
+            values = heads.swapaxes(0, 1).reshape(values.shape)
         found[names.get_name(key, try_suffixes=(".weight", ".bias"))] = values
     assert None not in found
     return found
@@ -267,7 +295,8 @@ def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     assert message(tmp_path / "m.gguf") == (
-        "unknown architecture 'mamba' in GGUF M; known: gemma3, llama, phi2, phi3, qwen2, qwen3"
+        "unknown architecture 'mamba' in GGUF M; known: arcee, gemma2, gemma3, gptneox, granite, "
+        "llama, nemotron, olmo2, phi2, phi3, qwen2, qwen3, smollm3, starcoder2"
     )
 
 
@@ -295,7 +324,8 @@ def test_folder_of_an_unknown_architecture(copy: Path) -> None:
     (copy / "config.json").write_text('{"model_type": "mamba"}')
     assert message(copy) == (
         "unknown architecture 'mamba' in M/config.json; "
-        "known: gemma3_text, llama, mistral, opt, phi, phi3, qwen2, qwen3"
+        "known: arcee, gemma2, gemma3_text, gpt_neox, granite, llama, ministral, mistral, "
+        "nemotron, olmo2, olmo3, opt, phi, phi3, qwen2, qwen3, smollm3, starcoder2"
     )
 
 
@@ -388,8 +418,10 @@ def test_another_model_has_another_fingerprint(
 
 def test_fingerprint_is_of_the_weights(tiny: dict[str, fallow.Model]) -> None:
     prints = {name: model.fingerprint for name, model in tiny.items()}
-    assert prints.pop("mistral") == prints["llama"]  # the same seed and shapes
-    assert len(set(prints.values())) == len(CONFIGS) - 1
+    alike = ("llama", "mistral", "ministral", "granite"), ("olmo2", "olmo3")
+    for names in alike:  # the same seed and shapes
+        assert len({prints[name] for name in names}) == 1
+    assert len(set(prints.values())) == len(CONFIGS) - sum(len(names) - 1 for names in alike)
 
 
 def test_generation_is_deterministic_and_sees_the_plan(

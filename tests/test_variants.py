@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 
 import fallow
 from conftest import VOCABULARY, make_folder
+from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError
 from fallow.engine.engine import Engine
 from fallow.packing.packer import pack
@@ -18,13 +20,36 @@ from test_models import GGUF_NAMES, IDS, message, write_gguf
 
 # GGUF ------------------------------------------------------------------------------------------
 
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LINEAR = PLAIN | {"rope_type": "linear", "factor": 4.0}
+YARN = PLAIN | {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 8.0,
+    "beta_slow": 2.0,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [2.0, 3.0, 4.0],
+}
+OF_64 = {"original_max_position_embeddings": 64}
+YARN_KEYS = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_context_length": 32,
+    "yarn_beta_fast": 8.0,
+    "yarn_beta_slow": 2.0,
+}
+
 # Of llama.cpp's keys, https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py,
 # and of one that nobody knows.
 CHANGING_KEYS = [
-    ("llama", "rope.scale_linear", 4.0),
-    ("llama", "rope.scaling.factor", 4.0),  # linear where there is no type, as in llama.cpp
-    ("llama", "rope.scaling.type", "yarn"),
+    ("llama", "rope.scaling.type", "su"),
     ("llama", "rope.scaling.attn_factor", 0.5),
+    ("llama", "rope.scaling.yarn_log_multiplier", 0.1),
     ("llama", "rope.dimension_count", 4),
     ("llama", "attention.value_length", 4),
     ("llama", "attn_logit_softcapping", 50.0),
@@ -52,11 +77,12 @@ def test_gguf_key_that_changes_the_computation(
     arch = tiny[name].architecture.gguf_name
     path = write_gguf(name, tiny[name], tmp_path / "m.gguf", keys={f"{arch}.{key}": value})
     said = message(path)
-    assert key.removesuffix(".type") in said or f"RoPE scaling ({value}" in said
+    assert key in said or key.removeprefix("rope.scaling.") in said or repr(value) in said
     assert said.startswith("GGUF M")
     assert "\n" not in said
 
 
+HEADS_OF_8 = ("qwen3", "gemma2", "gemma3", "nemotron")
 # What llama.cpp's converters write beside what is read, older ones among them, and values that
 # llama.cpp takes for "none".
 NEUTRAL_KEYS = {
@@ -82,12 +108,14 @@ NEUTRAL_KEYS = {
 def test_gguf_keys_without_effect(name: str, tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
     arch = tiny[name].architecture.gguf_name
     lengths = {}
-    if name != "phi":
-        lengths["attention.value_length"] = 8 if name in ("qwen3", "gemma3") else 6
+    if name not in ("phi", "gpt_neox"):
+        lengths["attention.value_length"] = 8 if name in HEADS_OF_8 else 6
     if name not in ("phi", "phi3", "gemma3"):
-        lengths["rope.dimension_count"] = lengths["attention.value_length"]
+        lengths["rope.dimension_count"] = lengths.get("attention.value_length", 4)
         lengths["attention.sliding_window"] = 128  # the whole context
+    plain = read_gguf(write_gguf(name, tiny[name], tmp_path / "plain.gguf")).metadata
     keys = {f"{arch}.{key}": value for key, value in (NEUTRAL_KEYS | lengths).items()}
+    keys = {key: value for key, value in keys.items() if key not in plain}
     model = fallow.load(write_gguf(name, tiny[name], tmp_path / "m.gguf", keys=keys))
     expected = tiny[name].hidden(IDS)
     torch.testing.assert_close(model.hidden(IDS), expected, rtol=1e-5, atol=1e-5)
@@ -121,6 +149,28 @@ def test_gguf_scaling_by_nothing(
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 4 / 6}},
             {"rope.dimension_count": 4},
         ),
+        ("llama", {"rope_parameters": LINEAR}, {"rope.scale_linear": 4.0}),
+        ("llama", {"rope_parameters": LINEAR}, {"rope.scaling.factor": 4.0}),
+        (
+            "qwen2",
+            {"rope_parameters": YARN},
+            {f"rope.scaling.{k}": v for k, v in YARN_KEYS.items()},
+        ),
+        (
+            "gemma3",
+            {
+                "rope_parameters": {
+                    "full_attention": LINEAR | {"rope_theta": 1e6},
+                    "sliding_attention": PLAIN,
+                },
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            {
+                "rope.scaling.type": "linear",
+                "rope.scaling.factor": 4.0,
+                "attention.sliding_window_pattern": [False, True],
+            },
+        ),
         ("phi3", {"sliding_window": 8}, {"attention.sliding_window": 8}),
         ("phi3", {"sliding_window": None}, {"attention.sliding_window": 0}),
     ],
@@ -140,6 +190,75 @@ def test_gguf_key_equals_config(
     )
 
 
+LLAMA3 = PLAIN | {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_gguf_factors_of_llama_3(tmp_path: Path) -> None:
+    """What llama.cpp's converter writes of rope_type llama3: a factor for every frequency."""
+    model = fallow.load(make_folder("llama", tmp_path / "folder", rope_parameters=LLAMA3))
+    plain = 1e4 ** (-np.arange(0, 6, 2) / 6)
+    factors = plain / model.module.model.rotary_emb.inv_freq.numpy()
+    assert factors.max() > 2
+    add = {"rope_freqs.weight": factors.astype(np.float32)}
+    found = fallow.load(write_gguf("llama", model, tmp_path / "m.gguf", add=add))
+    expected = model.hidden(IDS)
+    torch.testing.assert_close(found.hidden(IDS), expected, rtol=1e-5, atol=1e-5)
+    pack(tmp_path / "m.gguf", tmp_path / "packed.gguf", down="f32")
+    ids = np.random.default_rng(0).integers(2, VOCABULARY, 120)
+    with torch.inference_mode():
+        logits = model.module(torch.from_numpy(ids)[None]).logits[0].numpy()
+    engine = Engine(tmp_path / "packed.gguf", context=128)
+    np.testing.assert_allclose(engine.logits(ids), logits, atol=0.04)
+
+
+def test_gguf_factors_of_longrope(tmp_path: Path) -> None:
+    folder = make_folder(
+        "phi3", tmp_path / "folder", rope_scaling={"type": "longrope", **LONG}, **OF_64
+    )
+    model = fallow.load(folder)
+    add = {
+        f"rope_factors_{kind}.weight": np.array(LONG[f"{kind}_factor"], dtype=np.float32)
+        for kind in ("short", "long")
+    }
+    keys = {
+        "phi3.rope.scaling.original_context_length": 64,
+        "phi3.rope.scaling.attn_factor": float(np.sqrt(1 + np.log(2) / np.log(64))),
+    }
+    found = fallow.load(write_gguf("phi3", model, tmp_path / "m.gguf", keys=keys, add=add))
+    for length in (60, 100):  # short and long
+        ids = np.random.default_rng(0).integers(2, VOCABULARY, (1, length))
+        torch.testing.assert_close(found.hidden(ids), model.hidden(ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "add", "reason"),
+    [
+        ("none", {"rope_freqs": [1, 2]}, "2 factors in rope_freqs.weight, not 3"),
+        (
+            "none",
+            {"rope_freqs": [1, 2, 0]},
+            "factors in rope_freqs.weight that are not all positive",
+        ),
+        ("none", {"rope_factors_long": [1, 2, 3]}, "factors of only one length, or of two kinds"),
+        ("yarn", {"rope_freqs": [1, 2, 3]}, "'yarn', the attn_factor 1 and their factors"),
+        ("longrope", {}, "'longrope', the attn_factor 1 and no factors"),
+    ],
+)
+def test_gguf_rotary_embeddings_that_are_refused(
+    kind: str, add: dict[str, Any], reason: str, tiny: dict[str, fallow.Model], tmp_path: Path
+) -> None:
+    tensors = {f"{name}.weight": np.array(values, dtype=np.float32) for name, values in add.items()}
+    keys = {"llama.rope.scaling.type": kind}
+    path = write_gguf("llama", tiny["llama"], tmp_path / "m.gguf", keys=keys, add=tensors)
+    assert reason in message(path)
+
+
 @pytest.mark.parametrize(
     "keys", [{"general.type": "adapter"}, {"general.type": "mmproj"}, {"adapter.lora.alpha": 1.0}]
 )
@@ -148,9 +267,51 @@ def test_gguf_that_is_no_model(
 ) -> None:
     kind = keys.get("general.type", "adapter")
     assert message(write_gguf("llama", tiny["llama"], tmp_path / "m.gguf", keys=keys)) == (
-        f"GGUF M has the general.type '{kind}', not model; give the model that it belongs to, an "
-        "adapter merged into it"
+        f"GGUF M has the general.type '{kind}', not model; give the model that it belongs to, and "
+        "an adapter to pack --lora"
     )
+
+
+# Types that the engine has no kernels for: bytes of a block, weights in it, and where its scale
+# lies.
+RARE_TYPES = {
+    "IQ4_NL": (18, 32, slice(0, 2)),
+    "IQ4_XS": (136, 256, slice(0, 2)),
+    "IQ2_XXS": (66, 256, slice(0, 2)),
+    "TQ1_0": (54, 256, slice(52, 54)),
+    "TQ2_0": (66, 256, slice(64, 66)),
+    "MXFP4": (17, 32, slice(0, 1)),
+}
+
+
+@pytest.mark.parametrize("quant", RARE_TYPES)
+def test_types_that_are_written_anew(quant: str, tmp_path: Path, capfd: Any) -> None:
+    n_bytes, size, scale = RARE_TYPES[quant]
+    source = fallow.load(make_folder("llama", tmp_path / "folder", hidden_size=256))
+    raw = np.random.default_rng(0).integers(0, 256, (37, 256 // size * n_bytes), dtype=np.uint8)
+    if quant == "TQ2_0":  # of its four codes three are used
+        raw = raw & ~(raw >> 1 & 0x55)
+    kind = gguf.GGMLQuantizationType[quant]
+    one = np.array([127], np.uint8) if quant == "MXFP4" else np.array([1.0], "<f2").view(np.uint8)
+    raw.reshape(37, -1, n_bytes)[:, :, scale] = one
+    size_now = float(gguf.dequantize(raw, kind).std())
+    value = np.array([0.1 / size_now], "<f2").view(np.uint8)
+    if quant == "MXFP4":  # a power of two
+        value = np.array([127 + round(np.log2(0.1 / size_now))], np.uint8)
+    raw.reshape(37, -1, n_bytes)[:, :, scale] = value
+    changes = {"blk.1.ffn_up.weight": raw}
+    path = write_gguf("llama", source, tmp_path / "m.gguf", quant=quant, **changes)
+    model = fallow.load(path)
+    expected = gguf.dequantize(raw, kind)
+    np.testing.assert_array_equal(model.layers[1].up_proj.weight.numpy(), expected)
+    pack(path, tmp_path / "packed.gguf", down="f32")
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"tensors in {quant} (1, blk.1.ffn_up.weight first) are written in Q6_K" in said
+    ids = np.random.default_rng(0).integers(2, VOCABULARY, 60)
+    with torch.inference_mode():
+        logits = model.module(torch.from_numpy(ids)[None]).logits[0].numpy()
+    found = Engine(tmp_path / "packed.gguf").logits(ids)
+    assert np.abs(found - logits).max() < 0.05 * np.ptp(logits)
 
 
 # Folders ----------------------------------------------------------------------------------------
@@ -235,13 +396,6 @@ def test_config_of_real_models(folders: dict[str, Path], copy: Path) -> None:
 
 # Packed models ----------------------------------------------------------------------------------
 
-LONG = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0, 1.5, 2.0],
-    "long_factor": [2.0, 3.0, 4.0],
-}
-OF_64 = {"original_max_position_embeddings": 64}
 PACKED_VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0} | OF_64}),

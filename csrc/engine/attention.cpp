@@ -66,16 +66,20 @@ void Attention::rotate(const Layer& layer, const Norm& norm, size_t heads, size_
     for (size_t t = 0; t < n; ++t)
       for (size_t i = 0; i < half; ++i) {
         const float angle = static_cast<float>(position_ + t) * layer.inv_freq[i];
-        cos_[t * half + i] = std::cos(angle) * config_.rope_scale;
-        sin_[t * half + i] = std::sin(angle) * config_.rope_scale;
+        cos_[t * half + i] = std::cos(angle) * layer.rope_scale;
+        sin_[t * half + i] = std::sin(angle) * layer.rope_scale;
       }
     turned_ = layer.inv_freq;
   }
   run_.for_tokens(n, [&](size_t t, int) {
     const float *c = cos_.data() + t * half, *s = sin_.data() + t * half;
+    if (norm.weight && !layer.norms_heads) {
+      float* all = x + t * heads * dim;
+      normalize(run_.kernels, config_, norm, all, heads * dim, all);
+    }
     for (size_t h = 0; h < heads; ++h) {
       float* head = x + (t * heads + h) * dim;
-      if (norm.weight) normalize(run_.kernels, config_, norm, head, dim, head);
+      if (norm.weight && layer.norms_heads) normalize(run_.kernels, config_, norm, head, dim, head);
       for (size_t i = 0; i < half; ++i) {
         const float a = head[i], b = head[i + half];
         head[i] = a * c[i] - b * s[i];
@@ -150,6 +154,7 @@ void Attention::mix_heads(size_t l, Share heads, Share tokens, int worker) {
     const size_t low = first_position(l, t) - begin, high = position_ + t + 1 - begin;
     float* score = scores + row * span;
     for (size_t j = low; j < high; ++j) score[j] *= config_.attention_scale;
+    soft_cap(score + low, high - low, config_.attention_softcap);
     own.sums[row] = kernels.softmax_numerators(score + low, high - low);
     std::fill(score, score + low, 0.0f);
     std::fill(score + high, score + span, 0.0f);

@@ -13,8 +13,10 @@ Cuts::Cuts(Runtime& run, size_t width) : run_(run), scratch_(run.n_threads()) {
 }
 
 const Cut& Cuts::at(size_t layer, Tap tap) const {
-  static const Cut kNone;
-  return is_dense() || tap == kTaps ? kNone : layers_[layer][tap];
+  static const Cut kNone, kZeros{Cut::By::kThreshold, 0, {}};
+  if (is_dense() || tap == kTaps) return kNone;
+  if (!layers_.empty() && layers_[layer][tap].cuts()) return layers_[layer][tap];
+  return skips_zeros_ && tap == kGateAct ? kZeros : kNone;
 }
 
 bool Cuts::any(size_t layer, std::initializer_list<Tap> taps) const {

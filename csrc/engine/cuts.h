@@ -40,10 +40,12 @@ class Cuts {
 
   // Empty: dense. Otherwise one entry per layer.
   void set(std::vector<LayerCuts> layers) { layers_ = std::move(layers); }
+  // Whether neurons that the activation makes exactly zero are left out, with any plan and without.
+  void set_skips_zeros(bool skips) { skips_zeros_ = skips; }
   // Whether this pass leaves the plan aside.
   void leave_aside(bool aside) { aside_ = aside; }
 
-  bool is_dense() const { return layers_.empty() || aside_; }
+  bool is_dense() const { return aside_ || (layers_.empty() && !skips_zeros_); }
   const Cut& at(size_t layer, Tap tap) const;
   bool any(size_t layer, std::initializer_list<Tap> taps) const;
   // Whether the FFN's rows are then read one by one.
@@ -64,7 +66,7 @@ class Cuts {
 
   Runtime& run_;
   std::vector<LayerCuts> layers_;
-  bool aside_ = false;
+  bool aside_ = false, skips_zeros_ = false;
   std::vector<Scratch> scratch_;  // of each thread
 };
 

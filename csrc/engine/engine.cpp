@@ -61,8 +61,10 @@ void Engine::block(const int32_t* tokens, size_t n) {
     clock.mark(timing.other);
     attention_.attend(l, normed_, n, branch_.data());
     clock = Clock();
+    const bool parallel = config_.parallel;
+    if (parallel && layer.ffn_norm.weight) norm(layer.ffn_norm, n, normed_);
     add_branch(layer.attn_post_norm, n);
-    if (!config_.parallel) norm(layer.ffn_norm, n, normed_);
+    if (!parallel) norm(layer.ffn_norm, n, normed_);
     clock.mark(timing.other);
     ffn(l, n);
     clock = Clock();
@@ -119,22 +121,26 @@ void Engine::ffn(size_t l, size_t n) {
   timing.ffn -= timing.select - selecting;
 }
 
-// input = norm(residual)
+// input = norm(residual), or the residual where there is no norm.
 void Engine::norm(const Norm& norm, size_t n, Input& input) {
   const size_t hidden = config_.hidden_size;
   run_.for_tokens(n, [&](size_t t, int) {
-    normalize(run_.kernels, config_, norm, residual_.data() + t * hidden, hidden,
-              input.x.data() + t * hidden);
+    const float* x = residual_.data() + t * hidden;
+    float* y = input.x.data() + t * hidden;
+    if (norm.weight) normalize(run_.kernels, config_, norm, x, hidden, y);
+    else std::copy_n(x, hidden, y);
   });
   products_.prepare(input, n);
 }
 
-// residual += norm(branch)
+// residual += residual_scale * norm(branch)
 void Engine::add_branch(const Norm& post_norm, size_t n) {
   const size_t hidden = config_.hidden_size;
   run_.for_tokens(n, [&](size_t t, int) {
     float* y = branch_.data() + t * hidden;
     if (post_norm.weight) normalize(run_.kernels, config_, post_norm, y, hidden, y);
+    if (config_.residual_scale != 1)
+      for (size_t i = 0; i < hidden; ++i) y[i] *= config_.residual_scale;
     add_to(residual_.data() + t * hidden, y, hidden);
   });
 }
@@ -149,6 +155,10 @@ void Engine::head(size_t n, bool all, bool dense, float* logits) {
                 residual_.begin());
   norm(model_.norm, n - first, normed_);
   head_.logits(normed_, n - first, dense, logits);
+  if (config_.logit_softcap > 0)
+    run_.for_tokens(n - first, [&](size_t t, int) {
+      soft_cap(logits + t * config_.vocab_size, config_.vocab_size, config_.logit_softcap);
+    });
   clock.mark(timing.head);
   timing.head -= timing.disk - disk;
 }

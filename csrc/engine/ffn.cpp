@@ -153,6 +153,9 @@ void Ffn::activate(float* x, size_t n) const {
     case Act::kRelu:
       for (size_t i = 0; i < n; ++i) x[i] = std::max(x[i], 0.0f);
       return;
+    case Act::kRelu2:
+      for (size_t i = 0; i < n; ++i) x[i] = std::max(x[i], 0.0f) * std::max(x[i], 0.0f);
+      return;
   }
 }
 

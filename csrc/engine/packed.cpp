@@ -12,7 +12,8 @@ namespace {
 
 // A layer more or a token more is no model, and would overflow sizes below.
 constexpr uint64_t kLargest = 1u << 24;
-constexpr uint32_t kVersion = 2;
+// Version 3 may say more of how to compute, and otherwise is version 2.
+constexpr uint32_t kVersion = 3, kOldest = 2;
 
 class Reader {
  public:
@@ -34,6 +35,9 @@ class Reader {
     return values;
   }
 
+  float number(const std::string& name, float otherwise) const {
+    return fields_.contains(key(name)) ? number(name) : otherwise;
+  }
   float number(const std::string& name) const {
     const auto* value = std::get_if<double>(&scalar(name));
     if (!value || !std::isfinite(*value) || *value < 0)
@@ -55,6 +59,11 @@ class Reader {
 
   bool is_packed() const { return fields_.contains(key("version")); }
   bool has(const std::string& tensor) const { return tensors_.contains(tensor); }
+  // Whether there is this vector, and it has more than n values.
+  bool is_wide(const std::string& name, uint64_t n) const {
+    const auto found = tensors_.find(name);
+    return found != tensors_.end() && found->second->shape.size() == 1 && found->second->shape[0] > n;
+  }
 
   // A matrix of a type that the engine computes with.
   Matrix matrix(const std::string& name, uint64_t rows, uint64_t cols) const {
@@ -155,7 +164,8 @@ Act read_act(const std::string& name) {
   if (name == "gelu_tanh") return Act::kGeluTanh;
   if (name == "gelu") return Act::kGelu;
   if (name == "relu") return Act::kRelu;
-  throw PackedError("fallow.activation " + name + " is unknown; known: silu, gelu_tanh, gelu, relu");
+  if (name == "relu2") return Act::kRelu2;
+  throw PackedError("fallow.activation " + name + " is unknown; known: silu, gelu_tanh, gelu, relu, relu2");
 }
 
 Config read_config(const Reader& in) {
@@ -169,9 +179,11 @@ Config read_config(const Reader& in) {
   c.vocab_size = in.count("vocab_size", 1);
   c.context_length = in.count("context_length", 1);
   c.rotary_dim = in.count("rotary_dim", 0, c.head_dim);
-  c.rope_scale = in.number("rope_scale");
   c.attention_scale = in.number("attention_scale");
   c.embedding_scale = in.number("embedding_scale");
+  c.residual_scale = in.number("residual_scale", 1);
+  c.attention_softcap = in.number("attention_softcap", 0);
+  c.logit_softcap = in.number("logit_softcap", 0);
   c.norm_eps = in.number("norm_eps");
   c.layer_norm = in.flag("layer_norm");
   c.gated = in.flag("gated");
@@ -188,12 +200,15 @@ Layer read_layer(const Reader& in, const Config& c, uint32_t index) {
   const uint64_t hidden = c.hidden_size, d_ff = c.intermediate_size;
   const uint64_t q = uint64_t{c.n_heads} * c.head_dim, kv = uint64_t{c.n_kv_heads} * c.head_dim;
   Layer l;
-  l.attn_norm = in.norm(p + "attn_norm", hidden);
   l.attn_post_norm = in.optional_norm(p + "attn_post_norm", hidden);
-  if (!c.parallel) l.ffn_norm = in.norm(p + "ffn_norm", hidden);
   l.ffn_post_norm = in.optional_norm(p + "ffn_post_norm", hidden);
-  l.q_norm = in.optional_norm(p + "q_norm", c.head_dim);
-  l.k_norm = in.optional_norm(p + "k_norm", c.head_dim);
+  // Each branch is normed before or after; a parallel FFN may read the norm of the attention.
+  l.attn_norm = l.attn_post_norm.weight ? in.optional_norm(p + "attn_norm", hidden) : in.norm(p + "attn_norm", hidden);
+  l.ffn_norm = c.parallel || l.ffn_post_norm.weight ? in.optional_norm(p + "ffn_norm", hidden)
+                                                    : in.norm(p + "ffn_norm", hidden);
+  l.norms_heads = !in.is_wide(p + "q_norm.weight", c.head_dim);
+  l.q_norm = in.optional_norm(p + "q_norm", l.norms_heads ? c.head_dim : q);
+  l.k_norm = in.optional_norm(p + "k_norm", l.norms_heads ? c.head_dim : kv);
   l.q_proj = in.matrix(p + "q_proj.weight", q, hidden);
   l.k_proj = in.matrix(p + "k_proj.weight", kv, hidden);
   l.v_proj = in.matrix(p + "v_proj.weight", kv, hidden);
@@ -220,7 +235,7 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
   const Reader in(data, size);
   if (!in.is_packed())
     throw PackedError("it is a GGUF file, but not a packed model; make one with: fallow pack");
-  if (in.count("version", 0, UINT32_MAX) != kVersion)
+  if (const uint32_t version = in.count("version", 0, UINT32_MAX); version < kOldest || version > kVersion)
     throw PackedError("it was packed by another version of fallow; pack it again");
   Packed model;
   model.config = read_config(in);
@@ -242,9 +257,12 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
       l.outlier_neurons.assign(first, first + n_outliers);
     }
     model.layers.back().sliding_window = windows[i];
-    if (c.rotary_dim > 0)
-      model.layers.back().inv_freq =
-          in.vector("rope." + std::to_string(ropes[i]) + ".inv_freq", c.rotary_dim / 2);
+    if (c.rotary_dim > 0) {
+      const std::string rope = "rope." + std::to_string(ropes[i]);
+      model.layers.back().inv_freq = in.vector(rope + ".inv_freq", c.rotary_dim / 2);
+      const float* scale = in.optional_vector(rope + ".scale", 1);
+      model.layers.back().rope_scale = scale ? *scale : in.number("rope_scale");
+    }
   }
   model.embed_tokens = in.matrix("embed_tokens.weight", c.vocab_size, c.hidden_size);
   model.lm_head = in.has("lm_head.weight")

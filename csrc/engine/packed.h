@@ -15,15 +15,17 @@ struct PackedError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class Act { kSilu, kGeluTanh, kGelu, kRelu };
+enum class Act { kSilu, kGeluTanh, kGelu, kRelu, kRelu2 };
 
 struct Config {
   uint32_t hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim, vocab_size;
   uint32_t context_length;
   uint32_t rotary_dim;        // leading dimensions of a head that turn; 0: no rotary embedding
-  float rope_scale;           // factor of cos and sin
   float attention_scale;      // of q . k
   float embedding_scale;
+  float residual_scale;       // of what attention and FFN add
+  float attention_softcap;    // c: scores are c tanh(score / c); 0: as they are
+  float logit_softcap;        // the same of logits
   float norm_eps;
   bool layer_norm;            // LayerNorm; otherwise RMSNorm
   bool gated;                 // gate_proj and up_proj; otherwise up_proj alone, which `act` follows
@@ -49,7 +51,10 @@ struct Norm {
 };
 
 struct Layer {
+  // Of attn_norm and ffn_norm the weight may be null, where what they read is not normed. Where both are
+  // there and the config is parallel, both read what came into the layer.
   Norm attn_norm, attn_post_norm, ffn_norm, ffn_post_norm, q_norm, k_norm;
+  bool norms_heads = true;                      // q_norm and k_norm are of each head, not of all
   Matrix q_proj, k_proj, v_proj, o_proj;        // (heads * head_dim or hidden, hidden or ...)
   Matrix gate_proj, up_proj, down_proj_t;       // (d_ff, hidden) each
   const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
@@ -60,6 +65,7 @@ struct Layer {
   std::vector<uint32_t> outlier_neurons;        // (n,), ascending
   const float* down_norm = nullptr;             // (d_ff,): ||down_proj[:, i]|| of the source
   const float* inv_freq = nullptr;              // (rotary_dim / 2,)
+  float rope_scale = 1;                         // factor of cos and sin
   uint32_t sliding_window = 0;                  // tokens; 0: all
 };
 

@@ -27,7 +27,8 @@ constexpr BlockFormat kSizesAlone[] = {
     {20, "IQ4_NL", 32, 18, nullptr},   {21, "IQ3_S", 256, 110, nullptr},
     {22, "IQ2_S", 256, 82, nullptr},   {23, "IQ4_XS", 256, 136, nullptr},
     {29, "IQ1_M", 256, 56, nullptr},   {34, "TQ1_0", 256, 54, nullptr},
-    {35, "TQ2_0", 256, 66, nullptr},   {24, "I8", 1, 1, nullptr},
+    {35, "TQ2_0", 256, 66, nullptr},   {39, "MXFP4", 32, 17, nullptr},
+    {24, "I8", 1, 1, nullptr},
 };
 
 }  // namespace

@@ -196,11 +196,15 @@ def read_safetensors(folder: str | Path) -> Iterator[StoredTensor]:
         FallowError: a file is missing, truncated or inconsistent.
     """
     for path in _safetensors_files(Path(folder)):
-        data = _map_file(path, "safetensors file").data
-        header, start = _safetensors_header(path, data)
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
+        yield from read_safetensors_file(path)
+
+
+def read_safetensors_file(path: Path) -> Iterator[StoredTensor]:
+    """The tensors of one file. Raises FallowError likewise."""
+    data = _map_file(path, "safetensors file").data
+    header, start = _safetensors_header(path, data)
+    for name, entry in header.items():
+        if name != "__metadata__":
             yield _safetensors_tensor(path, data, start, name, entry)
 
 

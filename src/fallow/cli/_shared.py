@@ -27,6 +27,12 @@ ModelArg = Annotated[
 ]
 PackedArg = Annotated[Path, typer.Argument(help="A file that fallow pack wrote.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="Default: all processors.")]
+SkipOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip/--no-skip", help="Models with ReLU: do not read neurons that are exactly zero."
+    ),
+]
 KernelsOption = Annotated[
     str | None,
     typer.Option(help="Packed models: an instruction set, avx2 say; default: the fastest here."),

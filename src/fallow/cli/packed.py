@@ -16,6 +16,7 @@ from fallow.cli._shared import (
     PackedArg,
     PackedPlanOption,
     SeedOption,
+    SkipOption,
     TextOption,
     ThreadsOption,
     app,
@@ -52,6 +53,9 @@ def pack(
         bool,
         typer.Option("--shortlist", help="Add a coarse head, which plans of fallow optimize use."),
     ] = False,
+    lora: Annotated[
+        Path | None, typer.Option(help="A LoRA adapter to merge: a PEFT folder, or a GGUF.")
+    ] = None,
     text: TextOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,7 +66,7 @@ def pack(
 
     check = run(
         model, output, plan=loaded_plan, quant=quant, down=down, shortlist=shortlist,
-        text=text,
+        lora=lora, text=text,
     )  # fmt: skip
     size = output.stat().st_size / 1e6
     if as_json:
@@ -142,6 +146,7 @@ def bench(
         Path | None, typer.Option(help="The GGUF that the other engine reads.")
     ] = None,
     threads: ThreadsOption = None,
+    skip: SkipOption = True,
     kernels: KernelsOption = None,
     prompt_tokens: Annotated[int, typer.Option("-p", help="Tokens of prefill.")] = 512,
     new_tokens: Annotated[int, typer.Option("-n", help="Tokens of decode.")] = 128,
@@ -167,6 +172,7 @@ def bench(
             "--text": text,
             "--runs": runs,
             "--kernels": kernels,
+            "--no-skip": not skip,
             "-p": prompt_tokens,
             "-n": new_tokens,
         }
@@ -181,6 +187,7 @@ def bench(
         file,
         loaded_plan,
         threads=threads,
+        skip_zeros=skip,
         kernels=kernels or "",
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -208,7 +215,10 @@ def _bench_budgets(
         if figure.suffix not in (".png", ".svg"):
             raise UsageError(f"--figure {figure} ends in neither .png nor .svg")
         check_writable(figure)
-    arguments = [str(part) for kv in given.items() if kv[1] is not None for part in kv]
+    arguments = []
+    for name, value in given.items():
+        if value is not None and value is not False:
+            arguments += [name] if value is True else [name, str(value)]
     rows = bench_budgets(file, budgets, arguments)
     if all("error" in r for r in rows):
         raise FallowError(f"no budget works; the last one: {rows[-1]['error']}")
@@ -295,6 +305,7 @@ def generate(
         ),
     ] = False,
     threads: ThreadsOption = None,
+    skip: SkipOption = True,
     kernels: KernelsOption = None,
     context: Annotated[
         int | None, typer.Option(help="Packed models: tokens of cache; default: at most 4096.")
@@ -315,7 +326,13 @@ def generate(
 
         refuse_given({"--dtype": dtype != "auto"}, "is for models that are not packed")
         engine = Engine(
-            model, loaded_plan, threads, context=context, kernels=kernels or "", memory=memory
+            model,
+            loaded_plan,
+            threads,
+            context=context,
+            skip_zeros=skip,
+            kernels=kernels or "",
+            memory=memory,
         )
         if memory is not None:
             console.print(engine.describe_memory(), highlight=False)
@@ -327,7 +344,7 @@ def generate(
         return
     given = {"--top-p": top_p != 1, "--top-k": top_k != 0, "--min-p": min_p != 0}
     given |= {"--stop": bool(stop), "--lossless": lossless, "--threads": threads is not None}
-    given |= {"--kernels": kernels is not None}
+    given |= {"--kernels": kernels is not None, "--no-skip": not skip}
     given |= {"--context": context is not None, "--memory": memory is not None}
     refuse_given(given, "needs a packed model; make one with fallow pack")
     loaded = load_model(model, dtype)

@@ -31,7 +31,7 @@ from fallow.engine.memory import (
     parts_of,
     residencies,
 )
-from fallow.engine.packed import PACKED_VERSION, packed_tokenizer, refuse_unpacked
+from fallow.engine.packed import RUNNING_VERSIONS, packed_tokenizer, refuse_unpacked
 from fallow.engine.process import available_bytes, return_freed_memory, rss_bytes
 from fallow.engine.sampling import Sampler, check_largest
 from fallow.engine.stats import Stats
@@ -59,6 +59,7 @@ class Engine:
         threads: default: all processors.
         context: tokens that the cache holds; default: the model's own, at most 4096, or 1024 with
             `memory`.
+        skip_zeros: neurons that a ReLU makes exactly zero are not read; the answer is the same.
         kernels: one of `_core.KERNELS`, "avx2" say; default: the fastest that runs here.
         memory: bytes that the process may take, or a size such as "800MB": weights that do not fit
             are read from the file for every pass over the model. Default: all is in memory, in huge
@@ -78,6 +79,7 @@ class Engine:
         threads: int | None = None,
         *,
         context: int | None = None,
+        skip_zeros: bool = True,
         kernels: str = "",
         memory: int | str | None = None,
         reserve: int = 0,
@@ -118,6 +120,7 @@ class Engine:
         self._lock, self._process = threading.RLock(), os.getpid()
         self._held: list[int] = []  # the tokens that the cache holds
         self._user: object = None  # whose they are: a thread, or an answer
+        self._core.set_skips_zeros(skip_zeros)
         self.use_plan(first)
         self.stats = Stats()  # of the last answer
         self.last_logits: np.ndarray | None = None
@@ -200,9 +203,10 @@ class Engine:
                 f"{self.path} is a GGUF file but not a packed model; make one with: "
                 f"fallow pack {self.path} -o packed.gguf"
             )
-        if version != PACKED_VERSION:
+        if version not in RUNNING_VERSIONS:
+            known = " and ".join(map(str, RUNNING_VERSIONS))
             raise FallowError(
-                f"{self.path} was packed in format {version}, this fallow runs {PACKED_VERSION}; "
+                f"{self.path} was packed in format {version}, this fallow runs {known}; "
                 "pack it again"
             )
 

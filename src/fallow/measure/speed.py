@@ -46,6 +46,7 @@ def bench(
     plan: Plan | None = None,
     *,
     threads: int | None = None,
+    skip_zeros: bool = True,
     kernels: str = "",
     prompt_tokens: int = 512,
     new_tokens: int = 128,
@@ -59,7 +60,7 @@ def bench(
 
     Args:
         against: one of BASELINES; needs `source`, the GGUF that it reads.
-        kernels, memory: as for `Engine`; the other engine is not bound by them.
+        skip_zeros, kernels, memory: as for `Engine`; the other engine is not bound by them.
 
     Returns:
         Medians over the runs, all runs under `all`; with `against` the baseline's and the ratios.
@@ -75,7 +76,15 @@ def bench(
     if prompt_tokens < 2 or new_tokens < 1 or runs < 1:
         raise UsageError("give at least -p 2, -n 1 and --runs 1")
     context = prompt_tokens + new_tokens
-    engine = Engine(path, plan, threads, context=context, kernels=kernels, memory=memory)
+    engine = Engine(
+        path,
+        plan,
+        threads,
+        context=context,
+        skip_zeros=skip_zeros,
+        kernels=kernels,
+        memory=memory,
+    )
     ids = _first_tokens(engine, text, context)
     baseline = _Baseline(against, source, engine.threads, ids, prompt_tokens) if against else None
     ours: list[dict[str, float]] = []

@@ -6,6 +6,7 @@ from pkgutil import iter_modules
 from fallow.common.errors import FallowError
 from fallow.models._base import Architecture
 from fallow.models._keys import check_config, check_gguf_keys, check_gguf_type
+from fallow.models._rope import ROPE_TENSORS
 
 _OTHERS = ("capture", "cuts", "taps")  # that look into models of any architecture
 ARCHITECTURES = tuple(
@@ -39,6 +40,7 @@ def _pick(found: dict[str, Architecture], name: str, where: str) -> Architecture
 
 __all__ = [
     "ARCHITECTURES",
+    "ROPE_TENSORS",
     "Architecture",
     "architectures",
     "by_gguf_name",

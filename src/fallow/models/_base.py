@@ -9,6 +9,7 @@ from torch import nn
 
 from fallow.checkpoints.weights import GgufFile
 from fallow.common.errors import FallowError
+from fallow.models._rope import rope_parameters
 from fallow.models.taps import Layer
 
 # GGUF names of the llama family's tensors, per block and outside the blocks, against the
@@ -68,8 +69,11 @@ class Architecture:
     rotary: str | None = "model.rotary_emb"
     layer_norm: bool = False  # LayerNorm; otherwise RMSNorm
     parallel: bool = False  # attention and FFN read the same norm
+    interleaves_qkv: bool = False  # of a fused projection: q, k and v of one head after another
     partial_rotary: bool = False  # honours partial_rotary_factor
     config_keys: tuple[str, ...] = ()  # what transformers' config takes besides its attributes
+    soft_caps: bool = False  # of attention scores and logits, which other classes pass over
+    settings: dict[str, Any] = field(default_factory=dict)  # for transformers' class
     check: Callable[[Any], str | None] = lambda config: None  # what of a config cannot be packed
 
     # GGUF: None if llama.cpp has no such architecture.
@@ -89,6 +93,8 @@ class Architecture:
 
         names = [path.rsplit(".", 1)[-1] for path in self.attention]
         names[-1] = "o_proj"  # Phi-2 calls it dense, OPT out_proj
+        if len(names) == 2:
+            names[0] = "qkv_proj"  # GPT-NeoX calls it query_key_value
         return Layer(
             block=block,
             act=get(self.act),
@@ -120,7 +126,6 @@ def llama_config(file: GgufFile, partial_rotary: bool = False) -> dict[str, Any]
             f"GGUF {file.path}: {file.architecture}.rope.dimension_count is {rotary_dim} of {dim}; "
             f"{file.architecture} models rotate whole heads"
         )
-    check_rope(file)
     return {
         "vocab_size": vocabulary_size(file),
         "hidden_size": file.get("{arch}.embedding_length"),
@@ -129,18 +134,22 @@ def llama_config(file: GgufFile, partial_rotary: bool = False) -> dict[str, Any]
         "num_attention_heads": heads,
         "num_key_value_heads": file.get("{arch}.attention.head_count_kv", heads),
         "head_dim": dim,
-        "rms_norm_eps": file.get("{arch}.attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": file.get("{arch}.rope.freq_base", 10000.0),
-            "partial_rotary_factor": rotary_dim / dim,
-        },
+        "rms_norm_eps": norm_eps(file),
+        "rope_parameters": rope_parameters(file, rotary_dim, dim),
         "max_position_embeddings": file.get("{arch}.context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": file.get("tokenizer.ggml.bos_token_id", None),
         "eos_token_id": file.get("tokenizer.ggml.eos_token_id", None),
         "pad_token_id": file.get("tokenizer.ggml.padding_token_id", None),
     }
+
+
+def norm_eps(file: GgufFile) -> float:
+    """Of RMSNorm, or where the file has none of LayerNorm."""
+    eps: float = file.get("{arch}.attention.layer_norm_epsilon", None) or file.get(
+        "{arch}.attention.layer_norm_rms_epsilon"
+    )
+    return eps
 
 
 def vocabulary_size(file: GgufFile) -> int:
@@ -162,25 +171,6 @@ def head_dim(file: GgufFile) -> int:
             "length of keys; such models are not supported"
         )
     return found
-
-
-def check_rope(file: GgufFile) -> None:
-    """Raises FallowError for stretched rotary embeddings, which would silently run wrongly.
-
-    As in llama.cpp a factor without a type is linear scaling, `rope.scale_linear` is the factor of
-    older files, a factor of 0 is none, and the type "none" sets it aside.
-    """
-    kind = file.get("{arch}.rope.scaling.type", "linear")
-    factors = [
-        (k, file.get("{arch}." + k, None)) for k in ("rope.scaling.factor", "rope.scale_linear")
-    ]
-    key, factor = next((found for found in factors if found[1] is not None), ("no factor", 0))
-    is_stretched = kind not in ("none", "linear") or (kind == "linear" and factor not in (0, 1))
-    if is_stretched or any(name.startswith("rope_f") for name in file.tensors):
-        raise FallowError(
-            f"GGUF {file.path} uses RoPE scaling ({kind}, {key} {factor:g}), which is read from "
-            "Hugging Face folders only; give the model as a folder"
-        )
 
 
 def unpermute(values: np.ndarray, heads: int) -> np.ndarray:

@@ -13,22 +13,20 @@ from fallow.checkpoints.weights import GgufFile
 from fallow.common.errors import FallowError, in_one_line
 from fallow.models._base import Architecture
 
-# Keys without their architecture that change nothing: notes, what other keys imply, and what only a
-# stretched rotary embedding (refused apart) or an embedding model reads.
+# Keys without their architecture that change nothing: notes, what other keys imply, and what only
+# an embedding model reads.
 _GGUF_NOTES = (
     "vocab_size",
     "tensor_data_layout",
     "pooling_type",
     "attention.layer_norm_epsilon",
     "attention.layer_norm_rms_epsilon",
-    "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
 )
 # Values of other keys that change nothing. Of the rest it is 0: llama.cpp's hyperparameters begin
 # with it, as "none".
 _GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
-    "rope.scaling.attn_factor": (1,),
     "logit_scale": (0, 1),
     "residual_scale": (0, 1),
     "embedding_scale": (0, 1),
@@ -43,7 +41,7 @@ def check_gguf_type(file: GgufFile) -> None:
     if kind != "model":
         raise FallowError(
             f"GGUF {file.path} has the general.type {_shown(kind)}, not model; give the model that "
-            "it belongs to, an adapter merged into it"
+            "it belongs to, and an adapter to pack --lora"
         )
 
 
@@ -76,11 +74,16 @@ _COMPUTES = re.compile(
 )
 # What transformers' classes take besides their attributes, and what has no effect by itself.
 _CONFIG_NOTES = ("rope_theta", "rope_scaling", "partial_rotary_factor", "max_window_layers")
+# What transformers reads of rotary embeddings, whatever their type.
+_ROPE_KEYS = {
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "attention_factor",
+    "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    "truncate", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "finetuned",
+}  # fmt: skip
 # What transformers has an attribute for, but the engine, or transformers with its usual attention,
 # does not compute.
+_SOFT_CAPS = ("final_logit_softcapping", "attn_logit_softcapping")
 _NOT_COMPUTED = (
-    "final_logit_softcapping",
-    "attn_logit_softcapping",
     "use_bidirectional_attention",
     "per_layer_config",
 )
@@ -99,7 +102,8 @@ def check_config(architecture: Architecture, config: dict[str, Any], where: str)
     known = {*vars(config_class()), *architecture.config_keys, *_CONFIG_NOTES}
     for name, value in config.items():
         is_known = name in known or name.startswith("_") or not _COMPUTES.search(name)
-        if (name in _NOT_COMPUTED or not is_known) and not _has_no_effect(name, value, config):
+        is_known &= name not in (*_NOT_COMPUTED, *(() if architecture.soft_caps else _SOFT_CAPS))
+        if not is_known and not _has_no_effect(name, value, config):
             remedy = "give the model that was quantised" if "quant" in name else _WITHOUT
             raise FallowError(
                 f"{where}: {name} is {_shown(value)}, which is not computed for "
@@ -143,6 +147,12 @@ def _check_rope(
 ) -> None:
     """transformers takes a type that is not there for "default", and passes over the factor."""
     kind = rope.get("rope_type", rope.get("type")) or "default"
+    for name, value in rope.items():
+        if name not in _ROPE_KEYS and not _has_no_effect(name, value, config):
+            raise FallowError(
+                f"{where}: the rotary embeddings have the {name} {_shown(value)}, which is not "
+                f"understood; {_WITHOUT}"
+            )
     factors = {k: v for k, v in rope.items() if "factor" in k and v not in (None, 1)}
     partial = factors.pop("partial_rotary_factor", None)
     if kind == "default" and factors:

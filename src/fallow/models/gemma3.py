@@ -32,23 +32,23 @@ def _config(file: GgufFile) -> dict[str, Any]:
     }
 
 
-def _from_gguf(name: str, values: np.ndarray, config: Any) -> Tensors:
-    # Gemma's norms multiply by 1 + weight; GGUF stores the sum.
-    return {name: values - 1 if "norm" in name else values}
+def less_one(name: str, values: np.ndarray, config: Any) -> Tensors:
+    """Gemma's norms multiply by 1 + weight; GGUF stores the sum."""
+    return {name: values - 1 if "norm" in name and name.endswith(".weight") else values}
 
+
+GEMMA_NORMS = {
+    "attn_norm": "input_layernorm",
+    "attn_post_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "ffn_post_norm": "post_feedforward_layernorm",
+}
 
 ARCHITECTURE = Architecture(
     model_type="gemma3_text",
     hf_class="Gemma3ForCausalLM",
-    norms={
-        "attn_norm": "input_layernorm",
-        "attn_post_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "ffn_post_norm": "post_feedforward_layernorm",
-        "q_norm": "self_attn.q_norm",
-        "k_norm": "self_attn.k_norm",
-    },
-    norm_offset=1.0,  # as in _from_gguf
+    norms=GEMMA_NORMS | {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"},
+    norm_offset=1.0,  # as in less_one
     config_keys=("sliding_window_pattern", "rope_local_base_freq"),
     gguf_name="gemma3",
     gguf_block=LLAMA_BLOCK
@@ -60,5 +60,5 @@ ARCHITECTURE = Architecture(
         "post_ffw_norm": "post_feedforward_layernorm",
     },
     gguf_config=_config,
-    from_gguf=_from_gguf,
+    from_gguf=less_one,
 )

@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 
 from fallow.checkpoints.weights import GgufFile
-from fallow.models._base import Architecture, Tensors, check_rope, vocabulary_size
+from fallow.models._base import Architecture, Tensors, vocabulary_size
+from fallow.models._rope import rope_parameters
 
 
 def _config(file: GgufFile) -> dict[str, Any]:
     heads = file.get("phi2.attention.head_count")
     hidden = file.get("phi2.embedding_length")
-    check_rope(file)
+    head_dim = hidden // heads
     return {
         "vocab_size": vocabulary_size(file),
         "hidden_size": hidden,
@@ -20,11 +21,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": file.get("phi2.attention.head_count_kv", heads),
         "layer_norm_eps": file.get("phi2.attention.layer_norm_epsilon"),
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": file.get("phi2.rope.freq_base", 10000.0),
-            "partial_rotary_factor": file.get("phi2.rope.dimension_count") / (hidden // heads),
-        },
+        "rope_parameters": rope_parameters(file, file.get("phi2.rope.dimension_count"), head_dim),
         "max_position_embeddings": file.get("phi2.context_length"),
         "bos_token_id": file.get("tokenizer.ggml.bos_token_id", None),
         "eos_token_id": file.get("tokenizer.ggml.eos_token_id", None),

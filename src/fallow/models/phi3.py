@@ -9,7 +9,10 @@ from fallow.models._base import Architecture, llama_config
 def _config(file: GgufFile) -> dict[str, Any]:
     # llama.cpp's converter writes 0 where there is no window, in Phi-4.
     window = file.get("phi3.attention.sliding_window", None) or None
-    return llama_config(file, partial_rotary=True) | {"sliding_window": window}
+    config = llama_config(file, partial_rotary=True) | {"sliding_window": window}
+    # transformers overrides that of rope_parameters with this one.
+    original = config["rope_parameters"].get("original_max_position_embeddings")
+    return config | ({"original_max_position_embeddings": original} if original else {})
 
 
 ARCHITECTURE = Architecture(

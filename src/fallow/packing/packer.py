@@ -20,6 +20,7 @@ from fallow.packing.selfcheck import LARGEST_KL, LARGEST_PPL_CHANGE, Reference, 
 from fallow.packing.source import OUTLIER_WINDOWS, Source
 from fallow.packing.writer import write_packed
 from fallow.plan import Plan
+from fallow.reference.lora import merge_lora
 from fallow.reference.model import Model, load
 
 
@@ -31,6 +32,7 @@ def pack(
     quant: str | None = None,
     down: str | None = None,
     shortlist: bool = False,
+    lora: str | Path | None = None,
     text: str | Path | Text | None = None,
     n_threads: int | None = None,
 ) -> SelfCheck:
@@ -43,6 +45,8 @@ def pack(
             of the default calibration text, else that of `quant`.
         shortlist: add a coarse copy of the head (2 bits), by which a plan with a `head_margin`
             spares most tokens' exact logits.
+        lora: an adapter that is merged first (into `model` itself if it is loaded), a PEFT folder
+            or a GGUF; matrices of a GGUF that it changes are quantised again, to types they had.
         text: what the check reads, which has chosen nothing but may refuse a type; default: the
             evaluation half of the default text.
 
@@ -53,7 +57,9 @@ def pack(
         UsageError: an unknown type.
     """
     check_writable(output)
-    packer = Packer(model, quant=quant, down=down, shortlist=shortlist, text=text, plan=plan)
+    packer = Packer(
+        model, quant=quant, down=down, shortlist=shortlist, lora=lora, text=text, plan=plan
+    )
     return packer.write(output, plan, n_threads)
 
 
@@ -67,12 +73,16 @@ class Packer:
         quant: str | None = None,
         down: str | None = None,
         shortlist: bool = False,
+        lora: str | Path | None = None,
         text: str | Path | Text | None = None,
         plan: Plan | None = None,  # of another model: refused before the work
     ) -> None:
         name = None if isinstance(model, Model) else str(model)
         text = load_text(text, "evaluation")
-        self._source = Source(load(model, "float32"), name)
+        loaded = load(model, "float32")
+        if lora is not None:
+            merge_lora(loaded, lora)
+        self._source = Source(loaded, name)
         if plan is not None:
             self.model.taps(plan)
         for problem in self.model.tokenizer.chat_problems():

@@ -23,7 +23,7 @@ class Matrix:
     shape: tuple[int, int]
     data: np.ndarray
 
-    def rows(self, part: slice) -> "Matrix":
+    def rows(self, part: slice | np.ndarray) -> "Matrix":
         data = self.data[part]
         return Matrix(self.type, (len(data), self.shape[1]), data)
 

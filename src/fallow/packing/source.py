@@ -11,7 +11,7 @@ from fallow import _core
 from fallow.checkpoints.text import Text, load_text
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
-from fallow.common.progress import progress
+from fallow.common.progress import note, progress
 from fallow.engine.memory import COARSE_HEAD
 from fallow.measure.evaluation import final_hidden
 from fallow.models.taps import Layer, attach
@@ -48,7 +48,11 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu": "gelu",
     "relu": "relu",
+    "relu2": "relu2",
 }
+
+
+Rows = slice | np.ndarray | None  # of a matrix; None: all
 
 
 class Source:
@@ -87,43 +91,60 @@ class Source:
         """Every matrix but down_proj_t, under the engine's names."""
         if self.gguf is not None:
             stored = self._stored()
-            return {name: pick(stored, *where) for name, where in self._places()}
-        kind = (quant or "q8_0").upper()
         parameters = dict(self.model.module.named_parameters(remove_duplicate=False))
         result = {}
         for name, (place, part) in self._places():
+            matrix = None if self.gguf is None else pick(stored, place, part)
+            if matrix is not None and place not in self.model.changed:
+                result[name] = matrix
+                continue
             values = parameters[place].detach().float().numpy()
+            kind = matrix.type if matrix else (quant or "q8_0").upper()
+            if kind not in QUANT_TYPES:  # Q2_K or Q3_K
+                kind = _larger_type(values.shape[1])
             result[name] = quantize(values if part is None else values[part], kind)
         return result
 
     def _stored(self) -> dict[str, Matrix]:
         """The GGUF's matrices under the checkpoint's names, bytes as they are."""
         assert self.gguf is not None
-        architecture, found = self.model.architecture, {}
+        architecture, found = self.model.architecture, dict[str, Matrix]()
+        replaced: dict[tuple[str, str], list[str]] = {}
         for tensor in self.gguf.tensors.values():
             name = architecture.hf_name(tensor.name)
             if name is None or len(tensor.shape) != 2:
                 continue
+            cols = tensor.shape[1]
+            if tensor.type not in _core.FORMATS:
+                kind = _larger_type(cols)
+                replaced.setdefault((tensor.type, kind), []).append(tensor.name)
+                values = tensor.dequantize()
+                for part, data in architecture.from_gguf(name, values, self.config).items():
+                    found[part] = quantize(np.ascontiguousarray(data), kind)
+                continue
             raw = tensor.data.reshape(tensor.shape[0], -1)
             # Reordering and splitting rows works on bytes as it does on values.
             for part, data in architecture.from_gguf(name, raw, self.config).items():
-                found[part] = Matrix(tensor.type, (len(data), tensor.shape[1]), data)
+                found[part] = Matrix(tensor.type, (len(data), cols), data)
+        for (stored, kind), names in replaced.items():
+            note(
+                f"tensors in {stored} ({len(names)}, {names[0]} first) are written in {kind}, "
+                f"which is larger: the engine does not compute with {stored}"
+            )
         return found
 
-    def _places(self) -> Iterator[tuple[str, tuple[str, slice | None]]]:
+    def _places(self) -> Iterator[tuple[str, tuple[str, Rows]]]:
         """The engine's matrices, and the parameter or part of its rows that each is."""
         a, c = self.model.architecture, self.config
         yield "embed_tokens.weight", (f"{a.embed_tokens}.weight", None)
         if self.model.module.get_output_embeddings().weight is not self._embedding.weight:
             yield "lm_head.weight", ("lm_head.weight", None)
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         for i in range(len(self.model.layers)):
             here, there = f"layers.{i}", f"{a.layers}.{i}"
             if len(a.attention) == 2:  # q, k and v are one projection
                 fused = f"{there}.{a.attention[0]}.weight"
-                yield f"{here}.q_proj.weight", (fused, slice(0, q))
-                yield f"{here}.k_proj.weight", (fused, slice(q, q + kv))
-                yield f"{here}.v_proj.weight", (fused, slice(q + kv, q + 2 * kv))
+                for name, rows in zip("qkv", self._fused_rows, strict=True):
+                    yield f"{here}.{name}_proj.weight", (fused, rows)
             else:
                 for name, path in zip("qkv", a.attention[:3], strict=True):
                     yield f"{here}.{name}_proj.weight", (f"{there}.{path}.weight", None)
@@ -136,6 +157,16 @@ class Source:
                 if a.gate_proj is not None:
                     yield f"{here}.gate_proj.weight", (f"{there}.{a.gate_proj}.weight", None)
                 yield f"{here}.up_proj.weight", (f"{there}.{a.up_proj}.weight", None)
+
+    @cached_property
+    def _fused_rows(self) -> list[np.ndarray]:
+        """The rows of q, k and v in a projection that is all three."""
+        sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+        rows = np.arange(sum(sizes))
+        if self.model.architecture.interleaves_qkv:  # head by head
+            heads = rows.reshape(self.heads, 3, self.head_dim)
+            return [heads[:, i].reshape(-1) for i in range(3)]
+        return np.split(rows, np.cumsum(sizes)[:2])
 
     @cached_property
     def _embedding(self) -> Any:
@@ -156,7 +187,9 @@ class Source:
     def vectors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Norms, biases and tables, float32, under the engine's names."""
         a, module = self.model.architecture, self.model.module
-        yield from self._norm("norm", module.get_submodule(a.final_norm))
+        # A factor of the logits is one of what the head reads.
+        for name, values in self._norm("norm", module.get_submodule(a.final_norm)):
+            yield name, values * np.float32(self.model.logit_scale)
         head = module.get_output_embeddings()
         if head.bias is not None:
             yield "lm_head.bias", floats_of(head.bias)
@@ -164,8 +197,9 @@ class Source:
             table: Any = module.get_submodule(a.embed_positions).weight
             rows = slice(a.first_position, a.first_position + self.context_length)
             yield "embed_positions", floats_of(table[rows])
-        for i, inv_freq in enumerate(self.ropes):
+        for i, (inv_freq, scale) in enumerate(self.ropes):
             yield f"rope.{i}.inv_freq", inv_freq
+            yield f"rope.{i}.scale", np.array([scale], dtype=np.float32)
         for i, layer in enumerate(self.model.layers):
             for name, path in a.norms.items():
                 yield from self._norm(f"layers.{i}.{name}", layer.block.get_submodule(path))
@@ -272,16 +306,17 @@ class Source:
             yield f"{name}.bias", floats_of(norm.bias)
 
     def _biases(self, layer: Layer) -> Iterator[tuple[str, np.ndarray]]:
-        sizes = [self.heads * self.head_dim, *[self.kv_heads * self.head_dim] * 2]
-        split: dict[str, tuple[tuple[str, ...], Any]] = {
-            "qkv_proj": (("q_proj", "k_proj", "v_proj"), np.cumsum(sizes)[:2]),
-            "gate_up_proj": (("gate_proj", "up_proj"), [layer.down_proj.in_features]),
-        }
         for name, projection in layer.projections.items():
             if projection.bias is None:
                 continue
-            names, cuts = split.get(name, ((name,), []))
-            yield from zip(names, np.split(floats_of(projection.bias), cuts), strict=True)
+            bias = floats_of(projection.bias)
+            if name == "qkv_proj":
+                for part, rows in zip("qkv", self._fused_rows, strict=True):
+                    yield f"{part}_proj", bias[rows]
+            elif name == "gate_up_proj":
+                yield from zip(("gate_proj", "up_proj"), np.split(bias, 2), strict=True)
+            else:
+                yield name, bias
 
     @cached_property
     def _rotary(self) -> list[tuple[np.ndarray, float]]:
@@ -291,20 +326,24 @@ class Source:
             return []
         rotary = self.model.module.get_submodule(path)
         kinds = getattr(self.config, "layer_types", None) or [""] * len(self.model.layers)
+        turns = getattr(self.config, "no_rope_layers", None) or [1] * len(
+            kinds
+        )  # SmolLM3's; 0: not
         found = []
-        for kind in kinds:
+        for kind, turn in zip(kinds, turns, strict=True):
             prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
             scale = float(getattr(rotary, f"{prefix}attention_scaling"))
-            found.append((floats_of(getattr(rotary, f"{prefix}inv_freq")), scale))
+            inv_freq = floats_of(getattr(rotary, f"{prefix}inv_freq"))
+            found.append((inv_freq, scale) if turn else (np.zeros_like(inv_freq), 1.0))
         return found
 
     @cached_property
-    def ropes(self) -> list[np.ndarray]:
-        """The distinct inverse frequencies, (rotary_dim / 2,) each."""
-        distinct: list[np.ndarray] = []
-        for inv_freq, _ in self._rotary:
-            if not any(np.array_equal(inv_freq, known) for known in distinct):
-                distinct.append(inv_freq)
+    def ropes(self) -> list[tuple[np.ndarray, float]]:
+        """The distinct inverse frequencies, (rotary_dim / 2,) each, and factors of cos and sin."""
+        distinct: list[tuple[np.ndarray, float]] = []
+        for rope in self._rotary:
+            if not any(_is_same(rope, known) for known in distinct):
+                distinct.append(rope)
         return distinct
 
     @property
@@ -312,16 +351,9 @@ class Source:
         if not self._rotary:
             return [0] * len(self.model.layers)
         return [
-            next(i for i, known in enumerate(self.ropes) if np.array_equal(inv_freq, known))
-            for inv_freq, _ in self._rotary
+            next(i for i, known in enumerate(self.ropes) if _is_same(rope, known))
+            for rope in self._rotary
         ]
-
-    @property
-    def rope_scale(self) -> float:
-        scales = {scale for _, scale in self._rotary} or {1.0}
-        if len(scales) > 1:
-            raise FallowError(f"{self.model.name} scales its rotary embeddings layer by layer")
-        return scales.pop()
 
     @property
     def context_length(self) -> int:
@@ -367,6 +399,11 @@ class Source:
                 return float(scaling)
         raise FallowError(f"{self.model.name}: its attention has no scaling")
 
+    @property
+    def embedding_scale(self) -> float:
+        scale = getattr(self._embedding, "embed_scale", 1.0)
+        return float(getattr(self.config, "embedding_multiplier", None) or scale)
+
     def metadata(self) -> dict[str, Any]:
         """What the engine reads, without the prefix `fallow.`."""
         a, c, layer = self.model.architecture, self.config, self.model.layers[0]
@@ -380,10 +417,12 @@ class Source:
             "head_dim": self.head_dim,
             "vocab_size": self.model.vocabulary_size,
             "context_length": self.context_length,
-            "rotary_dim": 2 * len(ropes[0]) if ropes else 0,
-            "rope_scale": self.rope_scale,
+            "rotary_dim": 2 * len(ropes[0][0]) if ropes else 0,
             "attention_scale": self.attention_scale,
-            "embedding_scale": float(getattr(self._embedding, "embed_scale", 1.0)),
+            "embedding_scale": self.embedding_scale,
+            "residual_scale": float(getattr(c, "residual_multiplier", 1.0)),
+            "attention_softcap": float(getattr(c, "attn_logit_softcapping", None) or 0),
+            "logit_softcap": self.model.logit_softcap,
             "norm_eps": self.norm_eps,
             "layer_norm": a.layer_norm,
             "gated": layer.gated,
@@ -395,6 +434,15 @@ class Source:
         }
 
 
+def _larger_type(cols: int) -> str:
+    """In which to write what is of a type that nothing here quantises to."""
+    return "Q8_0" if cols % 256 else "Q6_K"
+
+
+def _is_same(rope: tuple[np.ndarray, float], other: tuple[np.ndarray, float]) -> bool:
+    return rope[1] == other[1] and np.array_equal(rope[0], other[0])
+
+
 def spread(windows: np.ndarray, count: int) -> np.ndarray:
     """At most `count` windows from all over."""
     return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
@@ -404,13 +452,8 @@ def floats_of(values: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(values.detach().float().numpy())
 
 
-def pick(stored: dict[str, Matrix], name: str, part: slice | None) -> Matrix:
+def pick(stored: dict[str, Matrix], name: str, part: Rows) -> Matrix:
     if name not in stored:
         raise FallowError(f"the GGUF has no tensor for {name}")
     matrix = stored[name]
-    if matrix.type not in _core.FORMATS:
-        raise FallowError(
-            f"{name} has the type {matrix.type}, which the engine does not run; use a file "
-            "quantised with Q4_0 to Q8_0, Q2_K to Q6_K, F16 or BF16"
-        )
     return matrix if part is None else matrix.rows(part)

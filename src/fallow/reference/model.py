@@ -33,6 +33,7 @@ from fallow.common.errors import FallowError, UsageError, in_one_line
 from fallow.common.files import read_json
 from fallow.engine.sampling import Sampler, check_largest
 from fallow.models import (
+    ROPE_TENSORS,
     Architecture,
     by_gguf_name,
     by_model_type,
@@ -119,10 +120,20 @@ class Model:
     architecture: Architecture = field(repr=False)
     fingerprint: str
     layers: list[Layer] = field(init=False, repr=False)
+    logit_scale: float = field(init=False, repr=False)  # logits are head(hidden) times this
+    logit_softcap: float = field(init=False, repr=False)  # c: and then c tanh(logit / c); 0: none
+    changed: set[str] = field(default_factory=set, repr=False)  # parameters, by an adapter
 
     def __post_init__(self) -> None:
         self.module.eval().requires_grad_(False)
         self.layers = self.architecture.find_layers(self.module)
+        self.refresh_head()
+        config = self.module.config
+        self.logit_scale = 1 / float(getattr(config, "logits_scaling", None) or 1)
+        self.logit_softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
+
+    def refresh_head(self) -> None:
+        """To be called when the head's weights have changed."""
         # float32: logits rounded to bfloat16 would add 1e-3 nats of noise to KL.
         head = self.module.get_output_embeddings()
         self._head_weight = head.weight.detach().float()
@@ -170,7 +181,11 @@ class Model:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocabulary), float32, of final hidden states (..., d_model)."""
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-            return nn.functional.linear(hidden.float(), self._head_weight, self._head_bias)
+            logits = nn.functional.linear(hidden.float(), self._head_weight, self._head_bias)
+            logits *= self.logit_scale
+            if self.logit_softcap:
+                logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+            return logits
 
     def taps(self, choice: Plan | Selector | None) -> dict[str, Tap]:
         """The taps that set what a plan or a selector leaves out to zero; None: nothing.
@@ -385,13 +400,15 @@ def _empty_module(architecture: Architecture, config: dict[str, Any]) -> Any:
 
     hf_class = getattr(transformers, architecture.hf_class)
     with init_empty_weights(include_buffers=False):
-        return hf_class(hf_class.config_class(**config))
+        return hf_class(hf_class.config_class(**config, **architecture.settings))
 
 
 def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.dtype) -> None:
     expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
     state: dict[str, torch.Tensor] = {}
     for tensor in file.tensors.values():
+        if tensor.name in ROPE_TENSORS:  # in the config
+            continue
         hf_name = architecture.hf_name(tensor.name)
         if hf_name is None:
             raise FallowError(
@@ -432,7 +449,9 @@ def inspect_folder(folder: Path) -> tuple[Architecture, dict[str, StoredTensor]]
     """
     path = folder / "config.json"
     if (folder / "adapter_config.json").exists():
-        raise FallowError(f"{folder} has an adapter; give the model with it merged in")
+        raise FallowError(
+            f"{folder} has an adapter; give its model, and the adapter to pack --lora"
+        )
     config = read_json(path, "download it again")
     if not isinstance(config.get("model_type"), str):
         raise FallowError(f"{path} is not a model's config; download it again")
@@ -459,6 +478,7 @@ def pretrained(folder: Path, architecture: Architecture, dtype: torch.dtype | st
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             local_files_only=True,
+            **architecture.settings,
         )
     _check_loading(folder, info)
     _check_use(folder, architecture, module)

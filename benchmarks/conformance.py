@@ -1,0 +1,285 @@
+"""Logits of every architecture, three ways: transformers, llama.cpp, and the engine.
+
+Of each architecture a small random model is saved as a Hugging Face folder and turned into a GGUF
+by llama.cpp's own converter. Both are packed in float32. Needs llama-cpp-python==0.3.36, the folder
+vendor/llama.cpp of its source distribution, and sentencepiece, for the converter:
+
+    python benchmarks/conformance.py --llama-cpp path/to/vendor/llama.cpp
+    python benchmarks/conformance.py --report       # writes docs/results/conformance.md
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tradeoff import ROOT, machine_line, record_machine
+
+RESULTS = ROOT / "benchmarks" / "results" / "conformance"
+TOKENS, LONG_TOKENS, LAST = 200, 8192, 64
+# The converter knows tokenizers by what they make of a text, and the small one's is no known one's;
+# of some architectures it expects another kind.
+CONVERT = """
+import json, pathlib, runpy, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
+import conversion.base as base
+base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+base.TextModel._set_vocab_sentencepiece = base.TextModel._set_vocab_gpt2
+import conversion.phi as phi
+phi.Phi3MiniModel.set_vocab = base.TextModel._set_vocab_gpt2
+load = base.ModelBase.load_hparams
+def hparams(folder, *rest):
+    return json.loads(pathlib.Path(folder, "config.json").read_text()) | load(folder, *rest)
+base.ModelBase.load_hparams = staticmethod(hparams)
+sys.argv[:] = ["convert", sys.argv[2], "--outtype", sys.argv[4], "--outfile", sys.argv[3]]
+runpy.run_path(sys.path[0] + "/convert_hf_to_gguf.py", run_name="__main__")
+"""
+SIZES = {
+    "vocab_size": 320,  # transformers adds tokens to some tokenizers
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+WINDOW = {"sliding_window": 64}
+KINDS = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+# Beside each architecture's own, further settings of some.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama, linear": {"rope_parameters": {**YARN, "rope_type": "linear"}},
+    "llama, llama3": {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}},
+    "qwen2, yarn": {"rope_parameters": YARN},
+    "mistral": WINDOW,
+    "ministral": WINDOW | KINDS | {"head_dim": 16},
+    "gemma2": WINDOW | {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma3": WINDOW
+    | {"vocab_size": 302, "head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": None},
+    "olmo3": WINDOW | KINDS,
+    "olmo3, yarn": WINDOW | KINDS | {"rope_scaling": YARN},
+    "phi": {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 256},
+    "phi3, longrope": {
+        "original_max_position_embeddings": 256,
+        "max_position_embeddings": 512,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1 + 0.1 * i for i in range(8)],
+            "long_factor": [1 + 0.5 * i for i in range(8)],
+            "original_max_position_embeddings": 256,
+        },
+    },
+    "nemotron": {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_act": "relu2"},
+    "gpt_neox": {"num_attention_heads": 4, "num_key_value_heads": 4, "rotary_pct": 0.5},
+    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96},
+}
+
+
+def names() -> list[str]:
+    from fallow.models import ARCHITECTURES
+
+    return sorted({*ARCHITECTURES, *VARIANTS})
+
+
+def make(name: str, folder: Path) -> None:
+    sys.path.insert(0, str(ROOT / "tests"))
+    from conftest import make_folder
+
+    changes = VARIANTS.get(name, {})
+    sizes = {
+        k: v for k, v in SIZES.items() if name != "opt" or k.startswith(("num", "max", "vocab"))
+    }
+    make_folder(name.partition(",")[0], folder, **(sizes | changes))
+    if (
+        "rotary_pct" in changes
+    ):  # where the converter looks for it, and transformers no longer writes it
+        path = folder / "config.json"
+        config = json.loads(path.read_text()) | {"rotary_pct": changes["rotary_pct"]}
+        path.write_text(json.dumps(config))
+
+
+def convert(llama_cpp: Path, folder: Path, gguf: Path, kind: str = "f32") -> str | None:
+    """Writes the GGUF, or says why the converter does not."""
+    command = [sys.executable, "-c", CONVERT, llama_cpp, folder, gguf, kind]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or ["no reason given"])[-1][:200]
+
+
+def of_transformers(folder: Path, ids: np.ndarray) -> np.ndarray:
+    import fallow
+
+    model = fallow.load(folder, "float32")
+    import torch
+
+    with torch.inference_mode():
+        return model.module(torch.from_numpy(ids)[None]).logits[0].float().numpy()
+
+
+def of_llama_cpp(gguf: Path, ids: np.ndarray, last: int) -> np.ndarray:
+    from llama_cpp import Llama
+
+    model = Llama(
+        str(gguf), n_ctx=len(ids), n_batch=512, logits_all=True, verbose=False, flash_attn=False
+    )
+    model.eval(ids.tolist())
+    return np.array(model.scores[len(ids) - last : len(ids)])
+
+
+def of_engine(source: Path, ids: np.ndarray, quant: str | None, down: str) -> np.ndarray:
+    from fallow import Engine
+    from fallow.packing.packer import pack
+
+    packed = source.with_suffix(".packed.gguf")
+    pack(source, packed, quant=quant, down=down)
+    return Engine(packed, context=len(ids)).logits(ids)
+
+
+def compare(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """Difference over the spread (largest less smallest) of the logits; agreement; nats."""
+    from scipy.special import log_softmax
+
+    p, q = (log_softmax(x.astype(np.float64), axis=-1) for x in (expected, found))
+    spread = (expected.max(axis=-1) - expected.min(axis=-1)).mean()
+    return {
+        "difference": float(np.abs(found - expected).max() / spread),
+        "top1": float((found.argmax(axis=-1) == expected.argmax(axis=-1)).mean()),
+        "kl": float((np.exp(p) * (p - q)).sum(axis=-1).mean()),
+    }
+
+
+def one(name: str, llama_cpp: Path) -> dict[str, Any]:
+    """`folder`: the engine on the packed folder, `gguf`: on the packed GGUF; to transformers."""
+    ids = np.random.default_rng(0).integers(2, 300, TOKENS)
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, gguf = Path(scratch) / "model", Path(scratch) / "m.gguf"
+        make(name, folder)
+        expected = of_transformers(folder, ids)
+        result["folder"] = compare(of_engine(folder, ids, "f32", "f32"), expected)
+        if reason := convert(llama_cpp, folder, gguf):
+            return result | {"converter": reason}
+        for key, run in {
+            "llama.cpp": lambda: of_llama_cpp(gguf, ids, TOKENS),
+            "gguf": lambda: of_engine(gguf, ids, None, "f32"),
+        }.items():
+            try:
+                result[key] = compare(run(), expected)
+            except Exception as error:  # of a foreign engine, or a refusal: a line of the table
+                result[key] = str(error).strip().splitlines()[-1][:200]
+    return result
+
+
+def long(llama_cpp: Path) -> dict[str, Any]:
+    """Llama 3.2's shape, of 4 layers and a small vocabulary, at 8192 positions, in bfloat16."""
+    changes = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "rope_parameters": LLAMA3,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": True,
+    }
+    ids = np.random.default_rng(0).integers(2, 300, LONG_TOKENS)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, gguf = Path(scratch) / "model", Path(scratch) / "m.gguf"
+        sys.path.insert(0, str(ROOT / "tests"))
+        from conftest import make_folder
+
+        make_folder("llama", folder, **changes)
+        if reason := convert(llama_cpp, folder, gguf, "bf16"):
+            return {"converter": reason}
+        expected = of_llama_cpp(gguf, ids, LAST)
+        found = of_engine(gguf, ids, None, "bf16")[-LAST:]
+        return compare(found, expected) | {"tokens": LONG_TOKENS, "last": LAST}
+
+
+NOTES = """
+- mistral: a GGUF of it calls itself llama and has no sliding window; llama.cpp and the engine then
+  look back on all tokens alike, transformers on 64.
+- olmo3, yarn: from the GGUF too the engine agrees with transformers; llama.cpp does not.
+- Where there is a line in place of figures, the converter has no such architecture."""
+
+
+def report() -> str:
+    where = json.loads((RESULTS / "machine.json").read_text())
+    result = json.loads((RESULTS / "result.json").read_text())
+    lines = [
+        "# Conformance",
+        "",
+        f"`benchmarks/conformance.py`: {machine_line(where)}; llama-cpp-python 0.3.36. A small",
+        f"random model of each architecture, {TOKENS} tokens, float32 everywhere but in caches of",
+        "keys and values, which are float16. Against transformers in float32 on the",
+        "folder: the largest difference of a logit as a share of the logits' spread, and how often",
+        "the most likely token is the same. GGUF files are made by llama.cpp's own converter.",
+        "",
+        "| model | engine, from the folder | engine, from the GGUF | llama.cpp |",
+        "|---|---|---|---|",
+    ]
+    for name, row in sorted(result["architectures"].items()):
+        cells = [
+            _cell(row.get(key, row.get("converter"))) for key in ("folder", "gguf", "llama.cpp")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines.append(NOTES)
+    if found := result.get("long"):
+        lines += [
+            "",
+            "Llama 3.2's shape (4 of its layers, rope_type llama3 as `rope_freqs.weight`,",
+            f"bfloat16) at {found['tokens']} positions: the last {found['last']} are",
+            f"{found['kl']:.5f} nats per token from llama.cpp's, top-1 {found['top1']:.1%}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: Any) -> str:
+    if isinstance(found, dict):
+        return f"{found['difference']:.4f}, {found['top1']:.1%}"
+    return str(found or "none").replace("|", "/")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--llama-cpp", type=Path)
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else {"architectures": {}}
+    if arguments.llama_cpp:
+        record_machine(RESULTS / "machine.json")
+        for name in arguments.names or [*names(), "long"]:
+            found = long(arguments.llama_cpp) if name == "long" else one(name, arguments.llama_cpp)
+            (result if name == "long" else result["architectures"])[name] = found
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            print(name, json.dumps(found), flush=True)
+    if arguments.report:
+        (ROOT / "docs" / "results" / "conformance.md").write_text(report())
+
+
+if __name__ == "__main__":
+    main()

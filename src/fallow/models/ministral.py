@@ -1,0 +1,5 @@
+"""Ministral. SwiGLU, sliding-window layers."""
+
+from fallow.models._base import Architecture
+
+ARCHITECTURE = Architecture(model_type="ministral", hf_class="MinistralForCausalLM")
