@@ -131,6 +131,7 @@ def _write_packed(path: Path, small: Any, pool: RowPool) -> None:
     writer.add_tensor("norm.weight", ones)
     angles = ROPE_BASE ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     writer.add_tensor("rope.0.inv_freq", angles.astype(np.float32))
+    writer.add_tensor("rope.0.scale", np.ones(1, dtype=np.float32))
     add("embed_tokens.weight", "Q4_K", pool.matrix("Q4_K", vocabulary, HIDDEN))
     add("lm_head.weight", "Q6_K", head.data[chosen])
     add("lm_head_coarse.codes", "I8", coarse[chosen])
@@ -167,7 +168,7 @@ def _metadata(small: Any) -> dict[str, Any]:
         "rope": [0] * LAYERS,
         "n_outliers": 0,
     }
-    for key in ("model_type", "vocab_size", "rope_scale", "embedding_scale", "norm_eps"):
+    for key in ("model_type", "vocab_size", "embedding_scale", "norm_eps"):
         metadata[key] = small.get(f"fallow.{key}")
     for key in ("layer_norm", "gated", "parallel", "activation", "fused"):
         metadata[key] = small.get(f"fallow.{key}")

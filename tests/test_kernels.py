@@ -245,6 +245,19 @@ def test_sums_of_rows_in_bytes(table: str, rows: int, columns: int) -> None:
         close(y, expected, 1e-5, np.abs(w).max() * np.sqrt(rows) * 4)
 
 
+@pytest.mark.parametrize("table", [table for table in TABLES if table.startswith("avx")])
+def test_gemm_of_halves_is_that_of_floats_to_the_bit(table: str) -> None:
+    rng = np.random.default_rng(6)
+    for rows, width in ((32, 64), (45, 100)):
+        data = rng.standard_normal((rows, width)).astype(np.float16).view(np.uint8).reshape(-1)
+        for tokens in TOKENS:
+            x = rng.standard_normal((tokens, width)).astype(np.float32)
+            halves, floats = np.empty((2, tokens, rows), dtype=np.float32)
+            _kernel_tests.gemm(table, "F16", data, x, halves, "halves")
+            _kernel_tests.gemm(table, "F16", data, x, floats, "floats")
+            np.testing.assert_array_equal(halves, floats)
+
+
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K"])
 def test_types_without_a_quantiser_decode_as_gguf_does(kind: str) -> None:
     block, n_bytes = _core.FORMATS[kind]

@@ -143,8 +143,8 @@ struct Rounded {
   ByteTokens tokens() const { return {q.data(), d.data(), sum.data(), stride}; }
 };
 
-// y (T, rows) for x (T, k), through the panels of prefill: of "floats", "bfloat16",
-// "bytes" or "bytes of tiles".
+// y (T, rows) for x (T, k), through the panels of prefill: of "floats", "bfloat16", "bytes" or "bytes
+// of tiles"; or through those of the cache: "halves".
 void gemm(const std::string& table, const std::string& type, Bytes w, Rows x, WritableRows y,
           const std::string& panels) {
   const KernelTest t(table, type, w, x.shape(1));
@@ -172,6 +172,12 @@ void gemm(const std::string& table, const std::string& type, Bytes w, Rows x, Wr
       t.kernels.panel_bf16(rows.data(), n, t.k, panel_half.data());
       t.kernels.to_bf16(x.data(), x.size(), x_half.data());
       t.kernels.gemm_bf16(panel_half.data(), n, t.k, x_half.data(), t.k, tokens, false, to, t.rows);
+    } else if (panels == "halves") {
+      if (!t.kernels.gemm_f16) throw nb::value_error("no product of halves");
+      std::vector<uint16_t> panel_half(panel.size());
+      t.kernels.panel_f32(rows.data(), n, t.k, panel.data());
+      t.kernels.to_f16(panel.data(), panel.size(), panel_half.data());
+      t.kernels.gemm_f16(panel_half.data(), n, t.k, x.data(), t.k, tokens, false, to, t.rows);
     } else {
       t.kernels.panel_f32(rows.data(), n, t.k, panel.data());
       t.kernels.gemm_f32(panel.data(), n, t.k, x.data(), t.k, tokens, false, to, t.rows);
