@@ -118,13 +118,13 @@ def _from_gguf(model: Model, path: Path) -> tuple[dict[str, StoredTensor], list[
         pairs.setdefault(stem, {})[part] = tensor.dequantize()
     deltas: list[_Delta] = []
     for stem, pair in sorted(pairs.items()):
-        if (name := architecture.hf_name(stem)) is None:
+        if (changed := architecture.hf_name(stem)) is None:
             raise FallowError(
                 f"adapter {path} changes {stem}, which {architecture.model_type} models do not have"
             )
-        whole = _delta(path, name, pair, alpha / pair["a"].shape[0] if "a" in pair else 1.0)
+        whole = _delta(path, changed, pair, alpha / pair["a"].shape[0] if "a" in pair else 1.0)
         # Rows are reordered and split as those of the matrix are.
-        parts = architecture.from_gguf(name, whole.b, model.module.config)
+        parts = architecture.from_gguf(changed, whole.b, model.module.config)
         deltas += [whole._replace(name=part, b=b) for part, b in parts.items()]
     return file.tensors, deltas
 
