@@ -128,12 +128,17 @@ CONFIGS = {
     ),
 }
 assert set(CONFIGS) == set(ARCHITECTURES)
+WITH_RELU = ("opt", "arcee", "nemotron")  # neurons are exactly zero
 
 
 def make_folder(name: str, folder: Path, **changes: object) -> Path:
     """Saves a tiny random model and its tokenizer."""
     config_class, settings = CONFIGS[name]
-    config = getattr(transformers, config_class)(**(settings | changes))
+    settings = settings | changes
+    if kinds := settings.get("layer_types"):  # in turn, of however many layers
+        n_layers = int(str(settings["num_hidden_layers"]))
+        settings["layer_types"] = [kinds[i % len(kinds)] for i in range(n_layers)]
+    config = getattr(transformers, config_class)(**settings)
     torch.manual_seed(0)
     module = transformers.AutoModelForCausalLM.from_config(config)
     with (

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 import fallow
-from conftest import VOCABULARY
+from conftest import VOCABULARY, WITH_RELU
 from fallow.calibration.calibrator import Calibrator
 from fallow.models.taps import Layer, attach
 from fallow.selectors import Selector
@@ -80,7 +80,9 @@ def check_chosen(model: fallow.Model, selector: Selector, expected: Expected) ->
         natural = seen["inter"] == 0
         # float32 against float64; zeros are zeros in both.
         near = (np.abs(score - threshold) <= 1e-5 * np.abs(score).max()) & (score > 0)
-        assert near.mean() < 0.1 or selector.name == "static"
+        # Squares of what ReLU leaves are nearer to each other.
+        few = 0.3 if model.architecture.model_type in WITH_RELU else 0.1
+        assert near.mean() < few or selector.name == "static"
         np.testing.assert_array_equal((kept | near), ((score > threshold) & ~natural) | near)
         np.testing.assert_array_equal(seen["after"][kept], seen["inter"][kept])
 

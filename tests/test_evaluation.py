@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fallow
+from conftest import WITH_RELU
 from fallow.checkpoints.text import Text, cut_windows, load_text
 from fallow.common.errors import FallowError, UsageError
 from fallow.models import ARCHITECTURES
@@ -50,14 +51,14 @@ def test_against_transformers(
     assert result.ppl == pytest.approx(math.exp(losses(sparse).mean()), rel=1e-5)
     ratio = math.exp((losses(sparse) - losses(dense)).mean())
     assert result.ppl_change_percent == pytest.approx(100 * (ratio - 1), abs=1e-3)
-    assert result.kl_to_dense["mean"] == pytest.approx(kl.mean(), rel=1e-3)
-    assert result.kl_to_dense["p99"] == pytest.approx(np.percentile(kl, 99), rel=1e-3)
+    assert result.kl_to_dense["mean"] == pytest.approx(kl.mean(), rel=1e-3, abs=1e-7)
+    assert result.kl_to_dense["p99"] == pytest.approx(np.percentile(kl, 99), rel=1e-3, abs=1e-7)
     same = (dense.argmax(-1) == sparse.argmax(-1)).mean()
     assert result.top1_agreement == pytest.approx(same)
     assert (result.tokens, result.windows) == (96, 3)
     # 22 of 37 neurons are kept; OPT's ReLU leaves fewer to begin with.
     cut = result.sparsity_ratio["inter"]
-    assert cut == pytest.approx(15 / 37) if name != "opt" else cut > 15 / 37
+    assert cut > 15 / 37 if name in WITH_RELU else cut == pytest.approx(15 / 37)
 
 
 def test_dense_is_its_own_reference(tiny: dict[str, fallow.Model], texts: Texts) -> None:

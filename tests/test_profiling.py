@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import fallow
+from conftest import WITH_RELU
 from fallow.checkpoints.text import cut_windows, load_text
 from fallow.models import ARCHITECTURES
 from fallow.models.taps import attach
@@ -44,7 +45,7 @@ def test_against_numpy(name: str, tiny: dict[str, fallow.Model], texts: Texts) -
         assert result.arrays["magnitude_cdf.inter"][i][-1] == 1
     natural = np.mean([(np.concatenate(s) == 0).mean() for s in stored])
     assert result.summary["natural_sparsity"] == pytest.approx(natural)
-    assert (natural > 0.2) == (name == "opt")  # only ReLU is sparse by nature
+    assert (natural > 0.2) == (name in WITH_RELU)  # only ReLU is sparse by nature
     assert result.summary["dtype"] == "float32"
 
 

@@ -63,11 +63,12 @@ void Attention::attend(size_t l, const Input& x, size_t n, float* out) {
 void Attention::rotate(const Layer& layer, const Norm& norm, size_t heads, size_t n, float* x) {
   const size_t dim = config_.head_dim, half = config_.rotary_dim / 2;
   if (half > 0 && turned_ != layer.inv_freq) {
+    const float scale = layer.rope_scale ? *layer.rope_scale : config_.rope_scale;
     for (size_t t = 0; t < n; ++t)
       for (size_t i = 0; i < half; ++i) {
         const float angle = static_cast<float>(position_ + t) * layer.inv_freq[i];
-        cos_[t * half + i] = std::cos(angle) * layer.rope_scale;
-        sin_[t * half + i] = std::sin(angle) * layer.rope_scale;
+        cos_[t * half + i] = std::cos(angle) * scale;
+        sin_[t * half + i] = std::sin(angle) * scale;
       }
     turned_ = layer.inv_freq;
   }

@@ -180,6 +180,7 @@ Config read_config(const Reader& in) {
   c.context_length = in.count("context_length", 1);
   c.rotary_dim = in.count("rotary_dim", 0, c.head_dim);
   c.attention_scale = in.number("attention_scale");
+  c.rope_scale = in.number("rope_scale", 1);  // of version 2
   c.embedding_scale = in.number("embedding_scale");
   c.residual_scale = in.number("residual_scale", 1);
   c.attention_softcap = in.number("attention_softcap", 0);
@@ -260,8 +261,8 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
     if (c.rotary_dim > 0) {
       const std::string rope = "rope." + std::to_string(ropes[i]);
       model.layers.back().inv_freq = in.vector(rope + ".inv_freq", c.rotary_dim / 2);
-      const float* scale = in.optional_vector(rope + ".scale", 1);
-      model.layers.back().rope_scale = scale ? *scale : in.number("rope_scale");
+      // Of what is read here, values come later: under a memory budget only the header is there yet.
+      model.layers.back().rope_scale = in.optional_vector(rope + ".scale", 1);
     }
   }
   model.embed_tokens = in.matrix("embed_tokens.weight", c.vocab_size, c.hidden_size);

@@ -22,6 +22,7 @@ struct Config {
   uint32_t context_length;
   uint32_t rotary_dim;        // leading dimensions of a head that turn; 0: no rotary embedding
   float attention_scale;      // of q . k
+  float rope_scale;
   float embedding_scale;
   float residual_scale;       // of what attention and FFN add
   float attention_softcap;    // c: scores are c tanh(score / c); 0: as they are
@@ -65,7 +66,7 @@ struct Layer {
   std::vector<uint32_t> outlier_neurons;        // (n,), ascending
   const float* down_norm = nullptr;             // (d_ff,): ||down_proj[:, i]|| of the source
   const float* inv_freq = nullptr;              // (rotary_dim / 2,)
-  float rope_scale = 1;                         // factor of cos and sin
+  const float* rope_scale = nullptr;            // (1,), factor of cos and sin; null: the config's
   uint32_t sliding_window = 0;                  // tokens; 0: all
 };
 

@@ -74,6 +74,7 @@ class Architecture:
     config_keys: tuple[str, ...] = ()  # what transformers' config takes besides its attributes
     soft_caps: bool = False  # of attention scores and logits, which other classes pass over
     settings: dict[str, Any] = field(default_factory=dict)  # for transformers' class
+    stored_as: dict[str, str] = field(default_factory=dict)  # parameters that files name so
     check: Callable[[Any], str | None] = lambda config: None  # what of a config cannot be packed
 
     # GGUF: None if llama.cpp has no such architecture.

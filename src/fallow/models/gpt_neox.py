@@ -49,6 +49,7 @@ ARCHITECTURE = Architecture(
     down_proj="mlp.dense_4h_to_h",
     attention=("attention.query_key_value", "attention.dense"),
     interleaves_qkv=True,
+    stored_as={"lm_head.weight": "embed_out.weight"},
     layers="gpt_neox.layers",
     final_norm="gpt_neox.final_layer_norm",
     embed_tokens="gpt_neox.embed_in",

@@ -131,8 +131,9 @@ def _taps_of(model: Any, plan: Plan) -> tuple[list[Layer], dict[str, Tap]]:
     if not isinstance(model, torch.nn.Module) or model_type is None:
         raise UsageError(f"{type(model).__name__} is no transformers model")
     name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
-    layers = by_model_type(model_type, name).find_layers(model)
-    if not any(mark == plan.fingerprint for mark in _fingerprints(model)):
+    architecture = by_model_type(model_type, name)
+    layers = architecture.find_layers(model)
+    if not any(mark == plan.fingerprint for mark in _fingerprints(model, architecture.stored_as)):
         raise FallowError(
             f"this plan is for {plan.model} (fingerprint {plan.fingerprint}), not for {name}; "
             "calibrate a plan for it, or give what fallow.load makes of the plan's own source"
@@ -140,12 +141,16 @@ def _taps_of(model: Any, plan: Plan) -> tuple[list[Layer], dict[str, Tap]]:
     return layers, cut_taps(plan.cuts, layers, name)
 
 
-def _fingerprints(module: Any) -> Iterator[str]:
-    """Fingerprints of the weights as they are, and in the types they may have been stored in."""
+def _fingerprints(module: Any, names: dict[str, str]) -> Iterator[str]:
+    """Fingerprints of the weights as they are, and in the types they may have been stored in.
+
+    `names`: those that parameters have in files, where they are others.
+    """
     own = next(module.parameters()).dtype
     kinds = sorted(_TYPES, key=lambda kind: _TYPES[kind] is not own)
     for kind in kinds:
-        yield fingerprint({name: _stored(name, kind, p) for name, p in module.named_parameters()})
+        stored = {names.get(name, name): p for name, p in module.named_parameters()}
+        yield fingerprint({name: _stored(name, kind, p) for name, p in stored.items()})
 
 
 def _stored(name: str, kind: str, parameter: torch.Tensor) -> StoredTensor:
