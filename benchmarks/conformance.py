@@ -99,18 +99,20 @@ def names() -> list[str]:
     return sorted({*ARCHITECTURES, *VARIANTS})
 
 
-def make(name: str, folder: Path) -> None:
+def make_folder(name: str, folder: Path, **changes: Any) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import make_folder
+    import conftest
 
+    conftest.make_folder(name, folder, **changes)
+
+
+def make(name: str, folder: Path) -> None:
     changes = VARIANTS.get(name, {})
     sizes = {
         k: v for k, v in SIZES.items() if name != "opt" or k.startswith(("num", "max", "vocab"))
     }
     make_folder(name.partition(",")[0], folder, **(sizes | changes))
-    if (
-        "rotary_pct" in changes
-    ):  # where the converter looks for it, and transformers no longer writes it
+    if "rotary_pct" in changes:  # the converter looks for it, and transformers writes it elsewhere
         path = folder / "config.json"
         config = json.loads(path.read_text()) | {"rotary_pct": changes["rotary_pct"]}
         path.write_text(json.dumps(config))
@@ -206,9 +208,6 @@ def long(llama_cpp: Path) -> dict[str, Any]:
     ids = np.random.default_rng(0).integers(2, 300, LONG_TOKENS)
     with tempfile.TemporaryDirectory() as scratch:
         folder, gguf = Path(scratch) / "model", Path(scratch) / "m.gguf"
-        sys.path.insert(0, str(ROOT / "tests"))
-        from conftest import make_folder
-
         make_folder("llama", folder, **changes)
         if reason := convert(llama_cpp, folder, gguf, "bf16"):
             return {"converter": reason}

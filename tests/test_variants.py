@@ -101,6 +101,7 @@ NEUTRAL_KEYS = {
     "expert_count": 0,
     "expert_used_count": 0,
     "pooling_type": 3,
+    "attention.layer_norm_epsilon": 0.5,  # of a model that has RMSNorm
 }
 
 

@@ -56,7 +56,6 @@ struct Groups<32> {
   static V div(V a, V b) {  // 0 where b is 0
     return _mm256_maskz_div_ps(_mm256_cmp_ps_mask(b, zero(), _CMP_NEQ_OQ), a, b);
   }
-  static float sum(V v) { return _mm512_reduce_add_ps(_mm512_zextps256_ps512(v)); }
   using I = __m256i;
   static I round(V v) { return _mm256_cvtps_epi32(v); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
@@ -95,7 +94,6 @@ struct Groups<16> {
   static V div(V a, V b) {
     return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(b, zero(), _CMP_NEQ_OQ), a, b);
   }
-  static float sum(V v) { return _mm512_reduce_add_ps(v); }
   using I = __m512i;
   static I round(V v) { return _mm512_cvtps_epi32(v); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }

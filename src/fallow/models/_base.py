@@ -118,8 +118,15 @@ class Architecture:
         return None
 
 
-def llama_config(file: GgufFile, partial_rotary: bool = False) -> dict[str, Any]:
-    """transformers' config of a llama-like model from GGUF metadata."""
+def llama_config(
+    file: GgufFile, partial_rotary: bool = False, layer_norm: str | None = None
+) -> dict[str, Any]:
+    """transformers' config of a llama-like model from GGUF metadata.
+
+    `layer_norm`: what the config calls the epsilon of a model that has LayerNorm.
+    """
+    eps_name = layer_norm or "rms_norm_eps"
+    eps_key = f"{{arch}}.attention.layer_norm_{'' if layer_norm else 'rms_'}epsilon"
     heads, dim = file.get("{arch}.attention.head_count"), head_dim(file)
     rotary_dim = file.get("{arch}.rope.dimension_count", dim)
     if rotary_dim != dim and not partial_rotary:
@@ -135,7 +142,7 @@ def llama_config(file: GgufFile, partial_rotary: bool = False) -> dict[str, Any]
         "num_attention_heads": heads,
         "num_key_value_heads": file.get("{arch}.attention.head_count_kv", heads),
         "head_dim": dim,
-        "rms_norm_eps": norm_eps(file),
+        eps_name: file.get(eps_key),
         "rope_parameters": rope_parameters(file, rotary_dim, dim),
         "max_position_embeddings": file.get("{arch}.context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -143,14 +150,6 @@ def llama_config(file: GgufFile, partial_rotary: bool = False) -> dict[str, Any]
         "eos_token_id": file.get("tokenizer.ggml.eos_token_id", None),
         "pad_token_id": file.get("tokenizer.ggml.padding_token_id", None),
     }
-
-
-def norm_eps(file: GgufFile) -> float:
-    """Of RMSNorm, or where the file has none of LayerNorm."""
-    eps: float = file.get("{arch}.attention.layer_norm_epsilon", None) or file.get(
-        "{arch}.attention.layer_norm_rms_epsilon"
-    )
-    return eps
 
 
 def vocabulary_size(file: GgufFile) -> int:

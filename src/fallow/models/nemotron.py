@@ -8,8 +8,7 @@ from fallow.models.gemma3 import less_one
 
 
 def _config(file: GgufFile) -> dict[str, Any]:
-    config = llama_config(file, partial_rotary=True)
-    return config | {"norm_eps": config.pop("rms_norm_eps")}
+    return llama_config(file, partial_rotary=True, layer_norm="norm_eps")
 
 
 ARCHITECTURE = Architecture(

@@ -9,11 +9,8 @@ _NAMES = {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 
 
 def _config(file: GgufFile) -> dict[str, Any]:
-    config = llama_config(file)
-    return config | {
-        "norm_epsilon": config.pop("rms_norm_eps"),
-        "sliding_window": file.get("starcoder2.attention.sliding_window", None) or None,
-    }
+    window = file.get("starcoder2.attention.sliding_window", None) or None
+    return llama_config(file, layer_norm="norm_epsilon") | {"sliding_window": window}
 
 
 ARCHITECTURE = Architecture(
