@@ -17,6 +17,7 @@ from fallow.cli import (  # noqa: F401
     packed,
     patterns,
     plans,
+    adapt,
     quality,
     selectors,
     serving,

@@ -148,6 +148,19 @@ def numbers(option: str, text: str) -> list[float]:
     return found
 
 
+def count_of(option: str, text: str) -> int:
+    """A whole number such as 300000, 300k or 20M. Raises UsageError for anything else."""
+    factors = {"k": 10**3, "m": 10**6, "g": 10**9}
+    factor = factors.get(text[-1:].lower(), 1)
+    try:
+        found = float(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        found = math.nan
+    if not (math.isfinite(found) and found >= 1):
+        raise UsageError(f"{option} {text!r} is no number of tokens such as 300000 or 20M")
+    return round(found)
+
+
 def report_tradeoff(table: list[dict[str, Any]], output: Path, as_json: bool) -> None:
     if as_json:
         print_json({"output": str(output), "rows": table})

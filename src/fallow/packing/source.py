@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from fallow import _core
 from fallow.checkpoints.text import Text, load_text
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
+from fallow.common.files import fits, read_json
 from fallow.common.progress import note, progress
 from fallow.engine.memory import COARSE_HEAD
 from fallow.measure.evaluation import final_hidden
@@ -40,6 +42,7 @@ OUTLIER_WINDOWS = 2
 # with 64 and 32 windows, 0.65 and 0.73 with half as many in half the time, 0.70 and 0.77 with a
 # quarter.
 HEAD_CONTEXT, HEAD_WINDOWS, HEAD_DEFAULT_WINDOWS = 256, 32, 16
+ADAPTED_FILE = "adapted.json"  # of a folder that `fallow adapt` wrote
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -63,6 +66,7 @@ class Source:
         self.config = model.module.config
         path = find_model(name) if name is not None else None
         self.gguf = read_gguf(path) if path is not None and path.is_file() else None
+        self._adapted = _adapted_types(path)
         self._rounded_to, self._rounded = "", dict[int, tuple[Matrix, np.ndarray, Matrix | None]]()
         problem = model.architecture.check(self.config)
         if problem:
@@ -80,12 +84,19 @@ class Source:
         if down is not None:
             return (down.upper(),)
         if not self.keeps_bytes:
-            return ((quant or "q8_0").upper(),)
+            stated = self._adapted.get(self._down_name, "q8_0")  # the same in every layer
+            return ((quant or stated).upper(),)
         if quant is not None:
             raise UsageError("--quant is for Hugging Face folders; a GGUF keeps its own types")
         if self.config.hidden_size % 32:
             return ("F16",)
         return DOWN_TYPES if self.config.hidden_size % 256 == 0 else DOWN_TYPES_NARROW
+
+    def stored_types(self) -> dict[str, str]:
+        """What a GGUF's matrices are written in, by the parameters' names; {} for a folder."""
+        if self.gguf is None:
+            return {}
+        return {name: matrix.type for name, matrix in self._stored().items()}
 
     def matrices(self, quant: str | None) -> dict[str, Matrix]:
         """Every matrix but down_proj_t, under the engine's names."""
@@ -99,7 +110,8 @@ class Source:
                 result[name] = matrix
                 continue
             values = parameters[place].detach().float().numpy()
-            kind = matrix.type if matrix else (quant or "q8_0").upper()
+            stated = quant or self._adapted.get(place, "q8_0")
+            kind = matrix.type if matrix else stated.upper()
             if kind not in QUANT_TYPES:  # Q2_K or Q3_K
                 kind = _larger_type(values.shape[1])
             result[name] = quantize(values if part is None else values[part], kind)
@@ -206,6 +218,10 @@ class Source:
             yield f"layers.{i}.down_norm", layer.down_norm.numpy()
             for name, bias in self._biases(layer):
                 yield f"layers.{i}.{name}.bias", bias
+
+    @property
+    def _down_name(self) -> str:
+        return f"{self.model.architecture.layers}.0.{self.model.architecture.down_proj}.weight"
 
     @property
     def has_coarse_head(self) -> bool:
@@ -432,6 +448,21 @@ class Source:
             "sliding_window": self.sliding_windows,
             "rope": self.rope_of_layer,
         }
+
+
+def _adapted_types(path: Path | None) -> dict[str, str]:
+    """What an adapted folder's weights were rounded to in training, by their names.
+
+    Raises:
+        FallowError: its `adapted.json` is damaged.
+    """
+    file = None if path is None else path / ADAPTED_FILE
+    if file is None or not file.is_file():
+        return {}
+    found: Any = read_json(file, "adapt the model again").get("types")
+    if not fits(found, dict) or not all(v in QUANT_TYPES for v in found.values()):
+        raise FallowError(f"{file} is damaged; adapt the model again")
+    return dict(found)
 
 
 def _larger_type(cols: int) -> str:

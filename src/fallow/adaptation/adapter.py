@@ -1,0 +1,591 @@
+"""Teaches a model to do without its inactive neurons (docs/methods.md, "Adaptation").
+
+The dense model is the teacher: the student, which runs under a rule's cuts and with its weights
+rounded as the packed file will have them, learns the teacher's distribution of every next token
+(arXiv:1503.02531 2). What comes out is an ordinary Hugging Face folder, dense to whoever does not
+look into its `fallow.plan`, and `adapted.json`, which says how it was made.
+"""
+
+import copy
+import math
+import pickle
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fallow.adaptation import students, texts
+from fallow.adaptation.rounding import ROUNDINGS
+from fallow.calibration.calibrator import Calibrator, check_request
+from fallow.checkpoints.text import Text, check_context, load_text
+from fallow.common.errors import FallowError, UsageError
+from fallow.common.files import atomic_path, check_sums, read_json, write_json
+from fallow.common.metrics import ppl_change_percent
+from fallow.common.progress import console, note
+from fallow.laws.training import _device as find_device
+from fallow.laws.training import _has_bfloat16 as has_bfloat16
+from fallow.models.cuts import cut_taps
+from fallow.models.taps import Layer, Tap, attach, column_norm
+from fallow.packing.source import ADAPTED_FILE, Source
+from fallow.plan import Cut, Plan
+from fallow.reference.model import Model, find_model, load
+from fallow.reference.sparsified import export
+
+BETAS, CLIP = (0.9, 0.95), 1.0
+WARM_UP, LAST_RATE = 0.02, 0.05  # share of the steps; of the rate, at the end of the cosine
+# The probe trains with each for a PROBE of the tokens and takes the best. 2e-4 spoilt
+# Qwen2.5-Coder-0.5B, from which SmolLM2 at 3e-4 was still far.
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+PROBE, PROBE_STEPS = 0.01, 24
+CHECKS, PATIENCE = 10, 3
+LADDER = 8  # sparsities on the way to the one asked for
+SAVE_SECONDS, REPORT_SECONDS = 120.0, 30.0
+MANY_EPOCHS = 8
+# Tokens at once through the model and, of logits, through the head.
+PART_TOKENS = {"cpu": 2048, "cuda": 16384}
+HEAD_TOKENS = {"cpu": 512, "cuda": 4096}
+DENSE_LOSS = 5.0  # percent of dense PPL from where a run says so
+
+
+@dataclass(frozen=True)
+class Settings:
+    """An adaptation, as `fallow adapt` has it."""
+
+    rule: str = "gate_topk"
+    sparsity: float = 0.5
+    tokens: int = 20_000_000
+    minutes: float | None = None  # ends then, if not before; the schedule fits itself to that
+    train: str = "layers"
+    rank: int = 16  # of train "lora"
+    quant: str | None = None  # None: a GGUF's own types, nothing for a folder
+    learning_rate: float | None = None  # None: by a probe
+    anneal: float = 0.0  # share of the training until the sparsity is the one asked for
+    sampled: float = 0.0  # share of tokens that the dense model writes
+    context: int = 512
+    batch: int = 32  # windows per step
+    seed: int = 0
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch * self.context
+
+    @property
+    def steps(self) -> int:
+        return max(1, math.ceil(self.tokens / self.step_tokens))
+
+    def check(self) -> None:
+        """Raises UsageError for what needs no model to be seen wrong."""
+        check_request(self.rule, self.sparsity, None, None)
+        check_context(self.context)
+        for name in ("tokens", "batch", "rank", "minutes", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
+        for name in ("anneal", "sampled"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"--{name} {getattr(self, name)} is outside 0 to 1")
+        if self.train not in students.TRAINED:
+            known = ", ".join(students.TRAINED)
+            raise UsageError(f"unknown --train {self.train!r}; known: {known}")
+        if self.quant is not None and self.quant.upper() not in ROUNDINGS:
+            known = ", ".join(k.lower() for k in ROUNDINGS)
+            raise UsageError(f"unknown type {self.quant!r}; known: {known}")
+
+
+@dataclass
+class Check:
+    """The student on the held-out windows, after some tokens."""
+
+    tokens: int
+    seconds: float  # of training
+    kl: float  # to the teacher, under the rule; nats per token
+    ppl_change_percent: float  # under the rule, against the teacher
+    ppl_change_se: float | None  # paired
+    dense_ppl_change_percent: float  # without the rule, against the teacher
+
+
+@dataclass
+class AdaptReport:
+    """What an adaptation gave, and how."""
+
+    path: str
+    model: str
+    fingerprint: str  # of the model that was adapted
+    settings: dict[str, Any]
+    learning_rate: float
+    texts: list[dict[str, Any]]
+    checks: list[Check]
+    best: Check
+    tokens: int
+    tokens_per_second: float
+    device: str
+    types: dict[str, str] = field(repr=False)  # weights' types that training rounded to
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def adapt(
+    model: str | Path,
+    folder: str | Path,
+    settings: Settings,
+    *,
+    text: Sequence[str | Path | Text] = (),
+    shares: Sequence[float] = (),
+    device: str = "auto",
+) -> AdaptReport:
+    """Adapts a model and writes it as a Hugging Face folder; goes on where a stopped run was.
+
+    Args:
+        text: files to train on; none: the calibration half of the default text.
+        shares: of the tokens, one for each text; none: by length.
+        device: "cpu", "cuda", or "auto", a GPU if there is one.
+
+    Raises:
+        UsageError: settings that do not fit together, or a GPU that is not there.
+        FallowError: the folder is there, the text is too short, a stopped run of other settings,
+            or the loss is NaN: the last good state stays.
+    """
+    settings.check()
+    texts.check_shares(shares, len(text))
+    folder = Path(folder)
+    if folder.exists():
+        raise FallowError(f"{folder} is there already; choose another --output")
+    work = folder.with_name(folder.name + ".adapting")
+    work.mkdir(parents=True, exist_ok=True)
+    device = find_device(device)
+    run = _Run(load(model, "float32"), model, work, settings, text, shares, device)
+    run.prepare()
+    run.finish()
+    return run.write(folder)
+
+
+class _Run:
+    """One adaptation between its first and its last step."""
+
+    def __init__(
+        self,
+        model: Model,
+        name: str | Path,
+        work: Path,
+        settings: Settings,
+        text: Sequence[str | Path | Text],
+        shares: Sequence[float],
+        device: str,
+    ) -> None:
+        self.model, self.work, self.settings, self.device = model, work, settings, device
+        self.source = find_model(str(name))
+        if (self.source / ADAPTED_FILE).is_file():
+            note(f"{name} was adapted already: what it learns from is itself, not its source")
+        self.types = _types(model, str(name), settings.quant)
+        read = [load_text(t, "calibration") for t in text or (None,)]
+        windows = [model.windows(t, settings.context) for t in read]
+        self.mixture = texts.mix(read, windows, shares, settings.seed)
+        self.plans = self._ladder(read[0])
+        self.half = has_bfloat16(device)
+        self.learning_rate = settings.learning_rate or 0.0
+        self.step, self.seconds = 0, 0.0
+        self.checks: list[Check] = []
+        self.best: dict[str, torch.Tensor] = {}
+
+    def _ladder(self, text: Text) -> list[Plan]:
+        """The rule's plans on the way to the sparsity, fitted to the dense model."""
+        settings = self.settings
+        calibrator = Calibrator(self.model, text, context=settings.context, validation_windows=1)
+        n = LADDER if settings.anneal else 1
+        targets = [settings.sparsity * (i + 1) / n for i in range(n)]
+        plans = [calibrator.plan(settings.rule, sparsity=t, measure=False) for t in targets]
+        return [
+            replace(p, cuts=tuple(_frozen(cut, self.model.layers) for cut in p.cuts)) for p in plans
+        ]
+
+    def prepare(self) -> None:
+        """Makes teacher and student, samples text, finds the rate, or restores a stopped run."""
+        self._claim()
+        self.teacher = copy.deepcopy(self.model.module).to(self.device)
+        head = self.model.module.get_output_embeddings()
+        self.head_weight = head.weight.detach().float().to(self.device)
+        self.head_bias = None if head.bias is None else head.bias.detach().float().to(self.device)
+        self._sample()
+        self._say_what_is_read()
+        with torch.no_grad():
+            self.wanted = [self._exact(self.teacher, ids) for ids in self._held_out()]
+        self.teacher_losses = self._judge(self.teacher, {})[1]
+        if not self.learning_rate:
+            self.learning_rate = self._find_rate()
+        self._begin(self.learning_rate, self.settings.steps)
+        self._restore()
+
+    def _claim(self) -> None:
+        """Raises FallowError if the folder is of another run."""
+        path = self.work / "settings.json"
+        mine = asdict(self.settings) | {
+            "fingerprint": self.model.fingerprint,
+            "texts": self.mixture.metadata,
+        }
+        if not path.exists():
+            write_json(path, mine)
+            return
+        found = read_json(path, f"delete {self.work} to begin again")
+        changed = [k for k, v in mine.items() if found.get(k) != v]
+        if changed:
+            raise FallowError(
+                f"{self.work} is of a stopped run with another {', '.join(changed)}; delete it, or "
+                "choose another --output"
+            )
+
+    def _sample(self) -> None:
+        settings = self.settings
+        if not settings.sampled:
+            return
+        windows = settings.steps * settings.batch * settings.sampled / texts.SAMPLED_EPOCHS
+        begin = np.concatenate([s.windows[:, : texts.PREFIX] for s in self.mixture.sources])
+        written = texts.sample(
+            self.teacher, begin, math.ceil(windows), settings.context, self.work, settings.seed
+        )
+        texts.add_sampled(
+            self.mixture, written, settings.sampled, self.model.name, self.model.fingerprint
+        )
+
+    def _say_what_is_read(self) -> None:
+        epochs = self.mixture.epochs(self.settings.steps * self.settings.batch)
+        for source, count in zip(self.mixture.sources, epochs, strict=True):
+            console.print(
+                f"{source.name}: {source.share:.0%} of the tokens, read {count:.1f} times",
+                highlight=False,
+            )
+        if max(epochs) > MANY_EPOCHS:
+            note(
+                f"a text that is read {max(epochs):.0f} times teaches little more than one that is "
+                f"read {MANY_EPOCHS} times; give more text, or fewer --tokens"
+            )
+
+    # The student ---------------------------------------------------------------------------------
+
+    def _begin(self, rate: float, steps: int) -> None:
+        """A student at its start, and its optimiser."""
+        self.student = copy.deepcopy(self.model.module).to(self.device).train()
+        self.layers = self.model.architecture.find_layers(self.student)
+        taps = [cut_taps(plan.cuts, self.layers, self.model.name) for plan in self.plans]
+        self.taps: list[dict[str, Tap]] = taps
+        s = self.settings
+        self.parameters = students.prepare(self.student, self.layers, s.train, s.rank, self.types)
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True
+        )
+        self.rate, self.steps = rate, steps
+
+    @property
+    def share(self) -> float:
+        """How much of the training is done, [0, 1]: of its tokens, or of its time."""
+        minutes = self.settings.minutes
+        spent = self.seconds / 60 / minutes if minutes else 0.0
+        return min(1.0, max(self.step / self.steps, spent))
+
+    def rung(self) -> dict[str, Tap]:
+        """The taps of the plan that it is trained under now."""
+        anneal, last = self.settings.anneal, len(self.taps) - 1
+        return self.taps[last if not anneal else min(last, int(self.share / anneal * (last + 1)))]
+
+    def train_step(self, windows: np.ndarray) -> float:
+        """One step over windows (n, context); the mean KL to the teacher before it, nats/token."""
+        warm, share = WARM_UP, self.share
+        cosine = (1 + math.cos(math.pi * share)) / 2
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate * (LAST_RATE + (1 - LAST_RATE) * cosine)
+            group["lr"] *= min(1.0, (self.step + 1) / max(1, warm * self.steps))
+        self.optimiser.zero_grad()
+        rows = max(1, PART_TOKENS[self.device] // windows.shape[1])
+        total = torch.zeros((), device=self.device)
+        with attach(self.layers, self.rung()):
+            for part in np.split(windows, range(rows, len(windows), rows)):
+                total += self._learn(self._ids(part), windows.size)
+        nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        self.optimiser.step()
+        students.renew_rounding(self.student)
+        self.step += 1
+        return float(total)
+
+    def _learn(self, ids: torch.Tensor, n_tokens: int) -> torch.Tensor:
+        """Adds the gradient of the KL of windows (n, context), a part of a step of n_tokens."""
+        with torch.no_grad():
+            wanted = self._hidden(self.teacher, ids)
+        hidden = self._hidden(self.student, ids)
+        # The head's logits are made part by part, and each part's gradient at once: together they
+        # would be 3 GB of SmolLM2's 16,384 tokens.
+        leaf = hidden.detach().requires_grad_()
+        total = torch.zeros((), device=self.device)
+        size = HEAD_TOKENS[self.device]
+        flat = zip(leaf.flatten(0, 1).split(size), wanted.flatten(0, 1).split(size), strict=True)
+        for mine, teachers in flat:
+            loss = self._divergence(mine, teachers).sum() / n_tokens
+            loss.backward()
+            total += loss.detach()
+        hidden.backward(leaf.grad)
+        return total
+
+    def _ids(self, windows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(windows)).to(self.device)
+
+    def _hidden(self, module: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Final hidden states (n, context, d_model), float32."""
+        with self._in_half():
+            return module.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+
+    def _in_half(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.half)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (T, vocabulary), float32."""
+        logits = nn.functional.linear(hidden, self.head_weight, self.head_bias).float()
+        logits = logits * self.model.logit_scale
+        cap = self.model.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def _divergence(self, hidden: torch.Tensor, teachers: torch.Tensor) -> torch.Tensor:
+        """KL(teacher || student) of each token (T,), nats, of final hidden states (T, d_model)."""
+        with self._in_half():
+            mine = self._logits(hidden)
+            with torch.no_grad():
+                wanted = self._logits(teachers).log_softmax(dim=-1)
+        return (wanted.exp() * (wanted - mine.log_softmax(dim=-1))).sum(dim=-1)
+
+    # Judging -------------------------------------------------------------------------------------
+
+    def _held_out(self) -> list[torch.Tensor]:
+        return [self._ids(window[None]) for window in self.mixture.held_out]
+
+    def _exact(self, module: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Final hidden states (T - 1, d_model) of a window (1, T), that predict; in float32."""
+        hidden = module.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden[0, :-1].float()
+
+    @torch.no_grad()
+    def _judge(self, module: Any, taps: dict[str, Tap]) -> tuple[float, np.ndarray]:
+        """KL to the teacher, and losses (n,) of held-out windows; nats per token."""
+        kl, losses = [], []
+        with attach(self.model.architecture.find_layers(module), taps):
+            for ids, wanted in zip(self._held_out(), self.wanted, strict=True):
+                hidden = self._exact(module, ids)
+                log_p, log_q = (self._logits(h).log_softmax(dim=-1) for h in (wanted, hidden))
+                kl.append(float((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()))
+                losses.append(float(nn.functional.nll_loss(log_q, ids[0, 1:])))
+        return float(np.mean(kl)), np.array(losses)
+
+    def check(self) -> Check:
+        """The student as it is, under the whole rule."""
+        self.student.eval()
+        kl, losses = self._judge(self.student, self.taps[-1])
+        _, dense = self._judge(self.student, {})
+        self.student.train()
+        change, error = ppl_change_percent(losses, self.teacher_losses)
+        return Check(
+            tokens=self.step * self.settings.step_tokens,
+            seconds=self.seconds,
+            kl=kl,
+            ppl_change_percent=change,
+            ppl_change_se=error,
+            dense_ppl_change_percent=ppl_change_percent(dense, self.teacher_losses)[0],
+        )
+
+    def _find_rate(self) -> float:
+        """Of RATES the one that a short training ends best with. Raises FallowError if none does.
+
+        Every one reads the same windows.
+        """
+        path = self.work / "rate.json"
+        if path.exists():
+            return float(read_json(path, f"delete {self.work} to begin again")["learning_rate"])
+        steps = min(self.settings.steps, max(PROBE_STEPS, round(PROBE * self.settings.steps)))
+        found = {}
+        for rate in RATES:
+            mixture = replace(self.mixture, read=[0] * len(self.mixture.sources))
+            self._begin(rate, steps)
+            self.step, self.seconds = 0, 0.0
+            while self.step < steps:
+                self.train_step(mixture.batch(self.settings.batch))
+            found[rate] = self.check().kl
+            console.print(f"rate {rate:g}: {found[rate]:.4f} nats", highlight=False)
+        self.step, self.seconds = 0, 0.0
+        finite = {rate: kl for rate, kl in found.items() if math.isfinite(kl)}
+        if not finite:
+            raise FallowError(
+                f"every learning rate of {', '.join(f'{r:g}' for r in RATES)} gives NaN; check the "
+                "checkpoint, or give --learning-rate"
+            )
+        best = min(finite, key=finite.__getitem__)
+        write_json(path, {"learning_rate": best, "kl": {f"{r:g}": kl for r, kl in found.items()}})
+        return best
+
+    # From step to step ---------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """The steps that are left, with a check at every tenth of them."""
+        if not self.checks:
+            self._keep(self.check())
+        saved = reported = began = time.monotonic()
+        first = self.step
+        next_check = len(self.checks) / CHECKS
+        while self.share < 1 and not self._is_worse():
+            started = time.monotonic()
+            kl = self.train_step(self.mixture.batch(self.settings.batch))
+            if not math.isfinite(kl):
+                raise FallowError(
+                    f"the KL is {kl} after {self.step * self.settings.step_tokens} tokens; "
+                    f"{self.work} has the last good state; give a lower --learning-rate"
+                )
+            now = time.monotonic()
+            self.seconds += now - started
+            if self.share >= next_check or self.share >= 1:
+                self._keep(self.check())
+                next_check = len(self.checks) / CHECKS
+                saved = now
+            elif now - saved > SAVE_SECONDS:
+                self._save()
+                saved = now
+            if now - reported > REPORT_SECONDS or self.step == first + 1:
+                self._say(kl, (self.step - first) / (now - began))
+                reported = now
+
+    def _say(self, kl: float, steps_per_second: float) -> None:
+        tokens = self.settings.step_tokens
+        left = (1 - self.share) / max(self.share, 1e-9) * self.seconds
+        console.print(
+            f"{self.step * tokens / 1e6:.2f} M tokens: {kl:.4f} nats, "
+            f"{steps_per_second * tokens:.0f} tokens/s, {left / 60:.0f} min left",
+            highlight=False,
+        )
+
+    def _keep(self, found: Check) -> None:
+        """A check, whose student is kept if it is the best so far, with all that a stop needs."""
+        if not self.checks or found.kl < min(c.kl for c in self.checks):
+            self.best = self._trained()
+        self.checks.append(found)
+        console.print(
+            f"{found.tokens / 1e6:.2f} M tokens, held-out: {found.kl:.4f} nats, PPL "
+            f"{found.ppl_change_percent:+.2f} % (dense {found.dense_ppl_change_percent:+.2f} %)",
+            highlight=False,
+        )
+        if found.dense_ppl_change_percent > DENSE_LOSS:
+            note(
+                f"without the rule the PPL is {found.dense_ppl_change_percent:.1f} % above the "
+                "dense model's: it forgets; a lower --learning-rate forgets less"
+            )
+        self._save()
+
+    def _is_worse(self) -> bool:
+        """Whether the last checks were worse than one before them."""
+        kl = [c.kl for c in self.checks]
+        return self.share > self.settings.anneal and len(kl) - int(np.argmin(kl)) > PATIENCE
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        return {
+            name: p.detach().cpu().clone()
+            for name, p in self.student.named_parameters()
+            if p.requires_grad
+        }
+
+    def _save(self) -> None:
+        state = {
+            "trained": self._trained(),
+            "optimiser": self.optimiser.state_dict(),
+            "best": self.best,
+            "step": self.step,
+            "seconds": self.seconds,
+            "checks": [asdict(c) for c in self.checks],
+            "read": self.mixture.read,
+        }
+        with atomic_path(self.work / "state.pt") as temporary:
+            torch.save(state, temporary)
+
+    def _restore(self) -> None:
+        """Raises FallowError if the state is damaged."""
+        path = self.work / "state.pt"
+        if not path.exists():
+            return
+        try:
+            check_sums(path)
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            self._fill(state["trained"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.best, self.mixture.read = state["best"], state["read"]
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.checks = [Check(**c) for c in state["checks"]]
+        except (
+            OSError, RuntimeError, EOFError, pickle.UnpicklingError,
+            KeyError, TypeError, ValueError,
+        ) as error:  # fmt: skip
+            raise FallowError(f"{path} is damaged; delete {self.work} to begin again") from error
+        console.print(f"goes on after {self.step} steps", highlight=False)
+
+    def _fill(self, trained: dict[str, torch.Tensor]) -> None:
+        parameters = dict(self.student.named_parameters())
+        with torch.no_grad():
+            for name, values in trained.items():
+                parameters[name].copy_(values)
+        students.renew_rounding(self.student)
+
+    # The result ----------------------------------------------------------------------------------
+
+    def write(self, folder: Path) -> AdaptReport:
+        """The best student as a Hugging Face folder with its plan; the work folder goes."""
+        self._fill(self.best)
+        best = min(self.checks, key=lambda c: c.kl)
+        students.finish(self.student)
+        kind = torch.float32 if self.device == "cpu" and not self.half else torch.bfloat16
+        self.model.module = self.student.to("cpu", kind).eval().requires_grad_(False)
+        self.model.layers = self.model.architecture.find_layers(self.model.module)
+        report = AdaptReport(
+            path=str(folder),
+            model=self.model.name,
+            fingerprint=self.model.fingerprint,
+            settings=asdict(self.settings),
+            learning_rate=self.learning_rate,
+            texts=self.mixture.metadata,
+            checks=self.checks,
+            best=best,
+            tokens=self.step * self.settings.step_tokens,
+            tokens_per_second=self.step * self.settings.step_tokens / max(self.seconds, 1e-9),
+            device=self.device,
+            types=self.types,
+        )
+        made = self.work / "made"
+        shutil.rmtree(made, ignore_errors=True)
+        export(self.model, self.plans[-1], made, self.source)
+        write_json(made / ADAPTED_FILE, report.to_json())
+        made.replace(folder)
+        shutil.rmtree(self.work)
+        return report
+
+
+def _frozen(cut: Cut, layers: list[Layer]) -> Cut:
+    """The cut with the norms of the dense model's columns: training must not move them."""
+    if not isinstance(cut.weight, str):
+        return cut
+    named = [layer.projections.get(cut.tap, layer.down_proj) for layer in layers]
+    return replace(cut, weight=np.stack([column_norm(p).numpy() for p in named]))
+
+
+def _types(model: Model, name: str, quant: str | None) -> dict[str, str]:
+    """What weights are stored as, by their names, when the model is packed; {}: not stated.
+
+    A GGUF's down_proj becomes what `fallow pack` tries first, since rows of neurons are rounded.
+    """
+    source = Source(model, name)
+    types = source.stored_types()
+    if quant is None and not types:
+        return {}
+    down = (quant or source.down_types(None, None)[0]).upper()
+    names = {id(part): f"{name}.weight" for name, part in model.module.named_modules()}
+    for layer in model.layers:
+        types[names[id(layer.down_proj)]] = down
+        if quant is not None:
+            types |= {names[id(part)]: down for part in layer.projections.values()}
+    return types

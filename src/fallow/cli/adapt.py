@@ -1,0 +1,92 @@
+"""The command that teaches a model to be sparser."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fallow.cli._shared import (
+    ContextOption,
+    JsonOption,
+    ModelArg,
+    SeedOption,
+    app,
+    check_output,
+    count_of,
+    numbers,
+    print_json,
+)
+
+
+@app.command()
+def adapt(
+    model: ModelArg,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    sparsity: Annotated[float, typer.Option(help="Neurons to leave out, [0, 1).")] = 0.5,
+    rule: Annotated[str, typer.Option(help="That the model learns to live with.")] = "gate_topk",
+    tokens: Annotated[str, typer.Option(help="To train on, such as 20M.")] = "20M",
+    minutes: Annotated[float | None, typer.Option(help="Of training, at most.")] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="To train on, may be repeated; default: the calibration text."),
+    ] = None,
+    shares: Annotated[str, typer.Option(help="Of each text, such as 0.7,0.3; by length.")] = "",
+    sampled: Annotated[
+        float | None,
+        typer.Option(help="Share of tokens that the model writes itself; without --text half."),
+    ] = None,
+    train: Annotated[str, typer.Option(help="layers, ffn, lora or scales.")] = "layers",
+    rank: Annotated[int, typer.Option(help="Of lora.")] = 16,
+    quant: Annotated[
+        str | None,
+        typer.Option(help="Type that it will be packed in, q4_k say; default: a GGUF's own."),
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: by a short probe.")] = None,
+    anneal: Annotated[
+        float, typer.Option(help="Share of the training in which the sparsity grows.")
+    ] = 0.0,
+    context: ContextOption = 512,
+    batch: Annotated[int, typer.Option(help="Windows per step.")] = 32,
+    seed: SeedOption = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Teach a model to do without its inactive neurons, by its own predictions."""
+    from fallow.adaptation.adapter import Settings
+    from fallow.adaptation.adapter import adapt as run
+
+    settings = Settings(
+        rule=rule,
+        sparsity=sparsity,
+        tokens=count_of("--tokens", tokens),
+        minutes=minutes,
+        train=train,
+        rank=rank,
+        quant=quant,
+        learning_rate=learning_rate,
+        anneal=anneal,
+        sampled=(0.0 if text else 0.5) if sampled is None else sampled,
+        context=context,
+        batch=batch,
+        seed=seed,
+    )
+    settings.check()
+    check_output(output / "adapted.json", model)
+    report = run(
+        model,
+        output,
+        settings,
+        text=text or (),
+        shares=numbers("--shares", shares),
+        device=device,
+    )
+    if as_json:
+        print_json(report.to_json())
+        return
+    best = report.best
+    print(
+        f"written: {output}, after {report.tokens / 1e6:.2f} M tokens; held-out text under "
+        f"{rule} at {sparsity:.0%}: {best.kl:.4f} nats, PPL {best.ppl_change_percent:+.2f} % "
+        f"(before: {report.checks[0].ppl_change_percent:+.2f} %)"
+    )
+    print(f"next: fallow pack {output} -o adapted.gguf --plan {output}/fallow.plan")
