@@ -8,7 +8,7 @@ from fallow.models._base import Architecture
 from fallow.models._keys import check_config, check_gguf_keys, check_gguf_type
 from fallow.models._rope import ROPE_TENSORS
 
-_OTHERS = ("capture", "cuts", "taps")  # that look into models of any architecture
+_OTHERS = ("capture", "cuts", "devices", "taps")  # that look into models of any architecture
 ARCHITECTURES = tuple(
     sorted(m.name for m in iter_modules(__path__) if m.name[0] != "_" and m.name not in _OTHERS)
 )

@@ -10,6 +10,7 @@ import torch
 
 from fallow import _core
 from fallow.common.errors import FallowError
+from fallow.models import devices
 from fallow.models.capture import as_floats, n_threads
 from fallow.models.taps import Layer, Tap, tap_names
 from fallow.plan import Cut
@@ -29,7 +30,7 @@ def _tap(cut: Cut, layers: list[Layer], name: str) -> Tap:
     weights = [weight_of(cut, i, layer) for i, layer in enumerate(layers)]
 
     def apply(index: int, value: torch.Tensor) -> torch.Tensor:
-        score = value.abs().float()
+        score = value.detach().abs().float()  # what is cut is a constant for a gradient
         weight = weights[index]
         if weight is not None:
             score *= weight
@@ -56,9 +57,9 @@ def width_of(tap: str, layer: Layer) -> int:
 
 
 def weight_of(cut: Cut, index: int, layer: Layer) -> torch.Tensor | None:
-    """Factor of layer `index`'s scores, (width,) float32; None: plain magnitude."""
+    """Factor of layer `index`'s scores, (width,) float32 on its device; None: plain magnitude."""
     if isinstance(cut.weight, np.ndarray):
-        return torch.from_numpy(cut.weight[index])
+        return torch.from_numpy(cut.weight[index]).to(layer.down_proj.weight.device)
     if cut.weight is None:
         return None
     return layer.input_norms[cut.tap if cut.tap in layer.projections else "down_proj"]
@@ -73,19 +74,57 @@ def threshold_of(cut: Cut, index: int, score: torch.Tensor) -> float | torch.Ten
 
 
 def per_token_topk(score: torch.Tensor, kept: float) -> torch.Tensor:
-    """Thresholds (T, 1) that leave round(kept * width) scores of each token above them."""
+    """Thresholds (T, 1) that leave round(kept * width) scores of each token above them.
+
+    Constants for a gradient, on the scores' device. A token with NaN or infinity has NaN, so that
+    it stays whole and reaches the check on the model's output.
+    """
+    k = round(kept * score.shape[1])
+    if not devices.on_cpu(score):
+        return _topk_in_torch(score, k)
     scores = as_floats(score)
     found = np.empty(len(scores), dtype=np.float32)
-    _core.topk_thresholds(scores, round(kept * scores.shape[1]), found, n_threads())
+    _core.topk_thresholds(scores, k, found, n_threads())
     return torch.from_numpy(found)[:, None]
 
 
 def per_token_tail(score: torch.Tensor, tau: float) -> torch.Tensor:
-    """Thresholds (T, 1): the largest with sum of score² below it <= tau² of the token's sum."""
+    """Thresholds (T, 1): the largest with sum of score² up to it <= tau² of the token's sum.
+
+    0 if there is none; otherwise as `per_token_topk`.
+    """
+    if not devices.on_cpu(score):
+        return _tail_in_torch(score, tau)
     scores = as_floats(score)
     found = np.empty(len(scores), dtype=np.float32)
     _core.tail_thresholds(scores, tau, found, n_threads())
     return torch.from_numpy(found)[:, None]
+
+
+@torch.no_grad()
+def _topk_in_torch(score: torch.Tensor, k: int) -> torch.Tensor:
+    """The core's topk_thresholds, equal to the bit."""
+    score = score.float()
+    width = score.shape[1]
+    if k >= width:
+        return _nan_unless_finite(score, score.new_zeros(len(score), 1))
+    return _nan_unless_finite(score, score.kthvalue(width - k, dim=1, keepdim=True).values)
+
+
+@torch.no_grad()
+def _tail_in_torch(score: torch.Tensor, tau: float) -> torch.Tensor:
+    """The core's tail_thresholds, up to the rounding of sums in float64."""
+    score = score.float()
+    ordered = score.sort(dim=1).values
+    spent = ordered.double().square_().cumsum(dim=1)
+    fits = spent <= tau * tau * spent[:, -1:]
+    fits[:, :-1] &= ordered[:, :-1] != ordered[:, 1:]  # equal scores fit together or not
+    return _nan_unless_finite(score, (ordered * fits).amax(dim=1, keepdim=True))
+
+
+def _nan_unless_finite(score: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    finite = score.isfinite().all(dim=1, keepdim=True)
+    return torch.where(finite, threshold, torch.nan)
 
 
 def zero_where(inactive: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
