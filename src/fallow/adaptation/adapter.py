@@ -29,9 +29,8 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_path, check_sums, read_json, write_json
 from fallow.common.metrics import ppl_change_percent
 from fallow.common.progress import console, note
-from fallow.laws.training import _device as find_device
-from fallow.laws.training import _has_bfloat16 as has_bfloat16
 from fallow.models.cuts import cut_taps
+from fallow.models.devices import device_named, has_bfloat16
 from fallow.models.taps import Layer, Tap, attach, column_norm
 from fallow.packing.source import ADAPTED_FILE, Source
 from fallow.plan import Cut, Plan
@@ -160,8 +159,8 @@ def adapt(
         raise FallowError(f"{folder} is there already; choose another --output")
     work = folder.with_name(folder.name + ".adapting")
     work.mkdir(parents=True, exist_ok=True)
-    device = find_device(device)
-    run = _Run(load(model, "float32"), model, work, settings, text, shares, device)
+    device = device_named(device)
+    run = _Run(load(model, "float32", "cpu"), model, work, settings, text, shares, device)
     run.prepare()
     run.finish()
     return run.write(folder)

@@ -12,6 +12,7 @@ from fallow.common.metrics import ppl_change_percent
 from fallow.common.progress import console, progress
 from fallow.measure.evaluation import run_window, window_losses
 from fallow.models.capture import Calibration
+from fallow.models.devices import enough_memory
 from fallow.plan import Plan
 from fallow.reference.model import Model
 from fallow.rules import Choice, Rule
@@ -133,9 +134,10 @@ class Calibrator:
         """
         found = find(name)
         check_targets(sparsity, knob, max_ppl_increase)
-        if max_ppl_increase is not None:
-            return self._search(found, max_ppl_increase)
-        return found.fit(self.calibration, sparsity=sparsity, knob=knob)
+        with enough_memory():
+            if max_ppl_increase is not None:
+                return self._search(found, max_ppl_increase)
+            return found.fit(self.calibration, sparsity=sparsity, knob=knob)
 
     def _search(self, rule_class: type[Choice], increase: float) -> Choice:
         """Bisection on PPL over held-out calibration windows, for any rule.

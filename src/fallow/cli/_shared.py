@@ -58,6 +58,9 @@ DtypeOption = Annotated[
     str,
     typer.Option(help="float32, bfloat16, float16; auto: float32 up to 1e9 weights."),
 ]
+DeviceOption = Annotated[
+    str, typer.Option(help="What the model runs on: cpu, cuda; auto: a GPU if there is one.")
+]
 JsonOption = Annotated[
     bool,
     typer.Option("--json", help="End stdout with one JSON document; null: no finite number."),
@@ -77,12 +80,12 @@ def refuse_given(options: dict[str, bool], reason: str) -> None:
         raise UsageError(f"{', '.join(given)} {reason}")
 
 
-def load_model(model: str, dtype: str) -> Any:
+def load_model(model: str, dtype: str, device: str = "cpu") -> Any:
     from fallow.common.progress import console
     from fallow.reference.model import load
 
     console.print(f"loading {model}", highlight=False)
-    return load(model, dtype)
+    return load(model, dtype, device)
 
 
 def load_plan(path: Path | None) -> Any:

@@ -7,6 +7,7 @@ import typer
 
 from fallow.cli._shared import (
     ContextOption,
+    DeviceOption,
     JsonOption,
     ModelArg,
     SeedOption,
@@ -48,7 +49,7 @@ def adapt(
     context: ContextOption = 512,
     batch: Annotated[int, typer.Option(help="Windows per step.")] = 32,
     seed: SeedOption = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Teach a model to do without its inactive neurons, by its own predictions."""

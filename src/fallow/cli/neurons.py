@@ -7,6 +7,7 @@ import typer
 
 from fallow.cli._shared import (
     ContextOption,
+    DeviceOption,
     DtypeOption,
     JsonOption,
     ModelArg,
@@ -47,6 +48,7 @@ def neurons(
         str | None, typer.Option(help="What the server calls its model.")
     ] = None,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """What a neuron does: where it is active most, how often it fires, which tokens it raises."""
@@ -60,7 +62,7 @@ def neurons(
     if explain is not None and explain_model is not None:
         endpoint = Endpoint(explain, explain_model, key_from_environment())
     found = examine(
-        load_model(model, dtype),
+        load_model(model, dtype, device),
         [(layer, neuron)],
         list(dict.fromkeys(text)) if text else None,
         context=context,

@@ -8,6 +8,7 @@ import typer
 
 from fallow.cli._shared import (
     ContextOption,
+    DeviceOption,
     DtypeOption,
     JsonOption,
     KernelsOption,
@@ -97,6 +98,7 @@ def optimize(
     ] = "speed",
     quant: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
     down: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Pack a model with the plan that skips most at a stated loss; calibrate, search and check."""
@@ -117,6 +119,7 @@ def optimize(
         prefer=prefer,
         quant=quant,
         down=down,
+        device=device,
     )
     if as_json:
         print_json(result.to_json())

@@ -7,6 +7,7 @@ import typer
 
 from fallow.cli._shared import (
     ContextOption,
+    DeviceOption,
     DtypeOption,
     JsonOption,
     ModelArg,
@@ -62,11 +63,12 @@ def patterns_collect(
     ] = False,
     workers: WorkersOption = 1,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Keep which neurons a rule leaves active for every token of a text; goes on if stopped."""
     loaded, used = _with_plan(
-        model, dtype, plan, rule, sparsity, calibration_text, context, default="topk"
+        model, (dtype, device), plan, rule, sparsity, calibration_text, context, default="topk"
     )
     from fallow.patterns.collect import collect
 
@@ -90,7 +92,7 @@ def patterns_collect(
 
 def _with_plan(
     model: str,
-    dtype: str,
+    kind: tuple[str, str],
     plan: Path | None,
     rule: str | None,
     sparsity: float | None,
@@ -98,7 +100,7 @@ def _with_plan(
     context: int,
     default: str,
 ) -> tuple[Any, Any]:
-    """The model, and the plan, or one of the rule at a sparsity, 0.5 without one."""
+    """The model, of a dtype on a device, and the plan, or one of the rule at a sparsity (0.5)."""
     loaded_plan = load_plan(plan)
     from fallow.calibration.calibrator import calibrate as fit
     from fallow.calibration.calibrator import check_request
@@ -109,7 +111,7 @@ def _with_plan(
         refuse_given(given, "makes a plan, and --plan gives one; leave out either")
     rule, sparsity = rule or default, 0.5 if sparsity is None else sparsity
     check_request(rule, sparsity, None, None)
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, *kind)
     if loaded_plan is None:
         loaded_plan = fit(
             loaded, rule, sparsity=sparsity, text=calibration_text, context=context, measure=False
@@ -144,6 +146,7 @@ def patterns_similarity(
     context: ContextOption = 512,
     seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Edit texts, and measure how far active sets of the other tokens change."""
@@ -154,7 +157,7 @@ def patterns_similarity(
         refuse_given(given, "is of our test, not of the --published one")
     default = "percentile" if published else "topk"
     loaded, used = _with_plan(
-        model, dtype, plan, rule, sparsity, calibration_text, context, default
+        model, (dtype, device), plan, rule, sparsity, calibration_text, context, default
     )
     from fallow.common.files import write_json
     from fallow.patterns.similarity import draw, draw_variants, edit_test, published_test

@@ -7,6 +7,7 @@ import typer
 
 from fallow.cli._shared import (
     ContextOption,
+    DeviceOption,
     DtypeOption,
     JsonOption,
     ModelArg,
@@ -41,6 +42,7 @@ def calibrate(
     windows: Annotated[int, typer.Option(help="Windows that thresholds are fitted on.")] = 8,
     validation_windows: Annotated[int, typer.Option(help="Held-out windows after those.")] = 4,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Fit a rule to a sparsity, a parameter or a largest loss, and write the plan."""
@@ -49,7 +51,7 @@ def calibrate(
 
     check_request(rule, sparsity, knob, max_ppl_increase)
     check_output(output, model, text)
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, dtype, device)
     plan = run(
         loaded,
         rule,

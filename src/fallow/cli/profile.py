@@ -7,6 +7,7 @@ import typer
 
 from fallow.cli._shared import (
     ContextOption,
+    DeviceOption,
     DtypeOption,
     JsonOption,
     ModelArg,
@@ -31,11 +32,12 @@ def profile(
         int | None, typer.Option(help="The first N windows; default: 8, or all of fewer.")
     ] = None,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure weights, activations and natural sparsity of the dense model, layer by layer."""
     check_output(output / "profile.json")
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, dtype, device)
     from fallow.measure.profiling import profile as run
 
     result = run(loaded, text, context=context, windows=windows)

@@ -8,6 +8,7 @@ import typer
 
 from fallow.cli._shared import (
     ContextOption,
+    DeviceOption,
     DtypeOption,
     JsonOption,
     LeakageOption,
@@ -54,6 +55,7 @@ def evaluate(
     memory: MemoryOption = None,
     allow_leakage: LeakageOption = False,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity, KL to dense and achieved sparsity of a plan, on text it has not seen."""
@@ -69,7 +71,7 @@ def evaluate(
     if is_packed(model):
         subject, result = _evaluate_packed(
             model, loaded_plan, text, context, windows, against, decode, threads, memory,
-            allow_leakage, dtype,
+            allow_leakage, dtype, device,
         )  # fmt: skip
         loaded_plan = subject.plan
     else:
@@ -78,7 +80,7 @@ def evaluate(
                 "--against, --decode, --threads and --memory are for packed models; make one with "
                 "fallow pack"
             )
-        subject = load_model(model, dtype)
+        subject = load_model(model, dtype, device)
         from fallow.measure.evaluation import evaluate as run
 
         result = run(
@@ -105,6 +107,7 @@ def _evaluate_packed(
     memory: str | None,
     allow_leakage: bool,
     dtype: str,
+    device: str,
 ) -> tuple[Any, Any]:
     """The engine, with its plan in use, and what it came to."""
     from fallow.checkpoints.text import load_text
@@ -116,7 +119,8 @@ def _evaluate_packed(
     if memory is not None and against is not None:
         raise UsageError("--memory is for one model; leave out --against or --memory")
     is_torch = against is not None and not is_packed(against)
-    refuse_given({"--dtype": dtype != "auto" and not is_torch}, "is for models that are not packed")
+    given = {"--dtype": dtype != "auto", "--device": device != "auto"}
+    refuse_given({} if is_torch else given, "is for models that are not packed")
     source = load_text(text, "evaluation")
     cut: Any = windows
     reserve = 0
@@ -130,7 +134,7 @@ def _evaluate_packed(
         if not is_torch:
             other = Engine(against, threads=threads, context=context)
         else:
-            reference = load_model(against, dtype)
+            reference = load_model(against, dtype, device)
             from fallow.measure.evaluation import dense_logits
 
             other = partial(dense_logits, reference)
@@ -212,6 +216,7 @@ def tradeoff(
     validation_windows: Annotated[int, typer.Option(help="Held-out windows of a search.")] = 4,
     allow_leakage: LeakageOption = False,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """One table and one figure of PPL and KL against sparsity; stops and continues."""
@@ -223,7 +228,7 @@ def tradeoff(
 
     rows = make_rows(names, targets, increases)
     check_output(output / "table.json")
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, dtype, device)
     table = run(
         loaded,
         rows,

@@ -7,6 +7,7 @@ import typer
 
 from fallow.cli._shared import (
     ContextOption,
+    DeviceOption,
     DtypeOption,
     JsonOption,
     TextOption,
@@ -60,6 +61,7 @@ def report(
         Path | None, typer.Option(help="Folder of finished parts; default: OUTPUT.work.")
     ] = None,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """One HTML file of all that can be seen of models: for a phone too, offline; resumable."""
@@ -83,6 +85,7 @@ def report(
         results=results or (),
         work=work,
         dtype=dtype,
+        device=device,
     )
     size = output.stat().st_size
     if as_json:

@@ -7,6 +7,7 @@ import typer
 
 from fallow.cli._shared import (
     ContextOption,
+    DeviceOption,
     DtypeOption,
     JsonOption,
     LeakageOption,
@@ -53,6 +54,7 @@ def select_compare(
     calibration_windows: Annotated[int, typer.Option(help="Windows selectors are fitted on.")] = 8,
     allow_leakage: LeakageOption = False,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Selectors at equal budget: recall, bytes, operations, PPL and KL, the model in the loop."""
@@ -70,7 +72,7 @@ def select_compare(
             raise UsageError(f"{name} is a rule, not a selector; compare it with fallow tradeoff")
     rows = make_rows(names, numbers("--sparsities", sparsities))
     check_output(output / "table.json")
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, dtype, device)
     table = run(
         loaded,
         rows,
@@ -105,6 +107,7 @@ def select_train(
     checks: Annotated[int, typer.Option(help="How often they do in the course of training.")] = 10,
     patience: Annotated[int, typer.Option(help="Checks without a better PPL that end it.")] = 3,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Train the selector learned, for fallow select compare --trained. Stops and continues."""
@@ -113,7 +116,7 @@ def select_train(
 
     check_request(rank, gate, tokens, sparsity, checks, patience)
     check_output(output, model, text)
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, dtype, device)
     trained = run(
         loaded,
         output,

@@ -45,6 +45,7 @@ from fallow.common.progress import console
 from fallow.laws.curves import RATIO, TOKENS
 from fallow.measure.evaluation import window_losses
 from fallow.measure.profiling import DEAD, profile
+from fallow.models.devices import device_named, has_bfloat16
 from fallow.reference.model import (
     keep_freed_memory,
     load,
@@ -169,7 +170,7 @@ def train(
             the last good state stays.
     """
     settings.check()
-    device = _device(device)
+    device = device_named(device)
     use_fastest_float32()
     keep_freed_memory()
     quieten_transformers()
@@ -183,17 +184,6 @@ def train(
         run.finish()
     run.clear()
     return run.report()
-
-
-def _device(name: str) -> str:
-    there = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda" if there else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise UsageError(f"unknown device {name!r}; known: auto, cpu, cuda")
-    if name == "cuda" and not there:
-        raise UsageError("--device cuda, but torch finds no GPU here; give --device cpu")
-    return name
 
 
 def _claim(folder: Path, settings: Settings, source: Text) -> None:
@@ -320,7 +310,7 @@ class _Run:
             weight_decay=WEIGHT_DECAY,
             fused=True,
         )
-        self.half = _has_bfloat16(device)
+        self.half = has_bfloat16(device)  # in products; weights stay float32
         self.step = 0
         self.losses: list[float] = []  # of every step
 
@@ -505,14 +495,6 @@ def _module(settings: Settings) -> Any:
             eos_token_id=0,
         )
         return LlamaForCausalLM(config).train()
-
-
-def _has_bfloat16(device: str) -> bool:
-    """Whether products in bf16 have instructions of their own; weights stay float32."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in 2.6
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def _points(path: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import torch
 
 from fallow.checkpoints.text import Text, check_no_leakage, load_text
 from fallow.common.errors import FallowError
-from fallow.common.metrics import energy_recall
 from fallow.common.progress import progress
 from fallow.measure.quality import (
     SPARSITY_TAPS,
@@ -22,9 +21,12 @@ from fallow.measure.quality import (
     parts_of_window,
     summarise,
     token_losses,
+    window_results,
 )
+from fallow.models import devices
 from fallow.models.capture import non_finite_error
 from fallow.models.cuts import per_token_topk
+from fallow.models.devices import as_array, as_floats, in_halves
 from fallow.models.taps import attach
 from fallow.plan import Plan
 from fallow.reference.model import Model
@@ -43,7 +45,7 @@ class SparsityMeter:
         self._zeros[name] = parts
 
         def count(layer: int, value: torch.Tensor) -> None:
-            parts[layer].append((value == 0).float().mean(dim=-1).numpy())
+            parts[layer].append(as_array((value == 0).float().mean(dim=-1)))
 
         return count
 
@@ -68,11 +70,15 @@ class SelectionMeter:
         self._truth = inter.abs().float() * self._layers[index].down_norm
 
     def after(self, index: int, inter: torch.Tensor) -> None:
-        best = (self._truth > per_token_topk(self._truth, float(self._kept[index]))).numpy()
-        kept = (inter != 0).numpy()
-        energies = energy_recall(self._truth.square().numpy(), best, kept)
-        if len(energies):
-            self._shares.append(((kept & best).sum() / best.sum(), energies.mean()))
+        best = self._truth > per_token_topk(self._truth, float(self._kept[index]))
+        both = best & (inter != 0)
+        energy = self._truth.square()
+        whole, found = (
+            as_array((energy * some).sum(dim=1, dtype=torch.float64)) for some in (best, both)
+        )
+        if (whole > 0).any():
+            energies = found[whole > 0] / whole[whole > 0]  # as fallow.common.metrics.energy_recall
+            self._shares.append((int(both.sum()) / int(best.sum()), energies.mean()))
 
     def means(self) -> tuple[float, float] | tuple[None, None]:
         """Recall and energy recall, mean over layers; None if nothing was to be found."""
@@ -129,17 +135,53 @@ def run_window(
     """
     dense, dense_meters = _run_metered(model, window, None)
     runs = [(dense, dense_meters) if p is None else _run_metered(model, window, p) for p in plans]
-    dense_result, results = compare_logits(
-        window,
-        logits_of(model, dense),
-        [logits_of(model, hidden) for hidden, _ in runs],
-        model.vocabulary_size,
-    )
+    dense_result, results = _compare(model, window, dense, [hidden for hidden, _ in runs])
     for result, plan, (_, meters) in zip(results, plans, runs, strict=True):
         _add_sparsity(model, result, plan, meters.sparsity)
         if meters.selection:
             result.recall, result.energy_recall = meters.selection.means()
     return dense_result, results
+
+
+def _compare(
+    model: Model, window: np.ndarray, dense: torch.Tensor, sparse: list[torch.Tensor]
+) -> tuple[WindowResult, list[WindowResult]]:
+    """As `compare_logits`, of final hidden states (T, d_model), where they are."""
+    if devices.on_cpu(dense):
+        parts = [logits_of(model, hidden) for hidden in sparse]
+        return compare_logits(window, logits_of(model, dense), parts, model.vocabulary_size)
+    targets = devices.tensor(window[1:], dense.device)
+    compared = np.zeros((3, 1 + len(sparse), len(targets)))
+
+    def compare(part: slice) -> np.ndarray:
+        return _compare_in_torch(model, [h[part] for h in (dense, *sparse)], targets[part])
+
+    for part in parts_of_window(len(targets), model.vocabulary_size):
+        for piece, found in in_halves(compare, part):
+            compared[:, :, piece] = found
+    return window_results(*compared)
+
+
+@torch.inference_mode()
+def _compare_in_torch(
+    model: Model, hidden: list[torch.Tensor], targets: torch.Tensor
+) -> np.ndarray:
+    """Loss, KL and agreement of some tokens (n, d_model) by the dense model and others: (3, S, n).
+
+    The dense model comes first. In float32, as on the CPU.
+    """
+    log_p = model.logits(hidden[0]).log_softmax(dim=-1)
+    p, best = log_p.exp(), log_p.argmax(dim=-1)
+    rows = [torch.stack([_losses(log_p, targets), p.new_zeros(len(p)), p.new_ones(len(p))])]
+    for of_plan in hidden[1:]:
+        log_q = model.logits(of_plan).log_softmax(dim=-1)
+        same = (log_q.argmax(dim=-1) == best).float()
+        rows.append(torch.stack([_losses(log_q, targets), (p * (log_p - log_q)).sum(dim=-1), same]))
+    return as_array(torch.stack(rows, dim=1))
+
+
+def _losses(log_q: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return -log_q.gather(1, targets[:, None].long())[:, 0]
 
 
 def _run_metered(
@@ -180,7 +222,15 @@ def _locate_non_finite(model: Model, window: np.ndarray) -> FallowError:
 
 
 def logits_of(model: Model, hidden: torch.Tensor) -> Logits:
-    return lambda part: model.logits(hidden[part]).numpy()
+    """Logits of final hidden states (T, d_model), brought from their device."""
+
+    def logits(part: slice) -> np.ndarray:
+        pieces = [
+            found for _, found in in_halves(lambda p: as_floats(model.logits(hidden[p])), part)
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    return logits
 
 
 def dense_logits(model: Model, window: np.ndarray) -> Logits:
@@ -208,12 +258,18 @@ def window_losses(model: Model, windows: np.ndarray, plan: Plan | Selector | Non
     losses = []
     with model.sparse(plan):
         for window in windows:
-            hidden = final_hidden(model, window)
-            logits, targets = logits_of(model, hidden[:-1]), window[1:]
-            pieces = parts_of_window(len(targets), model.vocabulary_size)
-            parts = [token_losses(logits(piece), targets[piece]) for piece in pieces]
-            losses.append(np.concatenate(parts).mean())
+            losses.append(_window_loss(model, window, final_hidden(model, window)))
     return np.array(losses)
+
+
+def _window_loss(model: Model, window: np.ndarray, hidden: torch.Tensor) -> float:
+    """Mean next-token loss of a window (T,), nats, from its final hidden states (T, d_model)."""
+    if not devices.on_cpu(hidden):
+        return _compare(model, window, hidden, [])[0].loss
+    logits, targets = logits_of(model, hidden), window[1:]
+    pieces = parts_of_window(len(targets), model.vocabulary_size)
+    parts = [token_losses(logits(piece), targets[piece]) for piece in pieces]
+    return np.concatenate(parts).mean()
 
 
 def evaluate(

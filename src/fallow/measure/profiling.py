@@ -14,6 +14,7 @@ from fallow.common.metrics import bin_edges
 from fallow.common.progress import progress
 from fallow.models.capture import Histograms
 from fallow.models.cuts import per_token_topk
+from fallow.models.devices import as_array
 from fallow.models.taps import attach
 from fallow.reference.model import Model
 
@@ -61,8 +62,9 @@ class _Neurons:
         for i, epsilon in enumerate(SMALL):
             self.small[layer, i] += int((magnitude <= epsilon).sum())
         self.zero_out_norm[layer] += int((~fires).sum())
-        self.fired[layer] += fires.sum(dim=0).numpy()
-        self.in_top[layer] += (out_norm > per_token_topk(out_norm, TOP)).sum(dim=0).numpy()
+        self.fired[layer] += as_array(fires.sum(dim=0))
+        top = out_norm > per_token_topk(out_norm, TOP)
+        self.in_top[layer] += as_array(top.sum(dim=0))
 
 
 def profile(

@@ -66,11 +66,18 @@ def compare_logits(
         loss[:, part], kl[:, part], same[:, part] = _compare(
             dense(part), [logits(part) for logits in sparse], targets[part]
         )
-    results = [
-        WindowResult(loss=float(loss[i].mean()), kl=kl[i], top1=float(same[i].mean()))
-        for i in range(1 + len(sparse))
-    ]
-    return results[0], results[1:]
+    return window_results(loss, kl, same)
+
+
+def window_results(
+    loss: np.ndarray, kl: np.ndarray, same: np.ndarray
+) -> tuple[WindowResult, list[WindowResult]]:
+    """From each prediction's loss, KL and agreement, (1 + S, T - 1) each, dense first."""
+    dense, *sparse = (
+        WindowResult(loss=float(own_loss.mean()), kl=own_kl, top1=float(own_same.mean()))
+        for own_loss, own_kl, own_same in zip(loss, kl, same, strict=True)
+    )
+    return dense, sparse
 
 
 def _compare(

@@ -185,7 +185,7 @@ def _read_batch(model: "Model", pairs: list[ScoredIds]) -> list[Result]:
     # Padded on the right, where causal attention never looks back from the text.
     hidden = model.hidden(np.stack([np.pad(p.ids, (0, longest - len(p.ids))) for p in pairs]))
     return [
-        _result(model.logits(row[p.first : len(p.ids) - 1]).float().numpy(), p)
+        _result(model.logits(row[p.first : len(p.ids) - 1]).cpu().numpy(), p)
         for row, p in zip(hidden, pairs, strict=True)
     ]
 

@@ -12,6 +12,7 @@ from fallow import _core
 from fallow.common.errors import FallowError
 from fallow.common.metrics import histogram_quantile
 from fallow.common.progress import progress
+from fallow.models import devices
 from fallow.models.taps import Layer, attach
 
 # Tokens kept whole for searches that no histogram can answer (CETT, tail budget): 1024 tokens of
@@ -34,18 +35,22 @@ def n_threads() -> int:
     return torch.get_num_threads()
 
 
-def as_floats(value: torch.Tensor) -> np.ndarray:
-    """A float32 numpy view (or copy) of a tensor, C-contiguous."""
-    return value.detach().float().contiguous().numpy()
-
-
 class Histograms:
-    """Magnitude histograms of one tap in every layer, (L, bins) uint64; exact, streaming."""
+    """Magnitude histograms of one tap in every layer; exact, streaming."""
 
     def __init__(self, tap: str, n_layers: int) -> None:
         self.tap = tap
-        self.counts = np.zeros((n_layers, _core.HISTOGRAM_BINS), dtype=np.uint64)
+        self._counts = np.zeros((n_layers, _core.HISTOGRAM_BINS), dtype=np.uint64)
+        self._on_device: torch.Tensor | None = None  # counts that are yet to be added to those
         self.zeros = np.zeros(n_layers, dtype=np.int64)  # exact zeros
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(L, bins) uint64."""
+        if self._on_device is not None:
+            self._counts += devices.as_array(self._on_device).astype(np.uint64)
+            self._on_device = None
+        return self._counts
 
     def add(self, layer: int, value: torch.Tensor) -> None:
         """Counts |value| (T, width).
@@ -53,11 +58,24 @@ class Histograms:
         Raises:
             FallowError: NaN or infinity, naming tensor and layer.
         """
-        flat = as_floats(value).reshape(-1)
-        zeros, non_finite = _core.add_magnitudes(flat, self.counts[layer], n_threads())
+        if devices.on_cpu(value):
+            flat = devices.as_floats(value).reshape(-1)
+            zeros, non_finite = _core.add_magnitudes(flat, self._counts[layer], n_threads())
+        else:
+            zeros, non_finite = self._add_in_torch(layer, value)
         if non_finite:
             raise non_finite_error(self.tap, layer, non_finite)
         self.zeros[layer] += zeros
+
+    @torch.inference_mode()
+    def _add_in_torch(self, layer: int, value: torch.Tensor) -> tuple[int, int]:
+        """The core's add_magnitudes on the value's device: exact zeros, non-finite values."""
+        found = _count_magnitudes(value)
+        if self._on_device is None:
+            self._on_device = found.new_zeros(self._counts.shape)
+        self._on_device[layer] += found[:-1]
+        zeros, non_finite = torch.stack([(value == 0).sum(), found[-1]]).tolist()
+        return zeros, non_finite
 
     def quantile(self, layer: int, q: float) -> float:
         """The q-th quantile of the layer's magnitudes; 0 at q = 0."""
@@ -66,6 +84,19 @@ class Histograms:
     def pooled_quantile(self, q: float) -> float:
         """The q-th quantile of all layers' magnitudes together."""
         return histogram_quantile(self.counts.sum(axis=0), q)
+
+
+def _count_magnitudes(value: torch.Tensor) -> torch.Tensor:
+    """Counts of |value| in the core's bins and, last, of NaN and infinity: (bins + 1,) int64.
+
+    A bin is a float's exponent and top 10 mantissa bits (csrc/stats/histogram.cpp).
+    """
+    bits = value.detach().float().flatten().view(torch.int32) & 0x7FFFFFFF
+    bins, per_octave = _core.HISTOGRAM_BINS, _core.HISTOGRAM_BINS_PER_OCTAVE
+    first = (127 + _core.HISTOGRAM_MIN_EXPONENT) * per_octave
+    position = ((bits >> 13) - first).clamp_(0, bins - 1)
+    position[bits >= 0x7F800000] = bins
+    return torch.bincount(position, minlength=bins + 1)
 
 
 def non_finite_error(tap: str, layer: int, count: int) -> FallowError:
@@ -138,14 +169,14 @@ class Calibration:
     def input_moments(self) -> np.ndarray:
         """E[x xᵀ] of the FFN's input per layer, (L, d_model, d_model) float32."""
         width = self.layers[0].down_proj.out_features
-        total = torch.zeros(len(self.layers), width, width)
+        total = torch.zeros(len(self.layers), width, width, device=self.layers[0].device)
 
         def add(layer: int, value: torch.Tensor) -> None:
             x = value.float()
             total[layer] += x.T @ x
 
         self.run("input moments", {next(iter(self.layers[0].ffn_inputs)): add})
-        return (total / self.n_tokens).numpy()
+        return devices.as_array(total / self.n_tokens)
 
     @cached_property
     def successive_moments(self) -> np.ndarray:
@@ -154,7 +185,7 @@ class Calibration:
         float32; the first layer's y is its own input.
         """
         width = self.layers[0].down_proj.out_features
-        total = torch.zeros(len(self.layers), width, width)
+        total = torch.zeros(len(self.layers), width, width, device=self.layers[0].device)
         before = torch.empty(0)
 
         def add(layer: int, value: torch.Tensor) -> None:
@@ -164,7 +195,7 @@ class Calibration:
             before = x
 
         self.run("successive moments", {next(iter(self.layers[0].ffn_inputs)): add})
-        return (total / self.n_tokens).numpy()
+        return devices.as_array(total / self.n_tokens)
 
     @cached_property
     def block_inputs(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -226,7 +257,7 @@ class _MeanUp:
         self._total = np.zeros((len(layers), layers[0].down_proj.in_features))
 
     def add(self, layer: int, value: torch.Tensor) -> None:
-        self._total[layer] += value.abs().float().sum(dim=0).numpy()
+        self._total[layer] += devices.as_array(value.abs().float().sum(dim=0))
 
     @property
     def found(self) -> np.ndarray:

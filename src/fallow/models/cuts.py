@@ -11,7 +11,8 @@ import torch
 from fallow import _core
 from fallow.common.errors import FallowError
 from fallow.models import devices
-from fallow.models.capture import as_floats, n_threads
+from fallow.models.capture import n_threads
+from fallow.models.devices import as_floats
 from fallow.models.taps import Layer, Tap, tap_names
 from fallow.plan import Cut
 
@@ -59,7 +60,7 @@ def width_of(tap: str, layer: Layer) -> int:
 def weight_of(cut: Cut, index: int, layer: Layer) -> torch.Tensor | None:
     """Factor of layer `index`'s scores, (width,) float32 on its device; None: plain magnitude."""
     if isinstance(cut.weight, np.ndarray):
-        return torch.from_numpy(cut.weight[index]).to(layer.down_proj.weight.device)
+        return devices.tensor(cut.weight[index], layer.device)
     if cut.weight is None:
         return None
     return layer.input_norms[cut.tap if cut.tap in layer.projections else "down_proj"]

@@ -41,6 +41,10 @@ class Layer:
     attention: Mapping[str, nn.Linear]  # q_proj, k_proj, v_proj (or qkv_proj), o_proj
 
     @property
+    def device(self) -> torch.device:
+        return self.down_proj.weight.device
+
+    @property
     def gated(self) -> bool:
         return self.gate_proj is not None or self.gate_up_proj is not None
 

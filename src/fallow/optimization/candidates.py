@@ -13,6 +13,7 @@ from fallow.common.progress import console, progress
 from fallow.engine.engine import Engine
 from fallow.engine.memory import COARSE_HEAD
 from fallow.models.capture import Calibration
+from fallow.models.devices import as_array, tensor
 from fallow.plan import Plan
 from fallow.reference.model import Model, in_bfloat16
 from fallow.rules._gate import gate_weights
@@ -56,7 +57,7 @@ class Candidates:
         self.n_layers = len(model.layers)
         self.stages = ("gate_act", "inter") if model.layers[0].gated else ("inter",)
         self.calibration = Calibration(model, windows)
-        with in_bfloat16():
+        with in_bfloat16(model.device):
             self.calibration.collect_stages()
         self.weights = gate_weights(self.calibration)
         tensors = engine.file.tensors
@@ -96,18 +97,17 @@ class Candidates:
         """
         norm = self.model.layers[layer].down_norm
         out_norm = self._some("inter", layer) * norm
-        energy = out_norm.square().numpy()
+        energy = as_array(out_norm.square())
         for stage in self.stages:
             if stage == "gate_act":
-                scores = self._some(stage, layer) * torch.from_numpy(self.weights[layer])
+                scores = self._some(stage, layer) * tensor(self.weights[layer], norm.device)
             else:
                 scores = out_norm
-            found = np.quantile(scores.numpy(), GRID)
+            values = as_array(scores)
+            found = np.quantile(values, GRID)
             found[0] = -1  # nothing is cut, not even exact zeros
             self.thresholds[stage][layer] = found
-            self.energies[stage][layer] = [
-                energy[scores.numpy() <= t].sum() / len(energy) for t in found
-            ]
+            self.energies[stage][layer] = [energy[values <= t].sum() / len(energy) for t in found]
 
     def _some(self, tap: str, layer: int) -> torch.Tensor:
         """Magnitudes of a tap at some tokens, (T, d_ff) float32."""

@@ -88,6 +88,7 @@ def optimize(
     prefer: str = "speed",
     quant: str | None = None,
     down: str | None = None,
+    device: str = "cpu",
 ) -> Optimized:
     """Packs a model with a plan that costs at most `max_ppl_increase` percent of perplexity.
 
@@ -107,6 +108,7 @@ def optimize(
             what does not make them fewer is left out.
         quant: as for `pack`.
         down: as for `pack`.
+        device: what the source runs on, by which plans are made and judged: see `load`.
 
     Raises:
         UsageError: a limit that is no positive percentage, an unknown preference, or the same
@@ -120,7 +122,9 @@ def optimize(
     _check_request(output, max_ppl_increase, prefer, counts)
     fit_text, check_text = _load_texts(calibration_text, text)
     # The packer's own check may refuse a type of down_proj_t, so it reads no check text either.
-    packer = Packer(model, quant=quant, down=down, text=load_text(None, "calibration"))
+    packer = Packer(
+        model, quant=quant, down=down, text=load_text(None, "calibration"), device=device
+    )
     texts = _cut(packer, fit_text, check_text, context, counts)
     stages.end("load")
     packer.add_coarse_head(fit_text, texts.for_head)

@@ -76,10 +76,11 @@ class Packer:
         lora: str | Path | None = None,
         text: str | Path | Text | None = None,
         plan: Plan | None = None,  # of another model: refused before the work
+        device: str = "cpu",  # that the source runs on
     ) -> None:
         name = None if isinstance(model, Model) else str(model)
         text = load_text(text, "evaluation")
-        loaded = load(model, "float32")
+        loaded = load(model, "float32", device)
         if lora is not None:
             merge_lora(loaded, lora)
         self._source = Source(loaded, name)

@@ -16,6 +16,7 @@ from fallow.common.files import fits, read_json
 from fallow.common.progress import note, progress
 from fallow.engine.memory import COARSE_HEAD
 from fallow.measure.evaluation import final_hidden
+from fallow.models.devices import as_array, as_floats
 from fallow.models.taps import Layer, attach
 from fallow.packing.coarse_head import coarse_head
 from fallow.packing.quantize import (
@@ -109,7 +110,7 @@ class Source:
             if matrix is not None and place not in self.model.changed:
                 result[name] = matrix
                 continue
-            values = parameters[place].detach().float().numpy()
+            values = as_floats(parameters[place])
             stated = quant or self._adapted.get(place, "q8_0")
             kind = matrix.type if matrix else stated.upper()
             if kind not in QUANT_TYPES:  # Q2_K or Q3_K
@@ -204,18 +205,18 @@ class Source:
             yield name, values * np.float32(self.model.logit_scale)
         head = module.get_output_embeddings()
         if head.bias is not None:
-            yield "lm_head.bias", floats_of(head.bias)
+            yield "lm_head.bias", as_floats(head.bias)
         if a.embed_positions is not None:
             table: Any = module.get_submodule(a.embed_positions).weight
             rows = slice(a.first_position, a.first_position + self.context_length)
-            yield "embed_positions", floats_of(table[rows])
+            yield "embed_positions", as_floats(table[rows])
         for i, (inv_freq, scale) in enumerate(self.ropes):
             yield f"rope.{i}.inv_freq", inv_freq
             yield f"rope.{i}.scale", np.array([scale], dtype=np.float32)
         for i, layer in enumerate(self.model.layers):
             for name, path in a.norms.items():
                 yield from self._norm(f"layers.{i}.{name}", layer.block.get_submodule(path))
-            yield f"layers.{i}.down_norm", layer.down_norm.numpy()
+            yield f"layers.{i}.down_norm", as_floats(layer.down_norm)
             for name, bias in self._biases(layer):
                 yield f"layers.{i}.{name}.bias", bias
 
@@ -246,7 +247,7 @@ class Source:
                 f"{self.model.name} has {cols} hidden units, no multiple of 4: there is no "
                 "coarse head for it; pack without --shortlist"
             )
-        moment, mean = torch.zeros(cols, cols), torch.zeros(cols)
+        moment, mean = (torch.zeros(s, device=weight.device) for s in ((cols, cols), cols))
         used = [] if windows is None else list(spread(windows, HEAD_WINDOWS)[:, :HEAD_CONTEXT])
         default = load_text(None, "calibration")
         if text is None or text.sha256 != default.sha256:
@@ -254,15 +255,15 @@ class Source:
             count = HEAD_DEFAULT_WINDOWS if used else HEAD_WINDOWS
             used += list(spread(self.model.windows(default, context), count))
         n_tokens = sum(window.size for window in used)
-        with progress("hidden states", len(used)) as ticker, in_bfloat16():
+        with progress("hidden states", len(used)) as ticker, in_bfloat16(weight.device):
             for window in used:
                 hidden = final_hidden(self.model, window).float()
                 moment += hidden.T @ hidden / n_tokens
                 mean += hidden.sum(dim=0) / n_tokens
                 ticker.advance()
-        codes, bias = coarse_head(weight.numpy(), moment.numpy(), mean.numpy())
+        codes, bias = coarse_head(*map(as_array, (weight, moment, mean)))
         if head.bias is not None:
-            bias = bias + floats_of(head.bias)
+            bias = bias + as_floats(head.bias)
         parts = Matrix("I8", codes.shape, codes), Matrix("F32", bias.shape, bias)
         return dict(zip(COARSE_HEAD, parts, strict=True))
 
@@ -275,7 +276,7 @@ class Source:
     def energy(self) -> np.ndarray:
         """Sum of inter² over some tokens of the calibration text, (L, d_ff)."""
         model = self.model
-        total = torch.zeros(len(model.layers), model.intermediate_size)
+        total = torch.zeros(len(model.layers), model.intermediate_size, device=model.device)
 
         def add(layer: int, value: torch.Tensor) -> None:
             total[layer] += value.float().square().sum(dim=0)
@@ -288,7 +289,7 @@ class Source:
             for window in windows:
                 model.hidden(window[None])
                 ticker.advance()
-        return total.numpy()
+        return as_array(total)
 
     def down_proj_t(self, layer: int, kind: str) -> tuple[Matrix, np.ndarray, Matrix | None]:
         """down_proj_t without its outlier neurons, those neurons, and their rows."""
@@ -299,7 +300,7 @@ class Source:
         return self._rounded[layer]
 
     def _round_down_proj(self, layer: int, kind: str) -> tuple[Matrix, np.ndarray, Matrix | None]:
-        weight = self.model.layers[layer].down_proj.weight.detach().float().numpy()
+        weight = as_floats(self.model.layers[layer].down_proj.weight)
         values = np.ascontiguousarray(weight.T)
         matrix = quantize(values, kind)
         n = self.n_outliers(kind)
@@ -316,16 +317,16 @@ class Source:
     def _norm(self, name: str, norm: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield (
             f"{name}.weight",
-            floats_of(norm.weight) + np.float32(self.model.architecture.norm_offset),
+            as_floats(norm.weight) + np.float32(self.model.architecture.norm_offset),
         )
         if getattr(norm, "bias", None) is not None:
-            yield f"{name}.bias", floats_of(norm.bias)
+            yield f"{name}.bias", as_floats(norm.bias)
 
     def _biases(self, layer: Layer) -> Iterator[tuple[str, np.ndarray]]:
         for name, projection in layer.projections.items():
             if projection.bias is None:
                 continue
-            bias = floats_of(projection.bias)
+            bias = as_floats(projection.bias)
             if name == "qkv_proj":
                 for part, rows in zip("qkv", self._fused_rows, strict=True):
                     yield f"{part}_proj", bias[rows]
@@ -349,7 +350,7 @@ class Source:
         for kind, turn in zip(kinds, turns, strict=True):
             prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
             scale = float(getattr(rotary, f"{prefix}attention_scaling"))
-            inv_freq = floats_of(getattr(rotary, f"{prefix}inv_freq"))
+            inv_freq = as_floats(getattr(rotary, f"{prefix}inv_freq"))
             found.append((inv_freq, scale) if turn else (np.zeros_like(inv_freq), 1.0))
         return found
 
@@ -477,10 +478,6 @@ def _is_same(rope: tuple[np.ndarray, float], other: tuple[np.ndarray, float]) ->
 def spread(windows: np.ndarray, count: int) -> np.ndarray:
     """At most `count` windows from all over."""
     return windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
-
-
-def floats_of(values: torch.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(values.detach().float().numpy())
 
 
 def pick(stored: dict[str, Matrix], name: str, part: Rows) -> Matrix:

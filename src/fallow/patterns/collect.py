@@ -11,7 +11,8 @@ from fallow.checkpoints.text import Text, load_text
 from fallow.common.errors import UsageError
 from fallow.common.progress import progress
 from fallow.common.workers import results
-from fallow.models.capture import as_floats, non_finite_error
+from fallow.models.capture import non_finite_error
+from fallow.models.devices import as_array, as_floats
 from fallow.models.taps import Tap, attach
 from fallow.patterns.store import Header, PatternStore, StoreWriter, chunks, write_window
 from fallow.plan import Plan
@@ -73,7 +74,7 @@ def collect(
     )
     writer = StoreWriter(folder, header, cut)
     left = np.array([i for i in range(len(cut)) if i not in writer.done], dtype=np.int64)
-    own = model if workers == 1 else (model.name, model.dtype_name)
+    own = model if workers == 1 else (model.name, model.dtype_name, model.device.type)
     size = 1 if workers == 1 else WINDOWS_OF_A_TASK
     numbers = [left[part] for part in chunks(len(left), size)]
     parts = [(own, plan, writer.folder, header, cut[some], some) for some in numbers]
@@ -101,7 +102,7 @@ def tap_width(model: Model, tap: str) -> int:
 
 
 def _collect_part(
-    model: Model | tuple[str, str],
+    model: Model | tuple[str, str, str],
     plan: Plan,
     folder: Path,
     header: Header,
@@ -121,9 +122,9 @@ def _collect_part(
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str, dtype: str) -> Model:
+def _loaded(name: str, dtype: str, device: str) -> Model:
     """A worker serves several parts with one copy."""
-    return load(name, dtype)
+    return load(name, dtype, device)
 
 
 class Recorder:
@@ -139,7 +140,7 @@ class Recorder:
         def keep(layer: int, value: torch.Tensor) -> None:
             if not torch.isfinite(value).all():
                 raise non_finite_error(name, layer, int((~torch.isfinite(value)).sum()))
-            self.active[name][layer] = (value != 0).numpy()
+            self.active[name][layer] = as_array(value != 0)
             if name == "inter" and self._norms:
                 out_norm = value.abs().float() * self._norms[layer]
                 norm = torch.linalg.vector_norm(out_norm, dim=1, keepdim=True).clamp_min(1e-30)

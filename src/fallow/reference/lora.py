@@ -54,7 +54,7 @@ def merge_lora(model: Model, path: str | Path) -> None:
             )
         with torch.no_grad():
             change = torch.from_numpy(delta.b) @ torch.from_numpy(delta.a)
-            parameter += (delta.scale * change).to(parameter.dtype)
+            parameter += (delta.scale * change).to(parameter)
         model.changed.add(delta.name)
     if not model.changed:
         raise FallowError(f"adapter {path} has no LoRA weights")

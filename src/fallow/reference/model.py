@@ -7,13 +7,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import nn
 
-from fallow import _core
 from fallow.checkpoints.catalog import ALIASES, is_hub_id, resolve
 from fallow.checkpoints.text import Text, cut_windows
 from fallow.checkpoints.tokenizer import (
@@ -40,8 +39,10 @@ from fallow.models import (
     check_config,
     check_gguf_keys,
     check_gguf_type,
+    devices,
 )
 from fallow.models.cuts import cut_taps
+from fallow.models.devices import as_floats, enough_memory
 from fallow.models.taps import Layer, Tap, attach
 from fallow.plan import Plan
 from fallow.selectors import Selector
@@ -70,13 +71,14 @@ def use_fastest_float32() -> None:
 
 
 @contextmanager
-def in_bfloat16() -> Iterator[None]:
-    """Products in bfloat16 where the processor has them: for statistics, not for figures.
+def in_bfloat16(device: torch.device) -> Iterator[None]:
+    """Products in bfloat16 where the device has them: for statistics, not for figures.
 
     Qwen2.5-Coder-1.5B reads 122 tokens/s so and 68 in float32 (Zen 4, two threads). Logits are
     float32 all the same.
     """
-    with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in _core.KERNELS[0]):
+    enabled = devices.has_bfloat16(device.type)
+    with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
         yield
 
 
@@ -132,6 +134,18 @@ class Model:
         self.logit_scale = 1 / float(getattr(config, "logits_scaling", None) or 1)
         self.logit_softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
 
+    def to(self, device: str) -> Self:
+        """Brings the model to a device, "cpu" or "cuda", and returns it.
+
+        Raises:
+            FallowError: the device's memory is too small.
+        """
+        with enough_memory():
+            self.module.to(device)
+            self.layers = self.architecture.find_layers(self.module)  # norms are kept in them
+            self.refresh_head()
+        return self
+
     def refresh_head(self) -> None:
         """To be called when the head's weights have changed."""
         # float32: logits rounded to bfloat16 would add 1e-3 nats of noise to KL.
@@ -142,6 +156,10 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._head_weight.device
 
     @property
     def dtype_name(self) -> str:
@@ -173,14 +191,18 @@ class Model:
         return cut_windows(text, self.tokenizer, context, limit, at_most)
 
     def hidden(self, ids: np.ndarray) -> torch.Tensor:
-        """Final hidden states of token ids (B, T): (B, T, d_model), after the last norm."""
-        with torch.inference_mode():
-            tensor = torch.from_numpy(np.ascontiguousarray(ids))
-            return self.module.base_model(input_ids=tensor, use_cache=False).last_hidden_state
+        """Final hidden states of token ids (B, T): (B, T, d_model), after the last norm.
+
+        Raises:
+            FallowError: the device's memory is too small.
+        """
+        with torch.inference_mode(), enough_memory():
+            given = devices.tensor(np.ascontiguousarray(ids), self.device)
+            return self.module.base_model(input_ids=given, use_cache=False).last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocabulary), float32, of final hidden states (..., d_model)."""
-        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        with torch.inference_mode(), torch.autocast(hidden.device.type, enabled=False):
             logits = nn.functional.linear(hidden.float(), self._head_weight, self._head_bias)
             logits *= self.logit_scale
             if self.logit_softcap:
@@ -243,16 +265,16 @@ class Model:
             raise UsageError("--max-new-tokens must be at least 1")
         Sampler(temperature, seed=seed)  # or it says what is out of range
         torch.manual_seed(seed)
-        tensor = torch.from_numpy(ids)[None]
+        given = devices.tensor(ids, self.device)[None]
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature}
             if temperature > GREEDY
             else {"do_sample": False}
         )
-        with torch.inference_mode(), self.sparse(plan):
+        with torch.inference_mode(), self.sparse(plan), enough_memory():
             output = self.module.generate(
-                tensor,
-                attention_mask=torch.ones_like(tensor),
+                given,
+                attention_mask=torch.ones_like(given),
                 max_new_tokens=max_new_tokens,
                 eos_token_id=list(self.tokenizer.eos_ids) or None,
                 pad_token_id=self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else 0,
@@ -264,23 +286,26 @@ class Model:
 
 def _checked(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Logits (B, vocabulary) as they are. Raises FallowError for NaN and infinite ones."""
-    check_largest(logits.float().amax(dim=-1).numpy())
+    check_largest(as_floats(logits.amax(dim=-1)))
     return logits
 
 
-def load(model: str | Path | Model, dtype: str = "auto") -> Model:
+def load(model: str | Path | Model, dtype: str = "auto", device: str = "cpu") -> Model:
     """Loads a model: an alias, a Hugging Face folder, a .gguf file, or a hub id (org/name).
 
-    `dtype` is float32, bfloat16, float16, or auto: float32 up to 1e9 weights, bfloat16 beyond.
+    `dtype` is float32, bfloat16, float16, or auto: float32 up to 1e9 weights, bfloat16 beyond, on
+    every `device`: cpu, cuda, or auto, a GPU if there is one. A loaded model is returned as it is.
 
     Raises:
-        FallowError: not found, not installed, truncated, or of an unknown architecture.
-        UsageError: unknown dtype.
+        FallowError: not found, not installed, truncated, of an unknown architecture, or too large
+            for the device's memory.
+        UsageError: unknown dtype or device, or a GPU that is not there.
     """
     if isinstance(model, Model):
         return model
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    device = devices.device_named(device)
     path = find_model(str(model))
     name = str(model)
     use_fastest_float32()
@@ -288,7 +313,7 @@ def load(model: str | Path | Model, dtype: str = "auto") -> Model:
     quieten_transformers()
     found = _load_folder(name, path, dtype) if path.is_dir() else _load_gguf(name, path, dtype)
     note_endless(found.tokenizer, name)
-    return found
+    return found if device == "cpu" else found.to(device)
 
 
 def find_model(name: str) -> Path:

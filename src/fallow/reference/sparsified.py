@@ -21,6 +21,7 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_folder, write_json
 from fallow.models import by_model_type
 from fallow.models.cuts import cut_taps
+from fallow.models.devices import as_array
 from fallow.models.taps import Layer, Tap, attach
 from fallow.plan import Plan
 from fallow.reference.model import Model, inspect_folder, pretrained, quieten_transformers
@@ -155,7 +156,7 @@ def _fingerprints(module: Any, names: dict[str, str]) -> Iterator[str]:
 
 def _stored(name: str, kind: str, parameter: torch.Tensor) -> StoredTensor:
     values = parameter.detach().to(_TYPES[kind]).contiguous().view(torch.uint8)
-    return StoredTensor(name, tuple(parameter.shape), kind, values.numpy().reshape(-1))
+    return StoredTensor(name, tuple(parameter.shape), kind, as_array(values).reshape(-1))
 
 
 def _save_plan(plan: Plan, folder: Path) -> None:

@@ -20,6 +20,7 @@ from fallow.common.progress import progress
 from fallow.measure.profiling import TOP, WINDOWS, ZERO_OUT_NORM
 from fallow.models.capture import non_finite_error
 from fallow.models.cuts import per_token_topk
+from fallow.models.devices import as_floats
 from fallow.models.taps import Tap, attach
 from fallow.reference.model import Model
 
@@ -163,8 +164,8 @@ def _recorder(model: Model, places: Any, seen: dict[Place, _Seen]) -> Tap:
         top, fires = out_norm > per_token_topk(out_norm, TOP), out_norm >= ZERO_OUT_NORM
         for neuron in here:
             seen[layer, neuron] = _Seen(
-                value[:, neuron].float().numpy().copy(),
-                out_norm[:, neuron].numpy().copy(),
+                as_floats(value[:, neuron]).copy(),
+                as_floats(out_norm[:, neuron]).copy(),
                 int(top[:, neuron].sum()),
                 int(fires[:, neuron].sum()),
             )

@@ -73,6 +73,7 @@ def report(
     results: Sequence[str | Path] = (),
     work: str | Path | None = None,
     dtype: str = "auto",
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Measures models and writes one HTML file that shows what was found.
 
@@ -87,6 +88,7 @@ def report(
         plan: a plan file for the one model; None: an example is calibrated.
         sample: a text file to show token by token.
         compare: two texts whose active neurons are compared.
+        device: what models run on: see `load`.
         results: files of what `fallow bench --json` and `fallow optimize --json` printed.
 
     Returns:
@@ -116,24 +118,27 @@ def report(
         "--sparsities": ",".join(f"{s:g}" for s in sparsities), "--plan": plan, "--sample": sample,
         "--compare": compare, "--results": results, "--work": work, "--dtype": dtype,
     }  # fmt: skip
-    return _write(output, models, dtype, request, work, options, bars)
+    return _write(output, models, (dtype, device), request, work, options, bars)
 
 
 def _write(
     output: Path,
     models: list[str],
-    dtype: str,
+    kind: tuple[str, str],
     request: Request,
     work: str | Path | None,
     options: dict[str, Any],
     bars: dict[str, list[dict[str, Any]]],
 ) -> list[dict[str, Any]]:
-    """Measures the models, one after the other, and writes the page; their main figures."""
+    """Measures the models, one after the other, and writes the page; their main figures.
+
+    `kind` is what `load` takes besides a model's name.
+    """
     folder = Path(f"{output}.work") if work is None else Path(work)
     chapters: list[Chapter] = []
     found = []
     for name in models:
-        parts = _measured(name, dtype, request, folder)
+        parts = _measured(name, kind, request, folder)
         used = {"--windows": parts["tradeoff"][0]["windows"]}
         commands = _Commands(name, models, options | used)
         chapters.append(Chapter(name, f"model-{len(chapters)}", _sections(parts, commands)))
@@ -145,11 +150,11 @@ def _write(
     return found
 
 
-def _measured(name: str, dtype: str, request: Request, folder: Path) -> dict[str, Any]:
+def _measured(name: str, kind: tuple[str, str], request: Request, folder: Path) -> dict[str, Any]:
     console.print(f"loading {name}", highlight=False)
     own_folder = folder / re.sub(r"[^\w.-]+", "_", name).strip("._")
     try:
-        return measure(load(name, dtype), request, own_folder)
+        return measure(load(name, *kind), request, own_folder)
     except KeyboardInterrupt:
         console.print(f"stopped; finished parts are in {folder}, the same command goes on")
         raise

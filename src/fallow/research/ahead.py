@@ -7,6 +7,7 @@ import torch
 
 from fallow.common.progress import progress
 from fallow.models.capture import Calibration
+from fallow.models.devices import as_array, tensor
 from fallow.models.taps import Layer
 from fallow.selectors._base import Arrays, Bits, Seen, input_weights
 from fallow.selectors._rounding import rounded, rounded_bytes
@@ -62,12 +63,12 @@ class Ahead(LowBit):
     def learn_scores(cls, calibration: Calibration) -> Arrays:
         arrays = super().learn_scores(calibration)
         bits = cls(0.0, arrays)
-        moments = [torch.from_numpy(m) for m in calibration.input_moments]
+        moments = [tensor(m, calibration.layers[0].device) for m in calibration.input_moments]
         parts: dict[str, list[np.ndarray]] = {}
         with progress("look ahead", len(moments)) as ticker:
             for index, layer in enumerate(calibration.layers):
                 x, y = moments[index], moments[max(index - 1, 0)]
-                xy = torch.from_numpy(calibration.successive_moments[index])
+                xy = tensor(calibration.successive_moments[index], layer.device)
                 found, whole = cls._map(y, xy)
                 for name, (weight, _) in zip(("gate", "up"), input_weights(layer), strict=False):
                     true = weight.float()
@@ -76,7 +77,7 @@ class Ahead(LowBit):
                     square = ((true @ x - 2 * guess @ xy.T) * true + guess @ y * guess).sum(dim=1)
                     found[f"{name}.error"] = square.clamp_min(0).sqrt()
                 for key, value in found.items():
-                    parts.setdefault(key, []).append(value.half().numpy())
+                    parts.setdefault(key, []).append(as_array(value.half()))
                 ticker.advance()
         return arrays | {key: np.stack(values) for key, values in parts.items()}
 
@@ -99,7 +100,7 @@ class Ahead(LowBit):
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         scale, *product = (
-            torch.from_numpy(self.arrays[key][index]).float()
+            self.tensor(key, index, seen.x).float()
             for key in ("map.scale", "map.in", "map.out")
             if key in self.arrays
         )

@@ -3,6 +3,7 @@
 import torch
 
 from fallow.models.capture import Calibration
+from fallow.models.devices import as_array
 from fallow.models.taps import Layer
 from fallow.research.lowrank import LowRank
 from fallow.research.previous import Previous, earlier_mean
@@ -45,7 +46,8 @@ class Blend(LowRank):
         arrays = super().learn_scores(calibration) | {"mean": mean_out_norm(calibration)}
         selector, layers = cls(0.0, arrays), calibration.layers
         size = (len(layers), layers[0].down_proj.in_features, FEATURES)
-        squares, products = torch.zeros(*size, FEATURES), torch.zeros(size)
+        device = layers[0].device
+        squares, products = (torch.zeros(s, device=device) for s in ((*size, FEATURES), size))
 
         def add(index: int, inter: torch.Tensor, seen: Seen) -> None:
             features = selector.features(index, layers[index], seen)
@@ -55,15 +57,15 @@ class Blend(LowRank):
             products[index] += torch.einsum("tnf,tn->nf", weighted, seen.out_norm)
 
         calibration.run("blend", watch(layers, add))
-        prior = torch.tensor(PRIOR)
+        prior = torch.tensor(PRIOR, device=device)
         own = squares.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30)
         damped = squares + torch.diag_embed(RIDGE * own)
         blend = prior + torch.linalg.solve(damped, products - squares @ prior)
-        return arrays | {"blend": blend.half().numpy()}
+        return arrays | {"blend": as_array(blend.half())}
 
     def features(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         """(T, d_ff, 3), float32."""
-        mean = torch.from_numpy(self.arrays["mean"][index])
+        mean = self.tensor("mean", index, seen.out_norm)
         found = (
             self.expected_norm(index, layer, seen.x),
             earlier_mean(mean, seen.out_norm),
@@ -72,5 +74,5 @@ class Blend(LowRank):
         return torch.stack(found, dim=-1)
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
-        blend = torch.from_numpy(self.arrays["blend"][index]).float()
+        blend = self.tensor("blend", index, seen.out_norm).float()
         return (self.features(index, layer, seen) * blend).sum(dim=-1).clamp_min(SMALLEST)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fallow.models.capture import Calibration
+from fallow.models.devices import as_array, tensor
 from fallow.models.taps import Layer, Tap
 from fallow.selectors import gate, lowbit
 from fallow.selectors._base import Arrays, Seen, Selector, watch
@@ -23,10 +24,10 @@ RIDGE = 0.3
 class Moments:
     """Weighted sums over tokens of an input x and a target y, both (T, width)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, device: torch.device) -> None:
         self.weight = 0.0
-        self.xx = torch.zeros(width + 1, width + 1)  # of [x, 1]
-        self.xy = torch.zeros(width + 1, width)
+        self.xx = torch.zeros(width + 1, width + 1, device=device)  # of [x, 1]
+        self.xy = torch.zeros(width + 1, width, device=device)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
         """Counts tokens with float32 x and y (T, width) and weight (T,)."""
@@ -46,7 +47,7 @@ def affine_map(sums: Moments, rank: int) -> tuple[torch.Tensor, torch.Tensor, to
     xx, xy = (m.double() / sums.weight for m in (sums.xx, sums.xy))
     mean_x, mean_y = xx[-1, :-1], xy[-1]
     covariance = xx[:-1, :-1] - torch.outer(mean_x, mean_x)
-    covariance += RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
+    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
     cross = xy[:-1] - torch.outer(mean_x, mean_y)
     full = torch.linalg.solve(covariance, cross)  # (d_model, d_model): y near x @ full
     top = torch.linalg.eigh(cross.T @ full)[1][:, -rank:]
@@ -65,7 +66,7 @@ def fit_compensation(sums: Sequence[Moments], rank: int) -> Arrays:
             values, scale = to_int8(matrix)
             parts.setdefault(f"compensation.{name}", []).append(values)
             parts.setdefault(f"compensation.{name}.scale", []).append(scale)
-        parts.setdefault("compensation.bias", []).append(bias.float().numpy())
+        parts.setdefault("compensation.bias", []).append(as_array(bias.float()))
     return {name: np.stack(values) for name, values in parts.items()}
 
 
@@ -85,11 +86,11 @@ class Compensation:
     bias: torch.Tensor  # (d_model,)
 
     @classmethod
-    def from_arrays(cls, arrays: Arrays, index: int) -> "Compensation":
+    def from_arrays(cls, arrays: Arrays, index: int, device: torch.device) -> "Compensation":
         return cls(
-            from_int8(arrays, "compensation.out", index),
-            from_int8(arrays, "compensation.in", index),
-            torch.from_numpy(arrays["compensation.bias"][index]),
+            from_int8(arrays, "compensation.out", index, device),
+            from_int8(arrays, "compensation.in", index, device),
+            tensor(arrays["compensation.bias"][index], device),
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,7 +125,9 @@ class Compensated(Selector):
         return super().extra_bytes(layer) + compensation_bytes(layer, cls.options["compensation"])
 
     def taps(self, layers: list[Layer]) -> dict[str, Tap]:
-        compensations = [Compensation.from_arrays(self.arrays, i) for i in range(len(layers))]
+        compensations = [
+            Compensation.from_arrays(self.arrays, i, layer.device) for i, layer in enumerate(layers)
+        ]
         added: dict[int, torch.Tensor] = {}
 
         def prepare(index: int, x: torch.Tensor) -> None:
@@ -143,7 +146,7 @@ class Compensated(Selector):
         matters, and attention sinks would otherwise decide the fit.
         """
         layers = calibration.layers
-        sums = [Moments(layer.down_proj.out_features) for layer in layers]
+        sums = [Moments(layer.down_proj.out_features, layer.device) for layer in layers]
 
         def add(index: int, inter: torch.Tensor, seen: Seen) -> None:
             down = layers[index].down_proj.weight

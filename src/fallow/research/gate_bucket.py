@@ -3,6 +3,7 @@
 import torch
 
 from fallow.models.capture import Calibration
+from fallow.models.devices import as_array
 from fallow.models.taps import Layer
 from fallow.selectors._base import Arrays, Seen
 from fallow.selectors.gate import Gate
@@ -44,14 +45,12 @@ class GateBucket(Gate):
             means.append(parts[1] / parts[0].clamp_min(1e-12) * layer.down_norm)
             ordered = values.gather(1, order)
             edges.append(torch.stack([c[:, 0] for c in ordered.chunk(BUCKETS, 1)[1:]]))
-        return {"edges": torch.stack(edges).numpy(), "means": torch.stack(means).numpy()}
+        return {"edges": as_array(torch.stack(edges)), "means": as_array(torch.stack(means))}
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         gate = seen.gate_act.float()
-        means = torch.from_numpy(self.arrays["means"][index])
+        means = self.tensor("means", index, gate)
         factor = means[0].expand(gate.shape)
-        for edge, mean in zip(
-            torch.from_numpy(self.arrays["edges"][index]), means[1:], strict=True
-        ):
+        for edge, mean in zip(self.tensor("edges", index, gate), means[1:], strict=True):
             factor = torch.where(gate >= edge, mean, factor)
         return gate.abs() * factor

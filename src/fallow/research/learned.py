@@ -12,6 +12,7 @@ from torch import nn
 from fallow.common import tagged
 from fallow.common.errors import FallowError, UsageError, in_one_line
 from fallow.models.capture import Calibration
+from fallow.models.devices import as_array
 from fallow.models.taps import Layer
 from fallow.plan import today
 from fallow.selectors import find
@@ -72,9 +73,9 @@ class Learned(Selector):
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         if index not in self._made:
             self._made[index] = {
-                "in": from_int8(self.arrays, "in", index),
-                "out": from_int8(self.arrays, "out", index),
-                "noise": torch.from_numpy(self.arrays["noise"][index]),
+                "in": from_int8(self.arrays, "in", index, layer.device),
+                "out": from_int8(self.arrays, "out", index, layer.device),
+                "noise": self.tensor("noise", index, seen.x),
             }
         return log_score(self._made[index], layer, self.options, seen.x, seen.gate_act).exp()
 
@@ -145,7 +146,7 @@ def arrays_of(networks: list[Network]) -> Arrays:
             values, scale = to_int8(network[name])
             parts.setdefault(name, []).append(values)
             parts.setdefault(f"{name}.scale", []).append(scale)
-        parts.setdefault("noise", []).append(network["noise"].detach().numpy().copy())
+        parts.setdefault("noise", []).append(as_array(network["noise"]).copy())
     return {name: np.stack(values) for name, values in parts.items()}
 
 

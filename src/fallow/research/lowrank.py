@@ -7,6 +7,7 @@ import torch
 
 from fallow.common.progress import progress
 from fallow.models.capture import Calibration
+from fallow.models.devices import as_array, tensor
 from fallow.models.taps import Layer
 from fallow.selectors._base import Approximate, Arrays, Bits, Selector, input_weights
 from fallow.selectors._rounding import rounded, rounded_bytes
@@ -67,8 +68,8 @@ class LowRank(Approximate):
             return {}
         with progress("lowrank", len(calibration.layers)) as ticker:
             for layer, moment in zip(calibration.layers, calibration.input_moments, strict=True):
-                for key, value in cls._factors(layer, Inputs(torch.from_numpy(moment))).items():
-                    parts.setdefault(key, []).append(value.half().numpy())
+                for key, value in cls._factors(layer, Inputs(tensor(moment, layer.device))).items():
+                    parts.setdefault(key, []).append(as_array(value.half()))
                 ticker.advance()
         return {key: np.stack(values) for key, values in parts.items()}
 
@@ -85,6 +86,6 @@ class LowRank(Approximate):
     def approximate(self, index: int, weight: torch.Tensor, name: str) -> torch.Tensor:
         if f"{name}.error" not in self.arrays:
             return weight
-        out, inner = (torch.from_numpy(self.arrays[key][index]).float() for key in ("out", "in"))
+        out, inner = (self.tensor(key, index, weight).float() for key in ("out", "in"))
         half = out[-len(weight) :] if name == "up" else out[: len(weight)]
         return (half @ inner).to(weight.dtype)

@@ -31,7 +31,7 @@ class Previous(Static):
         return 2 * layer.down_proj.in_features
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
-        return earlier_mean(torch.from_numpy(self.arrays["mean"][index]), seen.out_norm)
+        return earlier_mean(self.tensor("mean", index, seen.out_norm), seen.out_norm)
 
 
 def earlier_mean(start: torch.Tensor, out_norm: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from fallow.common.progress import console, progress
 from fallow.measure.evaluation import window_losses
 from fallow.models.capture import Calibration, non_finite_error
 from fallow.models.cuts import per_token_topk
+from fallow.models.devices import tensor
 from fallow.models.taps import Layer, attach
 from fallow.reference.model import Model
 from fallow.research.learned import (
@@ -59,7 +60,7 @@ class Student:
     ) -> None:
         self.layer, self.options, self.kept = layer, options, kept
         network, self.basis = initial(layer, options, moment)
-        self.parameters = network | {"slope": torch.tensor(1.0)}
+        self.parameters = network | {"slope": torch.tensor(1.0, device=layer.device)}
         for value in self.parameters.values():
             value.requires_grad_()
         self.optimiser = torch.optim.Adam(self.parameters.values(), lr=LEARNING_RATE)
@@ -134,7 +135,7 @@ class Progress:
         """Raises FallowError for a damaged file, UsageError for one of another training."""
         try:
             check_sums(path)
-            content = torch.load(path, weights_only=True)
+            content = torch.load(path, weights_only=True, map_location="cpu")
             found = content.pop("settings")
             content["best"] = {name: value.numpy() for name, value in content["best"].items()}
             read = cls(**content)
@@ -164,7 +165,7 @@ class Trainer:
         self._dense = window_losses(model, calibrator.validation, None)
         sample = Calibration(model, calibrator.calibration.windows[:MOMENT_WINDOWS])
         self.students = [
-            Student(layer, selector.options, torch.from_numpy(moment), 1 - sparsity)
+            Student(layer, selector.options, tensor(moment, layer.device), 1 - sparsity)
             for layer, moment in zip(model.layers, sample.input_moments, strict=True)
         ]
 

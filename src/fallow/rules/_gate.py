@@ -3,6 +3,7 @@
 import numpy as np
 
 from fallow.models.capture import Calibration
+from fallow.models.devices import as_array
 
 GATE_KNOWN = "after gate: saves up_proj and down_proj"
 
@@ -13,5 +14,5 @@ def gate_weights(calibration: Calibration) -> np.ndarray:
     E|up_i| is the calibration mean, so that |gate_act_i| times this is the norm to expect of a
     neuron's output when its gate is known.
     """
-    norms = np.stack([layer.down_norm.numpy() for layer in calibration.layers])
+    norms = np.stack([as_array(layer.down_norm) for layer in calibration.layers])
     return calibration.mean_up * norms

@@ -3,6 +3,7 @@
 import torch
 
 from fallow.models.capture import Calibration
+from fallow.models.devices import tensor
 from fallow.plan import Cut
 from fallow.rules._gate import GATE_KNOWN, gate_weights
 from fallow.rules.tail import Tail
@@ -17,7 +18,8 @@ class GateTail(Tail):
 
     @classmethod
     def sample(cls, calibration: Calibration) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        return calibration.gate_act, list(torch.from_numpy(gate_weights(calibration)))
+        weights = tensor(gate_weights(calibration), calibration.layers[0].device)
+        return calibration.gate_act, list(weights)
 
     @classmethod
     def learn(cls, calibration: Calibration, knob: float) -> Cut:

@@ -3,10 +3,10 @@
 from typing import ClassVar
 
 import numpy as np
-import torch
 
 from fallow.common.progress import progress
 from fallow.models.capture import Calibration
+from fallow.models.devices import tensor
 from fallow.plan import Cut
 from fallow.rules._base import Rule, bisect
 from fallow.rules._gate import gate_weights
@@ -76,14 +76,14 @@ def two_stage_cuts(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -
 def gate_searches(calibration: Calibration) -> list[CettSearch]:
     """As those of `cett`, with neurons dropped in the order of the gate's score."""
     if "cett by gate" not in calibration.cache:
-        weights = gate_weights(calibration)
+        weights = tensor(gate_weights(calibration), calibration.layers[0].device)
         calibration.cache["cett by gate"] = [
             CettSearch(inter, layer.down_proj.weight.detach(), gate.abs().float() * weight)
             for layer, inter, gate, weight in zip(
                 calibration.layers,
                 calibration.inter,
                 calibration.gate_act,
-                map(torch.from_numpy, weights),
+                weights,
                 strict=True,
             )
         ]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fallow.models import devices
 from fallow.models.capture import Calibration
 from fallow.models.cuts import per_token_topk, zero_where
 from fallow.models.taps import Layer, Tap
@@ -53,6 +54,14 @@ class Selector(Choice):
     def __init__(self, knob: float, arrays: Arrays) -> None:
         self.knob = knob
         self.arrays = arrays
+        self._tensors: dict[tuple[str, int, torch.device], torch.Tensor] = {}
+
+    def tensor(self, name: str, index: int, like: torch.Tensor) -> torch.Tensor:
+        """Layer `index`'s part of an array, on the device of another tensor: brought there once."""
+        key = name, index, like.device
+        if key not in self._tensors:
+            self._tensors[key] = devices.tensor(self.arrays[name][index], like.device)
+        return self._tensors[key]
 
     @classmethod
     def with_options(cls, text: str) -> type[Self]:
@@ -215,14 +224,16 @@ class Approximate(Selector):
                 for name, (weight, bias) in zip(("gate", "up"), input_weights(layer), strict=False)
             ]
         gate, *up = (nn.functional.linear(x, *linear) for linear in self._made[index])
-        score = root_mean_square(layer.act, gate, self._error(index, "gate")) * layer.down_norm
+        score = (
+            root_mean_square(layer.act, gate, self._error(index, "gate", gate)) * layer.down_norm
+        )
         if up:
-            score = score * root_mean_square(nn.Identity(), up[0], self._error(index, "up"))
+            score = score * root_mean_square(nn.Identity(), up[0], self._error(index, "up", gate))
         return score
 
-    def _error(self, index: int, name: str) -> torch.Tensor | None:
-        errors = self.arrays.get(f"{name}.error")
-        return None if errors is None else torch.from_numpy(errors[index]).float()
+    def _error(self, index: int, name: str, like: torch.Tensor) -> torch.Tensor | None:
+        key = f"{name}.error"
+        return self.tensor(key, index, like).float() if key in self.arrays else None
 
 
 def root_mean_square(

@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from fallow.models.devices import as_array, tensor
+
 # As Q4_K stores gate_proj and up_proj.
 GROUP, STORED_BITS = 32, 4
 
@@ -16,7 +18,7 @@ def top_bits(weight: torch.Tensor, bits: int) -> torch.Tensor:
     step = (high - low) / (2**STORED_BITS - 1)
     stored = ((groups - low) / step.clamp_min(1e-30)).round()
     top = (stored / 2 ** (STORED_BITS - bits)).floor().long()
-    sums = torch.zeros(2**bits).scatter_add_(0, top.flatten(), stored.flatten())
+    sums = stored.new_zeros(2**bits).scatter_add_(0, top.flatten(), stored.flatten())
     means = sums / torch.bincount(top.flatten(), minlength=2**bits).clamp_min(1)
     return (low + means[top] * step).reshape(rows, -1)[:, :columns].to(weight.dtype)
 
@@ -40,10 +42,12 @@ def to_int8(matrix: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """A matrix (rows, columns) as int8 and a float32 scale per row: value = int8 * scale."""
     scale = (matrix.detach().abs().amax(dim=1) / 127).clamp_min(1e-30)
     values = (matrix.detach() / scale[:, None]).round().to(torch.int8)
-    return values.numpy(), scale.float().numpy()
+    return as_array(values), as_array(scale.float())
 
 
-def from_int8(arrays: dict[str, np.ndarray], name: str, index: int) -> torch.Tensor:
+def from_int8(
+    arrays: dict[str, np.ndarray], name: str, index: int, device: torch.device
+) -> torch.Tensor:
     """A layer's matrix, float32, from the arrays `name` and `name`.scale."""
-    values, scale = (torch.from_numpy(arrays[key][index]) for key in (name, f"{name}.scale"))
+    values, scale = (tensor(arrays[key][index], device) for key in (name, f"{name}.scale"))
     return values.float() * scale[:, None]

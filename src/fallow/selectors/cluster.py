@@ -15,6 +15,7 @@ from fallow.common.errors import UsageError
 from fallow.common.progress import progress
 from fallow.models.capture import Calibration
 from fallow.models.cuts import per_token_topk
+from fallow.models.devices import as_array, tensor
 from fallow.models.taps import Layer
 from fallow.patterns.clustering import energy_weights, fit, one_pass
 from fallow.patterns.store import pack_bits, unpack_bits
@@ -98,7 +99,7 @@ class Cluster(Selector):
                 rate = last.counts[:, :width] / np.maximum(last.sizes, 1)[:, None]
                 centroids = unpack_bits(codebook.centroids, width)
                 weighted = torch.from_numpy((centroids * weights).astype(np.float32))
-                values = weighted @ seen.regression()
+                values = weighted @ seen.regression().cpu()
                 choice, scale = to_int8(values[:, :-1])
                 loudness = seen.energy / np.maximum(seen.counts, 1)
                 layer_arrays = {
@@ -121,18 +122,19 @@ class Cluster(Selector):
         if self.options["oracle"]:
             active = seen.out_norm > per_token_topk(seen.out_norm, BUDGET)
             centroids = unpack_bits(self.arrays["centroids"][index], active.shape[1])
-            weighted = torch.from_numpy((centroids * self.arrays["weights"][index]).astype("f4"))
+            weights = (centroids * self.arrays["weights"][index]).astype("f4")
+            weighted = tensor(weights, active.device)
             labels = (active.float() @ weighted.T).argmax(dim=1)
         else:
             if index not in self._choice:
-                self._choice[index] = from_int8(self.arrays, "choice", index)
-            bias = torch.from_numpy(self.arrays["bias"][index])
+                self._choice[index] = from_int8(self.arrays, "choice", index, layer.device)
+            bias = self.tensor("bias", index, seen.x)
             labels = nn.functional.linear(seen.x.float(), self._choice[index], bias).argmax(dim=1)
         # Distinct, so that exactly k stay: of equal rates the neurons of lower number.
         width = seen.out_norm.shape[1]
-        order = torch.arange(width, 0, -1) / (2 * width)
-        rate = torch.from_numpy(self.arrays["rate"][index])[labels] + order
-        expected = rate * torch.from_numpy(self.arrays["loudness"][index])
+        order = torch.arange(width, 0, -1, device=seen.x.device) / (2 * width)
+        rate = self.tensor("rate", index, seen.x)[labels] + order
+        expected = rate * self.tensor("loudness", index, seen.x)
         if self.options["and"]:
             both = [s > super(Cluster, self).threshold(index, s) for s in (expected, seen.out_norm)]
             return seen.out_norm * both[0] * both[1]
@@ -170,19 +172,19 @@ def _patterns(calibration: Calibration) -> list[_Patterns]:
             [],
             np.zeros(d_ff),
             np.zeros(d_ff, dtype=np.int64),
-            torch.zeros(d_model + 1, d_model + 1),
-            torch.zeros(d_ff, d_model + 1),
+            torch.zeros(d_model + 1, d_model + 1, device=layer.device),
+            torch.zeros(d_ff, d_model + 1, device=layer.device),
         )
-        for _ in layers
+        for layer in layers
     ]
 
     def add(index: int, inter: torch.Tensor, seen: Seen) -> None:
         active, into = seen.out_norm > per_token_topk(seen.out_norm, BUDGET), found[index]
-        into.rows.append(pack_bits(active.numpy()))
+        into.rows.append(pack_bits(as_array(active)))
         energy = seen.out_norm.square()
         energy /= energy.sum(dim=1, keepdim=True).clamp_min(1e-30)
-        into.energy += (energy * active).sum(dim=0).numpy()
-        into.counts += active.sum(dim=0).numpy()
+        into.energy += as_array((energy * active).sum(dim=0))
+        into.counts += as_array(active.sum(dim=0))
         x = nn.functional.pad(seen.x.float(), (0, 1), value=1.0)
         into.moments += x.T @ x
         into.products += active.float().T @ x

@@ -26,7 +26,7 @@ class Gate(Selector):
         return {"weight": gate_weights(calibration)}
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
-        return seen.gate_act.abs().float() * torch.from_numpy(self.arrays["weight"][index])
+        return seen.gate_act.abs().float() * self.tensor("weight", index, seen.gate_act)
 
 
 RULE = Gate

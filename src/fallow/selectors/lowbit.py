@@ -7,6 +7,7 @@ import torch
 
 from fallow.common.progress import progress
 from fallow.models.capture import Calibration
+from fallow.models.devices import as_array, tensor
 from fallow.models.taps import Layer
 from fallow.selectors._base import Approximate, Arrays, Bits, Selector, input_weights
 from fallow.selectors._rounding import STORED_BITS, top_bits
@@ -66,8 +67,8 @@ class LowBit(Approximate):
                 for layer, moment in zip(
                     calibration.layers, calibration.input_moments, strict=True
                 ):
-                    for key, value in cls._corrections(layer, torch.from_numpy(moment)).items():
-                        parts.setdefault(key, []).append(value.half().numpy())
+                    for key, value in cls._corrections(layer, tensor(moment, layer.device)).items():
+                        parts.setdefault(key, []).append(as_array(value.half()))
                     ticker.advance()
         return {key: np.stack(values) for key, values in parts.items()}
 
@@ -88,7 +89,7 @@ class LowBit(Approximate):
         if not self._corrected(name):
             return rounded
         out, inner = (
-            torch.from_numpy(self.arrays[f"{name}.{part}"][index]).float() for part in ("out", "in")
+            self.tensor(f"{name}.{part}", index, weight).float() for part in ("out", "in")
         )
         return (rounded.float() + out @ inner).to(weight.dtype)
 

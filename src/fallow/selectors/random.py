@@ -19,7 +19,7 @@ class Random(Selector):
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         generator = torch.Generator().manual_seed(index)  # so that runs can be repeated
-        return torch.rand(seen.out_norm.shape, generator=generator)
+        return torch.rand(seen.out_norm.shape, generator=generator).to(seen.out_norm.device)
 
 
 RULE = Random

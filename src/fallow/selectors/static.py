@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from fallow.models.capture import Calibration
+from fallow.models.devices import as_array
 from fallow.models.taps import Layer
 from fallow.selectors._base import Arrays, Seen, Selector
 
@@ -19,7 +20,7 @@ class Static(Selector):
         return {"mean": mean_out_norm(calibration)}
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
-        return torch.from_numpy(self.arrays["mean"][index]).expand(seen.out_norm.shape)
+        return self.tensor("mean", index, seen.out_norm).expand(seen.out_norm.shape)
 
 
 def mean_out_norm(calibration: Calibration) -> np.ndarray:
@@ -28,7 +29,7 @@ def mean_out_norm(calibration: Calibration) -> np.ndarray:
         inter.abs().float().mean(dim=0) * layer.down_norm
         for inter, layer in zip(calibration.inter, calibration.layers, strict=True)
     ]
-    return torch.stack(means).numpy()
+    return as_array(torch.stack(means))
 
 
 RULE = Static

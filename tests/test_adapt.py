@@ -1,0 +1,327 @@
+"""Adaptation: rounding as the packer's, what is trained, stopping, going on, and bad input."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import fallow
+from fallow.adaptation import adapter, texts
+from fallow.adaptation.adapter import AdaptReport, Settings, adapt
+from fallow.adaptation.rounding import ROUNDINGS
+from fallow.adaptation.students import TRAINED, LowRank, finish, prepare
+from fallow.common.errors import FallowError, UsageError
+from fallow.engine.engine import Engine
+from fallow.packing.quantize import QUANT_TYPES, dequantize, quantize
+from fallow.plan import Plan
+
+SMALL = Settings(tokens=2048, context=32, batch=8, learning_rate=3e-3)
+
+
+@pytest.fixture
+def held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer windows than real texts have are held out of the tiny one."""
+    monkeypatch.setattr(texts, "HELD_OUT", 4)
+
+
+@pytest.fixture(scope="session")
+def taught(
+    folders: dict[str, Path], texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, AdaptReport]:
+    """A tiny llama after a short adaptation, in Q8_0."""
+    folder = tmp_path_factory.mktemp("adapted") / "taught"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fallow.adaptation.texts.HELD_OUT", 4)
+        return folder, adapt(folders["llama"], folder, SMALL, text=[texts[0]])
+
+
+# Rounding ----------------------------------------------------------------------------------------
+
+
+def matrix(rows: int = 24, cols: int = 512) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((rows, cols)) * rng.uniform(0.01, 3, (rows, 1))
+    values[3, :64], values[5, :32], values[6, :32] = 0, 1.5, -2
+    return values.astype(np.float32)
+
+
+def test_every_type_of_the_packer_can_be_trained_for() -> None:
+    assert set(ROUNDINGS) == set(QUANT_TYPES)
+
+
+@pytest.mark.parametrize("kind", [k for k in QUANT_TYPES if not k.endswith("_K")])
+def test_rounding_is_the_packers(kind: str) -> None:
+    values = matrix()
+    rounded = ROUNDINGS[kind](torch.from_numpy(values)).numpy()
+    np.testing.assert_array_equal(rounded, dequantize(quantize(values, kind)))
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+def test_rounding_to_a_k_type_is_nearly_the_packers(kind: str) -> None:
+    values = matrix()
+    rounded = ROUNDINGS[kind](torch.from_numpy(values)).numpy()
+    packed = dequantize(quantize(values, kind))
+    assert np.square(rounded - values).sum() < 1.15 * np.square(packed - values).sum()
+    # What it leaves is what the packer keeps.
+    again = dequantize(quantize(rounded, kind))
+    assert np.square(again - rounded).sum() < 1e-3 * np.square(packed - values).sum()
+
+
+# What is trained ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "opt"])
+def test_a_student_begins_as_the_model(folders: dict[str, Path], name: str, trained: str) -> None:
+    model = fallow.load(folders[name])
+    ids = torch.arange(2, 30)[None]
+    before = model.module(input_ids=ids).logits
+    parameters = prepare(model.module, model.layers, trained, 4, {})
+    assert parameters
+    assert all(p.requires_grad for p in parameters)
+    after = model.module(input_ids=ids).logits
+    torch.testing.assert_close(after, before)
+    after.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+    finish(model.module)
+    torch.testing.assert_close(model.module(input_ids=ids).logits, before)
+
+
+def test_a_low_rank_change_is_merged() -> None:
+    weight = torch.randn(5, 7)
+    change = LowRank(weight, 2)
+    with torch.no_grad():
+        change.out.normal_()
+    torch.testing.assert_close(change(weight), weight + change.out @ change.into)
+
+
+def test_what_is_not_trained_keeps_its_values(
+    folders: dict[str, Path], texts: tuple[Path, Path], tmp_path: Path, held_out: None
+) -> None:
+    settings = replace(SMALL, train="ffn", tokens=512)
+    adapt(folders["llama"], tmp_path / "out", settings, text=[texts[0]])
+    before, after = (fallow.load(f) for f in (folders["llama"], tmp_path / "out"))
+    old, new = (dict(m.module.named_parameters()) for m in (before, after))
+    changed = {name for name in old if not torch.equal(old[name].bfloat16(), new[name].bfloat16())}
+    assert changed
+    assert all(".mlp." in name for name in changed)
+
+
+# A run -------------------------------------------------------------------------------------------
+
+
+def test_it_learns_to_live_with_the_rule(taught: tuple[Path, AdaptReport]) -> None:
+    _, report = taught
+    first, last = report.checks[0], report.checks[-1]
+    assert last.kl < 0.7 * first.kl
+    assert report.best.kl == min(c.kl for c in report.checks)
+    assert report.tokens == last.tokens == 2048
+
+
+def test_the_folder_is_an_ordinary_model_with_a_plan(
+    taught: tuple[Path, AdaptReport], texts: tuple[Path, Path]
+) -> None:
+    folder, report = taught
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert not any("parametrizations" in name for name, _ in module.named_parameters())
+    model, plan = fallow.load(folder), Plan.load(folder / "fallow.plan")
+    assert (plan.fingerprint, plan.rule) == (model.fingerprint, "gate_topk")
+    assert report.fingerprint != model.fingerprint
+    found = fallow.evaluate(model, plan, texts[1], context=32, windows=4)
+    assert found.sparsity_ratio["inter"] == pytest.approx(0.5, abs=0.02)
+    said = json.loads((folder / "adapted.json").read_text())
+    assert said["best"]["kl"] == report.best.kl
+    assert [t["sha256"] for t in said["texts"]] == [t["sha256"] for t in report.texts]
+
+
+def test_the_engine_runs_it_as_the_reference(
+    taught: tuple[Path, AdaptReport], tmp_path: Path
+) -> None:
+    folder, _ = taught
+    plan = Plan.load(folder / "fallow.plan")
+    fallow.pack(folder, tmp_path / "packed.gguf", quant="f32", plan=plan)
+    model, engine = fallow.load(folder, "float32"), Engine(tmp_path / "packed.gguf", threads=1)
+    ids = np.arange(2, 24)
+    with model.sparse(plan):
+        wanted = model.logits(model.hidden(ids[None]))[0].numpy()
+    np.testing.assert_allclose(engine.logits(ids), wanted, atol=1e-3)
+
+
+def test_a_stopped_run_goes_on_to_the_same_model(
+    folders: dict[str, Path],
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+    held_out: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(name: str) -> AdaptReport:
+        return adapt(folders["llama"], tmp_path / name, SMALL, text=[texts[0]])
+
+    whole = run("whole")
+    step = adapter._Run.train_step
+
+    def stop(self: Any, windows: np.ndarray) -> float:
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return step(self, windows)
+
+    monkeypatch.setattr(adapter._Run, "train_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    assert not (tmp_path / "stopped").exists()
+    monkeypatch.setattr(adapter._Run, "train_step", step)
+    again = run("stopped")
+    assert [c.kl for c in again.checks] == [c.kl for c in whole.checks]
+    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+    assert not (tmp_path / "stopped.adapting").exists()
+
+
+def test_a_rate_is_found(
+    folders: dict[str, Path],
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+    held_out: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(adapter, "RATES", (1e-9, 3e-3, 1e9))
+    monkeypatch.setattr(adapter, "PROBE_STEPS", 4)
+    settings = replace(SMALL, learning_rate=None, tokens=512)
+    assert adapt(folders["llama"], tmp_path / "a", settings, text=[texts[0]]).learning_rate == 3e-3
+
+
+def test_a_gguf_is_trained_in_its_own_types(tmp_path: Path, smollm2: fallow.Model) -> None:
+    types = adapter._types(smollm2, "smollm2", None)
+    assert types["model.layers.3.mlp.gate_proj.weight"] == "Q4_1"
+    assert types["model.layers.3.mlp.down_proj.weight"] == "Q5_0"
+    assert types["model.embed_tokens.weight"] == "Q8_0"
+
+
+def test_an_adapted_folder_is_packed_in_the_types_it_learned(
+    taught: tuple[Path, AdaptReport], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(taught[0], tmp_path / "copy"))
+    said = json.loads((folder / "adapted.json").read_text())
+    names = fallow.load(folder).module.state_dict()
+    said["types"] = {n: "F32" if "gate_proj" in n or "down_proj" in n else "F16" for n in names}
+    (folder / "adapted.json").write_text(json.dumps(said))
+    fallow.pack(folder, tmp_path / "packed.gguf")
+    engine = Engine(tmp_path / "packed.gguf", threads=1)
+    kinds = [engine.matrix(f"layers.0.{n}").type for n in ("gate_proj", "up_proj", "down_proj_t")]
+    assert kinds == ["F32", "F16", "F32"]
+    said["types"] = ["F32"]
+    (folder / "adapted.json").write_text(json.dumps(said))
+    with pytest.raises(FallowError, match=r"adapted.json is damaged"):
+        fallow.pack(folder, tmp_path / "other.gguf")
+
+
+# Texts -------------------------------------------------------------------------------------------
+
+
+def test_shares_are_kept_and_held_out_windows_never_read() -> None:
+    def windows(first: int, n: int) -> np.ndarray:
+        return np.arange(first, first + n)[:, None].repeat(8, axis=1)
+
+    read = [fallow_text("a"), fallow_text("b")]
+    mixture = texts.mix(read, [windows(0, 40), windows(100, 80)], (3, 1), seed=0)
+    seen = mixture.batch(400)[:, 0]
+    assert (seen < 100).mean() == pytest.approx(0.75)
+    assert not set(seen) & set(mixture.held_out[:, 0])
+    assert set(seen[:32][seen[:32] < 100]) != set(range(24))  # in an order of its own
+    assert len(mixture.held_out) == texts.HELD_OUT
+    assert mixture.epochs(400) == pytest.approx([300 / 32, 100 / 72])
+
+
+def fallow_text(name: str) -> Any:
+    from fallow.checkpoints.text import Text
+
+    return Text(name, name)
+
+
+def test_a_model_writes_its_own_text(
+    folders: dict[str, Path], texts: tuple[Path, Path], tmp_path: Path, held_out: None
+) -> None:
+    settings = replace(SMALL, sampled=0.5, tokens=512)
+    report = adapt(folders["llama"], tmp_path / "out", settings, text=[texts[0]])
+    assert [t["share"] for t in report.texts] == [0.5, 0.5]
+    assert report.texts[1]["name"].startswith("sampled from")
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 0}, "--tokens 0 is not positive"),
+        ({"train": "head"}, "unknown --train 'head'; known: layers, ffn, lora, scales"),
+        ({"sparsity": 1.0}, r"sparsity 1 is outside \[0, 1\)"),
+        ({"rule": "oracle"}, "is a selector"),
+        ({"quant": "q9"}, "unknown type 'q9'"),
+        ({"anneal": 2.0}, "--anneal 2.0 is outside 0 to 1"),
+        ({"minutes": float("nan")}, "--minutes nan is not positive"),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        replace(SMALL, **changes).check()
+
+
+def test_bad_input(
+    folders: dict[str, Path], texts: tuple[Path, Path], tmp_path: Path, run: Any, held_out: None
+) -> None:
+    out = tmp_path / "out"
+    common = ("adapt", folders["llama"], "-o", out, "--text", texts[0], "--context", 32)
+    cases = [
+        (("--tokens", "many"), 2, "--tokens 'many' is no number of tokens such as 300000 or 20M"),
+        (("--shares", "1,2"), 2, "--shares gives 1, 2 for 1 texts"),
+        (("--device", "tpu"), 2, "unknown device 'tpu'"),
+        (("--quant", "q4_k"), 1, "rows of 24 weights of model.layers.0.self_attn.q_proj.weight"),
+        (("--context", 64), 1, "gives"),
+    ]
+    for options, code, message in cases:
+        found = run(*common, "--tokens", 512, "--learning-rate", 1e-3, *options)
+        assert (found.code, message in found.err) == (code, True), found.err
+        assert not out.exists()
+        shutil.rmtree(tmp_path / "out.adapting", ignore_errors=True)
+    out.mkdir()
+    assert "is there already" in run(*common, "--tokens", 512).err
+
+
+def test_a_stopped_run_of_other_settings_is_refused(
+    folders: dict[str, Path], texts: tuple[Path, Path], tmp_path: Path, held_out: None
+) -> None:
+    work = tmp_path / "out.adapting"
+    work.mkdir()
+    settings = replace(SMALL, tokens=512)
+    (work / "settings.json").write_text(json.dumps({"seed": 1}))
+    with pytest.raises(FallowError, match="is of a stopped run with another rule"):
+        adapt(folders["llama"], tmp_path / "out", settings, text=[texts[0]])
+
+
+def test_nan_is_said_and_the_last_state_stays(
+    folders: dict[str, Path], texts: tuple[Path, Path], tmp_path: Path, held_out: None
+) -> None:
+    settings = replace(SMALL, learning_rate=1e20)
+    with pytest.raises(FallowError, match=r"the KL is nan after .*; give a lower --learning-rate"):
+        adapt(folders["llama"], tmp_path / "out", settings, text=[texts[0]])
+    assert (tmp_path / "out.adapting" / "state.pt").exists()
+
+
+def test_the_command(
+    folders: dict[str, Path], texts: tuple[Path, Path], tmp_path: Path, run: Any, held_out: None
+) -> None:
+    command = (
+        "adapt", folders["llama"], "-o", tmp_path / "out", "--text", texts[0], "--tokens", "1k",
+        "--context", 32, "--batch", 4, "--learning-rate", 1e-3, "--train", "lora", "--anneal", 0.5,
+        "--json",
+    )  # fmt: skip
+    found = run(*command)
+    assert found.code == 0, found.err
+    assert (found.json["settings"]["train"], found.json["tokens"]) == ("lora", 1024)
