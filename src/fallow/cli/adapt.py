@@ -72,7 +72,7 @@ def adapt(
         seed=seed,
     )
     settings.check()
-    check_output(output / "adapted.json", model)
+    check_output(output, model)
     report = run(
         model,
         output,
