@@ -283,7 +283,7 @@ def test_bad_input(
         (("--shares", "1,2"), 2, "--shares gives 1, 2 for 1 texts"),
         (("--device", "tpu"), 2, "unknown device 'tpu'"),
         (("--quant", "q4_k"), 1, "rows of 24 weights of model.layers.0.self_attn.q_proj.weight"),
-        (("--context", 64), 1, "gives"),
+        (("--context", 120), 1, "windows of 120 tokens, of which 4 are held out"),
     ]
     for options, code, message in cases:
         found = run(*common, "--tokens", 512, "--learning-rate", 1e-3, *options)
@@ -319,8 +319,8 @@ def test_the_command(
 ) -> None:
     command = (
         "adapt", folders["llama"], "-o", tmp_path / "out", "--text", texts[0], "--tokens", "1k",
-        "--context", 32, "--batch", 4, "--learning-rate", 1e-3, "--train", "lora", "--anneal", 0.5,
-        "--json",
+        "--context", 32, "--batch", 4, "--learning-rate", 3e-4, "--train", "lora", "--anneal", 0.5,
+        "--sampled", 0, "--json",
     )  # fmt: skip
     found = run(*command)
     assert found.code == 0, found.err

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fallow.calibration.tradeoff import tradeoff
     from fallow.common.errors import FallowError, UsageError
     from fallow.engine.engine import Engine
+    from fallow.gpu.accelerate import accelerate
     from fallow.measure.evaluation import evaluate
     from fallow.measure.profiling import profile
     from fallow.measure.quality import Evaluation
@@ -28,6 +29,7 @@ _PUBLIC = {
     "Optimized": "fallow.optimization.optimizer",
     "Plan": "fallow.plan",
     "UsageError": "fallow.common.errors",
+    "accelerate": "fallow.gpu.accelerate",
     "calibrate": "fallow.calibration.calibrator",
     "densify": "fallow.reference.sparsified",
     "evaluate": "fallow.measure.evaluation",
@@ -51,6 +53,7 @@ __all__ = [
     "Optimized",
     "Plan",
     "UsageError",
+    "accelerate",
     "calibrate",
     "densify",
     "evaluate",

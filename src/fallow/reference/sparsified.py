@@ -20,6 +20,7 @@ from fallow.checkpoints.weights import StoredTensor, fingerprint, read_safetenso
 from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_folder, write_json
 from fallow.models import by_model_type
+from fallow.models._base import Architecture
 from fallow.models.cuts import cut_taps
 from fallow.models.devices import as_array
 from fallow.models.taps import Layer, Tap, attach
@@ -133,13 +134,18 @@ def _taps_of(model: Any, plan: Plan) -> tuple[list[Layer], dict[str, Tap]]:
         raise UsageError(f"{type(model).__name__} is no transformers model")
     name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
     architecture = by_model_type(model_type, name)
+    check_fingerprint(model, architecture, plan, name)
     layers = architecture.find_layers(model)
-    if not any(mark == plan.fingerprint for mark in _fingerprints(model, architecture.stored_as)):
+    return layers, cut_taps(plan.cuts, layers, name)
+
+
+def check_fingerprint(module: Any, architecture: Architecture, plan: Plan, name: str) -> None:
+    """Raises FallowError if a plan is for another model; `name` is this one's in the error."""
+    if not any(mark == plan.fingerprint for mark in _fingerprints(module, architecture.stored_as)):
         raise FallowError(
             f"this plan is for {plan.model} (fingerprint {plan.fingerprint}), not for {name}; "
             "calibrate a plan for it, or give what fallow.load makes of the plan's own source"
         )
-    return layers, cut_taps(plan.cuts, layers, name)
 
 
 def _fingerprints(module: Any, names: dict[str, str]) -> Iterator[str]:

@@ -1,0 +1,251 @@
+"""Sparse decoding on CUDA: kernels in Triton's interpreter, on the CPU, and models with them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is for x86-64 alone")
+
+import fallow
+import interpreted  # noqa: F401
+from conftest import VOCABULARY, WITH_RELU
+from fallow.calibration.calibrator import Calibrator
+from fallow.common.errors import FallowError, UsageError
+from fallow.gpu import ops
+from fallow.gpu.modules import ACTIVATIONS, threshold_bits
+from fallow.plan import Cut, Plan
+from test_sparsified import plain
+
+D, WIDTH = 24, 37
+BATCHES = (1, 3, 8)
+# The interpreter takes products of several bfloat16 tokens for those of their bits as integers.
+KINDS = [(b, k) for b in BATCHES for k in ("float32", "float16", "bfloat16")]
+KINDS = [(b, k) for b, k in KINDS if b == 1 or k != "bfloat16"]
+ERROR = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}  # rounding of terms, and of the sum
+
+
+def draw(*shape: int, kind: str = "float32") -> torch.Tensor:
+    return torch.randn(*shape).to(getattr(torch, kind))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, kind: str) -> None:
+    assert found.dtype == getattr(torch, kind)
+    error = (found.double() - expected.double()).norm() / (expected.double().norm() + 1e-9)
+    assert error <= ERROR[kind]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(("batch", "kind"), KINDS)
+@pytest.mark.parametrize("act", [*ACTIVATIONS, "none"])
+def test_gemv(batch: int, kind: str, act: str) -> None:
+    x, w, bias = draw(batch, D, kind=kind), draw(WIDTH, D, kind=kind), draw(WIDTH, kind=kind)
+    for added in (None, bias):
+        pre = x.double() @ w.double().T + (0 if added is None else added.double())
+        expected = pre if act == "none" else ACTIVATIONS[act](pre)
+        close(ops.gemv(x, w, added, act), expected, kind)
+
+
+def active_of(values: torch.Tensor, weight: torch.Tensor | None, k: int) -> torch.Tensor:
+    """(B, width) bool: by the smallest threshold that leaves at most k."""
+    score = values.abs().float() * (1 if weight is None else weight)
+    if k == values.shape[1]:
+        return torch.ones_like(score, dtype=torch.bool)
+    return score > score.sort(1, descending=True).values[:, k : k + 1]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("k", [0, 1, 18, WIDTH - 1, WIDTH])
+@pytest.mark.parametrize("ties", [False, True])
+def test_select_by_topk(batch: int, k: int, ties: bool) -> None:
+    values, weight = draw(batch, WIDTH), torch.rand(WIDTH)
+    if ties:  # many equal, many zero
+        values, weight = values.round(), weight.round()
+    for factor in (None, weight):
+        active = active_of(values, factor, k)
+        indices, count, chosen = ops.select(values, factor, None, k)
+        expected = active.any(0).nonzero()[:, 0]
+        n = int(count)
+        assert indices[:n].tolist() == expected.tolist()
+        assert torch.equal(chosen[:, :n], (values * active)[:, expected])
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.7, 99.0])
+def test_select_by_threshold(batch: int, threshold: float) -> None:
+    values, weight = draw(batch, WIDTH).relu(), torch.rand(WIDTH)
+    bits = threshold_bits([threshold], values.device)
+    active = ~(values * weight <= threshold)
+    indices, count, chosen = ops.select(values, weight, bits, -1)
+    expected = active.any(0).nonzero()[:, 0]
+    n = int(count)
+    assert indices[:n].tolist() == expected.tolist()
+    assert torch.equal(chosen[:, :n], (values * active)[:, expected])
+
+
+def test_nan_is_active() -> None:
+    values = draw(2, WIDTH)
+    values[1, 7] = float("nan")
+    for threshold, k in ((None, 3), (threshold_bits([9.0], values.device), -1)):
+        indices, count, chosen = ops.select(values, None, threshold, k)
+        listed = indices[: int(count)].tolist()
+        assert 7 in listed
+        assert chosen[1, listed.index(7)].isnan()
+    w = draw(WIDTH, D)
+    bits = threshold_bits([9.0], values.device)[:, None]
+    out = ops.gather_sum(values, None, "none", None, bits, w, None, None, None, [D])
+    assert not out[0].isnan().any()
+    assert out[1].isnan().all()
+
+
+@pytest.mark.parametrize(("batch", "kind"), KINDS)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("late", [False, True])
+def test_gathers(batch: int, kind: str, share: float, late: bool) -> None:
+    x, up, down = (draw(n, D, kind=kind) for n in (batch, WIDTH, WIDTH))
+    gate, bias, norm = draw(batch, WIDTH, kind=kind), draw(WIDTH, kind=kind), torch.rand(WIDTH)
+    listed = ops.select(gate, None, None, round(share * WIDTH))
+    bits = threshold_bits([0.5], x.device) if late else None
+    inter = ops.gather_rows(x, up, bias, *listed, norm if late else None, bits)
+    n = int(listed[1])
+    index = listed[0][:n].long()
+    product = (x.double() @ up.double().T + bias.double()).to(gate.dtype)[:, index]
+    expected = listed[2][:, :n] * product
+    if late:
+        expected = expected * (expected.abs().float() * norm[index] > 0.5)
+    close(inter[:, :n], expected, kind)
+    for added in (None, draw(D, kind=kind)):
+        summed = inter[:, :n].double() @ down[index].double()
+        if added is not None:
+            summed += added.double()
+        out = ops.gather_sum(inter, None, "none", None, None, down, *listed[:2], added, [D])
+        close(out, summed, kind)
+        again = ops.gather_sum(inter, None, "none", None, None, down, *listed[:2], added, [D])
+        assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize(("batch", "kind"), KINDS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_of_inputs(batch: int, kind: str, gated: bool, weighted: bool) -> None:
+    """Three segments with a threshold each, of a width that blocks do not divide."""
+    x, up = draw(batch, 2 * D, kind=kind).chunk(2, 1)
+    w, limits, ends = draw(D, 310, kind=kind), [0.4, -1.0, 0.9], [10, 280, 310]
+    weight = torch.rand(3, D) + 0.5 if weighted else None
+    bits = threshold_bits(limits, x.device)[:, None]
+    value = torch.nn.functional.silu(x.float()).to(x.dtype) * up if gated else x
+    expected, begin = [], 0
+    for i, (limit, end) in enumerate(zip(limits, ends, strict=True)):
+        score = value.abs().float() * (1 if weight is None else weight[i])
+        expected.append((value * (score > limit)).double() @ w[:, begin:end].double())
+        begin = end
+    found = ops.gather_sum(
+        x, up if gated else None, "silu", weight, bits, w, None, None, None, ends
+    )
+    close(found, torch.cat(expected, 1), kind)
+
+
+IDS = torch.from_numpy(np.random.default_rng(1).integers(2, VOCABULARY, (8, 5)))
+
+
+def both(folder: Path, plan: Plan) -> list[torch.Tensor]:
+    """Logits of some tokens and of a step's, sparsified and accelerated, for three batches."""
+    found = []
+    for apply in (fallow.sparsify, fallow.accelerate):
+        module = apply(plain(folder, dtype=torch.float32), plan)
+        for batch in BATCHES:
+            with torch.inference_mode():
+                logits = [module(ids).logits for ids in (IDS[:batch], IDS[:batch, 1:2])]
+            found.append(torch.cat(logits, 1))
+    return found
+
+
+def compare(folder: Path, plan: Plan) -> None:
+    found = both(folder, plan)
+    for expected, accelerated in zip(found[:3], found[3:], strict=True):
+        assert torch.allclose(accelerated, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("llama", "gate_topk"), ("llama", "two_stage"), ("llama", "topk"), ("llama", "teal"),
+        ("llama", "wina"), ("phi3", "gate_topk"), ("phi3", "teal"), ("gemma3", "cats"),
+        ("qwen2", "teal"), ("granite", "two_stage"), ("phi", "topk"), ("opt", "relu"),
+        ("nemotron", "wina"), ("gpt_neox", "teal"), ("olmo2", "wina"),
+    ],
+)  # fmt: skip
+def test_models_are_as_sparsified(
+    name: str, rule: str, folders: dict[str, Path], calibrators: dict[str, Calibrator]
+) -> None:
+    sparsity = 0.0 if rule == "relu" else 0.5
+    compare(folders[name], calibrators[name].plan(rule, sparsity=sparsity))
+
+
+@pytest.mark.parametrize("name", WITH_RELU)
+def test_exact_zeros_change_nothing(name: str, folders: dict[str, Path]) -> None:
+    dense = plain(folders[name], dtype=torch.float32)
+    with torch.inference_mode():
+        expected = dense(IDS[:1]).logits
+        found = fallow.accelerate(dense)(IDS[:1]).logits
+    assert torch.allclose(found, expected, atol=2e-4)
+
+
+def test_a_layer_without_a_cut_stays_dense(
+    folders: dict[str, Path], calibrators: dict[str, Calibrator]
+) -> None:
+    plan = calibrators["llama"].plan("teal", sparsity=0.5)
+    cuts = []
+    for cut in plan.cuts:
+        value = cut.value.copy()
+        value[0] = -1
+        if cut.tap in ("k_proj", "up_proj", "down_proj"):
+            value[1] = -1
+        cuts.append(Cut(cut.tap, cut.kind, value))
+    compare(folders["llama"], Plan(**(vars(plan) | {"cuts": tuple(cuts)})))
+
+
+def test_generate(folders: dict[str, Path], calibrators: dict[str, Calibrator]) -> None:
+    plan = calibrators["llama"].plan("gate_topk", sparsity=0.5)
+    texts = []
+    for apply in (fallow.sparsify, fallow.accelerate):
+        module = apply(plain(folders["llama"], dtype=torch.float32), plan)
+        texts.append(module.generate(IDS[:2], max_new_tokens=4, do_sample=False).tolist())
+    assert texts[0] == texts[1]
+
+
+def test_errors(folders: dict[str, Path], calibrators: dict[str, Calibrator]) -> None:
+    plan = calibrators["llama"].plan("gate_topk", sparsity=0.5)
+    with pytest.raises(UsageError, match="Linear is no transformers model"):
+        fallow.accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(FallowError, match="not for"):
+        fallow.accelerate(plain(folders["qwen2"]), plan)
+    with pytest.raises(UsageError, match="has no ReLU"):
+        fallow.accelerate(plain(folders["llama"]))
+    with pytest.raises(FallowError, match="by tail"):
+        fallow.accelerate(plain(folders["llama"]), calibrators["llama"].plan("tail", sparsity=0.5))
+    with pytest.raises(UsageError, match="float64"):
+        fallow.accelerate(plain(folders["llama"], dtype=torch.float64))
+    for cuts, words in (
+        ([Cut("ffn_out", "threshold", 0.1)], "cuts of ffn_out"),
+        ([Cut("up", "threshold", 0.1)], "cuts of up"),
+        ([Cut("q_proj", "threshold", 0.1), Cut("inter", "topk", 0.5)], "cuts of inter beside"),
+        ([Cut("gate_act", "topk", 0.5), Cut("inter", "topk", 0.5)], "gate_act and of inter"),
+    ):
+        layers = [cut.of_layers(2) for cut in cuts]
+        other = Plan(**(vars(plan) | {"cuts": tuple(layers)}))
+        with pytest.raises(FallowError, match=words):
+            fallow.accelerate(plain(folders["llama"]), other)
+
+
+def test_a_model_elsewhere_is_refused(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UsageError, match=r'is on cpu; move it: model.to\("cuda"\)'):
+        fallow.accelerate(plain(folders["opt"]))
