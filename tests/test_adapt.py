@@ -173,9 +173,11 @@ def test_a_stopped_run_goes_on_to_the_same_model(
         return step(self, windows)
 
     monkeypatch.setattr(adapter._Run, "train_step", stop)
+    monkeypatch.setattr(adapter, "SAVE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         run("stopped")
     assert not (tmp_path / "stopped").exists()
+    assert (tmp_path / "stopped.adapting" / "state.pt").exists()
     monkeypatch.setattr(adapter._Run, "train_step", step)
     again = run("stopped")
     assert [c.kl for c in again.checks] == [c.kl for c in whole.checks]
@@ -291,7 +293,7 @@ def test_bad_input(
         assert not out.exists()
         shutil.rmtree(tmp_path / "out.adapting", ignore_errors=True)
     out.mkdir()
-    assert "is there already" in run(*common, "--tokens", 512).err
+    assert "it is there and no file" in run(*common, "--tokens", 512).err
 
 
 def test_a_stopped_run_of_other_settings_is_refused(
@@ -305,13 +307,13 @@ def test_a_stopped_run_of_other_settings_is_refused(
         adapt(folders["llama"], tmp_path / "out", settings, text=[texts[0]])
 
 
-def test_nan_is_said_and_the_last_state_stays(
+def test_nan_is_said(
     folders: dict[str, Path], texts: tuple[Path, Path], tmp_path: Path, held_out: None
 ) -> None:
     settings = replace(SMALL, learning_rate=1e30)
-    with pytest.raises(FallowError, match=r"the KL is nan after .*; give a lower --learning-rate"):
+    with pytest.raises(FallowError, match=r"the KL is nan after .* give a lower --learning-rate"):
         adapt(folders["llama"], tmp_path / "out", settings, text=[texts[0]])
-    assert (tmp_path / "out.adapting" / "state.pt").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(
@@ -324,4 +326,5 @@ def test_the_command(
     )  # fmt: skip
     found = run(*command)
     assert found.code == 0, found.err
-    assert (found.json["settings"]["train"], found.json["tokens"]) == ("lora", 1024)
+    assert found.json["settings"]["train"] == "lora"
+    assert 0 < found.json["tokens"] <= 1024

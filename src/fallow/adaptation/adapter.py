@@ -437,16 +437,15 @@ class _Run:
             kl = self.train_step(self.mixture.batch(self.settings.batch))
             if not math.isfinite(kl):
                 raise FallowError(
-                    f"the KL is {kl} after {self.step * self.settings.step_tokens} tokens; "
-                    f"{self.work} has the last good state; give a lower --learning-rate"
+                    f"the KL is {kl} after {self.step * self.settings.step_tokens} tokens; delete "
+                    f"{self.work} and give a lower --learning-rate"
                 )
             now = time.monotonic()
             self.seconds += now - started
             if self.share >= next_check or self.share >= 1:
                 self._keep(self.check())
                 next_check = len(self.checks) / CHECKS
-                saved = now
-            elif now - saved > SAVE_SECONDS:
+            if now - saved > SAVE_SECONDS:
                 self._save()
                 saved = now
             if now - reported > REPORT_SECONDS or self.step == first + 1:
@@ -463,7 +462,7 @@ class _Run:
         )
 
     def _keep(self, found: Check) -> None:
-        """A check, whose student is kept if it is the best so far, with all that a stop needs."""
+        """A check, whose student is kept if it is the best so far."""
         if not self.checks or found.kl < min(c.kl for c in self.checks):
             self.best = self._trained()
         self.checks.append(found)
@@ -477,7 +476,6 @@ class _Run:
                 f"without the rule the PPL is {found.dense_ppl_change_percent:.1f} % above the "
                 "dense model's: it forgets; a lower --learning-rate forgets less"
             )
-        self._save()
 
     def _is_worse(self) -> bool:
         """Whether the last checks were worse than one before them."""

@@ -1,0 +1,128 @@
+"""What training under a rule gives: how it is done best, and how far it goes.
+
+The first two steps train and want a GPU; what they leave is carried on in `benchmarks/results`:
+
+    python benchmarks/adapt.py compare smollm2 --tokens 1M   # what is trained, and how, side by side
+    python benchmarks/adapt.py train smollm2 --minutes 3     # one long run, its folder kept
+    python benchmarks/adapt.py judge smollm2                 # packed, against its source
+    python benchmarks/adapt.py --report                      # writes docs/results/adapt.md
+
+Trained on most of C4 and of code, on the WikiText-2 validation text, and on text that the model
+wrote; judged on the ends of C4 and code, which are left out there, and on the WikiText-2 test text.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tradeoff import DATA, ROOT, record_machine
+
+RESULTS = ROOT / "benchmarks" / "results" / "adapt"
+MODELS = Path(os.environ.get("FALLOW_ADAPTED", ROOT / "build" / "adapted"))
+TRAINED_SHARE = 0.8  # of C4 and code; the rest is judged on
+SHARES = (0.35, 0.35, 0.3)  # C4, code, WikiText-2
+
+
+def texts() -> dict[str, Any]:
+    """Of C4 and code what is trained on and what is judged on; WikiText-2's two texts."""
+    from fallow.checkpoints.text import Text, load_text
+
+    found = {}
+    for name in ("c4", "code"):
+        content = load_text(DATA / "calibration" / f"{name}.txt", "calibration").content
+        cut = content.index("\n", int(TRAINED_SHARE * len(content)))
+        found[name] = Text(f"{name}, first part", content[:cut])
+        found[f"{name} judged"] = Text(f"{name}, last part", content[cut:])
+    found["wikitext2"] = load_text(DATA / "wikitext2" / "wiki.valid.detok.txt", "calibration")
+    judged = DATA / "wikitext2" / "wiki.test.raw"
+    found["wikitext2 judged"] = load_text(judged, "evaluation") if judged.exists() else None
+    return found
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Changes of a run that are compared at equal tokens."""
+    return {
+        "layers 3e-4": {"learning_rate": 3e-4},
+        "layers 1e-3": {"learning_rate": 1e-3},
+        "ffn 3e-4": {"learning_rate": 3e-4, "train": "ffn"},
+        "ffn 1e-3": {"learning_rate": 1e-3, "train": "ffn"},
+        "lora 16, 1e-3": {"learning_rate": 1e-3, "train": "lora"},
+        "scales 3e-3": {"learning_rate": 3e-3, "train": "scales"},
+        "layers 3e-4, annealed": {"learning_rate": 3e-4, "anneal": 0.3},
+        "layers 3e-4, half sampled": {"learning_rate": 3e-4, "sampled": 0.5},
+    }
+
+
+def adapt(model: str, folder: Path, settings: Any) -> dict[str, Any]:
+    from fallow.adaptation.adapter import adapt as run
+
+    read = texts()
+    chosen = [read["c4"], read["code"], read["wikitext2"]]
+    shutil.rmtree(folder, ignore_errors=True)
+    report = run(model, folder, settings, text=chosen, shares=SHARES)
+    return report.to_json()
+
+
+def compare(name: str, model: str, tokens: int) -> None:
+    from fallow.adaptation.adapter import Settings
+
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    record_machine(folder / "machine.json")
+    path = folder / "compare.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for label, changes in variants().items():
+        if label in found:
+            continue
+        settings = replace(Settings(tokens=tokens), **changes)
+        found[label] = adapt(model, MODELS / name / "compared", settings)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        shutil.rmtree(MODELS / name / "compared")
+
+
+def train(
+    name: str, model: str, tokens: int, minutes: float | None, changes: dict[str, Any]
+) -> None:
+    from fallow.adaptation.adapter import Settings
+
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    record_machine(folder / "machine.json")
+    settings = replace(Settings(tokens=tokens, minutes=minutes), **changes)
+    report = adapt(model, MODELS / name / "trained", settings)
+    (folder / "train.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def best_variant(name: str) -> dict[str, Any]:
+    """The changes that ended with the smallest KL on the held-out windows."""
+    found = json.loads((RESULTS / name / "compare.json").read_text())
+    return variants()[min(found, key=lambda label: found[label]["best"]["kl"])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=("compare", "train", "judge"), nargs="?")
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("--model", help="Where the model is, if its name is no alias.")
+    parser.add_argument("--tokens", type=float, default=2e7)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.step == "compare":
+        compare(arguments.name, arguments.model or arguments.name, round(arguments.tokens))
+    elif arguments.step == "train":
+        train(
+            arguments.name,
+            arguments.model or arguments.name,
+            round(arguments.tokens),
+            arguments.minutes,
+            best_variant(arguments.name),
+        )
+
+
+if __name__ == "__main__":
+    main()
