@@ -1,4 +1,4 @@
-"""A plan applied to a transformers model on CUDA so that decoding reads less: `sparsify`'s sister."""
+"""A plan applied to a transformers model on CUDA, so that decoding reads less."""
 
 import os
 from collections.abc import Sequence
@@ -69,16 +69,21 @@ def accelerate(model: Any, plan: Plan | str | Path | None = None) -> Any:
 
 
 def replace(module: nn.Module, layers: list[Layer], cuts: Sequence[Cut] | None, name: str) -> None:
-    """Puts sparse modules in the places of dense ones; raises as `accelerate` does."""
+    """Puts sparse modules in the places of dense ones; raises as `accelerate` does.
+
+    `layers` is emptied: dense weights go, layer by layer, when sparse ones are there.
+    """
+    n_layers = len(layers)
     act = _activation(layers[0].act)
     if cuts is None:
         cuts = [_zeros(layers, act, name)]
-    cuts = [cut.of_layers(len(layers)) for cut in cuts]
+    cuts = [cut.of_layers(n_layers) for cut in cuts]
     for cut in cuts:
         check_fits(cut, layers, name)
     _check_cuts(cuts, layers[0], act, name)
-    with progress("sparse modules", len(layers)) as ticker, torch.no_grad():
-        for index, layer in enumerate(layers):
+    with progress("sparse modules", n_layers) as ticker, torch.no_grad():
+        for index in range(n_layers):
+            layer = layers.pop(0)
             limits = {cut.tap: _limit(cut, index, layer) for cut in cuts if cut.leaves_out[index]}
             if any(tap in layer.projections for tap in limits):
                 _replace_inputs(layer, limits, act)
@@ -156,8 +161,7 @@ def _replace_ffn(layer: Layer, limits: dict[str, Limit], act: str | None) -> Non
 def _gate_and_up(layer: Layer) -> Any:
     """Weight and bias of both."""
     if layer.gate_up_proj is None:
-        assert layer.gate_proj is not None and layer.up_proj is not None
-        return [(p.weight, p.bias) for p in (layer.gate_proj, layer.up_proj)]
+        return [(p.weight, p.bias) for p in layer.ffn_inputs.values()]
     weights = layer.gate_up_proj.weight.chunk(2)
     bias = layer.gate_up_proj.bias
     return list(zip(weights, (None, None) if bias is None else bias.chunk(2), strict=True))

@@ -171,7 +171,7 @@ def select(
     for token in tl.static_range(B):
         value = tl.load(values + token * width + cols, mask=inside, other=0.0)
         bits = _score(value, weight, cols, inside)
-        if TOPK:
+        if TOPK:  # noqa: SIM108 - Triton compiles one branch alone
             limit = _topk_threshold(bits, k)
         else:
             limit = tl.load(threshold + token * threshold_stride)
@@ -199,9 +199,9 @@ def gather_rows(
     D: tl.constexpr, B: tl.constexpr, PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (B, width)[:, p] = gates[:, p] * (x w[indices[p]] + bias), of the first `count` positions.
+    """out (B, width): at the first `count` positions p gates[:, p] * (x w[i] + bias[i]).
 
-    What scores at most `threshold` (1,), if there is one, becomes 0.
+    i = indices[p]. What scores at most `threshold` (1,), if there is one, becomes 0.
     """
     n = tl.load(count)
     kind = out.dtype.element_ty
@@ -259,9 +259,10 @@ def gather_sum(
     """out (B, n) = Σ_j values[:, j] w[j], of rows that some token's value is not 0 for.
 
     values (B, width), of which w (width, n) has a row each; with indices value p belongs to row
-    indices[p], of the first `count`. With `up` they are act(values) * up. Columns up to
-    end_1, end_2 and n are segments with thresholds of their own. Programs (columns, splits): each sums some rows, and the last of its columns to
-    arrive adds the SPLITS sums up in their order. `arrived` is 0 before and after.
+    indices[p], of the first `count`. With `up` they are act(values) * up. Columns up to end_1,
+    end_2 and n are segments with thresholds of their own. Programs (columns, splits): each sums
+    some rows, and the last of its columns to arrive adds the SPLITS sums up in their order.
+    `arrived` is 0 before and after.
     """
     block, split = tl.program_id(0), tl.program_id(1)
     blocks_1 = tl.cdiv(end_1, BLOCK_C)

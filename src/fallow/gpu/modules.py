@@ -4,7 +4,7 @@ Up to `TOKENS` tokens at once go through the operators; more, as in prefill, are
 with the same values set to zero, as `fallow.sparsify` does it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,9 @@ class Limit:
 class _Cut(nn.Module):
     """A `Limit` on the device."""
 
+    threshold: torch.Tensor | None  # (1,), bits
+    weight: torch.Tensor | None  # (width,)
+
     def __init__(self, limit: Limit, device: torch.device) -> None:
         super().__init__()
         self.k = -1 if limit.k is None else limit.k
@@ -33,6 +36,10 @@ class _Cut(nn.Module):
         self.register_buffer("threshold", bits, persistent=False)
         weight = None if limit.weight is None else limit.weight.to(device, torch.float32)
         self.register_buffer("weight", weight, persistent=False)
+
+    def selected(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Indices, count and values of what is active in value (B, width)."""
+        return ops.select(value, self.weight, self.threshold, self.k)
 
     def masked(self, value: torch.Tensor) -> torch.Tensor:
         """value (T, width) with zeros where it is inactive."""
@@ -115,9 +122,9 @@ class SparseFfn(nn.Module):
         return out.reshape(shape)
 
     def _sparse(self, x: torch.Tensor) -> torch.Tensor:
-        x, early, late = x.contiguous(), self.early, self.late
+        x, late = x.contiguous(), self.late
         gate_act = ops.gemv(x, self.gate_weight, self.gate_bias, self.act)
-        indices, count, gates = ops.select(gate_act, early.weight, early.threshold, early.k)
+        indices, count, gates = self.early.selected(gate_act)
         inter = ops.gather_rows(
             x, self.up_weight, self.up_bias, indices, count, gates,
             None if late is None else late.weight, None if late is None else late.threshold,
@@ -140,25 +147,33 @@ class SparseInputs(nn.Module):
     Cuts are all by threshold, or all by top-k with one k.
     """
 
+    thresholds: torch.Tensor | None  # (P, 1), bits
+    weights: torch.Tensor | None  # (P, in)
+    bias: torch.Tensor | None  # (Σ out,)
+
     def __init__(self, projections: Sequence[nn.Linear], limits: Sequence[Limit]) -> None:
         super().__init__()
         device = projections[0].weight.device
         widths = [p.out_features for p in projections]
         self.ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-        self.cuts = nn.ModuleList(_Cut(limit, device) for limit in limits)
+        cuts = [_Cut(limit, device) for limit in limits]
+        self.cuts = nn.ModuleList(cuts)
         self.k = -1 if limits[0].k is None else limits[0].k
         self.weight_t = _frozen(torch.cat([p.weight.t() for p in projections], 1))  # (in, Σ out)
         biases = [p.bias for p in projections]
         bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
         self.register_buffer("bias", bias, persistent=False)
-        bits = None if self.k >= 0 else torch.cat([cut.threshold for cut in self.cuts])[:, None]
-        self.register_buffer("thresholds", bits, persistent=False)  # (P, 1)
-        weights = [cut.weight for cut in self.cuts]
-        weight = None if weights[0] is None else torch.stack(weights)
-        self.register_buffer("weights", weight, persistent=False)  # (P, in)
+        found = [cut.threshold for cut in cuts if cut.threshold is not None]
+        bits = torch.cat(found)[:, None] if found else None
+        self.register_buffer("thresholds", bits, persistent=False)
+        weights = [cut.weight for cut in cuts if cut.weight is not None]
+        weight = torch.stack(weights) if weights else None
+        self.register_buffer("weights", weight, persistent=False)
         ops.counters(device)
 
-    def forward(self, x: torch.Tensor, up: torch.Tensor | None = None, act: str = "none"):  # type: ignore[no-untyped-def]
+    def forward(
+        self, x: torch.Tensor, up: torch.Tensor | None = None, act: str = "none"
+    ) -> torch.Tensor:
         """(..., Σ out) of x (..., in); with `up` the input is act(x) * up."""
         shape, values = x.shape, x.reshape(-1, x.shape[-1])
         if up is not None:
@@ -187,7 +202,10 @@ class SparseInputs(nn.Module):
 
     def _dense(self, x: torch.Tensor) -> torch.Tensor:
         parts = self.weight_t.tensor_split(self.ends[:-1], dim=1)
-        outs = [cut.masked(x) @ part for cut, part in zip(self.cuts, parts, strict=True)]
+        outs = []
+        for cut, part in zip(self.cuts, parts, strict=True):
+            assert isinstance(cut, _Cut)
+            outs.append(cut.masked(x) @ part)
         out = torch.cat(outs, 1)
         return out if self.bias is None else out + self.bias
 
@@ -240,7 +258,7 @@ def _times(value: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | Non
 
 
 # By the names that kernels know them by.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),

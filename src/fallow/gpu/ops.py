@@ -1,4 +1,4 @@
-"""Operators of sparse decoding for torch: one launch each, or two; they can be captured and compiled.
+"""Operators of sparse decoding for torch: one launch each, or two, that graphs can capture.
 
 None waits for the device, and no shape depends on data. Thresholds are tensors (their bits as
 int32), so that other thresholds need no new graph.
@@ -7,6 +7,7 @@ int32), so that other thresholds need no new graph.
 import statistics
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -217,7 +218,8 @@ def gather_rows(
 @gather_rows.register_fake
 def _(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, indices: torch.Tensor,
-    count: torch.Tensor, gates: torch.Tensor, weight: torch.Tensor | None, threshold: torch.Tensor | None,
+    count: torch.Tensor, gates: torch.Tensor, weight: torch.Tensor | None,
+    threshold: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     return torch.empty_like(gates)
 
@@ -244,8 +246,7 @@ def gather_sum(
     def run(tile: Tile) -> torch.Tensor:
         rows, columns, warps, programs = tile
         columns = min(columns, max(16, _power(n)))
-        pairs = zip(edges[:-1], edges[1:], strict=True)
-        blocks = sum(triton.cdiv(end - begin, columns) for begin, end in pairs)
+        blocks = sum(triton.cdiv(end - begin, columns) for begin, end in pairwise(edges))
         wanted = max(1, programs * _processors(values.device) // blocks)
         splits = min(MOST_SPLITS, _power(wanted + 1) // 2, _power(triton.cdiv(width, rows)))
         partial = values.new_empty(splits, batch, n, dtype=torch.float32)
