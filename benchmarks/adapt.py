@@ -1,11 +1,11 @@
 """What training under a rule gives: how it is done best, and how far it goes.
 
-The first two steps train and want a GPU; what they leave is carried on in `benchmarks/results`:
+The first two steps train and want a GPU; what they leave is judged anywhere:
 
-    python benchmarks/adapt.py compare smollm2 --tokens 1M   # what is trained, and how, side by side
-    python benchmarks/adapt.py train smollm2 --minutes 3     # one long run, its folder kept
-    python benchmarks/adapt.py judge smollm2                 # packed, against its source
-    python benchmarks/adapt.py --report                      # writes docs/results/adapt.md
+    python benchmarks/adapt.py compare smollm2 --tokens 1e6   # what is trained, and how
+    python benchmarks/adapt.py train smollm2 --minutes 3      # one long run; its folder is kept
+    python benchmarks/adapt.py judge smollm2                  # packed, against its source
+    python benchmarks/adapt.py --report                       # writes docs/results/adapt.md
 
 Trained on most of C4 and of code, on the WikiText-2 validation text, and on text that the model
 wrote; judged on the ends of C4 and code, which are left out there, and on the WikiText-2 test text.
@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "adapt"
 MODELS = Path(os.environ.get("FALLOW_ADAPTED", ROOT / "build" / "adapted"))
 TRAINED_SHARE = 0.8  # of C4 and code; the rest is judged on
 SHARES = (0.35, 0.35, 0.3)  # C4, code, WikiText-2
+THREADS, WINDOWS = 2, 20
+KEPT = ("ppl", "ppl_change_percent", "ppl_change_se", "kl_to_dense", "windows", "achieved_sparsity")
 
 
 def texts() -> dict[str, Any]:
@@ -72,7 +74,7 @@ def compare(name: str, model: str, tokens: int) -> None:
 
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
-    record_machine(folder / "machine.json")
+    record_machine(folder / "trained-on.json")
     path = folder / "compare.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for label, changes in variants().items():
@@ -84,14 +86,13 @@ def compare(name: str, model: str, tokens: int) -> None:
         shutil.rmtree(MODELS / name / "compared")
 
 
-def train(
-    name: str, model: str, tokens: int, minutes: float | None, changes: dict[str, Any]
-) -> None:
+def train(name: str, model: str, tokens: int, minutes: float | None) -> None:
     from fallow.adaptation.adapter import Settings
 
+    changes = best_variant(name)
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
-    record_machine(folder / "machine.json")
+    record_machine(folder / "trained-on.json")
     settings = replace(Settings(tokens=tokens, minutes=minutes), **changes)
     report = adapt(model, MODELS / name / "trained", settings)
     (folder / "train.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -101,6 +102,49 @@ def best_variant(name: str) -> dict[str, Any]:
     """The changes that ended with the smallest KL on the held-out windows."""
     found = json.loads((RESULTS / name / "compare.json").read_text())
     return variants()[min(found, key=lambda label: found[label]["best"]["kl"])]
+
+
+def judge(name: str) -> None:
+    """The source with a plan of the same rule, and the adapted model: packed, against the source.
+
+    Both in blocks; texts that neither was trained or calibrated on.
+    """
+    import fallow
+    from fallow.checkpoints.text import load_text
+    from fallow.measure.evaluation import dense_logits
+    from fallow.measure.quality import evaluate_engine
+
+    folder, work = RESULTS / name, MODELS / name
+    record_machine(folder / "machine.json")
+    model = fallow.load(name, "float32")
+    files = {"source": work / "source.gguf", "adapted": work / "adapted.gguf"}
+    if not files["source"].exists():
+        wikitext = DATA / "wikitext2" / "wiki.valid.detok.txt"
+        plan = fallow.calibrate(model, "gate_topk", sparsity=0.5, text=wikitext, measure=False)
+        fallow.pack(name, files["source"], plan=plan)
+    if not files["adapted"].exists():
+        trained = work / "trained"
+        fallow.pack(trained, files["adapted"], plan=fallow.Plan.load(trained / "fallow.plan"))
+    path = folder / "judge.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    read = texts()
+    for label, file in files.items():
+        engine = fallow.Engine(file, threads=THREADS, context=1024)
+        for text in ("wikitext2", "c4", "code"):
+            for plan in (engine.plan, None):
+                key = f"{label}, {text}, {'plan' if plan else 'dense'}"
+                if key in found:
+                    continue
+                result = evaluate_engine(
+                    engine,
+                    plan,
+                    load_text(read[f"{text} judged"], "evaluation"),
+                    context=1024,
+                    windows=WINDOWS,
+                    against=lambda window: dense_logits(model, window),
+                ).to_json()
+                found[key] = {k: result[k] for k in KEPT}
+                path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:
@@ -120,8 +164,9 @@ def main() -> None:
             arguments.model or arguments.name,
             round(arguments.tokens),
             arguments.minutes,
-            best_variant(arguments.name),
         )
+    elif arguments.step == "judge":
+        judge(arguments.name)
 
 
 if __name__ == "__main__":
