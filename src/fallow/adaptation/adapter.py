@@ -246,8 +246,10 @@ class _Run:
             return
         windows = settings.steps * settings.batch * settings.sampled / texts.SAMPLED_EPOCHS
         begin = np.concatenate([s.windows[:, : texts.PREFIX] for s in self.mixture.sources])
+        # On one H200 SmolLM2 writes 11,000 tokens/s in float32, a fifth of what it learns from.
+        writer = copy.deepcopy(self.teacher).bfloat16() if self.device == "cuda" else self.teacher
         written = texts.sample(
-            self.teacher, begin, math.ceil(windows), settings.context, self.work, settings.seed
+            writer, begin, math.ceil(windows), settings.context, self.work, settings.seed
         )
         texts.add_sampled(
             self.mixture, written, settings.sampled, self.model.name, self.model.fingerprint

@@ -18,7 +18,7 @@ HELD_OUT = 16  # windows, of all files together: they are judged by, and never t
 # The dense model continues the first tokens of windows of the text.
 PREFIX = 8
 SAMPLED_EPOCHS = 4  # how often each sampled window is read, so that sampling costs less
-_WRITTEN_AT_ONCE = {"cpu": 64, "cuda": 1024}  # windows
+_WRITTEN_AT_ONCE = {"cpu": 64, "cuda": 2048}  # windows
 
 
 @dataclass
