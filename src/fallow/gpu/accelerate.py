@@ -112,7 +112,7 @@ def _zeros(layers: list[Layer], act: str | None, name: str) -> Cut:
 
 def _check_cuts(cuts: Sequence[Cut], layer: Layer, act: str | None, name: str) -> None:
     taps = {cut.tap: cut for cut in cuts}
-    remedy = "use fallow.sparsify, or calibrate with gate_topk, cats, two_stage, teal or wina"
+    remedy = "use fallow.sparsify, or calibrate with gate_topk, two_stage or teal"
     for cut in cuts:
         if cut.kind == "tail":
             raise FallowError(f"no GPU kernel has cuts of {cut.tap} by tail; {remedy}")

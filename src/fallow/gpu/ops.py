@@ -36,7 +36,7 @@ TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
         ((32, 128, 4, 4), (64, 128, 4, 4), (32, 256, 4, 4)),
     ),
 }
-MOST_SPLITS = 64
+MOST_SPLITS = 32  # more of 256 columns are more registers than a thread has
 _chosen: dict[tuple[Any, ...], Tile] = {}
 _tuning = False
 
