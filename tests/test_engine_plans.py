@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2 import modeling_gemma2
 
 import fallow
-from conftest import engine_plan
+from conftest import DENSE, engine_plan
 from engines import IDS, check_a_few, cutting_plan, make_plan, one_by_one
 from fallow.calibration.calibrator import Calibrator
 from fallow.common.errors import UsageError
@@ -22,7 +22,7 @@ from fallow.engine.drafting import Lookup
 from fallow.engine.engine import Engine
 from fallow.measure.evaluation import dense_logits
 from fallow.measure.quality import evaluate_engine
-from fallow.models import ARCHITECTURES, cuts
+from fallow.models import cuts
 from fallow.models.taps import attach
 from fallow.packing.packer import pack
 from fallow.plan import Cut
@@ -32,7 +32,7 @@ SEQUENCES = IDS.reshape(10, 10)  # more than the engine takes as a few, and a ne
 SMALL_ERROR = 0.005
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 def test_a_few_tokens_under_a_plan(name: str, packed: dict[str, Path]) -> None:
     engine = Engine(packed[name], threads=2)
     gate = ("gate_proj",) if engine.file.get("fallow.gated") else ()
@@ -117,7 +117,7 @@ def runs(engine: Engine) -> Iterator[np.ndarray]:
     yield np.concatenate(found)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 def test_plans_are_those_of_the_reference(
     name: str,
     tiny: dict[str, fallow.Model],

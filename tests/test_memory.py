@@ -11,14 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import VOCABULARY, engine_plan, make_folder
+from conftest import DENSE, EXPERTS, VOCABULARY, engine_plan, make_folder
 from fallow.checkpoints.text import load_text
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
 from fallow.engine import engine as module
 from fallow.engine import memory
 from fallow.engine.engine import Engine
-from fallow.engine.memory import RESERVE, SLOTS, head_rows, parse_size, parts_of, residencies
+from fallow.engine.memory import (
+    RESERVE,
+    SLOTS,
+    experts_of,
+    head_rows,
+    parse_size,
+    parts_of,
+    residencies,
+)
 from fallow.engine.packed import packed_windows
 from fallow.engine.sampling import Sampler
 from fallow.measure import quality
@@ -43,6 +51,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     folder = make_folder("llama", root / "wide", num_hidden_layers=LAYERS, hidden_size=256)
     found["q4_k"] = root / "q4_k.gguf"
     pack(folder, found["q4_k"], quant="q4_k")
+    changes = {"hidden_size": 256, "moe_intermediate_size": 32, "head_dim": 64}
+    folder = make_folder("qwen3_moe", root / "experts", num_hidden_layers=LAYERS, **changes)
+    found["q4_k_experts"] = root / "q4_k_experts.gguf"
+    pack(folder, found["q4_k_experts"], quant="q4_k")
     for tied in (False, True):
         name = "tied" if tied else "untied"
         changes = {"hidden_size": 32, "tie_word_embeddings": tied}
@@ -84,7 +96,7 @@ def logits(engine: Engine) -> list[np.ndarray]:
 
 
 @pytest.mark.usefixtures("no_overhead")
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "q4_k"])
+@pytest.mark.parametrize("name", [*DENSE, "q4_k"])
 def test_logits_do_not_depend_on_the_budget(name: str, packed: Packed) -> None:
     expected = logits(Engine(packed[name], threads=2))
     streamed = []
@@ -99,6 +111,50 @@ def test_logits_do_not_depend_on_the_budget(name: str, packed: Packed) -> None:
     assert streamed == sorted(streamed)
     assert streamed[0] == 0
     assert len(set(streamed)) > 2
+
+
+@pytest.mark.usefixtures("no_overhead")
+@pytest.mark.parametrize("name", [*EXPERTS, "q4_k_experts"])
+def test_experts_come_from_the_file(name: str, packed: Packed) -> None:
+    """As many are kept as there is room for, at least those of a token; logits stay the same."""
+    path = packed[name]
+    file = read_gguf(path)
+    experts = experts_of(file)
+    assert experts is not None
+    expected = logits(Engine(path, threads=2))
+    (whole, least) = residencies(parts_of(file, False), None, experts, 0)
+    assert least.experts == experts
+    found = []
+    for budget in (whole.memory, least.memory + 5 * experts.slot, least.memory):
+        engine = Engine(path, threads=2, memory=RESERVE + budget)
+        assert engine.residency is not None
+        for _ in range(2):
+            for some, all_there in zip(logits(engine), expected, strict=True):
+                np.testing.assert_array_equal(some, all_there)
+        disk = engine.core_stats()["disk"]
+        assert disk["missing_experts"] <= disk["experts"]
+        found.append((disk["missing_experts"], disk["bytes"]))
+    missing, read = np.array(found).T
+    assert 0 == missing[0] < missing[1] < missing[2]
+    np.testing.assert_array_equal(read - read[0], missing * experts.size)  # beside the embedding
+    assert engine.residency.experts == experts
+    with pytest.raises(FallowError, match=r"is too little for .*; the least is \d+ MB"):
+        Engine(path, memory=RESERVE + least.memory - 1)
+
+
+@pytest.mark.usefixtures("no_overhead")
+def test_hot_experts_are_kept(packed: Packed) -> None:
+    """Of tokens that come again and again all experts are there at last, whatever came between."""
+    path = packed["qwen3_moe"]
+    (_, least) = residencies(parts_of(read_gguf(path), False), None, experts_of(read_gguf(path)), 0)
+    engine = Engine(path, memory=RESERVE + least.memory)
+    for token in [5] * 60 + [9]:
+        engine.reset()
+        engine.forward([token])
+    engine.reset_stats()
+    engine.reset()
+    engine.forward([5])
+    assert engine.core_stats()["disk"]["missing_experts"] <= least.experts.used // 2
 
 
 @pytest.mark.usefixtures("no_overhead")

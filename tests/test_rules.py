@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import fallow
-from conftest import VOCABULARY
+from conftest import DENSE, VOCABULARY
 from fallow.calibration.calibrator import Calibrator
 from fallow.common.errors import FallowError, UsageError
-from fallow.models import ARCHITECTURES
 from fallow.models.capture import Calibration, input_histogram
 from fallow.models.taps import Layer, attach
 from fallow.plan import Cut, Plan
@@ -77,7 +76,7 @@ def run_and_record(
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 def test_masks(
     name: str, rule: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
 ) -> None:
@@ -93,7 +92,7 @@ def test_masks(
 
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r != "relu"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 def test_sparsity_zero_is_dense_bit_for_bit(
     name: str, rule: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
 ) -> None:

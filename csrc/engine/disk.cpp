@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <limits>
+#include <utility>
 
 namespace fallow {
 namespace {
@@ -262,6 +265,125 @@ void Streamer::start_at(std::unique_lock<std::mutex>& lock, uint64_t sequence) {
 void Streamer::reset_stats() {
   const std::lock_guard lock(mutex_);
   bytes_read_ = waits_ = in_time_ = 0;
+}
+
+ExpertCache::ExpertCache(const File& file, std::vector<std::vector<Extent>> experts,
+                         size_t n_per_layer, size_t n_slots)
+    : file_(file), experts_(std::move(experts)),
+      half_life_(kHalfLife * static_cast<double>(experts_.size() / n_per_layer)),
+      heat_(experts_.size(), -std::numeric_limits<double>::infinity()), slot_of_(experts_.size(), -1),
+      expert_in_(n_slots, -1), used_(n_slots), left_(n_slots), awaited_(n_slots) {
+  for (const auto& extents : experts_) {
+    uint64_t room = 0;
+    for (const Extent& extent : extents) room += extent.room();
+    slot_bytes_ = std::max(slot_bytes_, room);
+  }
+  slots_ = std::make_unique<Pages>(n_slots * slot_bytes_);
+  slots_->expect(0, n_slots * slot_bytes_);
+  for (int i = 0; i < kReaders; ++i) readers_.emplace_back([this] { work(); });
+}
+
+ExpertCache::~ExpertCache() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  readable_.notify_all();
+  for (std::thread& reader : readers_) reader.join();
+}
+
+size_t ExpertCache::coldest_slot() const {
+  size_t found = 0;
+  double coldest = std::numeric_limits<double>::infinity();
+  for (size_t slot = 0; slot < room(); ++slot) {
+    if (expert_in_[slot] < 0) return slot;
+    const double heat = heat_[static_cast<size_t>(expert_in_[slot])];
+    if (used_[slot] == call_ || heat >= coldest) continue;
+    coldest = heat;
+    found = slot;
+  }
+  return found;
+}
+
+void ExpertCache::want(const size_t* experts, const size_t* uses, size_t n) {
+  ++call_;
+  wanted_slots_.clear();
+  // What is there already must not leave for the others.
+  for (size_t i = 0; i < n; ++i) {
+    double& heat = heat_[experts[i]];
+    const double use = static_cast<double>(call_) / half_life_ + std::log2(static_cast<double>(uses[i]));
+    heat = std::max(heat, use) + std::log2(1 + std::exp2(-std::fabs(heat - use)));
+    if (const int64_t slot = slot_of_[experts[i]]; slot >= 0) used_[static_cast<size_t>(slot)] = call_;
+  }
+  const std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < n; ++i) {
+    int64_t& slot = slot_of_[experts[i]];
+    if (slot < 0) {
+      const size_t free = coldest_slot();
+      if (expert_in_[free] >= 0) slot_of_[static_cast<size_t>(expert_in_[free])] = -1;
+      slot = static_cast<int64_t>(free);
+      expert_in_[free] = static_cast<int64_t>(experts[i]);
+      used_[free] = call_;
+      awaited_[free] = 0;
+      ++missing_;
+      uint64_t at = free * slot_bytes_;
+      for (const Extent& extent : experts_[experts[i]]) {
+        for_pieces(extent, [&](const Extent& piece, uint64_t done) {
+          queue_.push_back({free, piece, at + done});
+          ++left_[free];
+        });
+        at += extent.room();
+      }
+    }
+    wanted_slots_.push_back(static_cast<size_t>(slot));
+  }
+  wanted_ += n;
+  readable_.notify_all();
+}
+
+void ExpertCache::work() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    readable_.wait(lock, [&] { return stop_ || !queue_.empty(); });
+    if (stop_) return;
+    const Piece piece = queue_.front();
+    queue_.pop_front();
+    std::string error;
+    lock.unlock();
+    try {
+      file_.read(piece.from, slots_->data() + piece.at);
+    } catch (const DiskError& e) {
+      error = e.what();
+    }
+    lock.lock();
+    if (!error.empty()) error_ = error;
+    bytes_read_ += piece.from.size;
+    if (--left_[piece.slot] == 0) ready_.notify_all();
+  }
+}
+
+const uint8_t* ExpertCache::wait(size_t i) {
+  std::unique_lock lock(mutex_);
+  const size_t slot = wanted_slots_[i];
+  if (!awaited_[slot]) {
+    awaited_[slot] = 1;
+    in_time_ += left_[slot] == 0;
+  }
+  ready_.wait(lock, [&] { return left_[slot] == 0; });
+  return error_.empty() ? slots_->data() + slot * slot_bytes_ : nullptr;
+}
+
+void ExpertCache::check() {
+  const std::lock_guard lock(mutex_);
+  if (!error_.empty()) {
+    // Which of them failed does not matter: all are read again when they are wanted.
+    for (const size_t slot : wanted_slots_) {
+      slot_of_[static_cast<size_t>(expert_in_[slot])] = -1;
+      expert_in_[slot] = -1;
+    }
+    throw DiskError(std::exchange(error_, {}));
+  }
+  file_.check_unchanged();
 }
 
 }  // namespace fallow

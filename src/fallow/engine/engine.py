@@ -26,6 +26,7 @@ from fallow.engine.memory import (
     RESERVE,
     SLOTS,
     Residency,
+    experts_of,
     head_rows,
     parse_size,
     parts_of,
@@ -148,6 +149,8 @@ class Engine:
         if not tied:
             room = min(EMBEDDING_ROWS, core.vocab_size)
             core.rows_from_file(True, False, self.file.offsets[EMBEDDING], room, RANGE)
+        if found.experts:
+            core.cache_experts(found.experts.room)
         if found.streamed:
             core.stream(
                 [
@@ -165,6 +168,8 @@ class Engine:
         options = residencies(
             parts_of(self.file, self._coarse_head),
             head_rows(self.file) if self._coarse_head else None,
+            experts_of(self.file),
+            self.memory - taken,
         )
         found = next((r for r in options if taken + r.memory <= self.memory), None)
         if found is None:
@@ -177,7 +182,7 @@ class Engine:
 
     @property
     def streams(self) -> bool:
-        """Whether every pass reads from the disk."""
+        """Whether every pass reads the same from the disk."""
         return self.residency is not None and bool(self.residency.streamed)
 
     def describe_memory(self) -> str:
@@ -189,6 +194,12 @@ class Engine:
         line = f"memory {self.memory / 1e6:.0f} MB: {resident / 1e6:.0f} MB of weights stay"
         if head := self.residency.head:
             line += f", and {head.room} of the head's {head.n_rows} rows"
+        if experts := self.residency.experts:
+            return (
+                f"{line}, and {experts.room} of {experts.count} experts ({experts.size / 1e6:.3g} "
+                f"MB each); a token uses {experts.used}, those that are not there are read at "
+                f"{self.disk_gbps:.2f} GB/s"
+            )
         if not read:
             return line if head else f"{line}, nothing is read from the disk"
         return (
@@ -466,14 +477,20 @@ class Engine:
     def idle_neurons(self) -> np.ndarray:
         """Share of neurons per layer, (L,), that were zero in the tokens since `reset_stats`."""
         figures = self.core_stats()
-        width = max(1, figures["tokens"]) * self._core.intermediate_size
+        width = max(1, figures["tokens"]) * self._core.neurons
         return 1 - np.array(figures["active"]) / width
 
     @property
     def dtype_name(self) -> str:
         """The type of gate_proj or, without one, up_proj: what most weights are."""
         name = "gate_proj" if self.file.get("fallow.gated") else "up_proj"
-        return self.matrix(f"layers.0.{name}").type.lower()
+        ffn = "layers.0.experts.0" if self.n_experts else "layers.0"
+        return self.matrix(f"{ffn}.{name}").type.lower()
+
+    @property
+    def n_experts(self) -> int:
+        """Of a layer; 0: the model is no mixture of experts."""
+        return int(self.file.get("fallow.n_experts", 0))
 
     def core_stats(self) -> dict[str, Any]:
         """Counters of the core since `reset_stats`: see csrc/engine/runtime.h."""

@@ -12,7 +12,7 @@ from fallow import _core
 from fallow.common.errors import FallowError
 from fallow.models.capture import as_floats, n_threads
 from fallow.models.taps import Layer, Tap, tap_names
-from fallow.plan import Cut
+from fallow.plan import ROUTER, Cut
 
 
 def cut_taps(cuts: Sequence[Cut], layers: list[Layer], name: str) -> dict[str, Tap]:
@@ -52,7 +52,9 @@ def width_of(tap: str, layer: Layer) -> int:
     """How many values of a token a tap has."""
     if tap == "ffn_out":
         return layer.down_proj.out_features
-    return layer.projections.get(tap, layer.down_proj).in_features
+    if layer.experts is not None and tap == ROUTER:
+        return layer.experts.count
+    return (layer.projections.get(tap) or layer.down_proj).in_features
 
 
 def weight_of(cut: Cut, index: int, layer: Layer) -> torch.Tensor | None:

@@ -133,6 +133,8 @@ def _taps_of(model: Any, plan: Plan) -> tuple[list[Layer], dict[str, Tap]]:
     name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
     architecture = by_model_type(model_type, name)
     layers = architecture.find_layers(model)
+    if architecture.experts is not None:  # files have the weights under other names
+        raise UsageError(f"{name} is a mixture of experts; give what fallow.load makes of it")
     if not any(mark == plan.fingerprint for mark in _fingerprints(model, architecture.stored_as)):
         raise FallowError(
             f"this plan is for {plan.model} (fingerprint {plan.fingerprint}), not for {name}; "
