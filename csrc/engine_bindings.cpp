@@ -198,6 +198,7 @@ class BoundEngine {
     result["tokens"] = found.tokens;
     result["bytes_read"] = found.bytes_read();
     result["active"] = found.active;
+    result["expert_uses"] = found.expert_uses;
     nb::dict seconds;
     seconds["attention_proj"] = t.attention_proj;
     seconds["attention"] = t.attention;

@@ -308,6 +308,7 @@ size_t ExpertCache::coldest_slot() const {
 void ExpertCache::want(const size_t* experts, const size_t* uses, size_t n) {
   ++call_;
   wanted_slots_.clear();
+  was_there_.clear();
   // What is there already must not leave for the others.
   for (size_t i = 0; i < n; ++i) {
     double& heat = heat_[experts[i]];
@@ -318,6 +319,7 @@ void ExpertCache::want(const size_t* experts, const size_t* uses, size_t n) {
   const std::lock_guard lock(mutex_);
   for (size_t i = 0; i < n; ++i) {
     int64_t& slot = slot_of_[experts[i]];
+    was_there_.push_back(slot >= 0);
     if (slot < 0) {
       const size_t free = coldest_slot();
       if (expert_in_[free] >= 0) slot_of_[static_cast<size_t>(expert_in_[free])] = -1;

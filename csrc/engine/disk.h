@@ -142,6 +142,8 @@ class ExpertCache {
   // Begins to read those of these n <= room() experts that are not in memory; uses[i] tokens chose the
   // i-th. Others may leave: what an earlier call wanted must have been waited for.
   void want(const size_t* experts, const size_t* uses, size_t n);
+  // Whether the i-th of them was in memory already.
+  bool was_there(size_t i) const { return was_there_[i] != 0; }
   // Waits until the i-th of them is in memory, for any thread; null if it cannot be read.
   const uint8_t* wait(size_t i);
   // Throws DiskError if one of them could not be read, or the file has changed. To be called when all
@@ -175,6 +177,7 @@ class ExpertCache {
   std::vector<int64_t> expert_in_;   // of each slot; -1: none
   std::vector<uint64_t> used_;       // of each slot: the call that wanted it last
   std::vector<size_t> wanted_slots_; // of this call
+  std::vector<uint8_t> was_there_;   // of this call
   uint64_t call_ = 0;
 
   std::mutex mutex_;

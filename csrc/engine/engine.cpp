@@ -16,7 +16,7 @@ size_t widest_input(const Config& c) {
 Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint32_t context,
                size_t block)
     : model_(model), config_(model.config), context_(context),
-      block_(std::min<size_t>(block, context)), run_(kernels, n_threads, config_.n_layers),
+      block_(std::min<size_t>(block, context)), run_(kernels, n_threads, config_.n_layers, config_.n_experts),
       cuts_(run_, std::max<size_t>({widest_input(config_), config_.intermediate_size, config_.n_experts})),
       products_(run_, cuts_, block_, widest_input(config_), config_.widest_ffn()),
       attention_(run_, products_, model, block_, context), ffn_(run_, cuts_, products_, model, block_),

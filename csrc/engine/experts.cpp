@@ -26,9 +26,10 @@ Experts::Experts(Runtime& run, Cuts& cuts, Products& products, const Packed& mod
 void Experts::forward(size_t l, const Input& x, size_t n, float* out) {
   route(l, x, n);
   share_out(n);
-  uint64_t neurons = 0;
-  for (const Group& group : groups_) neurons += group.size() * model_.layers[l].experts[group.expert].up_proj.rows;
-  run_.statistics.active[l] += neurons;
+  for (const Group& group : groups_) {
+    run_.statistics.active[l] += group.size() * model_.layers[l].experts[group.expert].up_proj.rows;
+    if (group.expert < n_experts_) run_.statistics.expert_uses[l * n_experts_ + group.expert] += group.size();
+  }
   is_decode(n) ? few(l, x, n, out) : block(l, x, n, out);
 }
 
@@ -126,6 +127,15 @@ void Experts::for_parts(size_t l, const Use& use) {
   }
 }
 
+void Experts::order(size_t first, size_t last) {
+  order_.resize(last - first);
+  std::iota(order_.begin(), order_.end(), first);
+  if (!cache_) return;
+  std::stable_partition(order_.begin(), order_.end(), [&](size_t g) {
+    return groups_[g].expert == n_experts_ || cache_->was_there(g - first);
+  });
+}
+
 // An expert's weights, the i-th of those that were wanted, when they are there; null if they cannot be read.
 const Expert* Experts::weights(size_t l, Group group, size_t i, int worker, Expert& streamed) {
   const Expert& own = model_.layers[l].experts[group.expert];
@@ -146,9 +156,10 @@ const Expert* Experts::weights(size_t l, Group group, size_t i, int worker, Expe
 // other. A token's sum does not depend on the tokens beside it.
 void Experts::few(size_t l, const Input& x, size_t n, float* out) {
   for_parts(l, [&](size_t first, size_t last) {
+    order(first, last);
     run_.pool.run([&](int worker) {
       Expert streamed;
-      for (size_t g = first; g < last; ++g)
+      for (const size_t g : order_)
         if (const Expert* e = weights(l, groups_[g], g - first, worker, streamed))
           one_of_few(*e, x, groups_[g], worker);
     });

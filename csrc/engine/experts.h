@@ -39,6 +39,7 @@ class Experts {
   void block(size_t layer, const Input& x, size_t n, float* out);
   template <class Use>
   void for_parts(size_t layer, const Use& use);
+  void order(size_t first, size_t last);
   const Expert* weights(size_t layer, Group group, size_t i, int worker, Expert& streamed);
   float* partial(int worker, size_t place) {
     return partial_.data() + (static_cast<size_t>(worker) * few_places_ + place) * hidden_;
@@ -61,6 +62,7 @@ class Experts {
   std::vector<Group> groups_;      // ascending, the shared expert last
   std::vector<size_t> ends_;       // of each expert
   std::vector<size_t> wanted_, uses_;
+  std::vector<size_t> order_;      // of groups: what is in memory before what is read meanwhile
   std::vector<float> gate_, up_;   // (places or block, d_ff)
   std::vector<float> partial_;     // (threads, few_places, hidden): threads' sums of down_proj_t rows
   std::vector<float> y_;           // (block, hidden)

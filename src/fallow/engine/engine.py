@@ -480,6 +480,11 @@ class Engine:
         width = max(1, figures["tokens"]) * self._core.neurons
         return 1 - np.array(figures["active"]) / width
 
+    def expert_uses(self) -> np.ndarray:
+        """Tokens that chose each expert since `reset_stats`, (L, n_experts)."""
+        uses = np.array(self.core_stats()["expert_uses"], dtype=np.int64)
+        return uses.reshape(-1, max(1, self.n_experts))
+
     @property
     def dtype_name(self) -> str:
         """The type of gate_proj or, without one, up_proj: what most weights are."""
