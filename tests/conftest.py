@@ -20,6 +20,7 @@ from fallow.calibration.calibrator import Calibrator
 from fallow.engine.engine import Engine
 from fallow.models import ARCHITECTURES
 from fallow.plan import Cut, Plan
+from fallow.rules import RULES
 
 pytest.register_assert_rewrite("engines", "selecting")
 
@@ -149,6 +150,7 @@ CONFIGS = {
 }
 assert set(CONFIGS) == set(ARCHITECTURES)
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
+NEURON_RULES = tuple(rule for rule in RULES if not rule.startswith("expert_"))
 DENSE = tuple(name for name in ARCHITECTURES if name not in EXPERTS)
 WITH_RELU = ("opt", "arcee", "nemotron")  # neurons are exactly zero
 

@@ -175,8 +175,10 @@ class Plan:
 
     @property
     def where(self) -> str:
-        """ "input": inputs of projections are cut; "inter": neurons."""
-        return "input" if self.inputs else "inter"
+        """ "input": inputs of projections are cut; "experts"; "inter": neurons."""
+        if self.inputs:
+            return "input"
+        return "inter" if self.cut(ROUTER) is None else "experts"
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:

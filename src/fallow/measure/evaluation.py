@@ -25,7 +25,7 @@ from fallow.measure.quality import (
 )
 from fallow.models.capture import non_finite_error
 from fallow.models.cuts import per_token_topk
-from fallow.models.taps import Layer, attach
+from fallow.models.taps import Layer, attach, tap_names
 from fallow.plan import ROUTER, Plan
 from fallow.reference.model import Model
 from fallow.selectors import Selector
@@ -177,7 +177,8 @@ def _locate_non_finite(model: Model, window: np.ndarray) -> FallowError:
 
         return look
 
-    names = ["x", *model.layers[0].ffn_taps]
+    layer = model.layers[0]
+    names = [name for name in tap_names(layer) if name not in layer.projections]
     try:
         with attach(model.layers, {name: check(name) for name in names}):
             model.hidden(window[None])

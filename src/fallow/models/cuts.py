@@ -11,7 +11,7 @@ import torch
 from fallow import _core
 from fallow.common.errors import FallowError
 from fallow.models.capture import as_floats, n_threads
-from fallow.models.taps import Layer, Tap, tap_names
+from fallow.models.taps import Layer, Tap, cut_names
 from fallow.plan import ROUTER, Cut
 
 
@@ -40,9 +40,9 @@ def _tap(cut: Cut, layers: list[Layer], name: str) -> Tap:
 
 def check_fits(cut: Cut, layers: list[Layer], name: str) -> None:
     """Raises FallowError if a cut is for other layers than these."""
-    if cut.tap == "x" or cut.tap not in tap_names(layers[0]):
+    if cut.tap not in cut_names(layers[0]):
         raise FallowError(
-            f"the plan cuts {cut.tap}, {name} has {', '.join(tap_names(layers[0])[1:])}; "
+            f"the plan cuts {cut.tap}, {name} has {', '.join(cut_names(layers[0]))}; "
             "calibrate again"
         )
     cut.check_layers(len(layers), width_of(cut.tap, layers[0]), name)

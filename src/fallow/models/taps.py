@@ -27,6 +27,9 @@ Tap = Callable[[int, torch.Tensor], torch.Tensor | None]
 """Called with (layer, value (T, width)); what it returns replaces the value, None leaves it."""
 
 
+TINY = 1e-30  # no share of an expert is smaller
+
+
 @dataclass(frozen=True)
 class Ffn:
     """The modules of an FFN, under the checkpoint's own names.
@@ -78,34 +81,34 @@ class Layer:
     ffn: Ffn | None
     experts: Experts | None = None  # in place of the FFN
 
-    @property
-    def _ffn(self) -> Ffn:
+    def one_ffn(self) -> Ffn:
+        """Raises FallowError for a mixture of experts."""
         if self.ffn is None:
             raise FallowError(
                 "the model is a mixture of experts, whose neurons no rule, selector or figure "
-                f"looks at yet; what can be cut is {', '.join(tap_names(self)[1:])}"
+                f"looks at yet; what can be cut is {', '.join(cut_names(self))}"
             )
         return self.ffn
 
     @property
     def act(self) -> nn.Module:
-        return self._ffn.act
+        return self.one_ffn().act
 
     @property
     def down_proj(self) -> nn.Linear:
-        return self._ffn.down_proj
+        return self.one_ffn().down_proj
 
     @property
     def gate_proj(self) -> nn.Linear | None:
-        return self._ffn.gate_proj
+        return self.one_ffn().gate_proj
 
     @property
     def up_proj(self) -> nn.Linear | None:
-        return self._ffn.up_proj
+        return self.one_ffn().up_proj
 
     @property
     def gate_up_proj(self) -> nn.Linear | None:
-        return self._ffn.gate_up_proj
+        return self.one_ffn().gate_up_proj
 
     @property
     def gated(self) -> bool:
@@ -157,7 +160,12 @@ def column_norm(projection: nn.Linear) -> torch.Tensor:
 
 def tap_names(layer: Layer) -> tuple[str, ...]:
     """The taps that this layer has."""
-    return ("x", *layer.ffn_taps, *layer.projections)
+    return (*(() if layer.experts else ("x",)), *layer.ffn_taps, *layer.projections)
+
+
+def cut_names(layer: Layer) -> tuple[str, ...]:
+    """Those that a plan can cut."""
+    return tuple(name for name in tap_names(layer) if name != "x")
 
 
 @contextmanager
@@ -240,14 +248,18 @@ def _router_hook(tap: Callable[[torch.Tensor], Any], is_normed: bool) -> Callabl
     def hook(_module: nn.Module, _args: Any, output: tuple[torch.Tensor, ...]) -> Any:
         logits, shares, chosen = output
         probabilities = torch.softmax(logits.float(), dim=-1)
-        picked = probabilities.gather(-1, chosen)
-        value = (picked / picked.sum(dim=-1, keepdim=True)).sqrt()
+        left = shares != 0  # by a plan that cut before
+        picked = probabilities.gather(-1, chosen) * left
+        value = (picked / picked.sum(dim=-1, keepdim=True).clamp_min(TINY)).sqrt()
         replaced = tap(torch.zeros_like(probabilities).scatter(-1, chosen, value))
         if replaced is None:
             return None
-        picked = picked * (replaced.gather(-1, chosen) != 0)
+        kept = replaced.gather(-1, chosen) != 0
+        if torch.equal(kept, left):
+            return None
+        picked = picked * kept
         if is_normed:
-            picked = picked / picked.sum(dim=-1, keepdim=True).clamp_min(1e-30)
+            picked = picked / picked.sum(dim=-1, keepdim=True).clamp_min(TINY)
         return logits, picked.to(shares.dtype), chosen
 
     return hook
