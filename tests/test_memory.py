@@ -136,7 +136,8 @@ def test_experts_come_from_the_file(name: str, packed: Packed) -> None:
         found.append((disk["missing_experts"], disk["bytes"]))
     missing, read = np.array(found).T
     assert 0 == missing[0] < missing[1] < missing[2]
-    np.testing.assert_array_equal(read - read[0], missing * experts.size)  # beside the embedding
+    # Beside the embedding; and what was read ahead in vain.
+    assert (read - read[0] >= missing * experts.size).all()
     assert engine.residency.experts == experts
     with pytest.raises(FallowError, match=r"is too little for .*; the least is \d+ MB"):
         Engine(path, memory=RESERVE + least.memory - 1)

@@ -129,7 +129,8 @@ class Streamer {
 // heat halves in kHalfLife passes (LRFU: Lee et al., IEEE Trans. Computers 50(12), 2001).
 class ExpertCache {
  public:
-  // How often an expert was used says more than how recently: see docs/results/experts.md.
+  // Long against the tokens that a cache holds, some three, so that what is used often outlives them; short
+  // against a text.
   static constexpr double kHalfLife = 64;
 
   // Of each expert its extents, which in memory lie one after the other. Experts are numbered through
@@ -140,8 +141,11 @@ class ExpertCache {
 
   size_t room() const { return expert_in_.size(); }
   // Begins to read those of these n <= room() experts that are not in memory; uses[i] tokens chose the
-  // i-th. Others may leave: what an earlier call wanted must have been waited for.
+  // i-th. Others may leave: what an earlier call wanted must have been waited for. What was foreseen in
+  // vain is read no further.
   void want(const size_t* experts, const size_t* uses, size_t n);
+  // Then reads these n, which may be wanted next.
+  void foresee(const size_t* experts, size_t n);
   // Whether the i-th of them was in memory already.
   bool was_there(size_t i) const { return was_there_[i] != 0; }
   // Waits until the i-th of them is in memory, for any thread; null if it cannot be read.
@@ -153,7 +157,7 @@ class ExpertCache {
   // Since the last reset_stats.
   uint64_t bytes_read() const { return bytes_read_; }
   uint64_t wanted() const { return wanted_; }
-  uint64_t missing() const { return missing_; }  // of these, what had to be read
+  uint64_t missing() const { return missing_; }  // of these, what had to be read, foreseen or not
   uint64_t in_time() const { return in_time_; }  // of these, what was there when it was waited for
   void reset_stats() { bytes_read_ = wanted_ = missing_ = in_time_ = 0; }
 
@@ -165,7 +169,9 @@ class ExpertCache {
   };
 
   void work();
-  size_t coldest_slot() const;
+  int64_t coldest_slot() const;
+  void read_into(size_t slot, size_t expert);
+  void drop(size_t slot);
 
   const File& file_;
   std::vector<std::vector<Extent>> experts_;
@@ -183,7 +189,9 @@ class ExpertCache {
   std::mutex mutex_;
   std::condition_variable readable_, ready_;
   std::vector<size_t> left_;         // of each slot: pieces still to be read
+  std::vector<uint8_t> fresh_;       // of each slot: nobody wanted what is read there yet
   std::vector<uint8_t> awaited_;     // of each slot: whether somebody waited for what is read
+  std::vector<uint8_t> failed_;      // of each slot: whether it could not be read
   std::deque<Piece> queue_;
   std::string error_;
   bool stop_ = false;

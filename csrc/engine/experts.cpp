@@ -20,6 +20,9 @@ Experts::Experts(Runtime& run, Cuts& cuts, Products& products, const Packed& mod
   gate_.resize(std::max(tokens, few_places_) * config_.widest_ffn());
   up_.resize(gate_.size());
   partial_.resize(run.n_threads() * few_places_ * hidden_);
+  ahead_logits_.resize(kFew * n_experts_);
+  ahead_experts_.resize(kFew * n_used_);
+  ahead_shares_.resize(kFew * n_used_);
   y_.resize(tokens * hidden_);
 }
 
@@ -136,6 +139,23 @@ void Experts::order(size_t first, size_t last) {
   });
 }
 
+// Reads ahead what a layer's router chooses of the input of the layer before, which is near its own: the
+// residual stream changes little from layer to layer (Eliseev and Mazur, arXiv:2312.17238, 3.2).
+void Experts::foresee(size_t l, const Input& x, size_t n) {
+  if (!cache_ || l == config_.n_layers) return;
+  Clock clock;
+  products_.multiply(x, n, {model_.layers[l].router, nullptr, ahead_logits_.data(), kTaps});
+  run_.for_tokens(n, [&](size_t t, int worker) {
+    choose(l, ahead_logits_.data() + t * n_experts_, ahead_experts_.data() + t * n_used_,
+           ahead_shares_.data() + t * n_used_, worker);
+  });
+  ahead_.clear();
+  for (size_t i = 0; i < n * n_used_; ++i)
+    if (ahead_shares_[i] != 0) ahead_.push_back(l * n_experts_ + ahead_experts_[i]);
+  cache_->foresee(ahead_.data(), ahead_.size());
+  clock.mark(run_.statistics.timing.select);
+}
+
 // An expert's weights, the i-th of those that were wanted, when they are there; null if they cannot be read.
 const Expert* Experts::weights(size_t l, Group group, size_t i, int worker, Expert& streamed) {
   const Expert& own = model_.layers[l].experts[group.expert];
@@ -157,6 +177,7 @@ const Expert* Experts::weights(size_t l, Group group, size_t i, int worker, Expe
 void Experts::few(size_t l, const Input& x, size_t n, float* out) {
   for_parts(l, [&](size_t first, size_t last) {
     order(first, last);
+    if (last == groups_.size()) foresee(l + 1, x, n);
     run_.pool.run([&](int worker) {
       Expert streamed;
       for (const size_t g : order_)

@@ -40,6 +40,7 @@ class Experts {
   template <class Use>
   void for_parts(size_t layer, const Use& use);
   void order(size_t first, size_t last);
+  void foresee(size_t layer, const Input& x, size_t n);
   const Expert* weights(size_t layer, Group group, size_t i, int worker, Expert& streamed);
   float* partial(int worker, size_t place) {
     return partial_.data() + (static_cast<size_t>(worker) * few_places_ + place) * hidden_;
@@ -62,6 +63,8 @@ class Experts {
   std::vector<Group> groups_;      // ascending, the shared expert last
   std::vector<size_t> ends_;       // of each expert
   std::vector<size_t> wanted_, uses_;
+  std::vector<float> ahead_logits_, ahead_shares_;  // of few tokens, for the layer after
+  std::vector<size_t> ahead_experts_, ahead_;
   std::vector<size_t> order_;      // of groups: what is in memory before what is read meanwhile
   std::vector<float> gate_, up_;   // (places or block, d_ff)
   std::vector<float> partial_;     // (threads, few_places, hidden): threads' sums of down_proj_t rows
