@@ -21,6 +21,7 @@ from fallow.engine.engine import Engine
 from fallow.engine.memory import (
     RESERVE,
     SLOTS,
+    Residency,
     experts_of,
     head_rows,
     parse_size,
@@ -78,9 +79,14 @@ def no_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "rss_bytes", lambda: 0)
 
 
+def options(path: Path) -> list[Residency]:
+    file = read_gguf(path)
+    return residencies(parts_of(file, False), None, experts_of(file))
+
+
 def budgets(path: Path) -> list[int]:
     """Five from all weights in memory to none of the FFNs'."""
-    sizes = [r.memory for r in residencies(parts_of(read_gguf(path), False))]
+    sizes = [r.memory for r in options(path)]
     chosen = [sizes[i] for i in np.linspace(0, len(sizes) - 1, 5).astype(int)]
     return [RESERVE + max(size, min(sizes)) for size in chosen]
 
@@ -122,7 +128,7 @@ def test_experts_come_from_the_file(name: str, packed: Packed) -> None:
     experts = experts_of(file)
     assert experts is not None
     expected = logits(Engine(path, threads=2))
-    (whole, least) = residencies(parts_of(file, False), None, experts, 0)
+    (whole, least) = options(path)
     assert least.experts == experts
     found = []
     for budget in (whole.memory, least.memory + 5 * experts.slot, least.memory):
@@ -147,7 +153,8 @@ def test_experts_come_from_the_file(name: str, packed: Packed) -> None:
 def test_hot_experts_are_kept(packed: Packed) -> None:
     """Of tokens that come again and again all experts are there at last, whatever came between."""
     path = packed["qwen3_moe"]
-    (_, least) = residencies(parts_of(read_gguf(path), False), None, experts_of(read_gguf(path)), 0)
+    (_, least) = options(path)
+    assert least.experts is not None
     engine = Engine(path, memory=RESERVE + least.memory)
     for token in [5] * 60 + [9]:
         engine.reset()
@@ -183,13 +190,13 @@ def test_rows_of_the_head_come_from_the_file(name: str, packed: Packed) -> None:
     """Those that a shortlist wants, more or fewer than there is room for, or all."""
     path = packed[name]
     file = read_gguf(path)
-    options = residencies(parts_of(file, True), head_rows(file))
-    assert [r.head is not None for r in options[:3]] == [False, True, True]
-    assert options[1].memory < options[0].memory
-    assert options[0].pass_bytes == options[1].pass_bytes == 0
+    choices = residencies(parts_of(file, True), head_rows(file))
+    assert [r.head is not None for r in choices[:3]] == [False, True, True]
+    assert choices[1].memory < choices[0].memory
+    assert choices[0].pass_bytes == choices[1].pass_bytes == 0
     for margin in (0.5, 2.0, 1000.0):
         found = []
-        for budget in (None, RESERVE + options[1].memory, RESERVE + options[-1].memory):
+        for budget in (None, RESERVE + choices[1].memory, RESERVE + choices[-1].memory):
             plan = engine_plan(Engine(path, plan=False), head_margin=margin)
             engine = Engine(path, plan, threads=2, memory=budget)
             found.append(logits(engine))
@@ -404,21 +411,27 @@ def run_with(shim: Path, path: Path, fault: str | None, first: int = 1) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="interposes the reader of Linux")
-def test_failing_reads_end_in_an_error_or_change_nothing(packed: Packed, shim: Path) -> None:
-    path = packed["q4_k"]
+@pytest.mark.parametrize("name", ["q4_k", "q4_k_experts"])
+def test_failing_reads_end_in_an_error_or_change_nothing(
+    name: str, packed: Packed, shim: Path
+) -> None:
+    path = packed[name]
     expected = run_with(shim, path, None)
     assert len(expected) == 16
     assert run_with(shim, path, "short") == expected
     assert run_with(shim, path, "interrupted") == expected
-    loading = len(residencies(parts_of(read_gguf(path), False))[-1].resident)
+    loading = len(options(path)[-1].resident)
     for first in (1, 3 * loading):  # while loading, and while running
         assert "Input/output error" in run_with(shim, path, "broken", first)
         assert "ends too early; was it cut?" in run_with(shim, path, "cut", first)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="interposes the reader of Linux")
-def test_ctrl_c_amid_reads_leaves_an_engine_that_works(packed: Packed, shim: Path) -> None:
-    path = packed["q4_k"]
+@pytest.mark.parametrize("name", ["q4_k", "q4_k_experts"])
+def test_ctrl_c_amid_reads_leaves_an_engine_that_works(
+    name: str, packed: Packed, shim: Path
+) -> None:
+    path = packed[name]
     expected = run_with(shim, path, None)
     child = start_with(shim, path, "slow", how="until interrupted")
     assert child.stdout
