@@ -154,12 +154,18 @@ class ExpertCache {
   // were waited for.
   void check();
 
-  // Since the last reset_stats.
-  uint64_t bytes_read() const { return bytes_read_; }
+  // Since the last reset_stats. Of what is foreseen, bytes are read at any time.
+  uint64_t bytes_read() const {
+    const std::lock_guard lock(mutex_);
+    return bytes_read_;
+  }
   uint64_t wanted() const { return wanted_; }
   uint64_t missing() const { return missing_; }  // of these, what had to be read, foreseen or not
   uint64_t in_time() const { return in_time_; }  // of these, what was there when it was waited for
-  void reset_stats() { bytes_read_ = wanted_ = missing_ = in_time_ = 0; }
+  void reset_stats() {
+    const std::lock_guard lock(mutex_);
+    bytes_read_ = wanted_ = missing_ = in_time_ = 0;
+  }
 
  private:
   struct Piece {
@@ -186,7 +192,7 @@ class ExpertCache {
   std::vector<uint8_t> was_there_;   // of this call
   uint64_t call_ = 0;
 
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable readable_, ready_;
   std::vector<size_t> left_;         // of each slot: pieces still to be read
   std::vector<uint8_t> fresh_;       // of each slot: nobody wanted what is read there yet
