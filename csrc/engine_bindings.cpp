@@ -255,8 +255,10 @@ class BoundEngine {
     if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
     if (context < 1 || context > model_.config.context_length)
       throw nb::value_error("context must be 1 to the model's own");
+    // Of a mixture of experts a block reads nearly all, however small it is.
+    const bool is_small = file_ && model_.config.n_experts == 0;
     engine_ = std::make_unique<Engine>(model_, kernels_, n_threads, context,
-                                       file_ ? Engine::kSmallBlock : Engine::kBlock);
+                                       is_small ? Engine::kSmallBlock : Engine::kBlock);
     engine_->set_pause([this] { answer_signals(); });
   }
 

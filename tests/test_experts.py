@@ -154,6 +154,20 @@ def test_inputs_of_attention_are_cut(
     assert np.median(np.abs(found - reference(tiny["qwen3_moe"], plan)).max(axis=1)) < ERROR
 
 
+def test_many_experts(tmp_path: Path) -> None:
+    """Of which each has few of a block's tokens, which prefill then takes as decode does."""
+    many = {"num_experts": 24, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 41}
+    folder = make_folder("qwen2_moe", tmp_path / "m", **many)
+    pack(folder, tmp_path / "m.gguf", quant="f32")
+    model, engine = fallow.load(folder), Engine(tmp_path / "m.gguf", threads=3)
+    expected = reference(model)
+    for found in (engine.logits(IDS), one_by_one(engine)):
+        errors = np.abs(found - expected).max(axis=1)
+        assert (errors < ERROR).mean() > 0.95  # but where experts are as likely as each other
+        assert (errors[:10] < ERROR).all()
+    check_a_few(engine)
+
+
 # Files ------------------------------------------------------------------------------------------
 
 

@@ -53,6 +53,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     found["q4_k"] = root / "q4_k.gguf"
     pack(folder, found["q4_k"], quant="q4_k")
     changes = {"hidden_size": 256, "moe_intermediate_size": 32, "head_dim": 64}
+    changes |= {"num_experts": 24, "num_experts_per_tok": 2}  # a block has few tokens for each
     folder = make_folder("qwen3_moe", root / "experts", num_hidden_layers=LAYERS, **changes)
     found["q4_k_experts"] = root / "q4_k_experts.gguf"
     pack(folder, found["q4_k_experts"], quant="q4_k")

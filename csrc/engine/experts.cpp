@@ -7,15 +7,25 @@
 #include "engine/activation.h"
 
 namespace fallow {
+namespace {
+
+// Tokens of a whole block that choose an expert on average, up to which prefill takes kFew of them at a
+// time as decode does: unpacking weights for so few would cost more than it saves. Which of the two it is
+// must not depend on how many there really are, or logits would depend on the block's size.
+constexpr size_t kSmallGroup = 32, kWholeBlock = 256;
+
+}  // namespace
 
 Experts::Experts(Runtime& run, Cuts& cuts, Products& products, const Packed& model, size_t tokens)
     : run_(run), cuts_(cuts), products_(products), model_(model), config_(model.config),
       hidden_(config_.hidden_size), n_experts_(config_.n_experts), n_used_(config_.n_experts_used),
       per_token_(n_used_ + (config_.shared_intermediate_size > 0 ? 1 : 0)),
-      few_places_(kFew * per_token_), logits_(tokens * n_experts_), experts_(tokens * n_used_),
+      few_places_(kFew * per_token_),
+      are_groups_small_(kWholeBlock * n_used_ <= kSmallGroup * n_experts_), logits_(tokens * n_experts_), experts_(tokens * n_used_),
       shares_(tokens * per_token_), place_of_(shares_.size()), token_in_(shares_.size()),
       share_in_(shares_.size()), ends_(n_experts_ + 1),
-      group_(n_experts_ > 0 ? tokens : 0, hidden_, run.kernels) {
+      group_(n_experts_ > 0 ? tokens : 0, hidden_, run.kernels),
+      part_(n_experts_ > 0 ? kFew : 0, hidden_, run.kernels) {
   if (n_experts_ == 0) return;
   gate_.resize(std::max(tokens, few_places_) * config_.widest_ffn());
   up_.resize(gate_.size());
@@ -180,9 +190,14 @@ void Experts::few(size_t l, const Input& x, size_t n, float* out) {
     if (last == groups_.size()) foresee(l + 1, x, n);
     run_.pool.run([&](int worker) {
       Expert streamed;
-      for (const size_t g : order_)
-        if (const Expert* e = weights(l, groups_[g], g - first, worker, streamed))
-          one_of_few(*e, x, groups_[g], worker);
+      for (const size_t g : order_) {
+        const Group group = groups_[g];
+        const Expert* e = weights(l, group, g - first, worker, streamed);
+        if (!e) continue;
+        Activation tokens[kFew] = {};
+        for (size_t i = 0; i < group.size(); ++i) tokens[i] = x.activation(token_in_[group.begin + i]);
+        run_few(*e, tokens, group.size(), group.begin, worker);
+      }
     });
   });
   run_.pool.run([&](int worker) {
@@ -202,25 +217,23 @@ void Experts::few(size_t l, const Input& x, size_t n, float* out) {
   });
 }
 
-// This thread's part of an expert's FFN for the tokens that chose it.
-void Experts::one_of_few(const Expert& e, const Input& x, Group group, int worker) {
-  const size_t d_ff = e.up_proj.rows, m = group.size(), stride = config_.widest_ffn();
-  const Share neurons = share_of_rows(d_ff, worker, run_.pool.size());
+// This thread's part of an expert's FFN for at most kFew tokens, into its sums from a place on.
+void Experts::run_few(const Expert& e, const Activation* tokens, size_t n, size_t place, int worker) {
+  const size_t stride = config_.widest_ffn();
+  const Share neurons = share_of_rows(e.up_proj.rows, worker, run_.pool.size());
   const size_t count = neurons.end - neurons.begin;
-  Activation tokens[kFew] = {};
-  for (size_t i = 0; i < m; ++i) tokens[i] = x.activation(token_in_[group.begin + i]);
-  float* gate = gate_.data() + group.begin * stride + neurons.begin;
-  float* up = up_.data() + group.begin * stride + neurons.begin;
-  products_.gemv(e.gate_proj, neurons.begin, count, tokens, m, gate, stride, worker);
-  products_.gemv(e.up_proj, neurons.begin, count, tokens, m, up, stride, worker);
-  for (size_t t = 0; t < m; ++t) {
+  float* gate = gate_.data() + place * stride + neurons.begin;
+  float* up = up_.data() + place * stride + neurons.begin;
+  products_.gemv(e.gate_proj, neurons.begin, count, tokens, n, gate, stride, worker);
+  products_.gemv(e.up_proj, neurons.begin, count, tokens, n, up, stride, worker);
+  for (size_t t = 0; t < n; ++t) {
     float *inter = gate + t * stride, *factor = up + t * stride;
     activate(run_.kernels, config_.act, inter, count);
     for (size_t i = 0; i < count; ++i) inter[i] *= factor[i];
   }
-  float* y = partial(worker, group.begin);
-  std::fill(y, y + m * hidden_, 0.0f);
-  products_.axpy(e.down_proj_t, neurons.begin, count, gate, stride, m, y, hidden_, worker);
+  float* y = partial(worker, place);
+  std::fill(y, y + n * hidden_, 0.0f);
+  products_.axpy(e.down_proj_t, neurons.begin, count, gate, stride, n, y, hidden_, worker);
 }
 
 // A block of prefill: expert by expert, with the tokens that chose it.
@@ -232,27 +245,51 @@ void Experts::block(size_t l, const Input& x, size_t n, float* out) {
       const Group group = groups_[g];
       const Expert* e = weights(l, group, g - first, 0, streamed);
       if (!e) continue;
-      const size_t d_ff = e->up_proj.rows, m = group.size();
-      const size_t* tokens = token_in_.data() + group.begin;
-      for (size_t i = 0; i < m; ++i)
-        std::copy_n(x.x.data() + tokens[i] * hidden_, hidden_, group_.x.data() + i * hidden_);
-      products_.prepare(group_, m, false);
-      products_.multiply(l, group_, m,
-                         {{e->gate_proj, nullptr, gate_.data(), kGateInput},
-                          {e->up_proj, nullptr, up_.data(), kUpInput}});
-      run_.for_tokens(m, [&](size_t i, int) {
-        float *inter = gate_.data() + i * d_ff, *up = up_.data() + i * d_ff;
-        activate(run_.kernels, config_.act, inter, d_ff);
-        for (size_t j = 0; j < d_ff; ++j) inter[j] *= up[j];
-      });
-      products_.sum_rows(e->down_proj_t, m, gate_.data(), y_.data());
-      run_.for_tokens(m, [&](size_t i, int) {
-        float* y = out + tokens[i] * hidden_;
-        const float share = share_in_[group.begin + i];
-        for (size_t j = 0; j < hidden_; ++j) y[j] += share * y_[i * hidden_ + j];
-      });
+      if (are_groups_small_ && group.expert < n_experts_) few_at_once(*e, x, group, out);
+      else whole_group(l, *e, x, group, out);
     }
   });
+}
+
+void Experts::whole_group(size_t l, const Expert& e, const Input& x, Group group, float* out) {
+  const size_t d_ff = e.up_proj.rows, n = group.size();
+  const size_t* tokens = token_in_.data() + group.begin;
+  for (size_t i = 0; i < n; ++i)
+    std::copy_n(x.x.data() + tokens[i] * hidden_, hidden_, group_.x.data() + i * hidden_);
+  products_.prepare(group_, n, false);
+  products_.multiply(l, group_, n,
+                     {{e.gate_proj, nullptr, gate_.data(), kGateInput},
+                      {e.up_proj, nullptr, up_.data(), kUpInput}});
+  run_.for_tokens(n, [&](size_t i, int) {
+    float *inter = gate_.data() + i * d_ff, *up = up_.data() + i * d_ff;
+    activate(run_.kernels, config_.act, inter, d_ff);
+    for (size_t j = 0; j < d_ff; ++j) inter[j] *= up[j];
+  });
+  products_.sum_rows(e.down_proj_t, n, gate_.data(), y_.data());
+  run_.for_tokens(n, [&](size_t i, int) {
+    float* y = out + tokens[i] * hidden_;
+    const float share = share_in_[group.begin + i];
+    for (size_t j = 0; j < hidden_; ++j) y[j] += share * y_[i * hidden_ + j];
+  });
+}
+
+void Experts::few_at_once(const Expert& e, const Input& x, Group group, float* out) {
+  for (size_t first = group.begin, n; first < group.end; first += n) {
+    n = std::min(kFew, group.end - first);
+    for (size_t i = 0; i < n; ++i)
+      std::copy_n(x.x.data() + token_in_[first + i] * hidden_, hidden_, part_.x.data() + i * hidden_);
+    products_.prepare(part_, n);
+    Activation tokens[kFew] = {};
+    for (size_t i = 0; i < n; ++i) tokens[i] = part_.activation(i);
+    run_.pool.run([&](int worker) { run_few(e, tokens, n, 0, worker); });
+    run_.for_tokens(n, [&](size_t i, int) {
+      float* y = out + token_in_[first + i] * hidden_;
+      for (int w = 0; w < run_.pool.size(); ++w) {
+        const float* part = partial(w, i);
+        for (size_t j = 0; j < hidden_; ++j) y[j] += share_in_[first + i] * part[j];
+      }
+    });
+  }
 }
 
 }  // namespace fallow

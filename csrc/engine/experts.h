@@ -35,8 +35,10 @@ class Experts {
   void choose(size_t layer, float* p, size_t* experts, float* shares, int worker);
   void share_out(size_t n);
   void few(size_t layer, const Input& x, size_t n, float* out);
-  void one_of_few(const Expert& e, const Input& x, Group group, int worker);
+  void run_few(const Expert& e, const Activation* tokens, size_t n, size_t place, int worker);
   void block(size_t layer, const Input& x, size_t n, float* out);
+  void whole_group(size_t layer, const Expert& e, const Input& x, Group group, float* out);
+  void few_at_once(const Expert& e, const Input& x, Group group, float* out);
   template <class Use>
   void for_parts(size_t layer, const Use& use);
   void order(size_t first, size_t last);
@@ -54,6 +56,7 @@ class Experts {
   const size_t hidden_, n_experts_, n_used_;
   const size_t per_token_;   // places of a token: its experts, and the shared one
   const size_t few_places_;  // of kFew tokens
+  const bool are_groups_small_;
   std::vector<float> logits_;      // (block, n_experts), then probabilities
   std::vector<size_t> experts_;    // (block, n_used): of each token, likeliest first
   std::vector<float> shares_;      // (block, per_token); 0: it is left out
@@ -69,7 +72,7 @@ class Experts {
   std::vector<float> gate_, up_;   // (places or block, d_ff)
   std::vector<float> partial_;     // (threads, few_places, hidden): threads' sums of down_proj_t rows
   std::vector<float> y_;           // (block, hidden)
-  Input group_;                    // tokens of a block that chose an expert
+  Input group_, part_;             // tokens of a block that chose an expert, and at most kFew of them
   ExpertCache* cache_ = nullptr;
 };
 
