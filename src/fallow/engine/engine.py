@@ -28,6 +28,7 @@ from fallow.engine.memory import (
     Residency,
     experts_of,
     head_rows,
+    in_batches,
     parse_size,
     parts_of,
     residencies,
@@ -139,8 +140,8 @@ class Engine:
         return_freed_memory()
         self.residency = found = self._choose_residency(context)
         start = time.perf_counter()
-        for p in found.resident:  # one by one: between them Ctrl-C is answered
-            core.load([(p.offset, p.size)])
+        for parts in in_batches(found.resident):  # between them Ctrl-C is answered
+            core.load([(p.offset, p.size) for p in parts])
         size = sum(p.size for p in found.resident)
         self.disk_gbps = size / (time.perf_counter() - start) / 1e9
         tied = HEAD not in self.file.tensors

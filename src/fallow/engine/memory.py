@@ -16,6 +16,7 @@ which are mostly those that earlier tokens needed. So it goes first, but for a c
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fallow.checkpoints.weights import GgufFile
@@ -25,6 +26,7 @@ SLOTS = 2
 SECTOR = 4096  # as csrc/platform/file.h has it
 HEAD_ROWS = 16384  # of the head, in memory
 EMBEDDING_ROWS = 64  # of an embedding that is not the head: a block of prefill
+LOADED_AT_ONCE = 32_000_000  # bytes
 RANGE = 4_000_000  # bytes at once where all of such a matrix is read
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 COARSE_HEAD = ("lm_head_coarse.codes", "lm_head_coarse.bias")
@@ -143,6 +145,18 @@ def parts_of(file: GgufFile, coarse_head: bool) -> list[Part]:
         for name, tensor in file.tensors.items()
         if name not in unused
     ]
+
+
+def in_batches(parts: list[Part], size: int = LOADED_AT_ONCE) -> Iterator[list[Part]]:
+    """Of little more than `size` bytes each; experts alone would be too small to be read fast."""
+    batch: list[Part] = []
+    for part in parts:
+        batch.append(part)
+        if sum(p.size for p in batch) >= size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def head_rows(file: GgufFile) -> Rows:
