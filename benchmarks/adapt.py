@@ -149,10 +149,10 @@ def judge(name: str) -> None:
 
 INTRODUCTION = f"""# Adaptation
 
-What `fallow adapt` teaches a model: to run with half of its neurons left out per token, chosen by the
-gate alone (`gate_topk`), with weights rounded as they will be packed. Trained on four fifths of C4 and
-of code and on the WikiText-2 validation text; judged on the rest of both and on the WikiText-2 raw
-test text, {WINDOWS} windows of 1024 tokens each. `benchmarks/adapt.py` does it.
+What `fallow adapt` teaches a model: to run with half of its neurons left out per token, chosen by
+the gate alone (`gate_topk`), with weights rounded as they will be packed. Trained on four fifths of
+C4 and of code and on the WikiText-2 validation text; judged on the rest of both and on the
+WikiText-2 raw test text, {WINDOWS} windows of 1024 tokens each. `benchmarks/adapt.py` does it.
 """
 
 
@@ -227,8 +227,8 @@ def _judged(found: dict[str, Any]) -> list[str]:
                 )
         rows.append(f"| {text} | {' | '.join(cells)} |")
     return [
-        "Packed files against the source model, run by torch in float32: PPL change in percent with "
-        "its paired standard error, and KL in nats. The source's plan was calibrated on the "
+        "Packed files against the source model, run by torch in float32: PPL change in percent "
+        "with its paired standard error, and KL in nats. The source's plan was calibrated on the "
         "WikiText-2 validation text.",
         "",
         "| text | not adapted, 50 % left out | not adapted, dense | adapted, 50 % left out "

@@ -13,6 +13,8 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,9 @@ base.TextModel._set_vocab_sentencepiece = base.TextModel._set_vocab_gpt2
 import conversion.phi as phi
 phi.Phi3MiniModel.set_vocab = base.TextModel._set_vocab_gpt2
 load = base.ModelBase.load_hparams
-def hparams(folder, *rest):
-    return json.loads(pathlib.Path(folder, "config.json").read_text()) | load(folder, *rest)
+def hparams(folder, *rest, **named):
+    own = json.loads(pathlib.Path(folder, "config.json").read_text())
+    return own | load(folder, *rest, **named)
 base.ModelBase.load_hparams = staticmethod(hparams)
 sys.argv[:] = ["convert", sys.argv[2], "--outtype", sys.argv[4], "--outfile", sys.argv[3]]
 runpy.run_path(sys.path[0] + "/convert_hf_to_gguf.py", run_name="__main__")
@@ -87,6 +90,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 256,
         },
     },
+    "olmoe": {"num_key_value_heads": 4},  # others llama.cpp does not load
+    "qwen3_moe": {"head_dim": 16, "moe_intermediate_size": 32},
+    "qwen2_moe": {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 96},
     "nemotron": {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_act": "relu2"},
     "gpt_neox": {"num_attention_heads": 4, "num_key_value_heads": 4, "rotary_pct": 0.5},
     "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96},
@@ -137,6 +143,23 @@ def of_transformers(folder: Path, ids: np.ndarray) -> np.ndarray:
         return model.module(torch.from_numpy(ids)[None]).logits[0].float().numpy()
 
 
+@contextmanager
+def rounded_cache() -> Iterator[None]:
+    """transformers' keys and values are rounded to float16."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    exact = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def rounded(module: Any, q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> Any:
+        return exact(module, q, k.half().float(), v.half().float(), *rest, **options)
+
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", rounded)
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", exact)
+
+
 def of_llama_cpp(gguf: Path, ids: np.ndarray, last: int) -> np.ndarray:
     from llama_cpp import Llama
 
@@ -177,7 +200,11 @@ def one(name: str, llama_cpp: Path) -> dict[str, Any]:
         folder, gguf = Path(scratch) / "model", Path(scratch) / "m.gguf"
         make(name, folder)
         expected = of_transformers(folder, ids)
-        result["folder"] = compare(of_engine(folder, ids, "f32", "f32"), expected)
+        packed = of_engine(folder, ids, "f32", "f32")
+        result["folder"] = compare(packed, expected)
+        if "moe" in name or name == "mixtral":
+            with rounded_cache():
+                result["rounded"] = compare(packed, of_transformers(folder, ids))
         if reason := convert(llama_cpp, folder, gguf):
             return result | {"converter": reason}
         for key, run in {
@@ -244,6 +271,14 @@ def report() -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append(NOTES)
+    mixtures = {n: r["rounded"] for n, r in result["architectures"].items() if "rounded" in r}
+    if mixtures:
+        found = "; ".join(f"{name} {_cell(row)}" for name, row in sorted(mixtures.items()))
+        lines.append(
+            "- Mixtures of experts: where two are nearly as likely, rounding keys and values to\n"
+            "  float16 decides who is chosen, here as in llama.cpp. Against transformers with\n"
+            f"  keys and values rounded likewise, from the folder: {found}."
+        )
     if found := result.get("long"):
         lines += [
             "",

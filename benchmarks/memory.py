@@ -158,9 +158,17 @@ def ours(path: str, limit: int, context: int, prompt: int, tokens: int) -> dict[
         "start_seconds": started,
         "pass_bytes": engine.residency.pass_bytes,
         "head_rows": engine.residency.head.room if engine.residency.head else None,
+        "expert_room": engine.residency.experts.room if engine.residency.experts else None,
+        "hottest_quarter": hottest_quarter(engine) if engine.n_experts else None,
         "disk_gbps": engine.disk_gbps,
         "resident_ffn_mb": sum(ffn) / 1e6,
     }
+
+
+def hottest_quarter(engine: Any) -> float:
+    """Share of choices that fall to each layer's most used experts, of the last tokens."""
+    uses = np.sort(engine.expert_uses(), axis=1)
+    return float(uses[:, -(engine.n_experts // 4) :].sum() / uses.sum())
 
 
 def cost(path: str, limit: int) -> dict[str, Any]:

@@ -28,22 +28,22 @@ class RowPool:
 
     def __init__(self) -> None:
         self._random = np.random.default_rng(0)
-        self._rows: dict[tuple[str, int], Any] = {}
+        self._rows: dict[tuple[str, int, float], Any] = {}
 
-    def rows(self, kind: str, width: int) -> Any:
+    def rows(self, kind: str, width: int, spread: float = SPREAD) -> Any:
         """All there are, POOL of them."""
         from fallow.packing.quantize import quantize
 
-        if (kind, width) not in self._rows:
-            values = SPREAD * self._random.standard_normal((POOL, width), dtype=np.float32)
-            self._rows[kind, width] = quantize(values, kind)
-        return self._rows[kind, width]
+        if (kind, width, spread) not in self._rows:
+            values = spread * self._random.standard_normal((POOL, width), dtype=np.float32)
+            self._rows[kind, width, spread] = quantize(values, kind)
+        return self._rows[kind, width, spread]
 
     def choose(self, rows: int) -> np.ndarray:
         return self._random.integers(0, POOL, rows)
 
-    def matrix(self, kind: str, rows: int, width: int) -> np.ndarray:
-        return self.rows(kind, width).data[self.choose(rows)]
+    def matrix(self, kind: str, rows: int, width: int, spread: float = SPREAD) -> np.ndarray:
+        return self.rows(kind, width, spread).data[self.choose(rows)]
 
 
 def make(packed: Path, source: Path | None = None) -> None:

@@ -56,6 +56,7 @@ class BoundEngine {
     if (process_id() == process_) return;
     engine_.release();
     streamer_.release();
+    cache_.release();
     for (auto& rows : file_rows_) rows.release();
     file_.release();
     image_.release();
@@ -117,6 +118,23 @@ class BoundEngine {
     engine_->set_stream(streamer_.get(), std::move(layers));
   }
 
+  // Experts stay in the file, but for as many as are in memory at once.
+  void cache_experts(size_t n_slots) {
+    const Config& c = model_.config;
+    if (!file_ || c.n_experts == 0) throw nb::value_error("there are no experts in a file");
+    if (n_slots < c.n_experts_used) throw nb::value_error("less room than a token's experts take");
+    if (is_laid_out_) throw nb::value_error("the weights are laid out already");
+    std::vector<std::vector<Extent>> experts;
+    for (const Layer& layer : model_.layers)
+      for (size_t e = 0; e < c.n_experts; ++e) {
+        experts.emplace_back();
+        for (const Matrix* w : {&layer.experts[e].gate_proj, &layer.experts[e].up_proj, &layer.experts[e].down_proj_t})
+          experts.back().push_back(extent(static_cast<uint64_t>(w->data - image_->data()), w->bytes()));
+      }
+    cache_ = std::make_unique<ExpertCache>(*file_, std::move(experts), c.n_experts, n_slots);
+    engine_->set_experts(cache_.get());
+  }
+
   void forward(Indices tokens, uint32_t position, bool all, bool dense, bool exact, WritableRows logits) {
     const size_t n = tokens.size();
     if (position > engine_->held()) throw nb::value_error("the cache does not hold so many tokens");
@@ -141,7 +159,9 @@ class BoundEngine {
   void set_cuts(const std::vector<PyCut>& list) {
     std::vector<LayerCuts> cuts(list.empty() ? 0 : model_.layers.size());
     for (const auto& [layer, tap, how, value, weight] : list) {
-      if (layer >= cuts.size() || tap >= kTaps || how > 3) throw nb::value_error("no such cut");
+      const bool of_ffn = tap >= kGateInput && tap <= kFfnOut, of_experts = tap == kRouter;
+      const bool is_there = model_.config.n_experts > 0 ? !of_ffn : !of_experts;
+      if (layer >= cuts.size() || tap >= kTaps || how > 3 || !is_there) throw nb::value_error("no such cut");
       Cut& cut = cuts[layer][tap];
       cut.by = static_cast<Cut::By>(how);
       cut.value = value;
@@ -178,6 +198,7 @@ class BoundEngine {
     result["tokens"] = found.tokens;
     result["bytes_read"] = found.bytes_read();
     result["active"] = found.active;
+    result["expert_uses"] = found.expert_uses;
     nb::dict seconds;
     seconds["attention_proj"] = t.attention_proj;
     seconds["attention"] = t.attention;
@@ -188,6 +209,7 @@ class BoundEngine {
     seconds["disk"] = t.disk;
     result["seconds"] = seconds;
     uint64_t bytes = streamer_ ? streamer_->bytes_read() : 0, wanted = 0, missing = 0;
+    if (cache_) bytes += cache_->bytes_read();
     for (const auto& rows : file_rows_) {
       bytes += rows->bytes_read();
       wanted += rows->wanted();
@@ -197,8 +219,10 @@ class BoundEngine {
     disk["bytes"] = bytes;
     disk["rows"] = wanted;
     disk["missing_rows"] = missing;
-    disk["waits"] = streamer_ ? streamer_->waits() : 0;
-    disk["in_time"] = streamer_ ? streamer_->in_time() : 0;
+    disk["experts"] = cache_ ? cache_->wanted() : 0;
+    disk["missing_experts"] = cache_ ? cache_->missing() : 0;
+    disk["waits"] = (streamer_ ? streamer_->waits() : 0) + (cache_ ? cache_->missing() : 0);
+    disk["in_time"] = (streamer_ ? streamer_->in_time() : 0) + (cache_ ? cache_->in_time() : 0);
     result["disk"] = disk;
     return result;
   }
@@ -206,12 +230,20 @@ class BoundEngine {
   void reset_stats() {
     engine_->reset_stats();
     if (streamer_) streamer_->reset_stats();
+    if (cache_) cache_->reset_stats();
     for (const auto& rows : file_rows_) rows->reset_stats();
   }
 
   std::vector<float> down_norm(size_t layer) const {
     const float* values = model_.layers.at(layer).down_norm;
+    if (!values) throw nb::value_error("there is no one FFN");
     return {values, values + model_.config.intermediate_size};
+  }
+
+  // Of a layer, with all its experts.
+  uint64_t neurons() const {
+    const Config& c = model_.config;
+    return std::max<uint64_t>(1, c.n_experts) * c.intermediate_size + c.shared_intermediate_size;
   }
 
   const Packed& model() const { return model_; }
@@ -223,8 +255,10 @@ class BoundEngine {
     if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
     if (context < 1 || context > model_.config.context_length)
       throw nb::value_error("context must be 1 to the model's own");
+    // Of a mixture of experts a block reads nearly all, however small it is.
+    const bool is_small = file_ && model_.config.n_experts == 0;
     engine_ = std::make_unique<Engine>(model_, kernels_, n_threads, context,
-                                       file_ ? Engine::kSmallBlock : Engine::kBlock);
+                                       is_small ? Engine::kSmallBlock : Engine::kBlock);
     engine_->set_pause([this] { answer_signals(); });
   }
 
@@ -242,6 +276,13 @@ class BoundEngine {
       Layer& layer = model_.layers[l];
       for (Matrix* w : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj, &layer.gate_proj})
         wanted.push_back({w, Layout::kDwordTiles});
+      for (Expert& e : layer.experts) {
+        const bool is_there = !cache_ || (&e - layer.experts.data()) >= model_.config.n_experts;
+        if (!is_there) continue;
+        wanted.push_back({&e.gate_proj, Layout::kDwordTiles});
+        wanted.push_back({&e.up_proj, Layout::kDwordTiles});
+        wanted.push_back({&e.down_proj_t, Layout::kByteTiles});
+      }
       const bool dense = !engine_->leaves_out_neurons(l);
       const bool whole_up = dense || !model_.config.gated;
       wanted.push_back({&layer.up_proj, whole_up ? Layout::kDwordTiles : Layout::kRows});
@@ -287,6 +328,7 @@ class BoundEngine {
   size_t width_of(Tap tap) const {
     const Config& c = model_.config;
     if (tap == kOInput) return size_t{c.n_heads} * c.head_dim;
+    if (tap == kRouter) return c.n_experts;
     return tap < kGatePre || tap == kFfnOut ? c.hidden_size : c.intermediate_size;
   }
 
@@ -300,6 +342,7 @@ class BoundEngine {
   const Kernels& kernels_;
   std::vector<std::unique_ptr<FileRows>> file_rows_;
   std::unique_ptr<Streamer> streamer_;
+  std::unique_ptr<ExpertCache> cache_;
   std::set<const Matrix*> streamed_;
   bool is_laid_out_ = false, is_head_on_disk_ = false;
   std::unique_ptr<Engine> engine_;
@@ -310,7 +353,7 @@ class BoundEngine {
 void bind_engine(nb::module_& m) {
   nb::list taps;
   for (const char* name : {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
-                           "gate_pre", "gate_act", "up", "inter", "down_proj", "ffn_out"})
+                           "gate_pre", "gate_act", "up", "inter", "down_proj", "ffn_out", "router"})
     taps.append(name);
   m.attr("TAPS") = taps;
   m.attr("FEW") = kFew;
@@ -336,6 +379,7 @@ void bind_engine(nb::module_& m) {
       .def("rows_from_file", &BoundEngine::rows_from_file, "embedding"_a, "head"_a, "offset"_a,
            "room"_a, "range_bytes"_a)
       .def("stream", &BoundEngine::stream, "units"_a, "n_slots"_a)
+      .def("cache_experts", &BoundEngine::cache_experts, "n_slots"_a)
       .def("forward", &BoundEngine::forward, "tokens"_a, "position"_a, "all"_a, "dense"_a, "exact"_a, "logits"_a)
       .def("set_cuts", &BoundEngine::set_cuts, "cuts"_a)
       .def("set_skips_zeros", [](BoundEngine& e, bool skips) { e.engine().set_skips_zeros(skips); }, "skips"_a)
@@ -348,7 +392,8 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("n_layers", [](const BoundEngine& e) { return e.model().config.n_layers; })
       .def_prop_ro("vocab_size", [](const BoundEngine& e) { return e.model().config.vocab_size; })
       .def_prop_ro("intermediate_size",
-                   [](const BoundEngine& e) { return e.model().config.intermediate_size; });
+                   [](const BoundEngine& e) { return e.model().config.intermediate_size; })
+      .def_prop_ro("neurons", &BoundEngine::neurons);
 }
 
 }  // namespace fallow

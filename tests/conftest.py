@@ -23,6 +23,7 @@ from fallow.calibration.calibrator import Calibrator
 from fallow.engine.engine import Engine
 from fallow.models import ARCHITECTURES
 from fallow.plan import Cut, Plan
+from fallow.rules import RULES
 
 pytest.register_assert_rewrite("engines", "selecting")
 
@@ -64,6 +65,7 @@ _COMMON = {
     # Large enough for activations to differ from token to token.
     "initializer_range": 0.3,
 }
+_EXPERTS = {"moe_intermediate_size": 19, "num_experts": 7, "num_experts_per_tok": 3}
 CONFIGS = {
     "llama": ("LlamaConfig", _COMMON),
     "mistral": ("MistralConfig", _COMMON | {"sliding_window": 16}),
@@ -110,6 +112,25 @@ CONFIGS = {
         _COMMON | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "smollm3": ("SmolLM3Config", _COMMON),
+    "mixtral": ("MixtralConfig", _COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        _COMMON | _EXPERTS | {"shared_expert_intermediate_size": 41, "norm_topk_prob": False},
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", _COMMON | _EXPERTS | {"head_dim": 8, "norm_topk_prob": True}),
+    "olmoe": ("OlmoeConfig", _COMMON | {"num_experts": 7, "num_experts_per_tok": 3}),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        _COMMON
+        | {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 2.0,
+        },
+    ),
     "starcoder2": ("Starcoder2Config", _COMMON),
     "phi": ("PhiConfig", _COMMON | {"num_attention_heads": 3, "num_key_value_heads": 3}),
     "phi3": ("Phi3Config", _COMMON),
@@ -131,6 +152,9 @@ CONFIGS = {
     ),
 }
 assert set(CONFIGS) == set(ARCHITECTURES)
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
+NEURON_RULES = tuple(rule for rule in RULES if not rule.startswith("expert_"))
+DENSE = tuple(name for name in ARCHITECTURES if name not in EXPERTS)
 WITH_RELU = ("opt", "arcee", "nemotron")  # neurons are exactly zero
 
 

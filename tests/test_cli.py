@@ -334,9 +334,9 @@ def test_usage_errors(run: Any, folders: dict[str, Path], texts: Texts, tmp_path
     model, out = folders["llama"], tmp_path / "p.plan"
     base = ("calibrate", model, "-o", out, "--rule")
     assert error(run(*base, "magic", "--sparsity", 0.5), 2) == (
-        "unknown rule 'magic'; known rules: cats, cett, fat, gate_tail, gate_topk, percentile, "
-        "relu, tail, teal, topk, two_stage, wina; known selectors: cluster, gate, "
-        "lowbit, oracle, random, static"
+        "unknown rule 'magic'; known rules: cats, cett, expert_mass, expert_share, expert_topk, "
+        "fat, gate_tail, gate_topk, percentile, relu, tail, teal, topk, two_stage, wina; known "
+        "selectors: cluster, gate, lowbit, oracle, random, static"
     )
     assert error(run(*base, "topk", "--sparsity", 1.0), 2) == (
         "sparsity 1 is outside [0, 1); give a fraction such as 0.5"

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2 import modeling_gemma2
 
 import fallow
-from conftest import engine_plan
+from conftest import DENSE, NEURON_RULES, engine_plan
 from engines import IDS, check_a_few, cutting_plan, make_plan, one_by_one
 from fallow.calibration.calibrator import Calibrator
 from fallow.common.errors import UsageError
@@ -22,17 +22,16 @@ from fallow.engine.drafting import Lookup
 from fallow.engine.engine import Engine
 from fallow.measure.evaluation import dense_logits
 from fallow.measure.quality import evaluate_engine
-from fallow.models import ARCHITECTURES, cuts
+from fallow.models import cuts
 from fallow.models.taps import attach
 from fallow.packing.packer import pack
 from fallow.plan import Cut
-from fallow.rules import RULES
 
 SEQUENCES = IDS.reshape(10, 10)  # more than the engine takes as a few, and a near-tie spoils one
 SMALL_ERROR = 0.005
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 def test_a_few_tokens_under_a_plan(name: str, packed: dict[str, Path]) -> None:
     engine = Engine(packed[name], threads=2)
     gate = ("gate_proj",) if engine.file.get("fallow.gated") else ()
@@ -117,7 +116,7 @@ def runs(engine: Engine) -> Iterator[np.ndarray]:
     yield np.concatenate(found)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 def test_plans_are_those_of_the_reference(
     name: str,
     tiny: dict[str, fallow.Model],
@@ -137,7 +136,7 @@ def test_plans_are_those_of_the_reference(
     assert np.max(errors) < SMALL_ERROR
     # Four times what the largest logit of a token is off by on average.
     margin = float(4 * np.mean(errors) / np.sqrt(np.mean(expected**2)))
-    for rule_name in RULES:
+    for rule_name in NEURON_RULES:
         plan = make_plan(calibrators[name], rule_name, 0.5)
         with monkeypatch.context() as patch, model.sparse(plan):
             near = near_ties(patch, margin)
@@ -149,7 +148,7 @@ def test_plans_are_those_of_the_reference(
             assert np.abs(found - expected)[clear].max() < SMALL_ERROR, rule_name
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r != "relu"])
+@pytest.mark.parametrize("rule", [r for r in NEURON_RULES if r != "relu"])
 def test_the_same_neurons_are_chosen(
     rule: str,
     tiny: dict[str, fallow.Model],
@@ -172,7 +171,7 @@ def test_the_same_neurons_are_chosen(
     assert (decoded > 0.2).all() == (plan.where == "inter" or rule in ("teal", "wina"))
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r != "relu"])
+@pytest.mark.parametrize("rule", [r for r in NEURON_RULES if r != "relu"])
 def test_sparsity_0_is_dense(
     rule: str, packed: dict[str, Path], calibrators: dict[str, Calibrator]
 ) -> None:

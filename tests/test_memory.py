@@ -11,14 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import VOCABULARY, engine_plan, make_folder
+from conftest import DENSE, EXPERTS, VOCABULARY, engine_plan, make_folder
 from fallow.checkpoints.text import load_text
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
 from fallow.engine import engine as module
 from fallow.engine import memory
 from fallow.engine.engine import Engine
-from fallow.engine.memory import RESERVE, SLOTS, head_rows, parse_size, parts_of, residencies
+from fallow.engine.memory import (
+    RESERVE,
+    SLOTS,
+    Residency,
+    experts_of,
+    head_rows,
+    parse_size,
+    parts_of,
+    residencies,
+)
 from fallow.engine.packed import packed_windows
 from fallow.engine.sampling import Sampler
 from fallow.measure import quality
@@ -43,6 +52,11 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     folder = make_folder("llama", root / "wide", num_hidden_layers=LAYERS, hidden_size=256)
     found["q4_k"] = root / "q4_k.gguf"
     pack(folder, found["q4_k"], quant="q4_k")
+    changes = {"hidden_size": 256, "moe_intermediate_size": 32, "head_dim": 64}
+    changes |= {"num_experts": 24, "num_experts_per_tok": 2}  # a block has few tokens for each
+    folder = make_folder("qwen3_moe", root / "experts", num_hidden_layers=LAYERS, **changes)
+    found["q4_k_experts"] = root / "q4_k_experts.gguf"
+    pack(folder, found["q4_k_experts"], quant="q4_k")
     for tied in (False, True):
         name = "tied" if tied else "untied"
         changes = {"hidden_size": 32, "tie_word_embeddings": tied}
@@ -66,9 +80,14 @@ def no_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "rss_bytes", lambda: 0)
 
 
+def options(path: Path) -> list[Residency]:
+    file = read_gguf(path)
+    return residencies(parts_of(file, False), None, experts_of(file))
+
+
 def budgets(path: Path) -> list[int]:
     """Five from all weights in memory to none of the FFNs'."""
-    sizes = [r.memory for r in residencies(parts_of(read_gguf(path), False))]
+    sizes = [r.memory for r in options(path)]
     chosen = [sizes[i] for i in np.linspace(0, len(sizes) - 1, 5).astype(int)]
     return [RESERVE + max(size, min(sizes)) for size in chosen]
 
@@ -84,7 +103,7 @@ def logits(engine: Engine) -> list[np.ndarray]:
 
 
 @pytest.mark.usefixtures("no_overhead")
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "q4_k"])
+@pytest.mark.parametrize("name", [*DENSE, "q4_k"])
 def test_logits_do_not_depend_on_the_budget(name: str, packed: Packed) -> None:
     expected = logits(Engine(packed[name], threads=2))
     streamed = []
@@ -99,6 +118,52 @@ def test_logits_do_not_depend_on_the_budget(name: str, packed: Packed) -> None:
     assert streamed == sorted(streamed)
     assert streamed[0] == 0
     assert len(set(streamed)) > 2
+
+
+@pytest.mark.usefixtures("no_overhead")
+@pytest.mark.parametrize("name", [*EXPERTS, "q4_k_experts"])
+def test_experts_come_from_the_file(name: str, packed: Packed) -> None:
+    """As many are kept as there is room for, at least those of a token; logits stay the same."""
+    path = packed[name]
+    file = read_gguf(path)
+    experts = experts_of(file)
+    assert experts is not None
+    expected = logits(Engine(path, threads=2))
+    (whole, least) = options(path)
+    assert least.experts == experts
+    found = []
+    for budget in (whole.memory, least.memory + 5 * experts.slot, least.memory):
+        engine = Engine(path, threads=2, memory=RESERVE + budget)
+        assert engine.residency is not None
+        for _ in range(2):
+            for some, all_there in zip(logits(engine), expected, strict=True):
+                np.testing.assert_array_equal(some, all_there)
+        disk = engine.core_stats()["disk"]
+        assert disk["missing_experts"] <= disk["experts"]
+        found.append((disk["missing_experts"], disk["bytes"]))
+    missing, read = np.array(found).T
+    assert 0 == missing[0] < missing[1] < missing[2]
+    # Beside the embedding; and what was read ahead in vain.
+    assert (read - read[0] >= missing * experts.size).all()
+    assert engine.residency.experts == experts
+    with pytest.raises(FallowError, match=r"is too little for .*; the least is \d+ MB"):
+        Engine(path, memory=RESERVE + least.memory - 1)
+
+
+@pytest.mark.usefixtures("no_overhead")
+def test_hot_experts_are_kept(packed: Packed) -> None:
+    """Of tokens that come again and again all experts are there at last, whatever came between."""
+    path = packed["qwen3_moe"]
+    (_, least) = options(path)
+    assert least.experts is not None
+    engine = Engine(path, memory=RESERVE + least.memory)
+    for token in [5] * 60 + [9]:
+        engine.reset()
+        engine.forward([token])
+    engine.reset_stats()
+    engine.reset()
+    engine.forward([5])
+    assert engine.core_stats()["disk"]["missing_experts"] <= least.experts.used // 2
 
 
 @pytest.mark.usefixtures("no_overhead")
@@ -126,13 +191,13 @@ def test_rows_of_the_head_come_from_the_file(name: str, packed: Packed) -> None:
     """Those that a shortlist wants, more or fewer than there is room for, or all."""
     path = packed[name]
     file = read_gguf(path)
-    options = residencies(parts_of(file, True), head_rows(file))
-    assert [r.head is not None for r in options[:3]] == [False, True, True]
-    assert options[1].memory < options[0].memory
-    assert options[0].pass_bytes == options[1].pass_bytes == 0
+    choices = residencies(parts_of(file, True), head_rows(file))
+    assert [r.head is not None for r in choices[:3]] == [False, True, True]
+    assert choices[1].memory < choices[0].memory
+    assert choices[0].pass_bytes == choices[1].pass_bytes == 0
     for margin in (0.5, 2.0, 1000.0):
         found = []
-        for budget in (None, RESERVE + options[1].memory, RESERVE + options[-1].memory):
+        for budget in (None, RESERVE + choices[1].memory, RESERVE + choices[-1].memory):
             plan = engine_plan(Engine(path, plan=False), head_margin=margin)
             engine = Engine(path, plan, threads=2, memory=budget)
             found.append(logits(engine))
@@ -347,21 +412,27 @@ def run_with(shim: Path, path: Path, fault: str | None, first: int = 1) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="interposes the reader of Linux")
-def test_failing_reads_end_in_an_error_or_change_nothing(packed: Packed, shim: Path) -> None:
-    path = packed["q4_k"]
+@pytest.mark.parametrize("name", ["q4_k", "q4_k_experts"])
+def test_failing_reads_end_in_an_error_or_change_nothing(
+    name: str, packed: Packed, shim: Path
+) -> None:
+    path = packed[name]
     expected = run_with(shim, path, None)
     assert len(expected) == 16
     assert run_with(shim, path, "short") == expected
     assert run_with(shim, path, "interrupted") == expected
-    loading = len(residencies(parts_of(read_gguf(path), False))[-1].resident)
+    loading = len(options(path)[-1].resident)
     for first in (1, 3 * loading):  # while loading, and while running
         assert "Input/output error" in run_with(shim, path, "broken", first)
         assert "ends too early; was it cut?" in run_with(shim, path, "cut", first)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="interposes the reader of Linux")
-def test_ctrl_c_amid_reads_leaves_an_engine_that_works(packed: Packed, shim: Path) -> None:
-    path = packed["q4_k"]
+@pytest.mark.parametrize("name", ["q4_k", "q4_k_experts"])
+def test_ctrl_c_amid_reads_leaves_an_engine_that_works(
+    name: str, packed: Packed, shim: Path
+) -> None:
+    path = packed[name]
     expected = run_with(shim, path, None)
     child = start_with(shim, path, "slow", how="until interrupted")
     assert child.stdout

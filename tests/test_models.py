@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fallow
-from conftest import CONFIGS, VOCABULARY, make_folder
+from conftest import CONFIGS, DENSE, EXPERTS, VOCABULARY, make_folder
 from fallow.checkpoints.weights import read_gguf, read_safetensors
 from fallow.common.errors import FallowError, UsageError
 from fallow.models import ARCHITECTURES, architectures
@@ -29,7 +29,7 @@ def test_logits_are_transformers_own(name: str, tiny: dict[str, fallow.Model]) -
     torch.testing.assert_close(model.logits(model.hidden(IDS)), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 def test_taps_read_the_ffn(name: str, tiny: dict[str, fallow.Model]) -> None:
     """The tapped values obey the equations of docs/methods.md."""
     model = tiny[name]
@@ -57,7 +57,7 @@ def test_taps_read_the_ffn(name: str, tiny: dict[str, fallow.Model]) -> None:
             assert v[projection].shape == (IDS.size, module.in_features)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 def test_taps_replace_values(name: str, tiny: dict[str, fallow.Model]) -> None:
     """Zeroing the input of down_proj everywhere equals zeroing its weights."""
     model = tiny[name]
@@ -92,7 +92,7 @@ def permute(values: np.ndarray, heads: int) -> np.ndarray:
     return values.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
 
 
-PERMUTED = ("llama", "arcee", "granite", "smollm3")
+PERMUTED = ("llama", "arcee", "granite", "smollm3", "mixtral", "granitemoe")
 PARTIAL = ("phi", "gpt_neox", "nemotron")
 LAYER_NORM_EPS = ("layer_norm_eps", "norm_epsilon", "norm_eps")
 
@@ -128,7 +128,7 @@ def write_gguf(
         writer.add_layer_norm_eps(getattr(config, eps))
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if name in ("qwen3", "gemma2", "gemma3"):
+    if name in ("qwen3", "qwen3_moe", "gemma2", "gemma3"):
         writer.add_key_length(8)
     if name in ("gemma2", "gemma3", "olmo3"):
         writer.add_sliding_window(16)
@@ -137,7 +137,9 @@ def write_gguf(
     if name == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if name == "granite":
+    if name in EXPERTS:
+        add_experts(writer, model)
+    if name in ("granite", "granitemoe"):
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
@@ -170,6 +172,18 @@ def write_gguf(
     return path
 
 
+def add_experts(writer: Any, model: fallow.Model) -> None:
+    """Keys of a mixture of experts."""
+    config, experts = model.module.config, model.layers[0].experts
+    assert experts is not None
+    writer.add_expert_count(experts.count)
+    writer.add_expert_used_count(experts.used)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if hasattr(config, "shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
 def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
     """The weights under the names that the gguf package gives them."""
     kinds = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
@@ -184,7 +198,17 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
                 parts = [state.pop(f"{prefix}.{x}_proj.{kind}") for x in "qkv"]
                 state[f"{prefix}.qkv_proj.{kind}"] = np.concatenate(parts)
     found = {}
+    for key in [key for key in state if key.endswith("experts.gate_up_proj")]:
+        for part, half in zip(("gate", "up"), np.split(state.pop(key), 2, axis=1), strict=True):
+            index = key.split(".")[2]
+            found[f"blk.{index}.ffn_{part}_exps.weight"] = half
     for key, values in state.items():
+        if key.endswith("experts.down_proj"):
+            found[f"blk.{key.split('.')[2]}.ffn_down_exps.weight"] = values
+            continue
+        key = key.replace(".router.weight", ".router.layer.weight")  # Granite's
+        if key.endswith("shared_expert_gate.weight"):
+            values = values[0]
         if name in PERMUTED and ".q_proj." in key:
             values = permute(values, 4)
         if name in PERMUTED and ".k_proj." in key:
@@ -296,7 +320,8 @@ def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
     writer.close()
     assert message(tmp_path / "m.gguf") == (
         "unknown architecture 'mamba' in GGUF M; known: arcee, gemma2, gemma3, gptneox, granite, "
-        "llama, nemotron, olmo2, phi2, phi3, qwen2, qwen3, smollm3, starcoder2"
+        "granitemoe, llama, nemotron, olmo2, olmoe, phi2, phi3, qwen2, qwen2moe, qwen3, qwen3moe, "
+        "smollm3, starcoder2"
     )
 
 
@@ -324,8 +349,9 @@ def test_folder_of_an_unknown_architecture(copy: Path) -> None:
     (copy / "config.json").write_text('{"model_type": "mamba"}')
     assert message(copy) == (
         "unknown architecture 'mamba' in M/config.json; "
-        "known: arcee, gemma2, gemma3_text, gpt_neox, granite, llama, ministral, mistral, "
-        "nemotron, olmo2, olmo3, opt, phi, phi3, qwen2, qwen3, smollm3, starcoder2"
+        "known: arcee, gemma2, gemma3_text, gpt_neox, granite, granitemoe, llama, ministral, "
+        "mistral, mixtral, nemotron, olmo2, olmo3, olmoe, opt, phi, phi3, qwen2, qwen2_moe, qwen3, "
+        "qwen3_moe, smollm3, starcoder2"
     )
 
 

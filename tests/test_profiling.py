@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 
 import fallow
-from conftest import WITH_RELU
+from conftest import DENSE, WITH_RELU
 from fallow.checkpoints.text import cut_windows, load_text
-from fallow.models import ARCHITECTURES
 from fallow.models.taps import attach
 
 Texts = tuple[Path, Path]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 def test_against_numpy(name: str, tiny: dict[str, fallow.Model], texts: Texts) -> None:
     model = tiny[name]
     result = fallow.profile(model, texts[1], context=32, windows=3)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import fallow
+from conftest import DENSE
 from fallow.calibration.calibrator import Calibrator
 from fallow.common.errors import UsageError
 from fallow.measure.evaluation import run_window
-from fallow.models import ARCHITECTURES
 from fallow.models.taps import Layer, attach
 from fallow.research.compensation import RIDGE, compensation_bytes
 from fallow.research.gate_bucket import BUCKETS
@@ -158,7 +158,7 @@ def learned_score(selector: Selector, layer: Layer, index: int, seen: dict[str, 
 
 
 @pytest.mark.parametrize("selector", [*CHOOSING, *COMPENSATED])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 def test_chosen_neurons(
     name: str, selector: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
 ) -> None:
@@ -193,7 +193,7 @@ def test_learned_needs_training(calibrators: dict[str, Calibrator]) -> None:
         made(calibrators["opt"], "learned:gate=1")
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 def test_compensation_is_added(
     name: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
 ) -> None:

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 import fallow
-from conftest import VOCABULARY
+from conftest import DENSE, NEURON_RULES, VOCABULARY
 from fallow.calibration.calibrator import Calibrator
 from fallow.common.errors import FallowError, UsageError
-from fallow.models import ARCHITECTURES
 from fallow.models.capture import Calibration, input_histogram
 from fallow.models.taps import Layer, attach
 from fallow.plan import Cut, Plan
-from fallow.rules import RULES, find_rule
+from fallow.rules import find_rule
 from fallow.rules.cett import CettSearch
 
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, (3, 32))
@@ -76,8 +75,8 @@ def run_and_record(
     }
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("rule", NEURON_RULES)
+@pytest.mark.parametrize("name", DENSE)
 def test_masks(
     name: str, rule: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
 ) -> None:
@@ -92,8 +91,8 @@ def test_masks(
             np.testing.assert_array_equal(after, np.where(active, before, 0))
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r != "relu"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("rule", [r for r in NEURON_RULES if r != "relu"])
+@pytest.mark.parametrize("name", DENSE)
 def test_sparsity_zero_is_dense_bit_for_bit(
     name: str, rule: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
 ) -> None:
@@ -105,7 +104,7 @@ def test_sparsity_zero_is_dense_bit_for_bit(
     assert torch.equal(sparse, dense)
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r != "relu"])
+@pytest.mark.parametrize("rule", [r for r in NEURON_RULES if r != "relu"])
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_target_sparsity_is_reached(
     name: str, rule: str, calibrators: dict[str, Calibrator]
@@ -160,7 +159,7 @@ def test_ties_are_inactive_together(name: str, folders: dict[str, Path]) -> None
     assert 0 < active[:, 0].mean() < 1
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r != "relu"])
+@pytest.mark.parametrize("rule", [r for r in NEURON_RULES if r != "relu"])
 def test_bfloat16(rule: str, folders: dict[str, Path], texts: tuple[Path, Path]) -> None:
     """A bfloat16 model is calibrated and cut like any other; scores are float32."""
     model = fallow.load(folders["qwen2"], dtype="bfloat16")
@@ -317,7 +316,7 @@ def test_teal_spares_what_the_block_needs_most(calibrators: dict[str, Calibrator
 # Searching for a loss ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r != "relu"])
+@pytest.mark.parametrize("rule", [r for r in NEURON_RULES if r != "relu"])
 def test_search_ends_below_the_target_and_close_to_it(
     rule: str, calibrators: dict[str, Calibrator]
 ) -> None:
@@ -358,13 +357,13 @@ def test_unknown_rule() -> None:
     with pytest.raises(UsageError) as error:
         find_rule("magic")
     assert str(error.value) == (
-        "unknown rule 'magic'; known rules: cats, cett, fat, gate_tail, gate_topk, percentile, "
-        "relu, tail, teal, topk, two_stage, wina"
+        "unknown rule 'magic'; known rules: cats, cett, expert_mass, expert_share, expert_topk, "
+        "fat, gate_tail, gate_topk, percentile, relu, tail, teal, topk, two_stage, wina"
     )
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
-@pytest.mark.parametrize("rule", [r for r in RULES if r != "relu"])
+@pytest.mark.parametrize("rule", [r for r in NEURON_RULES if r != "relu"])
 def test_sparsity_out_of_range(
     rule: str, sparsity: float, calibrators: dict[str, Calibrator]
 ) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import fallow
+from conftest import DENSE
 from fallow.calibration.calibrator import Calibrator
 from fallow.common.errors import UsageError
 from fallow.measure.evaluation import run_window
-from fallow.models import ARCHITECTURES
 from fallow.models.taps import Layer
 from fallow.patterns.store import unpack_bits
 from fallow.selectors import SELECTORS, Selector, cluster, find
@@ -72,7 +72,7 @@ def cluster_rate(selector: Selector, index: int, x: np.ndarray, truth: np.ndarra
 
 
 @pytest.mark.parametrize("selector", [n for n in NAMES if n != "random"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 def test_chosen_neurons(
     name: str, selector: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
 ) -> None:

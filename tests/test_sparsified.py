@@ -9,10 +9,9 @@ import torch
 import transformers
 
 import fallow
-from conftest import VOCABULARY, make_folder
+from conftest import DENSE, VOCABULARY, make_folder
 from fallow.calibration.calibrator import Calibrator
 from fallow.common.errors import FallowError, UsageError
-from fallow.models import ARCHITECTURES
 from fallow.plan import Plan
 from fallow.reference.model import Model
 from test_models import write_gguf
@@ -33,7 +32,7 @@ def plain(folder: Path, **options: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("rule", ["topk", "cats"])
 def test_a_plain_model_is_as_the_loaded_one(
     name: str,

@@ -59,7 +59,7 @@ CHANGING_KEYS = [
     ("llama", "attention.causal", False),
     ("llama", "attention.max_alibi_bias", 8.0),
     ("llama", "logit_scale", 0.5),
-    ("llama", "expert_count", 8),
+    ("qwen2", "expert_count", 8),
     ("llama", "swiglu_clamp_exp", [0.0, 7.0]),
     ("llama", "unheard_of", 1),
     ("qwen2", "attention.clamp_kqv", 8.0),
@@ -82,7 +82,7 @@ def test_gguf_key_that_changes_the_computation(
     assert "\n" not in said
 
 
-HEADS_OF_8 = ("qwen3", "gemma2", "gemma3", "nemotron")
+HEADS_OF_8 = ("qwen3", "qwen3_moe", "gemma2", "gemma3", "nemotron")
 # What llama.cpp's converters write beside what is read, older ones among them, and values that
 # llama.cpp takes for "none".
 NEUTRAL_KEYS = {

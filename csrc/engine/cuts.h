@@ -11,10 +11,10 @@
 namespace fallow {
 
 // Places where a plan may set values to zero, in the order of the computation: inputs of projections
-// and values of the FFN.
+// and values of the FFN. Of a mixture of experts, the square roots of a token's shares of its experts.
 enum Tap {
   kQInput, kKInput, kVInput, kOInput, kGateInput, kUpInput,
-  kGatePre, kGateAct, kUp, kInter, kDownInput, kFfnOut, kTaps,
+  kGatePre, kGateAct, kUp, kInter, kDownInput, kFfnOut, kRouter, kTaps,
 };
 
 // Values v_i of one layer and token with |v_i| * weight_i <= threshold are inactive and become zero.

@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <limits>
+#include <utility>
 
 namespace fallow {
 namespace {
@@ -262,6 +265,162 @@ void Streamer::start_at(std::unique_lock<std::mutex>& lock, uint64_t sequence) {
 void Streamer::reset_stats() {
   const std::lock_guard lock(mutex_);
   bytes_read_ = waits_ = in_time_ = 0;
+}
+
+ExpertCache::ExpertCache(const File& file, std::vector<std::vector<Extent>> experts,
+                         size_t n_per_layer, size_t n_slots)
+    : file_(file), experts_(std::move(experts)),
+      half_life_(kHalfLife * static_cast<double>(experts_.size() / n_per_layer)),
+      heat_(experts_.size(), -std::numeric_limits<double>::infinity()), slot_of_(experts_.size(), -1),
+      expert_in_(n_slots, -1), used_(n_slots), left_(n_slots), fresh_(n_slots), awaited_(n_slots),
+      failed_(n_slots) {
+  for (const auto& extents : experts_) {
+    uint64_t room = 0;
+    for (const Extent& extent : extents) room += extent.room();
+    slot_bytes_ = std::max(slot_bytes_, room);
+  }
+  slots_ = std::make_unique<Pages>(n_slots * slot_bytes_);
+  slots_->expect(0, n_slots * slot_bytes_);
+  for (int i = 0; i < kReaders; ++i) readers_.emplace_back([this] { work(); });
+}
+
+ExpertCache::~ExpertCache() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  readable_.notify_all();
+  for (std::thread& reader : readers_) reader.join();
+}
+
+// A slot that is free, or else that of the coldest expert which this call does not want; -1: all others are
+// being read.
+int64_t ExpertCache::coldest_slot() const {
+  int64_t found = -1;
+  double coldest = std::numeric_limits<double>::infinity();
+  for (size_t slot = 0; slot < room(); ++slot) {
+    if (left_[slot] > 0) continue;
+    if (expert_in_[slot] < 0) return static_cast<int64_t>(slot);
+    const double heat = heat_[static_cast<size_t>(expert_in_[slot])];
+    if (used_[slot] == call_ || (found >= 0 && heat >= coldest)) continue;
+    coldest = heat;
+    found = static_cast<int64_t>(slot);
+  }
+  return found;
+}
+
+void ExpertCache::read_into(size_t slot, size_t expert) {
+  if (expert_in_[slot] >= 0) slot_of_[static_cast<size_t>(expert_in_[slot])] = -1;
+  slot_of_[expert] = static_cast<int64_t>(slot);
+  expert_in_[slot] = static_cast<int64_t>(expert);
+  used_[slot] = 0;
+  fresh_[slot] = 1;
+  awaited_[slot] = failed_[slot] = 0;
+  uint64_t at = slot * slot_bytes_;
+  for (const Extent& extent : experts_[expert]) {
+    for_pieces(extent, [&](const Extent& piece, uint64_t done) {
+      queue_.push_back({slot, piece, at + done});
+      ++left_[slot];
+    });
+    at += extent.room();
+  }
+}
+
+// Reads no more of what a slot was to hold. Pieces on their way still come, so that it is not free yet.
+void ExpertCache::drop(size_t slot) {
+  left_[slot] -= std::erase_if(queue_, [&](const Piece& piece) { return piece.slot == slot; });
+  if (expert_in_[slot] >= 0) slot_of_[static_cast<size_t>(expert_in_[slot])] = -1;
+  expert_in_[slot] = -1;
+}
+
+void ExpertCache::want(const size_t* experts, const size_t* uses, size_t n) {
+  std::unique_lock lock(mutex_);
+  ++call_;
+  wanted_slots_.clear();
+  was_there_.clear();
+  for (size_t i = 0; i < n; ++i) {
+    double& heat = heat_[experts[i]];
+    const double use = static_cast<double>(call_) / half_life_ + std::log2(static_cast<double>(uses[i]));
+    heat = std::max(heat, use) + std::log2(1 + std::exp2(-std::fabs(heat - use)));
+    const int64_t slot = slot_of_[experts[i]];
+    if (slot < 0) continue;
+    if (failed_[static_cast<size_t>(slot)]) drop(static_cast<size_t>(slot));
+    else used_[static_cast<size_t>(slot)] = call_;  // must not leave for the others
+  }
+  while (true) {
+    const auto vain = std::find_if(queue_.begin(), queue_.end(),
+                                   [&](const Piece& piece) { return used_[piece.slot] != call_; });
+    if (vain == queue_.end()) break;
+    drop(vain->slot);
+  }
+  for (size_t i = 0; i < n; ++i) {
+    if (slot_of_[experts[i]] < 0) {
+      int64_t slot = -1;
+      ready_.wait(lock, [&] { return (slot = coldest_slot()) >= 0; });
+      read_into(static_cast<size_t>(slot), experts[i]);
+    }
+    const auto slot = static_cast<size_t>(slot_of_[experts[i]]);
+    used_[slot] = call_;
+    missing_ += fresh_[slot];
+    fresh_[slot] = 0;
+    wanted_slots_.push_back(slot);
+    was_there_.push_back(left_[slot] == 0);
+  }
+  wanted_ += n;
+  readable_.notify_all();
+}
+
+void ExpertCache::foresee(const size_t* experts, size_t n) {
+  const std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < n; ++i) {
+    if (slot_of_[experts[i]] >= 0) continue;
+    const int64_t slot = coldest_slot();
+    if (slot < 0) break;
+    read_into(static_cast<size_t>(slot), experts[i]);
+  }
+  readable_.notify_all();
+}
+
+void ExpertCache::work() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    readable_.wait(lock, [&] { return stop_ || !queue_.empty(); });
+    if (stop_) return;
+    const Piece piece = queue_.front();
+    queue_.pop_front();
+    std::string error;
+    lock.unlock();
+    try {
+      file_.read(piece.from, slots_->data() + piece.at);
+    } catch (const DiskError& e) {
+      error = e.what();
+    }
+    lock.lock();
+    if (!error.empty()) {
+      error_ = error;
+      failed_[piece.slot] = 1;
+    }
+    bytes_read_ += piece.from.size;
+    if (--left_[piece.slot] == 0) ready_.notify_all();
+  }
+}
+
+const uint8_t* ExpertCache::wait(size_t i) {
+  std::unique_lock lock(mutex_);
+  const size_t slot = wanted_slots_[i];
+  if (!awaited_[slot]) {
+    awaited_[slot] = 1;
+    in_time_ += left_[slot] == 0;
+  }
+  ready_.wait(lock, [&] { return left_[slot] == 0; });
+  return failed_[slot] ? nullptr : slots_->data() + slot * slot_bytes_;
+}
+
+void ExpertCache::check() {
+  const std::lock_guard lock(mutex_);
+  if (std::any_of(wanted_slots_.begin(), wanted_slots_.end(), [&](size_t slot) { return failed_[slot] != 0; }))
+    throw DiskError(error_);
+  file_.check_unchanged();
 }
 
 }  // namespace fallow

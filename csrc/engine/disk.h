@@ -6,6 +6,7 @@
 
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -120,6 +121,87 @@ class Streamer {
   bool stop_ = false;
   std::string error_;
   uint64_t bytes_read_ = 0, waits_ = 0, in_time_ = 0;
+  std::vector<std::thread> readers_;
+};
+
+// Experts whose weights are read from the file when tokens choose them. `n_slots` of those that were
+// chosen before are in memory. Which one leaves for another is the coldest: every use heats an expert, and
+// heat halves in kHalfLife passes (LRFU: Lee et al., IEEE Trans. Computers 50(12), 2001).
+class ExpertCache {
+ public:
+  // Long against the tokens that a cache holds, some three, so that what is used often outlives them; short
+  // against a text.
+  static constexpr double kHalfLife = 64;
+
+  // Of each expert its extents, which in memory lie one after the other. Experts are numbered through
+  // all layers, n_per_layer of each.
+  ExpertCache(const File& file, std::vector<std::vector<Extent>> experts, size_t n_per_layer,
+              size_t n_slots);
+  ~ExpertCache();
+
+  size_t room() const { return expert_in_.size(); }
+  // Begins to read those of these n <= room() experts that are not in memory; uses[i] tokens chose the
+  // i-th. Others may leave: what an earlier call wanted must have been waited for. What was foreseen in
+  // vain is read no further.
+  void want(const size_t* experts, const size_t* uses, size_t n);
+  // Then reads these n, which may be wanted next.
+  void foresee(const size_t* experts, size_t n);
+  // Whether the i-th of them was in memory already.
+  bool was_there(size_t i) const { return was_there_[i] != 0; }
+  // Waits until the i-th of them is in memory, for any thread; null if it cannot be read.
+  const uint8_t* wait(size_t i);
+  // Throws DiskError if one of them could not be read, or the file has changed. To be called when all
+  // were waited for.
+  void check();
+
+  // Since the last reset_stats. Of what is foreseen, bytes are read at any time.
+  uint64_t bytes_read() const {
+    const std::lock_guard lock(mutex_);
+    return bytes_read_;
+  }
+  uint64_t wanted() const { return wanted_; }
+  uint64_t missing() const { return missing_; }  // of these, what had to be read, foreseen or not
+  uint64_t in_time() const { return in_time_; }  // of these, what was there when it was waited for
+  void reset_stats() {
+    const std::lock_guard lock(mutex_);
+    bytes_read_ = wanted_ = missing_ = in_time_ = 0;
+  }
+
+ private:
+  struct Piece {
+    size_t slot;
+    Extent from;
+    uint64_t at;  // in the slot
+  };
+
+  void work();
+  int64_t coldest_slot() const;
+  void read_into(size_t slot, size_t expert);
+  void drop(size_t slot);
+
+  const File& file_;
+  std::vector<std::vector<Extent>> experts_;
+  double half_life_;  // calls
+  uint64_t slot_bytes_ = 0;
+  std::unique_ptr<Pages> slots_;
+  std::vector<double> heat_;         // of each expert, log2; as if all uses were in the first call
+  std::vector<int64_t> slot_of_;     // of each expert; -1: it is not in memory
+  std::vector<int64_t> expert_in_;   // of each slot; -1: none
+  std::vector<uint64_t> used_;       // of each slot: the call that wanted it last
+  std::vector<size_t> wanted_slots_; // of this call
+  std::vector<uint8_t> was_there_;   // of this call
+  uint64_t call_ = 0;
+
+  mutable std::mutex mutex_;
+  std::condition_variable readable_, ready_;
+  std::vector<size_t> left_;         // of each slot: pieces still to be read
+  std::vector<uint8_t> fresh_;       // of each slot: nobody wanted what is read there yet
+  std::vector<uint8_t> awaited_;     // of each slot: whether somebody waited for what is read
+  std::vector<uint8_t> failed_;      // of each slot: whether it could not be read
+  std::deque<Piece> queue_;
+  std::string error_;
+  bool stop_ = false;
+  uint64_t bytes_read_ = 0, wanted_ = 0, missing_ = 0, in_time_ = 0;
   std::vector<std::thread> readers_;
 };
 

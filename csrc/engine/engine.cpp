@@ -16,10 +16,11 @@ size_t widest_input(const Config& c) {
 Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint32_t context,
                size_t block)
     : model_(model), config_(model.config), context_(context),
-      block_(std::min<size_t>(block, context)), run_(kernels, n_threads, config_.n_layers),
-      cuts_(run_, std::max<size_t>(widest_input(config_), config_.intermediate_size)),
-      products_(run_, cuts_, block_, widest_input(config_), config_.intermediate_size),
+      block_(std::min<size_t>(block, context)), run_(kernels, n_threads, config_.n_layers, config_.n_experts),
+      cuts_(run_, std::max<size_t>({widest_input(config_), config_.intermediate_size, config_.n_experts})),
+      products_(run_, cuts_, block_, widest_input(config_), config_.widest_ffn()),
       attention_(run_, products_, model, block_, context), ffn_(run_, cuts_, products_, model, block_),
+      experts_(run_, cuts_, products_, model, block_),
       head_(run_, products_, model), normed_(block_, config_.hidden_size, kernels),
       residual_(block_ * config_.hidden_size), branch_(residual_.size()),
       embedding_row_(model.embed_tokens.row_bytes) {}
@@ -114,11 +115,12 @@ void Engine::ffn(size_t l, size_t n) {
     for (const auto& [place, at] : streamed_[l].places) *place = unit + at;
     clock.mark(timing.disk);
   }
-  const double selecting = timing.select;
-  ffn_.forward(l, normed_, n, branch_.data());
+  const double apart = timing.select + timing.disk;
+  if (config_.n_experts > 0) experts_.forward(l, normed_, n, branch_.data());
+  else ffn_.forward(l, normed_, n, branch_.data());
   if (streams) streamer_->done();
   clock.mark(timing.ffn);
-  timing.ffn -= timing.select - selecting;
+  timing.ffn -= timing.select + timing.disk - apart;
 }
 
 // input = norm(residual), or the residual where there is no norm.

@@ -10,6 +10,7 @@
 #include "engine/attention.h"
 #include "engine/cuts.h"
 #include "engine/disk.h"
+#include "engine/experts.h"
 #include "engine/ffn.h"
 #include "engine/head.h"
 #include "engine/packed.h"
@@ -43,6 +44,7 @@ class Engine {
   // From now on rows of embed_tokens, or of lm_head, come from there.
   void set_embedding(FileRows* rows) { embedding_rows_ = rows; }
   void set_head(FileRows* rows) { head_.set_rows(rows); }
+  void set_experts(ExpertCache* cache) { experts_.set_cache(cache); }
   // From now on these layers' matrices come from the disk; one entry per layer.
   void set_stream(Streamer* streamer, std::vector<StreamedLayer> layers);
   // Called between layers, and between parts of a block's head. May throw, which ends the pass.
@@ -79,6 +81,7 @@ class Engine {
   Products products_;
   Attention attention_;
   Ffn ffn_;
+  Experts experts_;  // in place of the FFN, where there are any
   Head head_;
   Input normed_;                          // (block, hidden), what attention, FFN or head read
   std::vector<float> residual_, branch_;  // (block, hidden)

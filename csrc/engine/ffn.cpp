@@ -1,8 +1,9 @@
 #include "engine/ffn.h"
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
+
+#include "engine/activation.h"
 
 namespace fallow {
 
@@ -143,20 +144,6 @@ void Ffn::count_active(size_t l) {
   for (Scratch& own : scratch_) run_.statistics.active[l] += std::exchange(own.active, 0);
 }
 
-void Ffn::activate(float* x, size_t n) const {
-  switch (config_.act) {
-    case Act::kSilu: return run_.kernels.silu(x, n);
-    case Act::kGeluTanh: return run_.kernels.gelu_tanh(x, n);
-    case Act::kGelu:
-      for (size_t i = 0; i < n; ++i) x[i] *= 0.5f * (1 + std::erf(x[i] * 0.70710678f));
-      return;
-    case Act::kRelu:
-      for (size_t i = 0; i < n; ++i) x[i] = std::max(x[i], 0.0f);
-      return;
-    case Act::kRelu2:
-      for (size_t i = 0; i < n; ++i) x[i] = std::max(x[i], 0.0f) * std::max(x[i], 0.0f);
-      return;
-  }
-}
+void Ffn::activate(float* x, size_t n) const { fallow::activate(run_.kernels, config_.act, x, n); }
 
 }  // namespace fallow

@@ -26,6 +26,12 @@ class Reader {
     return in_range(name, scalar(name), lowest, highest);
   }
 
+  // The same of a key that version 3 may leave out.
+  uint32_t count_or(uint32_t otherwise, const std::string& name, uint64_t lowest,
+                    uint64_t highest = kLargest) const {
+    return fields_.contains(key(name)) ? count(name, lowest, highest) : otherwise;
+  }
+
   std::vector<uint32_t> counts(const std::string& name, uint64_t n, uint64_t highest) const {
     const GgufField& found = field(name);
     if (!found.is_array || found.values.size() != n)
@@ -80,6 +86,12 @@ class Reader {
     if (cols % 4 != 0 || cols > kTwoBitsWidest)
       throw PackedError(name + " cannot have rows of " + std::to_string(cols) + " weights");
     return {bytes(name, rows, row_bytes), kTwoBits, rows, cols, row_bytes};
+  }
+
+  Matrix float_matrix(const std::string& name, uint64_t rows, uint64_t cols) const {
+    const Matrix found = matrix(name, rows, cols);
+    if (found.type != kF32) throw PackedError("tensor " + name + " must be F32");
+    return found;
   }
 
   const float* vector(const std::string& name, uint64_t n) const {
@@ -193,12 +205,48 @@ Config read_config(const Reader& in) {
   if (c.n_heads % c.n_kv_heads != 0)
     throw PackedError("fallow.n_heads must be a multiple of fallow.n_kv_heads");
   if (c.rotary_dim % 2 != 0) throw PackedError("fallow.rotary_dim must be even");
+  c.n_experts = in.count_or(0, "n_experts", 1, 1 << 16);
+  if (c.n_experts > 0) {
+    c.n_experts_used = in.count("n_experts_used", 1, c.n_experts);
+    c.shared_intermediate_size = in.count("shared_intermediate_size", 0);
+    c.norm_experts = in.flag("norm_experts");
+    if (!c.gated) throw PackedError("fallow.gated must be true of a mixture of experts");
+  }
   return c;
+}
+
+Expert read_expert(const Reader& in, const std::string& p, uint64_t d_ff, uint64_t hidden) {
+  return {in.matrix(p + "gate_proj.weight", d_ff, hidden), in.matrix(p + "up_proj.weight", d_ff, hidden),
+          in.matrix(p + "down_proj_t.weight", d_ff, hidden)};
+}
+
+void read_experts(const Reader& in, const Config& c, const std::string& p, Layer& l) {
+  const uint64_t hidden = c.hidden_size;
+  l.router = in.float_matrix(p + "router.weight", c.n_experts, hidden);
+  for (uint32_t e = 0; e < c.n_experts; ++e)
+    l.experts.push_back(
+        read_expert(in, p + "experts." + std::to_string(e) + ".", c.intermediate_size, hidden));
+  if (c.shared_intermediate_size == 0) return;
+  l.shared_expert_gate = in.float_matrix(p + "shared_expert_gate.weight", 1, hidden);
+  l.experts.push_back(read_expert(in, p + "shared_expert.", c.shared_intermediate_size, hidden));
+}
+
+void read_ffn(const Reader& in, const Config& c, const std::string& p, Layer& l) {
+  const uint64_t hidden = c.hidden_size, d_ff = c.intermediate_size;
+  if (c.gated) {
+    l.gate_proj = in.matrix(p + "gate_proj.weight", d_ff, hidden);
+    l.gate_bias = in.optional_vector(p + "gate_proj.bias", d_ff);
+  }
+  l.up_proj = in.matrix(p + "up_proj.weight", d_ff, hidden);
+  l.up_bias = in.optional_vector(p + "up_proj.bias", d_ff);
+  l.down_proj_t = in.matrix(p + "down_proj_t.weight", d_ff, hidden);
+  l.down_bias = in.optional_vector(p + "down_proj.bias", hidden);
+  l.down_norm = in.vector(p + "down_norm", d_ff);
 }
 
 Layer read_layer(const Reader& in, const Config& c, uint32_t index) {
   const std::string p = "layers." + std::to_string(index) + ".";
-  const uint64_t hidden = c.hidden_size, d_ff = c.intermediate_size;
+  const uint64_t hidden = c.hidden_size;
   const uint64_t q = uint64_t{c.n_heads} * c.head_dim, kv = uint64_t{c.n_kv_heads} * c.head_dim;
   Layer l;
   l.attn_post_norm = in.optional_norm(p + "attn_post_norm", hidden);
@@ -218,15 +266,7 @@ Layer read_layer(const Reader& in, const Config& c, uint32_t index) {
   l.k_bias = in.optional_vector(p + "k_proj.bias", kv);
   l.v_bias = in.optional_vector(p + "v_proj.bias", kv);
   l.o_bias = in.optional_vector(p + "o_proj.bias", hidden);
-  if (c.gated) {
-    l.gate_proj = in.matrix(p + "gate_proj.weight", d_ff, hidden);
-    l.gate_bias = in.optional_vector(p + "gate_proj.bias", d_ff);
-  }
-  l.up_proj = in.matrix(p + "up_proj.weight", d_ff, hidden);
-  l.up_bias = in.optional_vector(p + "up_proj.bias", d_ff);
-  l.down_proj_t = in.matrix(p + "down_proj_t.weight", d_ff, hidden);
-  l.down_bias = in.optional_vector(p + "down_proj.bias", hidden);
-  l.down_norm = in.vector(p + "down_norm", d_ff);
+  c.n_experts > 0 ? read_experts(in, c, p, l) : read_ffn(in, c, p, l);
   return l;
 }
 
@@ -243,7 +283,7 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
   const Config& c = model.config;
   const auto windows = in.counts("sliding_window", c.n_layers, kLargest);
   const auto ropes = in.counts("rope", c.n_layers, c.n_layers);
-  const uint32_t n_outliers = in.count("n_outliers", 0, c.intermediate_size);
+  const uint32_t n_outliers = in.count("n_outliers", 0, c.n_experts > 0 ? 0 : c.intermediate_size);
   const auto outliers = n_outliers > 0
                             ? in.counts("outliers", uint64_t{c.n_layers} * n_outliers,
                                         c.intermediate_size - 1)

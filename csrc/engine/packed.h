@@ -2,6 +2,7 @@
 // mapped bytes. docs/packed.md describes the file. Nothing is copied but names and small vectors.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -32,6 +33,13 @@ struct Config {
   bool gated;                 // gate_proj and up_proj; otherwise up_proj alone, which `act` follows
   bool parallel;              // attention and FFN read the same norm and add to the same residual
   Act act;
+  // A mixture of experts in place of every FFN; intermediate_size is then that of an expert.
+  uint32_t n_experts;         // 0: there are none
+  uint32_t n_experts_used;    // by a token
+  uint32_t shared_intermediate_size;  // of an expert that every token uses; 0: there is none
+  bool norm_experts;          // shares of a token's experts are made to sum to 1
+
+  uint32_t widest_ffn() const { return std::max(intermediate_size, shared_intermediate_size); }
 };
 
 // W (rows, cols), row-major in a ggml type or in two bits; data is null for a matrix the model does not
@@ -51,6 +59,11 @@ struct Norm {
   const float* bias = nullptr;
 };
 
+// One FFN of several.
+struct Expert {
+  Matrix gate_proj, up_proj, down_proj_t;  // (d_ff, hidden) each
+};
+
 struct Layer {
   // Of attn_norm and ffn_norm the weight may be null, where what they read is not normed. Where both are
   // there and the config is parallel, both read what came into the layer.
@@ -65,6 +78,9 @@ struct Layer {
   Matrix outliers;                              // (n, hidden)
   std::vector<uint32_t> outlier_neurons;        // (n,), ascending
   const float* down_norm = nullptr;             // (d_ff,): ||down_proj[:, i]|| of the source
+  // In place of the FFN's: of a mixture of experts, the shared one last.
+  Matrix router, shared_expert_gate;            // (n_experts, hidden), (1, hidden); F32
+  std::vector<Expert> experts;
   const float* inv_freq = nullptr;              // (rotary_dim / 2,)
   const float* rope_scale = nullptr;            // (1,), factor of cos and sin; null: the config's
   uint32_t sliding_window = 0;                  // tokens; 0: all

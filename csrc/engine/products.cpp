@@ -66,10 +66,11 @@ Products::Products(Runtime& run, Cuts& cuts, size_t tokens, size_t width, size_t
   }
 }
 
-void Products::prepare(Input& input, size_t n) const {
+void Products::prepare(Input& input, size_t n, bool few) const {
   const Kernels& k = run_.kernels;
   const size_t w = input.width;
-  if (!is_decode(n)) {
+  input.few = few;
+  if (!few) {
     run_.for_tokens(n, [&](size_t t, int) {
       const float* x = input.x.data() + t * w;
       if (k.to_bf16) k.to_bf16(x, w, input.half.data() + t * w);
@@ -98,7 +99,7 @@ void Products::multiply(size_t layer, const Input& input, size_t n,
       std::copy_n(input.x.data() + t * input.width, input.width, x);
       cuts_.apply(cuts_.at(layer, p.input), x, input.width, worker);
     });
-    prepare(cut_input_, n);
+    prepare(cut_input_, n, input.few);
     multiply(cut_input_, n, p);
   }
 }
@@ -110,7 +111,7 @@ void Products::multiply(const Input& input, size_t n, const Product& product) {
 void Products::multiply(const Input& input, size_t n, const Product* begin, const Product* end) {
   run_.pool.run([&](int worker) {
     for (const Product* p = begin; p != end; ++p) {
-      if (!is_decode(n)) {
+      if (!input.few) {
         multiply_block(input, n, *p, worker);
         continue;
       }
@@ -260,9 +261,14 @@ void Products::gemv(const Matrix& w, const int32_t* rows, size_t begin, size_t n
 
 void Products::gemv(const Matrix& w, size_t begin, size_t n, const Input& input, size_t tokens,
                     float* y, size_t stride, int worker) {
-  if (tokens == 1 && w.layout == Layout::kRows) return gemv(w, nullptr, begin, n, input.activation(), y, worker);
   Activation x[kFew];
   for (size_t t = 0; t < tokens; ++t) x[t] = input.activation(t);
+  gemv(w, begin, n, x, tokens, y, stride, worker);
+}
+
+void Products::gemv(const Matrix& w, size_t begin, size_t n, const Activation* x, size_t tokens,
+                    float* y, size_t stride, int worker) {
+  if (tokens == 1 && w.layout == Layout::kRows) return gemv(w, nullptr, begin, n, x[0], y, worker);
   run_.statistics.read(worker, n * w.row_bytes);
   const auto& table = w.layout == Layout::kRows ? run_.kernels.gemv_tokens : run_.kernels.gemv_tiles;
   if (const GemvTokens together = table[w.type])

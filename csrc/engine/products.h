@@ -15,6 +15,7 @@ namespace fallow {
 // of prefill bfloat16 and bytes, which are `high`, where the kernels have such products.
 struct Input {
   size_t width = 0;
+  bool few = true;  // whether their products are those of decode
   std::vector<float> x, d, sum, sum16;
   std::vector<int8_t> high, low;
   std::vector<uint16_t> half;
@@ -43,8 +44,10 @@ class Products {
   // Whether a block's products may be those in bytes, which are faster and less exact
   // (docs/results/engine.md).
   void allow_bytes(bool allow) { in_bytes_ = allow; }
-  // Makes from the floats of an input what its products need besides.
-  void prepare(Input& input, size_t n) const;
+  // Makes from the floats of an input what its products need besides. Those of a block, however few they
+  // are, have products that do not depend on how many tokens there are, unless they are to be `few`.
+  void prepare(Input& input, size_t n) const { prepare(input, n, is_decode(n)); }
+  void prepare(Input& input, size_t n, bool few) const;
   // All products of one input at once, or, where the plan cuts their inputs, one after another.
   void multiply(size_t layer, const Input& input, size_t n, std::initializer_list<Product> products);
   void multiply(const Input& input, size_t n, const Product& product);
@@ -62,6 +65,8 @@ class Products {
             float* y, int worker);
   // y[t * stride + i] = W[begin + i] . x_t
   void gemv(const Matrix& w, size_t begin, size_t n, const Input& input, size_t tokens, float* y,
+            size_t stride, int worker);
+  void gemv(const Matrix& w, size_t begin, size_t n, const Activation* x, size_t tokens, float* y,
             size_t stride, int worker);
   // y (cols,) += sum over i of coefficient[i] * W[row i]
   void axpy(const Matrix& w, const int32_t* rows, size_t begin, size_t n, const float* coefficient,

@@ -39,8 +39,8 @@ class Clock {
 // bytes of weights and cache that decode read. Threads count bytes on cache lines of their own.
 class Statistics {
  public:
-  Statistics(size_t n_layers, int n_threads)
-      : active(n_layers), bytes_(static_cast<size_t>(n_threads)) {}
+  Statistics(size_t n_layers, size_t n_experts, int n_threads)
+      : active(n_layers), expert_uses(n_layers * n_experts), bytes_(static_cast<size_t>(n_threads)) {}
 
   void read(int worker, uint64_t bytes) { bytes_[static_cast<size_t>(worker)].n += bytes; }
   uint64_t bytes_read() const {
@@ -52,11 +52,13 @@ class Statistics {
     tokens = 0;
     timing = {};
     active.assign(active.size(), 0);
+    expert_uses.assign(expert_uses.size(), 0);
     bytes_.assign(bytes_.size(), {});
   }
 
   uint64_t tokens = 0;
   std::vector<uint64_t> active;
+  std::vector<uint64_t> expert_uses;  // tokens that chose each expert, layer after layer
   Timing timing;
 
  private:
@@ -72,8 +74,8 @@ struct Runtime {
   Statistics statistics;
   std::function<void()> pause = [] {};  // called between steps of a long pass; may throw, which ends it
 
-  Runtime(const Kernels& table, int n_threads, size_t n_layers)
-      : kernels(table), pool(n_threads), statistics(n_layers, n_threads) {}
+  Runtime(const Kernels& table, int n_threads, size_t n_layers, size_t n_experts)
+      : kernels(table), pool(n_threads), statistics(n_layers, n_experts, n_threads) {}
 
   size_t n_threads() const { return static_cast<size_t>(pool.size()); }
 

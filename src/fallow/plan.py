@@ -20,6 +20,7 @@ _METADATA_KEY = "fallow_plan"
 _SKETCH = "calibration_sketch"
 
 FFN_TAPS = ("gate_pre", "gate_act", "up", "inter", "ffn_out")
+ROUTER = "router"  # of a mixture of experts
 # Projections by the name of their input; a model has some of them fused, or not.
 PROJECTIONS = (
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj",
@@ -34,7 +35,8 @@ class Cut:
     """Values v of one tap with |v_i| * weight_i <= threshold are inactive: they become zero.
 
     Args:
-        tap: one of FFN_TAPS, or of PROJECTIONS for that projection's input.
+        tap: one of FFN_TAPS, or of PROJECTIONS for that projection's input, or "router": of a
+            mixture of experts, the square roots of the shares that a token's experts have of it.
         kind: what `value` says of each layer. "threshold": the threshold itself; below 0 nothing
             is cut. "topk": k / width, and the threshold is each token's smallest that leaves at
             most k scores above it. "tail": τ, and it is each token's largest score with
@@ -53,7 +55,7 @@ class Cut:
     weight: np.ndarray | str | None = None
 
     def __post_init__(self) -> None:
-        if self.tap not in FFN_TAPS + PROJECTIONS:
+        if self.tap not in (*FFN_TAPS, *PROJECTIONS, ROUTER):
             raise ValueError(f"nothing can be cut at {in_one_line(self.tap)}")
         if self.kind not in KINDS:
             raise ValueError(f"a cut of {self.tap} has the unknown kind {in_one_line(self.kind)}")
@@ -64,7 +66,7 @@ class Cut:
         if self.kind != "threshold" and not ((value >= 0) & (value <= 1)).all():
             raise ValueError(f"the {self.kind} of {self.tap} is outside 0 to 1")
         if isinstance(self.weight, str):
-            if self.weight != COLUMN_NORM or self.tap == "ffn_out":
+            if self.weight != COLUMN_NORM or self.tap in ("ffn_out", ROUTER):
                 raise ValueError(f"{in_one_line(self.weight)} is no weight of {self.tap}")
         elif self.weight is not None:
             weight = np.asarray(self.weight, dtype=np.float32)
@@ -173,8 +175,10 @@ class Plan:
 
     @property
     def where(self) -> str:
-        """ "input": inputs of projections are cut; "inter": neurons."""
-        return "input" if self.inputs else "inter"
+        """ "input": inputs of projections are cut; "experts"; "inter": neurons."""
+        if self.inputs:
+            return "input"
+        return "inter" if self.cut(ROUTER) is None else "experts"
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:

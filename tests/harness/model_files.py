@@ -189,9 +189,8 @@ def folder(seeds: Seeds) -> Target:
 
 def plan(seeds: Seeds) -> Target:
     """Plans of all rules, in the engine and in the reference."""
-    from conftest import engine_plan
+    from conftest import NEURON_RULES, engine_plan
     from fallow.plan import Cut, Plan
-    from fallow.rules import RULES
 
     engine, model = seeds.engine(), seeds.loaded()
 
@@ -216,7 +215,7 @@ def plan(seeds: Seeds) -> Target:
         finally:
             _engine(engine, plan)
 
-    found = [seeds.made(f"plans/{name}", make(name)) for name in (*RULES, "coarse")]
+    found = [seeds.made(f"plans/{name}", make(name)) for name in (*NEURON_RULES, "coarse")]
     names = ("this plan", "the plan", "logits")
     return Target(found, use, names=names)
 

@@ -40,6 +40,9 @@ def run(folder: Path) -> None:
             Plan(path.stem, engine.fingerprint, "by hand", 0.0, "", cuts, head_margin=margin)
             for cuts, margin in by_hand
         ]
+        if engine.n_experts:
+            fewer = (Cut("router", "tail", np.full(2, 0.5)),)
+            made = [Plan(path.stem, engine.fingerprint, "by hand", 0.0, "", fewer)]
         for plan in (None, *made):
             engine.use_plan(plan)
             engine.logits(ids)  # prefill

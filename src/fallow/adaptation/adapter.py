@@ -179,6 +179,8 @@ class _Run:
         shares: Sequence[float],
         device: str,
     ) -> None:
+        if any(layer.experts is not None for layer in model.layers):
+            raise FallowError(f"{name} is a mixture of experts; only dense models can be adapted")
         self.model, self.work, self.settings, self.device = model, work, settings, device
         self.source = find_model(str(name))
         if (self.source / ADAPTED_FILE).is_file():

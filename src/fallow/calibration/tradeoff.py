@@ -410,6 +410,7 @@ def write_table(table: list[dict[str, Any]], folder: Path) -> None:
 _COLUMNS = {
     "inter": "neuron sparsity S(inter)",
     "input": "input sparsity of all projections",
+    "experts": "experts left out",
 }
 
 

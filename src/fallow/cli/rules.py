@@ -4,6 +4,8 @@ import textwrap
 
 from fallow.cli._shared import JsonOption, app, print_json
 
+_CUTS = {"inter": "neurons", "input": "inputs of projections", "experts": "experts"}
+
 
 @app.command()
 def rules(as_json: JsonOption = False) -> None:
@@ -21,7 +23,7 @@ def rules(as_json: JsonOption = False) -> None:
         for rule in (found[name] for name in names):
             print(":".join([rule.name, *(f"{k}={v}" for k, v in rule.options.items())]))
             for label, value in (
-                ("cuts", "neurons" if rule.where == "inter" else "inputs of projections"),
+                ("cuts", _CUTS[rule.where]),
                 ("parameter", rule.knob_name),
                 ("known", rule.known),
                 ("paper", rule.paper),

@@ -6,7 +6,7 @@ import numpy as np
 
 from fallow import _core
 from fallow.common.errors import FallowError
-from fallow.plan import COLUMN_NORM, FFN_TAPS, Plan
+from fallow.plan import COLUMN_NORM, FFN_TAPS, ROUTER, Plan
 from fallow.plan import Cut as PlanCut
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ def core_cuts(engine: "Engine", plan: Plan) -> list[Cut]:
 
 
 def _check_fits(engine: "Engine", cut: PlanCut, parts: tuple[str, ...]) -> None:
+    of_ffn = cut.tap in FFN_TAPS or parts[0] in ("gate_proj", "up_proj", "down_proj")
+    if of_ffn if engine.n_experts else cut.tap == ROUTER:
+        kind = "a mixture of experts" if engine.n_experts else "no mixture of experts"
+        raise FallowError(f"the plan cuts {cut.tap}, but {engine.name} is {kind}; calibrate again")
     gated = bool(engine.file.get("fallow.gated"))
     if not gated and {"up", "gate_proj"} & {*parts}:
         raise FallowError(
@@ -53,6 +57,8 @@ def _width(engine: "Engine", tap: str) -> int:
     """How many values of a token a tap has."""
     if tap in FFN_TAPS[:-1] or tap == "down_proj":
         return engine._core.intermediate_size
+    if tap == ROUTER:
+        return engine.n_experts
     reads = "q_proj" if tap == "ffn_out" else tap  # both are as wide as the residual stream
     return engine.matrix(f"layers.0.{reads}").shape[1]
 

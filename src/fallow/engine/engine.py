@@ -26,7 +26,9 @@ from fallow.engine.memory import (
     RESERVE,
     SLOTS,
     Residency,
+    experts_of,
     head_rows,
+    in_batches,
     parse_size,
     parts_of,
     residencies,
@@ -138,8 +140,8 @@ class Engine:
         return_freed_memory()
         self.residency = found = self._choose_residency(context)
         start = time.perf_counter()
-        for p in found.resident:  # one by one: between them Ctrl-C is answered
-            core.load([(p.offset, p.size)])
+        for parts in in_batches(found.resident):  # between them Ctrl-C is answered
+            core.load([(p.offset, p.size) for p in parts])
         size = sum(p.size for p in found.resident)
         self.disk_gbps = size / (time.perf_counter() - start) / 1e9
         tied = HEAD not in self.file.tensors
@@ -148,6 +150,8 @@ class Engine:
         if not tied:
             room = min(EMBEDDING_ROWS, core.vocab_size)
             core.rows_from_file(True, False, self.file.offsets[EMBEDDING], room, RANGE)
+        if found.experts:
+            core.cache_experts(found.experts.room)
         if found.streamed:
             core.stream(
                 [
@@ -165,6 +169,8 @@ class Engine:
         options = residencies(
             parts_of(self.file, self._coarse_head),
             head_rows(self.file) if self._coarse_head else None,
+            experts_of(self.file),
+            self.memory - taken,
         )
         found = next((r for r in options if taken + r.memory <= self.memory), None)
         if found is None:
@@ -177,7 +183,7 @@ class Engine:
 
     @property
     def streams(self) -> bool:
-        """Whether every pass reads from the disk."""
+        """Whether every pass reads the same from the disk."""
         return self.residency is not None and bool(self.residency.streamed)
 
     def describe_memory(self) -> str:
@@ -189,6 +195,12 @@ class Engine:
         line = f"memory {self.memory / 1e6:.0f} MB: {resident / 1e6:.0f} MB of weights stay"
         if head := self.residency.head:
             line += f", and {head.room} of the head's {head.n_rows} rows"
+        if experts := self.residency.experts:
+            return (
+                f"{line}, and {experts.room} of {experts.count} experts ({experts.size / 1e6:.3g} "
+                f"MB each); a token uses {experts.used}, those that are not there are read at "
+                f"{self.disk_gbps:.2f} GB/s"
+            )
         if not read:
             return line if head else f"{line}, nothing is read from the disk"
         return (
@@ -466,14 +478,25 @@ class Engine:
     def idle_neurons(self) -> np.ndarray:
         """Share of neurons per layer, (L,), that were zero in the tokens since `reset_stats`."""
         figures = self.core_stats()
-        width = max(1, figures["tokens"]) * self._core.intermediate_size
+        width = max(1, figures["tokens"]) * self._core.neurons
         return 1 - np.array(figures["active"]) / width
+
+    def expert_uses(self) -> np.ndarray:
+        """Tokens that chose each expert since `reset_stats`, (L, n_experts)."""
+        uses = np.array(self.core_stats()["expert_uses"], dtype=np.int64)
+        return uses.reshape(-1, max(1, self.n_experts))
 
     @property
     def dtype_name(self) -> str:
         """The type of gate_proj or, without one, up_proj: what most weights are."""
         name = "gate_proj" if self.file.get("fallow.gated") else "up_proj"
-        return self.matrix(f"layers.0.{name}").type.lower()
+        ffn = "layers.0.experts.0" if self.n_experts else "layers.0"
+        return self.matrix(f"{ffn}.{name}").type.lower()
+
+    @property
+    def n_experts(self) -> int:
+        """Of a layer; 0: the model is no mixture of experts."""
+        return int(self.file.get("fallow.n_experts", 0))
 
     def core_stats(self) -> dict[str, Any]:
         """Counters of the core since `reset_stats`: see csrc/engine/runtime.h."""

@@ -6,12 +6,18 @@ often than keeping a fixed part (Belady's rule, on a cycle). So a part of the FF
 and the others pass through two slots, read ahead while earlier layers compute. Layers that are read
 are spread evenly, so that the disk always has work.
 
+Experts are another matter: tokens need few of them, and some more often than others. Where not all
+fit into memory, as many as fit are kept of those that were chosen before, and the others are read
+when they are chosen (csrc/engine/disk.h, ExpertCache).
+
 The head is another matter where a plan has a shortlist: of its rows a token needs some hundreds,
 which are mostly those that earlier tokens needed. So it goes first, but for a cache of rows.
 """
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from fallow.checkpoints.weights import GgufFile
 from fallow.common.errors import UsageError
@@ -20,9 +26,11 @@ SLOTS = 2
 SECTOR = 4096  # as csrc/platform/file.h has it
 HEAD_ROWS = 16384  # of the head, in memory
 EMBEDDING_ROWS = 64  # of an embedding that is not the head: a block of prefill
+LOADED_AT_ONCE = 32_000_000  # bytes
 RANGE = 4_000_000  # bytes at once where all of such a matrix is read
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 COARSE_HEAD = ("lm_head_coarse.codes", "lm_head_coarse.bias")
+_EXPERT = ".experts."
 STREAMED = ("gate_proj", "up_proj", "down_proj_t")
 # What the process takes after the engine is ready: logits, the sampler's and Python's arrays.
 RESERVE = 24_000_000
@@ -83,12 +91,28 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Experts that stay in the file, but for some of them."""
+
+    count: int  # of all layers
+    used: int  # by a token, in all layers
+    size: int  # bytes of the largest
+    slot: int  # bytes of memory for one
+    room: int  # experts
+
+    @property
+    def memory(self) -> int:
+        return self.room * self.slot
+
+
+@dataclass(frozen=True)
 class Residency:
     """What stays in memory, and what of each layer is read for every pass."""
 
     resident: list[Part]
     streamed: dict[int, list[Part]]  # by layer, ascending
     head: Rows | None = None  # if it is not resident
+    experts: Experts | None = None  # if they are not resident
 
     @property
     def slot(self) -> int:
@@ -99,7 +123,8 @@ class Residency:
     def memory(self) -> int:
         """Bytes of weights in memory at most."""
         head = self.head.memory if self.head else 0
-        return sum(p.room for p in self.resident) + SLOTS * self.slot + head
+        experts = self.experts.memory if self.experts else 0
+        return sum(p.room for p in self.resident) + SLOTS * self.slot + head + experts
 
     @property
     def pass_bytes(self) -> int:
@@ -122,6 +147,18 @@ def parts_of(file: GgufFile, coarse_head: bool) -> list[Part]:
     ]
 
 
+def in_batches(parts: list[Part], size: int = LOADED_AT_ONCE) -> Iterator[list[Part]]:
+    """Of little more than `size` bytes each; experts alone would be too small to be read fast."""
+    batch: list[Part] = []
+    for part in parts:
+        batch.append(part)
+        if sum(p.size for p in batch) >= size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
 def head_rows(file: GgufFile) -> Rows:
     """The head as a matrix that stays in the file."""
     name = HEAD if HEAD in file.tensors else EMBEDDING
@@ -130,11 +167,30 @@ def head_rows(file: GgufFile) -> Rows:
     return Rows(part, tensor.shape[0], min(HEAD_ROWS, tensor.shape[0]))
 
 
-def residencies(parts: list[Part], head: Rows | None = None) -> list[Residency]:
+def experts_of(file: GgufFile) -> Experts | None:
+    """A mixture's experts, with room for those of a token; None: it has none."""
+    n_layers, used = file.get("fallow.n_layers"), file.get("fallow.n_experts_used", 0)
+    if not used:
+        return None
+    size: Counter[str] = Counter()
+    slot: Counter[str] = Counter()
+    for part in parts_of(file, False):
+        if _EXPERT in part.name:
+            expert = part.name.rpartition(f".{part.matrix}.")[0]
+            size[expert] += part.size
+            slot[expert] += part.room
+    largest, used = max(slot.values()), n_layers * used
+    return Experts(len(slot), used, max(size.values()), largest, room=used)
+
+
+def residencies(
+    parts: list[Part], head: Rows | None = None, experts: Experts | None = None, budget: int = 0
+) -> list[Residency]:
     """From all parts in memory to all of the FFNs read for every pass, one part more each time.
 
     First of all goes the `head`, if it may, and memory is won by that. One matrix of all layers
-    goes before the next: so slots are small.
+    goes before the next: so slots are small. Of a mixture of experts these go after the head, but
+    for as many as the budget has room for.
     """
     found = [Residency(parts, {})]
     if head and head.memory < head.part.room:
@@ -142,6 +198,11 @@ def residencies(parts: list[Part], head: Rows | None = None) -> list[Residency]:
         found.append(Residency(parts, {}, head))
     else:
         head = None
+    if experts:
+        others = [p for p in parts if _EXPERT not in p.name]
+        taken = Residency(others, {}, head, replace(experts, room=0)).memory
+        room = min(max((budget - taken) // experts.slot, experts.used), experts.count)
+        return [*found, Residency(others, {}, head, replace(experts, room=room))]
     movable = [p for p in parts if p.matrix in STREAMED and not p.name.endswith(".bias")]
     movable.sort(key=lambda p: (STREAMED.index(p.matrix), _spread(p.layer)))
     for count in range(1, len(movable) + 1):

@@ -27,8 +27,8 @@ from fallow.models import devices
 from fallow.models.capture import non_finite_error
 from fallow.models.cuts import per_token_topk
 from fallow.models.devices import as_array, as_floats, in_halves
-from fallow.models.taps import attach
-from fallow.plan import Plan
+from fallow.models.taps import Layer, attach, tap_names
+from fallow.plan import ROUTER, Plan
 from fallow.reference.model import Model
 from fallow.selectors import Selector
 
@@ -94,12 +94,19 @@ class _Meters:
     selection: SelectionMeter | None = None
 
 
+def _sparsity_taps(layer: Layer) -> tuple[str, ...]:
+    """Where zeros are counted; of a mixture of experts, experts."""
+    if layer.experts is not None:
+        return (ROUTER,)
+    return tuple(tap for tap in SPARSITY_TAPS if tap != "up" or layer.gated)
+
+
 @contextmanager
 def _metered(model: Model, plan: Plan | Selector | None) -> Iterator[_Meters]:
     """Applies the plan and counts zeros behind it."""
     layer = model.layers[0]
     meters = _Meters(SparsityMeter(len(model.layers)))
-    taps = [t for t in SPARSITY_TAPS if t != "up" or layer.gated]
+    taps = _sparsity_taps(layer)
     inputs = plan.inputs if isinstance(plan, Plan) else ()
     counted = {t: meters.sparsity.tap(t) for t in (*taps, *inputs)}
     before: dict[str, Any] = {}
@@ -212,7 +219,8 @@ def _locate_non_finite(model: Model, window: np.ndarray) -> FallowError:
 
         return look
 
-    names = ["x", *model.layers[0].ffn_taps]
+    layer = model.layers[0]
+    names = [name for name in tap_names(layer) if name not in layer.projections]
     try:
         with attach(model.layers, {name: check(name) for name in names}):
             model.hidden(window[None])
@@ -242,11 +250,11 @@ def _add_sparsity(
     model: Model, result: WindowResult, plan: Plan | Selector | None, meter: SparsityMeter
 ) -> None:
     layer = model.layers[0]
-    for tap in SPARSITY_TAPS:
-        if tap != "up" or layer.gated:
-            result.sparsity[tap] = meter.fractions(tap)
+    for tap in _sparsity_taps(layer):
+        result.sparsity[tap] = meter.fractions(tap)
     if not (isinstance(plan, Plan) and plan.inputs):
-        result.achieved_sparsity = float(result.sparsity["inter"].mean())
+        kind = "inter" if layer.experts is None else ROUTER
+        result.achieved_sparsity = float(result.sparsity[kind].mean())
     else:
         sizes = [layer.projections[name].weight.numel() for name in plan.inputs]
         means = [float(meter.fractions(name).mean()) for name in plan.inputs]

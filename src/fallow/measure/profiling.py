@@ -86,6 +86,7 @@ def profile(
     source = load_text(text, "evaluation")
     cut = model.windows(source, context, windows, at_most=WINDOWS)
     layer = model.layers[0]
+    layer.one_ffn()  # or it is refused
     # Inputs that several projections share are tapped at the first one: x, and that of q, k and v.
     names = ["x", *layer.ffn_taps, next(iter(layer.attention)), "o_proj"]
     tapped = {"x": next(iter(layer.ffn_inputs))}

@@ -16,7 +16,7 @@ from fallow.common.errors import FallowError
 from fallow.common.metrics import perplexity, ppl_change_percent, standard_error
 from fallow.common.progress import progress
 from fallow.engine.engine import Engine
-from fallow.plan import Plan
+from fallow.plan import ROUTER, Plan
 
 # Logits of a whole window of Gemma-3 would take 1 GB; they are made for as many tokens at a time
 # (fewer under a memory budget), and compared for as many as the processor's cache holds (five times
@@ -130,7 +130,8 @@ class Evaluation:
     ppl_change_se: float | None  # paired
     kl_to_dense: dict[str, float | None]  # nats per token: mean, se, p99
     top1_agreement: float
-    sparsity_ratio: dict[str, float | None]  # x, gate_act, up, inter; None if the FFN has none
+    # x, gate_act, up, inter, None if the FFN has none; of a mixture of experts router: experts.
+    sparsity_ratio: dict[str, float | None]
     tokens: int
     # Per tap and layer: mean, and the 5th and 95th percentile over what `spread_over` says: tokens,
     # or windows where an engine ran the model.
@@ -203,8 +204,9 @@ def evaluate_engine(
             engine.reset_stats()
             logits, vocabulary = _read(engine, window, decode), engine.vocabulary_size
             d, results = compare_logits(window, baseline, [logits], vocabulary, at_once)
-            results[0].sparsity = {"inter": engine.idle_neurons()[:, None]}
-            results[0].achieved_sparsity = float(results[0].sparsity["inter"].mean())
+            idle = engine.idle_neurons()[:, None]
+            results[0].sparsity = {ROUTER if engine.n_experts else "inter": idle}
+            results[0].achieved_sparsity = float(idle.mean())
             dense.append(d)
             sparse.append(results[0])
             ticker.advance()
@@ -288,7 +290,8 @@ def summarise(
         },
         top1_agreement=float(np.mean([r.top1 for r in sparse])),
         sparsity_ratio={
-            tap: float(fractions[tap].mean()) if tap in fractions else None for tap in SPARSITY_TAPS
+            tap: float(fractions[tap].mean()) if tap in fractions else None
+            for tap in dict.fromkeys([*SPARSITY_TAPS, *fractions])
         },
         tokens=int(windows.size),
         sparsity_per_layer={tap: _spread(f) for tap, f in fractions.items()},

@@ -24,10 +24,13 @@ def by_model_type(model_type: str, where: str) -> Architecture:
     return _pick(found, model_type, where)
 
 
-def by_gguf_name(name: str, where: str) -> Architecture:
-    """The architecture of a GGUF's general.architecture. Raises FallowError likewise."""
-    found = {a.gguf_name: a for a in architectures() if a.gguf_name is not None}
-    return _pick(found, name, where)
+def by_gguf_name(name: str, where: str, has_experts: bool = False) -> Architecture:
+    """The architecture of a GGUF's general.architecture. Raises FallowError likewise.
+
+    Some have the same name with experts and without.
+    """
+    known = sorted(architectures(), key=lambda a: (a.experts is not None) == has_experts)
+    return _pick({a.gguf_name: a for a in known if a.gguf_name is not None}, name, where)
 
 
 def _pick(found: dict[str, Architecture], name: str, where: str) -> Architecture:

@@ -1,5 +1,6 @@
 """How one architecture is described: where its FFN is, and how GGUF names its parts."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 from fallow.checkpoints.weights import GgufFile
 from fallow.common.errors import FallowError
 from fallow.models._rope import rope_parameters
-from fallow.models.taps import Layer
+from fallow.models.taps import Experts, Ffn, Layer
 
 # GGUF names of the llama family's tensors, per block and outside the blocks, against the
 # checkpoint's own. https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py
@@ -33,12 +34,35 @@ LLAMA_GLOBAL = {
 LLAMA_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 LLAMA_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 
+# Of a mixture of experts: in GGUF their gate_proj and up_proj are apart, in transformers fused.
+EXPERTS_BLOCK = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+
+# torch's grouped products want rows of whole 16 bytes.
+EXPERTS_SETTINGS = {"experts_implementation": "eager"}
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|down_proj|w[123])\.weight$")
+
 Tensors = dict[str, np.ndarray]
 
 
 def keep(name: str, values: np.ndarray, config: Any) -> Tensors:
     """The GGUF tensor is the checkpoint's own."""
     return {name: values}
+
+
+@dataclass(frozen=True)
+class ExpertPaths:
+    """Where the parts of a mixture of experts are, as module paths in a decoder layer."""
+
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    shared: str | None = None
+    shared_gate: str | None = None
+    stored_as: dict[str, str] = field(default_factory=dict)  # parts of names that files have so
 
 
 @dataclass(frozen=True)
@@ -56,6 +80,7 @@ class Architecture:
     up_proj: str | None = "mlp.up_proj"
     gate_up_proj: str | None = None
     down_proj: str = "mlp.down_proj"
+    experts: ExpertPaths | None = None  # in place of the FFN's paths above
     attention: tuple[str, ...] = LLAMA_ATTENTION  # the last one is the output projection
     layers: str = "model.layers"
 
@@ -96,15 +121,42 @@ class Architecture:
         names[-1] = "o_proj"  # Phi-2 calls it dense, OPT out_proj
         if len(names) == 2:
             names[0] = "qkv_proj"  # GPT-NeoX calls it query_key_value
-        return Layer(
-            block=block,
+        attention = {name: get(path) for name, path in zip(names, self.attention, strict=True)}
+        if (paths := self.experts) is not None:
+            found = _experts(get, paths)
+            return Layer(block, attention, None, found)
+        ffn = Ffn(
             act=get(self.act),
             down_proj=get(self.down_proj),
             gate_proj=get(self.gate_proj),
             up_proj=get(self.up_proj),
             gate_up_proj=get(self.gate_up_proj),
-            attention={name: get(path) for name, path in zip(names, self.attention, strict=True)},
         )
+        return Layer(block, attention, ffn)
+
+    def stacked(self, name: str) -> tuple[str, int | None]:
+        """The parameter that a tensor of a GGUF's is, and of a fused one which half.
+
+        `model.layers.3.mlp.experts.up_proj.weight` -> (`model.layers.3.mlp.experts.gate_up_proj`,
+        1); None: all of it.
+        """
+        stem, _, part = name.removesuffix(".weight").rpartition(".")
+        if self.experts is None or not stem.endswith(f".{self.experts.experts}"):
+            return name, None
+        if part == "down_proj":
+            return f"{stem}.down_proj", None
+        return f"{stem}.gate_up_proj", ("gate_proj", "up_proj").index(part)
+
+    def read_as(self, name: str) -> str:
+        """Of a folder's tensor the parameter that transformers makes of it, or a part of."""
+        if self.experts is None:
+            return name
+        for own, stored in self.experts.stored_as.items():
+            name = name.replace(stored, own)
+        if found := _ONE_EXPERT.search(name):  # which are stacked
+            part = "down_proj" if found[1] in ("down_proj", "w2") else "gate_up_proj"
+            name = f"{name[: found.start()]}.experts.{part}"
+        return name
 
     def hf_name(self, gguf_name: str) -> str | None:
         """`blk.3.ffn_gate.weight` -> `model.layers.3.mlp.gate_proj.weight`; None if unknown."""
@@ -116,6 +168,31 @@ class Architecture:
         if prefix == "blk" and index.isdigit() and part in self.gguf_block:
             return f"{self.layers}.{index}.{self.gguf_block[part]}.{kind}"
         return None
+
+
+def _experts(get: Callable[[str | None], Any], paths: ExpertPaths) -> Experts:
+    try:
+        experts = get(paths.experts)
+    except AttributeError as error:
+        raise FallowError(
+            "some of the model's layers have no experts (mlp_only_layers, decoder_sparse_step), "
+            "which is not supported; give a model that has them in every layer"
+        ) from error
+    return Experts(
+        router=get(paths.router),
+        gate_up_proj=experts.gate_up_proj,
+        down_proj=experts.down_proj,
+        shared=get(paths.shared),
+        shared_gate=get(paths.shared_gate),
+    )
+
+
+def expert_config(file: GgufFile, count: str = "num_experts") -> dict[str, Any]:
+    """What a mixture of experts adds to `llama_config`."""
+    return {
+        count: file.get("{arch}.expert_count"),
+        "num_experts_per_tok": file.get("{arch}.expert_used_count"),
+    }
 
 
 def llama_config(

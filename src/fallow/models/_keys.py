@@ -116,7 +116,7 @@ def check_config(architecture: Architecture, config: dict[str, Any], where: str)
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise FallowError(f"{where}: layer_types has {_shown(min(unknown))}; {_WITHOUT}")
     window = getattr(found, "sliding_window", None)
-    is_needed = window is not None or "sliding_attention" in kinds
+    is_needed = "sliding_attention" in kinds if kinds else window is not None
     if "sliding_window" in known and is_needed and (window or 0) < 1:
         raise FallowError(f"{where}: sliding_window is {window}, but must be 1 or more to be used")
 

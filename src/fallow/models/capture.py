@@ -14,6 +14,7 @@ from fallow.common.metrics import histogram_quantile
 from fallow.common.progress import progress
 from fallow.models import devices
 from fallow.models.taps import Layer, attach
+from fallow.plan import ROUTER
 
 # Tokens kept whole for searches that no histogram can answer (CETT, tail budget): 1024 tokens of
 # Qwen2.5-1.5B are 0.5 GB in bf16. TEAL's search runs each block some hundred times, on fewer:
@@ -126,7 +127,7 @@ class Calibration:
     def histograms(self) -> dict[str, Histograms]:
         """Per tap; projections that share an input (q, k, v; gate, up) are counted once."""
         layer = self.layers[0]
-        ffn = ["gate_pre", "gate_act", "ffn_out", *(["up"] if layer.gated else [])]
+        ffn = [tap for tap in layer.ffn_taps if tap not in ("inter", ROUTER)]
         names = [*ffn, *dict.fromkeys(input_histogram(layer, p) for p in layer.projections)]
         found = {name: Histograms(name, len(self.layers)) for name in names}
         self.run("histograms", {name: h.add for name, h in found.items()})

@@ -13,8 +13,8 @@ from fallow.common.errors import FallowError
 from fallow.models import devices
 from fallow.models.capture import n_threads
 from fallow.models.devices import as_floats
-from fallow.models.taps import Layer, Tap, tap_names
-from fallow.plan import Cut
+from fallow.models.taps import Layer, Tap, cut_names
+from fallow.plan import ROUTER, Cut
 
 
 def cut_taps(cuts: Sequence[Cut], layers: list[Layer], name: str) -> dict[str, Tap]:
@@ -42,9 +42,9 @@ def _tap(cut: Cut, layers: list[Layer], name: str) -> Tap:
 
 def check_fits(cut: Cut, layers: list[Layer], name: str) -> None:
     """Raises FallowError if a cut is for other layers than these."""
-    if cut.tap == "x" or cut.tap not in tap_names(layers[0]):
+    if cut.tap not in cut_names(layers[0]):
         raise FallowError(
-            f"the plan cuts {cut.tap}, {name} has {', '.join(tap_names(layers[0])[1:])}; "
+            f"the plan cuts {cut.tap}, {name} has {', '.join(cut_names(layers[0]))}; "
             "calibrate again"
         )
     cut.check_layers(len(layers), width_of(cut.tap, layers[0]), name)
@@ -54,7 +54,9 @@ def width_of(tap: str, layer: Layer) -> int:
     """How many values of a token a tap has."""
     if tap == "ffn_out":
         return layer.down_proj.out_features
-    return layer.projections.get(tap, layer.down_proj).in_features
+    if layer.experts is not None and tap == ROUTER:
+        return layer.experts.count
+    return (layer.projections.get(tap) or layer.down_proj).in_features
 
 
 def weight_of(cut: Cut, index: int, layer: Layer) -> torch.Tensor | None:

@@ -6,14 +6,13 @@ from fallow.checkpoints.weights import GgufFile
 from fallow.models._base import LLAMA_BLOCK, Architecture, llama_config, unpermute_qk
 
 
-def _config(file: GgufFile) -> dict[str, Any]:
+def granite_config(file: GgufFile) -> dict[str, Any]:
     config = llama_config(file)
     return config | {
-        "embedding_multiplier": file.get("granite.embedding_scale", 0) or 1.0,
-        "residual_multiplier": file.get("granite.residual_scale", 0) or 1.0,
-        "attention_multiplier": file.get("granite.attention.scale", 0)
-        or config["head_dim"] ** -0.5,
-        "logits_scaling": file.get("granite.logit_scale", 0) or 1.0,
+        "embedding_multiplier": file.get("{arch}.embedding_scale", 0) or 1.0,
+        "residual_multiplier": file.get("{arch}.residual_scale", 0) or 1.0,
+        "attention_multiplier": file.get("{arch}.attention.scale", 0) or config["head_dim"] ** -0.5,
+        "logits_scaling": file.get("{arch}.logit_scale", 0) or 1.0,
     }
 
 
@@ -22,6 +21,6 @@ ARCHITECTURE = Architecture(
     hf_class="GraniteForCausalLM",
     gguf_name="granite",
     gguf_block=LLAMA_BLOCK,
-    gguf_config=_config,
+    gguf_config=granite_config,
     from_gguf=unpermute_qk,
 )

@@ -6,6 +6,9 @@ Hooks on the modules that every transformers model has; no forward is copied. Fo
     inter = gate_act * up        ffn_out = inter down_projᵀ
 
 A non-gated FFN (OPT, Phi-2) has no `up`: gate_pre is fc1's output and inter = gate_act.
+
+A mixture of experts has `router` in place of all these: of every token the square roots of its
+experts' shares of the router's mass on them, (T, n_experts), and zero for the others.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,28 +20,95 @@ from typing import Any
 import torch
 from torch import nn
 
-from fallow.common.errors import UsageError
-from fallow.plan import FFN_TAPS
+from fallow.common.errors import FallowError, UsageError
+from fallow.plan import FFN_TAPS, ROUTER
 
 Tap = Callable[[int, torch.Tensor], torch.Tensor | None]
 """Called with (layer, value (T, width)); what it returns replaces the value, None leaves it."""
 
 
-@dataclass(frozen=True)
-class Layer:
-    """The modules of one decoder layer that fallow looks at, under the checkpoint's own names.
+TINY = 1e-30  # no share of an expert is smaller
 
-    A gated FFN has `gate_proj` and `up_proj`, or both fused in `gate_up_proj` (gate rows first);
-    a non-gated one has `up_proj` alone.
+
+@dataclass(frozen=True)
+class Ffn:
+    """The modules of an FFN, under the checkpoint's own names.
+
+    A gated one has `gate_proj` and `up_proj`, or both fused in `gate_up_proj` (gate rows first); a
+    non-gated one has `up_proj` alone.
     """
 
-    block: nn.Module
     act: nn.Module
     down_proj: nn.Linear
     gate_proj: nn.Linear | None
     up_proj: nn.Linear | None
     gate_up_proj: nn.Linear | None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: a router, and FFNs whose weights are stacked."""
+
+    router: Any  # gives (logits, shares, chosen), (T, n_experts) and twice (T, n_used)
+    gate_up_proj: torch.Tensor  # (n_experts, 2 d_ff, d_model), gate rows first
+    down_proj: torch.Tensor  # (n_experts, d_model, d_ff)
+    shared: (
+        Any  # an FFN that every token uses, or None; what the sigmoid of this gives is its share
+    )
+    shared_gate: nn.Linear | None
+
+    @property
+    def count(self) -> int:
+        return int(self.gate_up_proj.shape[0])
+
+    @property
+    def used(self) -> int:
+        """By a token."""
+        return int(self.router.top_k)
+
+    @property
+    def is_normed(self) -> bool:
+        """Whether shares of a token's experts are made to sum to 1."""
+        return bool(getattr(self.router, "norm_topk_prob", True))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The modules of one decoder layer that fallow looks at."""
+
+    block: nn.Module
     attention: Mapping[str, nn.Linear]  # q_proj, k_proj, v_proj (or qkv_proj), o_proj
+    ffn: Ffn | None
+    experts: Experts | None = None  # in place of the FFN
+
+    def one_ffn(self) -> Ffn:
+        """Raises FallowError for a mixture of experts."""
+        if self.ffn is None:
+            raise FallowError(
+                "the model is a mixture of experts, whose neurons no rule, selector or figure "
+                f"looks at yet; what can be cut is {', '.join(cut_names(self))}"
+            )
+        return self.ffn
+
+    @property
+    def act(self) -> nn.Module:
+        return self.one_ffn().act
+
+    @property
+    def down_proj(self) -> nn.Linear:
+        return self.one_ffn().down_proj
+
+    @property
+    def gate_proj(self) -> nn.Linear | None:
+        return self.one_ffn().gate_proj
+
+    @property
+    def up_proj(self) -> nn.Linear | None:
+        return self.one_ffn().up_proj
+
+    @property
+    def gate_up_proj(self) -> nn.Linear | None:
+        return self.one_ffn().gate_up_proj
 
     @property
     def device(self) -> torch.device:
@@ -46,16 +116,22 @@ class Layer:
 
     @property
     def gated(self) -> bool:
+        if self.experts is not None:
+            return True
         return self.gate_proj is not None or self.gate_up_proj is not None
 
     @property
     def ffn_taps(self) -> tuple[str, ...]:
-        """Those of FFN_TAPS that this FFN has: no `up` without a gate."""
+        """Those of FFN_TAPS that this FFN has: no `up` without a gate; or the router."""
+        if self.experts is not None:
+            return (ROUTER,)
         return tuple(name for name in FFN_TAPS if name != "up" or self.gated)
 
     @cached_property
     def ffn_inputs(self) -> dict[str, nn.Linear]:
         """The projections that read the FFN's input x."""
+        if self.experts is not None:
+            return {}
         named = {
             "gate_proj": self.gate_proj,
             "up_proj": self.up_proj,
@@ -66,6 +142,8 @@ class Layer:
     @cached_property
     def projections(self) -> dict[str, nn.Linear]:
         """Every projection of the layer; each name is a tap on that projection's input."""
+        if self.experts is not None:
+            return dict(self.attention)
         return {**self.attention, **self.ffn_inputs, "down_proj": self.down_proj}
 
     @cached_property
@@ -86,7 +164,12 @@ def column_norm(projection: nn.Linear) -> torch.Tensor:
 
 def tap_names(layer: Layer) -> tuple[str, ...]:
     """The taps that this layer has."""
-    return ("x", *layer.ffn_taps, *layer.projections)
+    return (*(() if layer.experts else ("x",)), *layer.ffn_taps, *layer.projections)
+
+
+def cut_names(layer: Layer) -> tuple[str, ...]:
+    """Those that a plan can cut."""
+    return tuple(name for name in tap_names(layer) if name != "x")
 
 
 @contextmanager
@@ -113,6 +196,9 @@ def _register(layer: Layer, name: str, tap: Callable[[torch.Tensor], Any]) -> It
     if name == "x":
         for module in layer.ffn_inputs.values():
             yield module.register_forward_pre_hook(_input_hook(tap))
+    elif name == ROUTER:
+        assert layer.experts is not None
+        yield layer.experts.router.register_forward_hook(_router_hook(tap, layer.experts.is_normed))
     elif name == "inter":
         yield layer.down_proj.register_forward_pre_hook(_input_hook(tap))
     elif name in layer.projections:
@@ -158,5 +244,26 @@ def _half_hook(tap: Callable[[torch.Tensor], Any], half: int) -> Callable[..., A
             return None
         halves[half] = replaced
         return torch.cat(halves, dim=-1)
+
+    return hook
+
+
+def _router_hook(tap: Callable[[torch.Tensor], Any], is_normed: bool) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, output: tuple[torch.Tensor, ...]) -> Any:
+        logits, shares, chosen = output
+        probabilities = torch.softmax(logits.float(), dim=-1)
+        left = shares != 0  # by a plan that cut before
+        picked = probabilities.gather(-1, chosen) * left
+        value = (picked / picked.sum(dim=-1, keepdim=True).clamp_min(TINY)).sqrt()
+        replaced = tap(torch.zeros_like(probabilities).scatter(-1, chosen, value))
+        if replaced is None:
+            return None
+        kept = replaced.gather(-1, chosen) != 0
+        if torch.equal(kept, left):
+            return None
+        picked = picked * kept
+        if is_normed:
+            picked = picked / picked.sum(dim=-1, keepdim=True).clamp_min(TINY)
+        return logits, picked.to(shares.dtype), chosen
 
     return hook

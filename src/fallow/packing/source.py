@@ -1,9 +1,10 @@
 """What is packed: matrices and vectors by the engine's names, and what a model says of itself."""
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +60,15 @@ _ACTIVATIONS = {
 Rows = slice | np.ndarray | None  # of a matrix; None: all
 
 
+class RoundedDown(NamedTuple):
+    """down_proj_t of an FFN without its outlier neurons, those neurons, and their rows."""
+
+    ffn: str  # the engine's name
+    matrix: Matrix
+    neurons: np.ndarray
+    rows: Matrix | None
+
+
 class Source:
     """A loaded model, and where its quantised bytes are."""
 
@@ -68,7 +78,7 @@ class Source:
         path = find_model(name) if name is not None else None
         self.gguf = read_gguf(path) if path is not None and path.is_file() else None
         self._adapted = _adapted_types(path)
-        self._rounded_to, self._rounded = "", dict[int, tuple[Matrix, np.ndarray, Matrix | None]]()
+        self._rounded_to, self._rounded = "", dict[int, list[RoundedDown]]()
         problem = model.architecture.check(self.config)
         if problem:
             raise FallowError(f"{model.name} has {problem}, which the engine does not run")
@@ -101,8 +111,7 @@ class Source:
 
     def matrices(self, quant: str | None) -> dict[str, Matrix]:
         """Every matrix but down_proj_t, under the engine's names."""
-        if self.gguf is not None:
-            stored = self._stored()
+        stored = {} if self.gguf is None else self._stored()
         parameters = dict(self.model.module.named_parameters(remove_duplicate=False))
         result = {}
         for name, (place, part) in self._places():
@@ -116,7 +125,25 @@ class Source:
             if kind not in QUANT_TYPES:  # Q2_K or Q3_K
                 kind = _larger_type(values.shape[1])
             result[name] = quantize(values if part is None else values[part], kind)
-        return result
+        return result | dict(self._expert_inputs(stored, quant))
+
+    def _expert_inputs(
+        self, stored: dict[str, Matrix], quant: str | None
+    ) -> Iterator[tuple[str, Matrix]]:
+        """gate_proj and up_proj of all experts but shared ones, under the engine's names."""
+        a, d_ff = self.model.architecture, self.model.intermediate_size
+        for i, layer in enumerate(self.model.layers):
+            if layer.experts is None or a.experts is None:
+                continue
+            halves = layer.experts.gate_up_proj.detach().chunk(2, dim=1)
+            for part, values in zip(("gate_proj", "up_proj"), halves, strict=True):
+                all_rows = stored.get(f"{a.layers}.{i}.{a.experts.experts}.{part}.weight")
+                if all_rows is None:
+                    rows = as_floats(values).reshape(-1, values.shape[2])
+                    all_rows = quantize(rows, (quant or "q8_0").upper())
+                for e in range(layer.experts.count):
+                    matrix = all_rows.rows(slice(e * d_ff, (e + 1) * d_ff))
+                    yield f"layers.{i}.experts.{e}.{part}.weight", matrix
 
     def _stored(self) -> dict[str, Matrix]:
         """The GGUF's matrices under the checkpoint's names, bytes as they are."""
@@ -125,17 +152,20 @@ class Source:
         replaced: dict[tuple[str, str], list[str]] = {}
         for tensor in self.gguf.tensors.values():
             name = architecture.hf_name(tensor.name)
-            if name is None or len(tensor.shape) != 2:
+            if name is None or len(tensor.shape) < 2:
                 continue
-            cols = tensor.shape[1]
+            rows, cols = (
+                math.prod(tensor.shape[:-1]),
+                tensor.shape[-1],
+            )  # experts' one below another
             if tensor.type not in _core.FORMATS:
                 kind = _larger_type(cols)
                 replaced.setdefault((tensor.type, kind), []).append(tensor.name)
-                values = tensor.dequantize()
+                values = tensor.dequantize().reshape(rows, cols)
                 for part, data in architecture.from_gguf(name, values, self.config).items():
                     found[part] = quantize(np.ascontiguousarray(data), kind)
                 continue
-            raw = tensor.data.reshape(tensor.shape[0], -1)
+            raw = tensor.data.reshape(rows, -1)
             # Reordering and splitting rows works on bytes as it does on values.
             for part, data in architecture.from_gguf(name, raw, self.config).items():
                 found[part] = Matrix(tensor.type, (len(data), cols), data)
@@ -162,7 +192,12 @@ class Source:
                 for name, path in zip("qkv", a.attention[:3], strict=True):
                     yield f"{here}.{name}_proj.weight", (f"{there}.{path}.weight", None)
             yield f"{here}.o_proj.weight", (f"{there}.{a.attention[-1]}.weight", None)
-            if a.gate_up_proj is not None:
+            if a.experts is not None:
+                if (shared := a.experts.shared) is not None:
+                    for part in ("gate_proj", "up_proj"):
+                        place = f"{there}.{shared}.{part}.weight"
+                        yield f"{here}.shared_expert.{part}.weight", (place, None)
+            elif a.gate_up_proj is not None:
                 fused, d_ff = f"{there}.{a.gate_up_proj}.weight", c.intermediate_size
                 yield f"{here}.gate_proj.weight", (fused, slice(0, d_ff))
                 yield f"{here}.up_proj.weight", (fused, slice(d_ff, 2 * d_ff))
@@ -216,7 +251,16 @@ class Source:
         for i, layer in enumerate(self.model.layers):
             for name, path in a.norms.items():
                 yield from self._norm(f"layers.{i}.{name}", layer.block.get_submodule(path))
-            yield f"layers.{i}.down_norm", as_floats(layer.down_norm)
+            if (experts := layer.experts) is None:
+                yield f"layers.{i}.down_norm", as_floats(layer.down_norm)
+            else:
+                # Who is chosen hangs on small differences.
+                yield f"layers.{i}.router.weight", as_floats(experts.router.weight)
+                if experts.shared_gate is not None:
+                    yield (
+                        f"layers.{i}.shared_expert_gate.weight",
+                        as_floats(experts.shared_gate.weight),
+                    )
             for name, bias in self._biases(layer):
                 yield f"layers.{i}.{name}.bias", bias
 
@@ -291,28 +335,44 @@ class Source:
                 ticker.advance()
         return as_array(total)
 
-    def down_proj_t(self, layer: int, kind: str) -> tuple[Matrix, np.ndarray, Matrix | None]:
-        """down_proj_t without its outlier neurons, those neurons, and their rows."""
+    def down_proj_ts(self, layer: int, kind: str) -> list[RoundedDown]:
+        """down_proj_t of each FFN of a layer."""
         if kind != self._rounded_to:  # of one kind they are kept, to be written again with a plan
             self._rounded_to, self._rounded = kind, {}
         if layer not in self._rounded:
-            self._rounded[layer] = self._round_down_proj(layer, kind)
+            self._rounded[layer] = self._round_down_projs(layer, kind)
         return self._rounded[layer]
 
-    def _round_down_proj(self, layer: int, kind: str) -> tuple[Matrix, np.ndarray, Matrix | None]:
+    def _round_down_projs(self, layer: int, kind: str) -> list[RoundedDown]:
+        here, experts = f"layers.{layer}", self.model.layers[layer].experts
+        if experts is None:
+            return [self._round_down_proj(layer, kind)]
+        names = {f"{here}.experts.{e}": w for e, w in enumerate(experts.down_proj.detach())}
+        if experts.shared is not None:
+            names[f"{here}.shared_expert"] = experts.shared.down_proj.weight
+        none = np.empty(0, dtype=int)
+        return [
+            RoundedDown(name, quantize(as_floats(weight.T), kind), none, None)
+            for name, weight in names.items()
+        ]
+
+    def _round_down_proj(self, layer: int, kind: str) -> RoundedDown:
+        name = f"layers.{layer}"
         weight = as_floats(self.model.layers[layer].down_proj.weight)
         values = np.ascontiguousarray(weight.T)
         matrix = quantize(values, kind)
         n = self.n_outliers(kind)
         if n == 0:
-            return matrix, np.empty(0, dtype=int), None
+            return RoundedDown(name, matrix, np.empty(0, dtype=int), None)
         harm = np.square(dequantize(matrix) - values).sum(axis=1) * self.energy[layer]
         neurons = np.sort(np.argsort(-harm)[:n])
         matrix.data[neurons] = 0  # zero bytes are zero weights in every type
-        return matrix, neurons, quantize(values[neurons], "F16")
+        return RoundedDown(name, matrix, neurons, quantize(values[neurons], "F16"))
 
     def n_outliers(self, kind: str) -> int:
-        return 0 if kind in ("F32", "F16", "BF16") else min(OUTLIERS, self.model.intermediate_size)
+        if kind in ("F32", "F16", "BF16") or self.model.layers[0].experts is not None:
+            return 0
+        return min(OUTLIERS, self.model.intermediate_size)
 
     def _norm(self, name: str, norm: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield (
@@ -448,6 +508,18 @@ class Source:
             "fused": a.gate_up_proj is not None,
             "sliding_window": self.sliding_windows,
             "rope": self.rope_of_layer,
+            **self._expert_metadata(),
+        }
+
+    def _expert_metadata(self) -> dict[str, Any]:
+        if (experts := self.model.layers[0].experts) is None:
+            return {}
+        shared = experts.shared
+        return {
+            "n_experts": experts.count,
+            "n_experts_used": experts.used,
+            "norm_experts": experts.is_normed,
+            "shared_intermediate_size": 0 if shared is None else shared.down_proj.in_features,
         }
 
 

@@ -53,14 +53,14 @@ def write_packed(
                 _add_matrix(writer, name, matrix)
         outliers: list[int] = []
         for i in range(len(model.layers)):
-            matrix, neurons, rows = source.down_proj_t(i, down)
-            for part in inputs:
-                name = f"layers.{i}.{part}.weight"
-                _add_matrix(writer, name, matrices[name])
-            _add_matrix(writer, f"layers.{i}.down_proj_t.weight", matrix)
-            if rows is not None:
-                _add_matrix(writer, f"layers.{i}.outliers.weight", rows)
-            outliers += neurons.tolist()
+            for ffn, matrix, neurons, rows in source.down_proj_ts(i, down):
+                for part in inputs:
+                    name = f"{ffn}.{part}.weight"
+                    _add_matrix(writer, name, matrices[name])
+                _add_matrix(writer, f"{ffn}.down_proj_t.weight", matrix)
+                if rows is not None:
+                    _add_matrix(writer, f"{ffn}.outliers.weight", rows)
+                outliers += neurons.tolist()
             ticker.advance()
         writer.add_uint32("fallow.n_outliers", source.n_outliers(down))
         if outliers:

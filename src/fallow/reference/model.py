@@ -167,7 +167,10 @@ class Model:
 
     @property
     def intermediate_size(self) -> int:
-        return self.layers[0].down_proj.in_features
+        layer = self.layers[0]
+        if layer.experts is not None:  # of one of them
+            return int(layer.experts.down_proj.shape[2])
+        return layer.down_proj.in_features
 
     @property
     def vocabulary_size(self) -> int:
@@ -366,7 +369,8 @@ def _load_gguf(name: str, path: Path, dtype: str) -> Model:
             f"{file.get('fallow.model')}"
         )
     check_gguf_type(file)
-    architecture = by_gguf_name(file.architecture, where)
+    has_experts = bool(file.metadata.get(f"{file.architecture}.expert_count"))  # not asked for yet
+    architecture = by_gguf_name(file.architecture, where, has_experts)
     assert architecture.gguf_config is not None
     with _refusing(f"{where}: transformers cannot build {architecture.hf_class}"):
         config = architecture.gguf_config(file)
@@ -431,6 +435,7 @@ def _empty_module(architecture: Architecture, config: dict[str, Any]) -> Any:
 def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.dtype) -> None:
     expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
     state: dict[str, torch.Tensor] = {}
+    halves: set[tuple[str, int]] = set()
     for tensor in file.tensors.values():
         if tensor.name in ROPE_TENSORS:  # in the config
             continue
@@ -442,12 +447,24 @@ def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.
             )
         values = tensor.dequantize()
         for part, array in architecture.from_gguf(hf_name, values, module.config).items():
-            if expected.get(part, array.shape) != array.shape:
+            name, half = architecture.stacked(part)
+            shape = expected.get(name, array.shape)
+            if half is not None:
+                shape = (shape[0], shape[1] // 2, *shape[2:])
+            if shape != array.shape:
                 raise FallowError(
                     f"GGUF {file.path}: tensor {tensor.name} gives {part} the shape "
-                    f"{array.shape}, expected {expected[part]}"
+                    f"{array.shape}, expected {shape}"
                 )
-            state[part] = torch.from_numpy(array).to(dtype)
+            if half is None:
+                state[name] = torch.from_numpy(array).to(dtype)
+            else:
+                whole = state.setdefault(name, torch.full(expected[name], torch.nan, dtype=dtype))
+                whole.chunk(2, dim=1)[half].copy_(torch.from_numpy(array))
+                halves.add((name, half))
+    for name, half in sorted(halves):
+        if (name, 1 - half) not in halves:
+            raise FallowError(f"GGUF {file.path} has only one of the two halves of {name}")
     unknown = sorted(set(state) - set(expected))
     missing = sorted(set(expected) - set(state) - {"lm_head.weight"})
     if unknown or missing:
@@ -519,7 +536,8 @@ def _check_use(folder: Path, architecture: Architecture, module: Any) -> None:
     used = dict(module.named_parameters(remove_duplicate=False))
     prefix = f"{module.base_model_prefix}."  # may be left out in files
     for tensor in read_safetensors(folder):
-        name = tensor.name if tensor.name in used else prefix + tensor.name.removeprefix(prefix)
+        name = architecture.read_as(tensor.name)
+        name = name if name in used else prefix + name.removeprefix(prefix)
         is_float = tensor.type in ("F32", "F16", "BF16", "F64")
         if name in used and not is_float:
             raise FallowError(

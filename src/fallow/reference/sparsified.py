@@ -134,6 +134,8 @@ def _taps_of(model: Any, plan: Plan) -> tuple[list[Layer], dict[str, Tap]]:
         raise UsageError(f"{type(model).__name__} is no transformers model")
     name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
     architecture = by_model_type(model_type, name)
+    if architecture.experts is not None:  # files have the weights under other names
+        raise UsageError(f"{name} is a mixture of experts; give what fallow.load makes of it")
     check_fingerprint(model, architecture, plan, name)
     layers = architecture.find_layers(model)
     return layers, cut_taps(plan.cuts, layers, name)

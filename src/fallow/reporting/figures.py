@@ -14,7 +14,11 @@ GREY = "#888888"  # of lines, on light and dark
 ONE_PERCENT = 1.0
 LEAST_ZEROS = 0.001  # of a tensor besides inter that is worth a figure
 _MARGIN = {"l": 54, "r": 12, "t": 10, "b": 46}
-_WHERE = {"inter": "neuron sparsity", "input": "input sparsity"}
+_WHERE = {
+    "inter": "neuron sparsity",
+    "input": "input sparsity",
+    "experts": "experts left out",
+}
 
 
 @dataclass

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import torch
 
 from fallow.common.errors import FallowError, UsageError
 from fallow.models.capture import Calibration
@@ -19,7 +20,7 @@ class Choice:
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
-    where: ClassVar[str]  # "inter": neurons; "input": inputs of projections
+    where: ClassVar[str]  # "inter": neurons; "input": inputs of projections; "experts"
     knob_name: ClassVar[str]
     knob_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     known: ClassVar[str]  # when the choice is known, hence which weights it saves
@@ -60,8 +61,11 @@ class Choice:
         """Fits it to a target sparsity of the tensors it cuts, or to a knob.
 
         Raises:
+            FallowError: it chooses neurons, and the model is a mixture of experts.
             UsageError: not exactly one of the two, out of range, or cuts that cannot be made.
         """
+        if cls.where == "inter":
+            calibration.layers[0].one_ffn()
         if knob is None:
             if sparsity is None:
                 raise UsageError("give a target sparsity, or a value for knob")
@@ -126,6 +130,13 @@ def check_sparsity(sparsity: float) -> float:
     if not 0 <= sparsity < 1:
         raise UsageError(f"sparsity {sparsity:g} is outside [0, 1); give a fraction such as 0.5")
     return sparsity
+
+
+def mean_zeros(
+    values: Sequence[torch.Tensor], drops: Callable[[torch.Tensor], torch.Tensor]
+) -> float:
+    """Share of values that `drops` says are dropped, mean of layers."""
+    return float(np.mean([float(drops(value).float().mean()) for value in values]))
 
 
 def layer_quantiles(calibration: Calibration, tap: str, q: float) -> np.ndarray:
