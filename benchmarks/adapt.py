@@ -130,8 +130,9 @@ def judge(name: str) -> None:
     read = texts()
     for label, file in files.items():
         engine = fallow.Engine(file, threads=THREADS, context=1024)
+        packed = engine.plan
         for text in ("wikitext2", "c4", "code"):
-            for plan in (engine.plan, None) if text == "wikitext2" else (engine.plan,):
+            for plan in (packed, None):
                 key = f"{label}, {text}, {'plan' if plan else 'dense'}"
                 if key in found:
                     continue

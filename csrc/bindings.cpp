@@ -106,7 +106,7 @@ nb::dict time_rows(const std::string& type, size_t rows, size_t width, Indices l
   std::vector<float> x(width, 0.5f), y(rows), coefficient(rows, 0.5f);
   std::vector<float> sums(static_cast<size_t>(n_threads) * width);
   std::vector<float> read(static_cast<size_t>(n_threads));
-  const Quantized quantized(kernels, x.data(), width);
+  const Quantized quantized(kernels, x.data(), width, true);
   const Activation activation = quantized.with(x.data());
   ThreadPool pool(n_threads);
   const auto seconds = [&](auto body) {

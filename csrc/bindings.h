@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "formats/dequant.h"
+#include "kernels/digits.h"
 #include "kernels/kernels.h"
 
 namespace nb = nanobind;
@@ -45,14 +46,18 @@ inline const Kernels& kernels_of(const std::string& name) {  // "": the fastest
 struct Quantized {
   std::vector<int8_t> high, low;
   std::vector<float> d, sum, sum16;
+  bool one_digit = false;
 
-  Quantized(const Kernels& kernels, const float* x, size_t n)
+  // In one digit where `may_be_one` and that is enough.
+  Quantized(const Kernels& kernels, const float* x, size_t n, bool may_be_one = false)
       : high(n), low(n), d(n / 32), sum(n / 32), sum16(n / 16) {
-    if (n % 32 == 0)
-      kernels.quantize(x, n, high.data(), low.data(), d.data(), sum.data(), sum16.data());
+    if (n % 32 != 0) return;
+    kernels.quantize(x, n, high.data(), low.data(), d.data(), sum.data(), sum16.data());
+    one_digit = may_be_one && leave_out_low(kernels, x, n, high.data(), low.data(), d.data(), sum.data(),
+                                            sum16.data());
   }
   Activation with(const float* x) const {
-    return {x, high.data(), low.data(), d.data(), sum.data(), sum16.data()};
+    return {x, high.data(), low.data(), d.data(), sum.data(), sum16.data(), one_digit};
   }
 };
 

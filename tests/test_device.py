@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fallow
-from conftest import OTHER_TEXT, TEXT, WITH_RELU
+from conftest import NEURON_RULES, OTHER_TEXT, TEXT, WITH_RELU
 from fallow import _core, cli
 from fallow.calibration.calibrator import Calibrator
 from fallow.calibration.tradeoff import make_rows, tradeoff
@@ -25,7 +25,7 @@ from fallow.models.capture import Histograms
 from fallow.patterns.collect import collect
 from fallow.patterns.store import unpack_bits
 from fallow.reporting.neurons import examine
-from fallow.rules import RULES
+
 from fallow.selectors import SELECTORS
 
 RNG = np.random.default_rng(11)
@@ -138,7 +138,7 @@ def test_histograms_in_torch_are_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
         found.add(1, torch.tensor([[torch.nan, 1.0, -torch.inf]]))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", NEURON_RULES)
 @pytest.mark.parametrize("name", ["llama", "phi3", "opt"])
 def test_calibrate_and_evaluate(
     name: str, rule: str, tiny: dict[str, fallow.Model], take: Take

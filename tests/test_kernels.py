@@ -129,6 +129,49 @@ def test_gemv_of_several_tokens_is_that_of_each(
         np.testing.assert_array_equal(token, y)
 
 
+def in_one_digit(width: int) -> np.ndarray:
+    """Tokens (SEVERAL, width), of which every third has a value for which one digit is too few."""
+    x = np.random.default_rng(8).uniform(-1, 1, (SEVERAL, width)).astype(np.float32)
+    x[::3, ::32] *= 50
+    return x
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_one_digit_is_enough_unless_values_are_far_apart(table: str) -> None:
+    found = [_kernel_tests.has_one_digit(table, x) for x in in_one_digit(64)]
+    assert found == [i % 3 > 0 for i in range(SEVERAL)]
+    assert not _kernel_tests.has_one_digit(table, np.full(64, np.nan, dtype=np.float32))
+
+
+@pytest.mark.parametrize(("table", "kind", "width"), [c for c in CASES if c[1] not in FLOAT_TYPES])
+def test_one_digit_alone_is_that_with_a_lower_one_of_0(table: str, kind: str, width: int) -> None:
+    data, values = make(kind, SEVERAL_ROWS, width)
+    for x in in_one_digit(width):
+        y = np.empty((2, SEVERAL_ROWS), dtype=np.float32)
+        for told, row in enumerate(y):
+            _kernel_tests.gemv_rows(table, kind, data, x, None, row, True, bool(told))
+        np.testing.assert_array_equal(y[0], y[1])
+        scale = np.abs(values).sum(axis=1).max() * np.abs(x).max()
+        close(y[0], values.astype(np.float64) @ x, 1 / 254 + 3e-5, scale)
+
+
+@pytest.mark.parametrize(("table", "kind", "width", "tiled"), of_several("gemv"))
+def test_several_tokens_may_have_different_digits(
+    table: str, kind: str, width: int, tiled: bool
+) -> None:
+    if kind in FLOAT_TYPES:
+        pytest.skip("floats have no digits")
+    x, (data, _) = in_one_digit(width), make(kind, SEVERAL_ROWS, width)
+    found = np.empty((SEVERAL, SEVERAL_ROWS), dtype=np.float32)
+    for tokens in (slice(0, SEVERAL), slice(1, 3)):  # some in one digit, and all
+        some = found[tokens]
+        _kernel_tests.gemv_tokens(table, kind, data, x[tokens], tiled, some, True)
+        for token, values in zip(some, x[tokens], strict=True):
+            y = np.empty(SEVERAL_ROWS, dtype=np.float32)
+            _kernel_tests.gemv_rows(table, kind, data, values, None, y, True)
+            np.testing.assert_array_equal(token, y)
+
+
 @pytest.mark.parametrize(("table", "kind", "width", "tiled"), of_several("axpy"))
 def test_axpy_of_several_tokens_is_that_of_each(
     table: str, kind: str, width: int, tiled: bool

@@ -1,5 +1,9 @@
 #include "engine/products.h"
 
+#include <algorithm>
+
+#include "kernels/digits.h"
+
 namespace fallow {
 namespace {
 
@@ -39,12 +43,14 @@ Input::Input(size_t tokens, size_t w, const Kernels& kernels)
   sum16.resize(few * (w / 16));
   high.resize(some * w);
   low.resize(few * w);
+  one_digit.resize(few);
 }
 
 Activation Input::activation(size_t token) const {
   return {x.data() + token * width,          high.data() + token * width,
           low.data() + token * width,        d.data() + token * (width / 32),
-          sum.data() + token * (width / 32), sum16.data() + token * (width / 16)};
+          sum.data() + token * (width / 32), sum16.data() + token * (width / 16),
+          token < one_digit.size() && one_digit[token] != 0};
 }
 
 Products::Products(Runtime& run, Cuts& cuts, size_t tokens, size_t width, size_t d_ff)
@@ -83,6 +89,9 @@ void Products::prepare(Input& input, size_t n, bool few) const {
       k.quantize(input.x.data() + t * w, w, input.high.data() + t * w, input.low.data() + t * w,
                  input.d.data() + t * (w / 32), input.sum.data() + t * (w / 32),
                  input.sum16.data() + t * (w / 16));
+      input.one_digit[t] = leave_out_low(k, input.x.data() + t * w, w, input.high.data() + t * w,
+                                         input.low.data() + t * w, input.d.data() + t * (w / 32),
+                                         input.sum.data() + t * (w / 32), input.sum16.data() + t * (w / 16));
     });
   }
 }

@@ -18,6 +18,7 @@ struct Input {
   bool few = true;  // whether their products are those of decode
   std::vector<float> x, d, sum, sum16;
   std::vector<int8_t> high, low;
+  std::vector<char> one_digit;  // (few tokens,)
   std::vector<uint16_t> half;
 
   Input(size_t tokens, size_t width, const Kernels& kernels);

@@ -305,16 +305,18 @@ FALLOW_INLINE __m256i four_of(const int8_t* x) {
   return _mm256_set1_epi32(v);
 }
 
-// The products of a group of columns with the digits of x; `most` of them fit 16 bits.
-template <int most>
+// The products of a group of columns with the digits of x, or the upper one; `most` of them fit 16 bits.
+template <int most, bool one>
 class LaneGroup {
  public:
   // Product i: four columns of all rows, from `column` on.
   FALLOW_INLINE void add(size_t i, __m256i weights, const Activation& x, size_t column) {
     const __m256i high = _mm256_maddubs_epi16(weights, four_of(x.high + column));
-    const __m256i low = _mm256_maddubs_epi16(weights, four_of(x.low + column));
     high_ = i % most == 0 ? high : _mm256_add_epi16(high_, high);
-    low_ = i % most == 0 ? low : _mm256_add_epi16(low_, low);
+    if constexpr (!one) {
+      const __m256i low = _mm256_maddubs_epi16(weights, four_of(x.low + column));
+      low_ = i % most == 0 ? low : _mm256_add_epi16(low_, low);
+    }
     if (i % most == most - 1) widen(i < most);
   }
   // The sum of 256 * high + low, of n products.
@@ -325,8 +327,8 @@ class LaneGroup {
 
  private:
   FALLOW_INLINE void widen(bool first) {
-    const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(high_, _mm256_set1_epi16(256)),
-                                          _mm256_madd_epi16(low_, _mm256_set1_epi16(1)));
+    __m256i both = _mm256_madd_epi16(high_, _mm256_set1_epi16(256));
+    if constexpr (!one) both = _mm256_add_epi32(both, _mm256_madd_epi16(low_, _mm256_set1_epi16(1)));
     all_ = first ? both : _mm256_add_epi32(all_, both);
   }
 
@@ -345,7 +347,7 @@ struct LaneSums {
 };
 
 // One block of 8 rows. Part i of 8 of what comes later is asked for by ask(i).
-template <class F, class Rows, class Ask>
+template <class F, bool one, class Rows, class Ask>
 FALLOW_INLINE void dot_block(const Rows& rows, const Ask& ask, const Activation& x, size_t column,
                              LaneSums& sums) {
   constexpr int run = F::group == 32 && F::apart == 32 ? 2 : 1;  // pieces of the same groups
@@ -353,7 +355,7 @@ FALLOW_INLINE void dot_block(const Rows& rows, const Ask& ask, const Activation&
   __m256i tops[F::top_pieces * 4 + 1];
   F::tops(rows, tops);
   unrolled<F::pieces / run>([&]<int p>() {
-    LaneGroup<F::most> low, high;
+    LaneGroup<F::most, one> low, high;
     unrolled<run>([&]<int r>() {
       constexpr int i = p * run + r;
       ask(F::block > 32 ? i : column / 32 % 8);
@@ -368,7 +370,7 @@ FALLOW_INLINE void dot_block(const Rows& rows, const Ask& ask, const Activation&
         high.add(4 * r + q, b, x, at + F::apart + 4 * q);
       }
     });
-    const auto finish = [&]<size_t from>(LaneGroup<F::most>& group) {
+    const auto finish = [&]<size_t from>(LaneGroup<F::most, one>& group) {
       const __m256 d = _mm256_set1_ps(x.d[(column + from) / 32]);
       const __m256 scale = scales.template scale<from / F::group>();
       sums.sum = _mm256_fmadd_ps(_mm256_mul_ps(group.sum(4 * run), d), scale, sums.sum);
@@ -386,9 +388,9 @@ FALLOW_INLINE void dot_block(const Rows& rows, const Ask& ask, const Activation&
   });
 }
 
-template <class F>
-void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
-                size_t k, const Activation& x, float* y) {
+template <class F, bool one>
+void gemv_digits(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+                 size_t k, const Activation& x, float* y) {
   for (size_t i = 0; i < n; i += kLanes) {
     const uint8_t* row[kLanes];
     Later<F, kLanes> later;
@@ -398,7 +400,7 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
     }
     LaneSums sums;
     for (size_t at = 0; at < k; at += F::block) {
-      dot_block<F>(InLanes{row}, [&](size_t part) __attribute__((always_inline)) { later.ask(part); }, x, at, sums);
+      dot_block<F, one>(InLanes{row}, [&](size_t part) __attribute__((always_inline)) { later.ask(part); }, x, at, sums);
       for (auto& p : row) p += F::bytes;
     }
     float found[kLanes];
@@ -407,23 +409,35 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
   }
 }
 
+template <class F>
+void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
+               size_t k, const Activation& x, float* y) {
+  (x.one_digit ? gemv_digits<F, true> : gemv_digits<F, false>)(w, row_bytes, rows, begin, n, k, x, y);
+}
+
+// y[0..15] = rows of a tile . x.
+template <class F, bool one>
+void dot_tile(const uint8_t* tile, size_t k, const Activation& x, float* y) {
+  InTile low{tile}, high{tile + 4 * kLanes};
+  LaneSums sums[2];
+  for (size_t at = 0; at < k; at += F::block) {
+    dot_block<F, one>(low, [](size_t) {}, x, at, sums[0]);
+    dot_block<F, one>(high, [](size_t) {}, x, at, sums[1]);
+    low.first += kTileRows * F::bytes;
+    high.first += kTileRows * F::bytes;
+  }
+  for (size_t h = 0; h < 2; ++h) sums[h].store<F>(y + h * kLanes);
+}
+
 // In one stream, which the processor sees coming: see avx512_lanes.h.
 template <class F>
 void gemv_tiles(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, size_t k,
                 const Activation* x, size_t tokens, float* y, size_t stride) {
   static_assert(kTileRows == 2 * kLanes && F::bytes % 4 == 0);
   for (size_t i = 0; i < n; i += kTileRows)
-    for (size_t t = 0; t < tokens; ++t) {
-      InTile low{w + (begin + i) * row_bytes}, high{low.first + 4 * kLanes};
-      LaneSums sums[2];
-      for (size_t at = 0; at < k; at += F::block) {
-        dot_block<F>(low, [](size_t) {}, x[t], at, sums[0]);
-        dot_block<F>(high, [](size_t) {}, x[t], at, sums[1]);
-        low.first += kTileRows * F::bytes;
-        high.first += kTileRows * F::bytes;
-      }
-      for (size_t h = 0; h < 2; ++h) sums[h].store<F>(y + t * stride + i + h * kLanes);
-    }
+    for (size_t t = 0; t < tokens; ++t)
+      (x[t].one_digit ? dot_tile<F, true> : dot_tile<F, false>)(w + (begin + i) * row_bytes, k, x[t],
+                                                                y + t * stride + i);
 }
 
 // Products of rows 0..7 and 8..15 as integers up to `most`: those of rows 0..3, 8..11, 4..7 and 12..15.

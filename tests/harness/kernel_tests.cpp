@@ -41,12 +41,19 @@ struct KernelTest {
   size_t count(const std::optional<Indices>& list) const { return list ? list->size() : rows; }
 };
 
+// x in one digit where that is enough; kernels that are not told multiply by a lower one of 0.
+Quantized in_digits(const Kernels& kernels, const float* x, size_t n, bool may_be_one, bool told) {
+  Quantized found(kernels, x, n, may_be_one);
+  found.one_digit = found.one_digit && told;
+  return found;
+}
+
 void gemv_rows(const std::string& table, const std::string& type, Bytes w, ConstFloats x,
-                    std::optional<Indices> list, Floats y) {
+               std::optional<Indices> list, Floats y, bool may_be_one, bool told) {
   const KernelTest t(table, type, w, x.size());
   t.check(list);
   if (y.size() != t.count(list)) throw nb::value_error("y has the wrong size");
-  const Quantized quantized(t.kernels, x.data(), x.size());
+  const Quantized quantized = in_digits(t.kernels, x.data(), x.size(), may_be_one, told);
   t.kernels.gemv_rows[t.format.type](w.data(), t.row_bytes, list ? list->data() : nullptr, 0,
                                      t.count(list), t.k, quantized.with(x.data()), y.data());
 }
@@ -96,7 +103,7 @@ struct InLayout : KernelTest {
 
 // y (T, rows) for x (T, k)
 void gemv_tokens(const std::string& table, const std::string& type, Bytes w, Rows x, bool tiled,
-                 WritableRows y) {
+                 WritableRows y, bool may_be_one, bool told) {
   const InLayout t(table, type, w, x.shape(1), tiled, Layout::kDwordTiles);
   const GemvTokens product = (tiled ? t.kernels.gemv_tiles : t.kernels.gemv_tokens)[t.format.type];
   if (!product || y.shape(0) != x.shape(0) || y.shape(1) != t.rows) throw nb::value_error("no such product");
@@ -104,7 +111,7 @@ void gemv_tokens(const std::string& table, const std::string& type, Bytes w, Row
   std::vector<Activation> tokens;
   quantized.reserve(x.shape(0));
   for (size_t i = 0; i < x.shape(0); ++i) {
-    quantized.emplace_back(t.kernels, x.data() + i * t.k, t.k);
+    quantized.push_back(in_digits(t.kernels, x.data() + i * t.k, t.k, may_be_one, told));
     tokens.push_back(quantized.back().with(x.data() + i * t.k));
   }
   for (size_t i = 0, n; i < t.rows; i += n) {  // in two parts
@@ -217,11 +224,15 @@ void activation(const std::string& table, const std::string& name, Floats x) {
 
 NB_MODULE(_kernel_tests, m) {
   m.def("gemv_rows", &gemv_rows, "kernels"_a, "type"_a, "weights"_a, "x"_a,
-        "rows"_a.none(), "y"_a);
+        "rows"_a.none(), "y"_a, "may_be_one"_a = false, "told"_a = true);
+  m.def("has_one_digit", [](const std::string& table, ConstFloats x) {
+    return Quantized(kernels_of(table), x.data(), x.size(), true).one_digit;
+  }, "kernels"_a, "x"_a);
   m.def("axpy_rows", &axpy_rows, "kernels"_a, "type"_a, "weights"_a, "coefficient"_a,
         "rows"_a.none(), "y"_a);
   m.def("products", &products, "kernels"_a, "type"_a, "width"_a);
-  m.def("gemv_tokens", &gemv_tokens, "kernels"_a, "type"_a, "weights"_a, "x"_a, "tiled"_a, "y"_a);
+  m.def("gemv_tokens", &gemv_tokens, "kernels"_a, "type"_a, "weights"_a, "x"_a, "tiled"_a, "y"_a,
+        "may_be_one"_a = false, "told"_a = true);
   m.def("axpy_tokens", &axpy_tokens, "kernels"_a, "type"_a, "weights"_a, "coefficient"_a, "tiled"_a, "y"_a);
   m.def("decode", &decode, "kernels"_a, "type"_a, "weights"_a, "y"_a);
   m.def("gemm", &gemm, "kernels"_a, "type"_a, "weights"_a, "x"_a, "y"_a, "panels"_a);
