@@ -25,7 +25,6 @@ from fallow.models.capture import Histograms
 from fallow.patterns.collect import collect
 from fallow.patterns.store import unpack_bits
 from fallow.reporting.neurons import examine
-
 from fallow.selectors import SELECTORS
 
 RNG = np.random.default_rng(11)
