@@ -46,6 +46,9 @@ SHORTER: dict[str, dict[str, str]] = {
     "report": _WINDOWS,
     "neurons": _WINDOWS,
     "calibrate": _WINDOWS | {"--validation-windows": "2"},
+    "adapt": {
+        "--tokens": "1k", "--context": "32", "--batch": "8", "--learning-rate": "1e-3",
+    },
     "optimize": _WINDOWS | {"--validation-windows": "4", "--check-windows": "2", "--threads": "1"},
     "evaluate": _WINDOWS,
     "tradeoff": _WINDOWS | {"--calibration-windows": "2", "--sparsities": "0.5"},
