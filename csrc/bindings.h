@@ -52,9 +52,10 @@ struct Quantized {
   Quantized(const Kernels& kernels, const float* x, size_t n, bool may_be_one = false)
       : high(n), low(n), d(n / 32), sum(n / 32), sum16(n / 16) {
     if (n % 32 != 0) return;
-    kernels.quantize(x, n, high.data(), low.data(), d.data(), sum.data(), sum16.data());
-    one_digit = may_be_one && leave_out_low(kernels, x, n, high.data(), low.data(), d.data(), sum.data(),
-                                            sum16.data());
+    if (may_be_one)
+      one_digit = quantize_in_digits(kernels, x, n, high.data(), low.data(), d.data(), sum.data(), sum16.data());
+    else
+      kernels.quantize(x, n, high.data(), low.data(), d.data(), sum.data(), sum16.data());
   }
   Activation with(const float* x) const {
     return {x, high.data(), low.data(), d.data(), sum.data(), sum16.data(), one_digit};

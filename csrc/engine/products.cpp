@@ -86,12 +86,9 @@ void Products::prepare(Input& input, size_t n, bool few) const {
     });
   } else if (w % 32 == 0) {  // otherwise its weights are F32, F16 or BF16
     run_.for_tokens(n, [&](size_t t, int) {
-      k.quantize(input.x.data() + t * w, w, input.high.data() + t * w, input.low.data() + t * w,
-                 input.d.data() + t * (w / 32), input.sum.data() + t * (w / 32),
-                 input.sum16.data() + t * (w / 16));
-      input.one_digit[t] = leave_out_low(k, input.x.data() + t * w, w, input.high.data() + t * w,
-                                         input.low.data() + t * w, input.d.data() + t * (w / 32),
-                                         input.sum.data() + t * (w / 32), input.sum16.data() + t * (w / 16));
+      input.one_digit[t] = quantize_in_digits(
+          k, input.x.data() + t * w, w, input.high.data() + t * w, input.low.data() + t * w,
+          input.d.data() + t * (w / 32), input.sum.data() + t * (w / 32), input.sum16.data() + t * (w / 16));
     });
   }
 }

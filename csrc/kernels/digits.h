@@ -13,10 +13,11 @@ namespace fallow {
 // inputs: 0.0012 and 0.0042; Gemma-3-270M, 53 %: 0.0008 and 0.0022.
 constexpr float kDigitError = 0.0095f;
 
-// Whether one digit is enough for x (k,), of which `quantize` made the rest; then the lower ones become 0.
-// Rounding to steps s leaves an error of s / sqrt(12) in each value.
-inline bool leave_out_low(const Kernels& kernels, const float* x, size_t k, const int8_t* high, int8_t* low,
-                          const float* d, float* sum, float* sum16) {
+// Kernels::quantize of x (k,); true where one digit is enough, and the lower ones are 0. Rounding to steps s
+// leaves an error of s / sqrt(12) in each value.
+inline bool quantize_in_digits(const Kernels& kernels, const float* x, size_t k, int8_t* high, int8_t* low,
+                               float* d, float* sum, float* sum16) {
+  kernels.quantize(x, k, high, low, d, sum, sum16);
   float squares = 0;
   for (size_t b = 0; b < k / 32; ++b) squares += d[b] * d[b];
   const float error = squares * (256.0f * 256.0f * 32 / 12);

@@ -26,12 +26,12 @@ from fallow.adaptation.rounding import ROUNDINGS
 from fallow.calibration.calibrator import Calibrator, check_request
 from fallow.checkpoints.text import Text, check_context, load_text
 from fallow.common.errors import FallowError, UsageError
-from fallow.common.files import atomic_path, check_sums, read_json, write_json
+from fallow.common.files import atomic_path, check_sums, claim, read_json, write_json
 from fallow.common.metrics import ppl_change_percent
 from fallow.common.progress import console, note
-from fallow.models.cuts import cut_taps
-from fallow.models.devices import device_named, has_bfloat16
-from fallow.models.taps import Layer, Tap, attach, column_norm
+from fallow.models.cuts import cut_taps, weight_of
+from fallow.models.devices import as_array, device_named, has_bfloat16
+from fallow.models.taps import Layer, Tap, attach
 from fallow.packing.source import ADAPTED_FILE, Source
 from fallow.plan import Cut, Plan
 from fallow.reference.model import Model, find_model, load
@@ -150,7 +150,7 @@ def adapt(
     Raises:
         UsageError: settings that do not fit together, or a GPU that is not there.
         FallowError: the folder is there, the text is too short, a stopped run of other settings,
-            or the loss is NaN: the last good state stays.
+            or the loss is NaN.
     """
     settings.check()
     texts.check_shares(shares, len(text))
@@ -179,8 +179,7 @@ class _Run:
         shares: Sequence[float],
         device: str,
     ) -> None:
-        if any(layer.experts is not None for layer in model.layers):
-            raise FallowError(f"{name} is a mixture of experts; only dense models can be adapted")
+        model.layers[0].one_ffn()  # or it is refused
         self.model, self.work, self.settings, self.device = model, work, settings, device
         self.source = find_model(str(name))
         if (self.source / ADAPTED_FILE).is_file():
@@ -217,8 +216,13 @@ class _Run:
         self._sample()
         self._say_what_is_read()
         with torch.no_grad():
-            self.wanted = [self._exact(self.teacher, ids) for ids in self._held_out()]
-        self.teacher_losses = self._judge(self.teacher, {})[1]
+            windows = [self._ids(window[None]) for window in self.mixture.held_out]
+            self.held_out = [(ids, self._exact(self.teacher, ids)) for ids in windows]
+            losses = [
+                float(nn.functional.nll_loss(self._log_p(wanted), ids[0, 1:]))
+                for ids, wanted in self.held_out
+            ]
+        self.teacher_losses = np.array(losses)
         if not self.learning_rate:
             self.learning_rate = self._find_rate()
         self._begin(self.learning_rate, self.settings.steps)
@@ -226,21 +230,8 @@ class _Run:
 
     def _claim(self) -> None:
         """Raises FallowError if the folder is of another run."""
-        path = self.work / "settings.json"
-        mine = asdict(self.settings) | {
-            "fingerprint": self.model.fingerprint,
-            "texts": self.mixture.metadata,
-        }
-        if not path.exists():
-            write_json(path, mine)
-            return
-        found = read_json(path, f"delete {self.work} to begin again")
-        changed = [k for k, v in mine.items() if found.get(k) != v]
-        if changed:
-            raise FallowError(
-                f"{self.work} is of a stopped run with another {', '.join(changed)}; delete it, or "
-                "choose another --output"
-            )
+        of_run = {"fingerprint": self.model.fingerprint, "texts": self.mixture.metadata}
+        claim(self.work / "settings.json", asdict(self.settings) | of_run, "stopped run")
 
     def _sample(self) -> None:
         settings = self.settings
@@ -347,23 +338,21 @@ class _Run:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (T, vocabulary), float32."""
-        logits = nn.functional.linear(hidden, self.head_weight, self.head_bias).float()
-        logits = logits * self.model.logit_scale
-        cap = self.model.logit_softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        products = nn.functional.linear(hidden, self.head_weight, self.head_bias)
+        return self.model.logits_of_products(products.float())
+
+    def _log_p(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (T, vocabulary), float32."""
+        return self._logits(hidden).log_softmax(dim=-1)
 
     def _divergence(self, hidden: torch.Tensor, teachers: torch.Tensor) -> torch.Tensor:
         """KL(teacher || student) of each token (T,), nats, of final hidden states (T, d_model)."""
         with self._in_half():
-            mine = self._logits(hidden)
             with torch.no_grad():
-                wanted = self._logits(teachers).log_softmax(dim=-1)
-        return (wanted.exp() * (wanted - mine.log_softmax(dim=-1))).sum(dim=-1)
+                wanted = self._log_p(teachers)
+            return divergence(wanted, self._log_p(hidden))
 
     # Judging -------------------------------------------------------------------------------------
-
-    def _held_out(self) -> list[torch.Tensor]:
-        return [self._ids(window[None]) for window in self.mixture.held_out]
 
     def _exact(self, module: Any, ids: torch.Tensor) -> torch.Tensor:
         """Final hidden states (T - 1, d_model) of a window (1, T), that predict; in float32."""
@@ -375,10 +364,9 @@ class _Run:
         """KL to the teacher, and losses (n,) of held-out windows; nats per token."""
         kl, losses = [], []
         with attach(self.model.architecture.find_layers(module), taps):
-            for ids, wanted in zip(self._held_out(), self.wanted, strict=True):
-                hidden = self._exact(module, ids)
-                log_p, log_q = (self._logits(h).log_softmax(dim=-1) for h in (wanted, hidden))
-                kl.append(float((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()))
+            for ids, wanted in self.held_out:
+                log_q = self._log_p(self._exact(module, ids))
+                kl.append(float(divergence(self._log_p(wanted), log_q).mean()))
                 losses.append(float(nn.functional.nll_loss(log_q, ids[0, 1:])))
         return float(np.mean(kl)), np.array(losses)
 
@@ -566,12 +554,17 @@ class _Run:
         return report
 
 
+def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of each token (T,), nats, of log-probabilities (T, vocabulary)."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
 def _frozen(cut: Cut, layers: list[Layer]) -> Cut:
     """The cut with the norms of the dense model's columns: training must not move them."""
     if not isinstance(cut.weight, str):
         return cut
-    named = [layer.projections.get(cut.tap, layer.down_proj) for layer in layers]
-    return replace(cut, weight=np.stack([column_norm(p).numpy() for p in named]))
+    norms = [weight_of(cut, i, layer) for i, layer in enumerate(layers)]
+    return replace(cut, weight=np.stack([as_array(norm) for norm in norms if norm is not None]))
 
 
 def _types(model: Model, name: str, quant: str | None) -> dict[str, str]:

@@ -192,6 +192,25 @@ def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
     return found
 
 
+def claim(path: str | Path, settings: dict[str, Any], what: str) -> None:
+    """Writes the settings of work that a folder is for, or compares them with those it has.
+
+    Raises:
+        FallowError: the folder is of `what` ("training", say) with others.
+    """
+    path = Path(path)
+    if not path.exists():
+        write_json(path, settings)
+        return
+    found = read_json(path, f"delete {path.parent} to begin again")
+    changed = [k for k, v in settings.items() if found.get(k) != v]
+    if changed:
+        raise FallowError(
+            f"{path.parent} is of a {what} with another {', '.join(changed)}; choose another "
+            "--output, or delete it"
+        )
+
+
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value that was read has a field's type, such as `int`, `float | None` or `list`.
 

@@ -82,6 +82,11 @@ def energy_recall(energy: np.ndarray, right: np.ndarray, chosen: np.ndarray) -> 
     """
     whole = (energy * right).sum(axis=1, dtype=np.float64)
     found = (energy * (right & chosen)).sum(axis=1, dtype=np.float64)
+    return energy_shares(found, whole)
+
+
+def energy_shares(found: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """The same from each token's sums (T,): of the right neurons that were chosen, and of all."""
     return found[whole > 0] / whole[whole > 0]
 
 

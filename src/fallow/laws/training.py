@@ -35,6 +35,7 @@ from fallow.common.files import (
     atomic_path,
     check_sums,
     check_writable,
+    claim,
     fits,
     read_array,
     read_json,
@@ -177,28 +178,14 @@ def train(
     folder = Path(folder)
     check_writable(folder / "training.json")
     source = load_text(text, "calibration")
-    _claim(folder, settings, source)
+    of_run = asdict(settings) | {"text_sha256": source.sha256}
+    claim(folder / "training.json", of_run, "training")
     run = _Run(folder, settings, prepare(folder, source, settings), device)
     if not (folder / "model.safetensors").exists():
         run.restore()
         run.finish()
     run.clear()
     return run.report()
-
-
-def _claim(folder: Path, settings: Settings, source: Text) -> None:
-    """Raises FallowError if the folder is of another training."""
-    path, mine = folder / "training.json", asdict(settings) | {"text_sha256": source.sha256}
-    if path.exists():
-        found = read_json(path, f"delete {folder} to begin again")
-        changed = [k for k, v in mine.items() if found.get(k) != v]
-        if changed:
-            raise FallowError(
-                f"{folder} is of a training with another {', '.join(changed)}; choose another "
-                "--output, or delete it"
-            )
-        return
-    write_json(path, mine)
 
 
 # Text --------------------------------------------------------------------------------------------

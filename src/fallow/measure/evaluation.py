@@ -11,6 +11,7 @@ import torch
 
 from fallow.checkpoints.text import Text, check_no_leakage, load_text
 from fallow.common.errors import FallowError
+from fallow.common.metrics import energy_shares
 from fallow.common.progress import progress
 from fallow.measure.quality import (
     SPARSITY_TAPS,
@@ -76,8 +77,8 @@ class SelectionMeter:
         whole, found = (
             as_array((energy * some).sum(dim=1, dtype=torch.float64)) for some in (best, both)
         )
-        if (whole > 0).any():
-            energies = found[whole > 0] / whole[whole > 0]  # as fallow.common.metrics.energy_recall
+        energies = energy_shares(found, whole)
+        if len(energies):
             self._shares.append((int(both.sum()) / int(best.sum()), energies.mean()))
 
     def means(self) -> tuple[float, float] | tuple[None, None]:

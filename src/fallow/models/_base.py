@@ -32,6 +32,9 @@ LLAMA_GLOBAL = {
     "output": "lm_head",
 }
 LLAMA_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+# Of queries and keys, in models that norm them: the engine's names, and GGUF's.
+QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+QK_NORMS_BLOCK = {f"attn_{name}": path for name, path in QK_NORMS.items()}
 LLAMA_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 
 # Of a mixture of experts: in GGUF their gate_proj and up_proj are apart, in transformers fused.

@@ -5,7 +5,14 @@ from typing import Any
 import numpy as np
 
 from fallow.checkpoints.weights import GgufFile
-from fallow.models._base import LLAMA_BLOCK, Architecture, Tensors, llama_config
+from fallow.models._base import (
+    LLAMA_BLOCK,
+    QK_NORMS,
+    QK_NORMS_BLOCK,
+    Architecture,
+    Tensors,
+    llama_config,
+)
 
 
 def _config(file: GgufFile) -> dict[str, Any]:
@@ -47,14 +54,13 @@ GEMMA_NORMS = {
 ARCHITECTURE = Architecture(
     model_type="gemma3_text",
     hf_class="Gemma3ForCausalLM",
-    norms=GEMMA_NORMS | {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"},
+    norms=GEMMA_NORMS | QK_NORMS,
     norm_offset=1.0,  # as in less_one
     config_keys=("sliding_window_pattern", "rope_local_base_freq"),
     gguf_name="gemma3",
     gguf_block=LLAMA_BLOCK
+    | QK_NORMS_BLOCK
     | {
-        "attn_q_norm": "self_attn.q_norm",
-        "attn_k_norm": "self_attn.k_norm",
         "post_attention_norm": "post_attention_layernorm",
         "ffn_norm": "pre_feedforward_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",

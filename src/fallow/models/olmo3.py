@@ -3,7 +3,7 @@
 from typing import Any
 
 from fallow.checkpoints.weights import GgufFile
-from fallow.models._base import LLAMA_BLOCK, Architecture, llama_config
+from fallow.models._base import LLAMA_BLOCK, QK_NORMS_BLOCK, Architecture, llama_config
 from fallow.models.olmo2 import NORMS
 
 
@@ -32,9 +32,8 @@ ARCHITECTURE = Architecture(
     norms=NORMS,
     gguf_name="olmo2",
     gguf_block={name: path for name, path in LLAMA_BLOCK.items() if "norm" not in name}
+    | QK_NORMS_BLOCK
     | {
-        "attn_q_norm": "self_attn.q_norm",
-        "attn_k_norm": "self_attn.k_norm",
         "post_attention_norm": "post_attention_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
     },

@@ -8,6 +8,8 @@ from fallow.models._base import (
     EXPERTS_SETTINGS,
     LLAMA_BLOCK,
     LLAMA_NORMS,
+    QK_NORMS,
+    QK_NORMS_BLOCK,
     Architecture,
     ExpertPaths,
     expert_config,
@@ -27,13 +29,11 @@ ARCHITECTURE = Architecture(
     model_type="olmoe",
     hf_class="OlmoeForCausalLM",
     experts=ExpertPaths(),
-    norms=LLAMA_NORMS | {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"},
+    norms=LLAMA_NORMS | QK_NORMS,
     config_keys=("num_experts",),
     check=_check,
     settings=EXPERTS_SETTINGS,
     gguf_name="olmoe",
-    gguf_block=LLAMA_BLOCK
-    | EXPERTS_BLOCK
-    | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
+    gguf_block=LLAMA_BLOCK | EXPERTS_BLOCK | QK_NORMS_BLOCK,
     gguf_config=_config,
 )

@@ -206,11 +206,16 @@ class Model:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocabulary), float32, of final hidden states (..., d_model)."""
         with torch.inference_mode(), torch.autocast(hidden.device.type, enabled=False):
-            logits = nn.functional.linear(hidden.float(), self._head_weight, self._head_bias)
-            logits *= self.logit_scale
-            if self.logit_softcap:
-                logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
-            return logits
+            products = nn.functional.linear(hidden.float(), self._head_weight, self._head_bias)
+            return self.logits_of_products(products)
+
+    def logits_of_products(self, products: torch.Tensor) -> torch.Tensor:
+        """Logits (..., vocabulary) of what the head's weights make of hidden states."""
+        if self.logit_scale != 1:
+            products = products * self.logit_scale
+        if self.logit_softcap:
+            products = self.logit_softcap * torch.tanh(products / self.logit_softcap)
+        return products
 
     def taps(self, choice: Plan | Selector | None) -> dict[str, Tap]:
         """The taps that set what a plan or a selector leaves out to zero; None: nothing.

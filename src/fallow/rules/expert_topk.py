@@ -2,10 +2,10 @@
 
 from fallow.models.capture import Calibration
 from fallow.plan import ROUTER, Cut
-from fallow.rules._base import Rule
+from fallow.rules.topk import TopK
 
 
-class ExpertTopK(Rule):
+class ExpertTopK(TopK):
     """Keeps the k experts that the router gives the largest shares."""
 
     name = "expert_topk"
@@ -13,10 +13,6 @@ class ExpertTopK(Rule):
     where = "experts"
     knob_name = "k / n_experts, the share kept per token"
     known = "after the router: saves experts whole"
-
-    @classmethod
-    def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
-        return 1 - sparsity
 
     @classmethod
     def learn(cls, calibration: Calibration, knob: float) -> Cut:
