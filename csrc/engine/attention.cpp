@@ -25,9 +25,12 @@ Attention::Attention(Runtime& run, Products& products, const Packed& model, size
   cos_.resize(tokens * config_.rotary_dim / 2);
   sin_.resize(cos_.size());
   const size_t queries = std::max<size_t>(kQueries, config_.n_heads / config_.n_kv_heads);
+  const size_t few = std::min(tokens, kFew), rows = std::max(queries, few * config_.n_heads);
   for (Scratch& own : scratch_) {
     own.scores.resize(queries * context);
-    own.sums.resize(queries);
+    own.largest.resize(rows);
+    own.sums.resize(rows);
+    own.mixed.resize(few * mixed_.width);
     own.panel.resize(std::max<size_t>(kPositions, config_.head_dim) * kPanel);
   }
 }
@@ -90,42 +93,88 @@ void Attention::rotate(const Layer& layer, const Norm& norm, size_t heads, size_
   });
 }
 
-// mixed = softmax(q k^T) v. Work is cut into heads that share keys and values, and tiles of tokens. One
-// token's heads go to the threads in equal parts; of a block, tiles do, in turn, since late ones see
-// more positions.
+// mixed = softmax(q k^T) v. Decode is cut into positions, of which every thread takes an equal part: so each
+// reads its part of the cache once for all heads. A block is cut into heads that share keys and values, and
+// tiles of tokens, which threads take in turn, since late ones see more positions.
 void Attention::mix(size_t l, size_t n) {
   const size_t kv_heads = config_.n_kv_heads, per_kv = config_.n_heads / kv_heads;
+  for (size_t i = 0; i < n * mixed_.width; ++i) q_[i] *= config_.attention_scale;
+  if (is_decode(n)) {
+    run_.pool.run([&](int worker) {
+      for (size_t t = 0; t < n; ++t) mix_part(l, t, worker);
+    });
+    merge_parts(n);
+    const size_t positions = position_ + n - first_position(l, 0);
+    return run_.statistics.read(0, positions * kv_heads * config_.head_dim * 2 * sizeof(uint16_t));
+  }
   run_.pool.run([&](int worker) {
-    if (is_decode(n)) {
-      const Share share = share_of(config_.n_heads, worker, run_.pool.size());
-      for (size_t h = share.begin; h < share.end;) {
-        const size_t end = std::min((h / per_kv + 1) * per_kv, share.end);
-        for (size_t t = 0; t < n; ++t) mix_heads(l, {h, end}, {t, t + 1}, worker);
-        h = end;
-      }
-      return;
-    }
     const size_t tile = std::max<size_t>(kQueries / per_kv, 1), tiles = pieces(n, tile);
     for (size_t job = static_cast<size_t>(worker); job < kv_heads * tiles; job += run_.n_threads()) {
       const size_t h = job % kv_heads * per_kv, t = job / kv_heads * tile;
       mix_heads(l, {h, h + per_kv}, {t, std::min(t + tile, n)}, worker);
     }
   });
-  if (is_decode(n)) {
-    const size_t positions = position_ + n - first_position(l, 0);
-    run_.statistics.read(0, positions * kv_heads * config_.head_dim * 2 * sizeof(uint16_t));
+}
+
+// Heads with the same keys, for some tokens of a block.
+void Attention::mix_heads(size_t l, Share heads, Share tokens, int worker) {
+  Scratch& own = scratch_[static_cast<size_t>(worker)];
+  const size_t dim = config_.head_dim, count = tokens.end - tokens.begin;
+  const size_t begin = first_position(l, tokens.begin) / kPanel * kPanel;
+  float* mixed = mixed_.x.data() + tokens.begin * mixed_.width + heads.begin * dim;
+  sum_values(l, heads, tokens, {begin, position_ + tokens.end}, own.largest.data(), own.sums.data(), mixed,
+             worker);
+  for (size_t row = 0; row < (heads.end - heads.begin) * count; ++row) {
+    float* out = mixed + row / count * dim + row % count * mixed_.width;
+    for (size_t i = 0; i < dim; ++i) out[i] /= own.sums[row];
   }
 }
 
-// Some heads with the same keys, for some tokens of the block, as two small products; row (h, t) of the
-// scores belongs to the h-th of these heads and the t-th of the tokens.
-void Attention::mix_heads(size_t l, Share heads, Share tokens, int worker) {
+// All heads of one token over a thread's part of the positions, in whole panels of keys.
+void Attention::mix_part(size_t l, size_t t, int worker) {
+  Scratch& own = scratch_[static_cast<size_t>(worker)];
+  const size_t n_heads = config_.n_heads, per_kv = n_heads / config_.n_kv_heads;
+  const size_t first = first_position(l, t) / kPanel, end = position_ + t + 1;
+  const Share panels = share_of(pieces(end, kPanel) - first, worker, run_.pool.size());
+  const Share positions{(first + panels.begin) * kPanel, std::min((first + panels.end) * kPanel, end)};
+  for (size_t h = 0; h < n_heads; h += per_kv) {
+    const size_t row = t * n_heads + h;
+    float* mixed = own.mixed.data() + row * config_.head_dim;
+    std::fill_n(&own.sums[row], per_kv, 0.0f);
+    if (positions.begin < positions.end)
+      sum_values(l, {h, h + per_kv}, {t, t + 1}, positions, &own.largest[row], &own.sums[row], mixed, worker);
+  }
+}
+
+// The threads' parts of a softmax, each relative to its own largest score.
+void Attention::merge_parts(size_t n) {
+  const size_t dim = config_.head_dim;
+  for (size_t row = 0; row < n * config_.n_heads; ++row) {
+    float largest = -__builtin_inff(), sum = 0;
+    for (const Scratch& part : scratch_)
+      if (part.sums[row] != 0) largest = std::max(largest, part.largest[row]);
+    float* out = mixed_.x.data() + row * dim;
+    std::fill(out, out + dim, 0.0f);
+    for (const Scratch& part : scratch_) {
+      if (part.sums[row] == 0) continue;
+      const float scale = std::exp(part.largest[row] - largest);
+      sum += scale * part.sums[row];
+      for (size_t i = 0; i < dim; ++i) out[i] += scale * part.mixed[row * dim + i];
+    }
+    for (size_t i = 0; i < dim; ++i) out[i] /= sum;
+  }
+}
+
+// Some heads with the same keys, for some tokens of the block, over some positions, as two small products.
+// Row (h, t) belongs to the h-th of these heads and the t-th of the tokens; row (h, t) of `mixed` is h *
+// dim + t * width away.
+void Attention::sum_values(size_t l, Share heads, Share tokens, Share positions, float* largest, float* sums,
+                           float* mixed, int worker) {
   const Kernels& kernels = run_.kernels;
   const size_t dim = config_.head_dim, width = mixed_.width;
   const size_t kv_head = heads.begin / (config_.n_heads / config_.n_kv_heads);
   const size_t count = tokens.end - tokens.begin, n_heads = heads.end - heads.begin;
-  const size_t end = position_ + tokens.end;
-  const size_t begin = first_position(l, tokens.begin) / kPanel * kPanel, span = end - begin;
+  const size_t begin = positions.begin, end = positions.end, span = end - begin;
   Scratch& own = scratch_[static_cast<size_t>(worker)];
   float *scores = own.scores.data(), *panel = own.panel.data();
   // The queries lie dim apart where there is one token, otherwise one product per head is needed.
@@ -142,38 +191,33 @@ void Attention::mix_heads(size_t l, Share heads, Share tokens, int worker) {
     if (decodes) kernels.gemm_f32(panel, n, k, x, x_stride, rows, add, y, y_stride);
     else kernels.gemm_f16(half, n, k, x, x_stride, rows, add, y, y_stride);
   };
-  const size_t first = tokens.begin * width + heads.begin * dim;
+  const float* queries = q_.data() + tokens.begin * width + heads.begin * dim;
   for (size_t j = begin; j < end; j += kPanel) {
     const uint16_t* keys = cache_.keys(l, kv_head, j / kPanel);
     decode(keys, dim * kPanel);
     for (size_t h = 0; h < products; ++h)
-      multiply(keys, std::min(kPanel, end - j), dim, q_.data() + first + h * dim, stride, false,
+      multiply(keys, std::min(kPanel, end - j), dim, queries + h * dim, stride, false,
                scores + h * rows * span + (j - begin), span);
   }
   for (size_t row = 0; row < n_heads * count; ++row) {
     const size_t t = tokens.begin + row % count;
-    const size_t low = first_position(l, t) - begin, high = position_ + t + 1 - begin;
+    const size_t low = std::max(first_position(l, t), begin) - begin;
+    const size_t high = std::min(position_ + t + 1, end) - begin;
     float* score = scores + row * span;
-    for (size_t j = low; j < high; ++j) score[j] *= config_.attention_scale;
     soft_cap(score + low, high - low, config_.attention_softcap);
-    own.sums[row] = kernels.softmax_numerators(score + low, high - low);
+    sums[row] = kernels.softmax_numerators(score + low, high - low, largest[row]);
     std::fill(score, score + low, 0.0f);
     std::fill(score + high, score + span, 0.0f);
   }
   for (size_t i = 0; i < dim; i += kPanel) {
     const size_t columns = std::min(kPanel, dim - i);
     for (size_t j = 0; j < span; j += kPositions) {
-      const size_t positions = std::min(kPositions, span - j);
+      const size_t some = std::min(kPositions, span - j);
       const uint16_t* values = cache_.values(l, kv_head, i / kPanel) + (begin + j) * kPanel;
-      decode(values, positions * kPanel);
+      decode(values, some * kPanel);
       for (size_t h = 0; h < products; ++h)
-        multiply(values, columns, positions, scores + h * rows * span + j, span, j > 0,
-                 mixed_.x.data() + first + h * dim + i, stride);
+        multiply(values, columns, some, scores + h * rows * span + j, span, j > 0, mixed + h * dim + i, stride);
     }
-  }
-  for (size_t row = 0; row < n_heads * count; ++row) {
-    float* out = mixed_.x.data() + first + row / count * dim + row % count * width;
-    for (size_t i = 0; i < dim; ++i) out[i] /= own.sums[row];
   }
 }
 

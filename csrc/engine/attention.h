@@ -20,13 +20,19 @@ class Attention {
   void attend(size_t layer, const Input& x, size_t n, float* out);
 
  private:
+  // Of each thread. A token's heads, mixed over some of its positions, wait for the others' parts: of row
+  // (token, head) the largest score, the sum of numerators and their sum of values.
   struct Scratch {
-    std::vector<float> scores, sums, panel;
+    std::vector<float> scores, panel, largest, sums, mixed;
   };
 
   void rotate(const Layer& layer, const Norm& norm, size_t heads, size_t n, float* x);
   void mix(size_t layer, size_t n);
   void mix_heads(size_t layer, Share heads, Share tokens, int worker);
+  void mix_part(size_t layer, size_t token, int worker);
+  void merge_parts(size_t n);
+  void sum_values(size_t layer, Share heads, Share tokens, Share positions, float* largest, float* sums,
+                  float* mixed, int worker);
   size_t first_position(size_t layer, size_t t) const;
 
   Runtime& run_;

@@ -5,15 +5,19 @@
 #include <vector>
 
 #include "engine/runtime.h"
+#include "platform/file.h"
 
 namespace fallow {
 
 class KvCache {
  public:
   KvCache(size_t layers, size_t kv_heads, size_t head_dim, size_t context)
-      : kv_heads_(kv_heads), head_dim_(head_dim), context_(context),
-        keys_(layers * kv_heads * pieces(context, kPanel) * head_dim * kPanel),
-        values_(layers * kv_heads * pieces(head_dim, kPanel) * kPanel * context), half_(head_dim) {}
+      : kv_heads_(kv_heads), head_dim_(head_dim), context_(context), half_(head_dim),
+        n_keys_(layers * kv_heads * pieces(context, kPanel) * head_dim * kPanel),
+        n_values_(layers * kv_heads * pieces(head_dim, kPanel) * kPanel * context),
+        pages_((n_keys_ + n_values_) * sizeof(uint16_t)) {
+    pages_.expect(0, (n_keys_ + n_values_) * sizeof(uint16_t));
+  }
 
   size_t context() const { return context_; }
 
@@ -33,16 +37,18 @@ class KvCache {
   // A panel of one head's keys, and of its values.
   uint16_t* keys(size_t layer, size_t kv_head, size_t panel) {
     const size_t before = (layer * kv_heads_ + kv_head) * pieces(context_, kPanel) + panel;
-    return keys_.data() + before * head_dim_ * kPanel;
+    return reinterpret_cast<uint16_t*>(pages_.data()) + before * head_dim_ * kPanel;
   }
   uint16_t* values(size_t layer, size_t kv_head, size_t panel) {
     const size_t before = (layer * kv_heads_ + kv_head) * pieces(head_dim_, kPanel) + panel;
-    return values_.data() + before * context_ * kPanel;
+    return reinterpret_cast<uint16_t*>(pages_.data()) + n_keys_ + before * context_ * kPanel;
   }
 
  private:
   size_t kv_heads_, head_dim_, context_;
-  std::vector<uint16_t> keys_, values_, half_;
+  std::vector<uint16_t> half_;
+  size_t n_keys_, n_values_;
+  Pages pages_;
 };
 
 }  // namespace fallow

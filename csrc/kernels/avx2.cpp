@@ -307,7 +307,9 @@ struct V {
   }
 };
 
-float softmax_numerators(float* x, size_t n) { return softmax_numerators_of<V>(x, n); }
+float softmax_numerators(float* x, size_t n, float& largest) {
+  return softmax_numerators_of<V>(x, n, largest);
+}
 void silu(float* x, size_t n) { in_place<V>(x, n, silu_of<V>); }
 void gelu_tanh(float* x, size_t n) { in_place<V>(x, n, gelu_tanh_of<V>); }
 

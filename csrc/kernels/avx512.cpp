@@ -921,12 +921,12 @@ struct V {
   static FALLOW_INLINE F scale(F p, F n) { return _mm512_scalef_ps(p, n); }
 };
 
-float softmax_numerators(float* x, size_t n) {
-  __m512 largest = _mm512_set1_ps(x[0]), sum = _mm512_setzero_ps();
+float softmax_numerators(float* x, size_t n, float& largest) {
+  __m512 most = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps();
   for (size_t i = 0; i < n; i += 16)
-    largest = _mm512_mask_max_ps(largest, first_lanes(n - i), largest,
-                                 _mm512_maskz_loadu_ps(first_lanes(n - i), x + i));
-  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+    most = _mm512_mask_max_ps(most, first_lanes(n - i), most, _mm512_maskz_loadu_ps(first_lanes(n - i), x + i));
+  largest = _mm512_reduce_max_ps(most);
+  const __m512 top = _mm512_set1_ps(largest);
   for (size_t i = 0; i < n; i += 16) {
     const __mmask16 lanes = first_lanes(n - i);
     const __m512 e = exp_of<V>(_mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, x + i), top));

@@ -120,8 +120,9 @@ struct Kernels {
 
   void (*to_f16)(const float* x, size_t n, uint16_t* y);
   float (*sum_squares)(const float* x, size_t n);
-  // In place: x = exp(x - max(x)); returns the sum.
-  float (*softmax_numerators)(float* x, size_t n);
+  // In place: x = exp(x - largest), where that is the largest of x, or minus infinity if n is 0; returns
+  // the sum.
+  float (*softmax_numerators)(float* x, size_t n, float& largest);
   // The threshold that leaves the k largest of n magnitudes above it: the (n - k)-th smallest, 0 if
   // k >= n.
   float (*topk_threshold)(const float* magnitudes, size_t n, size_t k);

@@ -156,9 +156,10 @@ float sum_squares(const float* x, size_t n) {
   return sum;
 }
 
-float softmax_numerators(float* x, size_t n) {
-  float largest = x[0], sum = 0;
-  for (size_t i = 1; i < n; ++i) largest = std::max(largest, x[i]);
+float softmax_numerators(float* x, size_t n, float& largest) {
+  float sum = 0;
+  largest = -__builtin_inff();
+  for (size_t i = 0; i < n; ++i) largest = std::max(largest, x[i]);
   for (size_t i = 0; i < n; ++i) sum += x[i] = std::exp(x[i] - largest);
   return sum;
 }

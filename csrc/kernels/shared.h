@@ -90,11 +90,20 @@ FALLOW_INLINE void in_place(float* x, size_t n, const Function& function) {
 }
 
 template <class V>
-FALLOW_INLINE float softmax_numerators_of(float* x, size_t n) {
-  float largest = x[0], sum = 0;
-  for (size_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+FALLOW_INLINE float softmax_numerators_of(float* x, size_t n, float& largest) {
+  const size_t whole = n / V::n * V::n;
+  largest = -__builtin_inff();
+  typename V::F top = V::splat(largest), total = V::splat(0);
+  float lanes[V::n], sum = 0;
+  for (size_t i = 0; i < whole; i += V::n) top = V::max(top, V::load(x + i));
+  V::store(lanes, top);
+  for (const float v : lanes) largest = v > largest ? v : largest;
+  for (size_t i = whole; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
   in_place<V>(x, n, [&](typename V::F v) { return exp_of<V>(v - V::splat(largest)); });
-  for (size_t i = 0; i < n; ++i) sum += x[i];
+  for (size_t i = 0; i < whole; i += V::n) total = total + V::load(x + i);
+  V::store(lanes, total);
+  for (const float v : lanes) sum += v;
+  for (size_t i = whole; i < n; ++i) sum += x[i];
   return sum;
 }
 

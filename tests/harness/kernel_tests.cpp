@@ -213,7 +213,10 @@ void activation(const std::string& table, const std::string& name, Floats x) {
   if (name == "silu") return kernels.silu(x.data(), x.size());
   if (name == "gelu_tanh") return kernels.gelu_tanh(x.data(), x.size());
   if (name == "softmax" && x.size() > 0) {
-    const float sum = kernels.softmax_numerators(x.data(), x.size());
+    const float most = *std::max_element(x.data(), x.data() + x.size());
+    float largest;
+    const float sum = kernels.softmax_numerators(x.data(), x.size(), largest);
+    if (largest != most) throw nb::value_error("not the largest");
     for (size_t i = 0; i < x.size(); ++i) x.data()[i] /= sum;
     return;
   }
