@@ -324,8 +324,9 @@ def test_folder_of_an_unknown_architecture(copy: Path) -> None:
     (copy / "config.json").write_text('{"model_type": "mamba"}')
     assert message(copy) == (
         "unknown architecture 'mamba' in M/config.json; "
-        "known: arcee, gemma2, gemma3_text, gpt_neox, granite, llama, ministral, mistral, "
-        "nemotron, olmo2, olmo3, opt, phi, phi3, qwen2, qwen3, smollm3, starcoder2"
+        "known: arcee, bamboo, gemma2, gemma3_text, gpt_neox, granite, llama, llama_sparse_relu, "
+        "minicpm, ministral, mistral, nemotron, olmo2, olmo3, opt, phi, phi3, qwen2, qwen3, "
+        "smollm3, sparsellama, starcoder2"
     )
 
 
@@ -418,7 +419,12 @@ def test_another_model_has_another_fingerprint(
 
 def test_fingerprint_is_of_the_weights(tiny: dict[str, fallow.Model]) -> None:
     prints = {name: model.fingerprint for name, model in tiny.items()}
-    alike = ("llama", "mistral", "ministral", "granite"), ("olmo2", "olmo3")
+    own = ("llama_sparse_relu", "sparsellama", "bamboo")
+    alike = (
+        ("llama", "mistral", "ministral", "granite", *own),
+        ("olmo2", "olmo3"),
+        ("minicpm", "smollm3"),
+    )
     for names in alike:  # the same seed and shapes
         assert len({prints[name] for name in names}) == 1
     assert len(set(prints.values())) == len(CONFIGS) - sum(len(names) - 1 for names in alike)

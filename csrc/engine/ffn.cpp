@@ -75,6 +75,7 @@ void Ffn::up(const Layer& layer, const Input& x, size_t n, Share neurons, int wo
   products_.gemv(layer.up_proj, neurons.begin, count, x, n, up, d_ff_, worker);
   for (size_t t = 0; t < n; ++t, inter += d_ff_, up += d_ff_) {
     if (layer.up_bias) add_to(up, layer.up_bias + neurons.begin, count);
+    rectify_up(up, count);
     for (size_t i = 0; i < count; ++i) inter[i] *= up[i];
   }
 }
@@ -116,6 +117,7 @@ void Ffn::block(size_t l, const Input& x, size_t n, float* out) {
     cut(kGateAct, inter);
     if (config_.gated) {
       float* up = up_.data() + t * d_ff_;
+      rectify_up(up, d_ff_);
       cut(kUp, up);
       for (size_t i = 0; i < d_ff_; ++i) inter[i] *= up[i];
     }
@@ -156,7 +158,15 @@ void Ffn::activate(float* x, size_t n) const {
     case Act::kRelu2:
       for (size_t i = 0; i < n; ++i) x[i] = std::max(x[i], 0.0f) * std::max(x[i], 0.0f);
       return;
+    case Act::kFatRelu:
+      for (size_t i = 0; i < n; ++i) x[i] = x[i] <= config_.activation_threshold ? 0.0f : x[i];
+      return;
   }
+}
+
+void Ffn::rectify_up(float* x, size_t n) const {
+  if (!config_.rectifies_up) return;
+  for (size_t i = 0; i < n; ++i) x[i] = std::max(x[i], 0.0f);
 }
 
 }  // namespace fallow

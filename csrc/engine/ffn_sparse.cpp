@@ -118,12 +118,13 @@ void Ffn::up_of(const Layer& layer, const Activation& x, Neurons neurons, int wo
   float *up = up_.data() + neurons.begin, *inter = inter_.data();
   products_.gemv(layer.up_proj, neurons.list, neurons.begin, neurons.n, x, up, worker);
   if (neurons.list) {
-    for (size_t i = 0; i < neurons.n; ++i) {
-      const auto neuron = static_cast<size_t>(neurons.list[i]);
-      inter[neuron] *= up[i] + (bias ? bias[neuron] : 0.0f);
-    }
+    if (bias)
+      for (size_t i = 0; i < neurons.n; ++i) up[i] += bias[neurons.list[i]];
+    rectify_up(up, neurons.n);
+    for (size_t i = 0; i < neurons.n; ++i) inter[neurons.list[i]] *= up[i];
   } else {
     if (bias) add_to(up, bias + neurons.begin, neurons.n);
+    rectify_up(up, neurons.n);
     for (size_t i = 0; i < neurons.n; ++i) inter[neurons.begin + i] *= up[i];
   }
 }
@@ -132,10 +133,10 @@ void Ffn::up_of(const Layer& layer, const Activation& x, Neurons neurons, int wo
 void Ffn::whole_up_of(const Layer& layer, const Activation& x, Neurons neurons, int worker) {
   float* up = scratch_[static_cast<size_t>(worker)].coefficients.data();
   products_.gemv(layer.up_proj, neurons.list, neurons.begin, neurons.n, x, up, worker);
-  for (size_t i = 0; i < neurons.n; ++i) {
-    const auto neuron = static_cast<size_t>(neurons.list[i]);
-    up_[neuron] = up[i] + (layer.up_bias ? layer.up_bias[neuron] : 0.0f);
-  }
+  if (layer.up_bias)
+    for (size_t i = 0; i < neurons.n; ++i) up[i] += layer.up_bias[neurons.list[i]];
+  rectify_up(up, neurons.n);
+  for (size_t i = 0; i < neurons.n; ++i) up_[static_cast<size_t>(neurons.list[i])] = up[i];
 }
 
 // This thread's part of inter W_down^T.

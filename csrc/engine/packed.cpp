@@ -163,9 +163,11 @@ Act read_act(const std::string& name) {
   if (name == "silu") return Act::kSilu;
   if (name == "gelu_tanh") return Act::kGeluTanh;
   if (name == "gelu") return Act::kGelu;
-  if (name == "relu") return Act::kRelu;
+  if (name == "relu" || name == "drelu") return Act::kRelu;
   if (name == "relu2") return Act::kRelu2;
-  throw PackedError("fallow.activation " + name + " is unknown; known: silu, gelu_tanh, gelu, relu, relu2");
+  if (name == "fatrelu") return Act::kFatRelu;
+  throw PackedError("fallow.activation " + name +
+                    " is unknown; known: silu, gelu_tanh, gelu, relu, relu2, fatrelu, drelu");
 }
 
 Config read_config(const Reader& in) {
@@ -190,6 +192,9 @@ Config read_config(const Reader& in) {
   c.gated = in.flag("gated");
   c.parallel = in.flag("parallel");
   c.act = read_act(in.text("activation"));
+  c.rectifies_up = in.text("activation") == "drelu";
+  if (c.rectifies_up && !c.gated) throw PackedError("fallow.activation drelu needs fallow.gated");
+  if (c.act == Act::kFatRelu) c.activation_threshold = in.number("activation_threshold");
   if (c.n_heads % c.n_kv_heads != 0)
     throw PackedError("fallow.n_heads must be a multiple of fallow.n_kv_heads");
   if (c.rotary_dim % 2 != 0) throw PackedError("fallow.rotary_dim must be even");

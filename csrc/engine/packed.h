@@ -15,7 +15,7 @@ struct PackedError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class Act { kSilu, kGeluTanh, kGelu, kRelu, kRelu2 };
+enum class Act { kSilu, kGeluTanh, kGelu, kRelu, kRelu2, kFatRelu };
 
 struct Config {
   uint32_t hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim, vocab_size;
@@ -32,6 +32,11 @@ struct Config {
   bool gated;                 // gate_proj and up_proj; otherwise up_proj alone, which `act` follows
   bool parallel;              // attention and FFN read the same norm and add to the same residual
   Act act;
+  float activation_threshold; // of kFatRelu, whose smaller values become zero
+  bool rectifies_up;          // dReLU: what up_proj puts out passes a ReLU, too
+
+  // Whether the activation makes neurons exactly zero.
+  bool has_zeros() const { return act == Act::kRelu || act == Act::kRelu2 || act == Act::kFatRelu; }
 };
 
 // W (rows, cols), row-major in a ggml type or in two bits; data is null for a matrix the model does not

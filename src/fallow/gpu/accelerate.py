@@ -19,7 +19,7 @@ from fallow.gpu.modules import (
     SparseFfn,
     SparseInputs,
 )
-from fallow.models import by_model_type
+from fallow.models import Rectified, by_model_type
 from fallow.models.cuts import check_fits, weight_of
 from fallow.models.taps import Layer
 from fallow.plan import Cut, Plan
@@ -118,6 +118,8 @@ def _check_cuts(cuts: Sequence[Cut], layer: Layer, act: str | None, name: str) -
             raise FallowError(f"no GPU kernel has cuts of {cut.tap} by tail; {remedy}")
         if cut.tap not in layer.projections and cut.tap not in ("gate_act", "inter"):
             raise FallowError(f"no GPU kernel has cuts of {cut.tap}; {remedy}")
+    if isinstance(layer.up_proj, Rectified) and tuple(taps) != ("inter",):
+        raise FallowError(f"no GPU kernel has the ReLU of up_proj of {name}; calibrate with topk")
     inputs = [tap for tap in taps if tap in layer.projections]
     if inputs and len(inputs) < len(taps):
         other = next(tap for tap in taps if tap not in layer.projections)
