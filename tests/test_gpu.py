@@ -197,7 +197,7 @@ def test_exact_zeros_change_nothing(name: str, folders: dict[str, Path]) -> None
 
 
 def test_relu_of_up_proj_is_refused(folders: dict[str, Path]) -> None:
-    with pytest.raises(FallowError, match="no GPU kernel has the ReLU of up_proj of .*bamboo"):
+    with pytest.raises(FallowError, match=r"no GPU kernel has the ReLU of up_proj of .*bamboo"):
         fallow.accelerate(fallow.load(folders["bamboo"]))
 
 
