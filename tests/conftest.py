@@ -113,6 +113,7 @@ CONFIGS = {
     "starcoder2": ("Starcoder2Config", _COMMON),
     "phi": ("PhiConfig", _COMMON | {"num_attention_heads": 3, "num_key_value_heads": 3}),
     "phi3": ("Phi3Config", _COMMON),
+    "bitnet": ("BitNetConfig", _COMMON),
     "llama_sparse_relu": ("LlamaConfig", _COMMON),
     "sparsellama": ("LlamaConfig", _COMMON),
     "bamboo": ("MistralConfig", _COMMON | {"sliding_window": None}),
@@ -150,7 +151,7 @@ OWN_CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 # Neurons are exactly zero.
-WITH_RELU = ("opt", "arcee", "nemotron", *OWN_CONFIGS)
+WITH_RELU = ("opt", "arcee", "nemotron", "bitnet", *OWN_CONFIGS)
 
 
 def make_folder(name: str, folder: Path, **changes: object) -> Path:

@@ -187,7 +187,7 @@ def test_models_are_as_sparsified(
     compare(folders[name], calibrators[name].plan(rule, sparsity=sparsity))
 
 
-@pytest.mark.parametrize("name", [n for n in WITH_RELU if n not in OWN_CONFIGS])
+@pytest.mark.parametrize("name", [n for n in WITH_RELU if n not in ("bitnet", *OWN_CONFIGS)])
 def test_exact_zeros_change_nothing(name: str, folders: dict[str, Path]) -> None:
     dense = plain(folders[name], dtype=torch.float32)
     with torch.inference_mode():
@@ -196,9 +196,12 @@ def test_exact_zeros_change_nothing(name: str, folders: dict[str, Path]) -> None
     assert torch.allclose(found, expected, atol=2e-4)
 
 
-def test_relu_of_up_proj_is_refused(folders: dict[str, Path]) -> None:
-    with pytest.raises(FallowError, match=r"no GPU kernel has the ReLU of up_proj of .*bamboo"):
-        fallow.accelerate(fallow.load(folders["bamboo"]))
+@pytest.mark.parametrize(
+    ("name", "missing"), [("bamboo", "ReLU of up_proj"), ("bitnet", "norm before down_proj")]
+)
+def test_ffns_that_no_kernel_has(name: str, missing: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(FallowError, match=f"no GPU kernel has the {missing} of .*{name}"):
+        fallow.accelerate(fallow.load(folders[name]))
 
 
 def test_a_layer_without_a_cut_stays_dense(

@@ -43,6 +43,8 @@ def test_taps_read_the_ffn(name: str, tiny: dict[str, fallow.Model]) -> None:
         assert v["x"].shape == (IDS.size, 24)
         assert v["inter"].shape == (IDS.size, 37)
         inter = v["gate_act"] * v["up"] if layer.gated else v["gate_act"]
+        if name == "bitnet":
+            inter = layer.block.get_submodule("mlp.ffn_sub_norm")(inter)
         torch.testing.assert_close(v["inter"], inter)
         torch.testing.assert_close(v["gate_act"], layer.act(v["gate_pre"]))
         torch.testing.assert_close(v["ffn_out"], layer.down_proj(v["inter"]))
@@ -324,9 +326,9 @@ def test_folder_of_an_unknown_architecture(copy: Path) -> None:
     (copy / "config.json").write_text('{"model_type": "mamba"}')
     assert message(copy) == (
         "unknown architecture 'mamba' in M/config.json; "
-        "known: arcee, bamboo, gemma2, gemma3_text, gpt_neox, granite, llama, llama_sparse_relu, "
-        "minicpm, ministral, mistral, nemotron, olmo2, olmo3, opt, phi, phi3, qwen2, qwen3, "
-        "smollm3, sparsellama, starcoder2"
+        "known: arcee, bamboo, bitnet, gemma2, gemma3_text, gpt_neox, granite, llama, "
+        "llama_sparse_relu, minicpm, ministral, mistral, nemotron, olmo2, olmo3, opt, phi, phi3, "
+        "qwen2, qwen3, smollm3, sparsellama, starcoder2"
     )
 
 

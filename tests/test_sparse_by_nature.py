@@ -92,8 +92,10 @@ def test_drelu_leaves_out_more_than_its_gate(
     assert np.abs(token_by_token - logits).max() < 0.01 * np.ptp(logits)
 
 
+@pytest.mark.parametrize("name", ["bamboo", "bitnet"])
 @pytest.mark.parametrize("rule", ["two_stage", "topk", "percentile", "gate_topk"])
-def test_plans_of_drelu(
+def test_plans_of_drelu_and_of_a_norm_before_down_proj(
+    name: str,
     rule: str,
     packed: dict[str, Path],
     folders: dict[str, Path],
@@ -101,15 +103,22 @@ def test_plans_of_drelu(
     texts: tuple[Path, Path],
 ) -> None:
     """Cuts of gate_act, up and inter: the engine computes what the reference masks."""
-    model = tiny["bamboo"]
+    model = tiny[name]
     plan = fallow.calibrate(model, rule, sparsity=0.8, text=texts[0], context=32, windows=4)
     with torch.inference_mode(), model.sparse(plan):
         expected = model.module(torch.from_numpy(ids)[None]).logits[0].numpy()
-    for engine in (Engine(packed["bamboo"], plan, threads=2), Engine(packed["bamboo"], plan)):
+    for engine in (Engine(packed[name], plan, threads=2), Engine(packed[name], plan)):
         found = np.concatenate([engine.forward([i]) for i in ids])
         near = np.abs(found - expected).max(axis=1) < 0.01 * np.ptp(expected)
         assert near.mean() > 0.9  # the rest: near ties at a threshold, in a cache of float16
         engine.reset()
+
+
+def test_bitnet_skips_zeros(packed: dict[str, Path]) -> None:
+    engine, dense = (Engine(packed["bitnet"], threads=2, skip_zeros=skip) for skip in (True, False))
+    found, expected = (np.concatenate([e.forward([i]) for i in ids]) for e in (engine, dense))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert (engine.idle_neurons() > 0.3).all()
 
 
 def test_predictors_are_left_out(bamboo: Path, tiny: dict[str, fallow.Model], capfd: Any) -> None:

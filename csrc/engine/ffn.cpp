@@ -4,6 +4,8 @@
 #include <cmath>
 #include <utility>
 
+#include "engine/norm.h"
+
 namespace fallow {
 
 Ffn::Ffn(Runtime& run, Cuts& cuts, Products& products, const Packed& model, size_t tokens)
@@ -46,8 +48,14 @@ void Ffn::dense(size_t l, const Input& x, size_t n, float* out) {
     const Share neurons = share_of_rows(d_ff_, worker, run_.pool.size());
     gate(layer, x, n, neurons, worker);
     if (config_.gated) up(layer, x, n, neurons, worker);
-    down(layer, n, neurons, worker);
+    if (!layer.ffn_sub_norm.weight) down(layer, n, neurons, worker);
   });
+  if (layer.ffn_sub_norm.weight) {  // which needs all neurons
+    for (size_t t = 0; t < n; ++t) norm_inter(layer, inter_.data() + t * d_ff_);
+    run_.pool.run([&](int worker) {
+      down(layer, n, share_of_rows(d_ff_, worker, run_.pool.size()), worker);
+    });
+  }
   sum_partials(n, out);
   for (size_t t = 0; t < n; ++t) add_outliers(layer, t, out + t * hidden_, 0);
   run_.statistics.active[l] += n * d_ff_;
@@ -121,6 +129,7 @@ void Ffn::block(size_t l, const Input& x, size_t n, float* out) {
       cut(kUp, up);
       for (size_t i = 0; i < d_ff_; ++i) inter[i] *= up[i];
     }
+    norm_inter(layer, inter);
     cut(kInter, inter);
     cut(kDownInput, inter);
     const auto count = static_cast<uint64_t>(
@@ -162,6 +171,11 @@ void Ffn::activate(float* x, size_t n) const {
       for (size_t i = 0; i < n; ++i) x[i] = x[i] <= config_.activation_threshold ? 0.0f : x[i];
       return;
   }
+}
+
+void Ffn::norm_inter(const Layer& layer, float* inter) const {
+  if (layer.ffn_sub_norm.weight)
+    normalize(run_.kernels, config_, layer.ffn_sub_norm, inter, d_ff_, inter);
 }
 
 void Ffn::rectify_up(float* x, size_t n) const {

@@ -9,7 +9,8 @@ namespace fallow {
 
 void Ffn::sparse(size_t l, const Input& x, float* out) {
   const Layer& layer = model_.layers[l];
-  const bool apart = !cuts_.any(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) &&
+  const bool apart = !layer.ffn_sub_norm.weight &&
+                     !cuts_.any(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) &&
                      cuts_.at(l, kGateAct).is_fixed() && cuts_.at(l, kInter).is_fixed();
   apart ? sparse_apart(l, x, out) : sparse_together(l, x, out);
   add_outliers(layer, 0, out, 0);
@@ -74,7 +75,7 @@ void Ffn::sparse_together(size_t l, const Input& x, float* out) {
     const Share s = share_of(n_active_, worker, run_.pool.size());
     return Neurons{active_.data() + s.begin, s.begin, s.end - s.begin};
   };
-  if (!cuts_.any(l, {kUp, kInter, kDownInput})) {
+  if (!layer.ffn_sub_norm.weight && !cuts_.any(l, {kUp, kInter, kDownInput})) {
     run_.pool.run([&](int worker) {
       up_of(layer, up_x, share(worker), worker);
       down_of(layer, share(worker), worker);
@@ -91,6 +92,7 @@ void Ffn::sparse_together(size_t l, const Input& x, float* out) {
       for (size_t i = 0; i < d_ff_; ++i) inter[i] *= up_[i];
     }
     clock = Clock();
+    norm_inter(layer, inter);
     cuts_.apply(cuts_.at(l, kInter), inter, d_ff_, 0);
     cuts_.apply(cuts_.at(l, kDownInput), inter, d_ff_, 0);
     list_active_of(true);

@@ -60,6 +60,7 @@ struct Layer {
   // Of attn_norm and ffn_norm the weight may be null, where what they read is not normed. Where both are
   // there and the config is parallel, both read what came into the layer.
   Norm attn_norm, attn_post_norm, ffn_norm, ffn_post_norm, q_norm, k_norm;
+  Norm attn_sub_norm, ffn_sub_norm;             // before o_proj and down_proj
   bool norms_heads = true;                      // q_norm and k_norm are of each head, not of all
   Matrix q_proj, k_proj, v_proj, o_proj;        // (heads * head_dim or hidden, hidden or ...)
   Matrix gate_proj, up_proj, down_proj_t;       // (d_ff, hidden) each
