@@ -49,6 +49,8 @@ class Ffn {
   void down_of(const Layer& layer, Neurons neurons, int worker);
 
   void activate(float* values, size_t n) const;
+  void rectify_up(float* values, size_t n) const;  // if the model does
+  void norm_inter(const Layer& layer, float* inter) const;  // of one token, if the layer does
   float* partial(int worker) { return partial_.data() + static_cast<size_t>(worker) * kFew * hidden_; }
   void sum_partials(size_t n, float* out) const;
   void add_outliers(const Layer& layer, size_t token, float* out, int worker);

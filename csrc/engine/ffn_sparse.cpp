@@ -9,7 +9,8 @@ namespace fallow {
 
 void Ffn::sparse(size_t l, const Input& x, float* out) {
   const Layer& layer = model_.layers[l];
-  const bool apart = !cuts_.any(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) &&
+  const bool apart = !layer.ffn_sub_norm.weight &&
+                     !cuts_.any(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) &&
                      cuts_.at(l, kGateAct).is_fixed() && cuts_.at(l, kInter).is_fixed();
   apart ? sparse_apart(l, x, out) : sparse_together(l, x, out);
   add_outliers(layer, 0, out, 0);
@@ -74,7 +75,7 @@ void Ffn::sparse_together(size_t l, const Input& x, float* out) {
     const Share s = share_of(n_active_, worker, run_.pool.size());
     return Neurons{active_.data() + s.begin, s.begin, s.end - s.begin};
   };
-  if (!cuts_.any(l, {kUp, kInter, kDownInput})) {
+  if (!layer.ffn_sub_norm.weight && !cuts_.any(l, {kUp, kInter, kDownInput})) {
     run_.pool.run([&](int worker) {
       up_of(layer, up_x, share(worker), worker);
       down_of(layer, share(worker), worker);
@@ -91,6 +92,7 @@ void Ffn::sparse_together(size_t l, const Input& x, float* out) {
       for (size_t i = 0; i < d_ff_; ++i) inter[i] *= up_[i];
     }
     clock = Clock();
+    norm_inter(layer, inter);
     cuts_.apply(cuts_.at(l, kInter), inter, d_ff_, 0);
     cuts_.apply(cuts_.at(l, kDownInput), inter, d_ff_, 0);
     list_active_of(true);
@@ -118,12 +120,13 @@ void Ffn::up_of(const Layer& layer, const Activation& x, Neurons neurons, int wo
   float *up = up_.data() + neurons.begin, *inter = inter_.data();
   products_.gemv(layer.up_proj, neurons.list, neurons.begin, neurons.n, x, up, worker);
   if (neurons.list) {
-    for (size_t i = 0; i < neurons.n; ++i) {
-      const auto neuron = static_cast<size_t>(neurons.list[i]);
-      inter[neuron] *= up[i] + (bias ? bias[neuron] : 0.0f);
-    }
+    if (bias)
+      for (size_t i = 0; i < neurons.n; ++i) up[i] += bias[neurons.list[i]];
+    rectify_up(up, neurons.n);
+    for (size_t i = 0; i < neurons.n; ++i) inter[neurons.list[i]] *= up[i];
   } else {
     if (bias) add_to(up, bias + neurons.begin, neurons.n);
+    rectify_up(up, neurons.n);
     for (size_t i = 0; i < neurons.n; ++i) inter[neurons.begin + i] *= up[i];
   }
 }
@@ -132,10 +135,10 @@ void Ffn::up_of(const Layer& layer, const Activation& x, Neurons neurons, int wo
 void Ffn::whole_up_of(const Layer& layer, const Activation& x, Neurons neurons, int worker) {
   float* up = scratch_[static_cast<size_t>(worker)].coefficients.data();
   products_.gemv(layer.up_proj, neurons.list, neurons.begin, neurons.n, x, up, worker);
-  for (size_t i = 0; i < neurons.n; ++i) {
-    const auto neuron = static_cast<size_t>(neurons.list[i]);
-    up_[neuron] = up[i] + (layer.up_bias ? layer.up_bias[neuron] : 0.0f);
-  }
+  if (layer.up_bias)
+    for (size_t i = 0; i < neurons.n; ++i) up[i] += layer.up_bias[neurons.list[i]];
+  rectify_up(up, neurons.n);
+  for (size_t i = 0; i < neurons.n; ++i) up_[static_cast<size_t>(neurons.list[i])] = up[i];
 }
 
 // This thread's part of inter W_down^T.
