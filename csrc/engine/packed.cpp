@@ -262,7 +262,7 @@ Layer read_layer(const Reader& in, const Config& c, uint32_t index) {
   l.ffn_norm = c.parallel || l.ffn_post_norm.weight ? in.optional_norm(p + "ffn_norm", hidden)
                                                     : in.norm(p + "ffn_norm", hidden);
   l.attn_sub_norm = in.optional_norm(p + "attn_sub_norm", q);
-  l.ffn_sub_norm = in.optional_norm(p + "ffn_sub_norm", d_ff);
+  l.ffn_sub_norm = in.optional_norm(p + "ffn_sub_norm", c.intermediate_size);
   l.norms_heads = !in.is_wide(p + "q_norm.weight", c.head_dim);
   l.q_norm = in.optional_norm(p + "q_norm", l.norms_heads ? c.head_dim : q);
   l.k_norm = in.optional_norm(p + "k_norm", l.norms_heads ? c.head_dim : kv);
