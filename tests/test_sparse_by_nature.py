@@ -163,6 +163,16 @@ def test_drelu_without_a_gate(folders: dict[str, Path], tmp_path: Path) -> None:
     assert "hidden_act is drelu, but arcee models have no gate_proj and up_proj" in message(folder)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe"])
+def test_experts_with_activations_of_their_own(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders[name], tmp_path / name))
+    for changes in ({"hidden_act": "drelu"}, {"hidden_act": "fatrelu", "hidden_act_param": 0.1}):
+        change_config(folder, changes)
+        assert f"which is not computed for the experts of {name} models" in message(folder)
+
+
 def test_sparse_attention_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders["minicpm"], tmp_path / "minicpm"))
     change_config(folder, {"sparse_config": {"topk": 64}})

@@ -45,8 +45,13 @@ def told(architecture: Architecture, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_activation(architecture: Architecture, config: dict[str, Any], where: str) -> None:
-    """Raises FallowError for FATReLU without a threshold, and dReLU without a gate_proj."""
+    """Raises FallowError for FATReLU without a threshold, dReLU without a gate, and experts."""
     act, threshold = _activation(architecture, config), config.get("hidden_act_param")
+    if act in _BUILT_WITH and architecture.experts is not None:
+        raise FallowError(
+            f"{where}: hidden_act is {act}, which is not computed for the experts of "
+            f"{architecture.model_type} models; give a model without it"
+        )
     if act == "fatrelu" and not (isinstance(threshold, int | float) and 0 <= threshold < 1e6):
         raise FallowError(
             f"{where}: hidden_act is fatrelu, and hidden_act_param is {threshold!r}, no threshold "

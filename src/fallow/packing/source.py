@@ -467,7 +467,8 @@ class Source:
         return _ACTIVATIONS[name]
 
     def _activation_threshold(self) -> dict[str, float]:
-        act = self.model.layers[0].act
+        ffn = self.model.layers[0].ffn
+        act = ffn.act if ffn is not None else None
         return {"activation_threshold": act.threshold} if isinstance(act, FatRelu) else {}
 
     @property
