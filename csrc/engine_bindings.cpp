@@ -178,6 +178,7 @@ class BoundEngine {
     result["tokens"] = found.tokens;
     result["bytes_read"] = found.bytes_read();
     result["active"] = found.active;
+    result["predicted"] = found.predicted;
     nb::dict seconds;
     seconds["attention_proj"] = t.attention_proj;
     seconds["attention"] = t.attention;
@@ -240,8 +241,9 @@ class BoundEngine {
     std::vector<Wanted> wanted;
     for (size_t l = 0; l < model_.layers.size(); ++l) {
       Layer& layer = model_.layers[l];
-      for (Matrix* w : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj, &layer.gate_proj})
+      for (Matrix* w : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj})
         wanted.push_back({w, Layout::kDwordTiles});
+      wanted.push_back({&layer.gate_proj, engine_->predicts(l) ? Layout::kRows : Layout::kDwordTiles});
       const bool dense = !engine_->leaves_out_neurons(l);
       const bool whole_up = dense || !model_.config.gated;
       wanted.push_back({&layer.up_proj, whole_up ? Layout::kDwordTiles : Layout::kRows});

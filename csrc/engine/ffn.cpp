@@ -140,7 +140,10 @@ void Ffn::add_outliers(const Layer& layer, size_t token, float* out, int worker)
 }
 
 void Ffn::count_active(size_t l) {
-  for (Scratch& own : scratch_) run_.statistics.active[l] += std::exchange(own.active, 0);
+  for (Scratch& own : scratch_) {
+    run_.statistics.active[l] += std::exchange(own.active, 0);
+    run_.statistics.predicted[l] += std::exchange(own.predicted, 0);
+  }
 }
 
 void Ffn::activate(float* x, size_t n) const {

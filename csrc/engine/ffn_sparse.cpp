@@ -1,5 +1,5 @@
-// One token under a plan: gate, choose, up, choose, down. Rows of neurons that are inactive by then are
-// not read.
+// One token under a plan: predict, gate, choose, up, choose, down. Rows of neurons that are inactive by
+// then are not read.
 #include <algorithm>
 #include <numeric>
 
@@ -9,11 +9,14 @@ namespace fallow {
 
 void Ffn::sparse(size_t l, const Input& x, float* out) {
   const Layer& layer = model_.layers[l];
-  const bool apart = !cuts_.any(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) &&
-                     cuts_.at(l, kGateAct).is_fixed() && cuts_.at(l, kInter).is_fixed();
-  apart ? sparse_apart(l, x, out) : sparse_together(l, x, out);
+  goes_apart(l) ? sparse_apart(l, x, out) : sparse_together(l, x, out);
   add_outliers(layer, 0, out, 0);
   run_.statistics.read(0, layer.outliers.bytes());
+}
+
+bool Ffn::goes_apart(size_t l) const {
+  return !cuts_.any(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) &&
+         cuts_.at(l, kGateAct).is_fixed() && cuts_.at(l, kInter).is_fixed();
 }
 
 // By fixed thresholds: every thread takes a range of neurons all the way, and waits for no other.
@@ -22,7 +25,7 @@ void Ffn::sparse_apart(size_t l, const Input& x, float* out) {
   run_.pool.run([&](int worker) {
     const Share range = share_of_rows(d_ff_, worker, run_.pool.size());
     Neurons neurons{nullptr, range.begin, range.end - range.begin};
-    gate(layer, x, 1, range, worker);
+    predicts(l) ? predicted_gate(layer, x, range, worker) : gate(layer, x, 1, range, worker);
     neurons = choose(cuts_.at(l, kGateAct), neurons, range);
     up_of(layer, x.activation(), neurons, worker);
     neurons = choose(cuts_.at(l, kInter), neurons, range);
@@ -31,6 +34,26 @@ void Ffn::sparse_apart(size_t l, const Input& x, float* out) {
   });
   count_active(l);
   sum_partials(1, out);
+}
+
+// inter = gate_act of a range of neurons, where the coarse gate is above zero; elsewhere inter = 0.
+void Ffn::predicted_gate(const Layer& layer, const Input& x, Share range, int worker) {
+  const size_t count = range.end - range.begin;
+  float *values = up_.data() + range.begin, *inter = inter_.data();
+  int32_t* list = active_.data() + range.begin;
+  products_.gemv(layer.gate_coarse, nullptr, range.begin, count, x.activation(), values, worker);
+  size_t n = 0;
+  for (size_t i = 0; i < count; ++i) {
+    list[n] = static_cast<int32_t>(range.begin + i);
+    n += values[i] + layer.gate_coarse_bias[range.begin + i] > 0;
+  }
+  products_.gemv(layer.gate_proj, list, 0, n, x.activation(), values, worker);
+  if (layer.gate_bias)
+    for (size_t i = 0; i < n; ++i) values[i] += layer.gate_bias[list[i]];
+  activate(values, n);
+  std::fill(inter + range.begin, inter + range.end, 0.0f);
+  for (size_t i = 0; i < n; ++i) inter[list[i]] = values[i];
+  scratch_[static_cast<size_t>(worker)].predicted = n;
 }
 
 // Which neurons of a thread's range stay active.

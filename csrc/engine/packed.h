@@ -16,6 +16,7 @@ struct PackedError : std::runtime_error {
 };
 
 enum class Act { kSilu, kGeluTanh, kGelu, kRelu, kRelu2 };
+inline bool is_relu(Act act) { return act == Act::kRelu || act == Act::kRelu2; }
 
 struct Config {
   uint32_t hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim, vocab_size;
@@ -59,6 +60,10 @@ struct Layer {
   Matrix q_proj, k_proj, v_proj, o_proj;        // (heads * head_dim or hidden, hidden or ...)
   Matrix gate_proj, up_proj, down_proj_t;       // (d_ff, hidden) each
   const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
+  // Predicts which neurons a ReLU leaves: those for which the sum of the product with these two bits and
+  // of the bias is above zero (docs/packed.md); data may be null.
+  Matrix gate_coarse;                           // (d_ff, hidden)
+  const float* gate_coarse_bias = nullptr;      // (d_ff,)
   const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
   // Neurons so loud that rounding their output weights would cost more than that of all others:
   // their rows are zero in down_proj_t and whole here.

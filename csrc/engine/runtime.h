@@ -35,12 +35,12 @@ class Clock {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
-// Since the last reset: tokens read, neurons with a non-zero inter per layer, summed over them, and
-// bytes of weights and cache that decode read. Threads count bytes on cache lines of their own.
+// Since the last reset: tokens read, neurons with a non-zero inter per layer, summed over them, those
+// that decode read the gate of because they were predicted, and bytes of weights and cache that it read. Threads count bytes on cache lines of their own.
 class Statistics {
  public:
   Statistics(size_t n_layers, int n_threads)
-      : active(n_layers), bytes_(static_cast<size_t>(n_threads)) {}
+      : active(n_layers), predicted(n_layers), bytes_(static_cast<size_t>(n_threads)) {}
 
   void read(int worker, uint64_t bytes) { bytes_[static_cast<size_t>(worker)].n += bytes; }
   uint64_t bytes_read() const {
@@ -52,11 +52,12 @@ class Statistics {
     tokens = 0;
     timing = {};
     active.assign(active.size(), 0);
+    predicted.assign(predicted.size(), 0);
     bytes_.assign(bytes_.size(), {});
   }
 
   uint64_t tokens = 0;
-  std::vector<uint64_t> active;
+  std::vector<uint64_t> active, predicted;
   Timing timing;
 
  private:
