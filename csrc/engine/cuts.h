@@ -46,6 +46,7 @@ class Cuts {
   // Whether this pass leaves the plan aside.
   void leave_aside(bool aside) { aside_ = aside; }
 
+  bool skips_zeros() const { return skips_zeros_ && !aside_; }
   bool is_dense() const { return aside_ || (layers_.empty() && !skips_zeros_); }
   const Cut& at(size_t layer, Tap tap) const;
   bool any(size_t layer, std::initializer_list<Tap> taps) const;

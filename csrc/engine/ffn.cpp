@@ -136,7 +136,7 @@ void Ffn::block(size_t l, const Input& x, size_t n, float* out) {
         std::count_if(inter, inter + d_ff_, [](float v) { return v != 0; }));
     scratch_[static_cast<size_t>(worker)].active += cuts_.is_dense() ? d_ff_ : count;
   });
-  count_active(l);
+  add_counts(l);
   products_.sum_rows(layer.down_proj_t, n, inter_.data(), out);
   run_.for_tokens(n, [&](size_t t, int worker) { add_outliers(layer, t, out + t * hidden_, worker); });
 }
@@ -150,8 +150,11 @@ void Ffn::add_outliers(const Layer& layer, size_t token, float* out, int worker)
   run_.kernels.axpy_rows[w.type](w.data, w.row_bytes, nullptr, 0, w.rows, w.cols, inter, out);
 }
 
-void Ffn::count_active(size_t l) {
-  for (Scratch& own : scratch_) run_.statistics.active[l] += std::exchange(own.active, 0);
+void Ffn::add_counts(size_t l) {
+  for (Scratch& own : scratch_) {
+    run_.statistics.active[l] += std::exchange(own.active, 0);
+    run_.statistics.predicted[l] += std::exchange(own.predicted, 0);
+  }
 }
 
 void Ffn::activate(float* x, size_t n) const { fallow::activate(run_.kernels, config_, x, n); }

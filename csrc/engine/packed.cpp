@@ -243,6 +243,12 @@ void read_ffn(const Reader& in, const Config& c, const std::string& p, Layer& l)
     l.gate_proj = in.matrix(p + "gate_proj.weight", d_ff, hidden);
     l.gate_bias = in.optional_vector(p + "gate_proj.bias", d_ff);
   }
+  if (in.has(p + "gate_coarse.codes")) {
+    if (!c.gated || !c.has_zeros())
+      throw PackedError("tensor " + p + "gate_coarse.codes is for a gate that a ReLU follows");
+    l.gate_coarse = in.two_bits(p + "gate_coarse.codes", d_ff, hidden);
+    l.gate_coarse_bias = in.vector(p + "gate_coarse.bias", d_ff);
+  }
   l.up_proj = in.matrix(p + "up_proj.weight", d_ff, hidden);
   l.up_bias = in.optional_vector(p + "up_proj.bias", d_ff);
   l.down_proj_t = in.matrix(p + "down_proj_t.weight", d_ff, hidden);

@@ -78,6 +78,10 @@ struct Layer {
   Matrix gate_proj, up_proj, down_proj_t;       // (d_ff, hidden) each
   const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
   const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
+  // Predict which neurons a ReLU leaves: those for which the product with these two bits and the bias sum
+  // to more than zero (docs/packed.md); null: there is no predictor.
+  Matrix gate_coarse;                           // (d_ff, hidden)
+  const float* gate_coarse_bias = nullptr;      // (d_ff,)
   // Neurons so loud that rounding their output weights would cost more than that of all others:
   // their rows are zero in down_proj_t and whole here.
   Matrix outliers;                              // (n, hidden)
