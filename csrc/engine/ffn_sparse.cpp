@@ -44,7 +44,7 @@ Ffn::Neurons Ffn::choose(const Cut& cut, Neurons among, Share range) {
   return {list, range.begin, cuts_.keep_active(cut, inter_.data(), range, list)};
 }
 
-// By cuts that need all of a token's values: threads meet at each of them.
+// By cuts that need all of a token's values, or with a norm that does: threads meet at each of them.
 void Ffn::sparse_together(size_t l, const Input& x, float* out) {
   const Layer& layer = model_.layers[l];
   float* inter = inter_.data();
