@@ -198,6 +198,7 @@ class BoundEngine {
     result["tokens"] = found.tokens;
     result["bytes_read"] = found.bytes_read();
     result["active"] = found.active;
+    result["predicted"] = found.predicted;
     result["expert_uses"] = found.expert_uses;
     nb::dict seconds;
     seconds["attention_proj"] = t.attention_proj;
@@ -274,8 +275,9 @@ class BoundEngine {
     std::vector<Wanted> wanted;
     for (size_t l = 0; l < model_.layers.size(); ++l) {
       Layer& layer = model_.layers[l];
-      for (Matrix* w : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj, &layer.gate_proj})
+      for (Matrix* w : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj})
         wanted.push_back({w, Layout::kDwordTiles});
+      wanted.push_back({&layer.gate_proj, engine_->predicts(l) ? Layout::kRows : Layout::kDwordTiles});
       for (Expert& e : layer.experts) {
         const bool is_there = !cache_ || (&e - layer.experts.data()) >= model_.config.n_experts;
         if (!is_there) continue;

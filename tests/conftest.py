@@ -134,6 +134,11 @@ CONFIGS = {
     "starcoder2": ("Starcoder2Config", _COMMON),
     "phi": ("PhiConfig", _COMMON | {"num_attention_heads": 3, "num_key_value_heads": 3}),
     "phi3": ("Phi3Config", _COMMON),
+    "bitnet": ("BitNetConfig", _COMMON),
+    "llama_sparse_relu": ("LlamaConfig", _COMMON),
+    "sparsellama": ("LlamaConfig", _COMMON),
+    "bamboo": ("MistralConfig", _COMMON | {"sliding_window": None}),
+    "minicpm": ("LlamaConfig", _COMMON | {"tie_word_embeddings": True}),
     "opt": (
         "OPTConfig",
         {
@@ -155,7 +160,22 @@ assert set(CONFIGS) == set(ARCHITECTURES)
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
 NEURON_RULES = tuple(rule for rule in RULES if not rule.startswith("expert_"))
 DENSE = tuple(name for name in ARCHITECTURES if name not in EXPERTS)
-WITH_RELU = ("opt", "arcee", "nemotron")  # neurons are exactly zero
+# What transformers has no class of: the config.json says this besides. FATReLU jumps at its limit,
+# which is as small as ProSparse's, so that rounding a value across it changes little.
+OWN_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama_sparse_relu": {"hidden_act": "silu"},
+    "sparsellama": {"hidden_act": "fatrelu", "hidden_act_param": 0.02},
+    "bamboo": {"hidden_act": "relu"},
+    "minicpm": {
+        "hidden_act": "fatrelu",
+        "hidden_act_param": 0.02,
+        "scale_emb": 0.5,
+        "scale_depth": 2.0,
+        "dim_model_base": 16,
+    },
+}
+# Neurons are exactly zero.
+WITH_RELU = ("opt", "arcee", "nemotron", "bitnet", *OWN_CONFIGS)
 
 
 def make_folder(name: str, folder: Path, **changes: object) -> Path:
@@ -176,6 +196,10 @@ def make_folder(name: str, folder: Path, **changes: object) -> Path:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     module.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    if name in OWN_CONFIGS:
+        path = folder / "config.json"
+        told = {"model_type": name} | OWN_CONFIGS[name]
+        path.write_text(json.dumps(json.loads(path.read_text()) | told))
     return folder
 
 

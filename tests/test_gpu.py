@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is for x86-64 alone")
 
 import fallow
 import interpreted  # noqa: F401
-from conftest import VOCABULARY, WITH_RELU
+from conftest import OWN_CONFIGS, VOCABULARY, WITH_RELU
 from fallow.calibration.calibrator import Calibrator
 from fallow.common.errors import FallowError, UsageError
 from fallow.gpu import ops
@@ -191,13 +191,21 @@ def test_models_are_as_sparsified(
     compare(folders[name], calibrators[name].plan(rule, sparsity=sparsity))
 
 
-@pytest.mark.parametrize("name", WITH_RELU)
+@pytest.mark.parametrize("name", [n for n in WITH_RELU if n not in ("bitnet", *OWN_CONFIGS)])
 def test_exact_zeros_change_nothing(name: str, folders: dict[str, Path]) -> None:
     dense = plain(folders[name], dtype=torch.float32)
     with torch.inference_mode():
         expected = dense(IDS[:1]).logits
         found = fallow.accelerate(dense)(IDS[:1]).logits
     assert torch.allclose(found, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("bamboo", "ReLU of up_proj"), ("bitnet", "norm before down_proj")]
+)
+def test_ffns_that_no_kernel_has(name: str, missing: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(FallowError, match=f"no GPU kernel has the {missing} of .*{name}"):
+        fallow.accelerate(fallow.load(folders[name]))
 
 
 def test_a_layer_without_a_cut_stays_dense(

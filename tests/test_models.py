@@ -43,6 +43,8 @@ def test_taps_read_the_ffn(name: str, tiny: dict[str, fallow.Model]) -> None:
         assert v["x"].shape == (IDS.size, 24)
         assert v["inter"].shape == (IDS.size, 37)
         inter = v["gate_act"] * v["up"] if layer.gated else v["gate_act"]
+        if name == "bitnet":
+            inter = layer.block.get_submodule("mlp.ffn_sub_norm")(inter)
         torch.testing.assert_close(v["inter"], inter)
         torch.testing.assert_close(v["gate_act"], layer.act(v["gate_pre"]))
         torch.testing.assert_close(v["ffn_out"], layer.down_proj(v["inter"]))
@@ -349,9 +351,9 @@ def test_folder_of_an_unknown_architecture(copy: Path) -> None:
     (copy / "config.json").write_text('{"model_type": "mamba"}')
     assert message(copy) == (
         "unknown architecture 'mamba' in M/config.json; "
-        "known: arcee, gemma2, gemma3_text, gpt_neox, granite, granitemoe, llama, ministral, "
-        "mistral, mixtral, nemotron, olmo2, olmo3, olmoe, opt, phi, phi3, qwen2, qwen2_moe, qwen3, "
-        "qwen3_moe, smollm3, starcoder2"
+        "known: arcee, bamboo, bitnet, gemma2, gemma3_text, gpt_neox, granite, granitemoe, llama, "
+        "llama_sparse_relu, minicpm, ministral, mistral, mixtral, nemotron, olmo2, olmo3, olmoe, "
+        "opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3, sparsellama, starcoder2"
     )
 
 
@@ -444,7 +446,12 @@ def test_another_model_has_another_fingerprint(
 
 def test_fingerprint_is_of_the_weights(tiny: dict[str, fallow.Model]) -> None:
     prints = {name: model.fingerprint for name, model in tiny.items()}
-    alike = ("llama", "mistral", "ministral", "granite"), ("olmo2", "olmo3")
+    own = ("llama_sparse_relu", "sparsellama", "bamboo")
+    alike = (
+        ("llama", "mistral", "ministral", "granite", *own),
+        ("olmo2", "olmo3"),
+        ("minicpm", "smollm3"),
+    )
     for names in alike:  # the same seed and shapes
         assert len({prints[name] for name in names}) == 1
     assert len(set(prints.values())) == len(CONFIGS) - sum(len(names) - 1 for names in alike)

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import fallow
-from conftest import DENSE, VOCABULARY, make_folder
+from conftest import DENSE, OWN_CONFIGS, VOCABULARY, make_folder
 from fallow.calibration.calibrator import Calibrator
 from fallow.common.errors import FallowError, UsageError
 from fallow.plan import Plan
@@ -32,7 +32,7 @@ def plain(folder: Path, **options: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", [n for n in DENSE if n not in OWN_CONFIGS])
 @pytest.mark.parametrize("rule", ["topk", "cats"])
 def test_a_plain_model_is_as_the_loaded_one(
     name: str,

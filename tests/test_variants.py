@@ -327,6 +327,7 @@ QUANTIZED = {"quant_method": "gptq", "bits": 4}
 # What transformers' class of the model passes over, or fallow does not compute.
 CHANGING_CONFIGS = [
     ("llama", {"quantization_config": QUANTIZED}, "quantization_config is {'quant_method': 'gptq'"),
+    ("bitnet", {"quantization_config": {"quant_method": "bitnet"}}, "quantization_config is"),
     ("llama", {"quantization": {"bits": 4}}, "quantization is {'bits': 4}"),  # MLX's
     ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
     ("llama", {"sliding_window": 16}, "sliding_window is 16"),

@@ -56,6 +56,11 @@ void Attention::attend(size_t l, const Input& x, size_t n, float* out) {
     cache_.store(run_.kernels, l, position_ + t, k_.data() + t * kv, v_.data() + t * kv);
   mix(l, n);
   clock.mark(timing.attention);
+  if (layer.attn_sub_norm.weight)
+    run_.for_tokens(n, [&](size_t t, int) {
+      float* x = mixed_.x.data() + t * mixed_.width;
+      normalize(run_.kernels, config_, layer.attn_sub_norm, x, mixed_.width, x);
+    });
   products_.prepare(mixed_, n);
   products_.multiply(l, mixed_, n, {{layer.o_proj, layer.o_bias, out, kOInput}});
   clock.mark(timing.attention_proj);

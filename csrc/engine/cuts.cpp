@@ -16,7 +16,8 @@ const Cut& Cuts::at(size_t layer, Tap tap) const {
   static const Cut kNone, kZeros{Cut::By::kThreshold, 0, {}};
   if (is_dense() || tap == kTaps) return kNone;
   if (!layers_.empty() && layers_[layer][tap].cuts()) return layers_[layer][tap];
-  return skips_zeros_ && tap == kGateAct ? kZeros : kNone;
+  const bool skips = (skips_zeros_ && tap == kGateAct) || (skips_up_zeros_ && tap == kInter);
+  return skips ? kZeros : kNone;
 }
 
 bool Cuts::any(size_t layer, std::initializer_list<Tap> taps) const {

@@ -40,11 +40,13 @@ class Cuts {
 
   // Empty: dense. Otherwise one entry per layer.
   void set(std::vector<LayerCuts> layers) { layers_ = std::move(layers); }
-  // Whether neurons that the activation makes exactly zero are left out, with any plan and without.
-  void set_skips_zeros(bool skips) { skips_zeros_ = skips; }
+  // Whether neurons that the activation makes exactly zero are left out, with any plan and without; and
+  // those that a ReLU of `up` does.
+  void set_skips_zeros(bool of_gate, bool of_up) { skips_zeros_ = of_gate, skips_up_zeros_ = of_up; }
   // Whether this pass leaves the plan aside.
   void leave_aside(bool aside) { aside_ = aside; }
 
+  bool skips_zeros() const { return skips_zeros_ && !aside_; }
   bool is_dense() const { return aside_ || (layers_.empty() && !skips_zeros_); }
   const Cut& at(size_t layer, Tap tap) const;
   bool any(size_t layer, std::initializer_list<Tap> taps) const;
@@ -66,7 +68,7 @@ class Cuts {
 
   Runtime& run_;
   std::vector<LayerCuts> layers_;
-  bool aside_ = false, skips_zeros_ = false;
+  bool aside_ = false, skips_zeros_ = false, skips_up_zeros_ = false;
   std::vector<Scratch> scratch_;  // of each thread
 };
 

@@ -36,8 +36,10 @@ class Engine {
   }
   // Neurons that a ReLU makes zero are left out, whatever the plan.
   void set_skips_zeros(bool skips) {
-    cuts_.set_skips_zeros(skips && (config_.act == Act::kRelu || config_.act == Act::kRelu2));
+    cuts_.set_skips_zeros(skips && config_.has_zeros(), skips && config_.rectifies_up);
   }
+  // Whether the layer's gate is read for those neurons alone that its coarse copy predicts.
+  bool predicts(size_t layer) const { return ffn_.predicts(layer); }
   bool leaves_out_neurons(size_t layer) const { return cuts_.leaves_out_neurons(layer); }
   void set_shortlist(float nats, size_t most) { head_.set_shortlist(nats, most); }  // see Head
   bool has_shortlist() const { return head_.has_shortlist(); }

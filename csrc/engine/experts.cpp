@@ -228,7 +228,7 @@ void Experts::run_few(const Expert& e, const Activation* tokens, size_t n, size_
   products_.gemv(e.up_proj, neurons.begin, count, tokens, n, up, stride, worker);
   for (size_t t = 0; t < n; ++t) {
     float *inter = gate + t * stride, *factor = up + t * stride;
-    activate(run_.kernels, config_.act, inter, count);
+    activate(run_.kernels, config_, inter, count);
     for (size_t i = 0; i < count; ++i) inter[i] *= factor[i];
   }
   float* y = partial(worker, place);
@@ -262,7 +262,7 @@ void Experts::whole_group(size_t l, const Expert& e, const Input& x, Group group
                       {e.up_proj, nullptr, up_.data(), kUpInput}});
   run_.for_tokens(n, [&](size_t i, int) {
     float *inter = gate_.data() + i * d_ff, *up = up_.data() + i * d_ff;
-    activate(run_.kernels, config_.act, inter, d_ff);
+    activate(run_.kernels, config_, inter, d_ff);
     for (size_t j = 0; j < d_ff; ++j) inter[j] *= up[j];
   });
   products_.sum_rows(e.down_proj_t, n, gate_.data(), y_.data());

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "engine/activation.h"
+#include "engine/norm.h"
 
 namespace fallow {
 
@@ -47,8 +48,14 @@ void Ffn::dense(size_t l, const Input& x, size_t n, float* out) {
     const Share neurons = share_of_rows(d_ff_, worker, run_.pool.size());
     gate(layer, x, n, neurons, worker);
     if (config_.gated) up(layer, x, n, neurons, worker);
-    down(layer, n, neurons, worker);
+    if (!layer.ffn_sub_norm.weight) down(layer, n, neurons, worker);
   });
+  if (layer.ffn_sub_norm.weight) {  // which needs all neurons
+    for (size_t t = 0; t < n; ++t) norm_inter(layer, inter_.data() + t * d_ff_);
+    run_.pool.run([&](int worker) {
+      down(layer, n, share_of_rows(d_ff_, worker, run_.pool.size()), worker);
+    });
+  }
   sum_partials(n, out);
   for (size_t t = 0; t < n; ++t) add_outliers(layer, t, out + t * hidden_, 0);
   run_.statistics.active[l] += n * d_ff_;
@@ -76,6 +83,7 @@ void Ffn::up(const Layer& layer, const Input& x, size_t n, Share neurons, int wo
   products_.gemv(layer.up_proj, neurons.begin, count, x, n, up, d_ff_, worker);
   for (size_t t = 0; t < n; ++t, inter += d_ff_, up += d_ff_) {
     if (layer.up_bias) add_to(up, layer.up_bias + neurons.begin, count);
+    rectify_up(up, count);
     for (size_t i = 0; i < count; ++i) inter[i] *= up[i];
   }
 }
@@ -117,16 +125,18 @@ void Ffn::block(size_t l, const Input& x, size_t n, float* out) {
     cut(kGateAct, inter);
     if (config_.gated) {
       float* up = up_.data() + t * d_ff_;
+      rectify_up(up, d_ff_);
       cut(kUp, up);
       for (size_t i = 0; i < d_ff_; ++i) inter[i] *= up[i];
     }
+    norm_inter(layer, inter);
     cut(kInter, inter);
     cut(kDownInput, inter);
     const auto count = static_cast<uint64_t>(
         std::count_if(inter, inter + d_ff_, [](float v) { return v != 0; }));
     scratch_[static_cast<size_t>(worker)].active += cuts_.is_dense() ? d_ff_ : count;
   });
-  count_active(l);
+  add_counts(l);
   products_.sum_rows(layer.down_proj_t, n, inter_.data(), out);
   run_.for_tokens(n, [&](size_t t, int worker) { add_outliers(layer, t, out + t * hidden_, worker); });
 }
@@ -140,10 +150,23 @@ void Ffn::add_outliers(const Layer& layer, size_t token, float* out, int worker)
   run_.kernels.axpy_rows[w.type](w.data, w.row_bytes, nullptr, 0, w.rows, w.cols, inter, out);
 }
 
-void Ffn::count_active(size_t l) {
-  for (Scratch& own : scratch_) run_.statistics.active[l] += std::exchange(own.active, 0);
+void Ffn::add_counts(size_t l) {
+  for (Scratch& own : scratch_) {
+    run_.statistics.active[l] += std::exchange(own.active, 0);
+    run_.statistics.predicted[l] += std::exchange(own.predicted, 0);
+  }
 }
 
-void Ffn::activate(float* x, size_t n) const { fallow::activate(run_.kernels, config_.act, x, n); }
+void Ffn::activate(float* x, size_t n) const { fallow::activate(run_.kernels, config_, x, n); }
+
+void Ffn::norm_inter(const Layer& layer, float* inter) const {
+  if (layer.ffn_sub_norm.weight)
+    normalize(run_.kernels, config_, layer.ffn_sub_norm, inter, d_ff_, inter);
+}
+
+void Ffn::rectify_up(float* x, size_t n) const {
+  if (!config_.rectifies_up) return;
+  for (size_t i = 0; i < n; ++i) x[i] = std::max(x[i], 0.0f);
+}
 
 }  // namespace fallow

@@ -16,6 +16,11 @@ class Ffn {
   // `tokens` of a block.
   Ffn(Runtime& run, Cuts& cuts, Products& products, const Packed& model, size_t tokens);
 
+  // Whether decode reads of the layer's gate only the rows that its coarse copy predicts: where zeros are
+  // skipped and no cut needs other values.
+  bool predicts(size_t layer) const {
+    return cuts_.skips_zeros() && model_.layers[layer].gate_coarse.data && chooses_apart(layer);
+  }
   // out (T, hidden) = FFN(x) of a layer. Changes nothing of x but what its products need.
   void forward(size_t layer, const Input& x, size_t n, float* out);
 
@@ -28,7 +33,7 @@ class Ffn {
   struct Scratch {
     std::vector<float> coefficients;  // inter of listed neurons
     std::vector<float> outliers;      // inter of outlier neurons
-    uint64_t active = 0;
+    uint64_t active = 0, predicted = 0;
   };
 
   // Dense.
@@ -39,20 +44,24 @@ class Ffn {
   void down(const Layer& layer, size_t n, Share neurons, int worker);
 
   // Sparse: one token under a plan.
+  bool chooses_apart(size_t layer) const;
   void sparse(size_t layer, const Input& x, float* out);
   void sparse_apart(size_t layer, const Input& x, float* out);
   void sparse_together(size_t layer, const Input& x, float* out);
   Neurons choose(const Cut& cut, Neurons among, Share range);
   void list_active_of(bool some);
+  void gate_of(size_t layer, const Input& x, Share range, int worker);
   void up_of(const Layer& layer, const Activation& x, Neurons neurons, int worker);
   void whole_up_of(const Layer& layer, const Activation& x, Neurons neurons, int worker);
   void down_of(const Layer& layer, Neurons neurons, int worker);
 
   void activate(float* values, size_t n) const;
+  void rectify_up(float* values, size_t n) const;  // if the model does
+  void norm_inter(const Layer& layer, float* inter) const;  // of one token, if the layer does
   float* partial(int worker) { return partial_.data() + static_cast<size_t>(worker) * kFew * hidden_; }
   void sum_partials(size_t n, float* out) const;
   void add_outliers(const Layer& layer, size_t token, float* out, int worker);
-  void count_active(size_t layer);
+  void add_counts(size_t layer);  // of the threads, to the statistics
 
   Runtime& run_;
   Cuts& cuts_;

@@ -1,5 +1,5 @@
-// One token under a plan: gate, choose, up, choose, down. Rows of neurons that are inactive by then are
-// not read.
+// One token under a plan: predict, gate, choose, up, choose, down. Rows of neurons that are inactive by
+// then are not read.
 #include <algorithm>
 #include <numeric>
 
@@ -9,11 +9,15 @@ namespace fallow {
 
 void Ffn::sparse(size_t l, const Input& x, float* out) {
   const Layer& layer = model_.layers[l];
-  const bool apart = !cuts_.any(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) &&
-                     cuts_.at(l, kGateAct).is_fixed() && cuts_.at(l, kInter).is_fixed();
-  apart ? sparse_apart(l, x, out) : sparse_together(l, x, out);
+  chooses_apart(l) && !layer.ffn_sub_norm.weight ? sparse_apart(l, x, out) : sparse_together(l, x, out);
   add_outliers(layer, 0, out, 0);
   run_.statistics.read(0, layer.outliers.bytes());
+}
+
+// Whether a neuron's own gate_act and inter are enough to know that it is inactive.
+bool Ffn::chooses_apart(size_t l) const {
+  return !cuts_.any(l, {kGateInput, kUpInput, kGatePre, kUp, kDownInput}) &&
+         cuts_.at(l, kGateAct).is_fixed() && cuts_.at(l, kInter).is_fixed();
 }
 
 // By fixed thresholds: every thread takes a range of neurons all the way, and waits for no other.
@@ -22,14 +26,14 @@ void Ffn::sparse_apart(size_t l, const Input& x, float* out) {
   run_.pool.run([&](int worker) {
     const Share range = share_of_rows(d_ff_, worker, run_.pool.size());
     Neurons neurons{nullptr, range.begin, range.end - range.begin};
-    gate(layer, x, 1, range, worker);
+    gate_of(l, x, range, worker);
     neurons = choose(cuts_.at(l, kGateAct), neurons, range);
     up_of(layer, x.activation(), neurons, worker);
     neurons = choose(cuts_.at(l, kInter), neurons, range);
     down_of(layer, neurons, worker);
     scratch_[static_cast<size_t>(worker)].active = neurons.n;
   });
-  count_active(l);
+  add_counts(l);
   sum_partials(1, out);
 }
 
@@ -40,7 +44,7 @@ Ffn::Neurons Ffn::choose(const Cut& cut, Neurons among, Share range) {
   return {list, range.begin, cuts_.keep_active(cut, inter_.data(), range, list)};
 }
 
-// By cuts that need all of a token's values: threads meet at each of them.
+// By cuts that need all of a token's values, or with a norm that does: threads meet at each of them.
 void Ffn::sparse_together(size_t l, const Input& x, float* out) {
   const Layer& layer = model_.layers[l];
   float* inter = inter_.data();
@@ -48,7 +52,7 @@ void Ffn::sparse_together(size_t l, const Input& x, float* out) {
   Clock clock;
   if (!cuts_.any(l, {input, kGatePre})) {
     run_.pool.run([&](int worker) {
-      gate(layer, x, 1, share_of_rows(d_ff_, worker, run_.pool.size()), worker);
+      gate_of(l, x, share_of_rows(d_ff_, worker, run_.pool.size()), worker);
     });
     clock = Clock();
   } else {
@@ -74,7 +78,7 @@ void Ffn::sparse_together(size_t l, const Input& x, float* out) {
     const Share s = share_of(n_active_, worker, run_.pool.size());
     return Neurons{active_.data() + s.begin, s.begin, s.end - s.begin};
   };
-  if (!cuts_.any(l, {kUp, kInter, kDownInput})) {
+  if (!layer.ffn_sub_norm.weight && !cuts_.any(l, {kUp, kInter, kDownInput})) {
     run_.pool.run([&](int worker) {
       up_of(layer, up_x, share(worker), worker);
       down_of(layer, share(worker), worker);
@@ -91,6 +95,7 @@ void Ffn::sparse_together(size_t l, const Input& x, float* out) {
       for (size_t i = 0; i < d_ff_; ++i) inter[i] *= up_[i];
     }
     clock = Clock();
+    norm_inter(layer, inter);
     cuts_.apply(cuts_.at(l, kInter), inter, d_ff_, 0);
     cuts_.apply(cuts_.at(l, kDownInput), inter, d_ff_, 0);
     list_active_of(true);
@@ -98,6 +103,7 @@ void Ffn::sparse_together(size_t l, const Input& x, float* out) {
     run_.pool.run([&](int worker) { down_of(layer, share(worker), worker); });
   }
   run_.statistics.active[l] += n_active_;
+  add_counts(l);
   sum_partials(1, out);
 }
 
@@ -111,6 +117,30 @@ void Ffn::list_active_of(bool some) {
   }
 }
 
+// inter = gate_act of a thread's neurons: where the layer predicts, of those alone for which the coarse
+// gate is above zero, and 0 of the others.
+void Ffn::gate_of(size_t l, const Input& x, Share range, int worker) {
+  const Layer& layer = model_.layers[l];
+  if (!predicts(l)) return gate(layer, x, 1, range, worker);
+  const size_t count = range.end - range.begin;
+  const float* bias = layer.gate_coarse_bias + range.begin;
+  float *values = up_.data() + range.begin, *inter = inter_.data();
+  int32_t* list = active_.data() + range.begin;
+  products_.gemv(layer.gate_coarse, nullptr, range.begin, count, x.activation(), values, worker);
+  size_t n = 0;
+  for (size_t i = 0; i < count; ++i) {
+    list[n] = static_cast<int32_t>(range.begin + i);
+    n += values[i] + bias[i] > 0;
+  }
+  products_.gemv(layer.gate_proj, list, 0, n, x.activation(), values, worker);
+  if (layer.gate_bias)
+    for (size_t i = 0; i < n; ++i) values[i] += layer.gate_bias[list[i]];
+  activate(values, n);
+  std::fill(inter + range.begin, inter + range.end, 0.0f);
+  for (size_t i = 0; i < n; ++i) inter[list[i]] = values[i];
+  scratch_[static_cast<size_t>(worker)].predicted = n;
+}
+
 // inter *= x W_up^T + b for a thread's neurons.
 void Ffn::up_of(const Layer& layer, const Activation& x, Neurons neurons, int worker) {
   if (!config_.gated) return;
@@ -118,12 +148,13 @@ void Ffn::up_of(const Layer& layer, const Activation& x, Neurons neurons, int wo
   float *up = up_.data() + neurons.begin, *inter = inter_.data();
   products_.gemv(layer.up_proj, neurons.list, neurons.begin, neurons.n, x, up, worker);
   if (neurons.list) {
-    for (size_t i = 0; i < neurons.n; ++i) {
-      const auto neuron = static_cast<size_t>(neurons.list[i]);
-      inter[neuron] *= up[i] + (bias ? bias[neuron] : 0.0f);
-    }
+    if (bias)
+      for (size_t i = 0; i < neurons.n; ++i) up[i] += bias[neurons.list[i]];
+    rectify_up(up, neurons.n);
+    for (size_t i = 0; i < neurons.n; ++i) inter[neurons.list[i]] *= up[i];
   } else {
     if (bias) add_to(up, bias + neurons.begin, neurons.n);
+    rectify_up(up, neurons.n);
     for (size_t i = 0; i < neurons.n; ++i) inter[neurons.begin + i] *= up[i];
   }
 }
@@ -132,10 +163,10 @@ void Ffn::up_of(const Layer& layer, const Activation& x, Neurons neurons, int wo
 void Ffn::whole_up_of(const Layer& layer, const Activation& x, Neurons neurons, int worker) {
   float* up = scratch_[static_cast<size_t>(worker)].coefficients.data();
   products_.gemv(layer.up_proj, neurons.list, neurons.begin, neurons.n, x, up, worker);
-  for (size_t i = 0; i < neurons.n; ++i) {
-    const auto neuron = static_cast<size_t>(neurons.list[i]);
-    up_[neuron] = up[i] + (layer.up_bias ? layer.up_bias[neuron] : 0.0f);
-  }
+  if (layer.up_bias)
+    for (size_t i = 0; i < neurons.n; ++i) up[i] += layer.up_bias[neurons.list[i]];
+  rectify_up(up, neurons.n);
+  for (size_t i = 0; i < neurons.n; ++i) up_[static_cast<size_t>(neurons.list[i])] = up[i];
 }
 
 // This thread's part of inter W_down^T.

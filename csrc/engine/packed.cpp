@@ -175,9 +175,11 @@ Act read_act(const std::string& name) {
   if (name == "silu") return Act::kSilu;
   if (name == "gelu_tanh") return Act::kGeluTanh;
   if (name == "gelu") return Act::kGelu;
-  if (name == "relu") return Act::kRelu;
+  if (name == "relu" || name == "drelu") return Act::kRelu;
   if (name == "relu2") return Act::kRelu2;
-  throw PackedError("fallow.activation " + name + " is unknown; known: silu, gelu_tanh, gelu, relu, relu2");
+  if (name == "fatrelu") return Act::kFatRelu;
+  throw PackedError("fallow.activation " + name +
+                    " is unknown; known: silu, gelu_tanh, gelu, relu, relu2, fatrelu, drelu");
 }
 
 Config read_config(const Reader& in) {
@@ -202,6 +204,9 @@ Config read_config(const Reader& in) {
   c.gated = in.flag("gated");
   c.parallel = in.flag("parallel");
   c.act = read_act(in.text("activation"));
+  c.rectifies_up = in.text("activation") == "drelu";
+  if (c.rectifies_up && !c.gated) throw PackedError("fallow.activation drelu needs fallow.gated");
+  if (c.act == Act::kFatRelu) c.activation_threshold = in.number("activation_threshold");
   if (c.n_heads % c.n_kv_heads != 0)
     throw PackedError("fallow.n_heads must be a multiple of fallow.n_kv_heads");
   if (c.rotary_dim % 2 != 0) throw PackedError("fallow.rotary_dim must be even");
@@ -211,6 +216,7 @@ Config read_config(const Reader& in) {
     c.shared_intermediate_size = in.count("shared_intermediate_size", 0);
     c.norm_experts = in.flag("norm_experts");
     if (!c.gated) throw PackedError("fallow.gated must be true of a mixture of experts");
+    if (c.rectifies_up) throw PackedError("fallow.activation of experts cannot be drelu");
   }
   return c;
 }
@@ -237,6 +243,12 @@ void read_ffn(const Reader& in, const Config& c, const std::string& p, Layer& l)
     l.gate_proj = in.matrix(p + "gate_proj.weight", d_ff, hidden);
     l.gate_bias = in.optional_vector(p + "gate_proj.bias", d_ff);
   }
+  if (in.has(p + "gate_coarse.codes")) {
+    if (!c.gated || !c.has_zeros())
+      throw PackedError("tensor " + p + "gate_coarse.codes is for a gate that a ReLU follows");
+    l.gate_coarse = in.two_bits(p + "gate_coarse.codes", d_ff, hidden);
+    l.gate_coarse_bias = in.vector(p + "gate_coarse.bias", d_ff);
+  }
   l.up_proj = in.matrix(p + "up_proj.weight", d_ff, hidden);
   l.up_bias = in.optional_vector(p + "up_proj.bias", d_ff);
   l.down_proj_t = in.matrix(p + "down_proj_t.weight", d_ff, hidden);
@@ -255,6 +267,8 @@ Layer read_layer(const Reader& in, const Config& c, uint32_t index) {
   l.attn_norm = l.attn_post_norm.weight ? in.optional_norm(p + "attn_norm", hidden) : in.norm(p + "attn_norm", hidden);
   l.ffn_norm = c.parallel || l.ffn_post_norm.weight ? in.optional_norm(p + "ffn_norm", hidden)
                                                     : in.norm(p + "ffn_norm", hidden);
+  l.attn_sub_norm = in.optional_norm(p + "attn_sub_norm", q);
+  l.ffn_sub_norm = in.optional_norm(p + "ffn_sub_norm", c.intermediate_size);
   l.norms_heads = !in.is_wide(p + "q_norm.weight", c.head_dim);
   l.q_norm = in.optional_norm(p + "q_norm", l.norms_heads ? c.head_dim : q);
   l.k_norm = in.optional_norm(p + "k_norm", l.norms_heads ? c.head_dim : kv);

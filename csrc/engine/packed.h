@@ -16,7 +16,7 @@ struct PackedError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class Act { kSilu, kGeluTanh, kGelu, kRelu, kRelu2 };
+enum class Act { kSilu, kGeluTanh, kGelu, kRelu, kRelu2, kFatRelu };
 
 struct Config {
   uint32_t hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim, vocab_size;
@@ -33,6 +33,8 @@ struct Config {
   bool gated;                 // gate_proj and up_proj; otherwise up_proj alone, which `act` follows
   bool parallel;              // attention and FFN read the same norm and add to the same residual
   Act act;
+  float activation_threshold; // of kFatRelu, whose smaller values become zero
+  bool rectifies_up;          // dReLU: what up_proj puts out passes a ReLU, too
   // A mixture of experts in place of every FFN; intermediate_size is then that of an expert.
   uint32_t n_experts;         // 0: there are none
   uint32_t n_experts_used;    // by a token
@@ -40,6 +42,8 @@ struct Config {
   bool norm_experts;          // shares of a token's experts are made to sum to 1
 
   uint32_t widest_ffn() const { return std::max(intermediate_size, shared_intermediate_size); }
+  // Whether the activation makes neurons exactly zero.
+  bool has_zeros() const { return act == Act::kRelu || act == Act::kRelu2 || act == Act::kFatRelu; }
 };
 
 // W (rows, cols), row-major in a ggml type or in two bits; data is null for a matrix the model does not
@@ -68,11 +72,16 @@ struct Layer {
   // Of attn_norm and ffn_norm the weight may be null, where what they read is not normed. Where both are
   // there and the config is parallel, both read what came into the layer.
   Norm attn_norm, attn_post_norm, ffn_norm, ffn_post_norm, q_norm, k_norm;
+  Norm attn_sub_norm, ffn_sub_norm;             // before o_proj and down_proj
   bool norms_heads = true;                      // q_norm and k_norm are of each head, not of all
   Matrix q_proj, k_proj, v_proj, o_proj;        // (heads * head_dim or hidden, hidden or ...)
   Matrix gate_proj, up_proj, down_proj_t;       // (d_ff, hidden) each
   const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
   const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
+  // Predict which neurons a ReLU leaves: those for which the product with these two bits and the bias sum
+  // to more than zero (docs/packed.md); null: there is no predictor.
+  Matrix gate_coarse;                           // (d_ff, hidden)
+  const float* gate_coarse_bias = nullptr;      // (d_ff,)
   // Neurons so loud that rounding their output weights would cost more than that of all others:
   // their rows are zero in down_proj_t and whole here.
   Matrix outliers;                              // (n, hidden)

@@ -35,12 +35,14 @@ class Clock {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
-// Since the last reset: tokens read, neurons with a non-zero inter per layer, summed over them, and
-// bytes of weights and cache that decode read. Threads count bytes on cache lines of their own.
+// Since the last reset: tokens read; per layer, summed over them, neurons with a non-zero inter, and those
+// predicted ones that decode read the gate of; bytes of weights and cache that decode read. Threads count
+// bytes on cache lines of their own.
 class Statistics {
  public:
   Statistics(size_t n_layers, size_t n_experts, int n_threads)
-      : active(n_layers), expert_uses(n_layers * n_experts), bytes_(static_cast<size_t>(n_threads)) {}
+      : active(n_layers), predicted(n_layers), expert_uses(n_layers * n_experts),
+        bytes_(static_cast<size_t>(n_threads)) {}
 
   void read(int worker, uint64_t bytes) { bytes_[static_cast<size_t>(worker)].n += bytes; }
   uint64_t bytes_read() const {
@@ -52,12 +54,13 @@ class Statistics {
     tokens = 0;
     timing = {};
     active.assign(active.size(), 0);
+    predicted.assign(predicted.size(), 0);
     expert_uses.assign(expert_uses.size(), 0);
     bytes_.assign(bytes_.size(), {});
   }
 
   uint64_t tokens = 0;
-  std::vector<uint64_t> active;
+  std::vector<uint64_t> active, predicted;
   std::vector<uint64_t> expert_uses;  // tokens that chose each expert, layer after layer
   Timing timing;
 

@@ -54,6 +54,14 @@ def pack(
         bool,
         typer.Option("--shortlist", help="Add a coarse head, which plans of fallow optimize use."),
     ] = False,
+    predictor: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Predict which neurons of a ReLU model are active, with this share of their "
+            "energy (0.99 say): the gate's other rows are not read.",
+        ),
+    ] = None,
     lora: Annotated[
         Path | None, typer.Option(help="A LoRA adapter to merge: a PEFT folder, or a GGUF.")
     ] = None,
@@ -67,7 +75,7 @@ def pack(
 
     check = run(
         model, output, plan=loaded_plan, quant=quant, down=down, shortlist=shortlist,
-        lora=lora, text=text,
+        predictor=predictor, lora=lora, text=text,
     )  # fmt: skip
     size = output.stat().st_size / 1e6
     if as_json:

@@ -62,6 +62,8 @@ class Engine:
         context: tokens that the cache holds; default: the model's own, at most 4096, or 1024 with
             `memory`.
         skip_zeros: neurons that a ReLU makes exactly zero are not read; the answer is the same.
+            With a predictor in the file (`fallow pack --predictor`) the gate, too, is read of those
+            alone that it predicts, and the answer is nearly the same.
         kernels: one of `_core.KERNELS`, "avx2" say; default: the fastest that runs here.
         memory: bytes that the process may take, or a size such as "800MB": weights that do not fit
             are read from the file for every pass over the model. Default: all is in memory, in huge
@@ -477,9 +479,19 @@ class Engine:
 
     def idle_neurons(self) -> np.ndarray:
         """Share of neurons per layer, (L,), that were zero in the tokens since `reset_stats`."""
+        return 1 - self._share_of_neurons("active")
+
+    def predicted_neurons(self) -> np.ndarray:
+        """Share of neurons per layer, (L,), whose gate was read because it was predicted to matter.
+
+        Of decoded tokens since `reset_stats`; zeros where the file has no predictor.
+        """
+        return self._share_of_neurons("predicted")
+
+    def _share_of_neurons(self, which: str) -> np.ndarray:
         figures = self.core_stats()
         width = max(1, figures["tokens"]) * self._core.neurons
-        return 1 - np.array(figures["active"]) / width
+        return np.array(figures[which]) / width
 
     def expert_uses(self) -> np.ndarray:
         """Tokens that chose each expert since `reset_stats`, (L, n_experts)."""

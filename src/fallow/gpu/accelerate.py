@@ -19,7 +19,7 @@ from fallow.gpu.modules import (
     SparseFfn,
     SparseInputs,
 )
-from fallow.models import by_model_type
+from fallow.models import Rectified, by_model_type
 from fallow.models.cuts import check_fits, weight_of
 from fallow.models.taps import Layer
 from fallow.plan import Cut, Plan
@@ -118,6 +118,8 @@ def _check_cuts(cuts: Sequence[Cut], layer: Layer, act: str | None, name: str) -
             raise FallowError(f"no GPU kernel has cuts of {cut.tap} by tail; {remedy}")
         if cut.tap not in layer.projections and cut.tap not in ("gate_act", "inter"):
             raise FallowError(f"no GPU kernel has cuts of {cut.tap}; {remedy}")
+    if (missing := _not_computed(layer)) is not None and tuple(taps) != ("inter",):
+        raise FallowError(f"no GPU kernel has the {missing} of {name}; calibrate with topk")
     inputs = [tap for tap in taps if tap in layer.projections]
     if inputs and len(inputs) < len(taps):
         other = next(tap for tap in taps if tap not in layer.projections)
@@ -126,6 +128,14 @@ def _check_cuts(cuts: Sequence[Cut], layer: Layer, act: str | None, name: str) -
         raise FallowError(f"no GPU kernel has cuts of gate_act and of inter by top-k; {remedy}")
     if layer.gated and (inputs or "gate_act" in taps) and act is None:
         raise FallowError(f"no GPU kernel has the activation of {name}; {remedy}")
+
+
+def _not_computed(layer: Layer) -> str | None:
+    """What an FFN has beside gate, up and down, and sparse modules in its place have not."""
+    if isinstance(layer.up_proj, Rectified):
+        return "ReLU of up_proj"
+    normed = any(name.endswith("ffn_sub_norm") for name, _ in layer.block.named_modules())
+    return "norm before down_proj" if normed else None
 
 
 def _activation(module: nn.Module) -> str | None:

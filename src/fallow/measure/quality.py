@@ -213,14 +213,14 @@ def evaluate_engine(
     return summarise(engine, plan, source, cut, dense, sparse, "windows")
 
 
-def _read(engine: Engine, window: np.ndarray, decode: bool) -> Logits:
+def _read(engine: Engine, window: np.ndarray, decode: bool, dense: bool = False) -> Logits:
     """An engine's logits, made as they are asked for, in the tokens' order."""
     engine.reset()
 
     def logits(part: slice) -> np.ndarray:
         ids, step = window[part], 1 if decode else part.stop - part.start
         parts = (ids[i : i + step] for i in range(0, len(ids), step))
-        found = [engine.forward(some, every=True, exact=True) for some in parts]
+        found = [engine.forward(some, every=True, dense=dense, exact=True) for some in parts]
         if not all(np.isfinite(values).all() for values in found):
             raise FallowError(f"{engine.path}: NaN or infinite logits; pack the model again")
         return found[0] if len(found) == 1 else np.concatenate(found)
@@ -238,8 +238,7 @@ def _baseline(
     """Logits to compare with; an engine's are all made now, under a budget into the file `kept`."""
     if not isinstance(against, Engine):
         return against(window)
-    against.use_plan(None)
-    logits, vocabulary = _read(against, window, decode), against.vocabulary_size
+    logits, vocabulary = _read(against, window, decode, dense=True), against.vocabulary_size
     parts = parts_of_window(len(window) - 1, vocabulary, at_once)
     if against.memory is None:
         return np.concatenate([logits(part) for part in parts]).__getitem__

@@ -187,6 +187,7 @@ def run_once(engine: Engine, ids: np.ndarray, prompt_tokens: int) -> dict[str, f
         # The share of decode outside products with weights: attention, selection, norms, Python.
         "overhead": 1 - products / decode,
         "sparsity": float(engine.idle_neurons().mean()),
+        "predicted": float(engine.predicted_neurons().mean()),
         **{f"ms_{k}": 1e3 * v / n for k, v in figures["seconds"].items()},
         **disk_figures(figures, n),
     }

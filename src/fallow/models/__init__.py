@@ -4,6 +4,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from fallow.common.errors import FallowError
+from fallow.models._activations import FatRelu, Rectified, activate, told
 from fallow.models._base import Architecture
 from fallow.models._keys import check_config, check_gguf_keys, check_gguf_type
 from fallow.models._rope import ROPE_TENSORS
@@ -45,10 +46,14 @@ __all__ = [
     "ARCHITECTURES",
     "ROPE_TENSORS",
     "Architecture",
+    "FatRelu",
+    "Rectified",
+    "activate",
     "architectures",
     "by_gguf_name",
     "by_model_type",
     "check_config",
     "check_gguf_keys",
     "check_gguf_type",
+    "told",
 ]

@@ -102,6 +102,9 @@ class Architecture:
     config_keys: tuple[str, ...] = ()  # what transformers' config takes besides its attributes
     soft_caps: bool = False  # of attention scores and logits, which other classes pass over
     settings: dict[str, Any] = field(default_factory=dict)  # for transformers' class
+    # The same of what a config.json says by other names than transformers' class knows.
+    translate: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
+    left_out: str | None = None  # tensors of a layer whose names begin so, which nothing needs
     stored_as: dict[str, str] = field(default_factory=dict)  # parameters that files name so
     check: Callable[[Any], str | None] = lambda config: None  # what of a config cannot be packed
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fallow.checkpoints.weights import GgufFile
 from fallow.common.errors import FallowError, in_one_line
+from fallow.models._activations import check_activation
 from fallow.models._base import Architecture
 
 # Keys without their architecture that change nothing: notes, what other keys imply, and what only
@@ -70,7 +71,8 @@ def check_gguf_keys(file: GgufFile) -> None:
 # Names in a config.json that say how to compute. Biases and norms show in the tensors.
 _COMPUTES = re.compile(
     "^(?!.*dropout).*(rope|rotary|scal|softcap|multiplier|expert|moe|window|sliding|layer_types|"
-    "alibi|residual|logn|clamp|clip_qkv|mup|bidirectional|causal|quant|compress|per_layer)"
+    "alibi|residual|logn|clamp|clip_qkv|mup|bidirectional|causal|quant|compress|per_layer|"
+    "sparse_config)"
 )
 # What transformers' classes take besides their attributes, and what has no effect by itself.
 _CONFIG_NOTES = ("rope_theta", "rope_scaling", "partial_rotary_factor", "max_window_layers")
@@ -119,6 +121,7 @@ def check_config(architecture: Architecture, config: dict[str, Any], where: str)
     is_needed = "sliding_attention" in kinds if kinds else window is not None
     if "sliding_window" in known and is_needed and (window or 0) < 1:
         raise FallowError(f"{where}: sliding_window is {window}, but must be 1 or more to be used")
+    check_activation(architecture, config, where)
 
 
 def _has_no_effect(name: str, value: Any, config: dict[str, Any]) -> bool:

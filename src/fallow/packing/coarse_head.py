@@ -30,18 +30,37 @@ def coarse_head(
     (fallow.packing.gptq). The bias (vocabulary,) is what the logits of `mean`, E[h] (d_model,), are
     then short of.
     """
-    factor = MomentFactor.from_moment(torch.from_numpy(moment).double(), DAMPING)
+    factor = _factor(torch.from_numpy(moment))
     parts, biases = [], []
     with progress("coarse head", len(weight)) as ticker:
         for start in range(0, len(weight), ROWS_AT_ONCE):
             rows = torch.from_numpy(weight[start : start + ROWS_AT_ONCE].astype(np.float32))
-            scale = _scales(rows)
-            codes = _round(rows, scale, factor)
-            parts.append(_encode(codes, scale))
-            error = rows - _value(codes, scale[:, None])
+            parts.append(_rounded(rows, factor))
+            error = rows - decode_rows(parts[-1])
             biases.append((error @ torch.from_numpy(mean)).numpy())
             ticker.advance(len(rows))
     return np.concatenate(parts), np.concatenate(biases)
+
+
+def coarse_rows(weight: torch.Tensor, moment: torch.Tensor) -> np.ndarray:
+    """Rows (n, d_model) in two bits, (n, d_model / 4 + 4) bytes, rounded as the head's are."""
+    return _rounded(weight, _factor(moment))
+
+
+def decode_rows(rows: np.ndarray) -> torch.Tensor:
+    """What rows in two bits stand for, (n, d_model) float32."""
+    packed, scale = rows[:, :-4], np.ascontiguousarray(rows[:, -4:]).view(np.float32)
+    codes = np.concatenate([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)
+    return _value(torch.from_numpy(codes).float(), torch.from_numpy(scale))
+
+
+def _factor(moment: torch.Tensor) -> MomentFactor:
+    return MomentFactor.from_moment(moment.double(), DAMPING)
+
+
+def _rounded(rows: torch.Tensor, factor: MomentFactor) -> np.ndarray:
+    scale = _scales(rows)
+    return _encode(_round(rows, scale, factor), scale)
 
 
 def _scales(rows: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,10 @@ from fallow.checkpoints.text import Text, load_text
 from fallow.common.errors import FallowError
 from fallow.common.files import atomic_path, check_writable
 from fallow.common.progress import console, note
+from fallow.engine.engine import Engine
 from fallow.engine.memory import COARSE_HEAD
+from fallow.measure.quality import evaluate_engine
+from fallow.packing.coarse_gate import check_predictable, coarse_gates
 from fallow.packing.selfcheck import LARGEST_KL, LARGEST_PPL_CHANGE, Reference, SelfCheck
 from fallow.packing.source import OUTLIER_WINDOWS, Source
 from fallow.packing.writer import write_packed
@@ -32,6 +35,7 @@ def pack(
     quant: str | None = None,
     down: str | None = None,
     shortlist: bool = False,
+    predictor: float | None = None,
     lora: str | Path | None = None,
     text: str | Path | Text | None = None,
     n_threads: int | None = None,
@@ -45,6 +49,8 @@ def pack(
             of the default calibration text, else that of `quant`.
         shortlist: add a coarse copy of the head (2 bits), by which a plan with a `head_margin`
             spares most tokens' exact logits.
+        predictor: add coarse copies of the gates (2 bits), by which the engine reads only the rows
+            of neurons that a ReLU is likely to leave, with this share of their energy (0.99 say).
         lora: an adapter that is merged first (into `model` itself if it is loaded), a PEFT folder
             or a GGUF; matrices of a GGUF that it changes are quantised again, to types they had.
         text: what the check reads, which has chosen nothing but may refuse a type; default: the
@@ -52,15 +58,25 @@ def pack(
 
     Raises:
         FallowError: the file would not pass the check (nothing is written), a matrix has a type
-            that the engine has no kernels for, the architecture's variant is not supported, or the
-            plan is for another model.
-        UsageError: an unknown type.
+            that the engine has no kernels for, the architecture's variant is not supported, the
+            plan is for another model, or no ReLU follows the gates that are to be predicted.
+        UsageError: an unknown type, or a share that is not between 0 and 1.
     """
     check_writable(output)
     packer = Packer(
-        model, quant=quant, down=down, shortlist=shortlist, lora=lora, text=text, plan=plan
+        model,
+        quant=quant,
+        down=down,
+        shortlist=shortlist,
+        predictor=predictor,
+        lora=lora,
+        text=text,
+        plan=plan,
     )
     return packer.write(output, plan, n_threads)
+
+
+PREDICTED_TOKENS = 128  # of each window, by which a predictor's price is told
 
 
 class Packer:
@@ -73,6 +89,7 @@ class Packer:
         quant: str | None = None,
         down: str | None = None,
         shortlist: bool = False,
+        predictor: float | None = None,
         lora: str | Path | None = None,
         text: str | Path | Text | None = None,
         plan: Plan | None = None,  # of another model: refused before the work
@@ -88,10 +105,17 @@ class Packer:
             self.model.taps(plan)
         for problem in self.model.tokenizer.chat_problems():
             note(problem)
+        self._predicts = predictor is not None
+        if predictor is not None:
+            check_predictable(self.model, self._source.activation, predictor)
         self._types = self._source.down_types(quant, down)
         self._matrices = self._source.matrices(quant)
         if shortlist:
             self._matrices |= self._source.coarse_head()
+        if predictor is not None:
+            activation = self._source.activation
+            self._matrices |= coarse_gates(self.model, self._matrices, activation, predictor)
+        self._text = text
         self._reference = self._reference_on(text)
 
     @property
@@ -153,7 +177,22 @@ class Packer:
                     f"{LARGEST_KL} nats and {LARGEST_PPL_CHANGE} %); nothing was written; try "
                     "--down q8_0, and please report this model"
                 )
+            if self._predicts:
+                self._report_predictor(temporary, n_threads)
         return check
+
+    def _report_predictor(self, path: Path, n_threads: int) -> None:
+        """Says what the predictor costs, read token by token: in blocks the gate is read whole."""
+        engine = Engine(path, plan=False, threads=n_threads, context=PREDICTED_TOKENS)
+        windows = self._reference.windows[:, :PREDICTED_TOKENS]
+        price = evaluate_engine(engine, None, self._text, windows=windows, decode=True)
+        share = float(engine.predicted_neurons().mean())  # of the last window
+        console.print(
+            f"predictor: {share:.1%} of the gates' rows are read; KL "
+            f"{price.kl_to_dense['mean']:.5f} nats/token, PPL {price.ppl_change_percent:+.3f} % on "
+            f"{price.tokens} tokens",
+            highlight=False,
+        )
 
     def write_again(self, output: str | Path, plan: Plan | None) -> None:
         """The same file with another plan, or without a coarse head; not checked once more."""

@@ -17,6 +17,7 @@ from fallow.common.files import fits, read_json
 from fallow.common.progress import note, progress
 from fallow.engine.memory import COARSE_HEAD
 from fallow.measure.evaluation import final_hidden
+from fallow.models import FatRelu
 from fallow.models.devices import as_array, as_floats
 from fallow.models.taps import Layer, attach
 from fallow.packing.coarse_head import coarse_head
@@ -54,6 +55,8 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "relu": "relu",
     "relu2": "relu2",
+    "fatrelu": "fatrelu",
+    "drelu": "drelu",
 }
 
 
@@ -463,6 +466,11 @@ class Source:
             )
         return _ACTIVATIONS[name]
 
+    def _activation_threshold(self) -> dict[str, float]:
+        ffn = self.model.layers[0].ffn
+        act = ffn.act if ffn is not None else None
+        return {"activation_threshold": act.threshold} if isinstance(act, FatRelu) else {}
+
     @property
     def norm_eps(self) -> float:
         norm = self.model.module.get_submodule(self.model.architecture.final_norm)
@@ -505,6 +513,7 @@ class Source:
             "gated": layer.gated,
             "parallel": a.parallel,
             "activation": self.activation,
+            **self._activation_threshold(),
             "fused": a.gate_up_proj is not None,
             "sliding_window": self.sliding_windows,
             "rope": self.rope_of_layer,

@@ -30,16 +30,19 @@ from fallow.checkpoints.weights import (
 )
 from fallow.common.errors import FallowError, UsageError, in_one_line
 from fallow.common.files import read_json
+from fallow.common.progress import note
 from fallow.engine.sampling import Sampler, check_largest
 from fallow.models import (
     ROPE_TENSORS,
     Architecture,
+    activate,
     by_gguf_name,
     by_model_type,
     check_config,
     check_gguf_keys,
     check_gguf_type,
     devices,
+    told,
 )
 from fallow.models.cuts import cut_taps
 from fallow.models.devices import as_floats, enough_memory
@@ -421,7 +424,7 @@ def _check_size(
         raise FallowError(f"{where} describes {n_layers} layers, but has {len(tensors)} tensors")
     hf_class = getattr(transformers, architecture.hf_class)
     with torch.device("meta"):
-        module = hf_class(hf_class.config_class(**config))
+        module = hf_class(hf_class.config_class(**config | told(architecture, config)))
     described = sum(parameter.numel() for parameter in module.parameters())
     if described > 2 * stored:
         raise FallowError(f"{where} describes {described} weights, but has {stored}")
@@ -434,7 +437,7 @@ def _empty_module(architecture: Architecture, config: dict[str, Any]) -> Any:
 
     hf_class = getattr(transformers, architecture.hf_class)
     with init_empty_weights(include_buffers=False):
-        return hf_class(hf_class.config_class(**config, **architecture.settings))
+        return hf_class(hf_class.config_class(**config | told(architecture, config)))
 
 
 def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.dtype) -> None:
@@ -518,6 +521,7 @@ def pretrained(folder: Path, architecture: Architecture, dtype: torch.dtype | st
     """
     import transformers
 
+    config = read_json(folder / "config.json", "download it again")
     with _refusing(f"transformers cannot load {folder}"):
         module, info = getattr(transformers, architecture.hf_class).from_pretrained(
             folder,
@@ -525,10 +529,11 @@ def pretrained(folder: Path, architecture: Architecture, dtype: torch.dtype | st
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             local_files_only=True,
-            **architecture.settings,
+            **told(architecture, config),
         )
     _check_loading(folder, info)
     _check_use(folder, architecture, module)
+    activate(architecture, config, module)
     return module
 
 
@@ -540,6 +545,7 @@ def _check_use(folder: Path, architecture: Architecture, module: Any) -> None:
     """
     used = dict(module.named_parameters(remove_duplicate=False))
     prefix = f"{module.base_model_prefix}."  # may be left out in files
+    left_out = 0
     for tensor in read_safetensors(folder):
         name = architecture.read_as(tensor.name)
         name = name if name in used else prefix + name.removeprefix(prefix)
@@ -549,12 +555,17 @@ def _check_use(folder: Path, architecture: Architecture, module: Any) -> None:
                 f"{folder}: tensor {tensor.name} has the type {tensor.type}; give a folder with "
                 "weights in F32, F16 or BF16"
             )
+        if architecture.left_out and f".{architecture.left_out}" in name:
+            left_out += 1
+            continue
         is_weight = is_float and name.endswith((".weight", ".bias"))
         if name not in used and is_weight and name.startswith(f"{architecture.layers}."):
             raise FallowError(
                 f"{folder} has a tensor {tensor.name} that {architecture.model_type} models of "
                 "its config.json do not have"
             )
+    if left_out:
+        note(f"{left_out} tensors {architecture.left_out}* of {folder} are not needed")
 
 
 def _check_loading(folder: Path, info: dict[str, Any]) -> None:

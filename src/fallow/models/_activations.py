@@ -1,0 +1,88 @@
+"""Activations that transformers does not have, by what `hidden_act` of a config.json calls them.
+
+fatrelu: x where x > hidden_act_param, else 0 (FATReLU; ProSparse, arXiv:2402.13516 3.3).
+drelu: ReLU of gate_proj, and ReLU of up_proj too (dReLU; TurboSparse, arXiv:2406.05955 3.2).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fallow.common.errors import FallowError
+from fallow.models._base import Architecture
+
+_BUILT_WITH = {"fatrelu": "relu", "drelu": "relu"}  # what transformers is told in their place
+
+
+class FatRelu(nn.Module):
+    """x where x > threshold, else 0."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.threshold(x, self.threshold, 0.0)
+
+
+class Rectified(nn.Linear):
+    """ReLU of what a projection puts out; it has that projection's own weights."""
+
+    def __init__(self, projection: nn.Linear) -> None:
+        super().__init__(projection.in_features, projection.out_features, device="meta")
+        self.weight, self.bias = projection.weight, projection.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.relu(super().forward(x))
+
+
+def told(architecture: Architecture, config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers' class of a model is told in place of what a config says."""
+    found = architecture.settings | architecture.translate(config)
+    act = _activation(architecture, config)
+    return found | {"hidden_act": _BUILT_WITH[act]} if act in _BUILT_WITH else found
+
+
+def check_activation(architecture: Architecture, config: dict[str, Any], where: str) -> None:
+    """Raises FallowError for FATReLU without a threshold, dReLU without a gate, and experts."""
+    act, threshold = _activation(architecture, config), config.get("hidden_act_param")
+    if act in _BUILT_WITH and architecture.experts is not None:
+        raise FallowError(
+            f"{where}: hidden_act is {act}, which is not computed for the experts of "
+            f"{architecture.model_type} models; give a model without it"
+        )
+    if act == "fatrelu" and not (isinstance(threshold, int | float) and 0 <= threshold < 1e6):
+        raise FallowError(
+            f"{where}: hidden_act is fatrelu, and hidden_act_param is {threshold!r}, no threshold "
+            "of 0 or more; add the one that the model was made with"
+        )
+    if act == "drelu" and (architecture.gate_proj is None or architecture.up_proj is None):
+        raise FallowError(
+            f"{where}: hidden_act is drelu, but {architecture.model_type} models have no gate_proj "
+            "and up_proj; give a model without it"
+        )
+
+
+def activate(architecture: Architecture, config: dict[str, Any], module: Any) -> None:
+    """Gives a model that was built so its own activation.
+
+    Its config then says all that it computes, in transformers' names but for that activation.
+    """
+    if architecture.translate(config):
+        for name in architecture.config_keys:
+            vars(module.config).pop(name, None)
+    act = _activation(architecture, config)
+    if act not in _BUILT_WITH:
+        return
+    module.config.hidden_act = act
+    for block in module.get_submodule(architecture.layers).children():
+        if act == "fatrelu":
+            block.set_submodule(architecture.act, FatRelu(float(config["hidden_act_param"])))
+        else:
+            path = str(architecture.up_proj)
+            block.set_submodule(path, Rectified(block.get_submodule(path)))
+
+
+def _activation(architecture: Architecture, config: dict[str, Any]) -> Any:
+    return (config | architecture.settings).get("hidden_act")
