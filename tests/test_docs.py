@@ -16,6 +16,7 @@ import yaml
 
 import fallow
 from fallow.cli import app
+from fallow.models import architectures
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,6 +86,12 @@ def test_every_public_name_is_described(site: Path) -> None:
         assert f'<h2 id="fallow.{name}"' in text, name
     assert "max_ppl_increase" in text
     assert "::: fallow" not in text
+
+
+def test_every_architecture_has_its_models() -> None:
+    text = (ROOT / "docs" / "how-to" / "models.md").read_text()
+    for architecture in architectures():
+        assert f"`{architecture.model_type}`" in text
 
 
 @pytest.fixture
