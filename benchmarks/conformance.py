@@ -255,7 +255,8 @@ NOTES = """
 - mistral: a GGUF of it calls itself llama and has no sliding window; llama.cpp and the engine then
   look back on all tokens alike, transformers on 64.
 - olmo3, yarn: from the GGUF too the engine agrees with transformers; llama.cpp does not.
-- Where there is a line in place of figures, the converter has no such architecture."""
+- Where there is a line in place of figures, the converter has no such architecture, or a GGUF
+  has no word for what it computes."""
 
 
 def report() -> str:

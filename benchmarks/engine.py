@@ -270,9 +270,9 @@ a row per lane of a register or, where they are summed, in integers. The dense e
 the harder one to beat: skipping gains over it what it saves in bytes, less what rows cost more
 than tiles.
 
-**Attention** of a token is cut into positions, a part for each thread, which reads its keys and values
-once for all heads. They lie in huge pages too: with both, SmolLM2's attention at 800 tokens takes 0.65
-of the time that it took by heads, in small pages (Zen 4).
+**Attention** of a token is cut into positions, a part for each thread, which reads its keys and
+values once for all heads. They lie in huge pages too: with both, SmolLM2's attention at 800 tokens
+takes 0.65 of the time that it took by heads, in small pages (Zen 4).
 
 **Prefill** of a prompt multiplies in bytes where a processor has VNNI, in bfloat16 or floats
 otherwise. Quality (`evaluate`, `Engine.logits`) is always measured with the latter, which are

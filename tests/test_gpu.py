@@ -201,7 +201,12 @@ def test_exact_zeros_change_nothing(name: str, folders: dict[str, Path]) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "missing"), [("bamboo", "ReLU of up_proj"), ("bitnet", "norm before down_proj")]
+    ("name", "missing"),
+    [
+        ("bamboo", "ReLU of up_proj"),
+        ("bitnet", "norm before down_proj"),
+        ("sparsellama", "FATReLU"),
+    ],
 )
 def test_ffns_that_no_kernel_has(name: str, missing: str, folders: dict[str, Path]) -> None:
     with pytest.raises(FallowError, match=f"no GPU kernel has the {missing} of .*{name}"):

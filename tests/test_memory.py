@@ -29,6 +29,7 @@ from fallow.engine.memory import (
     residencies,
 )
 from fallow.engine.packed import packed_windows
+from fallow.engine.process import rss_bytes
 from fallow.engine.sampling import Sampler
 from fallow.measure import quality
 from fallow.measure.quality import evaluate_engine
@@ -299,6 +300,20 @@ def test_evaluation_does_not_depend_on_the_budget(
             assert found[-1]["kl_to_dense"]["mean"] > 0
         assert found[-1] == evaluate_engine(engine, plan, texts[1], windows=3, **given).to_json()
     assert found[:2] == found[2:]
+
+
+def test_the_cache_of_keys_and_values_is_there_at_once(tmp_path: Path) -> None:
+    """A budget counts what is resident when weights are chosen."""
+    context = 1 << 16
+    folder = make_folder("llama", tmp_path / "m", max_position_embeddings=context)
+    path = tmp_path / "m.gguf"
+    pack(folder, path, quant="f32")
+    Engine(path, threads=1)  # what the first one takes for good
+    before = rss_bytes()
+    engine = Engine(path, threads=1, context=context)
+    sizes = [engine.file.get(f"fallow.{key}") for key in ("n_layers", "n_kv_heads", "head_dim")]
+    cache = context * int(np.prod(sizes)) * 2 * 2  # keys and values, two bytes each
+    assert rss_bytes() - before > 0.9 * cache
 
 
 def test_what_the_caller_needs_is_left_to_it(

@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fallow
-from conftest import engine_plan
+from conftest import engine_plan, make_folder
 from engines import IDS, fails
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
+from fallow.engine import engine as module
 from fallow.engine.engine import Engine
+from fallow.engine.memory import RESERVE, parts_of, residencies
 from fallow.measure.quality import evaluate_engine
+from fallow.measure.tasks import ScoredIds, read_engine
 from fallow.models.taps import attach
 from fallow.packing.coarse_gate import _least_margin
 from fallow.packing.coarse_head import decode_rows
@@ -173,10 +176,46 @@ def test_plans_beside_it(packed: Path) -> None:
     np.testing.assert_array_equal(engine.predicted_neurons(), 0)
 
 
-def test_under_a_memory_budget(packed: Path) -> None:
-    usual, budget = (Engine(packed, threads=1, context=64, memory=m) for m in (None, "2GB"))
+def test_after_a_plan_that_reads_the_whole_gate(packed: Path) -> None:
+    """Which lay in tiles for it; then rows are listed again."""
+    fresh, engine = (Engine(packed, threads=1) for _ in range(2))
+    ids = prompt(engine)
+    engine.use_plan(engine_plan(engine, Cut("inter", "topk", 0.05).of_layers(LAYERS)))
+    decoded(engine, ids)
+    engine.use_plan(None)
+    np.testing.assert_array_equal(decoded(engine, ids), decoded(fresh, ids))
+    assert engine.predicted_neurons().mean() > 0
+
+
+def test_under_a_memory_budget(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which this process would take more than this model."""
+    monkeypatch.setattr(module, "rss_bytes", lambda: 0)
+    file = read_gguf(packed)
+    least = min(r.memory for r in residencies(parts_of(file, False), None, None))
+    usual = Engine(packed, threads=1, context=64)
+    budget = Engine(packed, threads=1, context=64, memory=RESERVE + least)
     ids = prompt(usual)
     np.testing.assert_array_equal(decoded(budget, ids), decoded(usual, ids))
+    assert budget.residency is not None
+    assert budget.residency.streamed
+
+
+def test_of_a_model_of_few_positions(tmp_path: Path) -> None:
+    folder = make_folder("llama", tmp_path / "m", hidden_act="relu", max_position_embeddings=64)
+    fallow.pack(folder, tmp_path / "m.gguf", predictor=0.9, quant="f32")
+    engine = Engine(tmp_path / "m.gguf", threads=1)
+    decoded(engine, IDS[:48])
+    assert engine.predicted_neurons().mean() > 0
+
+
+def test_tasks_compare_with_every_neuron(packed: Path) -> None:
+    """Continuations are few tokens, read as in decode, in which the predictor leaves some out."""
+    engine = Engine(packed, threads=1)
+    ids = prompt(engine)[:16].astype(np.int32)
+    pair = ScoredIds(ids, 4)
+    (dense, _), (predicted, _) = (read_engine(engine, [pair], dense)[0] for dense in (True, False))
+    ((whole, _),) = read_engine(Engine(packed, threads=1, skip_zeros=False), [pair], False)
+    assert dense == whole != predicted
 
 
 @pytest.mark.parametrize("name", ["bamboo", "sparsellama", "bitnet"])

@@ -2,6 +2,7 @@
 // positions of keys (head_dim, kPanel), and panels of kPanel columns of values (context, kPanel).
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "engine/runtime.h"
@@ -16,7 +17,9 @@ class KvCache {
         n_keys_(layers * kv_heads * pieces(context, kPanel) * head_dim * kPanel),
         n_values_(layers * kv_heads * pieces(head_dim, kPanel) * kPanel * context),
         pages_((n_keys_ + n_values_) * sizeof(uint16_t)) {
-    pages_.expect(0, (n_keys_ + n_values_) * sizeof(uint16_t));
+    const size_t bytes = (n_keys_ + n_values_) * sizeof(uint16_t);
+    pages_.expect(0, bytes);
+    std::fill_n(pages_.data(), bytes, uint8_t{0});  // now, not by and by: a memory budget counts it
   }
 
   size_t context() const { return context_; }

@@ -1,5 +1,5 @@
-// Rows in two bits per weight with one scale: the coarse copy of a language-model head. Not a type of
-// ggml's, whose blocks have scales of their own: on hidden states one scale per row is as good
+// Rows in two bits per weight with one scale: the coarse copies of a language-model head and of gates. Not
+// a type of ggml's, whose blocks have scales of their own: on hidden states one scale per row is as good
 // (docs/packed.md), and without blocks a byte product of 64 weights needs nothing more.
 //
 // Row of k weights: k / 4 bytes, of which byte p holds the codes of columns p, p + k / 4, p + k / 2

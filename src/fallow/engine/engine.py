@@ -252,7 +252,10 @@ class Engine:
         return packed_tokenizer(self.file)
 
     def use_plan(self, plan: Plan | None) -> None:
-        """Switches to another plan, or to the dense model, from the next token on.
+        """Switches to another plan, or to none, from the next token on.
+
+        Under none an engine still leaves out what needs no plan: exact zeros, and what a predictor
+        in the file takes for some.
 
         Raises:
             FallowError: the plan is for another model, or its arrays do not fit.
@@ -328,7 +331,7 @@ class Engine:
         Up to `_core.FEW` tokens have to the bit the logits that they have one by one, in less time.
 
         Args:
-            dense: the plan is left aside.
+            dense: every neuron is computed; the plan and a predictor in the file are left aside.
             exact: more tokens have logits as near to those as a block of tokens comes, to measure
                 quality; otherwise they are read as a prompt is, which is faster.
 
@@ -484,7 +487,8 @@ class Engine:
     def predicted_neurons(self) -> np.ndarray:
         """Share of neurons per layer, (L,), whose gate was read because it was predicted to matter.
 
-        Of decoded tokens since `reset_stats`; zeros where the file has no predictor.
+        Of all tokens since `reset_stats`, while prompts are read without: call it after the prompt.
+        Zeros where the file has no predictor.
         """
         return self._share_of_neurons("predicted")
 

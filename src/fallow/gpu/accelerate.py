@@ -19,7 +19,7 @@ from fallow.gpu.modules import (
     SparseFfn,
     SparseInputs,
 )
-from fallow.models import Rectified, by_model_type
+from fallow.models import FatRelu, Rectified, by_model_type
 from fallow.models.cuts import check_fits, weight_of
 from fallow.models.taps import Layer
 from fallow.plan import Cut, Plan
@@ -42,7 +42,7 @@ def accelerate(model: Any, plan: Plan | str | Path | None = None) -> Any:
             float32, or what `fallow.load` gave, moved there.
         plan: a plan for that model, or its file, with cuts of `gate_act` (and `inter` by
             threshold), of `inter`, or of the inputs of projections, by threshold or top-k. None:
-            of a model with ReLU or ReLU², the neurons that are exactly zero.
+            of a model with ReLU or ReLU² (not FATReLU, dReLU), the neurons that are exactly zero.
 
     Returns:
         The transformers model.
@@ -134,6 +134,8 @@ def _not_computed(layer: Layer) -> str | None:
     """What an FFN has beside gate, up and down, and sparse modules in its place have not."""
     if isinstance(layer.up_proj, Rectified):
         return "ReLU of up_proj"
+    if isinstance(layer.act, FatRelu):
+        return "FATReLU"
     normed = any(name.endswith("ffn_sub_norm") for name, _ in layer.block.named_modules())
     return "norm before down_proj" if normed else None
 

@@ -163,7 +163,7 @@ class HarnessModel(TemplateLM):
                 f"a continuation is longer than the context of {self.max_length}; raise context="
             )
         if isinstance(self.model, Engine):
-            return read_engine(self.model, ids)
+            return read_engine(self.model, ids, dense=self.plan is None)
         with self.model.sparse(self.plan):
             return read_model(self.model, ids)
 

@@ -137,7 +137,11 @@ def _score(
     at_work: AbstractContextManager[None]
     if isinstance(model, Engine):
         model.use_plan(plan)
-        read, room, at_work = partial(read_engine, model), model.context, nullcontext()
+        read, room, at_work = (
+            partial(read_engine, model, dense=plan is None),
+            model.context,
+            nullcontext(),
+        )
     else:
         read, at_work = partial(read_model, model), model.sparse(plan)
         room = model.module.config.max_position_embeddings
@@ -190,20 +194,20 @@ def _read_batch(model: "Model", pairs: list[ScoredIds]) -> list[Result]:
     ]
 
 
-def read_engine(engine: Engine, pairs: list[ScoredIds]) -> list[Result]:
-    """Scores continuations under the engine's plan; what all begin with is read once."""
+def read_engine(engine: Engine, pairs: list[ScoredIds], dense: bool) -> list[Result]:
+    """Scores continuations, by the plan or `dense`; what all begin with is read once."""
     shared = min(p.first for p in pairs)
     differ = (np.stack([p.ids[:shared] for p in pairs]) != pairs[0].ids[:shared]).any(axis=0)
     shared = int(differ.argmax()) if differ.any() else shared
     engine.reset()
     if shared:
-        engine.forward(pairs[0].ids[:shared], exact=True)
+        engine.forward(pairs[0].ids[:shared], dense=dense, exact=True)
     found = []
     for pair in pairs:
         engine.reset(shared)
         if pair.first > shared:
-            engine.forward(pair.ids[shared : pair.first], exact=True)
-        rest = engine.forward(pair.ids[pair.first : -1], every=True, exact=True)
+            engine.forward(pair.ids[shared : pair.first], dense=dense, exact=True)
+        rest = engine.forward(pair.ids[pair.first : -1], every=True, dense=dense, exact=True)
         found.append(_result(rest, pair))
     return found
 

@@ -169,15 +169,26 @@ class Calibration:
     @cached_property
     def input_moments(self) -> np.ndarray:
         """E[x xᵀ] of the FFN's input per layer, (L, d_model, d_model) float32."""
-        width = self.layers[0].down_proj.out_features
-        total = torch.zeros(len(self.layers), width, width, device=self.layers[0].device)
+        return self._input_statistics[0]
+
+    @cached_property
+    def mean_input(self) -> np.ndarray:
+        """E[x] of the FFN's input per layer, (L, d_model) float32."""
+        return self._input_statistics[1]
+
+    @cached_property
+    def _input_statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        width, device = self.layers[0].down_proj.out_features, self.layers[0].device
+        moments = torch.zeros(len(self.layers), width, width, device=device)
+        means = torch.zeros(len(self.layers), width, device=device)
 
         def add(layer: int, value: torch.Tensor) -> None:
             x = value.float()
-            total[layer] += x.T @ x
+            moments[layer] += x.T @ x
+            means[layer] += x.sum(dim=0)
 
         self.run("input moments", {next(iter(self.layers[0].ffn_inputs)): add})
-        return devices.as_array(total / self.n_tokens)
+        return devices.as_array(moments / self.n_tokens), devices.as_array(means / self.n_tokens)
 
     @cached_property
     def successive_moments(self) -> np.ndarray:

@@ -50,12 +50,12 @@ def coarse_gates(
     windows = model.windows(load_text(None, "calibration"), context, at_most=count)
     fitted = max(1, len(windows) * MARGIN_WINDOWS // count)
     first, rest = windows[fitted:], windows[:fitted]
-    statistics = _Inputs(Calibration(model, first if len(first) else rest))
+    inputs = Calibration(model, first if len(first) else rest)
     gates = []
     with progress("coarse gates", len(model.layers)) as ticker:
         for i, layer in enumerate(model.layers):
             weight = dequantize(matrices[f"layers.{i}.gate_proj.weight"])
-            gates.append(_Gate(layer, weight, statistics.moments[i], statistics.means[i]))
+            gates.append(_Gate(layer, weight, inputs.input_moments[i], inputs.mean_input[i]))
             ticker.advance()
     margins = _margins(model, gates, Calibration(model, rest), recall)
     return dict(_tensors(gates, margins))
@@ -78,39 +78,21 @@ def check_predictable(model: Model, activation: str, recall: float) -> None:
         )
 
 
-class _Inputs:
-    """Of the FFN's input x per layer: E[x xᵀ] (L, d_model, d_model), E[x] (L, d_model)."""
-
-    def __init__(self, calibration: Calibration) -> None:
-        layers = calibration.layers
-        width, device = layers[0].down_proj.out_features, layers[0].device
-        self.moments = torch.zeros(len(layers), width, width, device=device)
-        self.means = torch.zeros(len(layers), width, device=device)
-        calibration.run("input moments", {next(iter(layers[0].ffn_inputs)): self._add})
-        self.moments /= calibration.n_tokens
-        self.means /= calibration.n_tokens
-
-    def _add(self, layer: int, value: torch.Tensor) -> None:
-        x = value.float()
-        self.moments[layer] += x.T @ x
-        self.means[layer] += x.sum(dim=0)
-
-
 class _Gate:
     """A layer's gate W (d_ff, d_model) in two bits, and how far its products are from W's."""
 
     def __init__(
-        self, layer: Layer, weight: np.ndarray, moment: torch.Tensor, mean: torch.Tensor
+        self, layer: Layer, weight: np.ndarray, moment: np.ndarray, mean: np.ndarray
     ) -> None:
-        moment, mean = moment.cpu(), mean.cpu()
-        self.rows = coarse_rows(torch.from_numpy(weight), moment)
+        second = torch.from_numpy(moment)
+        self.rows = coarse_rows(torch.from_numpy(weight), second)
         self.values = decode_rows(self.rows)
         error = torch.from_numpy(weight) - self.values
-        short = error @ mean
+        short = error @ torch.from_numpy(mean)
         self.bias = short + _gate_bias(layer, len(weight))
         if isinstance(layer.act, FatRelu):
             self.bias -= layer.act.threshold
-        square = ((error @ moment) * error).sum(dim=1)
+        square = ((error @ second) * error).sum(dim=1)
         self.spread = (square - short.square()).clamp_min(0).sqrt()  # 0: a row without an error
 
     def margins(self, x: torch.Tensor) -> torch.Tensor:

@@ -183,12 +183,12 @@ class Packer:
 
     def _report_predictor(self, path: Path, n_threads: int) -> None:
         """Says what the predictor costs, read token by token: in blocks the gate is read whole."""
-        engine = Engine(path, plan=False, threads=n_threads, context=PREDICTED_TOKENS)
         windows = self._reference.windows[:, :PREDICTED_TOKENS]
+        engine = Engine(path, plan=False, threads=n_threads, context=windows.shape[1])
         price = evaluate_engine(engine, None, self._text, windows=windows, decode=True)
         share = float(engine.predicted_neurons().mean())  # of the last window
         console.print(
-            f"predictor: {share:.1%} of the gates' rows are read; KL "
+            f"predictor, without a plan: {share:.1%} of the gates' rows are read; KL "
             f"{price.kl_to_dense['mean']:.5f} nats/token, PPL {price.ppl_change_percent:+.3f} % on "
             f"{price.tokens} tokens",
             highlight=False,

@@ -1,7 +1,8 @@
 """A plan applied to a transformers model that stays one: for torch users and other tools.
 
 The folder that `save_sparse` writes is a Hugging Face model with one more file, `fallow.plan`
-(docs/plan.md); anything that ignores that file sees the dense model.
+(docs/plan.md); anything that ignores that file sees the dense model, but for models with FATReLU or
+dReLU, whose activation transformers does not know.
 """
 
 import dataclasses
