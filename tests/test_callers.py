@@ -173,11 +173,14 @@ def interrupt_after(seconds: float) -> Iterator[None]:
 
 def test_ctrl_c_ends_a_long_pass(engine: Engine) -> None:
     expected = engine.logits(TEXTS[0])
+    times = []
+    for _ in range(3):  # beside other work one of them may take ten times as long as another
+        start = time.perf_counter()
+        engine.logits(LONG)
+        times.append(time.perf_counter() - start)
+    whole = max(times)
     start = time.perf_counter()
-    engine.logits(LONG)
-    whole = time.perf_counter() - start
-    start = time.perf_counter()
-    with interrupt_after(whole / 10), pytest.raises(KeyboardInterrupt):
+    with interrupt_after(min(times) / 10), pytest.raises(KeyboardInterrupt):
         engine.logits(LONG)
     assert time.perf_counter() - start < max(0.6 * whole, 0.5)
     np.testing.assert_array_equal(engine.logits(TEXTS[0]), expected)
