@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "engine/norm.h"
 
@@ -103,7 +104,10 @@ void Attention::rotate(const Layer& layer, const Norm& norm, size_t heads, size_
 // tiles of tokens, which threads take in turn, since late ones see more positions.
 void Attention::mix(size_t l, size_t n) {
   const size_t kv_heads = config_.n_kv_heads, per_kv = config_.n_heads / kv_heads;
-  for (size_t i = 0; i < n * mixed_.width; ++i) q_[i] *= config_.attention_scale;
+  run_.for_tokens(n, [&](size_t t, int) {
+    float* q = q_.data() + t * mixed_.width;
+    for (size_t i = 0; i < mixed_.width; ++i) q[i] *= config_.attention_scale;
+  });
   if (is_decode(n)) {
     run_.pool.run([&](int worker) {
       for (size_t t = 0; t < n; ++t) mix_part(l, t, worker);
@@ -142,12 +146,12 @@ void Attention::mix_part(size_t l, size_t t, int worker) {
   const size_t first = first_position(l, t) / kPanel, end = position_ + t + 1;
   const Share panels = share_of(pieces(end, kPanel) - first, worker, run_.pool.size());
   const Share positions{(first + panels.begin) * kPanel, std::min((first + panels.end) * kPanel, end)};
+  std::fill_n(&own.sums[t * n_heads], n_heads, 0.0f);
+  if (positions.begin >= positions.end) return;
   for (size_t h = 0; h < n_heads; h += per_kv) {
     const size_t row = t * n_heads + h;
     float* mixed = own.mixed.data() + row * config_.head_dim;
-    std::fill_n(&own.sums[row], per_kv, 0.0f);
-    if (positions.begin < positions.end)
-      sum_values(l, {h, h + per_kv}, {t, t + 1}, positions, &own.largest[row], &own.sums[row], mixed, worker);
+    sum_values(l, {h, h + per_kv}, {t, t + 1}, positions, &own.largest[row], &own.sums[row], mixed, worker);
   }
 }
 
@@ -155,7 +159,7 @@ void Attention::mix_part(size_t l, size_t t, int worker) {
 void Attention::merge_parts(size_t n) {
   const size_t dim = config_.head_dim;
   for (size_t row = 0; row < n * config_.n_heads; ++row) {
-    float largest = -__builtin_inff(), sum = 0;
+    float largest = -std::numeric_limits<float>::infinity(), sum = 0;
     for (const Scratch& part : scratch_)
       if (part.sums[row] != 0) largest = std::max(largest, part.largest[row]);
     float* out = mixed_.x.data() + row * dim;

@@ -21,8 +21,8 @@ Experts::Experts(Runtime& run, Cuts& cuts, Products& products, const Packed& mod
       hidden_(config_.hidden_size), n_experts_(config_.n_experts), n_used_(config_.n_experts_used),
       per_token_(n_used_ + (config_.shared_intermediate_size > 0 ? 1 : 0)),
       few_places_(kFew * per_token_),
-      are_groups_small_(kWholeBlock * n_used_ <= kSmallGroup * n_experts_), logits_(tokens * n_experts_), experts_(tokens * n_used_),
-      shares_(tokens * per_token_), place_of_(shares_.size()), token_in_(shares_.size()),
+      are_groups_small_(kWholeBlock * n_used_ <= kSmallGroup * n_experts_), logits_(tokens * n_experts_),
+      experts_(tokens * n_used_), shares_(tokens * per_token_), place_of_(shares_.size()), token_in_(shares_.size()),
       share_in_(shares_.size()), ends_(n_experts_ + 1),
       group_(n_experts_ > 0 ? tokens : 0, hidden_, run.kernels),
       part_(n_experts_ > 0 ? kFew : 0, hidden_, run.kernels) {

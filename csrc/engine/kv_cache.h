@@ -15,11 +15,9 @@ class KvCache {
   KvCache(size_t layers, size_t kv_heads, size_t head_dim, size_t context)
       : kv_heads_(kv_heads), head_dim_(head_dim), context_(context), half_(head_dim),
         n_keys_(layers * kv_heads * pieces(context, kPanel) * head_dim * kPanel),
-        n_values_(layers * kv_heads * pieces(head_dim, kPanel) * kPanel * context),
-        pages_((n_keys_ + n_values_) * sizeof(uint16_t)) {
-    const size_t bytes = (n_keys_ + n_values_) * sizeof(uint16_t);
-    pages_.expect(0, bytes);
-    std::fill_n(pages_.data(), bytes, uint8_t{0});  // now, not by and by: a memory budget counts it
+        pages_((n_keys_ + layers * kv_heads * pieces(head_dim, kPanel) * kPanel * context) * sizeof(uint16_t)) {
+    pages_.expect(0, pages_.size());
+    std::fill_n(pages_.data(), pages_.size(), uint8_t{0});  // now, not by and by: a memory budget counts it
   }
 
   size_t context() const { return context_; }
@@ -40,17 +38,19 @@ class KvCache {
   // A panel of one head's keys, and of its values.
   uint16_t* keys(size_t layer, size_t kv_head, size_t panel) {
     const size_t before = (layer * kv_heads_ + kv_head) * pieces(context_, kPanel) + panel;
-    return reinterpret_cast<uint16_t*>(pages_.data()) + before * head_dim_ * kPanel;
+    return all() + before * head_dim_ * kPanel;
   }
   uint16_t* values(size_t layer, size_t kv_head, size_t panel) {
     const size_t before = (layer * kv_heads_ + kv_head) * pieces(head_dim_, kPanel) + panel;
-    return reinterpret_cast<uint16_t*>(pages_.data()) + n_keys_ + before * context_ * kPanel;
+    return all() + n_keys_ + before * context_ * kPanel;
   }
 
  private:
+  uint16_t* all() const { return reinterpret_cast<uint16_t*>(pages_.data()); }  // keys, then values
+
   size_t kv_heads_, head_dim_, context_;
   std::vector<uint16_t> half_;
-  size_t n_keys_, n_values_;
+  size_t n_keys_;
   Pages pages_;
 };
 

@@ -56,6 +56,7 @@ class Pages {
   Pages& operator=(const Pages&) = delete;
 
   uint8_t* data() const { return data_; }
+  uint64_t size() const { return size_; }
   // That all of [offset, offset + size) will be resident: huge pages inside it take no more memory then.
   void expect(uint64_t offset, uint64_t size);
   // Gives whole pages inside [offset, offset + size) back; they read as zero.
