@@ -178,9 +178,9 @@ def test_ctrl_c_ends_a_long_pass(engine: Engine) -> None:
         start = time.perf_counter()
         engine.logits(LONG)
         times.append(time.perf_counter() - start)
-    whole = max(times)
+    whole = min(times)
     start = time.perf_counter()
-    with interrupt_after(min(times) / 10), pytest.raises(KeyboardInterrupt):
+    with interrupt_after(whole / 10), pytest.raises(KeyboardInterrupt):
         engine.logits(LONG)
     assert time.perf_counter() - start < max(0.6 * whole, 0.5)
     np.testing.assert_array_equal(engine.logits(TEXTS[0]), expected)
