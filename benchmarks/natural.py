@@ -322,19 +322,7 @@ def write_source(path: Path, shape: Shape, small: Any, pool: RowPool) -> None:
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_layer_norm_eps(1e-5)
-    writer.add_vocab_size(shape.vocabulary)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    tokens = list(small.get("tokenizer.ggml.tokens"))[: shape.vocabulary]
-    known = set(tokens)
-    tokens += [f"<unused{i}>" for i in range(len(tokens), shape.vocabulary)]
-    writer.add_token_list(tokens)
-    types = list(small.get("tokenizer.ggml.token_type"))[: shape.vocabulary]
-    writer.add_token_types(types + [1] * (shape.vocabulary - len(types)))
-    merges = [m for m in small.get("tokenizer.ggml.merges") if m.replace(" ", "") in known]
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    seven_billion.add_tokenizer(writer, small, shape.vocabulary)
 
     def add(name: str, kind: str, rows: int, width: int) -> None:
         raw = gguf.GGMLQuantizationType[kind]
@@ -363,14 +351,9 @@ def write_source(path: Path, shape: Shape, small: Any, pool: RowPool) -> None:
 def write_packed(path: Path, shape: Shape, small: Any, pool: RowPool, coarse: bool) -> None:
     import gguf
 
-    from fallow.packing.writer import _add
-
     writer = gguf.GGUFWriter(path, "fallow")
     writer.add_custom_alignment(4096)
-    for key, value in metadata(shape, small).items():
-        _add(writer, f"fallow.{key}", value)
-    writer.add_string("tokenizer.huggingface.json", small.get("tokenizer.huggingface.json"))
-    _add(writer, "fallow.eos_token_ids", [2])
+    seven_billion.add_header(writer, small, metadata(shape, small))
     ones = np.ones(shape.hidden, dtype=np.float32)
 
     def add(name: str, kind: str, data: np.ndarray) -> None:

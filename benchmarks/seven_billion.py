@@ -20,6 +20,7 @@ ROPE_BASE = 10000.0
 SPREAD = 0.02  # of weights
 IDLE_GATE, IDLE = 0.05, 0.45  # neurons left out after gate_proj, and after up_proj
 EXACT_ROWS = 0.009  # of the head
+UNUSED = 5  # the type of such tokens in GGUF
 POOL = 4096  # different rows of a matrix; others are copies
 
 
@@ -64,7 +65,7 @@ def make(packed: Path, source: Path | None = None) -> None:
 def _write_source(path: Path, small: Any, pool: RowPool) -> None:
     import gguf
 
-    tokens = list(small.get("tokenizer.ggml.tokens"))
+    vocabulary = len(small.get("tokenizer.ggml.tokens"))
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
     writer.add_context_length(CONTEXT)
@@ -75,22 +76,15 @@ def _write_source(path: Path, small: Any, pool: RowPool) -> None:
     writer.add_rope_freq_base(ROPE_BASE)
     writer.add_rope_dimension_count(HEAD_DIM)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types(list(small.get("tokenizer.ggml.token_type")))
-    writer.add_token_merges(list(small.get("tokenizer.ggml.merges")))
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    add_tokenizer(writer, small, vocabulary)
 
     def add(name: str, kind: str, rows: int, width: int) -> None:
         raw = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(f"{name}.weight", pool.matrix(kind, rows, width), raw_dtype=raw)
 
     ones = np.ones(HIDDEN, dtype=np.float32)
-    add("token_embd", "Q4_K", len(tokens), HIDDEN)
-    add("output", "Q6_K", len(tokens), HIDDEN)
+    add("token_embd", "Q4_K", vocabulary, HIDDEN)
+    add("output", "Q6_K", vocabulary, HIDDEN)
     writer.add_tensor("output_norm.weight", ones)
     for i in range(LAYERS):
         writer.add_tensor(f"blk.{i}.attn_norm.weight", ones)
@@ -108,15 +102,11 @@ def _write_packed(path: Path, small: Any, pool: RowPool) -> None:
 
     from fallow.packing.coarse_head import coarse_head
     from fallow.packing.quantize import dequantize
-    from fallow.packing.writer import _add
 
     vocabulary = small.get("fallow.vocab_size")
     writer = gguf.GGUFWriter(path, "fallow")
     writer.add_custom_alignment(4096)
-    for key, value in _metadata(small).items():
-        _add(writer, f"fallow.{key}", value)
-    writer.add_string("tokenizer.huggingface.json", small.get("tokenizer.huggingface.json"))
-    _add(writer, "fallow.eos_token_ids", [2])
+    add_header(writer, small, _metadata(small))
     ones = np.ones(HIDDEN, dtype=np.float32)
 
     def add(name: str, kind: str, data: np.ndarray) -> None:
@@ -145,6 +135,32 @@ def _write_packed(path: Path, small: Any, pool: RowPool) -> None:
         for name in ("gate_proj", "up_proj", "down_proj_t"):
             add(f"{here}.{name}.weight", "Q4_K", pool.matrix("Q4_K", D_FF, HIDDEN))
     _finish(writer)
+
+
+def add_tokenizer(writer: Any, small: Any, vocabulary: int) -> None:
+    """SmolLM2's tokenizer to a source GGUF, cut to a vocabulary or filled up with unused tokens."""
+    tokens = list(small.get("tokenizer.ggml.tokens"))[:vocabulary]
+    types = list(small.get("tokenizer.ggml.token_type"))[:vocabulary]
+    known, more = set(tokens), vocabulary - len(tokens)
+    merges = [m for m in small.get("tokenizer.ggml.merges") if m.replace(" ", "") in known]
+    writer.add_vocab_size(vocabulary)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([*tokens, *(f"<unused {i}>" for i in range(more))])
+    writer.add_token_types([*types, *[UNUSED] * more])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def add_header(writer: Any, small: Any, metadata: dict[str, Any]) -> None:
+    """The header of a packed model, with the tokenizer of `small`."""
+    from fallow.packing.writer import _add
+
+    for key, value in metadata.items():
+        _add(writer, f"fallow.{key}", value)
+    writer.add_string("tokenizer.huggingface.json", small.get("tokenizer.huggingface.json"))
+    _add(writer, "fallow.eos_token_ids", [2])
 
 
 def _metadata(small: Any) -> dict[str, Any]:

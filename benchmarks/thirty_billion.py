@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+import seven_billion
 from seven_billion import SPREAD, RowPool
 
 ROPE_BASE, CONTEXT = 1e6, 4096
@@ -154,7 +155,8 @@ def make(shape: Shape, path: Path, kind: str) -> None:
             fallow.pack("smollm2", small)
             writer = gguf.GGUFWriter(temporary, "fallow")
             writer.add_custom_alignment(4096)
-            _packed_keys(writer, shape, read_gguf(small))
+            header = read_gguf(small)
+            seven_billion.add_header(writer, header, metadata(shape, header))
             small.unlink()
             tensors = packed_tensors(weights)
         _write(writer, list(tensors))
@@ -181,8 +183,6 @@ def _write(writer: Any, tensors: list[Tensor]) -> None:
 
 
 def _source_keys(writer: Any, s: Shape, small: Any) -> None:
-    tokens = list(small.get("tokenizer.ggml.tokens"))
-    more = s.vocabulary - len(tokens)
     writer.add_block_count(s.layers)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(s.hidden)
@@ -196,25 +196,14 @@ def _source_keys(writer: Any, s: Shape, small: Any) -> None:
     writer.add_value_length(s.head_dim)
     writer.add_rope_freq_base(ROPE_BASE)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_vocab_size(s.vocabulary)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([*tokens, *(f"<unused {i}>" for i in range(more))])
-    writer.add_token_types([*small.get("tokenizer.ggml.token_type"), *[5] * more])
-    writer.add_token_merges(list(small.get("tokenizer.ggml.merges")))
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    seven_billion.add_tokenizer(writer, small, s.vocabulary)
 
 
-def _packed_keys(writer: Any, s: Shape, small: Any) -> None:
-    from fallow.engine.packed import PACKED_VERSION
-    from fallow.packing.writer import _add
-
-    keys: dict[str, Any] = {
-        "version": PACKED_VERSION,
+def metadata(s: Shape, small: Any) -> dict[str, Any]:
+    """The packed header, less the tokenizer; what does not depend on the shape as in `small`."""
+    return seven_billion._metadata(small) | {
         "model": s.name,
         "model_type": "qwen3_moe",
-        "fingerprint": "random",
         "hidden_size": s.hidden,
         "intermediate_size": s.d_ff,
         "n_layers": s.layers,
@@ -222,25 +211,13 @@ def _packed_keys(writer: Any, s: Shape, small: Any) -> None:
         "n_kv_heads": s.kv_heads,
         "head_dim": s.head_dim,
         "vocab_size": s.vocabulary,
-        "context_length": CONTEXT,
         "rotary_dim": s.head_dim,
         "attention_scale": s.head_dim**-0.5,
-        "embedding_scale": 1.0,
         "norm_eps": 1e-6,
-        "layer_norm": False,
-        "gated": True,
-        "parallel": False,
-        "activation": "silu",
-        "fused": False,
         "sliding_window": [0] * s.layers,
         "rope": [0] * s.layers,
-        "n_outliers": 0,
         "n_experts": s.experts,
         "n_experts_used": s.used,
         "norm_experts": True,
         "shared_intermediate_size": 0,
     }
-    for key, value in keys.items():
-        _add(writer, f"fallow.{key}", value)
-    writer.add_string("tokenizer.huggingface.json", small.get("tokenizer.huggingface.json"))
-    _add(writer, "fallow.eos_token_ids", [2])
