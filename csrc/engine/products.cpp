@@ -158,8 +158,9 @@ void Products::multiply_panel(const Input& input, size_t n, const Matrix& w, siz
   Scratch& own = scratch_[static_cast<size_t>(worker)];
   const size_t k = w.cols;
   if (const auto make = kernels.panel_bytes[w.type]; make && in_bytes) {
-    make(w.data + row * w.row_bytes, w.row_bytes, w.layout != Layout::kRows, rows, k, own.panel_bytes.data());
-    return kernels.gemm_bytes(own.panel_bytes.data(), rows, k, input.bytes(), n, false, y, stride);
+    PanelGroup* panel = own.panel_bytes.data();
+    const int bits = make(w.data + row * w.row_bytes, w.row_bytes, w.layout != Layout::kRows, rows, k, panel);
+    return kernels.gemm_bytes(panel, bits, rows, k, input.bytes(), n, false, y, stride);
   }
   const PlainRows plain = plain_rows(w, row, rows, 0, w.row_bytes, own.plain);
   for (size_t r = 0; r < rows; ++r)
@@ -241,18 +242,19 @@ void Products::sum_rows_bytes(const Matrix& w, size_t n, const float* x, float* 
       width = std::min<size_t>(256, end - column);
       for (size_t row = 0; row < k; row += kSummedBytes) {
         const size_t rows = std::min(kSummedBytes, k - row), groups = rows / 32;
+        int bits = 0;
         for (size_t g = 0; g < groups; ++g) {
           const PlainRows plain = plain_rows(w, row + 32 * g, 32, w.row_bytes * column / w.cols,
                                              w.row_bytes * width / w.cols, own.plain);
           for (size_t r = 0; r < 32; ++r)
             kernels.decode(w.type, plain.data + r * plain.step, width, own.rows.data() + r * width);
           for (size_t c = 0; c < width; c += kPanel)
-            kernels.columns_bytes(own.rows.data() + c, width, width - c,
+            bits = kernels.columns_bytes(own.rows.data() + c, width, std::min(kPanel, width - c),
                                   own.panel_bytes[c / kPanel * groups + g]);
         }
         const ByteTokens tokens{x_bytes_.data() + row, x_d_.data() + row / 32, x_sum_.data() + row / 32, k};
         for (size_t c = 0; c < width; c += kPanel)
-          kernels.gemm_bytes(&own.panel_bytes[c / kPanel * groups], std::min(kPanel, width - c), rows,
+          kernels.gemm_bytes(&own.panel_bytes[c / kPanel * groups], bits, std::min(kPanel, width - c), rows,
                              tokens, n, row > 0, y + column + c, w.cols);
       }
     }

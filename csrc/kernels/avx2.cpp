@@ -370,6 +370,7 @@ Kernels make() {
   add<LanesK<Q5_K>>(table);
   add<Lanes6_K>(table);
   table.gemv_tiles[kQ4_1] = gemv_tiles<Lanes32<Q4_1>>;
+  table.gemv_tiles[kQ5_1] = gemv_tiles<Lanes32<Q5_1>>;
   table.gemv_tiles[kQ4_K] = gemv_tiles<LanesK<Q4_K>>;
   table.gemv_tiles[kQ5_K] = gemv_tiles<LanesK<Q5_K>>;
   table.gemv_rows[kQ8_0] = gemv_8_0;
@@ -379,6 +380,7 @@ Kernels make() {
   add_float<LF16>(table, kF16);
   add_float<LBF16>(table, kBF16);
   table.decode = decode;
+  add_avx2_bytes(table);
   table.quantize = quantize;
   table.gemm_f32 = gemm<float>;
   table.gemm_f16 = gemm<uint16_t>;

@@ -18,6 +18,9 @@
 #include "kernels/shared.h"
 
 namespace fallow {
+
+void add_avx2_bytes(Kernels& table);  // avx2_bytes.cpp
+
 namespace {
 
 constexpr size_t kLanes = 8;
@@ -58,6 +61,19 @@ FALLOW_INLINE void unrolled(const Some& some) {
   }(std::make_integer_sequence<int, n>());
 }
 
+// Of 32 bits in every lane, one of a column each, two pieces of bytes that are 0 or 16.
+FALLOW_INLINE void fifth_bits(__m256i bits, __m256i* out) {
+  const __m256i sixteen = _mm256_set1_epi8(16);
+  unrolled<8>([&]<int i>() {
+    const __m256i byte = _mm256_shuffle_epi8(bits, _mm256_set_epi32(
+        0x0C0C0C0C + 0x01010101 * (i / 2), 0x08080808 + 0x01010101 * (i / 2),
+        0x04040404 + 0x01010101 * (i / 2), 0x01010101 * (i / 2), 0x0C0C0C0C + 0x01010101 * (i / 2),
+        0x08080808 + 0x01010101 * (i / 2), 0x04040404 + 0x01010101 * (i / 2), 0x01010101 * (i / 2)));
+    const __m256i bit = _mm256_set1_epi32(static_cast<int>(i % 2 ? 0x80402010 : 0x08040201));
+    out[i] = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(byte, bit), bit), sixteen);
+  });
+}
+
 // 8 rows, a row per lane.
 struct InLanes {
   static constexpr size_t registers = 4;  // of a piece
@@ -85,18 +101,7 @@ struct InLanes {
     const auto of = [&](size_t r) { return static_cast<short>(load_u16(rows[r] + at)); };
     return _mm256_cvtph_ps(_mm_set_epi16(of(7), of(6), of(5), of(4), of(3), of(2), of(1), of(0)));
   }
-  // The 32 bits at `at`, one of a column each, as two pieces of bytes that are 0 or 16.
-  FALLOW_INLINE void fifth(size_t at, __m256i* out) const {
-    const __m256i bits = dword(at), sixteen = _mm256_set1_epi8(16);
-    unrolled<8>([&]<int i>() {
-      const __m256i byte = _mm256_shuffle_epi8(bits, _mm256_set_epi32(
-          0x0C0C0C0C + 0x01010101 * (i / 2), 0x08080808 + 0x01010101 * (i / 2),
-          0x04040404 + 0x01010101 * (i / 2), 0x01010101 * (i / 2), 0x0C0C0C0C + 0x01010101 * (i / 2),
-          0x08080808 + 0x01010101 * (i / 2), 0x04040404 + 0x01010101 * (i / 2), 0x01010101 * (i / 2)));
-      const __m256i bit = _mm256_set1_epi32(static_cast<int>(i % 2 ? 0x80402010 : 0x08040201));
-      out[i] = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(byte, bit), bit), sixteen);
-    });
-  }
+  FALLOW_INLINE void fifth(size_t at, __m256i* out) const { fifth_bits(dword(at), out); }
 };
 
 // 8 rows of a tile, whose dwords lie as InLanes arranges them; for formats whose blocks are whole dwords.
@@ -109,6 +114,7 @@ struct InTile {
 #pragma GCC unroll 4
     for (size_t i = 0; i < 4; ++i) out[i] = dword(at + 4 * i);
   }
+  FALLOW_INLINE void fifth(size_t at, __m256i* out) const { fifth_bits(dword(at), out); }
   FALLOW_INLINE __m256 half(size_t at) const {
     const __m256i v = dword(at / 4 * 4);
     return low_halves(at % 4 ? _mm256_srli_epi32(v, 16) : v);

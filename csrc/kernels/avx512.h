@@ -21,16 +21,6 @@ FALLOW_INLINE __mmask16 first_lanes(size_t n) {
 // Columns that products take together: one block of the K formats, eight of the others.
 constexpr size_t kSpan = 256;
 
-// Calls some.operator()<count>(first) for groups of tokens, `most` or what is left.
-template <size_t most = kTokens, class Some>
-FALLOW_INLINE void in_groups(size_t tokens, const Some& some) {
-  size_t t = 0;
-  for (; t + most <= tokens; t += most) some.template operator()<most>(t);
-  [&]<size_t... fewer>(std::index_sequence<fewer...>) {
-    ((tokens - t == fewer + 1 ? some.template operator()<fewer + 1>(t) : void()), ...);
-  }(std::make_index_sequence<most - 1>());
-}
-
 // The n rows of a panel for some tokens: y[t * stride + 16 h + lane] (+)= sum[h][t].
 template <int tokens>
 FALLOW_INLINE void store_panel(__m512 (&sum)[2][tokens], size_t n, bool add, float* y, size_t stride) {

@@ -49,7 +49,7 @@ FALLOW_INLINE const __m512i_u* lanes_of(const LaneRows& rows, bool tiled, size_t
 }
 
 template <class F>
-void panel_of_32(const uint8_t* w, size_t row_bytes, bool tiled, size_t n, size_t k, PanelGroup* panel) {
+int panel_of_32(const uint8_t* w, size_t row_bytes, bool tiled, size_t n, size_t k, PanelGroup* panel) {
   for (size_t first = 0; first < kPanel; first += kLanes) {
     if (first >= n) break;
     const LaneRows rows(w, row_bytes, nullptr, 0, first, n);
@@ -63,10 +63,11 @@ void panel_of_32(const uint8_t* w, size_t row_bytes, bool tiled, size_t n, size_
     if (g == k / 32) continue;
     bytes_of<F, 0>(lanes_of(rows, tiled, g * F::bytes, F::bytes, own)).store(panel[g], first);
   }
+  return kBits<F>;
 }
 
 template <class F>
-void panel_of_k(const uint8_t* w, size_t row_bytes, bool tiled, size_t n, size_t k, PanelGroup* panel) {
+int panel_of_k(const uint8_t* w, size_t row_bytes, bool tiled, size_t n, size_t k, PanelGroup* panel) {
   for (size_t first = 0; first < kPanel; first += kLanes) {
     if (first >= n) break;
     const LaneRows rows(w, row_bytes, nullptr, 0, first, n);
@@ -91,12 +92,13 @@ void panel_of_k(const uint8_t* w, size_t row_bytes, bool tiled, size_t n, size_t
       pair.template operator()<3>();
     }
   }
+  return kBits<F>;
 }
 
 // Columns of W are rows of W^T: their lanes need no transposition. In a lane 32 weights have as many
 // scales, so they are rounded once more, with one.
-void columns_bytes(const float* rows, size_t stride, size_t n, PanelGroup& panel) {
-  for (size_t first = 0; first < kPanel && first < n; first += kLanes, rows += kLanes) {
+int columns_bytes(const float* rows, size_t stride, size_t n, PanelGroup& panel) {
+  for (size_t first = 0; first < n; first += kLanes, rows += kLanes) {
     const __mmask16 lanes = first_lanes(n - first);
     const auto row = [&](size_t r) { return _mm512_maskz_loadu_ps(lanes, rows + r * stride); };
     __m512 largest = _mm512_setzero_ps();
@@ -119,6 +121,7 @@ void columns_bytes(const float* rows, size_t stride, size_t n, PanelGroup& panel
     b.minimum = _mm512_mul_ps(b.scale, _mm512_set1_ps(128));
     b.store(panel, first);
   }
+  return 8;
 }
 
 void to_bytes(const float* x, size_t k, int8_t* q, float* d, float* sum) {
@@ -175,7 +178,7 @@ void gemm_bytes_tile(const PanelGroup* panel, size_t n, size_t k, const ByteToke
   store_panel(sum, n, add, y, stride);
 }
 
-void gemm_bytes(const PanelGroup* panel, size_t n, size_t k, const ByteTokens& x, size_t tokens,
+void gemm_bytes(const PanelGroup* panel, int, size_t n, size_t k, const ByteTokens& x, size_t tokens,
                 bool add, float* y, size_t stride) {
   in_groups<6>(tokens, [&]<size_t count>(size_t t) {
     gemm_bytes_tile<static_cast<int>(count)>(panel, n, k, x, t, add, y + t * stride, stride);

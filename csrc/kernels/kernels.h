@@ -108,14 +108,14 @@ struct Kernels {
   void (*gemm_bf16)(const uint16_t* panel, size_t n, size_t k, const uint16_t* x, size_t x_stride,
                     size_t tokens, bool add, float* y, size_t stride);
 
-  // The same in bytes: n rows of a type, or as many in tiles of dwords, as k / 32 groups. Null where that
-  // is not faster.
-  void (*panel_bytes[kTypes])(const uint8_t* w, size_t row_bytes, bool tiled, size_t n, size_t k,
+  // The same in bytes: n rows of a type, or as many in tiles of dwords, as k / 32 groups; returns how many
+  // bits their weights have. Null where that is not faster.
+  int (*panel_bytes[kTypes])(const uint8_t* w, size_t row_bytes, bool tiled, size_t n, size_t k,
                               PanelGroup* panel);
-  // One group of n rows of W^T, from 32 rows of W, decoded, that are `stride` apart.
-  void (*columns_bytes)(const float* rows, size_t stride, size_t n, PanelGroup& panel);
+  // One group of n rows of W^T, from 32 rows of W, decoded, that are `stride` apart; returns bits.
+  int (*columns_bytes)(const float* rows, size_t stride, size_t n, PanelGroup& panel);
   void (*to_bytes)(const float* x, size_t k, int8_t* q, float* d, float* sum);
-  void (*gemm_bytes)(const PanelGroup* panel, size_t n, size_t k, const ByteTokens& x, size_t tokens,
+  void (*gemm_bytes)(const PanelGroup* panel, int bits, size_t n, size_t k, const ByteTokens& x, size_t tokens,
                      bool add, float* y, size_t stride);
 
   void (*to_f16)(const float* x, size_t n, uint16_t* y);

@@ -3,8 +3,10 @@
 // instructions for.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "kernels/kernels.h"
 
@@ -25,6 +27,20 @@ FALLOW_INLINE void prefetch(const uint8_t*& p, size_t n) {
   if (!p) return;
   for (size_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 1);
   p += n;
+}
+
+// Of the weights of a format.
+template <class F>
+constexpr int kBits = std::bit_width(2 * F::centre - 1);
+
+// Calls some.operator()<count>(first) for groups of tokens, `most` or what is left.
+template <size_t most = kTokens, class Some>
+FALLOW_INLINE void in_groups(size_t tokens, const Some& some) {
+  size_t t = 0;
+  for (; t + most <= tokens; t += most) some.template operator()<most>(t);
+  [&]<size_t... fewer>(std::index_sequence<fewer...>) {
+    ((tokens - t == fewer + 1 ? some.template operator()<fewer + 1>(t) : void()), ...);
+  }(std::make_index_sequence<most - 1>());
 }
 
 // Columns of a sum of rows that are summed at a time: their sums and minima stay in the first cache.

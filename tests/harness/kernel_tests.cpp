@@ -170,9 +170,9 @@ void gemm(const std::string& table, const std::string& type, Bytes w, Rows x, Wr
       const Rounded rounded(t.kernels, x);
       std::vector<PanelGroup> groups(t.k / 32);
       if (!t.kernels.panel_bytes[t.format.type]) throw nb::value_error("no panels of this type");
-      t.kernels.panel_bytes[t.format.type](matrix.data() + first * t.row_bytes, t.row_bytes, tiled, n, t.k,
+      const int bits = t.kernels.panel_bytes[t.format.type](matrix.data() + first * t.row_bytes, t.row_bytes, tiled, n, t.k,
                                            groups.data());
-      t.kernels.gemm_bytes(groups.data(), n, t.k, rounded.tokens(), tokens, false, to, t.rows);
+      t.kernels.gemm_bytes(groups.data(), bits, n, t.k, rounded.tokens(), tokens, false, to, t.rows);
     } else if (panels == "bfloat16") {
       if (!t.kernels.gemm_bf16 || t.k % 2 != 0) throw nb::value_error("no bfloat16 product");
       std::vector<uint16_t> panel_half(t.k * kPanel), x_half(x.size());
@@ -202,9 +202,10 @@ void sum_rows_bytes(const std::string& table, Rows w, Rows x, WritableRows y) {
   for (size_t c = 0; c < columns; c += kPanel) {
     std::vector<PanelGroup> groups(k / 32);
     const size_t n = std::min(kPanel, columns - c);
+    int bits = 0;
     for (size_t g = 0; g < k / 32; ++g)
-      kernels.columns_bytes(w.data() + 32 * g * columns + c, columns, n, groups[g]);
-    kernels.gemm_bytes(groups.data(), n, k, rounded.tokens(), x.shape(0), true, y.data() + c, columns);
+      bits = kernels.columns_bytes(w.data() + 32 * g * columns + c, columns, n, groups[g]);
+    kernels.gemm_bytes(groups.data(), bits, n, k, rounded.tokens(), x.shape(0), true, y.data() + c, columns);
   }
 }
 
