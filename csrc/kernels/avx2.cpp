@@ -373,6 +373,8 @@ Kernels make() {
   table.gemv_tiles[kQ5_1] = gemv_tiles<Lanes32<Q5_1>>;
   table.gemv_tiles[kQ4_K] = gemv_tiles<LanesK<Q4_K>>;
   table.gemv_tiles[kQ5_K] = gemv_tiles<LanesK<Q5_K>>;
+  table.axpy_tiles[kQ4_K] = axpy_tiles<LanesK<Q4_K>>;
+  table.axpy_tiles[kQ5_K] = axpy_tiles<LanesK<Q5_K>>;
   table.gemv_rows[kQ8_0] = gemv_8_0;
   table.axpy_rows[kQ8_0] = axpy_rows<Q8_0>;
   table.gemv_rows[kTwoBits] = gemv_two_bits;

@@ -161,13 +161,6 @@ void to_bytes(const float* x, size_t k, int8_t* q, float* d, float* sum) {
   }
 }
 
-// What the compiler is to have in a register here. Left to itself it puts sums off until they are used,
-// and half of their parts into memory: 0.6 of the speed (GCC 12, Zen 4).
-FALLOW_INLINE __m256i now(__m256i v) {
-  asm("" : "+x"(v));
-  return v;
-}
-
 // 16 rows of a group times `tokens` columns of x, q[t * stride].
 template <int bits, size_t tokens>
 FALLOW_INLINE void multiply_group(const uint8_t* panel, const int8_t* q, size_t stride, __m256i (&all)[tokens][2]) {

@@ -39,6 +39,13 @@ FALLOW_INLINE __m256i side_by_side(__m128i low, __m128i high) {
 FALLOW_INLINE __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 FALLOW_INLINE __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi32(v, 4)); }
 
+// What the compiler is to have in a register here. Left to itself it puts sums off until they are used,
+// and half of their parts into memory: 0.6 of the speed (GCC 12, Zen 4).
+FALLOW_INLINE __m256i now(__m256i v) {
+  asm("" : "+x"(v));
+  return v;
+}
+
 // The half-precision numbers in the low halves of dwords.
 FALLOW_INLINE __m256 low_halves(__m256i v) {
   const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xFFFF));
@@ -145,6 +152,21 @@ struct InPairs {
     };
     interleave(piece(0, 0), piece(1, 0), out);
     interleave(piece(0, 0x0202020202020202), piece(1, 0x0202020202020202), out + 2);
+  }
+};
+
+// 8 rows of a tile of bytes, whose pieces have four rows' bytes of a column side by side.
+struct InByteTile {
+  static constexpr size_t registers = 4;
+  const uint8_t* first;  // of the tile's 16 rows: these 8 begin here
+
+  FALLOW_INLINE void load(size_t at, __m256i* out) const {
+    const __m256i rows_first = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const uint8_t* from = first + kTileRows * at;
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; ++i)
+      out[i] = _mm256_shuffle_epi8(side_by_side(load128(from + 16 * i), load128(from + 64 + 16 * i)), rows_first);
   }
 };
 
@@ -318,10 +340,10 @@ class LaneGroup {
   // Product i: four columns of all rows, from `column` on.
   FALLOW_INLINE void add(size_t i, __m256i weights, const Activation& x, size_t column) {
     const __m256i high = _mm256_maddubs_epi16(weights, four_of(x.high + column));
-    high_ = i % most == 0 ? high : _mm256_add_epi16(high_, high);
+    high_ = now(i % most == 0 ? high : _mm256_add_epi16(high_, high));
     if constexpr (!one) {
       const __m256i low = _mm256_maddubs_epi16(weights, four_of(x.low + column));
-      low_ = i % most == 0 ? low : _mm256_add_epi16(low_, low);
+      low_ = now(i % most == 0 ? low : _mm256_add_epi16(low_, low));
     }
     if (i % most == most - 1) widen(i < most);
   }
@@ -483,41 +505,53 @@ class Rounded {
     return _mm256_shuffle_epi8(bytes_, _mm256_set1_epi16(static_cast<short>(0x0100 + 0x0202 * s)));
   }
   FALLOW_INLINE __m256i start() const { return start_; }
+  // The same of rows 4 f..4 f + 3, in every 32 bits, and of all rows.
+  FALLOW_INLINE __m256i four(int f) const {
+    return _mm256_permutevar8x32_epi32(bytes_, _mm256_set1_epi32(f / 2 + f % 2 * 4));
+  }
+  FALLOW_INLINE __m256i whole_start() const { return both_halves(start_); }
   // y (8,) += what the sums of a column's rows, in the two halves of v, stand for.
-  FALLOW_INLINE void add_to(float* y, __m256i v) const {
-    const __m256i sum = _mm256_add_epi32(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(v)),
-                                         _mm256_cvtepi16_epi32(_mm256_extracti128_si256(v, 1)));
+  FALLOW_INLINE void add_to(float* y, __m256i v) const { add_whole_to(y, both_halves(v)); }
+  FALLOW_INLINE void add_whole_to(float* y, __m256i sum) const {
     _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale_, _mm256_loadu_ps(y)));
   }
 
  private:
+  static FALLOW_INLINE __m256i both_halves(__m256i v) {
+    return _mm256_add_epi32(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(v)),
+                            _mm256_cvtepi16_epi32(_mm256_extracti128_si256(v, 1)));
+  }
+
   __m256i bytes_;  // of rows 0..3 and 8..11, 4..7 and 12..15, twice in each half
   __m256i start_;  // what offsets add up to; then 16 bits hold the sum of 8 rows, and of 16 of 5 bits
   __m256 scale_;
 };
 
-// y (block,) += one block of kSummed rows; 8 sums for each minimum.
+// Coefficients of the groups of a block, and what kSummed rows add to its minima, 8 sums for each.
+template <class F, class Rows>
+FALLOW_INLINE void round_block(const Rows& low, const Rows& high, const float* c, Rounded* rounded, float* minima) {
+  const typename F::Scales first(low), second(high);
+  const __m256 c0 = _mm256_loadu_ps(c), c1 = _mm256_loadu_ps(c + 8);
+  unrolled<F::block / F::group>([&]<int g>() {
+    const __m256 a = _mm256_mul_ps(first.template scale<g>(), c0);
+    const __m256 b = _mm256_mul_ps(second.template scale<g>(), c1);
+    rounded[g] = Rounded(a, b, F::centre);
+    if constexpr (F::has_min) {  // w = s (q - centre) - (m - centre s)
+      __m256 m = _mm256_loadu_ps(minima + 8 * g);
+      m = _mm256_fmadd_ps(first.template minimum<g>(), c0, m);
+      m = _mm256_fmadd_ps(second.template minimum<g>(), c1, m);
+      m = _mm256_fnmadd_ps(_mm256_add_ps(a, b), _mm256_set1_ps(F::centre), m);
+      _mm256_storeu_ps(minima + 8 * g, m);
+    }
+  });
+}
+
+// y (block,) += one block of kSummed rows.
 template <class F>
 FALLOW_INLINE void axpy_block(const uint8_t* const* rows, Later<F, kSummed>& later, const float* c,
                               size_t column, float* y, float* minima) {
-  constexpr int groups = F::block / F::group;
-  Rounded rounded[groups];
-  {
-    const typename F::Scales first(InLanes{rows}), second(InLanes{rows + 8});
-    const __m256 c0 = _mm256_loadu_ps(c), c1 = _mm256_loadu_ps(c + 8);
-    unrolled<groups>([&]<int g>() {
-      const __m256 a = _mm256_mul_ps(first.template scale<g>(), c0);
-      const __m256 b = _mm256_mul_ps(second.template scale<g>(), c1);
-      rounded[g] = Rounded(a, b, F::centre);
-      if constexpr (F::has_min) {  // w = s (q - centre) - (m - centre s)
-        __m256 m = _mm256_loadu_ps(minima + 8 * g);
-        m = _mm256_fmadd_ps(first.template minimum<g>(), c0, m);
-        m = _mm256_fmadd_ps(second.template minimum<g>(), c1, m);
-        m = _mm256_fnmadd_ps(_mm256_add_ps(a, b), _mm256_set1_ps(F::centre), m);
-        _mm256_storeu_ps(minima + 8 * g, m);
-      }
-    });
-  }
+  Rounded rounded[F::block / F::group];
+  round_block<F>(InLanes{rows}, InLanes{rows + 8}, c, rounded, minima);
   const auto step = [&](size_t s) { return InPairs{rows + s / 2 * 8 + s % 2 * 2}; };
   __m256i tops[4][F::top_pieces * 2 + 1];
   for (size_t s = 0; s < 4; ++s) F::tops(step(s), tops[s]);
@@ -544,6 +578,41 @@ FALLOW_INLINE void axpy_block(const uint8_t* const* rows, Later<F, kSummed>& lat
     low.add_to(to + 8, sum[1]);
     high.add_to(to + F::apart, sum[2]);
     high.add_to(to + F::apart + 8, sum[3]);
+  });
+}
+
+// The same of a tile of bytes: products of two rows each, of which 16 bits hold four.
+template <class F>
+FALLOW_INLINE void axpy_tile_block(const uint8_t* tile, const float* c, float* y, float* minima) {
+  Rounded rounded[F::block / F::group];
+  round_block<F>(InByteTile{tile}, InByteTile{tile + 128}, c, rounded, minima);
+  unrolled<F::pieces>([&]<int i>() {
+    const Rounded& low = rounded[F::low(i) / F::group];
+    const Rounded& high = rounded[(F::low(i) + F::apart) / F::group];
+    __m256i sums[2][2] = {};
+#pragma GCC unroll 4
+    for (int f = 0; f < 4; ++f) {
+      const __m256i of_low = low.four(f), of_high = high.four(f);
+#pragma GCC unroll 2
+      for (size_t h = 0; h < 2; ++h) {
+        const auto piece = [&](size_t at) {
+          return load256(tile + kTileRows * at + 64 * static_cast<size_t>(f) + 32 * h);
+        };
+        __m256i a, b, tops[2];
+        if constexpr (F::top_pieces > 0) tops[i % 2] = piece(F::at(0) - 32 + 16 * (i % 2));
+        F::template split<i, 1>(tops, 0, piece(F::at(i)), a, b);
+        sums[0][h] = now(_mm256_add_epi16(sums[0][h], _mm256_maddubs_epi16(a, of_low)));
+        sums[1][h] = now(_mm256_add_epi16(sums[1][h], _mm256_maddubs_epi16(b, of_high)));
+      }
+    }
+    const auto add = [&](const Rounded& group, const __m256i (&sum)[2], float* to) {
+      for (size_t h = 0; h < 2; ++h) {
+        const __m256i whole = _mm256_madd_epi16(sum[h], _mm256_set1_epi16(1));
+        group.add_whole_to(to + 8 * h, _mm256_add_epi32(whole, group.whole_start()));
+      }
+    };
+    add(low, sums[0], y + F::low(i));
+    add(high, sums[1], y + F::low(i) + F::apart);
   });
 }
 
@@ -578,6 +647,16 @@ FALLOW_INLINE void axpy_block_8_0(const uint8_t* const* rows, const float* c, fl
   }
 }
 
+// y (width,) -= minima, 8 sums for each.
+template <class F>
+void subtract_minima(const float* minima, size_t width, float* y) {
+  for (size_t g = 0; g < width / F::group; ++g) {
+    float sum = 0;
+    for (size_t lane = 0; lane < 8; ++lane) sum += minima[8 * g + lane];
+    for (size_t j = 0; j < F::group; ++j) y[g * F::group + j] -= sum;
+  }
+}
+
 // In slabs of columns whose sums and minima stay in the first cache.
 template <class F>
 void axpy_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
@@ -608,13 +687,26 @@ void axpy_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
         for (auto& p : row) p += F::bytes;
       }
     }
-    if constexpr (F::has_min)
-      for (size_t g = 0; g < width / F::group; ++g) {
-        float sum = 0;
-        for (size_t lane = 0; lane < 8; ++lane) sum += minima[8 * g + lane];
-        for (size_t j = 0; j < F::group; ++j) y[first + g * F::group + j] -= sum;
-      }
+    if constexpr (F::has_min) subtract_minima<F>(minima, width, y + first);
   }
+}
+
+// The same of tiles, for formats with minima.
+template <class F>
+void axpy_tiles(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, size_t k, const float* coefficient,
+                size_t from, size_t tokens, float* y, size_t stride) {
+  static_assert(kTileRows == kSummed && F::has_min);
+  for (size_t t = 0; t < tokens; ++t, coefficient += from, y += stride)
+    for (size_t first = 0; first < k; first += kSlab) {
+      const size_t width = k - first < kSlab ? k - first : kSlab;
+      alignas(32) float minima[kSlab / F::group * 8] = {};
+      for (size_t i = 0; i < n; i += kTileRows) {
+        const uint8_t* tile = w + (begin + i) * row_bytes + kTileRows * (first / F::block * F::bytes);
+        for (size_t at = 0; at < width; at += F::block, tile += kTileRows * F::bytes)
+          axpy_tile_block<F>(tile, coefficient + i, y + first + at, minima + at / F::group * 8);
+      }
+      subtract_minima<F>(minima, width, y + first);
+    }
 }
 
 }  // namespace
