@@ -333,16 +333,26 @@ FALLOW_INLINE __m256i four_of(const int8_t* x) {
   return _mm256_set1_epi32(v);
 }
 
+// Four columns of x.
+template <bool one>
+struct FourDigits {
+  __m256i high, low;
+
+  FALLOW_INLINE FourDigits(const Activation& x, size_t column) : high(four_of(x.high + column)) {
+    if constexpr (!one) low = four_of(x.low + column);
+  }
+};
+
 // The products of a group of columns with the digits of x, or the upper one; `most` of them fit 16 bits.
 template <int most, bool one>
 class LaneGroup {
  public:
-  // Product i: four columns of all rows, from `column` on.
-  FALLOW_INLINE void add(size_t i, __m256i weights, const Activation& x, size_t column) {
-    const __m256i high = _mm256_maddubs_epi16(weights, four_of(x.high + column));
+  // Product i: four columns of all rows.
+  FALLOW_INLINE void add(size_t i, __m256i weights, const FourDigits<one>& x) {
+    const __m256i high = _mm256_maddubs_epi16(weights, x.high);
     high_ = now(i % most == 0 ? high : _mm256_add_epi16(high_, high));
     if constexpr (!one) {
-      const __m256i low = _mm256_maddubs_epi16(weights, four_of(x.low + column));
+      const __m256i low = _mm256_maddubs_epi16(weights, x.low);
       low_ = now(i % most == 0 ? low : _mm256_add_epi16(low_, low));
     }
     if (i % most == most - 1) widen(i < most);
@@ -374,45 +384,56 @@ struct LaneSums {
   }
 };
 
-// One block of 8 rows. Part i of 8 of what comes later is asked for by ask(i).
-template <class F, bool one, class Rows, class Ask>
-FALLOW_INLINE void dot_block(const Rows& rows, const Ask& ask, const Activation& x, size_t column,
-                             LaneSums& sums) {
+// One block of n times 8 rows. Part i of 8 of what comes later is asked for by ask(i).
+template <class F, bool one, class Rows, size_t n, class Ask>
+FALLOW_INLINE void dot_block(const Rows (&rows)[n], const Ask& ask, const Activation& x, size_t column,
+                             LaneSums (&sums)[n]) {
   constexpr int run = F::group == 32 && F::apart == 32 ? 2 : 1;  // pieces of the same groups
-  const typename F::Scales scales(rows);
-  __m256i tops[F::top_pieces * 4 + 1];
-  F::tops(rows, tops);
-  unrolled<F::pieces / run>([&]<int p>() {
-    LaneGroup<F::most, one> low, high;
-    unrolled<run>([&]<int r>() {
-      constexpr int i = p * run + r;
-      ask(F::block > 32 ? i : column / 32 % 8);
-      __m256i v[4];
-      rows.load(F::at(i), v);
-      const size_t at = column + F::low(i);
+  const auto with_scales = [&]<size_t... h>(std::index_sequence<h...>, const auto& some) {
+    const typename F::Scales scales[n] = {typename F::Scales(rows[h])...};
+    some(scales);
+  };
+  with_scales(std::make_index_sequence<n>(), [&](const typename F::Scales (&scales)[n]) __attribute__((always_inline)) {
+    __m256i tops[n][F::top_pieces * 4 + 1];
+    for (size_t h = 0; h < n; ++h) F::tops(rows[h], tops[h]);
+    unrolled<F::pieces / run>([&]<int p>() {
+      LaneGroup<F::most, one> low[n], high[n];
+      unrolled<run>([&]<int r>() {
+        constexpr int i = p * run + r;
+        ask(F::block > 32 ? i : column / 32 % 8);
+        __m256i v[n][4];
+        for (size_t h = 0; h < n; ++h) rows[h].load(F::at(i), v[h]);
+        const size_t at = column + F::low(i);
 #pragma GCC unroll 4
-      for (size_t q = 0; q < 4; ++q) {
-        __m256i a, b;
-        F::template split<i, 4>(tops, q, v[q], a, b);
-        low.add(4 * r + q, a, x, at + 4 * q);
-        high.add(4 * r + q, b, x, at + F::apart + 4 * q);
-      }
+        for (size_t q = 0; q < 4; ++q) {
+          const FourDigits<one> of_low(x, at + 4 * q), of_high(x, at + F::apart + 4 * q);
+#pragma GCC unroll 2
+          for (size_t h = 0; h < n; ++h) {
+            __m256i a, b;
+            F::template split<i, 4>(tops[h], q, v[h][q], a, b);
+            low[h].add(4 * r + q, a, of_low);
+            high[h].add(4 * r + q, b, of_high);
+          }
+        }
+      });
+      const auto finish = [&]<size_t from>(LaneGroup<F::most, one> (&groups)[n]) {
+        const __m256 d = _mm256_set1_ps(x.d[(column + from) / 32]);
+        for (size_t h = 0; h < n; ++h) {
+          const __m256 scale = scales[h].template scale<from / F::group>();
+          sums[h].sum = _mm256_fmadd_ps(_mm256_mul_ps(groups[h].sum(4 * run), d), scale, sums[h].sum);
+        }
+      };
+      const auto subtract = [&]<size_t from>() {
+        const __m256 of_x = _mm256_set1_ps((F::group == 16 ? x.sum16 : x.sum)[(column + from) / F::group]);
+        for (size_t h = 0; h < n; ++h)
+          sums[h].minima = _mm256_fmadd_ps(scales[h].template minimum<from / F::group>(), of_x, sums[h].minima);
+      };
+      constexpr size_t from = F::low(p * run);
+      finish.template operator()<from>(low);
+      finish.template operator()<from + F::apart>(high);
+      subtract.template operator()<from>();
+      if constexpr (F::block > 32) subtract.template operator()<from + F::apart>();
     });
-    const auto finish = [&]<size_t from>(LaneGroup<F::most, one>& group) {
-      const __m256 d = _mm256_set1_ps(x.d[(column + from) / 32]);
-      const __m256 scale = scales.template scale<from / F::group>();
-      sums.sum = _mm256_fmadd_ps(_mm256_mul_ps(group.sum(4 * run), d), scale, sums.sum);
-    };
-    const auto subtract = [&]<size_t from>() {
-      const float* of_x = (F::group == 16 ? x.sum16 : x.sum) + (column + from) / F::group;
-      const __m256 minimum = scales.template minimum<from / F::group>();
-      sums.minima = _mm256_fmadd_ps(minimum, _mm256_set1_ps(*of_x), sums.minima);
-    };
-    constexpr size_t from = F::low(p * run);
-    finish.template operator()<from>(low);
-    finish.template operator()<from + F::apart>(high);
-    subtract.template operator()<from>();
-    if constexpr (F::block > 32) subtract.template operator()<from + F::apart>();
   });
 }
 
@@ -426,13 +447,14 @@ void gemv_digits(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t
       row[r] = w + row_of(rows, begin, i + r < n ? i + r : n - 1) * row_bytes;
       later.rows[r] = i + r + kLanes < n ? w + row_of(rows, begin, i + r + kLanes) * row_bytes : nullptr;
     }
-    LaneSums sums;
+    LaneSums sums[1];
+    const InLanes lanes[1] = {{row}};
     for (size_t at = 0; at < k; at += F::block) {
-      dot_block<F, one>(InLanes{row}, [&](size_t part) __attribute__((always_inline)) { later.ask(part); }, x, at, sums);
+      dot_block<F, one>(lanes, [&](size_t part) __attribute__((always_inline)) { later.ask(part); }, x, at, sums);
       for (auto& p : row) p += F::bytes;
     }
     float found[kLanes];
-    sums.store<F>(found);
+    sums[0].store<F>(found);
     for (size_t r = 0; r < kLanes && i + r < n; ++r) y[i + r] = found[r];
   }
 }
@@ -446,13 +468,10 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
 // y[0..15] = rows of a tile . x.
 template <class F, bool one>
 void dot_tile(const uint8_t* tile, size_t k, const Activation& x, float* y) {
-  InTile low{tile}, high{tile + 4 * kLanes};
   LaneSums sums[2];
-  for (size_t at = 0; at < k; at += F::block) {
-    dot_block<F, one>(low, [](size_t) {}, x, at, sums[0]);
-    dot_block<F, one>(high, [](size_t) {}, x, at, sums[1]);
-    low.first += kTileRows * F::bytes;
-    high.first += kTileRows * F::bytes;
+  for (size_t at = 0; at < k; at += F::block, tile += kTileRows * F::bytes) {
+    const InTile halves[2] = {{tile}, {tile + 4 * kLanes}};
+    dot_block<F, one>(halves, [](size_t) {}, x, at, sums);
   }
   for (size_t h = 0; h < 2; ++h) sums[h].store<F>(y + h * kLanes);
 }
