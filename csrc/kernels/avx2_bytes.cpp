@@ -89,10 +89,8 @@ int panel_8_0(const uint8_t* w, size_t row_bytes, bool, size_t n, size_t k, Pane
   return kBits<Q8_0>;
 }
 
-// As integers, of which NaN's is the largest.
 FALLOW_INLINE __m256 max_abs(__m256 largest, __m256 v) {
-  const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
-  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(largest), _mm256_castps_si256(magnitude)));
+  return max_of(largest, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v));
 }
 
 // most / largest, 0 of 0.

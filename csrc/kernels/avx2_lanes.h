@@ -487,21 +487,55 @@ void gemv_tiles(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, size
                                                                 y + t * stride + i);
 }
 
-// Products of rows 0..7 and 8..15 as integers up to `most`: those of rows 0..3, 8..11, 4..7 and 12..15.
-FALLOW_INLINE __m256i rounded(__m256 a, __m256 b, float most, __m256& scale) {
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  const auto max = [](__m256 x, __m256 y) {  // as integers, of which NaN's is the largest
-    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
-  };
-  __m256 largest = max(_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, b));
-  largest = max(largest, _mm256_permute2f128_ps(largest, largest, 1));
-  largest = max(largest, _mm256_permute_ps(largest, 0x4E));
-  largest = max(largest, _mm256_permute_ps(largest, 0xB1));
-  largest = max(largest, _mm256_set1_ps(1e-30f));  // zeros divide by it
-  scale = _mm256_mul_ps(largest, _mm256_set1_ps(1 / most));
-  const __m256 inverse = _mm256_div_ps(_mm256_set1_ps(most), largest);
-  return _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(a, inverse)),
-                            _mm256_cvtps_epi32(_mm256_mul_ps(b, inverse)));
+FALLOW_INLINE __m256 max_of(__m256 a, __m256 b) {  // as integers, of which NaN's is the largest
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+
+// For the largest magnitude in each of n pairs of registers: the factor that makes it `most`, and back.
+// Of eight pairs they are found together, a division for all.
+template <size_t n>
+struct Units {
+  alignas(32) float inverse[8 * ((n + 7) / 8)], scale[8 * ((n + 7) / 8)];
+
+  FALLOW_INLINE Units(const __m256* a, const __m256* b, float most) {
+    static_assert(n == 1 || n % 8 == 0);
+    const auto either = [&](size_t i) {
+      const __m256 sign = _mm256_set1_ps(-0.0f);
+      return max_of(_mm256_andnot_ps(sign, a[i]), _mm256_andnot_ps(sign, b[i]));
+    };
+    for (size_t first = 0; first < n; first += 8) {
+      __m256 largest;
+      if constexpr (n == 1) {
+        largest = either(0);
+        largest = max_of(largest, _mm256_permute2f128_ps(largest, largest, 1));
+        largest = max_of(largest, _mm256_permute_ps(largest, 0x4E));
+        largest = max_of(largest, _mm256_permute_ps(largest, 0xB1));
+      } else {
+        __m256 two[4], four[2];
+        for (size_t i = 0; i < 4; ++i) {
+          const __m256 even = either(first + 2 * i), odd = either(first + 2 * i + 1);
+          two[i] = max_of(_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd));
+        }
+        for (size_t i = 0; i < 2; ++i) {
+          const __m256d even = _mm256_castps_pd(two[2 * i]), odd = _mm256_castps_pd(two[2 * i + 1]);
+          four[i] = max_of(_mm256_castpd_ps(_mm256_unpacklo_pd(even, odd)),
+                           _mm256_castpd_ps(_mm256_unpackhi_pd(even, odd)));
+        }
+        largest = max_of(_mm256_permute2f128_ps(four[0], four[1], 0x20),
+                         _mm256_permute2f128_ps(four[0], four[1], 0x31));
+      }
+      largest = max_of(largest, _mm256_set1_ps(1e-30f));  // zeros divide by it
+      _mm256_store_ps(scale + first, _mm256_mul_ps(largest, _mm256_set1_ps(1 / most)));
+      _mm256_store_ps(inverse + first, _mm256_div_ps(_mm256_set1_ps(most), largest));
+    }
+  }
+};
+
+// Products of rows 0..7 and 8..15 as integers: those of rows 0..3, 8..11, 4..7 and 12..15.
+FALLOW_INLINE __m256i rounded(__m256 a, __m256 b, float inverse) {
+  const __m256 factor = _mm256_set1_ps(inverse);
+  return _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(a, factor)),
+                            _mm256_cvtps_epi32(_mm256_mul_ps(b, factor)));
 }
 
 // kSummed rows' coefficients times their scales in one group, as int8 with one scale. The error is that
@@ -510,8 +544,8 @@ class Rounded {
  public:
   FALLOW_INLINE Rounded() = default;
   // Of rows 0..7 and 8..15.
-  FALLOW_INLINE Rounded(__m256 a, __m256 b, int centre) {
-    const __m256i q = rounded(a, b, 127, scale_);
+  FALLOW_INLINE Rounded(__m256 a, __m256 b, float inverse, float scale, int centre) : scale_(_mm256_set1_ps(scale)) {
+    const __m256i q = rounded(a, b, inverse);
     bytes_ = _mm256_packs_epi16(q, q);
     // -centre times the sum of the eight bytes of each half: sad adds them up without signs.
     const __m256i sum = _mm256_sad_epu8(_mm256_xor_si256(bytes_, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
@@ -551,15 +585,20 @@ template <class F, class Rows>
 FALLOW_INLINE void round_block(const Rows& low, const Rows& high, const float* c, Rounded* rounded, float* minima) {
   const typename F::Scales first(low), second(high);
   const __m256 c0 = _mm256_loadu_ps(c), c1 = _mm256_loadu_ps(c + 8);
-  unrolled<F::block / F::group>([&]<int g>() {
-    const __m256 a = _mm256_mul_ps(first.template scale<g>(), c0);
-    const __m256 b = _mm256_mul_ps(second.template scale<g>(), c1);
-    rounded[g] = Rounded(a, b, F::centre);
+  constexpr size_t groups = F::block / F::group;
+  __m256 a[groups], b[groups];
+  unrolled<groups>([&]<int g>() {
+    a[g] = _mm256_mul_ps(first.template scale<g>(), c0);
+    b[g] = _mm256_mul_ps(second.template scale<g>(), c1);
+  });
+  const Units<groups> units(a, b, 127);
+  unrolled<groups>([&]<int g>() {
+    rounded[g] = Rounded(a[g], b[g], units.inverse[g], units.scale[g], F::centre);
     if constexpr (F::has_min) {  // w = s (q - centre) - (m - centre s)
       __m256 m = _mm256_loadu_ps(minima + 8 * g);
       m = _mm256_fmadd_ps(first.template minimum<g>(), c0, m);
       m = _mm256_fmadd_ps(second.template minimum<g>(), c1, m);
-      m = _mm256_fnmadd_ps(_mm256_add_ps(a, b), _mm256_set1_ps(F::centre), m);
+      m = _mm256_fnmadd_ps(_mm256_add_ps(a[g], b[g]), _mm256_set1_ps(F::centre), m);
       _mm256_storeu_ps(minima + 8 * g, m);
     }
   });
@@ -639,9 +678,10 @@ FALLOW_INLINE void axpy_tile_block(const uint8_t* tile, const float* c, float* y
 FALLOW_INLINE void axpy_block_8_0(const uint8_t* const* rows, const float* c, float* y) {
   const __m256 a = _mm256_mul_ps(InLanes{rows}.half(0), _mm256_loadu_ps(c));
   const __m256 b = _mm256_mul_ps(InLanes{rows + 8}.half(0), _mm256_loadu_ps(c + 8));
-  __m256 scale;
+  const Units<1> units(&a, &b, 32767);
+  const __m256 scale = _mm256_set1_ps(units.scale[0]);
   alignas(32) int32_t pairs[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), rounded(a, b, 32767, scale));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), rounded(a, b, units.inverse[0]));
   __m256i sum[4] = {};
 #pragma GCC unroll 8
   for (size_t p = 0; p < 8; ++p) {
