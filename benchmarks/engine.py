@@ -34,6 +34,8 @@ OPTIMIZED = ROOT / "benchmarks" / "results" / "optimize"  # benchmarks/optimize.
 TEST, VALIDATION = DATA / "wikitext2" / "wiki.test.raw", DATA / "wikitext2" / "wiki.valid.detok.txt"
 RULES = {"gate_topk": 0.5, "topk": 0.5}
 PEERS = ("llama.cpp", "ik_llama.cpp", "ik_llama.cpp-rtr", "openvino")
+# Built for this processor, whatever kernels ours are told to use.
+NATIVE_PEERS = ("llama.cpp", "openvino")
 THREADS, PROMPT, NEW, RUNS = 2, 512, 128, 5
 # Of quality: windows and their tokens, in blocks and token by token.
 WINDOWS, CONTEXT, DECODED_WINDOWS, DECODED_CONTEXT = 4, 1024, 8, 128
@@ -72,7 +74,7 @@ def run(name: str, kernels: str) -> None:
     plans |= {rule: make_plan(name, rule, s, folder) for rule, s in RULES.items()}
     result: dict[str, Any] = {"threads": THREADS, "kernels": engine.kernels}
     result["file_mb"], result["source_mb"] = (p.stat().st_size / 1e6 for p in (packed, source))
-    result |= in_turn(engine, plans, source)
+    result |= in_turn(engine, plans, source, native=kernels != "avx2")
     result["greedy"] = greedy(packed, source, kernels)
     result["quality"] = {name: quality(engine, plan) for name, plan in plans.items()}
     result["prompt_kl"] = prompt_kl(engine)
@@ -88,8 +90,12 @@ def parts(plan: Any) -> dict[str, Any]:
     return ({"shortlist": replace(plan, cuts=())} if alone else {}) | {"plan": plan}
 
 
-def in_turn(engine: Any, plans: dict[str, Any], source: Path) -> dict[str, Any]:
-    """Runs of every peer and with every plan, why a peer has none, and what memory gives."""
+def in_turn(engine: Any, plans: dict[str, Any], source: Path, native: bool) -> dict[str, Any]:
+    """Runs of every peer and with every plan, why a peer has none, and what memory gives.
+
+    Args:
+        native: whether peers that are built for this processor are compared.
+    """
     from fallow import _core
     from fallow.checkpoints.text import load_text
     from fallow.common.errors import FallowError
@@ -98,6 +104,9 @@ def in_turn(engine: Any, plans: dict[str, Any], source: Path) -> dict[str, Any]:
     ids = engine.windows(load_text(TEST, "evaluation"), PROMPT + NEW, 1)[0]
     missing = {}
     for peer in PEERS:
+        if peer in NATIVE_PEERS and not native:
+            missing[peer] = "not run: no build for AVX2 alone"
+            continue
         try:
             run_in_turn(engine, {}, ids, PROMPT, 0, source, [peer])
         except FallowError as error:
