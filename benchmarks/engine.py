@@ -12,6 +12,7 @@ names a native one):
     python benchmarks/engine.py smollm2 gemma3 qwen2.5-1.5b
     python benchmarks/engine.py mistral-7b-shape              # random weights: for speed alone
     python benchmarks/engine.py qwen2.5-1.5b --kernels avx2   # as on processors without AVX-512
+    python benchmarks/engine.py qwen2.5-1.5b --speed   # times again what was measured before
     python benchmarks/engine.py --report      # writes docs/results/engine.md, the README's table
 """
 
@@ -57,7 +58,8 @@ def machine(kernels: str = "") -> str:
     return re.sub(r"\W+", "-", f"{processor()} {kernels}").strip("-").lower()
 
 
-def run(name: str, kernels: str) -> None:
+def run(name: str, kernels: str, speed: bool) -> None:
+    """With `speed` times alone: quality stays that of the run before, whose plans these are."""
     from fallow import Engine
     from fallow.checkpoints.catalog import ALIASES, resolve
 
@@ -66,7 +68,9 @@ def run(name: str, kernels: str) -> None:
         raise SystemExit(f"{packed} not found; first: python benchmarks/optimize.py {name}")
     folder = RESULTS / name / machine(kernels)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "machine.json").unlink(missing_ok=True)  # a run is never continued
+    before = json.loads((folder / "result.json").read_text()) if speed else None
+    if not before:
+        (folder / "machine.json").unlink(missing_ok=True)  # a run is never continued
     record_machine(folder / "machine.json")
     context = max(CONTEXT, PROMPT + NEW)
     engine = Engine(packed, threads=THREADS, context=context, kernels=kernels)
@@ -75,10 +79,13 @@ def run(name: str, kernels: str) -> None:
     result: dict[str, Any] = {"threads": THREADS, "kernels": engine.kernels}
     result["file_mb"], result["source_mb"] = (p.stat().st_size / 1e6 for p in (packed, source))
     result |= in_turn(engine, plans, source, native=kernels != "avx2")
-    result["greedy"] = greedy(packed, source, kernels)
-    result["quality"] = {name: quality(engine, plan) for name, plan in plans.items()}
-    result["prompt_kl"] = prompt_kl(engine)
-    result["peak_rss_mb"] = bench(packed, kernels)["peak_rss_mb"]
+    if before:
+        result = before | result
+    else:
+        result["greedy"] = greedy(packed, source, kernels)
+        result["quality"] = {name: quality(engine, plan) for name, plan in plans.items()}
+        result["prompt_kl"] = prompt_kl(engine)
+        result["peak_rss_mb"] = bench(packed, kernels)["peak_rss_mb"]
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -251,7 +258,8 @@ Two threads; prefill of 512 tokens, decode of the 128 after them, the same text 
 model and processor everything was timed in one run, each in turn: ratios are medians over its
 turns, with the lowest and the highest; absolute figures move with the machine's other tenants.
 Peers read the GGUF that was packed: llama-cpp-python 0.3.36 and ik-llama-cpp-python 0.1.5, the
-latter built for this processor, without and with its run-time repacking (`-rtr`).
+latter built for this processor, without and with its run-time repacking (`-rtr`). Beside AVX2
+kernels of ours stand its wheels, which are AVX2 builds.
 `python benchmarks/engine.py` does it; every run is in `benchmarks/results/engine`, a folder per
 processor. Compare nothing across processors.
 
@@ -283,9 +291,11 @@ than tiles.
 values once for all heads. They lie in huge pages too: with both, SmolLM2's attention at 800 tokens
 takes 0.65 of the time that it took by heads, in small pages (Zen 4).
 
-**Prefill** of a prompt multiplies in bytes where a processor has VNNI, in bfloat16 or floats
-otherwise. Quality (`evaluate`, `Engine.logits`) is always measured with the latter, which are
-nearer to decode; how far bytes are from them stands with each model.
+**Prefill** of a prompt multiplies in bytes where a processor has VNNI or AVX2, in bfloat16 or
+floats otherwise. AVX2 adds up products in 16 bits, which hold eight of a four-bit weight and one of
+seven bits: down_proj is rounded to seven there, to eight with VNNI. Quality (`evaluate`,
+`Engine.logits`) is always measured in floats or bfloat16, which are nearer to decode; how far bytes
+are from them stands with each model.
 """
 
 
@@ -457,11 +467,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
     parser.add_argument("--kernels", default="")
+    parser.add_argument("--speed", action="store_true")
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     for name in arguments.models:
-        run_shape(arguments.kernels) if name == "mistral-7b-shape" else run(name, arguments.kernels)
-    if arguments.models:
+        if name == "mistral-7b-shape":
+            run_shape(arguments.kernels)
+        else:
+            run(name, arguments.kernels, arguments.speed)
+    if arguments.models and not arguments.speed:
         path = RESULTS / "kernels" / machine(arguments.kernels)
         path.mkdir(parents=True, exist_ok=True)
         timed = time_kernels(arguments.kernels)

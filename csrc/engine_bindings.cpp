@@ -286,7 +286,7 @@ class BoundEngine {
         wanted.push_back({&e.down_proj_t, Layout::kByteTiles});
       }
       const bool dense = !engine_->leaves_out_neurons(l);
-      const bool whole_up = dense || !model_.config.gated;
+      const bool whole_up = !model_.config.gated || !engine_->chooses_by_gate(l);
       wanted.push_back({&layer.up_proj, whole_up ? Layout::kDwordTiles : Layout::kRows});
       wanted.push_back({&layer.down_proj_t, dense ? Layout::kByteTiles : Layout::kRows});
     }

@@ -55,6 +55,9 @@ class Cuts {
     return any(layer, {kGateInput, kUpInput, kGatePre, kGateAct, kUp, kInter, kDownInput});
   }
 
+  // Whether neurons are chosen by their gates, before up_proj is read.
+  bool chooses_by_gate(size_t layer) const { return any(layer, {kGatePre, kGateAct}); }
+
   // Sets inactive ones of a token's values (width,) to zero.
   void apply(const Cut& cut, float* values, size_t width, int worker);
   // The same by a fixed threshold for a range of values; lists the others' indices and returns how many.

@@ -41,6 +41,7 @@ class Engine {
   // Whether the layer's gate is read for those neurons alone that its coarse copy predicts.
   bool predicts(size_t layer) const { return ffn_.predicts(layer); }
   bool leaves_out_neurons(size_t layer) const { return cuts_.leaves_out_neurons(layer); }
+  bool chooses_by_gate(size_t layer) const { return cuts_.chooses_by_gate(layer); }
   void set_shortlist(float nats, size_t most) { head_.set_shortlist(nats, most); }  // see Head
   bool has_shortlist() const { return head_.has_shortlist(); }
   // From now on rows of embed_tokens, or of lm_head, come from there.

@@ -53,6 +53,7 @@ class Ffn {
   void gate_of(size_t layer, const Input& x, Share range, int worker);
   void up_of(const Layer& layer, const Activation& x, Neurons neurons, int worker);
   void whole_up_of(const Layer& layer, const Activation& x, Neurons neurons, int worker);
+  void read_up(const Layer& layer, const Activation& x, Neurons neurons, float* up, int worker);
   void down_of(const Layer& layer, Neurons neurons, int worker);
 
   void activate(float* values, size_t n) const;

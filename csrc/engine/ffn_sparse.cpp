@@ -63,7 +63,8 @@ void Ffn::sparse_together(size_t l, const Input& x, float* out) {
     activate(inter, d_ff_);
   }
   cuts_.apply(cuts_.at(l, kGateAct), inter, d_ff_, 0);
-  list_active_of(cuts_.any(l, {kGatePre, kGateAct}));
+  const bool chosen = cuts_.chooses_by_gate(l);
+  list_active_of(chosen);
   clock.mark(run_.statistics.timing.select);
 
   const Input* up_input = &x;
@@ -74,9 +75,14 @@ void Ffn::sparse_together(size_t l, const Input& x, float* out) {
     up_input = &cut_input_;
   }
   const Activation up_x = up_input->activation();
-  const auto share = [&](int worker) {
+  const auto listed = [&](int worker) {
     const Share s = share_of(n_active_, worker, run_.pool.size());
     return Neurons{active_.data() + s.begin, s.begin, s.end - s.begin};
+  };
+  const auto share = [&](int worker) {  // of those whose up is read
+    if (chosen) return listed(worker);
+    const Share s = share_of_rows(d_ff_, worker, run_.pool.size());
+    return Neurons{nullptr, s.begin, s.end - s.begin};
   };
   if (!layer.ffn_sub_norm.weight && !cuts_.any(l, {kUp, kInter, kDownInput})) {
     run_.pool.run([&](int worker) {
@@ -100,7 +106,7 @@ void Ffn::sparse_together(size_t l, const Input& x, float* out) {
     cuts_.apply(cuts_.at(l, kDownInput), inter, d_ff_, 0);
     list_active_of(true);
     clock.mark(run_.statistics.timing.select);
-    run_.pool.run([&](int worker) { down_of(layer, share(worker), worker); });
+    run_.pool.run([&](int worker) { down_of(layer, listed(worker), worker); });
   }
   run_.statistics.active[l] += n_active_;
   add_counts(l);
@@ -146,7 +152,7 @@ void Ffn::up_of(const Layer& layer, const Activation& x, Neurons neurons, int wo
   if (!config_.gated) return;
   const float* bias = layer.up_bias;
   float *up = up_.data() + neurons.begin, *inter = inter_.data();
-  products_.gemv(layer.up_proj, neurons.list, neurons.begin, neurons.n, x, up, worker);
+  read_up(layer, x, neurons, up, worker);
   if (neurons.list) {
     if (bias)
       for (size_t i = 0; i < neurons.n; ++i) up[i] += bias[neurons.list[i]];
@@ -162,11 +168,23 @@ void Ffn::up_of(const Layer& layer, const Activation& x, Neurons neurons, int wo
 // up = x W_up^T + b in its neurons' own places.
 void Ffn::whole_up_of(const Layer& layer, const Activation& x, Neurons neurons, int worker) {
   float* up = scratch_[static_cast<size_t>(worker)].coefficients.data();
-  products_.gemv(layer.up_proj, neurons.list, neurons.begin, neurons.n, x, up, worker);
+  read_up(layer, x, neurons, up, worker);
+  const auto neuron = [&](size_t i) {
+    return neurons.list ? static_cast<size_t>(neurons.list[i]) : neurons.begin + i;
+  };
   if (layer.up_bias)
-    for (size_t i = 0; i < neurons.n; ++i) up[i] += layer.up_bias[neurons.list[i]];
+    for (size_t i = 0; i < neurons.n; ++i) up[i] += layer.up_bias[neuron(i)];
   rectify_up(up, neurons.n);
-  for (size_t i = 0; i < neurons.n; ++i) up_[static_cast<size_t>(neurons.list[i])] = up[i];
+  for (size_t i = 0; i < neurons.n; ++i) up_[neuron(i)] = up[i];
+}
+
+// The products of x with a thread's neurons' rows of up_proj, which lies in tiles if none are listed.
+void Ffn::read_up(const Layer& layer, const Activation& x, Neurons neurons, float* up, int worker) {
+  if (neurons.list) {
+    products_.gemv(layer.up_proj, neurons.list, neurons.begin, neurons.n, x, up, worker);
+  } else {
+    products_.gemv(layer.up_proj, neurons.begin, neurons.n, &x, 1, up, d_ff_, worker);
+  }
 }
 
 // This thread's part of inter W_down^T.
