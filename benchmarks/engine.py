@@ -280,12 +280,13 @@ speed. Of Q4_K the products then run at the speed of plain reading, where rows o
 place of another. Where a file is mapped, or the kernels are NEON's, rows stay rows; results are
 the same to the bit.
 
-**Rows that a plan leaves out** must be rows, and stay so. A scattered row costs no more than its
-bytes if it is asked for early enough, into the second cache, and in step with the work: asked for
-all at once, rows took 1.3 times as long (Zen 4, one thread). 16 go through the products together,
-a row per lane of a register or, where they are summed, in integers. The dense engine has become
-the harder one to beat: skipping gains over it what it saves in bytes, less what rows cost more
-than tiles.
+**Rows that a plan leaves out** must be rows, and stay so: up_proj's only in layers whose neurons
+are chosen by their gates, of others it lies in tiles and is read whole. A scattered row costs no
+more than its bytes if it is asked for early enough, into the second cache, and in step with the
+work: asked for all at once, rows took 1.3 times as long (Zen 4, one thread). 16 go through the
+products together, a row per lane of a register or, where they are summed, in integers. The dense
+engine has become the harder one to beat: skipping gains over it what it saves in bytes, less what
+rows cost more than tiles.
 
 **Attention** of a token is cut into positions, a part for each thread, which reads its keys and
 values once for all heads. They lie in huge pages too: with both, SmolLM2's attention at 800 tokens
