@@ -71,6 +71,17 @@ def test_a_few_quantised_tokens(kind: str, kernels: str, tmp_path: Path) -> None
     check_a_few(Engine(tmp_path / "m.gguf", threads=2, kernels=kernels))
 
 
+@pytest.mark.parametrize("kernels", _core.KERNELS)
+@pytest.mark.parametrize("kind", ["q4_0", "q5_1", "q8_0", "q4_k", "q5_k"])
+def test_a_prompt_in_bytes_is_near_the_exact_one(kind: str, kernels: str, tmp_path: Path) -> None:
+    width = 256 if kind.endswith("k") else 96
+    folder = make_folder("llama", tmp_path / "m", hidden_size=width, num_attention_heads=4)
+    pack(folder, tmp_path / "m.gguf", quant=kind)
+    engine = Engine(tmp_path / "m.gguf", threads=2, kernels=kernels)
+    exact = engine.logits(IDS)
+    assert np.abs(engine.logits(IDS, exact=False) - exact).max() < 0.05 * np.ptp(exact)
+
+
 @pytest.mark.parametrize("name", GGUF_NAMES)
 def test_packing_a_gguf(name: str, tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
     source = write_gguf(name, tiny[name], tmp_path / "m.gguf")

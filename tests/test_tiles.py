@@ -61,7 +61,12 @@ def test_tiles_are_rows_to_the_bit(
     half = engine_plan(engine, Cut("gate_act", "topk", 0.5))
     fixed = engine_plan(engine, Cut("gate_act", "threshold", 0.001))
     shortlist = engine_plan(engine, Cut("gate_act", "topk", 0.5), head_margin=1.0)
-    for plan in (None, half, fixed, shortlist, None):
+    after_up = [
+        engine_plan(engine, Cut("inter", "topk", 0.5)),
+        engine_plan(engine, Cut("inter", "threshold", 0.001)),
+        engine_plan(engine, Cut("up", "topk", 0.5)),
+    ]
+    for plan in (None, half, *after_up, fixed, shortlist, None):
         for each in (engine, mapped):
             each.use_plan(plan)
         for found, expected in zip(read(engine), read(mapped), strict=True):
