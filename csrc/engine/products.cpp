@@ -250,7 +250,7 @@ void Products::sum_rows_bytes(const Matrix& w, size_t n, const float* x, float* 
             kernels.decode(w.type, plain.data + r * plain.step, width, own.rows.data() + r * width);
           for (size_t c = 0; c < width; c += kPanel)
             bits = kernels.columns_bytes(own.rows.data() + c, width, std::min(kPanel, width - c),
-                                  own.panel_bytes[c / kPanel * groups + g]);
+                                         own.panel_bytes[c / kPanel * groups + g]);
         }
         const ByteTokens tokens{x_bytes_.data() + row, x_d_.data() + row / 32, x_sum_.data() + row / 32, k};
         for (size_t c = 0; c < width; c += kPanel)

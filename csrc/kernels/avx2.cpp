@@ -20,12 +20,6 @@ FALLOW_INLINE float sum_lanes(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-FALLOW_INLINE int32_t sum_lanes(__m256i v) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
-}
-
 FALLOW_INLINE float load_half(const uint8_t* p) { return _cvtsh_ss(load_u16(p)); }
 
 constexpr size_t kPrefetch = 4096;  // bytes ahead of the work, at least

@@ -140,9 +140,7 @@ void to_bytes(const float* x, size_t k, int8_t* q, float* d, float* sum) {
       v[i] = _mm256_loadu_ps(x + 32 * g + 8 * i);
       largest = max_abs(largest, v[i]);
     }
-    largest = max_abs(largest, _mm256_permute2f128_ps(largest, largest, 1));
-    largest = max_abs(largest, _mm256_permute_ps(largest, 0x4E));
-    largest = max_abs(largest, _mm256_permute_ps(largest, 0xB1));
+    largest = largest_lane(largest);
     const __m256 inverse = inverse_of(largest, 127);
     const __m256i first = _mm256_packs_epi32(whole(v[0], inverse), whole(v[1], inverse));
     const __m256i second = _mm256_packs_epi32(whole(v[2], inverse), whole(v[3], inverse));
@@ -151,11 +149,7 @@ void to_bytes(const float* x, size_t k, int8_t* q, float* d, float* sum) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + 32 * g), bytes);
     d[g] = _mm256_cvtss_f32(largest) * (1.0f / 127);
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
-    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
-    const __m128i two = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4E));
-    const int total = _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
-    sum[g] = d[g] * static_cast<float>(total);
+    sum[g] = d[g] * static_cast<float>(sum_lanes(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
   }
 }
 
@@ -244,7 +238,8 @@ void multiply(const PanelGroup* panel, size_t n, size_t k, ByteTokens x, size_t 
 
 void gemm_bytes(const PanelGroup* panel, int bits, size_t n, size_t k, const ByteTokens& x, size_t tokens,
                 bool add, float* y, size_t stride) {
-  (bits == 4 ? multiply<4> : bits == 5 ? multiply<5> : bits == 7 ? multiply<7> : multiply<8>)(panel, n, k, x, tokens, add, y, stride);
+  const auto of_bits = bits == 4 ? multiply<4> : bits == 5 ? multiply<5> : bits == 7 ? multiply<7> : multiply<8>;
+  of_bits(panel, n, k, x, tokens, add, y, stride);
 }
 
 }  // namespace

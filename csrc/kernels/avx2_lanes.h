@@ -46,6 +46,24 @@ FALLOW_INLINE __m256i now(__m256i v) {
   return v;
 }
 
+FALLOW_INLINE int32_t sum_lanes(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+
+// Of magnitudes, as integers, of which NaN's is the largest.
+FALLOW_INLINE __m256 max_of(__m256 a, __m256 b) {
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+
+// The largest magnitude of v, in every lane.
+FALLOW_INLINE __m256 largest_lane(__m256 v) {
+  v = max_of(v, _mm256_permute2f128_ps(v, v, 1));
+  v = max_of(v, _mm256_permute_ps(v, 0x4E));
+  return max_of(v, _mm256_permute_ps(v, 0xB1));
+}
+
 // The half-precision numbers in the low halves of dwords.
 FALLOW_INLINE __m256 low_halves(__m256i v) {
   const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xFFFF));
@@ -487,10 +505,6 @@ void gemv_tiles(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, size
                                                                 y + t * stride + i);
 }
 
-FALLOW_INLINE __m256 max_of(__m256 a, __m256 b) {  // as integers, of which NaN's is the largest
-  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
-}
-
 // For the largest magnitude in each of n pairs of registers: the factor that makes it `most`, and back.
 // Of eight pairs they are found together, a division for all.
 template <size_t n>
@@ -506,10 +520,7 @@ struct Units {
     for (size_t first = 0; first < n; first += 8) {
       __m256 largest;
       if constexpr (n == 1) {
-        largest = either(0);
-        largest = max_of(largest, _mm256_permute2f128_ps(largest, largest, 1));
-        largest = max_of(largest, _mm256_permute_ps(largest, 0x4E));
-        largest = max_of(largest, _mm256_permute_ps(largest, 0xB1));
+        largest = largest_lane(either(0));
       } else {
         __m256 two[4], four[2];
         for (size_t i = 0; i < 4; ++i) {
