@@ -1,6 +1,7 @@
 #include "engine/packed.h"
 
 #include <cmath>
+#include <cstring>
 #include <unordered_map>
 
 #include "formats/dequant.h"
@@ -14,6 +15,7 @@ namespace {
 constexpr uint64_t kLargest = 1u << 24;
 // Version 3 may say more of how to compute, and otherwise is version 2.
 constexpr uint32_t kVersion = 3, kOldest = 2;
+constexpr uint32_t kFfnVersion = 1;
 
 class Reader {
  public:
@@ -41,6 +43,17 @@ class Reader {
     return values;
   }
 
+  template <class T>
+  std::vector<T> list(const std::string& name) const {
+    std::vector<T> values;
+    for (const auto& value : field(name).values) {
+      const T* found = std::get_if<T>(&value);
+      if (!found) throw PackedError(key(name) + " has a value of the wrong type");
+      values.push_back(*found);
+    }
+    return values;
+  }
+
   float number(const std::string& name, float otherwise) const {
     return fields_.contains(key(name)) ? number(name) : otherwise;
   }
@@ -64,6 +77,7 @@ class Reader {
   }
 
   bool is_packed() const { return fields_.contains(key("version")); }
+  bool has_key(const std::string& name) const { return fields_.contains(key(name)); }
   bool has(const std::string& tensor) const { return tensors_.contains(tensor); }
   // Whether there is this vector, and it has more than n values.
   bool is_wide(const std::string& name, uint64_t n) const {
@@ -331,6 +345,69 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
   model.embed_positions = in.table("embed_positions", c.context_length, c.hidden_size);
   model.norm = in.norm("norm", c.hidden_size);
   return model;
+}
+
+FfnFile read_ffn_file(const uint8_t* data, uint64_t size) {
+  const Reader in(data, size);
+  if (!in.has_key("ffn.version")) throw PackedError("it is not a file of fallow llama pack");
+  if (in.count("ffn.version", 0, UINT32_MAX) != kFfnVersion)
+    throw PackedError("it was made by another version of fallow; make it again with: fallow llama pack");
+  FfnFile file;
+  const uint32_t n_layers = in.count("ffn.n_layers", 1, 1 << 16), hidden = in.count("ffn.hidden_size", 1),
+                 d_ff = in.count("ffn.intermediate_size", 1);
+  file.fingerprints = in.list<uint64_t>("ffn.fingerprints");
+  if (file.fingerprints.size() != size_t{3} * n_layers)
+    throw PackedError("fallow.ffn.fingerprints must have three values per layer");
+  const uint32_t n_outliers = in.count("ffn.n_outliers", 0, d_ff);
+  const auto outliers = n_outliers > 0 ? in.counts("ffn.outliers", uint64_t{n_layers} * n_outliers, d_ff - 1)
+                                       : std::vector<uint32_t>{};
+  for (uint32_t i = 0; i < n_layers; ++i) {
+    const std::string p = "layers." + std::to_string(i) + ".";
+    Layer& layer = file.layers.emplace_back();
+    layer.down_proj_t = in.matrix(p + "down_proj_t.weight", d_ff, hidden);
+    if (n_outliers == 0) continue;
+    layer.outliers = in.matrix(p + "outliers.weight", n_outliers, hidden);
+    const auto first = outliers.begin() + static_cast<std::ptrdiff_t>(i) * n_outliers;
+    layer.outlier_neurons.assign(first, first + n_outliers);
+  }
+  if (!in.has_key("ffn.cuts.layer")) return file;
+  file.cuts.resize(n_layers);
+  const auto values = in.list<double>("ffn.cuts.value");
+  const auto layers = in.counts("ffn.cuts.layer", values.size(), n_layers - 1),
+             taps = in.counts("ffn.cuts.tap", values.size(), kTaps - 1),
+             kinds = in.counts("ffn.cuts.by", values.size(), 3);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const bool of_inputs = taps[i] == kGateInput || taps[i] == kUpInput;
+    if (taps[i] < kGateInput || taps[i] > kFfnOut || !std::isfinite(values[i]))
+      throw PackedError("fallow.ffn.cuts has a cut that is none of an FFN");
+    Cut& cut = file.cuts[layers[i]][taps[i]];
+    cut.by = static_cast<Cut::By>(kinds[i]);
+    cut.value = values[i];
+    const std::string name = "cuts." + std::to_string(i) + ".weight";
+    const uint64_t width = of_inputs || taps[i] == kFfnOut ? hidden : d_ff;
+    if (const float* weight = in.optional_vector(name, width)) cut.weight.assign(weight, weight + width);
+  }
+  return file;
+}
+
+uint64_t fingerprint(const uint8_t* data, uint64_t n) {
+  // Four sums at a time, since each waits for its multiplication.
+  constexpr uint64_t kOdd = 0x9E3779B97F4A7C15;
+  uint64_t sums[4] = {n, 1, 2, 3};
+  const auto add = [](uint64_t& sum, uint64_t word) {
+    sum = (sum ^ word) * kOdd;
+    sum ^= sum >> 29;
+  };
+  uint64_t words[4];
+  for (; n >= sizeof words; n -= sizeof words, data += sizeof words) {
+    std::memcpy(words, data, sizeof words);
+    for (int i = 0; i < 4; ++i) add(sums[i], words[i]);
+  }
+  std::memset(words, 0, sizeof words);
+  std::memcpy(words, data, n);
+  for (int i = 0; i < 4; ++i) add(sums[i], words[i]);
+  for (int i = 1; i < 4; ++i) add(sums[0], sums[i]);
+  return sums[0];
 }
 
 }  // namespace fallow

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/cuts.h"
 #include "engine/tiles.h"
 
 namespace fallow {
@@ -111,5 +112,20 @@ struct Packed {
 // PackedError or GgufError naming what is wrong; every shape and type is checked here, so that
 // the engine need not.
 Packed read_packed(const uint8_t* data, uint64_t size);
+
+// The FFNs of a model that another engine runs (csrc/ggml_plugin), for what they need beside that engine's
+// own file.
+struct FfnFile {
+  // Of each layer's gate_proj, up_proj and down_proj as that file has them, three by three.
+  std::vector<uint64_t> fingerprints;
+  std::vector<Layer> layers;     // down_proj_t and outliers alone
+  std::vector<LayerCuts> cuts;   // one per layer, or none
+};
+
+// The same, of a file of `fallow llama pack`.
+FfnFile read_ffn_file(const uint8_t* data, uint64_t size);
+
+// Of n bytes, for telling models apart; no defence against anybody.
+uint64_t fingerprint(const uint8_t* data, uint64_t n);
 
 }  // namespace fallow

@@ -77,8 +77,8 @@ struct Runtime {
   Statistics statistics;
   std::function<void()> pause = [] {};  // called between steps of a long pass; may throw, which ends it
 
-  Runtime(const Kernels& table, int n_threads, size_t n_layers, size_t n_experts)
-      : kernels(table), pool(n_threads), statistics(n_layers, n_experts, n_threads) {}
+  Runtime(const Kernels& table, int n_threads, size_t n_layers, size_t n_experts, Team team = nullptr)
+      : kernels(table), pool(n_threads, team), statistics(n_layers, n_experts, n_threads) {}
 
   size_t n_threads() const { return static_cast<size_t>(pool.size()); }
 

@@ -15,6 +15,7 @@ from fallow.cli import (  # noqa: F401
     report,
     neurons,
     packed,
+    llama,
     patterns,
     plans,
     adapt,

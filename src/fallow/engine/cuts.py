@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fallow.engine.engine import Engine
 
 # How the core finds a cut's threshold: csrc/engine/cuts.h, Cut::By.
-_BY = {"threshold": 1, "topk": 2, "tail": 3}
+BY = {"threshold": 1, "topk": 2, "tail": 3}
 # The engine's projections that a fused one of the checkpoint stands for.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 Cut = tuple[int, int, int, float, np.ndarray | None]
@@ -34,7 +34,7 @@ def core_cuts(engine: "Engine", plan: Plan) -> list[Cut]:
         for layer in np.flatnonzero(cut.leaves_out).tolist():
             weight = _weight(engine, cut, layer, parts)
             found += [
-                (layer, _core.TAPS.index(part), _BY[cut.kind], float(cut.value[layer]), weight)
+                (layer, _core.TAPS.index(part), BY[cut.kind], float(cut.value[layer]), weight)
                 for part in parts
             ]
     return found

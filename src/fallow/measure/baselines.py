@@ -5,6 +5,7 @@ with one JSON line. Meant to be started by `fallow bench`.
 """
 
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -57,6 +58,16 @@ class LlamaCpp(Fed):
 
     def read(self, ids: list[int], position: int) -> None:
         self.model.eval(ids)
+
+
+class LlamaCppFallow(LlamaCpp):
+    """The same with our plugin; the plan is the file that FALLOW_PLAN names, if any."""
+
+    def __init__(self, source: str, threads: int, n_tokens: int) -> None:
+        import fallow.llama_cpp
+
+        fallow.llama_cpp.load(os.environ.get("FALLOW_PLAN"))
+        super().__init__(source, threads, n_tokens)
 
 
 class IkLlamaCpp(Fed):
@@ -138,6 +149,7 @@ class OpenVino:
 
 ENGINES: dict[str, Any] = {
     "llama.cpp": LlamaCpp,
+    "llama.cpp+fallow": LlamaCppFallow,
     "ik_llama.cpp": IkLlamaCpp,
     "ik_llama.cpp-rtr": IkRepacked,
     "openvino": OpenVino,

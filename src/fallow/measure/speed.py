@@ -33,6 +33,7 @@ from fallow.plan import Plan
 # laying weights out anew as they are loaded.
 BASELINES = {
     "llama.cpp": ("llama_cpp", "llama-cpp-python"),
+    "llama.cpp+fallow": ("llama_cpp", "llama-cpp-python"),
     "ik_llama.cpp": ("ik_llama_cpp", "ik-llama-cpp-python"),
     "ik_llama.cpp-rtr": ("ik_llama_cpp", "ik-llama-cpp-python"),
     "openvino": ("openvino_genai", "openvino-genai"),
@@ -86,7 +87,7 @@ def bench(
         memory=memory,
     )
     ids = _first_tokens(engine, text, context)
-    baseline = _Baseline(against, source, engine.threads, ids, prompt_tokens) if against else None
+    baseline = Baseline(against, source, engine.threads, ids, prompt_tokens) if against else None
     ours: list[dict[str, float]] = []
     theirs: list[dict[str, float]] = []
     stream: list[float] = []
@@ -213,7 +214,7 @@ def run_in_turn(
     with progress("timing", runs) as ticker, ExitStack() as stack:
         others = {}
         for name in against:
-            others[name] = _Baseline(name, source, engine.threads, ids, prompt_tokens)
+            others[name] = Baseline(name, source, engine.threads, ids, prompt_tokens)
             stack.callback(others[name].close)
         for _ in range(runs):
             for name, other in others.items():
@@ -259,11 +260,17 @@ def _summary(
     return result
 
 
-class _Baseline:
+class Baseline:
     """Another engine in a process of its own, so that its memory and threads are not ours."""
 
     def __init__(
-        self, name: str, source: str | Path | None, threads: int, ids: np.ndarray, prompt: int
+        self,
+        name: str,
+        source: str | Path | None,
+        threads: int,
+        ids: np.ndarray,
+        prompt: int,
+        plan: str | Path | None = None,  # of llama.cpp+fallow
     ) -> None:
         from importlib.util import find_spec
 
@@ -276,6 +283,7 @@ class _Baseline:
         self.name = name
         # Threads as it would have them: told to wait passively, llama.cpp's are slow.
         own = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+        own |= {"FALLOW_PLAN": str(plan or "")}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fallow.measure.baselines", name, str(source), str(threads)],
             stdin=subprocess.PIPE,

@@ -1,0 +1,755 @@
+// A back end of ggml for the feed-forward blocks of llama.cpp's models: `fallow llama build` makes
+// libggml-fallow.so of it, which llama.cpp loads when it starts. docs/how-to/llama-cpp.md is for users.
+//
+// The registered device is an accelerator whose buffers are not host memory: llama.cpp hands it every
+// ffn_gate, ffn_up and ffn_down whole (set_tensor), since it supports products with those alone. Back ends
+// are of a second device, which is not registered and whose own buffers are the CPU's: so activations stay
+// where they are, and llama.cpp's scheduler gives every FFN to it as one piece of the graph: two products,
+// their gated unit, a product. Those are computed together; where something else is among them (an adapter,
+// a callback), one by one.
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "engine/activation.h"
+#include "engine/ffn.h"
+#include "formats/dequant.h"
+#include "ggml-backend-impl.h"
+#include "platform/mapping.h"
+
+namespace fallow {
+namespace {
+
+constexpr size_t kBlock = 256;    // tokens that go through an FFN at once
+constexpr size_t kAlignment = 64;
+
+// Of the OpenMP team that ggml's own threads are: with as many threads it is the same.
+void in_team(int n, void (*call)(const void*, int), const void* context) {
+#pragma omp parallel num_threads(n)
+  for (int worker = omp_get_thread_num(); worker < n; worker += omp_get_num_threads()) call(context, worker);
+}
+
+void say(const std::string& text) { std::fprintf(stderr, "fallow: %s\n", text.c_str()); }
+
+// ---- The file beside a model ----
+
+struct MappedFile {
+  explicit MappedFile(const std::string& path)
+      : mapping(path), ffns(read_ffn_file(mapping.data(), mapping.size())) {}
+  Mapping mapping;
+  FfnFile ffns;
+};
+
+std::mutex file_mutex;
+std::shared_ptr<MappedFile> file_of_next_models;
+
+// Says why not, or nothing. Without a path: no file.
+std::string use_file(const char* path) {
+  std::shared_ptr<MappedFile> file;
+  try {
+    if (path && *path) file = std::make_shared<MappedFile>(path);
+  } catch (const std::exception& error) {
+    return std::string(path) + ": " + error.what();
+  }
+  const std::lock_guard lock(file_mutex);
+  file_of_next_models = std::move(file);
+  return {};
+}
+
+// ---- Weights ----
+
+enum Part { kGateProj, kUpProj, kDownProj, kParts };
+
+struct Weight {
+  size_t layer;
+  Part part;
+  Matrix w;
+  uint8_t* data;  // that w reads, where it is not the file's
+  uint64_t fingerprint = 0;
+};
+
+// blk.N.ffn_gate.weight and so on.
+std::optional<std::pair<size_t, Part>> place_of(const char* name) {
+  static const char* const kNames[kParts] = {"gate", "up", "down"};
+  unsigned layer = 0;
+  char part[8] = {}, end[2] = {};
+  if (std::sscanf(name, "blk.%u.ffn_%7[a-z].weigh%1[t]", &layer, part, end) != 3) return {};
+  for (int p = 0; p < kParts; ++p)
+    if (std::strcmp(part, kNames[p]) == 0) return {{layer, static_cast<Part>(p)}};
+  return {};
+}
+
+// Tokens of each layer and, summed over them, active neurons: the last layer reads what is asked for alone.
+struct Totals {
+  uint64_t bytes = 0;
+  std::vector<uint64_t> tokens, active;
+
+  void add(const Statistics& found, const std::vector<uint64_t>& read) {
+    bytes += found.bytes_read();
+    tokens.resize(std::max(tokens.size(), read.size()));
+    active.resize(tokens.size());
+    for (size_t l = 0; l < read.size(); ++l) {
+      tokens[l] += read[l];
+      active[l] += found.active[l];
+    }
+  }
+};
+
+class Machine;
+
+// The FFNs of one of llama.cpp's models: a buffer of ggml's.
+class Model {
+ public:
+  explicit Model(size_t size) : pages_(size), kernels_(*usable_kernels()[0]) {
+    const std::lock_guard lock(file_mutex);
+    file_ = file_of_next_models;
+  }
+
+  uint8_t* base() const { return pages_.data(); }
+  const Kernels& kernels() const { return kernels_; }
+
+  Weight* add(size_t layer, Part part, Matrix w) {
+    weights_.push_back(std::make_unique<Weight>(layer, part, w, const_cast<uint8_t*>(w.data)));
+    if (layer >= layers_.size()) layers_.resize(layer + 1);
+    return layers_[layer][part] = weights_.back().get();
+  }
+
+  // Takes the bytes of a weight, or leaves them where they are if the file has them by neuron.
+  void set(Weight& weight, const void* data, size_t offset, size_t size) {
+    const bool whole = offset == 0 && size == weight.w.bytes();
+    if (whole && file_) {
+      weight.fingerprint = fingerprint(static_cast<const uint8_t*>(data), size);
+      if (weight.part == kDownProj && is_as_in_file(weight)) return;
+    }
+    std::memcpy(weight.data + offset, data, size);
+  }
+
+  // The bytes that were set; false if they were left where they are.
+  bool get(const Weight& weight, void* data, size_t offset, size_t size) const {
+    if (weight.part == kDownProj && is_as_in_file(weight)) return false;
+    std::vector<uint8_t> rows(weight.data, weight.data + weight.w.bytes());
+    if (weight.w.layout != Layout::kRows) to_rows(weight.w.layout, rows.data(), weight.w.rows, weight.w.row_bytes);
+    std::memcpy(data, rows.data() + offset, size);
+    return true;
+  }
+
+  // Before the first pass: which layers run as the file says, and where weights lie.
+  void finish(int n_threads) {
+    const std::lock_guard lock(mutex_);
+    if (std::exchange(is_finished_, true)) return;
+    const FfnFile* ffns = file_ ? &file_->ffns : nullptr;
+    size_t known = 0, there = 0;
+    for (const auto& parts : layers_) {
+      if (!parts[kUpProj] && !parts[kDownProj]) continue;
+      ++there;
+      known += ffns && std::all_of(parts.begin(), parts.end(), [&](const Weight* w) { return !w || is_as_in_file(*w); });
+    }
+    follows_plan_ = ffns && known == there && there == ffns->layers.size() && !ffns->cuts.empty();
+    down_t_.resize(layers_.size());
+    uint64_t bytes = 0;
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      const Weight* down = layers_[l][kDownProj];
+      if (!ffns || !down || !is_as_in_file(*down)) continue;
+      down_t_[l] = ffns->layers[l];
+      bytes += down_t_[l].down_proj_t.bytes() + kAlignment;
+    }
+    copied_ = std::make_unique<Pages>(std::max<uint64_t>(bytes, 1));
+    std::vector<std::pair<Matrix*, Layout>> wanted;
+    uint8_t* at = copied_->data();
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      const LayerCuts* cuts = follows_plan_ ? &ffns->cuts[l] : nullptr;
+      const auto any = [&](std::initializer_list<Tap> taps) {
+        return cuts && std::any_of(taps.begin(), taps.end(), [&](Tap tap) { return (*cuts)[tap].cuts(); });
+      };
+      for (Weight* w : layers_[l]) {
+        if (!w || (w->part == kDownProj && down_t_[l].down_proj_t.data)) continue;
+        const bool rows = w->part == kUpProj && any({kGatePre, kGateAct});
+        wanted.push_back({&w->w, rows ? Layout::kRows : Layout::kDwordTiles});
+      }
+      if (Matrix& down = down_t_[l].down_proj_t; down.data) {
+        const bool rows = any({kGatePre, kGateAct, kUp, kInter, kDownInput});
+        copies_.push_back({at, down.data, down.bytes()});
+        down.data = at;
+        at += (down.bytes() + kAlignment - 1) / kAlignment * kAlignment;
+        wanted.push_back({&down, rows ? Layout::kRows : Layout::kByteTiles});
+      }
+    }
+    const ThreadPool pool(n_threads, in_team);
+    run(pool, copies_.size(), [&](size_t i) { std::memcpy(copies_[i].to, copies_[i].from, copies_[i].bytes); });
+    run(pool, wanted.size(), [&](size_t i) {
+      auto [w, layout] = wanted[i];
+      if (!has_tiles(kernels_, layout, w->type, w->rows, w->row_bytes)) return;
+      to_tiles(layout, const_cast<uint8_t*>(w->data), w->rows, w->row_bytes);
+      w->layout = layout;
+    });
+    if (file_) {
+      const std::string of = std::to_string(known) + " of " + std::to_string(there) + " FFNs";
+      if (known < there || there != ffns->layers.size())
+        say("the file was made for another model (" + of + " are the same); this one runs dense");
+    }
+  }
+
+  // An FFN that runs by neuron: gate_proj, up_proj and down_proj_t with its outliers.
+  std::optional<Layer> by_neuron(size_t l) const {
+    const auto& parts = layers_[l];
+    if (!parts[kGateProj] || !parts[kUpProj] || l >= down_t_.size() || !down_t_[l].down_proj_t.data) return {};
+    Layer layer = down_t_[l];
+    layer.gate_proj = parts[kGateProj]->w;
+    layer.up_proj = parts[kUpProj]->w;
+    return layer;
+  }
+  const Matrix* down_t(size_t l) const { return down_t_[l].down_proj_t.data ? &down_t_[l].down_proj_t : nullptr; }
+  const Layer& down_layer(size_t l) const { return down_t_[l]; }
+  size_t n_layers() const { return layers_.size(); }
+  size_t widest() const {
+    size_t widest = 0;
+    for (const auto& w : weights_) widest = std::max<size_t>({widest, w->w.rows, w->w.cols});
+    return widest;
+  }
+  std::vector<LayerCuts> cuts() const { return follows_plan_ ? file_->ffns.cuts : std::vector<LayerCuts>{}; }
+  bool follows_plan() const { return follows_plan_; }
+
+  std::mutex& mutex() { return mutex_; }
+  std::vector<Machine*> machines;  // that run it
+  Totals finished;                 // of those that do no more
+  std::atomic<uint64_t> fused = 0, apart = 0;  // FFNs computed together, and products one by one
+
+  std::string report();
+
+ private:
+  struct Copy {
+    uint8_t* to;
+    const uint8_t* from;
+    uint64_t bytes;
+  };
+
+  template <class Body>
+  static void run(const ThreadPool& pool, size_t n, const Body& body) {
+    std::atomic<size_t> next = 0;
+    const_cast<ThreadPool&>(pool).run([&](int) {
+      for (size_t i; (i = next.fetch_add(1)) < n;) body(i);
+    });
+  }
+
+  bool is_as_in_file(const Weight& weight) const {
+    if (!file_ || weight.layer >= file_->ffns.layers.size()) return false;
+    return file_->ffns.fingerprints[weight.layer * kParts + weight.part] == weight.fingerprint;
+  }
+
+  Pages pages_;
+  const Kernels& kernels_;
+  std::shared_ptr<MappedFile> file_;
+  std::vector<std::unique_ptr<Weight>> weights_;
+  std::vector<std::array<Weight*, kParts>> layers_;
+  std::vector<Layer> down_t_;  // of each layer, if the file has it: down_proj_t and outliers
+  std::vector<Copy> copies_;
+  std::unique_ptr<Pages> copied_;
+  std::mutex mutex_;
+  bool is_finished_ = false, follows_plan_ = false;
+};
+
+std::mutex models_mutex;
+std::vector<std::shared_ptr<Model>> models;
+
+// ---- Computing ----
+
+std::optional<Act> act_of(const ggml_tensor* node) {
+  switch (ggml_get_glu_op(node)) {
+    case GGML_GLU_OP_SWIGLU: return Act::kSilu;
+    case GGML_GLU_OP_GEGLU: return Act::kGeluTanh;
+    case GGML_GLU_OP_GEGLU_ERF: return Act::kGelu;
+    case GGML_GLU_OP_REGLU: return Act::kRelu;
+    default: return {};
+  }
+}
+
+// What one of llama.cpp's contexts needs to run a model with some threads.
+class Machine {
+ public:
+  Machine(std::shared_ptr<Model> model, int n_threads)
+      : model_(std::move(model)), run_(model_->kernels(), n_threads, model_->n_layers(), 0, in_team),
+        cuts_(run_, model_->widest()), products_(run_, cuts_, kBlock, model_->widest(), model_->widest()),
+        x_(kBlock, model_->widest(), run_.kernels), tokens_(model_->n_layers()) {
+    const std::lock_guard lock(model_->mutex());
+    model_->machines.push_back(this);
+  }
+  ~Machine() {
+    const std::lock_guard lock(model_->mutex());
+    std::erase(model_->machines, this);
+    count_in(model_->finished);
+  }
+
+  void count_in(Totals& totals) const { totals.add(run_.statistics, tokens_); }
+
+  // down(act(gate x) * up x). False: it is for others to compute, one product after another.
+  bool ffn(const Weight& gate, const Weight& up, const Weight& down, Act act, const ggml_tensor* x,
+           ggml_tensor* out) {
+    if (!prepare(act)) return false;
+    const size_t hidden = gate.w.cols;
+    if (up.w.cols != hidden || up.w.rows != gate.w.rows) return false;
+    const bool by_neuron = ffn_ && packed_.layers[gate.layer].down_proj_t.data;
+    if (!by_neuron && (down.w.cols != gate.w.rows || model_->down_t(down.layer))) return false;
+    for_blocks(x, [&](size_t t, size_t n) {
+      float* y = row(out, t);
+      if (by_neuron) {
+        ffn_->forward(gate.layer, x_, n, y);
+        return;
+      }
+      const size_t d_ff = gate.w.rows;
+      inter_.resize(2 * kBlock * d_ff);
+      float *gated = inter_.data(), *upped = gated + kBlock * d_ff;
+      products_.multiply(0, x_, n, {{gate.w, nullptr, gated, kGateInput}, {up.w, nullptr, upped, kUpInput}});
+      glu(packed_.config, n, d_ff, gated, upped, gated);
+      set_input(d_ff, n, [&](size_t i) { return gated + i * d_ff; });
+      products_.multiply(x_, n, {down.w, nullptr, y, kDownInput});
+      run_.statistics.active[gate.layer] += n * d_ff;
+    });
+    tokens_[gate.layer] += static_cast<size_t>(ggml_nrows(x));
+    ++model_->fused;
+    return true;
+  }
+
+  void product(const Weight& weight, const ggml_tensor* x, ggml_tensor* out) {
+    const Matrix* by_neuron = weight.part == kDownProj ? model_->down_t(weight.layer) : nullptr;
+    for_blocks(x, [&](size_t t, size_t n) {
+      float* y = row(out, t);
+      if (!by_neuron) return products_.multiply(x_, n, {weight.w, nullptr, y, kDownInput});
+      const Layer& layer = model_->down_layer(weight.layer);
+      if (is_decode(n)) {
+        sum_few(*by_neuron, n, y);
+      } else {
+        products_.sum_rows(*by_neuron, n, x_.x.data(), y);
+      }
+      for (size_t i = 0; i < n; ++i) add_outliers(layer, x_.x.data() + i * x_.width, y + i * by_neuron->cols);
+    });
+    ++model_->apart;
+  }
+
+  void glu(const ggml_tensor* gate, const ggml_tensor* up, Act act, ggml_tensor* out) {
+    Config config{};
+    config.act = act;
+    const auto width = static_cast<size_t>(gate->ne[0]);
+    run_.for_tokens(static_cast<size_t>(ggml_nrows(gate)), [&](size_t t, int) {
+      glu(run_.kernels, config, width, row(gate, t), row(up, t), row(out, t));
+    });
+  }
+
+ private:
+  static float* row(const ggml_tensor* x, size_t t) {
+    return reinterpret_cast<float*>(static_cast<char*>(x->data) + t * x->nb[1]);
+  }
+
+  static void glu(const Kernels& kernels, const Config& config, size_t n, const float* gate, const float* up, float* out) {
+    if (out != gate) std::copy_n(gate, n, out);
+    activate(kernels, config, out, n);
+    for (size_t i = 0; i < n; ++i) out[i] *= up[i];
+  }
+  void glu(const Config& config, size_t tokens, size_t n, const float* gate, const float* up, float* out) {
+    run_.for_tokens(tokens, [&](size_t t, int) {
+      glu(run_.kernels, config, n, gate + t * n, up + t * n, out + t * n);
+    });
+  }
+
+  template <class RowOf>
+  void set_input(size_t width, size_t n, const RowOf& row_of) {
+    x_.width = width;
+    run_.for_tokens(n, [&](size_t t, int) { std::copy_n(row_of(t), width, x_.x.data() + t * width); });
+    products_.prepare(x_, n);
+  }
+
+  template <class Body>
+  void for_blocks(const ggml_tensor* x, const Body& body) {
+    const auto all = static_cast<size_t>(ggml_nrows(x));
+    for (size_t t = 0, n; t < all; t += n) {
+      n = std::min(kBlock, all - t);
+      set_input(static_cast<size_t>(x->ne[0]), n, [&](size_t i) { return row(x, t + i); });
+      body(t, n);
+    }
+  }
+
+  // The FFNs that run by neuron, once it is known what activates them.
+  bool prepare(Act act) {
+    if (is_prepared_) return act == packed_.config.act;
+    is_prepared_ = true;
+    packed_.config.act = act;
+    packed_.config.gated = true;
+    for (size_t l = 0; l < model_->n_layers(); ++l) {
+      packed_.layers.push_back(model_->by_neuron(l).value_or(Layer{}));
+      const Matrix& gate = packed_.layers.back().gate_proj;
+      if (!gate.data) continue;
+      uint32_t &hidden = packed_.config.hidden_size, &d_ff = packed_.config.intermediate_size;
+      if (d_ff == 0) hidden = static_cast<uint32_t>(gate.cols), d_ff = static_cast<uint32_t>(gate.rows);
+      if (hidden != gate.cols || d_ff != gate.rows) packed_.layers.back() = Layer{};
+    }
+    if (packed_.config.intermediate_size > 0) {
+      cuts_.set(model_->cuts());
+      cuts_.set_skips_zeros(packed_.config.has_zeros(), false);
+      ffn_.emplace(run_, cuts_, products_, packed_, kBlock);
+    }
+    return true;
+  }
+
+  // y = x W_down^T by rows of down_proj_t, those of zeros left out.
+  void sum_few(const Matrix& w, size_t n, float* y) {
+    partial_.resize(run_.n_threads() * w.cols);
+    list_.resize(w.rows);
+    coefficients_.resize(w.rows);
+    for (size_t t = 0; t < n; ++t, y += w.cols) {
+      const float* x = x_.x.data() + t * w.rows;
+      const bool tiled = w.layout != Layout::kRows;
+      size_t count = w.rows;
+      if (!tiled) {
+        count = run_.kernels.list_nonzero(x, 0, w.rows, list_.data());
+        for (size_t i = 0; i < count; ++i) coefficients_[i] = x[list_[i]];
+      }
+      run_.pool.run([&](int worker) {
+        float* own = partial_.data() + static_cast<size_t>(worker) * w.cols;
+        std::fill_n(own, w.cols, 0.0f);
+        if (tiled) {
+          const Share s = share_of_rows(count, worker, run_.pool.size());
+          products_.axpy(w, s.begin, s.end - s.begin, x + s.begin, w.rows, 1, own, w.cols, worker);
+        } else {
+          const Share s = share_of(count, worker, run_.pool.size());
+          products_.axpy(w, list_.data() + s.begin, 0, s.end - s.begin, coefficients_.data() + s.begin, own, worker);
+        }
+      });
+      std::copy_n(partial_.begin(), w.cols, y);
+      for (size_t i = 1; i < run_.n_threads(); ++i) add_to(y, partial_.data() + i * w.cols, w.cols);
+    }
+  }
+
+  void add_outliers(const Layer& layer, const float* x, float* y) {
+    const Matrix& w = layer.outliers;
+    if (w.rows == 0) return;
+    std::vector<float> own(w.rows);
+    for (size_t i = 0; i < w.rows; ++i) own[i] = x[layer.outlier_neurons[i]];
+    run_.kernels.axpy_rows[w.type](w.data, w.row_bytes, nullptr, 0, w.rows, w.cols, own.data(), y);
+  }
+
+  std::shared_ptr<Model> model_;
+  Runtime run_;
+  Cuts cuts_;
+  Products products_;
+  Input x_;
+  std::vector<uint64_t> tokens_;  // of each layer, computed whole
+  bool is_prepared_ = false;
+  Packed packed_{};
+  std::optional<Ffn> ffn_;
+  std::vector<float> inter_, partial_, coefficients_;
+  std::vector<int32_t> list_;
+};
+
+std::string Model::report() {
+  const std::lock_guard lock(mutex_);
+  Totals all = finished;
+  for (const Machine* machine : machines) machine->count_in(all);
+  const auto list = [](const std::vector<uint64_t>& values) {
+    std::string text;
+    for (const uint64_t value : values) text += (text.empty() ? "[" : ", ") + std::to_string(value);
+    return text.empty() ? "[]" : text + "]";
+  };
+  std::vector<uint64_t> neurons;
+  for (const auto& parts : layers_) neurons.push_back(parts[kUpProj] ? parts[kUpProj]->w.rows : 0);
+  return std::string("{\"kernels\": \"") + kernels_.name + "\", \"plan\": " + (follows_plan_ ? "true" : "false") +
+         ", \"bytes\": " + std::to_string(all.bytes) + ", \"fused\": " + std::to_string(fused) +
+         ", \"apart\": " + std::to_string(apart) + ", \"tokens\": " + list(all.tokens) +
+         ", \"active\": " + list(all.active) + ", \"neurons\": " + list(neurons) + "}";
+}
+
+// ---- ggml's interface ----
+
+const char* name_of_type(ggml_backend_buffer_type_t) { return "fallow"; }
+ggml_backend_buffer_type_t weights_type();
+ggml_backend_dev_t device();
+ggml_backend_dev_t computing_device();
+
+Weight* weight_of(const ggml_tensor* tensor) {
+  const bool ours = tensor && tensor->buffer && tensor->buffer->buft == weights_type();
+  return ours ? static_cast<Weight*>(tensor->extra) : nullptr;
+}
+bool is_ours(const ggml_tensor* tensor) {
+  return tensor && tensor->buffer && tensor->buffer->buft == weights_type();
+}
+std::shared_ptr<Model> model_of(const ggml_tensor* weight) {
+  return *static_cast<std::shared_ptr<Model>*>(weight->buffer->context);
+}
+
+const ggml_backend_buffer_i kBuffer = {
+    .free_buffer =
+        [](ggml_backend_buffer_t buffer) {
+          auto* model = static_cast<std::shared_ptr<Model>*>(buffer->context);
+          if (std::getenv("FALLOW_STATISTICS")) say((*model)->report());
+          {
+            const std::lock_guard lock(models_mutex);
+            std::erase(models, *model);
+          }
+          delete model;
+        },
+    .get_base =
+        [](ggml_backend_buffer_t buffer) -> void* {
+          return (*static_cast<std::shared_ptr<Model>*>(buffer->context))->base();
+        },
+    .init_tensor = [](ggml_backend_buffer_t buffer, ggml_tensor* tensor) -> ggml_status {
+      const auto place = place_of(tensor->name);
+      if (!place || tensor->view_src) return GGML_STATUS_SUCCESS;
+      const Matrix w{static_cast<const uint8_t*>(tensor->data), static_cast<uint32_t>(tensor->type),
+                     static_cast<uint64_t>(tensor->ne[1]), static_cast<uint64_t>(tensor->ne[0]), tensor->nb[1]};
+      tensor->extra = (*static_cast<std::shared_ptr<Model>*>(buffer->context))->add(place->first, place->second, w);
+      return GGML_STATUS_SUCCESS;
+    },
+    .memset_tensor = [](ggml_backend_buffer_t, ggml_tensor* tensor, uint8_t value, size_t offset,
+                        size_t size) { std::memset(static_cast<char*>(tensor->data) + offset, value, size); },
+    .set_tensor =
+        [](ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
+          Weight* weight = weight_of(tensor);
+          if (weight) {
+            (*static_cast<std::shared_ptr<Model>*>(buffer->context))->set(*weight, data, offset, size);
+          } else {
+            std::memcpy(static_cast<char*>(tensor->data) + offset, data, size);
+          }
+        },
+    .get_tensor =
+        [](ggml_backend_buffer_t buffer, const ggml_tensor* tensor, void* data, size_t offset, size_t size) {
+          const Weight* weight = weight_of(tensor);
+          if (!weight) {
+            std::memcpy(data, static_cast<const char*>(tensor->data) + offset, size);
+          } else if (!(*static_cast<std::shared_ptr<Model>*>(buffer->context))->get(*weight, data, offset, size)) {
+            say(std::string(tensor->name) + " cannot be read back: it is in the file of FALLOW_PLAN, by neuron");
+          }
+        },
+    .set_tensor_2d = nullptr,
+    .get_tensor_2d = nullptr,
+    .cpy_tensor = nullptr,
+    .clear = [](ggml_backend_buffer_t, uint8_t) {},  // pages are zero
+    .reset = nullptr,
+};
+
+ggml_backend_buffer_type_t weights_type() {
+  static ggml_backend_buffer_type type = {
+      .iface = {
+          .get_name = name_of_type,
+          .alloc_buffer = [](ggml_backend_buffer_type_t own, size_t size) -> ggml_backend_buffer_t {
+            try {
+              auto model = std::make_shared<Model>(size);
+              {
+                const std::lock_guard lock(models_mutex);
+                models.push_back(model);
+              }
+              return ggml_backend_buffer_init(own, kBuffer, new std::shared_ptr<Model>(model), size);
+            } catch (const std::exception& error) {
+              say(error.what());
+              return nullptr;
+            }
+          },
+          .get_alignment = [](ggml_backend_buffer_type_t) { return kAlignment; },
+          .get_max_size = nullptr,
+          .get_alloc_size = nullptr,
+          .is_host = [](ggml_backend_buffer_type_t) { return false; },
+      },
+      .device = device(),
+      .context = nullptr,
+  };
+  return &type;
+}
+
+// Rows of floats, a step apart.
+bool is_plain(const ggml_tensor* x) {
+  const bool is_matrix = x->ne[2] == 1 && x->ne[3] == 1;
+  return x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && (is_matrix || ggml_is_contiguous(x));
+}
+
+// Nodes at which nothing is computed.
+bool is_nothing(const ggml_tensor* op) {
+  return op->op == GGML_OP_NONE || op->op == GGML_OP_VIEW || op->op == GGML_OP_RESHAPE || op->op == GGML_OP_PERMUTE ||
+         op->op == GGML_OP_TRANSPOSE;
+}
+
+bool supports(const ggml_tensor* op) {
+  if (is_nothing(op)) return true;
+  if (op->op == GGML_OP_MUL_MAT) {
+    const ggml_tensor *w = op->src[0], *x = op->src[1];
+    if (!is_ours(w) || !place_of(w->name) || w->view_src || !is_plain(x) || !is_plain(op)) return false;
+    const auto type = static_cast<uint32_t>(w->type);
+    return type < kGgmlTypes && usable_kernels()[0]->gemv_rows[type] && w->ne[0] % 32 == 0 && w->ne[1] % 32 == 0 &&
+           w->ne[2] == 1 && w->ne[3] == 1;
+  }
+  if (op->op == GGML_OP_GLU) {
+    const auto is_product = [](const ggml_tensor* t) { return t && t->op == GGML_OP_MUL_MAT && is_ours(t->src[0]); };
+    return is_product(op->src[0]) && is_product(op->src[1]) && is_plain(op) && act_of(op).has_value();
+  }
+  return false;
+}
+
+struct Backend {
+  int n_threads = 1;
+  std::map<std::pair<const Model*, int>, std::unique_ptr<Machine>> machines;
+
+  Machine& machine(const ggml_tensor* weight) {
+    const auto model = model_of(weight);
+    auto& found = machines[{model.get(), n_threads}];
+    if (!found) {
+      model->finish(n_threads);
+      found = std::make_unique<Machine>(model, n_threads);
+    }
+    return *found;
+  }
+
+  // The four nodes of an FFN, from the i-th on.
+  bool ffn(ggml_cgraph* graph, int i) {
+    if (i + 3 >= ggml_graph_n_nodes(graph)) return false;
+    ggml_tensor *first = ggml_graph_node(graph, i), *second = ggml_graph_node(graph, i + 1),
+                *glu = ggml_graph_node(graph, i + 2), *last = ggml_graph_node(graph, i + 3);
+    if (first->op != GGML_OP_MUL_MAT || second->op != GGML_OP_MUL_MAT || glu->op != GGML_OP_GLU ||
+        last->op != GGML_OP_MUL_MAT)
+      return false;
+    const bool up_first = glu->src[1] == first;
+    ggml_tensor *gate = up_first ? second : first, *up = up_first ? first : second;
+    const Weight *wg = weight_of(gate->src[0]), *wu = weight_of(up->src[0]), *wd = weight_of(last->src[0]);
+    const bool is_whole = wg && wu && wd && wg->part == kGateProj && wu->part == kUpProj && wd->part == kDownProj &&
+                          wg->layer == wu->layer && wg->layer == wd->layer && gate->src[1] == up->src[1] &&
+                          glu->src[0] == gate && glu->src[1] == up && last->src[1] == glu;
+    if (!is_whole || ((gate->flags | up->flags | glu->flags) & GGML_TENSOR_FLAG_OUTPUT)) return false;
+    return last->nb[1] == last->ne[0] * sizeof(float) &&
+           machine(last->src[0]).ffn(*wg, *wu, *wd, *act_of(glu), gate->src[1], last);
+  }
+
+  ggml_status compute(ggml_cgraph* graph) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+      ggml_tensor* node = ggml_graph_node(graph, i);
+      if (ggml_is_empty(node) || is_nothing(node)) continue;
+      switch (node->op) {
+        case GGML_OP_MUL_MAT:
+          if (ffn(graph, i)) {
+            i += 3;
+          } else {
+            machine(node->src[0]).product(*weight_of(node->src[0]), node->src[1], node);
+          }
+          continue;
+        case GGML_OP_GLU:
+          machine(node->src[0]->src[0]).glu(node->src[0], node->src[1], *act_of(node), node);
+          continue;
+        default: return GGML_STATUS_FAILED;
+      }
+    }
+    return GGML_STATUS_SUCCESS;
+  }
+};
+
+ggml_backend_t make_backend(ggml_backend_dev_t, const char*) {
+  static const ggml_guid kGuid = {0x66, 0x61, 0x6c, 0x6c, 0x6f, 0x77, 0x2d, 0x66,
+                                  0x66, 0x6e, 0x2d, 0x73, 0x6b, 0x69, 0x70, 0x31};
+  ggml_backend_i own{};
+  own.get_name = [](ggml_backend_t) { return "fallow"; };
+  own.free = [](ggml_backend_t backend) {
+    delete static_cast<Backend*>(backend->context);
+    delete backend;
+  };
+  own.graph_compute = [](ggml_backend_t backend, ggml_cgraph* graph) {
+    return static_cast<Backend*>(backend->context)->compute(graph);
+  };
+  return new ggml_backend{const_cast<ggml_guid*>(&kGuid), own, computing_device(), new Backend};
+}
+
+ggml_backend_reg_t registry();
+
+ggml_backend_device make_device(bool registered) {
+  ggml_backend_device_i own{};
+  own.get_name = [](ggml_backend_dev_t) { return "fallow"; };
+  own.get_description = [](ggml_backend_dev_t) { return "feed-forward blocks by fallow"; };
+  own.get_memory = [](ggml_backend_dev_t, size_t* free, size_t* total) { *free = *total = 0; };
+  own.get_type = [](ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; };
+  own.get_props = [](ggml_backend_dev_t dev, ggml_backend_dev_props* props) {
+    *props = {};
+    props->name = dev->iface.get_name(dev);
+    props->description = dev->iface.get_description(dev);
+    props->type = GGML_BACKEND_DEVICE_TYPE_ACCEL;
+  };
+  own.init_backend = make_backend;
+  own.get_buffer_type = registered ? [](ggml_backend_dev_t) { return weights_type(); }
+                                   : [](ggml_backend_dev_t) { return ggml_backend_cpu_buffer_type(); };
+  own.supports_op = [](ggml_backend_dev_t, const ggml_tensor* op) { return supports(op); };
+  own.supports_buft = [](ggml_backend_dev_t, ggml_backend_buffer_type_t type) {
+    return type == weights_type() || ggml_backend_buft_is_host(type);
+  };
+  return {own, registry(), nullptr};
+}
+
+ggml_backend_dev_t device() {
+  static ggml_backend_device own = make_device(true);
+  return &own;
+}
+ggml_backend_dev_t computing_device() {
+  static ggml_backend_device own = make_device(false);
+  return &own;
+}
+
+ggml_backend_reg_t registry() {
+  static ggml_backend_reg own = {
+      .api_version = GGML_BACKEND_API_VERSION,
+      .iface = {
+          .get_name = [](ggml_backend_reg_t) { return "fallow"; },
+          .get_device_count = [](ggml_backend_reg_t) { return size_t{1}; },
+          .get_device = [](ggml_backend_reg_t, size_t) { return device(); },
+          .get_proc_address = [](ggml_backend_reg_t, const char* name) -> void* {
+            if (std::strcmp(name, "ggml_backend_set_n_threads") != 0) return nullptr;
+            const ggml_backend_set_n_threads_t set = [](ggml_backend_t backend, int n) {
+              static_cast<Backend*>(backend->context)->n_threads = std::max(1, n);
+            };
+            return reinterpret_cast<void*>(set);
+          },
+      },
+      .context = nullptr,
+  };
+  return &own;
+}
+
+}  // namespace
+}  // namespace fallow
+
+extern "C" {
+
+// Of ggml_object, which its headers do not show.
+constexpr size_t kObject = 32;
+
+// Null, which llama.cpp takes for "not here", where structures differ from those this was built with.
+__attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init() {
+  if (std::strcmp(ggml_version(), FALLOW_GGML_VERSION) != 0 ||
+      ggml_tensor_overhead() != kObject + sizeof(ggml_tensor)) {
+    fallow::say(std::string("built for ggml ") + FALLOW_GGML_VERSION + ", but this is " + ggml_version() +
+                "; run: fallow llama build");
+    return nullptr;
+  }
+  if (const std::string problem = fallow::use_file(std::getenv("FALLOW_PLAN")); !problem.empty())
+    fallow::say(problem + "; models run dense");
+  return fallow::registry();
+}
+
+// For models loaded from now on, a file of `fallow llama pack`; null or "": none. Returns null, or why not,
+// until the next call.
+__attribute__((visibility("default"))) const char* fallow_use_plan(const char* path) {
+  static std::string problem;
+  problem = fallow::use_file(path);
+  return problem.empty() ? nullptr : problem.c_str();
+}
+
+// What was computed for each model that is loaded, as JSON; until the next call.
+__attribute__((visibility("default"))) const char* fallow_statistics() {
+  static std::string text;
+  const std::lock_guard lock(fallow::models_mutex);
+  text = "[";
+  for (const auto& model : fallow::models) text += (text.size() > 1 ? ", " : "") + model->report();
+  return (text += "]").c_str();
+}
+}

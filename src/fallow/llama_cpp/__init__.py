@@ -1,0 +1,73 @@
+"""Skipped neurons inside llama.cpp: a plugin for the library that is installed, not a fork.
+
+    import fallow.llama_cpp
+    fallow.llama_cpp.load(plan="model.ffn.gguf")   # before any model; of `fallow llama pack`
+    llm = llama_cpp.Llama("model.gguf")
+
+docs/how-to/llama-cpp.md
+"""
+
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+from fallow.common.errors import FallowError
+from fallow.llama_cpp.plugin import built, installed
+
+_plugin: ctypes.CDLL | None = None
+
+
+def load(plan: str | Path | None = None) -> None:
+    """Lets llama-cpp-python's models that are loaded from now on compute their FFNs here.
+
+    Args:
+        plan: a file of `fallow llama pack`, for the model that is loaded next; None: dense. May be
+            called again with another. A model that the file was not made for runs dense, and a
+            line on stderr says so.
+
+    Raises:
+        FallowError: llama-cpp-python is not installed, the plugin was not built for this version
+            of it (`fallow llama build`), or the file is none of that kind.
+    """
+    global _plugin
+    target = installed()
+    if _plugin is None:
+        path = built(target)
+        import llama_cpp
+
+        # The registry that models look into is that of the library which llama_cpp itself loaded.
+        register: Any = llama_cpp.llama_cpp._lib.ggml_backend_load
+        register.restype, register.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+        if not register(str(path).encode()):
+            raise FallowError(f"{target.name} does not take the plugin; run: fallow llama build")
+        _plugin = ctypes.CDLL(str(path))
+        _plugin.fallow_use_plan.restype = ctypes.c_char_p
+        _plugin.fallow_use_plan.argtypes = [ctypes.c_char_p]
+        _plugin.fallow_statistics.restype = ctypes.c_char_p
+    problem = _plugin.fallow_use_plan(None if plan is None else str(plan).encode())
+    if problem:
+        raise FallowError(problem.decode(errors="replace"))
+
+
+def statistics() -> list[dict[str, Any]]:
+    """What was computed for each model that is loaded now, oldest first.
+
+    Each has `plan` (whether one is followed), `tokens`, `bytes_per_token` of FFN weights that
+    decode read (all tokens count, those of prompts read none), `inactive`, the share of neurons
+    left out, `inactive_per_layer`, `fused`, the FFNs computed whole, and `apart`, products
+    computed one by one, as under a LoRA adapter or a callback.
+    """
+    if _plugin is None:
+        return []
+    return [_readable(found) for found in json.loads(_plugin.fallow_statistics())]
+
+
+def _readable(found: dict[str, Any]) -> dict[str, Any]:
+    neurons, active, tokens = (found.pop(key) for key in ("neurons", "active", "tokens"))
+    there = [t * n for t, n in zip(tokens, neurons, strict=False)]
+    layers = [1 - a / n if n else 0.0 for a, n in zip(active, there, strict=True)]
+    found["tokens"] = max(tokens, default=0)
+    found["bytes_per_token"] = found.pop("bytes") / max(1, found["tokens"])
+    found["inactive"] = 1 - sum(active) / sum(there) if any(there) else 0.0
+    return found | {"inactive_per_layer": layers}

@@ -1,0 +1,232 @@
+"""The file that llama.cpp's models get beside their own: down_proj by neuron, and a plan.
+
+docs/packed.md describes it. The plugin (csrc/ggml_plugin) maps it, and takes it for a model whose
+FFN weights are, byte by byte, those that it was made for.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fallow import _core
+from fallow.checkpoints.weights import GgufFile, StoredTensor, fingerprint, read_gguf
+from fallow.common.errors import FallowError, UsageError
+from fallow.common.files import atomic_path, check_writable
+from fallow.common.progress import note, progress
+from fallow.engine.cuts import BY
+from fallow.packing.quantize import QUANT_TYPES, Matrix, quantize
+from fallow.plan import COLUMN_NORM, FFN_TAPS, Cut, Plan
+
+VERSION = 1
+PARTS = ("gate", "up", "down")
+# Inputs of an FFN's projections, which have no tap of their own.
+_INPUTS = ("gate_proj", "up_proj", "down_proj")
+_DEFAULT_DOWN = ("Q6_K", "Q8_0")  # rows of whole 256s, and others
+
+
+def pack_ffns(
+    model: str | Path,
+    output: str | Path,
+    *,
+    packed: str | Path | None = None,
+    plan: Plan | None = None,
+    down: str | None = None,
+) -> None:
+    """Writes what the plugin needs to skip neurons of a GGUF that llama.cpp runs.
+
+    Args:
+        model: the GGUF, of any architecture with dense FFNs.
+        packed: what `fallow pack` or `optimize` made of it: down_proj_t is taken from there, in
+            the type that passed its self-check, and the plan unless another is given.
+        plan: what to skip; None, and none in `packed`: only what a ReLU makes zero.
+        down: without `packed`, the type of down_proj_t; default Q6_K, or Q8_0 where rows are no
+            multiple of 256. How far that is from the model, `verify` tells.
+
+    Raises:
+        FallowError: the file has no dense FFNs, `packed` is of another model, or the plan cuts
+            what the plugin does not compute.
+        UsageError: an unknown type, or one given beside `packed`.
+    """
+    check_writable(output)
+    if down is not None and down.upper() not in QUANT_TYPES:
+        raise UsageError(f"unknown type {down!r}; known: {', '.join(QUANT_TYPES).lower()}")
+    if down is not None and packed is not None:
+        raise UsageError("--down is for models without --packed, which has its own type")
+    file = read_gguf(model)
+    layers = [_ffn_of(file, i) for i in range(_count_layers(file))]
+    d_ff, hidden = layers[0]["up"].shape
+    if any(t["up"].shape != (d_ff, hidden) for t in layers):
+        raise FallowError(f"{model} has FFNs of several sizes, which the plugin runs dense")
+    source = _Packed(read_gguf(packed), layers) if packed is not None else None
+    if plan is None and source is not None:
+        plan = source.plan
+    elif plan is not None and plan.fingerprint != fingerprint(file.tensors):
+        note(
+            f"the plan was made on {plan.model} in another form than {model}; whether their "
+            "weights are the same, fallow llama verify tells"
+        )
+    with atomic_path(output) as temporary:
+        _write(temporary, layers, source, plan, down)
+
+
+class _Packed:
+    """down_proj_t and outliers of a packed model, which must be of these FFNs."""
+
+    def __init__(self, file: GgufFile, layers: list[dict[str, StoredTensor]]) -> None:
+        self.file = file
+        if "fallow.version" not in file.metadata:
+            raise FallowError(f"{file.path} is not a packed model; make one with: fallow pack")
+        if file.get("fallow.n_layers") != len(layers) or not self._has_inputs_of(layers):
+            raise FallowError(f"{file.path} was packed from another model")
+
+    def _has_inputs_of(self, layers: list[dict[str, StoredTensor]]) -> bool:
+        """Whether gate_proj and up_proj, which keep their bytes, are these."""
+        for i, tensors in enumerate(layers):
+            for part in tensors.keys() - {"down"}:
+                own = self._tensor(i, f"{part}_proj.weight")
+                if not np.array_equal(tensors[part].data.reshape(-1), own.data.reshape(-1)):
+                    return False
+        return True
+
+    @property
+    def plan(self) -> Plan | None:
+        found = self.file.tensors.get("plan")
+        return None if found is None else Plan.from_bytes(found.data.tobytes(), str(self.file.path))
+
+    @property
+    def outliers(self) -> list[int]:
+        return list(self.file.get("fallow.outliers", []))
+
+    def matrix(self, layer: int, name: str) -> Matrix:
+        found = self._tensor(layer, f"{name}.weight")
+        rows, cols = found.shape
+        return Matrix(found.type, (rows, cols), found.data.reshape(rows, -1))
+
+    def _tensor(self, layer: int, name: str) -> StoredTensor:
+        key = f"layers.{layer}.{name}"
+        if key not in self.file.tensors:
+            raise FallowError(f"{self.file.path} has no tensor {key}")
+        return self.file.tensors[key]
+
+
+def _count_layers(file: GgufFile) -> int:
+    found = [re.fullmatch(r"blk\.(\d+)\.ffn_up\.weight", name) for name in file.tensors]
+    numbers = sorted(int(m[1]) for m in found if m)
+    if not numbers:
+        experts = any("_exps." in name for name in file.tensors)
+        raise FallowError(
+            f"{file.path} has {'a mixture of experts' if experts else 'no dense FFNs'}, of which "
+            "the plugin computes nothing"
+        )
+    if numbers != list(range(len(numbers))):
+        raise FallowError(f"{file.path} has dense FFNs in some layers only, which is not supported")
+    return len(numbers)
+
+
+def _ffn_of(file: GgufFile, layer: int) -> dict[str, StoredTensor]:
+    names = {part: f"blk.{layer}.ffn_{part}.weight" for part in PARTS}
+    found = {part: file.tensors[name] for part, name in names.items() if name in file.tensors}
+    if "down" not in found:
+        raise FallowError(f"{file.path} has no tensor {names['down']}")
+    return found
+
+
+def _write(
+    path: Path,
+    layers: list[dict[str, StoredTensor]],
+    source: _Packed | None,
+    plan: Plan | None,
+    down: str | None,
+) -> None:
+    import gguf
+    from gguf import GGUFValueType as Kind
+
+    d_ff, hidden = layers[0]["up"].shape
+    kind = down.upper() if down else _DEFAULT_DOWN[hidden % 256 != 0]
+    writer = gguf.GGUFWriter(path, "fallow")
+    writer.add_custom_alignment(64)
+    for key, value in (
+        ("version", VERSION),
+        ("n_layers", len(layers)),
+        ("hidden_size", hidden),
+        ("intermediate_size", d_ff),
+    ):
+        writer.add_uint32(f"fallow.ffn.{key}", value)
+    marks: list[int] = []
+    norms = []
+    outliers = source.outliers if source is not None else []
+    with progress("FFNs", len(layers)) as ticker:
+        for i, tensors in enumerate(layers):
+            marks += [
+                _core.fingerprint(tensors[p].data.reshape(-1)) if p in tensors else 0 for p in PARTS
+            ]
+            values = np.ascontiguousarray(tensors["down"].dequantize().T)
+            norms.append(np.sqrt(np.square(values, dtype=np.float64).sum(axis=1)))
+            matrix = source.matrix(i, "down_proj_t") if source else quantize(values, kind)
+            _add(writer, f"layers.{i}.down_proj_t.weight", matrix)
+            if outliers and source:
+                _add(writer, f"layers.{i}.outliers.weight", source.matrix(i, "outliers"))
+            ticker.advance()
+    writer.add_key_value("fallow.ffn.fingerprints", marks, Kind.ARRAY, Kind.UINT64)
+    writer.add_uint32("fallow.ffn.n_outliers", len(outliers) // len(layers))
+    if outliers:
+        writer.add_key_value("fallow.ffn.outliers", outliers, Kind.ARRAY, Kind.UINT32)
+    cuts = [] if plan is None else list(_cuts(plan, np.array(norms), hidden, "gate" in layers[0]))
+    if cuts:
+        for key, column, sub in (
+            ("layer", 0, Kind.UINT32),
+            ("tap", 1, Kind.UINT32),
+            ("by", 2, Kind.UINT32),
+            ("value", 3, Kind.FLOAT64),
+        ):
+            column_of = [cut[column] for cut in cuts]
+            writer.add_key_value(f"fallow.ffn.cuts.{key}", column_of, Kind.ARRAY, sub)
+    for i, cut in enumerate(cuts):
+        if cut[4] is not None:
+            writer.add_tensor(f"cuts.{i}.weight", np.ascontiguousarray(cut[4], dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _cuts(
+    plan: Plan, down_norms: np.ndarray, hidden: int, gated: bool
+) -> Iterator[tuple[int, int, int, float, np.ndarray | None]]:
+    """A plan's cuts: layer, tap, how, value, weights. `down_norms` (L, d_ff): ||W_down[:, i]||."""
+    if plan.head_margin > 0:
+        note("the plan's shortlist is left out: llama.cpp computes its own head")
+    for cut in plan.cuts:
+        parts = ("gate_proj", "up_proj") if cut.tap == "gate_up_proj" else (cut.tap,)
+        if cut.tap not in FFN_TAPS and parts[0] not in _INPUTS:
+            raise FallowError(f"the plan cuts {cut.tap}, which llama.cpp computes by itself")
+        if not gated:
+            raise FallowError("the FFNs have no gate: the plugin leaves out only what a ReLU does")
+        of_neurons = cut.tap in FFN_TAPS[:-1] or cut.tap == "down_proj"
+        width = down_norms.shape[1] if of_neurons else hidden
+        cut.check_layers(len(down_norms), width, "this model")
+        for layer in np.flatnonzero(cut.leaves_out).tolist():
+            weight = _weight(cut, layer, down_norms)
+            for part in parts:
+                tap = _core.TAPS.index(part)
+                yield layer, tap, BY[cut.kind], float(cut.value[layer]), weight
+
+
+def _weight(cut: Cut, layer: int, down_norms: np.ndarray) -> np.ndarray | None:
+    if isinstance(cut.weight, np.ndarray):
+        return cut.weight[layer]
+    if cut.weight != COLUMN_NORM:
+        return None
+    if cut.tap in _INPUTS[:2] or cut.tap == "gate_up_proj":
+        raise FallowError(f"the plan weighs inputs of {cut.tap}; the plugin weighs neurons alone")
+    return down_norms[layer].astype(np.float32)
+
+
+def _add(writer: Any, name: str, matrix: Matrix) -> None:
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[matrix.type]
+    writer.add_tensor(name, np.ascontiguousarray(matrix.data), raw_dtype=kind)
