@@ -16,7 +16,7 @@ FALLOW_INLINE __m256i bytes_as_signed(__m256i v) { return _mm256_xor_si256(v, _m
 
 // Rows [first, first + 8) of the groups of one block.
 template <class F, class Rows>
-FALLOW_INLINE void panel_block(const Rows& rows, PanelGroup* panel, size_t first) {
+FALLOW_INLINE void panel_block_split(const Rows& rows, PanelGroup* panel, size_t first) {
   const typename F::Scales scales(rows);
   __m256i tops[F::top_pieces * 4 + 1];
   F::tops(rows, tops);
@@ -41,6 +41,27 @@ FALLOW_INLINE void panel_block(const Rows& rows, PanelGroup* panel, size_t first
   });
 }
 
+template <class Rows>
+FALLOW_INLINE void panel_block_8_0(const Rows& rows, PanelGroup& panel, size_t first) {
+  __m256i v[8];
+  rows.load(2, v);
+  rows.load(18, v + 4);
+  for (size_t c = 0; c < 8; ++c)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(panel.q[c] + 4 * first), bytes_as_signed(v[c]));
+  const __m256 scale = rows.half(0);
+  _mm256_storeu_ps(panel.scale + first, scale);
+  _mm256_storeu_ps(panel.minimum + first, _mm256_mul_ps(scale, _mm256_set1_ps(128)));
+}
+
+template <class F, class Rows>
+FALLOW_INLINE void panel_block(const Rows& rows, PanelGroup* panel, size_t first) {
+  if constexpr (F::type == kQ8_0) {
+    panel_block_8_0(rows, *panel, first);
+  } else {
+    panel_block_split<F>(rows, panel, first);
+  }
+}
+
 // Calls some(rows, first) for every 8 of n rows; past the end the last one stands in.
 template <class Some>
 void for_lanes(const uint8_t* w, size_t row_bytes, size_t n, const Some& some) {
@@ -53,15 +74,15 @@ void for_lanes(const uint8_t* w, size_t row_bytes, size_t n, const Some& some) {
 
 template <class F>
 int panel_of(const uint8_t* w, size_t row_bytes, bool tiled, size_t n, size_t k, PanelGroup* panel) {
-  if constexpr (F::bytes % 4 == 0)
-    if (tiled) {
-      for (size_t first = 0; first < n; first += kLanes) {
-        InTile rows{w + first / kTileRows * kTileRows * row_bytes + first % kTileRows * 4};
-        for (size_t g = 0; g < k / 32; g += F::block / 32, rows.first += kTileRows * F::bytes)
-          panel_block<F>(rows, panel + g, first);
-      }
-      return kBits<F>;
+  if (tiled) {
+    for (size_t first = 0; first < n; first += kLanes) {
+      const uint8_t* tile = w + first / kTileRows * kTileRows * row_bytes + first % kTileRows * 4;
+      for_blocks_of_tile<F>(tile, k, [&]<bool odd>(const uint8_t* block, size_t at) __attribute__((always_inline)) {
+        panel_block<F>(InTile<odd>{block}, panel + at / 32, first);
+      });
     }
+    return kBits<F>;
+  }
   for_lanes(w, row_bytes, n, [&](const uint8_t** rows, size_t first) {
     for (size_t g = 0; g < k / 32; g += F::block / 32) {
       panel_block<F>(InLanes{rows}, panel + g, first);
@@ -69,24 +90,6 @@ int panel_of(const uint8_t* w, size_t row_bytes, bool tiled, size_t n, size_t k,
     }
   });
   return kBits<F>;
-}
-
-int panel_8_0(const uint8_t* w, size_t row_bytes, bool, size_t n, size_t k, PanelGroup* panel) {
-  for_lanes(w, row_bytes, n, [&](const uint8_t** rows, size_t first) {
-    for (size_t g = 0; g < k / 32; ++g) {
-      const InLanes lanes{rows};
-      __m256i v[8];
-      lanes.load(2, v);
-      lanes.load(18, v + 4);
-      for (size_t c = 0; c < 8; ++c)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(panel[g].q[c] + 4 * first), bytes_as_signed(v[c]));
-      const __m256 scale = lanes.half(0);
-      _mm256_storeu_ps(panel[g].scale + first, scale);
-      _mm256_storeu_ps(panel[g].minimum + first, _mm256_mul_ps(scale, _mm256_set1_ps(128)));
-      for (size_t r = 0; r < kLanes; ++r) rows[r] += Q8_0::bytes;
-    }
-  });
-  return kBits<Q8_0>;
 }
 
 FALLOW_INLINE __m256 max_abs(__m256 largest, __m256 v) {
@@ -249,7 +252,7 @@ void add_avx2_bytes(Kernels& table) {
   table.panel_bytes[kQ4_1] = panel_of<Lanes32<Q4_1>>;
   table.panel_bytes[kQ5_0] = panel_of<Lanes32<Q5_0>>;
   table.panel_bytes[kQ5_1] = panel_of<Lanes32<Q5_1>>;
-  table.panel_bytes[kQ8_0] = panel_8_0;
+  table.panel_bytes[kQ8_0] = panel_of<Q8_0>;
   table.panel_bytes[kQ4_K] = panel_of<LanesK<Q4_K>>;
   table.panel_bytes[kQ5_K] = panel_of<LanesK<Q5_K>>;
   table.columns_bytes = columns_bytes;

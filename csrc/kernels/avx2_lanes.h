@@ -129,22 +129,43 @@ struct InLanes {
   FALLOW_INLINE void fifth(size_t at, __m256i* out) const { fifth_bits(dword(at), out); }
 };
 
-// 8 rows of a tile, whose dwords lie as InLanes arranges them; for formats whose blocks are whole dwords.
+// 8 rows of a block in a tile, whose dwords lie as InLanes arranges them. `odd`: the block begins in the
+// middle of a dword, as every second one of a format does whose blocks are not whole dwords.
+template <bool odd>
 struct InTile {
   static constexpr size_t registers = 4;
-  const uint8_t* first;  // of the tile's 16 rows: these 8 begin here
+  const uint8_t* first;  // of the tile's 16 rows: the dwords in which the block begins in these 8
 
-  FALLOW_INLINE __m256i dword(size_t at) const { return load256(first + kTileRows * at); }
+  FALLOW_INLINE __m256i whole_dword(size_t at) const { return load256(first + kTileRows * at); }
+  FALLOW_INLINE __m256i dword(size_t at) const {
+    at += odd ? 2 : 0;
+    if (at % 4 == 0) return whole_dword(at);
+    return _mm256_or_si256(_mm256_srli_epi32(whole_dword(at - 2), 16), _mm256_slli_epi32(whole_dword(at + 2), 16));
+  }
   FALLOW_INLINE void load(size_t at, __m256i* out) const {
 #pragma GCC unroll 4
     for (size_t i = 0; i < 4; ++i) out[i] = dword(at + 4 * i);
   }
   FALLOW_INLINE void fifth(size_t at, __m256i* out) const { fifth_bits(dword(at), out); }
   FALLOW_INLINE __m256 half(size_t at) const {
-    const __m256i v = dword(at / 4 * 4);
+    at += odd ? 2 : 0;
+    const __m256i v = whole_dword(at / 4 * 4);
     return low_halves(at % 4 ? _mm256_srli_epi32(v, 16) : v);
   }
 };
+
+// Calls some.operator()<odd>(first, column) for every block of a tile: the first 8 rows' InTile<odd> begins
+// at `first`, that of the others 4 * kLanes bytes later. Blocks that are not whole dwords come in pairs, since
+// rows are whole dwords.
+template <class F, class Some>
+FALLOW_INLINE void for_blocks_of_tile(const uint8_t* tile, size_t k, const Some& some) {
+  constexpr size_t together = F::bytes % 4 ? 2 : 1;
+  for (size_t at = 0; at < k; at += together * F::block, tile += kTileRows * together * F::bytes) {
+    some.template operator()<false>(tile, at);
+    if constexpr (together == 2)
+      some.template operator()<true>(tile + kTileRows * (F::bytes - 2), at + F::block);
+  }
+}
 
 // Rows r and r + 1 of `rows` side by side in the low half of a register, r + 4 and r + 5 in the high one.
 struct InPairs {
@@ -402,10 +423,45 @@ struct LaneSums {
   }
 };
 
-// One block of n times 8 rows. Part i of 8 of what comes later is asked for by ask(i).
+// One block of Q8_0 of n times 8 rows. Weights and x, both of its digits at once, meet as 16-bit values: those
+// of even columns, and those of odd ones.
+template <class Rows, size_t n, class Ask>
+FALLOW_INLINE void dot_block_8_0(const Rows (&rows)[n], const Ask& ask, const Activation& x, size_t column,
+                                 LaneSums (&sums)[n]) {
+  ask(column / 32 % 8);
+  const auto even = [](__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); };
+  const auto odd = [](__m256i v) { return _mm256_srai_epi16(v, 8); };
+  alignas(32) int32_t of_even[8], of_odd[8];
+  const __m256i high = load256(x.high + column), low = load256(x.low + column);
+  const __m256i high_odd = _mm256_and_si256(high, _mm256_set1_epi16(static_cast<int16_t>(0xFF00)));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(of_even), _mm256_add_epi16(_mm256_slli_epi16(high, 8), even(low)));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(of_odd), _mm256_add_epi16(high_odd, odd(low)));
+  __m256i all[n];
+  for (size_t h = 0; h < n; ++h) all[h] = _mm256_setzero_si256();
+#pragma GCC unroll 2
+  for (size_t p = 0; p < 2; ++p) {
+    __m256i v[n][4];
+    for (size_t h = 0; h < n; ++h) rows[h].load(2 + 16 * p, v[h]);
+#pragma GCC unroll 4
+    for (size_t q = 0; q < 4; ++q) {
+      const __m256i x_even = _mm256_set1_epi32(of_even[4 * p + q]), x_odd = _mm256_set1_epi32(of_odd[4 * p + q]);
+#pragma GCC unroll 2
+      for (size_t h = 0; h < n; ++h) {
+        const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even(v[h][q]), x_even),
+                                              _mm256_madd_epi16(odd(v[h][q]), x_odd));
+        all[h] = now(_mm256_add_epi32(all[h], both));
+      }
+    }
+  }
+  const __m256 d = _mm256_set1_ps(x.d[column / 32]);
+  for (size_t h = 0; h < n; ++h)
+    sums[h].sum = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(all[h]), d), rows[h].half(0), sums[h].sum);
+}
+
+// One block of n times 8 rows of any other format.
 template <class F, bool one, class Rows, size_t n, class Ask>
-FALLOW_INLINE void dot_block(const Rows (&rows)[n], const Ask& ask, const Activation& x, size_t column,
-                             LaneSums (&sums)[n]) {
+FALLOW_INLINE void dot_block_split(const Rows (&rows)[n], const Ask& ask, const Activation& x, size_t column,
+                                   LaneSums (&sums)[n]) {
   constexpr int run = F::group == 32 && F::apart == 32 ? 2 : 1;  // pieces of the same groups
   const auto with_scales = [&]<size_t... h>(std::index_sequence<h...>, const auto& some) {
     const typename F::Scales scales[n] = {typename F::Scales(rows[h])...};
@@ -455,6 +511,17 @@ FALLOW_INLINE void dot_block(const Rows (&rows)[n], const Ask& ask, const Activa
   });
 }
 
+// One block of n times 8 rows. Part i of 8 of what comes later is asked for by ask(i).
+template <class F, bool one, class Rows, size_t n, class Ask>
+FALLOW_INLINE void dot_block(const Rows (&rows)[n], const Ask& ask, const Activation& x, size_t column,
+                             LaneSums (&sums)[n]) {
+  if constexpr (F::type == kQ8_0) {
+    dot_block_8_0(rows, ask, x, column, sums);
+  } else {
+    dot_block_split<F, one>(rows, ask, x, column, sums);
+  }
+}
+
 template <class F, bool one>
 void gemv_digits(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t begin, size_t n,
                  size_t k, const Activation& x, float* y) {
@@ -487,10 +554,10 @@ void gemv_rows(const uint8_t* w, size_t row_bytes, const int32_t* rows, size_t b
 template <class F, bool one>
 void dot_tile(const uint8_t* tile, size_t k, const Activation& x, float* y) {
   LaneSums sums[2];
-  for (size_t at = 0; at < k; at += F::block, tile += kTileRows * F::bytes) {
-    const InTile halves[2] = {{tile}, {tile + 4 * kLanes}};
+  for_blocks_of_tile<F>(tile, k, [&]<bool odd>(const uint8_t* first, size_t at) __attribute__((always_inline)) {
+    const InTile<odd> halves[2] = {{first}, {first + 4 * kLanes}};
     dot_block<F, one>(halves, [](size_t) {}, x, at, sums);
-  }
+  });
   for (size_t h = 0; h < 2; ++h) sums[h].store<F>(y + h * kLanes);
 }
 
@@ -498,7 +565,7 @@ void dot_tile(const uint8_t* tile, size_t k, const Activation& x, float* y) {
 template <class F>
 void gemv_tiles(const uint8_t* w, size_t row_bytes, size_t begin, size_t n, size_t k,
                 const Activation* x, size_t tokens, float* y, size_t stride) {
-  static_assert(kTileRows == 2 * kLanes && F::bytes % 4 == 0);
+  static_assert(kTileRows == 2 * kLanes && F::bytes % 2 == 0);
   for (size_t i = 0; i < n; i += kTileRows)
     for (size_t t = 0; t < tokens; ++t)
       (x[t].one_digit ? dot_tile<F, true> : dot_tile<F, false>)(w + (begin + i) * row_bytes, k, x[t],
