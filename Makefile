@@ -1,4 +1,4 @@
-# make demo | test | test-sanitize | cross | fuzz | lint | docs | bench; everything is installed into .venv on first use.
+# make demo | test | test-llama | test-sanitize | cross | fuzz | lint | docs | bench; everything is installed into .venv on first use.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ DEMO ?= demo
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: install demo test test-sanitize cross lint fuzz docs bench clean
+.PHONY: install demo test test-llama test-sanitize cross lint fuzz docs bench clean
 install: $(INSTALLED) $(SMOLLM2)
 
 $(INSTALLED): pyproject.toml CMakeLists.txt $(shell find csrc src/fallow tests/harness/kernel_tests.cpp -type f ! -name "*.so" ! -name "*.pyc")
@@ -28,6 +28,11 @@ $(SMOLLM2): $(INSTALLED)
 JOBS ?= 2
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# Our plugin in a real llama-cpp-python, which is built first (ten minutes) if it is not there.
+test-llama: install
+	$(BIN)/python -c "import llama_cpp" 2> /dev/null || $(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36
+	$(BIN)/python -m pytest tests/test_llama_cpp.py
 
 # The core under Address-, UndefinedBehavior- and ThreadSanitizer; about five minutes.
 test-sanitize: install

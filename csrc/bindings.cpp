@@ -271,6 +271,9 @@ NB_MODULE(_core, m) {
   m.def("add_rows", &add_rows_of_bits, "rows"_a, "labels"_a, "counts"_a, "n_threads"_a = 1,
         "Adds each row's bits to counts[label], labels below 0 left out.");
 
+  m.def(
+      "check_ffn_file", [](Bytes data) { (void)read_ffn_file(data.data(), data.size()); }, "data"_a,
+      "Raises PackedError or GgufError unless it is what `fallow llama pack` writes.");
   m.def("fingerprint", [](Bytes data) { return fingerprint(data.data(), data.size()); }, "data"_a,
         "64 bits that tell models' weights apart.");
   m.def("quantize_k", &quantize_k_array, "type"_a, "x"_a, "n_threads"_a = 1,

@@ -38,6 +38,7 @@ SKIPPED = {
     "pip install ": "changes the environment",
     "python -m fallow.measure.harness ": "test_harness.py runs it",
     "fallow bench packed.gguf --against ": "needs llama-cpp-python, which no extra brings",
+    "fallow llama ": "needs llama-cpp-python; make test-llama runs test_llama_cpp.py",
 }
 _WINDOWS = {"--context": "64", "--windows": "2"}
 # Added to a command, where the document does not say it.

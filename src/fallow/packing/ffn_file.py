@@ -70,6 +70,7 @@ def pack_ffns(
         )
     with atomic_path(output) as temporary:
         _write(temporary, layers, source, plan, down)
+        _core.check_ffn_file(np.memmap(temporary, np.uint8, "r"))
 
 
 class _Packed:

@@ -1,0 +1,335 @@
+"""Our plugin in a real llama-cpp-python: `make test-llama`.
+
+Each case is a process of its own, since a plugin stays once it is loaded.
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fallow.checkpoints.catalog import ALIASES, find_pieces, resolve
+from fallow.checkpoints.weights import read_gguf
+from fallow.common.errors import FallowError
+from fallow.llama_cpp import plugin
+from fallow.measure.llama_cpp import verify
+from fallow.packing.ffn_file import pack_ffns
+from fallow.plan import Cut, Plan
+
+pytest.importorskip("llama_cpp", reason="make test-llama installs llama-cpp-python")
+
+START = """
+import json, sys
+import fallow.llama_cpp
+arguments = json.loads(sys.argv[1])
+if arguments["plugin"]:
+    fallow.llama_cpp.load(arguments.get("plan"))
+from llama_cpp import Llama
+def make(path=arguments["model"], **options):
+    return Llama(path, n_ctx=256, n_threads=2, n_threads_batch=2, verbose=False, seed=1, **options)
+def text(model, n=24):
+    return model("The capital of France is", max_tokens=n, temperature=0)["choices"][0]["text"]
+def logits(model, n=8):
+    import numpy as np
+    ids = model.tokenize(b"Water boils at a lower temperature on a mountain because")
+    model.reset()
+    model.eval(ids[:-n])
+    found = []
+    for token in ids[-n:]:
+        model.eval([token])
+        found.append(np.array(model.scores[model.n_tokens - 1]))
+    return np.array(found)
+"""
+
+
+def run(code: str, output: Path | None = None, **arguments: Any) -> Any:
+    """What a program prints as its last line, in JSON."""
+    arguments = {"plugin": True} | {k: str(v) for k, v in arguments.items() if v is not None}
+    if arguments["plugin"] == "False":
+        arguments["plugin"] = False
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+    done = subprocess.run(
+        [sys.executable, "-c", START + code, json.dumps(arguments)],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    """For the llama-cpp-python that is there; FALLOW_LLAMA_SOURCE names its source, if at hand."""
+    source = os.environ.get("FALLOW_LLAMA_SOURCE")
+    plugin.build(plugin.installed(), Path(source) if source else None)
+
+
+@pytest.fixture(scope="module", params=["smollm2", "gemma3"])
+def model(request: pytest.FixtureRequest) -> Path:
+    if find_pieces(ALIASES[request.param]) is None:
+        pytest.skip(ALIASES[request.param].install_command)
+    return resolve(ALIASES[request.param])
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return resolve(ALIASES["smollm2"])
+
+
+def topk(path: Path, keep: float, tap: str = "inter") -> Plan:
+    n = sum(name.endswith("ffn_up.weight") for name in read_gguf(path).tensors)
+    return Plan("m", "x", "topk", keep, "k", (Cut(tap, "topk", np.full(n, keep), "column_norm"),))
+
+
+@pytest.fixture(scope="module")
+def half(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("half") / "half.gguf"
+    pack_ffns(smollm2, path, plan=topk(smollm2, 0.5))
+    return path
+
+
+def test_dense_is_what_llama_cpp_puts_out(model: Path, tmp_path: Path) -> None:
+    everything = tmp_path / "all.gguf"
+    pack_ffns(model, everything, plan=topk(model, 1.0))
+    found = verify(model, everything, tokens=128)
+    for name in ("dense", "plan"):
+        for way in ("prompt", "decode"):
+            assert found[name][way]["kl"] <= 0.002, (name, way)
+    texts = [
+        run("print(json.dumps({'text': text(make())}))", model=model, plugin=p)
+        for p in (True, False)
+    ]
+    assert texts[0]["text"][:20] == texts[1]["text"][:20]
+
+
+def test_a_plan_leaves_out_what_it_says(smollm2: Path, half: Path) -> None:
+    code = "m = make(); t = text(m); print(json.dumps({'of': fallow.llama_cpp.statistics()[0]}))"
+    found = run(code, model=smollm2, plan=half)["of"]
+    assert found["plan"]
+    assert found["inactive"] == pytest.approx(0.5)
+    assert set(found["inactive_per_layer"]) == {0.5}
+    assert found["apart"] == 0
+    dense = run(code, model=smollm2)["of"]
+    assert dense["inactive"] == 0
+    gate = half.with_name("gate.gguf")
+    pack_ffns(smollm2, gate, plan=topk(smollm2, 0.5, "gate_act"))
+    less = run(code, model=smollm2, plan=gate)["of"]
+    assert less["bytes_per_token"] < 0.85 * found["bytes_per_token"]
+
+
+def test_the_engine_puts_out_the_same_under_the_plan(
+    smollm2: Path, half: Path, tmp_path: Path
+) -> None:
+    """Two programs that share only the kernels: attention, norms and head are llama.cpp's."""
+    from fallow.engine.engine import Engine
+    from fallow.packing.packer import pack
+
+    packed = tmp_path / "packed.gguf"
+    pack(smollm2, packed, down="q8_0")
+    beside = tmp_path / "beside.gguf"
+    pack_ffns(smollm2, beside, packed=packed, plan=topk(smollm2, 0.5))
+    out = tmp_path / "logits.npy"
+    code = (
+        "import numpy as np; np.save(arguments['out'], logits(make(logits_all=True)))\nprint('{}')"
+    )
+    run(code, model=smollm2, plan=beside, out=out)
+    engine = Engine(packed, plan=False, threads=2)
+    plan = topk(smollm2, 0.5)
+    plan.fingerprint = engine.fingerprint
+    engine.use_plan(plan)
+    ids = engine.tokenizer.with_bos(
+        engine.tokenizer.encode("Water boils at a lower temperature on a mountain because")
+    )
+    ours = []
+    engine.forward(np.array(ids[:-8]))
+    for i in range(len(ids) - 8, len(ids)):
+        ours.append(np.array(engine.forward(np.array(ids[i : i + 1]))).reshape(-1))
+    kl = [divergence(a, b) for a, b in zip(np.load(out), ours, strict=True)]
+    assert np.mean(kl) < 0.01  # half of the neurons by a hard choice amplify what rounding does
+
+
+def divergence(a: np.ndarray, b: np.ndarray) -> float:
+    p, q = (
+        x - np.log(np.exp(x - x.max()).sum()) - x.max() for x in (a.astype(float), b.astype(float))
+    )
+    return float((np.exp(p) * (p - q)).sum())
+
+
+def test_another_models_file_is_refused_and_it_runs_dense(
+    smollm2: Path, half: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "other.gguf"
+    content = bytearray(smollm2.read_bytes())
+    tensor = read_gguf(smollm2).offsets["blk.3.ffn_up.weight"]
+    content[tensor + 100] ^= 1
+    damaged.write_bytes(content)
+    code = "m = make(); t = text(m, 4); print(json.dumps({'of': fallow.llama_cpp.statistics()[0]}))"
+    found = run(code, model=damaged, plan=half)
+    assert not found["of"]["plan"]
+    assert found["of"]["inactive"] == 0
+    assert "made for another model (29 of 30 FFNs are the same)" in found["stderr"]
+
+
+def test_models_come_and_go(smollm2: Path, half: Path) -> None:
+    code = """
+first = make(); a = text(first); first.close(); del first
+fallow.llama_cpp.load(arguments["half"])
+second = make(); b = text(second)
+fallow.llama_cpp.load()
+third = make(); c = text(third)
+print(json.dumps({"a": a, "c": c, "plans": [s["plan"] for s in fallow.llama_cpp.statistics()]}))
+"""
+    found = run(code, model=smollm2, half=half)
+    assert found["a"] == found["c"]
+    assert found["plans"] == [True, False]
+
+
+def test_sequences_side_by_side(smollm2: Path, half: Path) -> None:
+    """Four in one batch, as a server with four slots decodes, are what they are one by one."""
+    code = """
+import ctypes, numpy as np, llama_cpp as l
+m = make(logits_all=True)
+prompts = [m.tokenize(p) for p in (b"One day", b"The sun", b"def f(x):", b"Water is")]
+alone = []
+for ids in prompts:
+    m.reset(); m.eval(ids); alone.append(int(np.argmax(m.scores[m.n_tokens - 1])))
+params = l.llama_context_default_params()
+params.n_ctx, params.n_seq_max, params.n_threads, params.n_threads_batch = 256, 4, 2, 2
+context = l.llama_init_from_model(m.model, params)
+longest = max(map(len, prompts)); together = [None] * 4
+for step in range(longest):
+    there = [s for s in range(4) if step < len(prompts[s])]
+    batch = l.llama_batch_init(4, 0, 1); batch.n_tokens = len(there)
+    for i, s in enumerate(there):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i] = prompts[s][step], step, 1
+        batch.seq_id[i][0], batch.logits[i] = s, 1
+    assert l.llama_decode(context, batch) == 0
+    for i, s in enumerate(there):
+        row = l.llama_get_logits_ith(context, i)
+        if step + 1 == len(prompts[s]):
+            together[s] = int(np.argmax(np.ctypeslib.as_array(row, (m.n_vocab(),))))
+print(json.dumps({"alone": alone, "together": together}))
+"""
+    found = run(code, model=smollm2, plan=half)
+    assert found["alone"] == found["together"]
+
+
+def test_a_lora_adapter_counts(smollm2: Path, tmp_path: Path) -> None:
+    """Its products are llama.cpp's and meet ours one by one."""
+    import gguf
+
+    path, rng = tmp_path / "lora.gguf", np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    for part in ("gate", "up", "down"):
+        name = f"blk.2.ffn_{part}.weight"
+        out, width = read_gguf(smollm2).tensors[name].shape
+        for end, shape in (("a", (4, width)), ("b", (out, 4))):
+            values = rng.normal(0, 0.02, shape).astype(np.float32)
+            writer.add_tensor(f"{name}.lora_{end}", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    code = """
+import numpy as np
+m = make(logits_all=True, lora_path=arguments.get("lora"))
+np.save(arguments["out"], logits(m))
+of = fallow.llama_cpp.statistics()
+print(json.dumps({"apart": of[0]["apart"] if of else None}))
+"""
+    rows = {}
+    for name, options in {
+        "stock": {"plugin": False, "lora": path},
+        "ours": {"lora": path},
+        "without": {},
+    }.items():
+        found = run(code, model=smollm2, out=tmp_path / f"{name}.npy", **options)
+        rows[name] = np.load(tmp_path / f"{name}.npy")
+        if name == "ours":
+            assert found["apart"] > 0
+    same = np.mean([divergence(a, b) for a, b in zip(rows["stock"], rows["ours"], strict=True)])
+    other = np.mean([divergence(a, b) for a, b in zip(rows["stock"], rows["without"], strict=True)])
+    assert same < 0.002 < other
+
+
+def test_a_callback_sees_what_is_inside(smollm2: Path, half: Path) -> None:
+    code = """
+import ctypes, numpy as np, llama_cpp as l
+m = make()
+seen = []
+@l.ggml_backend_sched_eval_callback
+def callback(tensor, ask, user):
+    # A name lies behind what is fixed in the structure: asked of ggml itself.
+    get = l.llama_cpp._lib.ggml_get_name
+    get.restype, get.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    name = get(ctypes.cast(tensor, ctypes.c_void_p)).decode()
+    wanted = name in ("ffn_gate-0", "ffn_up-0", "ffn_swiglu-0", "ffn_out-0")
+    if not ask and wanted: seen.append(name)
+    return wanted if ask else True
+params = l.llama_context_default_params()
+params.n_ctx, params.n_threads, params.n_threads_batch = 64, 2, 2
+params.cb_eval = callback
+context = l.llama_init_from_model(m.model, params)
+ids = m.tokenize(b"The capital of France is")
+array = (l.llama_token * len(ids))(*ids)
+assert l.llama_decode(context, l.llama_batch_get_one(array, len(ids))) == 0
+row = np.ctypeslib.as_array(l.llama_get_logits_ith(context, -1), (m.n_vocab(),))
+m.eval(ids)
+top, plain = int(row.argmax()), int(m.sample(temp=0))
+print(json.dumps({"seen": sorted(set(seen)), "top": top, "plain": plain}))
+"""
+    found = run(code, model=smollm2)
+    assert {"ffn_gate-0", "ffn_up-0", "ffn_swiglu-0"} <= set(found["seen"])
+    assert found["top"] == found["plain"]
+
+
+def test_files_that_are_none(smollm2: Path, tmp_path: Path) -> None:
+    code = """
+try:
+    fallow.llama_cpp.load(arguments["file"]); said = ""
+except fallow.FallowError as error:
+    said = str(error)
+print(json.dumps({"said": said}))
+"""
+    for content, said in ((smollm2.read_bytes(), "not a file of fallow llama pack"), (b"GGUF", "")):
+        path = tmp_path / "file.gguf"
+        path.write_bytes(content)
+        found = run(code, model=smollm2, file=path)["said"]
+        assert str(path) in found
+        assert said in found
+    assert "missing.gguf" in run(code, model=smollm2, file=tmp_path / "missing.gguf")["said"]
+
+
+def test_a_plugin_of_another_version_is_refused(smollm2: Path, tmp_path: Path) -> None:
+    path = plugin.built(plugin.installed())
+    content = path.read_bytes()
+    base = ctypes.CDLL(str(next(plugin.installed().libraries.glob("libggml-base.so*"))))
+    base.ggml_version.restype = ctypes.c_char_p
+    version = base.ggml_version().decode()
+    assert content.count(version.encode()) >= 1
+    other = tmp_path / plugin.LIBRARY
+    other.write_bytes(content.replace(version.encode() + b"\0", b"9" * len(version) + b"\0"))
+    code = """
+import ctypes, llama_cpp
+register = llama_cpp.llama_cpp._lib.ggml_backend_load
+register.restype, register.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+print(json.dumps({"taken": bool(register(arguments["other"].encode()))}))
+"""
+    found = run(code, plugin=False, model=smollm2, other=other)
+    assert not found["taken"]
+    assert "run: fallow llama build" in found["stderr"]
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FallowError, match="is no folder"):
+        plugin.checkout(tmp_path / "missing")
+    with pytest.raises(FallowError, match="static builds cannot load plugins"):
+        plugin.checkout(tmp_path)
