@@ -42,7 +42,7 @@ HEAD = """# In llama.cpp
 weights out anew by itself) in one run, each in turn: ratios are medians over the turns with the
 lowest and the highest, two threads, prefill of 512 tokens, decode of the 128 after them. `dense`
 reads the GGUF alone; `plan` is what `fallow optimize --max-ppl-increase 1` chose for the engine,
-without its shortlist, since llama.cpp computes its own head. KL is from stock llama.cpp's logits, on
+without its shortlist, since llama.cpp computes its own head. KL is from stock llama.cpp's logits on
 {tokens} tokens of the WikiText-2 raw test text. Loading includes a first token, and is of a file
 that was read before. `python benchmarks/llama_cpp.py` does it; compare nothing across processors.
 """

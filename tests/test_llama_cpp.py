@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import fallow
 from fallow.checkpoints.catalog import ALIASES, find_pieces, resolve
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError
 from fallow.llama_cpp import plugin
-from fallow.measure.llama_cpp import verify
+from fallow.measure.llama_cpp import compare, model_logits
 from fallow.packing.ffn_file import pack_ffns
 from fallow.plan import Cut, Plan
 
@@ -45,6 +47,28 @@ def logits(model, n=8):
         model.eval([token])
         found.append(np.array(model.scores[model.n_tokens - 1]))
     return np.array(found)
+"""
+
+WATCH = """
+import ctypes
+import llama_cpp as l
+import numpy as np
+library = l.llama_cpp._lib
+library.ggml_get_name.restype = ctypes.c_char_p
+library.ggml_get_name.argtypes = [ctypes.c_void_p]
+def watched(model, names, see):
+    # A context that calls see(name, tensor) for every node of one of these names.
+    global callback
+    @l.ggml_backend_sched_eval_callback
+    def callback(tensor, ask, user):
+        tensor = ctypes.cast(tensor, ctypes.c_void_p)
+        name = library.ggml_get_name(tensor).decode()
+        if name in names and not ask:
+            see(name, tensor)
+        return name in names if ask else True
+    params = l.llama_context_default_params()
+    params.n_ctx, params.n_threads, params.n_threads_batch, params.cb_eval = 64, 2, 2, callback
+    return l.llama_init_from_model(model.model, params)
 """
 
 
@@ -93,18 +117,19 @@ def half(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_dense_is_what_llama_cpp_puts_out(model: Path, tmp_path: Path) -> None:
+def test_dense_is_nearer_to_the_model_than_stock_llama_cpp(model: Path, tmp_path: Path) -> None:
+    """Which rounds activations to 8 bits: that alone is 0.003 to 0.006 nats from float32."""
     everything = tmp_path / "all.gguf"
     pack_ffns(model, everything, plan=topk(model, 1.0))
-    found = verify(model, everything, tokens=128)
-    for name in ("dense", "plan"):
-        for way in ("prompt", "decode"):
-            assert found[name][way]["kl"] <= 0.002, (name, way)
-    texts = [
-        run("print(json.dumps({'text': text(make())}))", model=model, plugin=p)
-        for p in (True, False)
-    ]
-    assert texts[0]["text"][:20] == texts[1]["text"][:20]
+    logits = model_logits(model, everything, text=None, tokens=128, threads=2)
+    ids = logits["stock"]["ids"]
+    with torch.no_grad():
+        expected = fallow.load(model).module(torch.tensor(ids)[None]).logits[0].numpy()
+    for way in ("prompt", "decode"):
+        stock, dense, plan = (compare(expected, found[way], ids) for found in logits.values())
+        assert dense["kl"] <= stock["kl"]
+        assert plan["kl"] <= 2 * stock["kl"]  # down_proj is rounded again, along other rows
+        assert compare(logits["stock"][way], logits["dense"][way], ids)["top1"] > 0.9
 
 
 def test_a_plan_leaves_out_what_it_says(smollm2: Path, half: Path) -> None:
@@ -122,35 +147,40 @@ def test_a_plan_leaves_out_what_it_says(smollm2: Path, half: Path) -> None:
     assert less["bytes_per_token"] < 0.85 * found["bytes_per_token"]
 
 
-def test_the_engine_puts_out_the_same_under_the_plan(
-    smollm2: Path, half: Path, tmp_path: Path
-) -> None:
-    """Two programs that share only the kernels: attention, norms and head are llama.cpp's."""
-    from fallow.engine.engine import Engine
-    from fallow.packing.packer import pack
-
-    packed = tmp_path / "packed.gguf"
-    pack(smollm2, packed, down="q8_0")
-    beside = tmp_path / "beside.gguf"
-    pack_ffns(smollm2, beside, packed=packed, plan=topk(smollm2, 0.5))
-    out = tmp_path / "logits.npy"
-    code = (
-        "import numpy as np; np.save(arguments['out'], logits(make(logits_all=True)))\nprint('{}')"
-    )
-    run(code, model=smollm2, plan=beside, out=out)
-    engine = Engine(packed, plan=False, threads=2)
-    plan = topk(smollm2, 0.5)
-    plan.fingerprint = engine.fingerprint
-    engine.use_plan(plan)
-    ids = engine.tokenizer.with_bos(
-        engine.tokenizer.encode("Water boils at a lower temperature on a mountain because")
-    )
-    ours = []
-    engine.forward(np.array(ids[:-8]))
-    for i in range(len(ids) - 8, len(ids)):
-        ours.append(np.array(engine.forward(np.array(ids[i : i + 1]))).reshape(-1))
-    kl = [divergence(a, b) for a, b in zip(np.load(out), ours, strict=True)]
-    assert np.mean(kl) < 0.01  # half of the neurons by a hard choice amplify what rounding does
+def test_an_ffn_under_a_plan_is_what_numpy_computes(smollm2: Path, tmp_path: Path) -> None:
+    """Of a token: what comes out of the FFN, from what went in, with the kept neurons alone."""
+    keep, beside = 0.25, tmp_path / "beside.gguf"
+    pack_ffns(smollm2, beside, plan=topk(smollm2, keep))
+    code = """
+m = make()
+data = library.ggml_get_data
+data.restype, data.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+seen = {}
+def see(name, tensor):
+    pointer = ctypes.cast(data(tensor), ctypes.POINTER(ctypes.c_float))
+    seen[name] = np.ctypeslib.as_array(pointer, (576,)).copy()
+context = watched(m, ("ffn_norm-1", "ffn_out-1", "ffn_norm-20", "ffn_out-20"), see)
+for token in m.tokenize(b"The capital of France is"):
+    assert l.llama_decode(context, l.llama_batch_get_one((l.llama_token * 1)(token), 1)) == 0
+np.savez(arguments["out"], **seen)
+print(json.dumps({"of": fallow.llama_cpp.statistics()[0]}))
+"""
+    found = run(WATCH + code, model=smollm2, plan=beside, out=tmp_path / "seen.npz")["of"]
+    assert (found["fused"], found["apart"]) == (150, 0)
+    seen, tensors = np.load(tmp_path / "seen.npz"), read_gguf(smollm2).tensors
+    for layer in (1, 20):
+        gate, up, down = (
+            tensors[f"blk.{layer}.ffn_{part}.weight"].dequantize()
+            for part in ("gate", "up", "down")
+        )
+        x, y = seen[f"ffn_norm-{layer}"], seen[f"ffn_out-{layer}"]
+        inter = (gate @ x) / (1 + np.exp(-gate @ x)) * (up @ x)
+        score = np.abs(inter) * np.linalg.norm(down, axis=0)
+        kept = score >= np.sort(score)[-round(keep * len(score))]
+        of_all, of_kept = (np.linalg.norm(v - y) for v in (down @ inter, down @ (inter * kept)))
+        # Rounding of x moves some neurons over the threshold.
+        assert of_kept < 0.08 * np.linalg.norm(y)
+        assert of_kept < 0.4 * of_all
 
 
 def divergence(a: np.ndarray, b: np.ndarray) -> float:
@@ -232,7 +262,7 @@ def test_a_lora_adapter_counts(smollm2: Path, tmp_path: Path) -> None:
         name = f"blk.2.ffn_{part}.weight"
         out, width = read_gguf(smollm2).tensors[name].shape
         for end, shape in (("a", (4, width)), ("b", (out, 4))):
-            values = rng.normal(0, 0.02, shape).astype(np.float32)
+            values = rng.normal(0, 0.1, shape).astype(np.float32)
             writer.add_tensor(f"{name}.lora_{end}", values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -257,36 +287,22 @@ print(json.dumps({"apart": of[0]["apart"] if of else None}))
             assert found["apart"] > 0
     same = np.mean([divergence(a, b) for a, b in zip(rows["stock"], rows["ours"], strict=True)])
     other = np.mean([divergence(a, b) for a, b in zip(rows["stock"], rows["without"], strict=True)])
-    assert same < 0.002 < other
+    assert same < other / 10
 
 
-def test_a_callback_sees_what_is_inside(smollm2: Path, half: Path) -> None:
+def test_a_callback_sees_what_is_inside(smollm2: Path) -> None:
     code = """
-import ctypes, numpy as np, llama_cpp as l
-m = make()
-seen = []
-@l.ggml_backend_sched_eval_callback
-def callback(tensor, ask, user):
-    # A name lies behind what is fixed in the structure: asked of ggml itself.
-    get = l.llama_cpp._lib.ggml_get_name
-    get.restype, get.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    name = get(ctypes.cast(tensor, ctypes.c_void_p)).decode()
-    wanted = name in ("ffn_gate-0", "ffn_up-0", "ffn_swiglu-0", "ffn_out-0")
-    if not ask and wanted: seen.append(name)
-    return wanted if ask else True
-params = l.llama_context_default_params()
-params.n_ctx, params.n_threads, params.n_threads_batch = 64, 2, 2
-params.cb_eval = callback
-context = l.llama_init_from_model(m.model, params)
+m, seen = make(), []
+wanted = ("ffn_gate-0", "ffn_up-0", "ffn_swiglu-0", "ffn_out-0")
+context = watched(m, wanted, lambda name, tensor: seen.append(name))
 ids = m.tokenize(b"The capital of France is")
 array = (l.llama_token * len(ids))(*ids)
 assert l.llama_decode(context, l.llama_batch_get_one(array, len(ids))) == 0
 row = np.ctypeslib.as_array(l.llama_get_logits_ith(context, -1), (m.n_vocab(),))
 m.eval(ids)
-top, plain = int(row.argmax()), int(m.sample(temp=0))
-print(json.dumps({"seen": sorted(set(seen)), "top": top, "plain": plain}))
+print(json.dumps({"seen": seen, "top": int(row.argmax()), "plain": int(m.sample(temp=0))}))
 """
-    found = run(code, model=smollm2)
+    found = run(WATCH + code, model=smollm2)
     assert {"ffn_gate-0", "ffn_up-0", "ffn_swiglu-0"} <= set(found["seen"])
     assert found["top"] == found["plain"]
 

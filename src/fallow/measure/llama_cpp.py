@@ -52,32 +52,43 @@ def verify(
     Raises:
         FallowError: one of them fails, or the text is too short.
     """
+    logits = model_logits(model, plan, text=text, tokens=tokens, threads=threads)
+    stock = logits.pop("stock")
+    return {
+        name: {way: compare(stock[way], own[way], stock["ids"]) for way in ("prompt", "decode")}
+        for name, own in logits.items()
+    }
+
+
+def model_logits(
+    model: str | Path,
+    plan: str | Path | None,
+    *,
+    text: str | Path | None,
+    tokens: int,
+    threads: int,
+) -> dict[str, dict[str, np.ndarray]]:
+    """By `stock`, `dense` and `plan`: token `ids`, and logits (tokens, vocabulary) of `verify`."""
     if tokens < 2:
         raise UsageError("give at least --tokens 2")
     content = load_text(text, "evaluation").content[: 16 * tokens]
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, np.ndarray]] = {}
     variants = _variants(plan)
     with tempfile.TemporaryDirectory() as folder, progress("verify", len(variants)) as ticker:
-        results: dict[str, Any] = {}
         for name, (engine, file) in variants.items():
-            path = Path(folder) / f"{name}.npz"
+            path = Path(folder) / "logits.npz"
             _ask(engine, file, {
                 "model": str(model), "text": content, "tokens": tokens, "threads": threads,
                 "output": str(path),
             })  # fmt: skip
-            results[name] = np.load(path)
-            if name != "stock":
-                found[name] = {
-                    way: _compare(
-                        results["stock"][way], results[name][way], results["stock"]["ids"]
-                    )
-                    for way in ("prompt", "decode")
-                }
+            with np.load(path) as arrays:
+                found[name] = dict(arrays)
             ticker.advance()
     return found
 
 
-def _compare(stock: np.ndarray, other: np.ndarray, ids: np.ndarray) -> dict[str, float]:
+def compare(stock: np.ndarray, other: np.ndarray, ids: np.ndarray) -> dict[str, float]:
+    """Logits (tokens, vocabulary) with others of the same ids: what `verify` returns of them."""
     sums = {"kl": 0.0, "top1": 0.0, "stock_nll": 0.0, "nll": 0.0}
     for i, (a, b) in enumerate(zip(stock, other, strict=True)):
         p, q = _log_softmax(a), _log_softmax(b)

@@ -17,7 +17,7 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_path, check_writable
 from fallow.common.progress import note, progress
 from fallow.engine.cuts import BY
-from fallow.packing.quantize import QUANT_TYPES, Matrix, quantize
+from fallow.packing.quantize import OUTLIERS, QUANT_TYPES, Matrix, without_outliers
 from fallow.plan import COLUMN_NORM, FFN_TAPS, Cut, Plan
 
 VERSION = 1
@@ -158,7 +158,8 @@ def _write(
         writer.add_uint32(f"fallow.ffn.{key}", value)
     marks: list[int] = []
     norms = []
-    outliers = source.outliers if source is not None else []
+    n_outliers = min(OUTLIERS, d_ff) if source is None else len(source.outliers) // len(layers)
+    outliers = [] if source is None else source.outliers
     with progress("FFNs", len(layers)) as ticker:
         for i, tensors in enumerate(layers):
             marks += [
@@ -166,13 +167,18 @@ def _write(
             ]
             values = np.ascontiguousarray(tensors["down"].dequantize().T)
             norms.append(np.sqrt(np.square(values, dtype=np.float64).sum(axis=1)))
-            matrix = source.matrix(i, "down_proj_t") if source else quantize(values, kind)
+            if source is not None:
+                matrix = source.matrix(i, "down_proj_t")
+                rows = source.matrix(i, "outliers") if n_outliers else None
+            else:
+                matrix, neurons, rows = without_outliers(values, kind, _energy(tensors), n_outliers)
+                outliers += neurons.tolist()
             _add(writer, f"layers.{i}.down_proj_t.weight", matrix)
-            if outliers and source:
-                _add(writer, f"layers.{i}.outliers.weight", source.matrix(i, "outliers"))
+            if rows is not None:
+                _add(writer, f"layers.{i}.outliers.weight", rows)
             ticker.advance()
     writer.add_key_value("fallow.ffn.fingerprints", marks, Kind.ARRAY, Kind.UINT64)
-    writer.add_uint32("fallow.ffn.n_outliers", len(outliers) // len(layers))
+    writer.add_uint32("fallow.ffn.n_outliers", n_outliers)
     if outliers:
         writer.add_key_value("fallow.ffn.outliers", outliers, Kind.ARRAY, Kind.UINT32)
     cuts = [] if plan is None else list(_cuts(plan, np.array(norms), hidden, "gate" in layers[0]))
@@ -192,6 +198,16 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _energy(tensors: dict[str, StoredTensor]) -> np.ndarray:
+    """How loud neurons would be if inputs had no direction, (d_ff,), since none are known here."""
+    squares = [
+        np.square(tensors[part].dequantize(), dtype=np.float64).sum(axis=1)
+        for part in ("gate", "up")
+        if part in tensors
+    ]
+    return np.prod(squares, axis=0)
 
 
 def _cuts(

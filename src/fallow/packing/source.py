@@ -24,18 +24,15 @@ from fallow.packing.coarse_head import coarse_head
 from fallow.packing.quantize import (
     DOWN_TYPES,
     DOWN_TYPES_NARROW,
+    OUTLIERS,
     QUANT_TYPES,
     Matrix,
-    dequantize,
     quantize,
+    without_outliers,
 )
 from fallow.packing.selfcheck import CHECK_CONTEXT
 from fallow.reference.model import Model, find_model, in_bfloat16
 
-# Neurons per layer whose rows of down_proj_t are kept as F16: those that rounding harms most. Some
-# have activations thousands of times larger than the rest, on attention sinks. On SmolLM2 four such
-# rows per layer take Q8_0 from 0.0022 to 0.0003 nats, sixteen to 0.0002.
-OUTLIERS = 8
 OUTLIER_WINDOWS = 2
 # Hidden states say how to round the coarse head: of windows from all over the calibration text and
 # of some from the default text. On Qwen2.5-Coder and WikiText-2 logits are off by 0.94 nats
@@ -363,14 +360,10 @@ class Source:
         name = f"layers.{layer}"
         weight = as_floats(self.model.layers[layer].down_proj.weight)
         values = np.ascontiguousarray(weight.T)
-        matrix = quantize(values, kind)
         n = self.n_outliers(kind)
         if n == 0:
-            return RoundedDown(name, matrix, np.empty(0, dtype=int), None)
-        harm = np.square(dequantize(matrix) - values).sum(axis=1) * self.energy[layer]
-        neurons = np.sort(np.argsort(-harm)[:n])
-        matrix.data[neurons] = 0  # zero bytes are zero weights in every type
-        return RoundedDown(name, matrix, neurons, quantize(values[neurons], "F16"))
+            return RoundedDown(name, quantize(values, kind), np.empty(0, dtype=int), None)
+        return RoundedDown(name, *without_outliers(values, kind, self.energy[layer], n))
 
     def n_outliers(self, kind: str) -> int:
         if kind in ("F32", "F16", "BF16") or self.model.layers[0].experts is not None:
