@@ -169,10 +169,8 @@ print(json.dumps({"of": fallow.llama_cpp.statistics()[0]}))
     assert (found["fused"], found["apart"]) == (150, 0)
     seen, tensors = np.load(tmp_path / "seen.npz"), read_gguf(smollm2).tensors
     for layer in (1, 20):
-        gate, up, down = (
-            tensors[f"blk.{layer}.ffn_{part}.weight"].dequantize()
-            for part in ("gate", "up", "down")
-        )
+        names = [f"blk.{layer}.ffn_{part}.weight" for part in ("gate", "up", "down")]
+        gate, up, down = (tensors[name].dequantize() for name in names)
         x, y = seen[f"ffn_norm-{layer}"], seen[f"ffn_out-{layer}"]
         inter = (gate @ x) / (1 + np.exp(-gate @ x)) * (up @ x)
         score = np.abs(inter) * np.linalg.norm(down, axis=0)
