@@ -10,15 +10,17 @@ from fallow.packing.quantize import dequantize, quantize
 FLOAT_TYPES = ("F32", "F16", "BF16")
 BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 K_TYPES = ("Q4_K", "Q5_K", "Q6_K")
-TYPES = FLOAT_TYPES + BLOCK_TYPES + K_TYPES
+# Read, and never written: nothing here quantises to them.
+LOOKED_UP = ("IQ4_NL", "IQ4_XS", "MXFP4")
+TYPES = FLOAT_TYPES + BLOCK_TYPES + K_TYPES + LOOKED_UP
 ROWS = (1, 7, 8, 31, 32, 33)
 TABLES = _core.KERNELS
 
 
 def widths(kind: str) -> tuple[int, ...]:
-    if kind in K_TYPES:
+    if kind in (*K_TYPES, "IQ4_XS"):
         return (256, 1536)
-    return (32, 96, 576, 1536) if kind in BLOCK_TYPES else (1, 7, 31, 33, 576)
+    return (1, 7, 31, 33, 576) if kind in FLOAT_TYPES else (32, 96, 576, 1536)
 
 
 CASES = [(t, kind, width) for t in TABLES for kind in TYPES for width in widths(kind)]
@@ -27,11 +29,28 @@ CASES = [(t, kind, width) for t in TABLES for kind in TYPES for width in widths(
 def make(kind: str, rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Stored bytes (flat), and the values they stand for, (rows, width)."""
     rng = np.random.default_rng([rows, width])
+    if kind in LOOKED_UP:
+        return make_looked_up(kind, rows, width, rng)
     values = rng.standard_normal((rows, width)).astype(np.float32)
     if kind == "F32":
         return values.view(np.uint8).reshape(-1), values
     matrix = quantize(values, kind)
     return np.ascontiguousarray(matrix.data).reshape(-1), dequantize(matrix)
+
+
+def make_looked_up(
+    kind: str, rows: int, width: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of any bits, with scales of some size."""
+    size, n_bytes = _core.FORMATS[kind]
+    blocks = rng.integers(0, 256, (rows * width // size, n_bytes)).astype(np.uint8)
+    if kind == "MXFP4":
+        blocks[:, 0] = rng.integers(120, 130, len(blocks))
+    else:
+        halves = rng.uniform(0.5, 2, len(blocks)).astype("<f2")
+        blocks[:, :2] = halves.view(np.uint8).reshape(-1, 2)
+    data = blocks.reshape(rows, -1)
+    return data.reshape(-1), gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
 
 
 def choose(rows: int, sparsity: float) -> np.ndarray:

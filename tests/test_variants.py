@@ -273,21 +273,21 @@ def test_gguf_that_is_no_model(
     )
 
 
-# Types that the engine has no kernels for: bytes of a block, weights in it, and where its scale
-# lies.
+# Types that nothing here quantises to: bytes of a block, weights in it, where its scale lies, and
+# whether the engine has kernels for them.
 RARE_TYPES = {
-    "IQ4_NL": (18, 32, slice(0, 2)),
-    "IQ4_XS": (136, 256, slice(0, 2)),
-    "IQ2_XXS": (66, 256, slice(0, 2)),
-    "TQ1_0": (54, 256, slice(52, 54)),
-    "TQ2_0": (66, 256, slice(64, 66)),
-    "MXFP4": (17, 32, slice(0, 1)),
+    "IQ4_NL": (18, 32, slice(0, 2), True),
+    "IQ4_XS": (136, 256, slice(0, 2), True),
+    "IQ2_XXS": (66, 256, slice(0, 2), False),
+    "TQ1_0": (54, 256, slice(52, 54), False),
+    "TQ2_0": (66, 256, slice(64, 66), False),
+    "MXFP4": (17, 32, slice(0, 1), True),
 }
 
 
 @pytest.mark.parametrize("quant", RARE_TYPES)
-def test_types_that_are_written_anew(quant: str, tmp_path: Path, capfd: Any) -> None:
-    n_bytes, size, scale = RARE_TYPES[quant]
+def test_rare_types_are_kept_or_written_anew(quant: str, tmp_path: Path, capfd: Any) -> None:
+    n_bytes, size, scale, is_kept = RARE_TYPES[quant]
     source = fallow.load(make_folder("llama", tmp_path / "folder", hidden_size=256))
     raw = np.random.default_rng(0).integers(0, 256, (37, 256 // size * n_bytes), dtype=np.uint8)
     if quant == "TQ2_0":  # of its four codes three are used
@@ -307,7 +307,10 @@ def test_types_that_are_written_anew(quant: str, tmp_path: Path, capfd: Any) -> 
     np.testing.assert_array_equal(model.layers[1].up_proj.weight.numpy(), expected)
     pack(path, tmp_path / "packed.gguf", down="f32")
     said = " ".join(capfd.readouterr().err.split())
-    assert f"tensors in {quant} (1, blk.1.ffn_up.weight first) are written in Q6_K" in said
+    told = f"tensors in {quant} (1, blk.1.ffn_up.weight first) are written in Q6_K" in said
+    assert told != is_kept
+    written = read_gguf(tmp_path / "packed.gguf").tensors["layers.1.up_proj.weight"]
+    assert written.type == (quant if is_kept else "Q6_K")
     ids = np.random.default_rng(0).integers(2, VOCABULARY, 60)
     with torch.inference_mode():
         logits = model.module(torch.from_numpy(ids)[None]).logits[0].numpy()

@@ -17,7 +17,8 @@ namespace fallow {
 // ggml type ids.
 enum GgmlType : uint32_t {
   kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8, kQ2_K = 10,
-  kQ3_K = 11, kQ4_K = 12, kQ5_K = 13, kQ6_K = 14, kBF16 = 30, kGgmlTypes = 40,
+  kQ3_K = 11, kQ4_K = 12, kQ5_K = 13, kQ6_K = 14, kIQ4_NL = 20, kIQ4_XS = 23, kBF16 = 30, kMXFP4 = 39,
+  kGgmlTypes = 40,
   kTwoBits = kGgmlTypes,  // ours (two_bits.h)
   kTypes,
 };
@@ -238,11 +239,69 @@ struct Q6_K {
   }
 };
 
+// What four bits stand for.
+constexpr int8_t kIQ4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+// Twice the numbers of four bits with two of exponent (E2M1).
+constexpr int8_t kMXFP4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+static inline void look_up(const int8_t* values, uint8_t* q, int n) {
+  for (int j = 0; j < n; ++j) q[j] = static_cast<uint8_t>(values[q[j]] + 128);
+}
+
+// d (f16), 32 nibbles.
+struct IQ4_NL {
+  static constexpr const char* name = "IQ4_NL";
+  static constexpr uint32_t type = kIQ4_NL, block = 32, bytes = 18, group = 32, offset = 128, centre = 128;
+  static constexpr bool has_min = false;
+  static constexpr const int8_t* values = kIQ4Values;
+  static void unpack(const uint8_t* b, uint8_t* q, float* s, float*) {
+    s[0] = load_f16(b);
+    unpack_nibbles(b + 2, q);
+    look_up(values, q, 32);
+  }
+};
+
+// d (f16), the upper two bits of 8 scales, their lower four in 4 bytes, 32 nibbles for each scale.
+struct IQ4_XS {
+  static constexpr const char* name = "IQ4_XS";
+  static constexpr uint32_t type = kIQ4_XS, block = 256, bytes = 136, group = 32, offset = 128, centre = 128;
+  static constexpr bool has_min = false;
+  static constexpr const int8_t* values = kIQ4Values;
+  static void unpack(const uint8_t* b, uint8_t* q, float* s, float*) {
+    const float d = load_f16(b);
+    const uint32_t high = load_u16(b + 2), low = load_u32(b + 4);
+    for (int g = 0; g < 8; ++g, q += 32) {
+      const uint32_t scale = (low >> 4 * g & 15) | (high >> 2 * g & 3) << 4;
+      s[g] = d * static_cast<float>(static_cast<int>(scale) - 32);
+      unpack_nibbles(b + 8 + 16 * g, q);
+      look_up(values, q, 32);
+    }
+  }
+};
+
+// 2^(e - 128), for values that are doubled.
+static inline float half_power(uint32_t e) {
+  return std::bit_cast<float>(e < 2 ? 0x00200000u << e : (e - 1) << 23);
+}
+
+// The exponent of a power of two, 32 nibbles.
+struct MXFP4 {
+  static constexpr const char* name = "MXFP4";
+  static constexpr uint32_t type = kMXFP4, block = 32, bytes = 17, group = 32, offset = 128, centre = 128;
+  static constexpr bool has_min = false;
+  static constexpr const int8_t* values = kMXFP4Values;
+  static void unpack(const uint8_t* b, uint8_t* q, float* s, float*) {
+    s[0] = half_power(b[0]);
+    unpack_nibbles(b + 1, q);
+    look_up(values, q, 32);
+  }
+};
+
 // Calls use.operator()<F>() for every format above.
 template <class Use>
 static inline void for_each_format(const Use& use) {
   const auto all = [&]<class... F>() { (use.template operator()<F>(), ...); };
-  all.template operator()<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K>();
+  all.template operator()<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4>();
 }
 
 // Decodes n blocks; gguf.dequantize gives the same bits.

@@ -332,8 +332,13 @@ Kernels make() {
   add<Lanes6_K>(table);
   table.axpy_tiles[kQ4_K] = axpy_tiles<LanesK<Q4_K>>;
   table.axpy_tiles[kQ5_K] = axpy_tiles<LanesK<Q5_K>>;
-  table.gemv_rows[kQ8_0] = gemv_digits<Q8_0, false>;  // both digits at once
-  table.gemv_tiles[kQ8_0] = gemv_tiles<Q8_0>;
+  table.gemv_rows[kQ8_0] = gemv_digits<Signed8_0, false>;  // both digits at once, as those that follow
+  table.gemv_rows[kIQ4_NL] = gemv_digits<LookedUp<IQ4_NL>, false>;
+  table.gemv_rows[kIQ4_XS] = gemv_digits<LookedUp<IQ4_XS>, false>;
+  table.gemv_rows[kMXFP4] = gemv_digits<LookedUp<MXFP4>, false>;
+  table.gemv_tiles[kQ8_0] = gemv_tiles<Signed8_0>;
+  table.gemv_tiles[kIQ4_NL] = gemv_tiles<LookedUp<IQ4_NL>>;
+  table.gemv_tiles[kIQ4_XS] = gemv_tiles<LookedUp<IQ4_XS>>;
   // Two halves of a tile need more registers than there are: 0.8 of the speed of rows (Zen 3).
   table.gemv_tiles[kQ6_K] = nullptr;
   table.axpy_rows[kQ8_0] = axpy_rows<Q8_0>;

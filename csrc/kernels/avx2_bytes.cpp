@@ -41,22 +41,30 @@ FALLOW_INLINE void panel_block_split(const Rows& rows, PanelGroup* panel, size_t
   });
 }
 
-template <class Rows>
-FALLOW_INLINE void panel_block_8_0(const Rows& rows, PanelGroup& panel, size_t first) {
-  __m256i v[8];
-  rows.load(2, v);
-  rows.load(18, v + 4);
-  for (size_t c = 0; c < 8; ++c)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(panel.q[c] + 4 * first), bytes_as_signed(v[c]));
-  const __m256 scale = rows.half(0);
-  _mm256_storeu_ps(panel.scale + first, scale);
-  _mm256_storeu_ps(panel.minimum + first, _mm256_mul_ps(scale, _mm256_set1_ps(128)));
+template <class F, class Rows>
+FALLOW_INLINE void panel_block_signed(const Rows& rows, PanelGroup* panel, size_t first) {
+  const typename F::Scales scales(rows);
+  unrolled<F::block / 32>([&]<int g>() {
+    unrolled<F::raws>([&]<int i>() {
+      __m256i v[4];
+      rows.load(F::at(g, i), v);
+      unrolled<F::parts>([&]<int part>() {
+#pragma GCC unroll 4
+        for (size_t q = 0; q < 4; ++q)
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(panel[g].q[4 * (i + part) + q] + 4 * first),
+                              bytes_as_signed(F::template bytes_of<part>(v[q])));
+      });
+    });
+    const __m256 scale = scales.template scale<g>();
+    _mm256_storeu_ps(panel[g].scale + first, scale);
+    _mm256_storeu_ps(panel[g].minimum + first, _mm256_mul_ps(scale, _mm256_set1_ps(128)));
+  });
 }
 
 template <class F, class Rows>
 FALLOW_INLINE void panel_block(const Rows& rows, PanelGroup* panel, size_t first) {
-  if constexpr (F::type == kQ8_0) {
-    panel_block_8_0(rows, *panel, first);
+  if constexpr (kIsSigned<F>) {
+    panel_block_signed<F>(rows, panel, first);
   } else {
     panel_block_split<F>(rows, panel, first);
   }
@@ -252,7 +260,9 @@ void add_avx2_bytes(Kernels& table) {
   table.panel_bytes[kQ4_1] = panel_of<Lanes32<Q4_1>>;
   table.panel_bytes[kQ5_0] = panel_of<Lanes32<Q5_0>>;
   table.panel_bytes[kQ5_1] = panel_of<Lanes32<Q5_1>>;
-  table.panel_bytes[kQ8_0] = panel_of<Q8_0>;
+  table.panel_bytes[kQ8_0] = panel_of<Signed8_0>;
+  table.panel_bytes[kIQ4_NL] = panel_of<LookedUp<IQ4_NL>>;
+  table.panel_bytes[kIQ4_XS] = panel_of<LookedUp<IQ4_XS>>;
   table.panel_bytes[kQ4_K] = panel_of<LanesK<Q4_K>>;
   table.panel_bytes[kQ5_K] = panel_of<LanesK<Q5_K>>;
   table.columns_bytes = columns_bytes;

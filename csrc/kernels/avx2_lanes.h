@@ -423,39 +423,119 @@ struct LaneSums {
   }
 };
 
-// One block of Q8_0 of n times 8 rows. Weights and x, both of its digits at once, meet as 16-bit values: those
-// of even columns, and those of odd ones.
-template <class Rows, size_t n, class Ask>
-FALLOW_INLINE void dot_block_8_0(const Rows (&rows)[n], const Ask& ask, const Activation& x, size_t column,
-                                 LaneSums (&sums)[n]) {
-  ask(column / 32 % 8);
-  const auto even = [](__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); };
-  const auto odd = [](__m256i v) { return _mm256_srai_epi16(v, 8); };
-  alignas(32) int32_t of_even[8], of_odd[8];
-  const __m256i high = load256(x.high + column), low = load256(x.low + column);
-  const __m256i high_odd = _mm256_and_si256(high, _mm256_set1_epi16(static_cast<int16_t>(0xFF00)));
-  _mm256_store_si256(reinterpret_cast<__m256i*>(of_even), _mm256_add_epi16(_mm256_slli_epi16(high, 8), even(low)));
-  _mm256_store_si256(reinterpret_cast<__m256i*>(of_odd), _mm256_add_epi16(high_odd, odd(low)));
-  __m256i all[n];
-  for (size_t h = 0; h < n; ++h) all[h] = _mm256_setzero_si256();
-#pragma GCC unroll 2
-  for (size_t p = 0; p < 2; ++p) {
-    __m256i v[n][4];
-    for (size_t h = 0; h < n; ++h) rows[h].load(2 + 16 * p, v[h]);
-#pragma GCC unroll 4
-    for (size_t q = 0; q < 4; ++q) {
-      const __m256i x_even = _mm256_set1_epi32(of_even[4 * p + q]), x_odd = _mm256_set1_epi32(of_odd[4 * p + q]);
-#pragma GCC unroll 2
-      for (size_t h = 0; h < n; ++h) {
-        const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even(v[h][q]), x_even),
-                                              _mm256_madd_epi16(odd(v[h][q]), x_odd));
-        all[h] = now(_mm256_add_epi32(all[h], both));
+// Formats whose weights are signed bytes, stored or looked up. Of a group of 32 columns there are `raws` pieces
+// at at(g, i), each of which has bytes of `parts` times 16 columns.
+
+struct Signed8_0 : Q8_0 {
+  static constexpr int raws = 2, parts = 1;
+  static constexpr size_t at(int, int i) { return 2 + 16 * static_cast<size_t>(i); }
+  template <int>
+  static FALLOW_INLINE __m256i bytes_of(__m256i v) { return v; }
+
+  class Scales {
+   public:
+    template <class Rows>
+    FALLOW_INLINE explicit Scales(const Rows& rows) : s_(rows.half(0)) {}
+    template <int>
+    FALLOW_INLINE __m256 scale() const { return s_; }
+
+   private:
+    __m256 s_;
+  };
+};
+
+template <class F>
+struct LookedUp : F {
+  static constexpr int raws = 1, parts = 2;
+  static constexpr size_t at(int g, int) { return F::bytes - 16 * (F::block / 32 - static_cast<size_t>(g)); }
+  template <int part>
+  static FALLOW_INLINE __m256i bytes_of(__m256i v) {
+    const __m256i values = _mm256_broadcastsi128_si256(load128(F::values));
+    return _mm256_shuffle_epi8(values, part ? high_nibbles(v) : low_nibbles(v));
+  }
+
+  class Scales {
+   public:
+    template <class Rows>
+    FALLOW_INLINE explicit Scales(const Rows& rows) {
+      if constexpr (F::type == kMXFP4) {
+        const __m256i e = _mm256_and_si256(rows.dword(0), _mm256_set1_epi32(0xFF));
+        const __m256i small = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
+        const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+        const __m256i is_normal = _mm256_cmpgt_epi32(e, _mm256_set1_epi32(1));
+        d_ = _mm256_castsi256_ps(_mm256_blendv_epi8(small, normal, is_normal));
+      } else {
+        d_ = rows.half(0);
+      }
+      if constexpr (F::type == kIQ4_XS) {
+        high_ = _mm256_srli_epi32(rows.dword(0), 16);
+        low_ = rows.dword(4);
       }
     }
-  }
-  const __m256 d = _mm256_set1_ps(x.d[column / 32]);
-  for (size_t h = 0; h < n; ++h)
-    sums[h].sum = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(all[h]), d), rows[h].half(0), sums[h].sum);
+    template <int g>
+    FALLOW_INLINE __m256 scale() const {
+      if constexpr (F::type != kIQ4_XS) return d_;
+      const __m256i low = _mm256_and_si256(_mm256_srli_epi32(low_, 4 * g), _mm256_set1_epi32(15));
+      const __m256i high = _mm256_and_si256(_mm256_slli_epi32(_mm256_srli_epi32(high_, 2 * g), 4), _mm256_set1_epi32(0x30));
+      const __m256i scale = _mm256_sub_epi32(_mm256_or_si256(low, high), _mm256_set1_epi32(32));
+      return _mm256_mul_ps(d_, _mm256_cvtepi32_ps(scale));
+    }
+
+   private:
+    __m256 d_;
+    __m256i high_, low_;
+  };
+};
+
+template <class F>
+constexpr bool kIsSigned = F::centre == 128;
+
+// One block of such a format of n times 8 rows. Weights and x, both of its digits at once, meet as 16-bit
+// values: those of even columns, and those of odd ones.
+template <class F, class Rows, size_t n, class Ask>
+FALLOW_INLINE void dot_block_signed(const Rows (&rows)[n], const Ask& ask, const Activation& x, size_t block,
+                                    LaneSums (&sums)[n]) {
+  const auto even = [](__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); };
+  const auto odd = [](__m256i v) { return _mm256_srai_epi16(v, 8); };
+  const auto with_scales = [&]<size_t... h>(std::index_sequence<h...>, const auto& some) {
+    const typename F::Scales scales[n] = {typename F::Scales(rows[h])...};
+    some(scales);
+  };
+  with_scales(std::make_index_sequence<n>(), [&](const typename F::Scales (&scales)[n]) __attribute__((always_inline)) {
+    unrolled<F::block / 32>([&]<int g>() {
+      const size_t column = block + 32 * g;
+      ask(column / 32 % 8);
+      alignas(32) int32_t of_even[8], of_odd[8];
+      const __m256i high = load256(x.high + column), low = load256(x.low + column);
+      const __m256i high_odd = _mm256_and_si256(high, _mm256_set1_epi16(static_cast<int16_t>(0xFF00)));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(of_even), _mm256_add_epi16(_mm256_slli_epi16(high, 8), even(low)));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(of_odd), _mm256_add_epi16(high_odd, odd(low)));
+      __m256i all[n];
+      for (size_t h = 0; h < n; ++h) all[h] = _mm256_setzero_si256();
+      unrolled<F::raws>([&]<int i>() {
+        __m256i v[n][4];
+        for (size_t h = 0; h < n; ++h) rows[h].load(F::at(g, i), v[h]);
+        unrolled<F::parts>([&]<int part>() {
+#pragma GCC unroll 4
+          for (size_t q = 0; q < 4; ++q) {
+            constexpr size_t first = 4 * (i + part);
+            const __m256i x_even = _mm256_set1_epi32(of_even[first + q]), x_odd = _mm256_set1_epi32(of_odd[first + q]);
+#pragma GCC unroll 2
+            for (size_t h = 0; h < n; ++h) {
+              const __m256i w = F::template bytes_of<part>(v[h][q]);
+              const __m256i both =
+                  _mm256_add_epi32(_mm256_madd_epi16(even(w), x_even), _mm256_madd_epi16(odd(w), x_odd));
+              all[h] = now(_mm256_add_epi32(all[h], both));
+            }
+          }
+        });
+      });
+      const __m256 d = _mm256_set1_ps(x.d[column / 32]);
+      for (size_t h = 0; h < n; ++h)
+        sums[h].sum = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(all[h]), d), scales[h].template scale<g>(),
+                                      sums[h].sum);
+    });
+  });
 }
 
 // One block of n times 8 rows of any other format.
@@ -515,8 +595,8 @@ FALLOW_INLINE void dot_block_split(const Rows (&rows)[n], const Ask& ask, const 
 template <class F, bool one, class Rows, size_t n, class Ask>
 FALLOW_INLINE void dot_block(const Rows (&rows)[n], const Ask& ask, const Activation& x, size_t column,
                              LaneSums (&sums)[n]) {
-  if constexpr (F::type == kQ8_0) {
-    dot_block_8_0(rows, ask, x, column, sums);
+  if constexpr (kIsSigned<F>) {
+    dot_block_signed<F>(rows, ask, x, column, sums);
   } else {
     dot_block_split<F, one>(rows, ask, x, column, sums);
   }

@@ -1082,6 +1082,12 @@ __attribute__((target("avx512vpopcntdq"))) void and_tile(const uint64_t* const* 
 Kernels make() {
   Kernels table = portable_kernels();  // Q2_K and Q3_K stay scalar
   table.name = "avx512";
+  if (const Kernels* narrow = avx2_kernels())  // which every such processor has
+    for (const uint32_t type : {kIQ4_NL, kIQ4_XS, kMXFP4}) {
+      table.gemv_rows[type] = narrow->gemv_rows[type];
+      table.gemv_tiles[type] = narrow->gemv_tiles[type];
+      table.panel_bytes[type] = narrow->panel_bytes[type];
+    }
   add_lanes<LanesOf32<Q4_0>>(table);
   add_lanes<LanesOf32<Q4_1>>(table);
   add_lanes<LanesOf32<Q5_0>>(table);
