@@ -22,7 +22,7 @@ from fallow.common.progress import console
 
 PACKAGE = "llama-cpp-python"
 LIBRARY = "libggml-fallow.so"
-NATIVE = Path(__file__).parent / "native"  # what CMakeLists.txt installs: headers, a library
+CORE = Path(__file__).parent / "core"  # what CMakeLists.txt installs: headers, a library
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def build(target: Target, headers: Path | None = None) -> Path:
                 compiler, "-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden",
                 "-fopenmp",
                 f'-DFALLOW_GGML_VERSION="{_version_of(ggml)}"',
-                f"-I{NATIVE / 'include'}", f"-I{ggml / 'include'}", f"-I{ggml / 'src'}",
-                str(NATIVE / "plugin.cpp"), str(NATIVE / "libfallow_kernels.a"),
+                f"-I{CORE / 'include'}", f"-I{ggml / 'include'}", f"-I{ggml / 'src'}",
+                str(CORE / "plugin.cpp"), str(CORE / "libfallow_kernels.a"),
                 "-Wl,--exclude-libs,ALL", str(base), "-o", str(temporary),
             ]  # fmt: skip
             console.print(f"building for {target.name}", highlight=False)

@@ -17,14 +17,14 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_path, check_writable
 from fallow.common.progress import note, progress
 from fallow.engine.cuts import BY
-from fallow.packing.quantize import OUTLIERS, QUANT_TYPES, Matrix, without_outliers
+from fallow.packing.quantize import OUTLIERS, QUANT_TYPES, Matrix, quantize, without_outliers
 from fallow.plan import COLUMN_NORM, FFN_TAPS, Cut, Plan
 
 VERSION = 1
 PARTS = ("gate", "up", "down")
 # Inputs of an FFN's projections, which have no tap of their own.
 _INPUTS = ("gate_proj", "up_proj", "down_proj")
-_DEFAULT_DOWN = ("Q6_K", "Q8_0")  # rows of whole 256s, and others
+_DEFAULT_DOWN = ("Q6_K", "Q8_0", "F16")  # rows of whole 256s, of whole 32s, and others
 
 
 def pack_ffns(
@@ -42,8 +42,8 @@ def pack_ffns(
         packed: what `fallow pack` or `optimize` made of it: down_proj_t is taken from there, in
             the type that passed its self-check, and the plan unless another is given.
         plan: what to skip; None, and none in `packed`: only what a ReLU makes zero.
-        down: without `packed`, the type of down_proj_t; default Q6_K, or Q8_0 where rows are no
-            multiple of 256. How far that is from the model, `verify` tells.
+        down: without `packed`, the type of down_proj_t; default Q6_K, or where rows are no
+            multiples of 256 Q8_0. How far that is from the model, `verify` tells.
 
     Raises:
         FallowError: the file has no dense FFNs, `packed` is of another model, or the plan cuts
@@ -146,7 +146,7 @@ def _write(
     from gguf import GGUFValueType as Kind
 
     d_ff, hidden = layers[0]["up"].shape
-    kind = down.upper() if down else _DEFAULT_DOWN[hidden % 256 != 0]
+    kind = down.upper() if down else _DEFAULT_DOWN[(hidden % 256 != 0) + (hidden % 32 != 0)]
     writer = gguf.GGUFWriter(path, "fallow")
     writer.add_custom_alignment(64)
     for key, value in (
@@ -158,8 +158,10 @@ def _write(
         writer.add_uint32(f"fallow.ffn.{key}", value)
     marks: list[int] = []
     norms = []
-    n_outliers = min(OUTLIERS, d_ff) if source is None else len(source.outliers) // len(layers)
-    outliers = [] if source is None else source.outliers
+    if source is not None:
+        outliers, n_outliers = source.outliers, len(source.outliers) // len(layers)
+    else:
+        outliers, n_outliers = [], 0 if kind in ("F32", "F16", "BF16") else min(OUTLIERS, d_ff)
     with progress("FFNs", len(layers)) as ticker:
         for i, tensors in enumerate(layers):
             marks += [
@@ -170,6 +172,8 @@ def _write(
             if source is not None:
                 matrix = source.matrix(i, "down_proj_t")
                 rows = source.matrix(i, "outliers") if n_outliers else None
+            elif n_outliers == 0:
+                matrix, rows = quantize(values, kind), None
             else:
                 matrix, neurons, rows = without_outliers(values, kind, _energy(tensors), n_outliers)
                 outliers += neurons.tolist()
