@@ -245,7 +245,11 @@ class Model {
 
   bool is_as_in_file(const Weight& weight) const {
     if (!file_ || weight.layer >= file_->ffns.layers.size()) return false;
-    return file_->ffns.fingerprints[weight.layer * kParts + weight.part] == weight.fingerprint;
+    const Matrix& down_t = file_->ffns.layers[weight.layer].down_proj_t;
+    const bool is_down = weight.part == kDownProj;
+    return weight.w.rows == (is_down ? down_t.cols : down_t.rows) &&
+           weight.w.cols == (is_down ? down_t.rows : down_t.cols) &&
+           file_->ffns.fingerprints[weight.layer * kParts + weight.part] == weight.fingerprint;
   }
 
   Pages pages_;
