@@ -48,8 +48,8 @@ reads the GGUF alone; `plan` is what `fallow optimize --max-ppl-increase 1` chos
 without its shortlist, since llama.cpp computes its own head, or where it chose none half of the
 neurons by `topk`. KL is, in decode and in a prompt, on {tokens} tokens of the WikiText-2 raw test
 text, from the model itself in float32, of which stock llama.cpp falls short too, since it rounds
-activations to 8 bits; PPL is against stock. Loading includes a first token, and is of a file that was
-read before. `python benchmarks/llama_cpp.py` does it; compare nothing across processors.
+activations to 8 bits; PPL is against stock. Loading includes a first token, and is of a file that
+was read before. `python benchmarks/llama_cpp.py` does it; compare nothing across processors.
 """
 
 
@@ -82,7 +82,7 @@ def run(name: str) -> None:
 
 
 def quality(source: Path, file: Path) -> dict[str, Any]:
-    """Of stock, dense and plan, in a prompt and in decode: KL from the model in float32, and PPL."""
+    """Of stock, dense and plan, in a prompt and in decode: against the model in float32."""
     import torch
 
     import fallow
