@@ -5,8 +5,8 @@ dense, and with the plan that benchmarks/optimize.py found; the latter's PPL is 
 llama-cpp-python==0.3.36 and `fallow llama build`:
 
     python benchmarks/optimize.py qwen2.5-1.5b
-    python benchmarks/llama_cpp.py smollm2 gemma3 qwen2.5-1.5b
-    python benchmarks/llama_cpp.py --report      # writes docs/results/llama_cpp.md
+    python benchmarks/llama_plugin.py smollm2 gemma3 qwen2.5-1.5b
+    python benchmarks/llama_plugin.py --report      # writes docs/results/llama_plugin.md
 """
 
 import argparse
@@ -24,8 +24,8 @@ from engine import NEW, OPTIMIZED, PROMPT, RUNS, TEST, THREADS, machine
 from fallow.plan import Cut, Plan
 from tradeoff import ROOT, machine_line, record_machine
 
-RESULTS = ROOT / "benchmarks" / "results" / "llama_cpp"
-PAGE = ROOT / "docs" / "results" / "llama_cpp.md"
+RESULTS = ROOT / "benchmarks" / "results" / "llama_plugin"
+PAGE = ROOT / "docs" / "results" / "llama_plugin.md"
 TOKENS = 512  # that logits are compared on
 LOAD = """
 import sys, time
@@ -49,7 +49,7 @@ without its shortlist, since llama.cpp computes its own head, or where it chose 
 neurons by `topk`. KL is, in decode and in a prompt, on {tokens} tokens of the WikiText-2 raw test
 text, from the model itself in float32, of which stock llama.cpp falls short too, since it rounds
 activations to 8 bits; PPL is against stock. Loading includes a first token, and is of a file that
-was read before. `python benchmarks/llama_cpp.py` does it; compare nothing across processors.
+was read before. `python benchmarks/llama_plugin.py` does it; compare nothing across processors.
 """
 
 
