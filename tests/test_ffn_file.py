@@ -138,6 +138,13 @@ def test_what_has_no_dense_ffns(tmp_path: Path) -> None:
         pack_ffns(path, tmp_path / "ffn.gguf")
 
 
+def test_gate_and_up_in_one_tensor(tmp_path: Path) -> None:
+    model = fallow.load(make_folder("phi3", tmp_path / "phi3"))
+    path = write_gguf("phi3", model, tmp_path / "m.gguf")
+    with pytest.raises(FallowError, match="has gate and up in one tensor"):
+        pack_ffns(path, tmp_path / "ffn.gguf")
+
+
 def test_usage(source: Path, packed: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown type 'q9'"):
         pack_ffns(source, tmp_path / "ffn.gguf", down="q9")

@@ -188,12 +188,16 @@ def divergence(a: np.ndarray, b: np.ndarray) -> float:
     return float((np.exp(p) * (p - q)).sum())
 
 
+@pytest.mark.parametrize("part", ["up", "down"])
 def test_another_models_file_is_refused_and_it_runs_dense(
-    smollm2: Path, half: Path, tmp_path: Path
+    smollm2: Path,
+    half: Path,
+    tmp_path: Path,
+    part: str,
 ) -> None:
     damaged = tmp_path / "other.gguf"
     content = bytearray(smollm2.read_bytes())
-    tensor = read_gguf(smollm2).offsets["blk.3.ffn_up.weight"]
+    tensor = read_gguf(smollm2).offsets[f"blk.0.ffn_{part}.weight"]
     content[tensor + 100] ^= 1
     damaged.write_bytes(content)
     code = "m = make(); t = text(m, 4); print(json.dumps({'of': fallow.llama_cpp.statistics()[0]}))"
@@ -247,7 +251,8 @@ print(json.dumps({"alone": alone, "together": together}))
     assert found["alone"] == found["together"]
 
 
-def test_a_lora_adapter_counts(smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [("gate", "up", "down"), ("down",)], ids=len)
+def test_a_lora_adapter_counts(smollm2: Path, tmp_path: Path, parts: tuple[str, ...]) -> None:
     """Its products are llama.cpp's and meet ours one by one."""
     import gguf
 
@@ -256,7 +261,7 @@ def test_a_lora_adapter_counts(smollm2: Path, tmp_path: Path) -> None:
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 4.0)
-    for part in ("gate", "up", "down"):
+    for part in parts:
         name = f"blk.2.ffn_{part}.weight"
         out, width = read_gguf(smollm2).tensors[name].shape
         for end, shape in (("a", (4, width)), ("b", (out, 4))):
@@ -327,10 +332,10 @@ def test_a_plugin_of_another_version_is_refused(smollm2: Path, tmp_path: Path) -
     content = path.read_bytes()
     base = ctypes.CDLL(str(next(plugin.installed().libraries.glob("libggml-base.so*"))))
     base.ggml_version.restype = ctypes.c_char_p
-    version = base.ggml_version().decode()
-    assert content.count(version.encode()) >= 1
+    version = base.ggml_version()
+    assert content.count(version + b" ") == 1
     other = tmp_path / plugin.LIBRARY
-    other.write_bytes(content.replace(version.encode() + b"\0", b"9" * len(version) + b"\0"))
+    other.write_bytes(content.replace(version + b" ", b"9" * len(version) + b" "))
     code = """
 import ctypes, llama_cpp
 register = llama_cpp.llama_cpp._lib.ggml_backend_load

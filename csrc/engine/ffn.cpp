@@ -14,9 +14,11 @@ Ffn::Ffn(Runtime& run, Cuts& cuts, Products& products, const Packed& model, size
       up_(config_.gated ? tokens * d_ff_ : 0), partial_(run.n_threads() * kFew * hidden_),
       active_(d_ff_), token_(1, hidden_, run.kernels), cut_input_(1, hidden_, run.kernels),
       scratch_(run.n_threads()) {
+  size_t outliers = 0;
+  for (const Layer& layer : model.layers) outliers = std::max<size_t>(outliers, layer.outliers.rows);
   for (Scratch& own : scratch_) {
     own.coefficients.resize(d_ff_);
-    own.outliers.resize(model.layers[0].outliers.rows);
+    own.outliers.resize(outliers);
   }
 }
 

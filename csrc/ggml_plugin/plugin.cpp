@@ -27,6 +27,7 @@
 #include "engine/ffn.h"
 #include "formats/dequant.h"
 #include "ggml-backend-impl.h"
+#include "ggml-impl.h"
 #include "platform/mapping.h"
 
 namespace fallow {
@@ -73,10 +74,10 @@ std::string use_file(const char* path) {
 enum Part { kGateProj, kUpProj, kDownProj, kParts };
 
 struct Weight {
-  size_t layer;
-  Part part;
+  size_t layer = 0;
+  Part part = kParts;  // an adapter's: it lies where the weight does that it changes
   Matrix w;
-  uint8_t* data;  // that w reads, where it is not the file's
+  uint8_t* data = nullptr;  // that w reads, where it is not the file's
   uint64_t fingerprint = 0;
 };
 
@@ -84,8 +85,9 @@ struct Weight {
 std::optional<std::pair<size_t, Part>> place_of(const char* name) {
   static const char* const kNames[kParts] = {"gate", "up", "down"};
   unsigned layer = 0;
-  char part[8] = {}, end[2] = {};
-  if (std::sscanf(name, "blk.%u.ffn_%7[a-z].weigh%1[t]", &layer, part, end) != 3) return {};
+  char part[8] = {};
+  int end = 0;
+  if (std::sscanf(name, "blk.%u.ffn_%7[a-z].weight%n", &layer, part, &end) != 2 || end == 0 || name[end]) return {};
   for (int p = 0; p < kParts; ++p)
     if (std::strcmp(part, kNames[p]) == 0) return {{layer, static_cast<Part>(p)}};
   return {};
@@ -120,10 +122,17 @@ class Model {
   uint8_t* base() const { return pages_.data(); }
   const Kernels& kernels() const { return kernels_; }
 
-  Weight* add(size_t layer, Part part, Matrix w) {
-    weights_.push_back(std::make_unique<Weight>(layer, part, w, const_cast<uint8_t*>(w.data)));
-    if (layer >= layers_.size()) layers_.resize(layer + 1);
-    return layers_[layer][part] = weights_.back().get();
+  Weight* add(const char* name, Matrix w) {
+    weights_.push_back(std::make_unique<Weight>());
+    Weight& weight = *weights_.back();
+    weight.w = w;
+    weight.data = const_cast<uint8_t*>(w.data);
+    if (const auto place = place_of(name)) {
+      std::tie(weight.layer, weight.part) = *place;
+      if (weight.layer >= layers_.size()) layers_.resize(weight.layer + 1);
+      layers_[weight.layer][weight.part] = &weight;
+    }
+    return &weight;
   }
 
   // Takes the bytes of a weight, or leaves them where they are if the file has them by neuron.
@@ -145,19 +154,28 @@ class Model {
     return true;
   }
 
-  // Before the first pass: which layers run as the file says, and where weights lie.
-  void finish(int n_threads) {
+  // Before the first pass: which layers run as the file says, and where weights lie. `zeros`: whether
+  // activations make neurons exactly zero. Throws.
+  void finish(int n_threads, bool zeros) {
     const std::lock_guard lock(mutex_);
-    if (std::exchange(is_finished_, true)) return;
+    if (is_finished_) return;
     const FfnFile* ffns = file_ ? &file_->ffns : nullptr;
     size_t known = 0, there = 0;
-    for (const auto& parts : layers_) {
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      const auto& parts = layers_[l];
       if (!parts[kUpProj] && !parts[kDownProj]) continue;
       ++there;
-      known += ffns && std::all_of(parts.begin(), parts.end(), [&](const Weight* w) { return !w || is_as_in_file(*w); });
+      if (!ffns || l >= ffns->layers.size()) continue;
+      known += parts[kDownProj] && is_as_in_file(*parts[kDownProj]) && parts[kUpProj] && is_as_in_file(*parts[kUpProj]) &&
+               (parts[kGateProj] ? is_as_in_file(*parts[kGateProj]) : ffns->fingerprints[l * kParts + kGateProj] == 0);
     }
-    follows_plan_ = ffns && known == there && there == ffns->layers.size() && !ffns->cuts.empty();
-    down_t_.resize(layers_.size());
+    if (file_ && there > 0 && known < there)
+      say("the file was made for another model (" + std::to_string(known) + " of " + std::to_string(there) +
+          " FFNs are the same); this one runs dense");
+    follows_plan_ = ffns && there > 0 && known == there && !ffns->cuts.empty();
+    skips_zeros_ = zeros;
+    down_t_.assign(layers_.size(), {});
+    copies_.clear();
     uint64_t bytes = 0;
     for (size_t l = 0; l < layers_.size(); ++l) {
       const Weight* down = layers_[l][kDownProj];
@@ -169,17 +187,19 @@ class Model {
     std::vector<std::pair<Matrix*, Layout>> wanted;
     uint8_t* at = copied_->data();
     for (size_t l = 0; l < layers_.size(); ++l) {
-      const LayerCuts* cuts = follows_plan_ ? &ffns->cuts[l] : nullptr;
+      const LayerCuts* cuts = follows_plan_ && l < ffns->cuts.size() ? &ffns->cuts[l] : nullptr;
       const auto any = [&](std::initializer_list<Tap> taps) {
         return cuts && std::any_of(taps.begin(), taps.end(), [&](Tap tap) { return (*cuts)[tap].cuts(); });
       };
       for (Weight* w : layers_[l]) {
         if (!w || (w->part == kDownProj && down_t_[l].down_proj_t.data)) continue;
-        const bool rows = w->part == kUpProj && any({kGatePre, kGateAct});
+        const bool rows = w->part == kUpProj && (zeros || any({kGatePre, kGateAct}));
         wanted.push_back({&w->w, rows ? Layout::kRows : Layout::kDwordTiles});
       }
       if (Matrix& down = down_t_[l].down_proj_t; down.data) {
-        const bool rows = any({kGatePre, kGateAct, kUp, kInter, kDownInput});
+        // Without a gate too: what its activation makes zero, product() leaves out.
+        const bool rows = zeros || !layers_[l][kGateProj] ||
+                          any({kGateInput, kUpInput, kGatePre, kGateAct, kUp, kInter, kDownInput});
         copies_.push_back({at, down.data, down.bytes()});
         down.data = at;
         at += (down.bytes() + kAlignment - 1) / kAlignment * kAlignment;
@@ -188,17 +208,14 @@ class Model {
     }
     const ThreadPool pool(n_threads, in_team);
     run(pool, copies_.size(), [&](size_t i) { std::memcpy(copies_[i].to, copies_[i].from, copies_[i].bytes); });
+    if (file_) file_->mapping.check();
     run(pool, wanted.size(), [&](size_t i) {
       auto [w, layout] = wanted[i];
       if (!has_tiles(kernels_, layout, w->type, w->rows, w->row_bytes)) return;
       to_tiles(layout, const_cast<uint8_t*>(w->data), w->rows, w->row_bytes);
       w->layout = layout;
     });
-    if (file_) {
-      const std::string of = std::to_string(known) + " of " + std::to_string(there) + " FFNs";
-      if (known < there || there != ffns->layers.size())
-        say("the file was made for another model (" + of + " are the same); this one runs dense");
-    }
+    is_finished_ = true;
   }
 
   // An FFN that runs by neuron: gate_proj, up_proj and down_proj_t with its outliers.
@@ -218,8 +235,15 @@ class Model {
     for (const auto& w : weights_) widest = std::max<size_t>({widest, w->w.rows, w->w.cols});
     return widest;
   }
-  std::vector<LayerCuts> cuts() const { return follows_plan_ ? file_->ffns.cuts : std::vector<LayerCuts>{}; }
-  bool follows_plan() const { return follows_plan_; }
+  // One per layer, or none.
+  std::vector<LayerCuts> cuts() const {
+    if (!follows_plan_) return {};
+    std::vector<LayerCuts> cuts = file_->ffns.cuts;
+    cuts.resize(layers_.size());
+    return cuts;
+  }
+  bool skips_zeros() const { return skips_zeros_; }
+  bool has_ffns() const { return !layers_.empty(); }
 
   std::mutex& mutex() { return mutex_; }
   std::vector<Machine*> machines;  // that run it
@@ -261,7 +285,7 @@ class Model {
   std::vector<Copy> copies_;
   std::unique_ptr<Pages> copied_;
   std::mutex mutex_;
-  bool is_finished_ = false, follows_plan_ = false;
+  bool is_finished_ = false, follows_plan_ = false, skips_zeros_ = false;
 };
 
 std::mutex models_mutex;
@@ -303,6 +327,16 @@ class Machine {
     if (!prepare(act)) return false;
     const size_t hidden = gate.w.cols;
     if (up.w.cols != hidden || up.w.rows != gate.w.rows) return false;
+    ggml_tensor apart = *x;
+    std::vector<float> copy;
+    if (ggml_nrows(x) > static_cast<int64_t>(kBlock) && out->data > x->data &&
+        static_cast<char*>(out->data) < static_cast<char*>(x->data) + ggml_nrows(x) * x->nb[1]) {
+      // What is read last would be written over by what is computed first.
+      copy.resize(static_cast<size_t>(ggml_nrows(x)) * x->nb[1] / sizeof(float));
+      std::memcpy(copy.data(), x->data, copy.size() * sizeof(float));
+      apart.data = copy.data();
+      x = &apart;
+    }
     const bool by_neuron = ffn_ && packed_.layers[gate.layer].down_proj_t.data;
     if (!by_neuron && (down.w.cols != gate.w.rows || model_->down_t(down.layer))) return false;
     for_blocks(x, [&](size_t t, size_t n) {
@@ -399,7 +433,7 @@ class Machine {
     }
     if (packed_.config.intermediate_size > 0) {
       cuts_.set(model_->cuts());
-      cuts_.set_skips_zeros(packed_.config.has_zeros(), false);
+      cuts_.set_skips_zeros(packed_.config.has_zeros() && model_->skips_zeros(), false);
       ffn_.emplace(run_, cuts_, products_, packed_, kBlock);
     }
     return true;
@@ -494,7 +528,7 @@ const ggml_backend_buffer_i kBuffer = {
     .free_buffer =
         [](ggml_backend_buffer_t buffer) {
           auto* model = static_cast<std::shared_ptr<Model>*>(buffer->context);
-          if (std::getenv("FALLOW_STATISTICS")) say((*model)->report());
+          if (std::getenv("FALLOW_STATISTICS") && (*model)->has_ffns()) say((*model)->report());
           {
             const std::lock_guard lock(models_mutex);
             std::erase(models, *model);
@@ -506,11 +540,10 @@ const ggml_backend_buffer_i kBuffer = {
           return (*static_cast<std::shared_ptr<Model>*>(buffer->context))->base();
         },
     .init_tensor = [](ggml_backend_buffer_t buffer, ggml_tensor* tensor) -> ggml_status {
-      const auto place = place_of(tensor->name);
-      if (!place || tensor->view_src) return GGML_STATUS_SUCCESS;
+      if (tensor->view_src) return GGML_STATUS_SUCCESS;
       const Matrix w{static_cast<const uint8_t*>(tensor->data), static_cast<uint32_t>(tensor->type),
                      static_cast<uint64_t>(tensor->ne[1]), static_cast<uint64_t>(tensor->ne[0]), tensor->nb[1]};
-      tensor->extra = (*static_cast<std::shared_ptr<Model>*>(buffer->context))->add(place->first, place->second, w);
+      tensor->extra = (*static_cast<std::shared_ptr<Model>*>(buffer->context))->add(tensor->name, w);
       return GGML_STATUS_SUCCESS;
     },
     .memset_tensor = [](ggml_backend_buffer_t, ggml_tensor* tensor, uint8_t value, size_t offset,
@@ -530,7 +563,7 @@ const ggml_backend_buffer_i kBuffer = {
           if (!weight) {
             std::memcpy(data, static_cast<const char*>(tensor->data) + offset, size);
           } else if (!(*static_cast<std::shared_ptr<Model>*>(buffer->context))->get(*weight, data, offset, size)) {
-            say(std::string(tensor->name) + " cannot be read back: it is in the file of FALLOW_PLAN, by neuron");
+            GGML_ABORT("fallow: %s cannot be read back: it is in the plan's file, by neuron\n", tensor->name);
           }
         },
     .set_tensor_2d = nullptr,
@@ -584,10 +617,13 @@ bool supports(const ggml_tensor* op) {
   if (is_nothing(op)) return true;
   if (op->op == GGML_OP_MUL_MAT) {
     const ggml_tensor *w = op->src[0], *x = op->src[1];
-    if (!is_ours(w) || !place_of(w->name) || w->view_src || !is_plain(x) || !is_plain(op)) return false;
+    if (!is_ours(w) || w->view_src || !is_plain(x) || !is_plain(op)) return false;
+    // What llama.cpp asks for before it has allocated anything is taken by name, an adapter's where it lies.
+    if (w->buffer->size == 0 && !place_of(w->name)) return false;
     const auto type = static_cast<uint32_t>(w->type);
-    return type < kGgmlTypes && usable_kernels()[0]->gemv_rows[type] && w->ne[0] % 32 == 0 && w->ne[1] % 32 == 0 &&
-           w->ne[2] == 1 && w->ne[3] == 1;
+    const bool is_float = type == kF32 || type == kF16 || type == kBF16;
+    return type < kGgmlTypes && usable_kernels()[0]->gemv_rows[type] &&
+           (is_float || (w->ne[0] % 32 == 0 && w->ne[1] % 32 == 0)) && w->ne[2] == 1 && w->ne[3] == 1;
   }
   if (op->op == GGML_OP_GLU) {
     const auto is_product = [](const ggml_tensor* t) { return t && t->op == GGML_OP_MUL_MAT && is_ours(t->src[0]); };
@@ -600,11 +636,11 @@ struct Backend {
   int n_threads = 1;
   std::map<std::pair<const Model*, int>, std::unique_ptr<Machine>> machines;
 
-  Machine& machine(const ggml_tensor* weight) {
+  Machine& machine(const ggml_tensor* weight, bool zeros = false) {
     const auto model = model_of(weight);
     auto& found = machines[{model.get(), n_threads}];
     if (!found) {
-      model->finish(n_threads);
+      model->finish(n_threads, zeros);
       found = std::make_unique<Machine>(model, n_threads);
     }
     return *found;
@@ -624,15 +660,18 @@ struct Backend {
     const bool is_whole = wg && wu && wd && wg->part == kGateProj && wu->part == kUpProj && wd->part == kDownProj &&
                           wg->layer == wu->layer && wg->layer == wd->layer && gate->src[1] == up->src[1] &&
                           glu->src[0] == gate && glu->src[1] == up && last->src[1] == glu;
-    if (!is_whole || ((gate->flags | up->flags | glu->flags) & GGML_TENSOR_FLAG_OUTPUT)) return false;
-    return last->nb[1] == last->ne[0] * sizeof(float) &&
-           machine(last->src[0]).ffn(*wg, *wu, *wd, *act_of(glu), gate->src[1], last);
+    if (!is_whole || last->nb[1] != last->ne[0] * sizeof(float)) return false;
+    // Nobody else reads what is then not written: an adapter of down_proj reads `glu`.
+    for (int k = i; k < i + 3; ++k)
+      if (!ggml_node_has_n_uses(graph, k, 1)) return false;
+    const Act act = *act_of(glu);
+    return machine(last->src[0], act == Act::kRelu).ffn(*wg, *wu, *wd, act, gate->src[1], last);
   }
 
   ggml_status compute(ggml_cgraph* graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
       ggml_tensor* node = ggml_graph_node(graph, i);
-      if (ggml_is_empty(node) || is_nothing(node)) continue;
+      if (ggml_is_empty(node) || is_nothing(node) || !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) continue;
       switch (node->op) {
         case GGML_OP_MUL_MAT:
           if (ffn(graph, i)) {
@@ -661,7 +700,12 @@ ggml_backend_t make_backend(ggml_backend_dev_t, const char*) {
     delete backend;
   };
   own.graph_compute = [](ggml_backend_t backend, ggml_cgraph* graph) {
-    return static_cast<Backend*>(backend->context)->compute(graph);
+    try {
+      return static_cast<Backend*>(backend->context)->compute(graph);
+    } catch (const std::exception& error) {  // memory, or the plan's file
+      say(error.what());
+      return GGML_STATUS_ALLOC_FAILED;
+    }
   };
   return new ggml_backend{const_cast<ggml_guid*>(&kGuid), own, computing_device(), new Backend};
 }
@@ -729,9 +773,9 @@ constexpr size_t kObject = 32;
 
 // Null, which llama.cpp takes for "not here", where structures differ from those this was built with.
 __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init() {
-  if (std::strcmp(ggml_version(), FALLOW_GGML_VERSION) != 0 ||
-      ggml_tensor_overhead() != kObject + sizeof(ggml_tensor)) {
-    fallow::say(std::string("built for ggml ") + FALLOW_GGML_VERSION + ", but this is " + ggml_version() +
+  const std::string here = std::string(ggml_version()) + " " + ggml_commit();
+  if (here != FALLOW_GGML_VERSION || ggml_tensor_overhead() != kObject + sizeof(ggml_tensor)) {
+    fallow::say(std::string("built for ggml ") + FALLOW_GGML_VERSION + ", but this is " + here +
                 "; run: fallow llama build");
     return nullptr;
   }
@@ -750,10 +794,11 @@ __attribute__((visibility("default"))) const char* fallow_use_plan(const char* p
 
 // What was computed for each model that is loaded, as JSON; until the next call.
 __attribute__((visibility("default"))) const char* fallow_statistics() {
-  static std::string text;
+  thread_local std::string text;
   const std::lock_guard lock(fallow::models_mutex);
   text = "[";
-  for (const auto& model : fallow::models) text += (text.size() > 1 ? ", " : "") + model->report();
+  for (const auto& model : fallow::models)
+    if (model->has_ffns()) text += (text.size() > 1 ? ", " : "") + model->report();
   return (text += "]").c_str();
 }
 }

@@ -26,7 +26,8 @@ app.add_typer(llama_app, name="llama")
 
 GgufArg = Annotated[Path, typer.Argument(help="The GGUF that llama.cpp runs.")]
 FileOption = Annotated[
-    Path | None, typer.Option("--plan", help="A file of fallow llama pack; default: dense.")
+    Path | None,
+    typer.Option("--plan", help="A file of fallow llama pack; default: FALLOW_PLAN's, or dense."),
 ]
 FolderOption = Annotated[
     Path | None,
@@ -85,7 +86,9 @@ def run(context: typer.Context, plan: FileOption = None, llama_cpp: FolderOption
     if plan is not None and not plan.is_file():
         raise FallowError(f"--plan {plan}: no such file; make it with: fallow llama pack")
     path = plugin.built(plugin.target_of(llama_cpp))
-    env = os.environ | {"GGML_BACKEND_PATH": str(path), "FALLOW_PLAN": str(plan or "")}
+    env = os.environ | {"GGML_BACKEND_PATH": str(path)}
+    if plan is not None:
+        env["FALLOW_PLAN"] = str(plan)
     try:
         os.execvpe(context.args[0], context.args, env)
     except OSError as error:

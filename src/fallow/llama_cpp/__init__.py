@@ -9,6 +9,7 @@ docs/how-to/llama-cpp.md
 
 import ctypes
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ def load(plan: str | Path | None = None) -> None:
     """Lets llama-cpp-python's models that are loaded from now on compute their FFNs here.
 
     Args:
-        plan: a file of `fallow llama pack`, for the model that is loaded next; None: dense. May be
-            called again with another. A model that the file was not made for runs dense, and a
-            line on stderr says so.
+        plan: a file of `fallow llama pack`, for the model that is loaded next; None: that of the
+            environment variable FALLOW_PLAN, or dense. May be called again with another. A model
+            that the file was not made for runs dense, and a line on stderr says so.
 
     Raises:
         FallowError: llama-cpp-python is not installed, the plugin was not built for this version
@@ -36,16 +37,23 @@ def load(plan: str | Path | None = None) -> None:
         path = built(target)
         import llama_cpp
 
+        plugin = ctypes.CDLL(str(path))
+        plugin.fallow_use_plan.restype = ctypes.c_char_p
+        plugin.fallow_use_plan.argtypes = [ctypes.c_char_p]
+        plugin.fallow_statistics.restype = ctypes.c_char_p
+        _use(plugin, plan)
         # The registry that models look into is that of the library which llama_cpp itself loaded.
         register: Any = llama_cpp.llama_cpp._lib.ggml_backend_load
         register.restype, register.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
         if not register(str(path).encode()):
             raise FallowError(f"{target.name} does not take the plugin; run: fallow llama build")
-        _plugin = ctypes.CDLL(str(path))
-        _plugin.fallow_use_plan.restype = ctypes.c_char_p
-        _plugin.fallow_use_plan.argtypes = [ctypes.c_char_p]
-        _plugin.fallow_statistics.restype = ctypes.c_char_p
-    problem = _plugin.fallow_use_plan(None if plan is None else str(plan).encode())
+        _plugin = plugin
+    _use(_plugin, plan)
+
+
+def _use(plugin: Any, plan: str | Path | None) -> None:
+    file = str(plan or os.environ.get("FALLOW_PLAN", ""))
+    problem = plugin.fallow_use_plan(file.encode())
     if problem:
         raise FallowError(problem.decode(errors="replace"))
 

@@ -4,6 +4,8 @@ ggml's structures change between releases under one version of its interface, so
 built with the headers of the very library that loads it.
 """
 
+import ctypes
+import hashlib
 import importlib.metadata
 import importlib.util
 import re
@@ -63,7 +65,9 @@ def target_of(folder: Path | None) -> Target:
 def place(target: Target) -> Path:
     """Where the plugin for it lies, if it was built."""
     version = importlib.metadata.version("fallow")
-    name = re.sub(r"\W+", "-", f"{target.folder or target.name} fallow {version}").strip("-")
+    name = re.sub(r"\W+", "-", f"{target.name} fallow {version}").strip("-")
+    if target.folder is not None:
+        name += "-" + hashlib.sha256(str(target.folder).encode()).hexdigest()[:8]
     return cache_folder() / "llama" / name / LIBRARY
 
 
@@ -107,7 +111,7 @@ def build(target: Target, headers: Path | None = None) -> Path:
             command = [
                 compiler, "-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden",
                 "-fopenmp",
-                f'-DFALLOW_GGML_VERSION="{_version_of(ggml)}"',
+                f'-DFALLOW_GGML_VERSION="{_identity(base, ggml)}"',
                 f"-I{CORE / 'include'}", f"-I{ggml / 'include'}", f"-I{ggml / 'src'}",
                 str(CORE / "plugin.cpp"), str(CORE / "libfallow_kernels.a"),
                 "-Wl,--exclude-libs,ALL", str(base), "-o", str(temporary),
@@ -142,8 +146,9 @@ def _fetch(target: Target, scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     archives = list(scratch.glob("*.tar.gz"))
     if done.returncode or not archives:
+        said = done.stderr.strip().splitlines() or ["no message"]
         raise FallowError(
-            f"cannot fetch the source of {target.name}; unpack it yourself, then: "
+            f"cannot fetch the source of {target.name} ({said[-1]}); unpack it yourself, then: "
             "fallow llama build --headers DIR"
         )
     needed = re.compile(r"/ggml/(include/.*\.h|src/ggml-[^/]*\.h|CMakeLists\.txt)$")
@@ -152,9 +157,21 @@ def _fetch(target: Target, scratch: Path) -> Path:
     return next(folder for folder in scratch.iterdir() if folder.is_dir())
 
 
-def _version_of(ggml: Path) -> str:
+def _identity(base: Path, ggml: Path) -> str:
+    """Version and commit of a library, which its headers must be of.
+
+    Raises:
+        FallowError: they are not.
+    """
+    library = ctypes.CDLL(str(base))
+    for name in ("ggml_version", "ggml_commit"):
+        getattr(library, name).restype = ctypes.c_char_p
+    version = library.ggml_version().decode()
     text = (ggml / "CMakeLists.txt").read_text()
     found = dict(re.findall(r"set\(GGML_VERSION_(MAJOR|MINOR|PATCH)\s+(\d+)\)", text))
-    if len(found) < 3:
-        raise FallowError(f"{ggml / 'CMakeLists.txt'} does not say which version of ggml it is")
-    return "{MAJOR}.{MINOR}.{PATCH}".format(**found)
+    headers = ".".join(found.get(part, "?") for part in ("MAJOR", "MINOR", "PATCH"))
+    if not version.startswith(headers):
+        raise FallowError(
+            f"{ggml} is of ggml {headers}, but the library {base} is {version}; give its own source"
+        )
+    return f"{version} {library.ggml_commit().decode()}"

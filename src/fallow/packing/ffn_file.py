@@ -132,6 +132,12 @@ def _ffn_of(file: GgufFile, layer: int) -> dict[str, StoredTensor]:
     found = {part: file.tensors[name] for part, name in names.items() if name in file.tensors}
     if "down" not in found:
         raise FallowError(f"{file.path} has no tensor {names['down']}")
+    shape = found["up"].shape
+    if found["down"].shape != shape[::-1] or found.get("gate", found["up"]).shape != shape:
+        raise FallowError(
+            f"{file.path} has gate and up in one tensor, {names['up']}; the plugin computes such "
+            "FFNs dense"
+        )
     return found
 
 
