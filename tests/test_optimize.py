@@ -520,7 +520,7 @@ def test_peers_take_turns_with_plans(
         turns.append(search.selector_of(engine.plan))
         return {"decode_tps": 2.0}
 
-    monkeypatch.setattr(speed, "_Baseline", Peer)
+    monkeypatch.setattr(speed, "Baseline", Peer)
     monkeypatch.setattr(speed, "run_once", run_once)
     found = speed.run_in_turn(
         Engine(shortlisted), {"dense": None, "plan": margin_plan(shortlisted, 12.0)}, IDS, 8, 2,
