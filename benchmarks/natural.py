@@ -268,10 +268,10 @@ def own_run(files: Files, variant: str, ids: np.ndarray) -> dict[str, float]:
 
 def peer_run(peer: str, source: Path, ids: np.ndarray) -> dict[str, Any]:
     from fallow.common.errors import FallowError
-    from fallow.measure.speed import _Baseline
+    from fallow.measure.speed import Baseline
 
     try:
-        baseline = _Baseline(peer, source, THREADS, ids, PROMPT)
+        baseline = Baseline(peer, source, THREADS, ids, PROMPT)
     except FallowError as error:
         return {"missing": str(error).replace(str(source), source.name)}
     try:
