@@ -51,8 +51,9 @@ def test_against_transformers(
     assert result.ppl == pytest.approx(math.exp(losses(sparse).mean()), rel=1e-5)
     ratio = math.exp((losses(sparse) - losses(dense)).mean())
     assert result.ppl_change_percent == pytest.approx(100 * (ratio - 1), abs=1e-3)
-    assert result.kl_to_dense["mean"] == pytest.approx(kl.mean(), rel=1e-3, abs=1e-7)
-    assert result.kl_to_dense["p99"] == pytest.approx(np.percentile(kl, 99), rel=1e-3, abs=1e-7)
+    # Sums in float32: so small a divergence differs by 1e-7 from processor to processor.
+    assert result.kl_to_dense["mean"] == pytest.approx(kl.mean(), rel=1e-3, abs=5e-7)
+    assert result.kl_to_dense["p99"] == pytest.approx(np.percentile(kl, 99), rel=1e-3, abs=5e-7)
     same = (dense.argmax(-1) == sparse.argmax(-1)).mean()
     assert result.top1_agreement == pytest.approx(same)
     assert (result.tokens, result.windows) == (96, 3)
