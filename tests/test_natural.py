@@ -48,7 +48,9 @@ def test_leaving_zeros_out_costs_nothing(model: Model, plan: Plan, packed: Path)
     assert found.achieved_sparsity > 0.7
     engine = Engine(packed, threads=1)
     on_engine = evaluate_engine(engine, plan, None, **WINDOWS, decode=True)
-    assert on_engine.ppl_change_percent == pytest.approx(0, abs=0.05)  # sums in another order
+    # Sums in another order; AVX2 rounds coefficients of 16 rows together, then of other ones.
+    most = 0.3 if engine.kernels == "avx2" else 0.05
+    assert on_engine.ppl_change_percent == pytest.approx(0, abs=most)
     assert on_engine.ppl == pytest.approx(found.ppl, rel=0.01)
     assert on_engine.achieved_sparsity == pytest.approx(found.achieved_sparsity, abs=0.01)
 
