@@ -10,8 +10,8 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
-#include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -20,6 +20,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -175,7 +176,6 @@ class Model {
     follows_plan_ = ffns && there > 0 && known == there && !ffns->cuts.empty();
     skips_zeros_ = zeros;
     down_t_.assign(layers_.size(), {});
-    copies_.clear();
     uint64_t bytes = 0;
     for (size_t l = 0; l < layers_.size(); ++l) {
       const Weight* down = layers_[l][kDownProj];
@@ -184,6 +184,7 @@ class Model {
       bytes += down_t_[l].down_proj_t.bytes() + kAlignment;
     }
     copied_ = std::make_unique<Pages>(std::max<uint64_t>(bytes, 1));
+    std::vector<Copy> copies;
     std::vector<std::pair<Matrix*, Layout>> wanted;
     uint8_t* at = copied_->data();
     for (size_t l = 0; l < layers_.size(); ++l) {
@@ -200,14 +201,14 @@ class Model {
         // Without a gate too: what its activation makes zero, product() leaves out.
         const bool rows = zeros || !layers_[l][kGateProj] ||
                           any({kGateInput, kUpInput, kGatePre, kGateAct, kUp, kInter, kDownInput});
-        copies_.push_back({at, down.data, down.bytes()});
+        copies.push_back({at, down.data, down.bytes()});
         down.data = at;
         at += (down.bytes() + kAlignment - 1) / kAlignment * kAlignment;
         wanted.push_back({&down, rows ? Layout::kRows : Layout::kByteTiles});
       }
     }
-    const ThreadPool pool(n_threads, in_team);
-    run(pool, copies_.size(), [&](size_t i) { std::memcpy(copies_[i].to, copies_[i].from, copies_[i].bytes); });
+    ThreadPool pool(n_threads, in_team);
+    run(pool, copies.size(), [&](size_t i) { std::memcpy(copies[i].to, copies[i].from, copies[i].bytes); });
     if (file_) file_->mapping.check();
     run(pool, wanted.size(), [&](size_t i) {
       auto [w, layout] = wanted[i];
@@ -260,9 +261,9 @@ class Model {
   };
 
   template <class Body>
-  static void run(const ThreadPool& pool, size_t n, const Body& body) {
+  static void run(ThreadPool& pool, size_t n, const Body& body) {
     std::atomic<size_t> next = 0;
-    const_cast<ThreadPool&>(pool).run([&](int) {
+    pool.run([&](int) {
       for (size_t i; (i = next.fetch_add(1)) < n;) body(i);
     });
   }
@@ -282,7 +283,6 @@ class Model {
   std::vector<std::unique_ptr<Weight>> weights_;
   std::vector<std::array<Weight*, kParts>> layers_;
   std::vector<Layer> down_t_;  // of each layer, if the file has it: down_proj_t and outliers
-  std::vector<Copy> copies_;
   std::unique_ptr<Pages> copied_;
   std::mutex mutex_;
   bool is_finished_ = false, follows_plan_ = false, skips_zeros_ = false;
@@ -513,37 +513,36 @@ ggml_backend_buffer_type_t weights_type();
 ggml_backend_dev_t device();
 ggml_backend_dev_t computing_device();
 
-Weight* weight_of(const ggml_tensor* tensor) {
-  const bool ours = tensor && tensor->buffer && tensor->buffer->buft == weights_type();
-  return ours ? static_cast<Weight*>(tensor->extra) : nullptr;
-}
 bool is_ours(const ggml_tensor* tensor) {
   return tensor && tensor->buffer && tensor->buffer->buft == weights_type();
 }
-std::shared_ptr<Model> model_of(const ggml_tensor* weight) {
-  return *static_cast<std::shared_ptr<Model>*>(weight->buffer->context);
+Weight* weight_of(const ggml_tensor* tensor) {
+  return is_ours(tensor) ? static_cast<Weight*>(tensor->extra) : nullptr;
+}
+std::shared_ptr<Model>& model_of(ggml_backend_buffer_t buffer) {
+  return *static_cast<std::shared_ptr<Model>*>(buffer->context);
 }
 
 const ggml_backend_buffer_i kBuffer = {
     .free_buffer =
         [](ggml_backend_buffer_t buffer) {
-          auto* model = static_cast<std::shared_ptr<Model>*>(buffer->context);
-          if (std::getenv("FALLOW_STATISTICS") && (*model)->has_ffns()) say((*model)->report());
+          auto& model = model_of(buffer);
+          if (std::getenv("FALLOW_STATISTICS") && model->has_ffns()) say(model->report());
           {
             const std::lock_guard lock(models_mutex);
-            std::erase(models, *model);
+            std::erase(models, model);
           }
-          delete model;
+          delete &model;
         },
     .get_base =
         [](ggml_backend_buffer_t buffer) -> void* {
-          return (*static_cast<std::shared_ptr<Model>*>(buffer->context))->base();
+          return model_of(buffer)->base();
         },
     .init_tensor = [](ggml_backend_buffer_t buffer, ggml_tensor* tensor) -> ggml_status {
       if (tensor->view_src) return GGML_STATUS_SUCCESS;
       const Matrix w{static_cast<const uint8_t*>(tensor->data), static_cast<uint32_t>(tensor->type),
                      static_cast<uint64_t>(tensor->ne[1]), static_cast<uint64_t>(tensor->ne[0]), tensor->nb[1]};
-      tensor->extra = (*static_cast<std::shared_ptr<Model>*>(buffer->context))->add(tensor->name, w);
+      tensor->extra = model_of(buffer)->add(tensor->name, w);
       return GGML_STATUS_SUCCESS;
     },
     .memset_tensor = [](ggml_backend_buffer_t, ggml_tensor* tensor, uint8_t value, size_t offset,
@@ -552,7 +551,7 @@ const ggml_backend_buffer_i kBuffer = {
         [](ggml_backend_buffer_t buffer, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
           Weight* weight = weight_of(tensor);
           if (weight) {
-            (*static_cast<std::shared_ptr<Model>*>(buffer->context))->set(*weight, data, offset, size);
+            model_of(buffer)->set(*weight, data, offset, size);
           } else {
             std::memcpy(static_cast<char*>(tensor->data) + offset, data, size);
           }
@@ -562,7 +561,7 @@ const ggml_backend_buffer_i kBuffer = {
           const Weight* weight = weight_of(tensor);
           if (!weight) {
             std::memcpy(data, static_cast<const char*>(tensor->data) + offset, size);
-          } else if (!(*static_cast<std::shared_ptr<Model>*>(buffer->context))->get(*weight, data, offset, size)) {
+          } else if (!model_of(buffer)->get(*weight, data, offset, size)) {
             GGML_ABORT("fallow: %s cannot be read back: it is in the plan's file, by neuron\n", tensor->name);
           }
         },
@@ -637,7 +636,7 @@ struct Backend {
   std::map<std::pair<const Model*, int>, std::unique_ptr<Machine>> machines;
 
   Machine& machine(const ggml_tensor* weight, bool zeros = false) {
-    const auto model = model_of(weight);
+    const auto model = model_of(weight->buffer);
     auto& found = machines[{model.get(), n_threads}];
     if (!found) {
       model->finish(n_threads, zeros);

@@ -7,7 +7,6 @@ FFN weights are, byte by byte, those that it was made for.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,14 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_path, check_writable
 from fallow.common.progress import note, progress
 from fallow.engine.cuts import BY
-from fallow.packing.quantize import OUTLIERS, QUANT_TYPES, Matrix, quantize, without_outliers
+from fallow.packing.quantize import (
+    OUTLIERS,
+    QUANT_TYPES,
+    Matrix,
+    add_matrix,
+    quantize,
+    without_outliers,
+)
 from fallow.plan import COLUMN_NORM, FFN_TAPS, Cut, Plan
 
 VERSION = 1
@@ -183,9 +189,9 @@ def _write(
             else:
                 matrix, neurons, rows = without_outliers(values, kind, _energy(tensors), n_outliers)
                 outliers += neurons.tolist()
-            _add(writer, f"layers.{i}.down_proj_t.weight", matrix)
+            add_matrix(writer, f"layers.{i}.down_proj_t.weight", matrix)
             if rows is not None:
-                _add(writer, f"layers.{i}.outliers.weight", rows)
+                add_matrix(writer, f"layers.{i}.outliers.weight", rows)
             ticker.advance()
     writer.add_key_value("fallow.ffn.fingerprints", marks, Kind.ARRAY, Kind.UINT64)
     writer.add_uint32("fallow.ffn.n_outliers", n_outliers)
@@ -250,10 +256,3 @@ def _weight(cut: Cut, layer: int, down_norms: np.ndarray) -> np.ndarray | None:
     if cut.tap in _INPUTS[:2] or cut.tap == "gate_up_proj":
         raise FallowError(f"the plan weighs inputs of {cut.tap}; the plugin weighs neurons alone")
     return down_norms[layer].astype(np.float32)
-
-
-def _add(writer: Any, name: str, matrix: Matrix) -> None:
-    import gguf
-
-    kind = gguf.GGMLQuantizationType[matrix.type]
-    writer.add_tensor(name, np.ascontiguousarray(matrix.data), raw_dtype=kind)

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -77,3 +78,11 @@ def without_outliers(
     neurons = np.sort(np.argsort(-harm)[:n])
     matrix.data[neurons] = 0  # zero bytes are zero weights in every type
     return matrix, neurons, quantize(values[neurons], "F16")
+
+
+def add_matrix(writer: Any, name: str, matrix: Matrix) -> None:
+    """To a `gguf.GGUFWriter`, bytes as they are."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[matrix.type]
+    writer.add_tensor(name, np.ascontiguousarray(matrix.data), raw_dtype=kind)

@@ -8,9 +8,7 @@ import numpy as np
 
 from fallow.common.progress import progress
 from fallow.engine.packed import PACKED_VERSION
-from fallow.packing.quantize import (
-    Matrix,
-)
+from fallow.packing.quantize import Matrix, add_matrix
 from fallow.packing.source import Source
 from fallow.plan import Plan
 
@@ -50,16 +48,16 @@ def write_packed(
         inputs = ("gate_proj", "up_proj") if model.layers[0].gated else ("up_proj",)
         for name, matrix in matrices.items():
             if not name.endswith(tuple(f".{part}.weight" for part in inputs)):
-                _add_matrix(writer, name, matrix)
+                add_matrix(writer, name, matrix)
         outliers: list[int] = []
         for i in range(len(model.layers)):
             for ffn, matrix, neurons, rows in source.down_proj_ts(i, down):
                 for part in inputs:
                     name = f"{ffn}.{part}.weight"
-                    _add_matrix(writer, name, matrices[name])
-                _add_matrix(writer, f"{ffn}.down_proj_t.weight", matrix)
+                    add_matrix(writer, name, matrices[name])
+                add_matrix(writer, f"{ffn}.down_proj_t.weight", matrix)
                 if rows is not None:
-                    _add_matrix(writer, f"{ffn}.outliers.weight", rows)
+                    add_matrix(writer, f"{ffn}.outliers.weight", rows)
                 outliers += neurons.tolist()
             ticker.advance()
         writer.add_uint32("fallow.n_outliers", source.n_outliers(down))
@@ -69,13 +67,6 @@ def write_packed(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     writer.close()
-
-
-def _add_matrix(writer: Any, name: str, matrix: Matrix) -> None:
-    import gguf
-
-    kind = gguf.GGMLQuantizationType[matrix.type]
-    writer.add_tensor(name, np.ascontiguousarray(matrix.data), raw_dtype=kind)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
