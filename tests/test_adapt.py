@@ -12,14 +12,16 @@ import torch
 import transformers
 
 import fallow
-from fallow.adaptation import adapter, texts
+from fallow.adaptation import adapter, rounding, texts
 from fallow.adaptation.adapter import AdaptReport, Settings, adapt
+from fallow.adaptation.budgets import allocate, measured_at
 from fallow.adaptation.rounding import ROUNDINGS
-from fallow.adaptation.students import TRAINED, LowRank, finish, prepare
+from fallow.adaptation.students import TRAINED, LowRank, finish, prepare, renew_rounding
 from fallow.common.errors import FallowError, UsageError
 from fallow.engine.engine import Engine
+from fallow.models.cuts import cut_taps
 from fallow.packing.quantize import QUANT_TYPES, dequantize, quantize
-from fallow.plan import Plan
+from fallow.plan import Cut, Plan
 
 SMALL = Settings(tokens=16384, context=32, batch=8, learning_rate=3e-4)
 
@@ -111,6 +113,47 @@ def test_what_is_not_trained_keeps_its_values(
     changed = {name for name in old if not torch.equal(old[name].bfloat16(), new[name].bfloat16())}
     assert changed
     assert all(".mlp." in name for name in changed)
+
+
+@pytest.mark.parametrize("trained", ["layers", "lora"])
+def test_weights_are_rounded_together_as_one_by_one(
+    folders: dict[str, Path], trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "AT_ONCE", 5000)  # some matrices of the model
+    model = fallow.load(folders["llama"], "float32")
+    parts = dict(model.module.named_modules())
+    names = {f"{n}.weight": "F16" if "attn" in n else "BF16" for n in parts if n.endswith("proj")}
+    prepare(model.module, model.layers, trained, 4, names)
+    renew_rounding(model.module)
+    for name, kind in names.items():
+        part = parts[name.removesuffix(".weight")]
+        before = part.parametrizations.weight.original
+        torch.testing.assert_close(part.weight, ROUNDINGS[kind](before.float()), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
+def test_the_gpus_cut_is_the_cpus(
+    folders: dict[str, Path], kept: float, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="triton is for x86-64 alone")
+    from fallow.adaptation.topk import topk_taps
+
+    layers = fallow.load(folders["llama"]).layers
+    width = layers[0].down_proj.in_features
+    weight = np.random.default_rng(0).uniform(0, 2, (len(layers), width))
+    for given in (weight, "column_norm", None):
+        cut = Cut("inter", "topk", kept, given).of_layers(len(layers))
+        values = torch.randn(5, width).to(getattr(torch, kind))
+        values[0, :9] = values[0, 9]  # ties
+        values[1] = 0
+        found, wanted = values.clone().requires_grad_(), values.clone().requires_grad_()
+        one = topk_taps([cut], layers)["inter"](1, found)
+        other = cut_taps([cut], layers, "llama")["inter"](1, wanted)
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        for result in (one, other):
+            result.sum().backward()
+        torch.testing.assert_close(found.grad, wanted.grad * (values != 0))
 
 
 # A run -------------------------------------------------------------------------------------------
@@ -223,6 +266,46 @@ def test_an_adapted_folder_is_packed_in_the_types_it_learned(
         fallow.pack(folder, tmp_path / "other.gguf")
 
 
+# Budgets ---------------------------------------------------------------------------------------
+
+
+def test_layers_that_matter_less_leave_out_more() -> None:
+    costs = np.outer([1.0, 1.0, 9.0], [0.1, 0.4, 1.6])
+    shares = allocate(costs, 0.4)
+    assert shares.mean() == pytest.approx(0.4)
+    assert shares[2] < shares[0] == pytest.approx(shares[1], abs=0.011)
+    assert (shares >= 0.2 - 1e-9).all()
+    assert (shares <= 0.7 + 1e-9).all()
+    # No other of the same mean costs less.
+    levels = measured_at(0.4)
+
+    def cost(found: np.ndarray) -> float:
+        logs = [np.interp(s, levels, np.log(c)) for s, c in zip(found, costs, strict=True)]
+        return float(np.exp(logs).sum())
+
+    for change in ((0.02, -0.02, 0), (-0.02, 0, 0.02), (0.02, 0, -0.02)):
+        assert cost(shares + change) > cost(shares) - 1e-3
+
+
+def test_budgets_are_measured(
+    folders: dict[str, Path], texts: tuple[Path, Path], tmp_path: Path, held_out: None
+) -> None:
+    settings = replace(SMALL, tokens=512, budgets="measured", anneal=0.5)
+    adapt(folders["llama"], tmp_path / "out", settings, text=[texts[0]])
+    kept = Plan.load(tmp_path / "out" / "fallow.plan").cuts[0].value
+    assert kept.mean() == pytest.approx(0.5, abs=1e-6)
+    assert kept.min() < kept.max()
+    model = fallow.load(tmp_path / "out")
+    found = fallow.evaluate(
+        model, Plan.load(tmp_path / "out" / "fallow.plan"), texts[1], context=32, windows=4
+    )
+    assert found.sparsity_ratio["inter"] == pytest.approx(0.5, abs=0.03)
+    with pytest.raises(UsageError, match="tail has no budget per layer"):
+        adapt(
+            folders["llama"], tmp_path / "b", replace(settings, rule="gate_tail"), text=[texts[0]]
+        )
+
+
 # Texts -------------------------------------------------------------------------------------------
 
 
@@ -255,6 +338,42 @@ def test_a_model_writes_its_own_text(
     assert report.texts[1]["name"].startswith("sampled from")
 
 
+def test_what_it_writes_is_likely_to_the_model(folders: dict[str, Path]) -> None:
+    """Drawn token by token from the model's own distribution, after a piece of the text."""
+    model = fallow.load(folders["llama"], "float32")
+    windows = np.random.default_rng(0).integers(2, 40, (80, 24))
+    mixture = texts.mix([fallow_text("a")], [windows], (), seed=0)
+    begin = texts.prefixes(mixture, 64, np.random.default_rng(0))
+    assert begin.shape == (64, texts.PREFIX)
+    pieces = np.lib.stride_tricks.sliding_window_view(windows, texts.PREFIX, axis=1)
+    assert {tuple(row) for row in begin} <= {tuple(row) for row in pieces.reshape(-1, texts.PREFIX)}
+    torch.manual_seed(0)
+    written = texts._write(model.module, begin, 24)
+    assert written.shape == (64, 24)
+    np.testing.assert_array_equal(written[:, : texts.PREFIX], begin)
+    logits = model.logits(model.hidden(written))[:, texts.PREFIX - 1 : -1]
+    log_p = logits.log_softmax(dim=-1)
+    drawn = torch.from_numpy(written[:, texts.PREFIX :])
+    losses = -log_p.gather(-1, drawn[..., None])[..., 0]
+    entropy = -(log_p.exp() * log_p).sum(dim=-1)
+    spread = float((losses - entropy).std()) / losses.numel() ** 0.5
+    assert abs(float((losses - entropy).mean())) < 4 * spread
+
+
+def test_writing_fits_itself_to_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(module: Any, begin: np.ndarray, context: int) -> np.ndarray:
+        if len(begin) > 3:
+            raise torch.OutOfMemoryError
+        return begin
+
+    monkeypatch.setattr(texts, "_write", write)
+    begin = np.arange(20).reshape(10, 2)
+    np.testing.assert_array_equal(texts._write_what_fits(None, begin, 2), begin)
+    monkeypatch.setattr(texts, "_write", lambda *_: write(None, np.zeros(9), 2))
+    with pytest.raises(torch.OutOfMemoryError):
+        texts._write_what_fits(None, begin, 2)
+
+
 # Bad input ---------------------------------------------------------------------------------------
 
 
@@ -267,6 +386,7 @@ def test_a_model_writes_its_own_text(
         ({"rule": "oracle"}, "is a selector"),
         ({"quant": "q9"}, "unknown type 'q9'"),
         ({"anneal": 2.0}, "--anneal 2.0 is outside 0 to 1"),
+        ({"budgets": "fair"}, "unknown budgets 'fair'; known: even, measured"),
         ({"minutes": float("nan")}, "--minutes nan is not positive"),
     ],
 )

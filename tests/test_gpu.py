@@ -66,70 +66,66 @@ def active_of(values: torch.Tensor, weight: torch.Tensor | None, k: int) -> torc
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("k", [0, 1, 18, WIDTH - 1, WIDTH])
 @pytest.mark.parametrize("ties", [False, True])
-def test_select_by_topk(batch: int, k: int, ties: bool) -> None:
-    values, weight = draw(batch, WIDTH), torch.rand(WIDTH)
+@pytest.mark.parametrize("counted", [False, True])
+def test_thresholds(batch: int, k: int, ties: bool, counted: bool) -> None:
+    x, w, weight = draw(batch, D), draw(WIDTH, D), torch.rand(WIDTH)
     if ties:  # many equal, many zero
-        values, weight = values.round(), weight.round()
+        x, w, weight = (x / 4).round(), (w / 4).round(), weight.round()
     for factor in (None, weight):
-        active = active_of(values, factor, k)
-        indices, count, chosen = ops.select(values, factor, None, k)
-        expected = active.any(0).nonzero()[:, 0]
-        n = int(count)
-        assert indices[:n].tolist() == expected.tolist()
-        assert torch.equal(chosen[:, :n], (values * active)[:, expected])
-
-
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.7, 99.0])
-def test_select_by_threshold(batch: int, threshold: float) -> None:
-    values, weight = draw(batch, WIDTH).relu(), torch.rand(WIDTH)
-    bits = threshold_bits([threshold], values.device)
-    active = ~(values * weight <= threshold)
-    indices, count, chosen = ops.select(values, weight, bits, -1)
-    expected = active.any(0).nonzero()[:, 0]
-    n = int(count)
-    assert indices[:n].tolist() == expected.tolist()
-    assert torch.equal(chosen[:, :n], (values * active)[:, expected])
+        values = ops.gemv(x, w, None, "none", counted, factor)
+        found = ops.thresholds(values, None if factor is None else factor[None], k, counted)
+        score = values.abs() * (1 if factor is None else factor)
+        above = score.view(torch.int32) > found[0][:, None]
+        assert torch.equal(above, active_of(values, factor, k))
 
 
 def test_nan_is_active() -> None:
+    x, w, up = draw(2, D), draw(WIDTH, D), draw(WIDTH, D)
+    w[7] = float("nan")
+    values = ops.gemv(x, w, None, "none", True)
+    for bits in (
+        ops.thresholds(values, None, 0, True)[0],
+        ops.thresholds(values, None, 1)[0],
+        threshold_bits([99.0], values.device),
+    ):
+        inter = ops.gather_rows(x, up, None, values, None, bits, None, None)
+        assert inter[:, 7].isnan().all()
+        assert inter.isnan().sum() == 2
+        assert (inter == 0).sum() == 2 * (WIDTH - 1)
     values = draw(2, WIDTH)
     values[1, 7] = float("nan")
-    for threshold, k in ((None, 3), (threshold_bits([9.0], values.device), -1)):
-        indices, count, chosen = ops.select(values, None, threshold, k)
-        listed = indices[: int(count)].tolist()
-        assert 7 in listed
-        assert chosen[1, listed.index(7)].isnan()
-    w = draw(WIDTH, D)
     bits = threshold_bits([9.0], values.device)[:, None]
-    out = ops.gather_sum(values, None, "none", None, bits, w, None, None, None, [D])
+    out = ops.gather_sum(values, None, "none", None, bits, up, None, [D])
     assert not out[0].isnan().any()
     assert out[1].isnan().all()
 
 
 @pytest.mark.parametrize(("batch", "kind"), KINDS)
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("limit", [-1.0, 0.3, 99.0])
 @pytest.mark.parametrize("late", [False, True])
-def test_gathers(batch: int, kind: str, share: float, late: bool) -> None:
+def test_gathers(batch: int, kind: str, limit: float, late: bool) -> None:
+    """Of thresholds that leave all, some and no neurons, each token's another, or one for all."""
     x, up, down = (draw(n, D, kind=kind) for n in (batch, WIDTH, WIDTH))
     gate, bias, norm = draw(batch, WIDTH, kind=kind), draw(WIDTH, kind=kind), torch.rand(WIDTH)
-    listed = ops.select(gate, None, None, round(share * WIDTH))
-    bits = threshold_bits([0.5], x.device) if late else None
-    inter = ops.gather_rows(x, up, bias, *listed, norm if late else None, bits)
-    n = int(listed[1])
-    index = listed[0][:n].long()
-    product = (x.double() @ up.double().T + bias.double()).to(gate.dtype)[:, index]
-    expected = listed[2][:, :n] * product
+    limits = [limit + i / 8 * (limit > 0) for i in range(1 if late else batch)]
+    late_bits = threshold_bits([0.5], x.device) if late else None
+    inter = ops.gather_rows(
+        x, up, bias, gate, norm, threshold_bits(limits, x.device), norm if late else None, late_bits
+    )
+    active = gate.abs().float() * norm > torch.tensor(limits)[:, None]
+    product = (x.double() @ up.double().T + bias.double()).to(gate.dtype)
+    expected = gate * product * active
     if late:
-        expected = expected * (expected.abs().float() * norm[index] > 0.5)
-    close(inter[:, :n], expected, kind)
+        expected = expected * (expected.abs().float() * norm > 0.5)
+    close(inter, expected, kind)
+    assert not inter[~active].any()
     for added in (None, draw(D, kind=kind)):
-        summed = inter[:, :n].double() @ down[index].double()
+        summed = inter.double() @ down.double()
         if added is not None:
             summed += added.double()
-        out = ops.gather_sum(inter, None, "none", None, None, down, *listed[:2], added, [D])
+        out = ops.gather_sum(inter, None, "none", None, None, down, added, [D])
         close(out, summed, kind)
-        again = ops.gather_sum(inter, None, "none", None, None, down, *listed[:2], added, [D])
+        again = ops.gather_sum(inter, None, "none", None, None, down, added, [D])
         assert torch.equal(out, again)
 
 
@@ -148,9 +144,7 @@ def test_sums_of_inputs(batch: int, kind: str, gated: bool, weighted: bool) -> N
         score = value.abs().float() * (1 if weight is None else weight[i])
         expected.append((value * (score > limit)).double() @ w[:, begin:end].double())
         begin = end
-    found = ops.gather_sum(
-        x, up if gated else None, "silu", weight, bits, w, None, None, None, ends
-    )
+    found = ops.gather_sum(x, up if gated else None, "silu", weight, bits, w, None, ends)
     close(found, torch.cat(expected, 1), kind)
 
 

@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from torch import nn
 
 from fallow.adaptation import students, texts
+from fallow.adaptation.budgets import BUDGETS, allocate, measured_at
 from fallow.adaptation.rounding import ROUNDINGS
 from fallow.calibration.calibrator import Calibrator, check_request
 from fallow.checkpoints.text import Text, check_context, load_text
@@ -44,8 +47,9 @@ WARM_UP, LAST_RATE = 0.02, 0.05  # share of the steps; of the rate, at the end o
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 PROBE, PROBE_STEPS = 0.01, 24
 CHECKS, PATIENCE = 10, 3
+BUDGET_WINDOWS = 4
 LADDER = 8  # sparsities on the way to the one asked for
-SAVE_SECONDS, REPORT_SECONDS = 120.0, 30.0
+SAVE_SECONDS, REPORT_SECONDS = 300.0, 30.0  # to save SmolLM2 writes 1.7 GB
 MANY_EPOCHS = 8
 # Tokens at once through the model and, of logits, through the head.
 PART_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -67,6 +71,7 @@ class Settings:
     learning_rate: float | None = None  # None: by a probe
     anneal: float = 0.0  # share of the training until the sparsity is the one asked for
     sampled: float = 0.0  # share of tokens that the dense model writes
+    budgets: str = "even"  # of layers, one of BUDGETS
     context: int = 512
     batch: int = 32  # windows per step
     seed: int = 0
@@ -93,6 +98,8 @@ class Settings:
         if self.train not in students.TRAINED:
             known = ", ".join(students.TRAINED)
             raise UsageError(f"unknown --train {self.train!r}; known: {known}")
+        if self.budgets not in BUDGETS:
+            raise UsageError(f"unknown budgets {self.budgets!r}; known: {', '.join(BUDGETS)}")
         if self.quant is not None and self.quant.upper() not in ROUNDINGS:
             known = ", ".join(k.lower() for k in ROUNDINGS)
             raise UsageError(f"unknown type {self.quant!r}; known: {known}")
@@ -213,6 +220,7 @@ class _Run:
         head = self.model.module.get_output_embeddings()
         self.head_weight = head.weight.detach().float().to(self.device)
         self.head_bias = None if head.bias is None else head.bias.detach().float().to(self.device)
+        self._find_budgets()
         self._sample()
         self._say_what_is_read()
         with torch.no_grad():
@@ -223,6 +231,10 @@ class _Run:
                 for ids, wanted in self.held_out
             ]
         self.teacher_losses = np.array(losses)
+        if self.half:  # what `_in_half` would make of these weights again for every part of a step
+            for layer in self.model.architecture.find_layers(self.teacher):
+                for projection in layer.projections.values():
+                    projection.bfloat16()
         if not self.learning_rate:
             self.learning_rate = self._find_rate()
         self._begin(self.learning_rate, self.settings.steps)
@@ -233,17 +245,57 @@ class _Run:
         of_run = {"fingerprint": self.model.fingerprint, "texts": self.mixture.metadata}
         claim(self.work / "settings.json", asdict(self.settings) | of_run, "stopped run")
 
+    @torch.no_grad()
+    def _find_budgets(self) -> None:
+        """Gives layers of the plans' cuts shares of their own, if it shall.
+
+        Raises:
+            UsageError: the rule does not leave out a share of every token's neurons.
+        """
+        settings = self.settings
+        if settings.budgets == "even":
+            return
+        if any(cut.kind != "topk" for plan in self.plans for cut in plan.cuts):
+            raise UsageError(f"{settings.rule} has no budget per layer; give a rule of top-k")
+        path = self.work / "budgets.json"
+        if not path.exists():
+            windows = replace(self.mixture, read=[0] * len(self.mixture.sources)).batch(
+                BUDGET_WINDOWS
+            )
+            costs = self._costs_of_layers([self._ids(window[None]) for window in windows])
+            write_json(path, {"left_out": allocate(costs, settings.sparsity).tolist()})
+        shares = np.array(read_json(path, f"delete {self.work} to begin again")["left_out"])
+        console.print(f"left out of each layer: {shares.min():.2f} to {shares.max():.2f}")
+        self.plans = [
+            replace(
+                plan, cuts=tuple(_with_budgets(c, shares / settings.sparsity) for c in plan.cuts)
+            )
+            for plan in self.plans
+        ]
+
+    def _costs_of_layers(self, windows: list[torch.Tensor]) -> np.ndarray:
+        """KL of the teacher with one layer cut to itself, (L, 3), nats per token."""
+        layers = self.model.architecture.find_layers(self.teacher)
+        wanted = [self._log_p(self._exact(self.teacher, ids)) for ids in windows]
+        costs = []
+        for share in measured_at(self.settings.sparsity):
+            cuts = [replace(c, value=np.full(len(layers), 1 - share)) for c in self.plans[-1].cuts]
+            taps = self._taps(cuts, layers)
+            for index, layer in enumerate(layers):
+                alone = {name: partial(_as_layer, tap, index) for name, tap in taps.items()}
+                with attach([layer], alone):
+                    found = [self._log_p(self._exact(self.teacher, ids)) for ids in windows]
+                pairs = zip(wanted, found, strict=True)
+                costs.append(np.mean([float(divergence(p, q).mean()) for p, q in pairs]))
+        return np.reshape(costs, (-1, len(layers))).T
+
     def _sample(self) -> None:
         settings = self.settings
         if not settings.sampled:
             return
         windows = settings.steps * settings.batch * settings.sampled / texts.SAMPLED_EPOCHS
-        begin = np.concatenate([s.windows[:, : texts.PREFIX] for s in self.mixture.sources])
-        # On one H200 SmolLM2 writes 11,000 tokens/s in float32, a fifth of what it learns from.
-        writer = copy.deepcopy(self.teacher).bfloat16() if self.device == "cuda" else self.teacher
-        written = texts.sample(
-            writer, begin, math.ceil(windows), settings.context, self.work, settings.seed
-        )
+        writer = copy.deepcopy(self.teacher).bfloat16() if self.half else self.teacher
+        written = texts.sample(writer, self.mixture, math.ceil(windows), self.work)
         texts.add_sampled(
             self.mixture, written, settings.sampled, self.model.name, self.model.fingerprint
         )
@@ -267,14 +319,21 @@ class _Run:
         """A student at its start, and its optimiser."""
         self.student = copy.deepcopy(self.model.module).to(self.device).train()
         self.layers = self.model.architecture.find_layers(self.student)
-        taps = [cut_taps(plan.cuts, self.layers, self.model.name) for plan in self.plans]
-        self.taps: list[dict[str, Tap]] = taps
+        self.taps = [self._taps(plan.cuts, self.layers) for plan in self.plans]
         s = self.settings
         self.parameters = students.prepare(self.student, self.layers, s.train, s.rank, self.types)
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True
         )
         self.rate, self.steps = rate, steps
+
+    def _taps(self, cuts: Sequence[Cut], layers: list[Layer]) -> dict[str, Tap]:
+        taps = cut_taps(cuts, layers, self.model.name)
+        if self.device == "cuda" and find_spec("triton"):
+            from fallow.adaptation.topk import topk_taps
+
+            taps |= topk_taps(cuts, layers)
+        return taps
 
     @property
     def share(self) -> float:
@@ -557,6 +616,16 @@ class _Run:
 def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) of each token (T,), nats, of log-probabilities (T, vocabulary)."""
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def _as_layer(tap: Tap, index: int, _: int, value: torch.Tensor) -> torch.Tensor | None:
+    """What a tap gives for the layer of that index, whichever it is attached to."""
+    return tap(index, value)
+
+
+def _with_budgets(cut: Cut, factors: np.ndarray) -> Cut:
+    """The cut with as many times its share left out of each layer."""
+    return replace(cut, value=1 - (1 - cut.value) * factors)
 
 
 def _frozen(cut: Cut, layers: list[Layer]) -> Cut:

@@ -5,10 +5,13 @@ that weights learn to stand where rounding harms least. Formats of blocks of 32 
 the bit; those of 256 are fitted by one least-squares line a group, where the packer tries twenty.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
+
+AT_ONCE = 1 << 25  # weights that are rounded together: 134 MB, and some copies of them
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 """Float32 values (rows, cols) to what a format keeps of them."""
@@ -23,7 +26,7 @@ class Rounded(nn.Module):
 
     def __init__(self, kind: str, columns: bool = False) -> None:
         super().__init__()
-        self.round, self.columns = ROUNDINGS[kind], columns
+        self.kind, self.round, self.columns = kind, ROUNDINGS[kind], columns
         self.error: torch.Tensor | None = None
 
     def renew(self) -> None:
@@ -32,11 +35,27 @@ class Rounded(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         if self.error is None:
-            with torch.no_grad():
-                values = (weight.T if self.columns else weight).float().contiguous()
-                rounded = self.round(values)
-                self.error = (rounded.T if self.columns else rounded) - weight
+            round_together([(self, weight)])
+            assert self.error is not None
         return weight + self.error
+
+
+@torch.no_grad()
+def round_together(group: Sequence[tuple[Rounded, torch.Tensor]]) -> None:
+    """Renews the errors of weights of one type; on a GPU many cost little more than one.
+
+    Every row is whole blocks, so that rows of several matrices are rounded as one.
+    """
+    while group:
+        sizes = np.cumsum([weight.numel() for _, weight in group])
+        n = max(1, int(np.searchsorted(sizes, AT_ONCE, side="right")))
+        now, group = group[:n], group[n:]
+        rows = [weight.T if part.columns else weight for part, weight in now]
+        values = torch.cat([r.float().flatten() for r in rows])
+        errors = (now[0][0].round(values) - values).split([r.numel() for r in rows])
+        for (part, _), row, error in zip(now, rows, errors, strict=True):
+            error = error.view(row.shape)
+            part.error = error.T if part.columns else error
 
 
 def _half(values: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """What of a model is trained: whole weights, low-rank changes or scales; and its rounding."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fallow.adaptation.rounding import ROUNDINGS, Rounded
+from fallow.adaptation.rounding import ROUNDINGS, Rounded, round_together
 from fallow.common.errors import FallowError, UsageError
 from fallow.models.taps import Layer
 
@@ -107,9 +109,17 @@ def _round(projection: nn.Linear, kind: str, columns: bool, name: str) -> None:
 
 def renew_rounding(module: nn.Module) -> None:
     """To be called when weights have changed."""
+    together: dict[str, list[tuple[Rounded, torch.Tensor]]] = {}
     for part in module.modules():
-        if isinstance(part, Rounded):
-            part.renew()
+        if not parametrize.is_parametrized(part, "weight"):
+            continue
+        changes: Any = part.parametrizations["weight"]  # type: ignore[index]
+        if isinstance(changes[-1], Rounded):
+            changes[-1].renew()
+            if len(changes) == 1:  # or it is rounded when it is asked for
+                together.setdefault(changes[-1].kind, []).append((changes[-1], changes.original))
+    for group in together.values():
+        round_together(group)
 
 
 def finish(module: nn.Module) -> None:

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.cache_utils import Cache, DynamicLayer
 
 from fallow.checkpoints.text import Text
 from fallow.common.errors import FallowError, UsageError
@@ -15,10 +17,14 @@ from fallow.common.files import atomic_path, read_array
 from fallow.common.progress import progress
 
 HELD_OUT = 16  # windows, of all files together: they are judged by, and never trained on
-# The dense model continues the first tokens of windows of the text.
-PREFIX = 8
-SAMPLED_EPOCHS = 4  # how often each sampled window is read, so that sampling costs less
-_WRITTEN_AT_ONCE = {"cpu": 64, "cuda": 2048}  # windows
+# The dense model continues so many tokens of the text, from anywhere in it.
+PREFIX = 16
+# How often each sampled window is read, so that sampling costs less: a fifth of the training's time
+# on a GPU.
+SAMPLED_EPOCHS = 2
+# Windows. A step of few is bound by the launching of kernels; SmolLM2 keeps 48 GB of keys and
+# values of 4096.
+_WRITTEN_AT_ONCE = {"cpu": 64, "cuda": 4096}
 
 
 @dataclass
@@ -115,6 +121,21 @@ def mix(
     return Mixture(sources, held_out[:HELD_OUT], seed)
 
 
+def prefixes(mixture: Mixture, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Beginnings (n, PREFIX) of text to write, of each source by its share.
+
+    They may begin anywhere in a window, since a window begins anywhere in its text.
+    """
+    length = min(PREFIX, mixture.held_out.shape[1] - 1)
+    shares = [s.share for s in mixture.sources]
+    found = np.empty((n, length), dtype=np.int64)
+    for i, chosen in enumerate(rng.choice(len(shares), size=n, p=np.divide(shares, sum(shares)))):
+        windows = mixture.sources[chosen].windows
+        first = rng.integers(windows.shape[1] - length + 1)
+        found[i] = windows[rng.integers(len(windows)), first : first + length]
+    return found
+
+
 def add_sampled(mixture: Mixture, windows: np.ndarray, share: float, name: str, sha: str) -> None:
     """Gives windows that the dense model wrote a share of all tokens."""
     for source in mixture.sources:
@@ -123,28 +144,26 @@ def add_sampled(mixture: Mixture, windows: np.ndarray, share: float, name: str, 
     mixture.read.append(0)
 
 
-def sample(
-    module: Any, prefixes: np.ndarray, n: int, context: int, folder: Path, seed: int
-) -> np.ndarray:
+def sample(module: Any, mixture: Mixture, n: int, folder: Path) -> np.ndarray:
     """Windows (n, context) int64 that a transformers model writes, at temperature 1.
 
-    Each begins with a row of `prefixes` (m, PREFIX). They are kept in `folder`, part by part, so
-    that a stopped run goes on.
+    They continue text of the mixture, are as long as its windows, and are kept in `folder`, part by
+    part, so that a stopped run goes on.
 
     Raises:
         FallowError: a part that was kept is damaged.
     """
-    device = module.device.type
-    at_once = min(n, _WRITTEN_AT_ONCE[device])
+    at_once = min(n, _WRITTEN_AT_ONCE[module.device.type])
+    context = mixture.held_out.shape[1]
     parts = []
     with progress("sampling text", n) as ticker:
         for number, first in enumerate(range(0, n, at_once)):
             path = folder / f"sampled-{number}.npy"
             if not path.exists():
-                rng = np.random.default_rng((seed, number))
-                begin = prefixes[rng.integers(len(prefixes), size=min(at_once, n - first))]
+                rng = np.random.default_rng((mixture.seed, number))
+                begin = prefixes(mixture, min(at_once, n - first), rng)
                 torch.manual_seed(int(rng.integers(1 << 31)))
-                written = _write(module, begin, context)
+                written = _write_what_fits(module, begin, context)
                 with atomic_path(path) as temporary:
                     np.save(temporary, written.astype(np.int32))
             part = read_array(path, f"delete {folder} to begin again")
@@ -153,19 +172,67 @@ def sample(
     return np.concatenate(parts)
 
 
+def _write_what_fits(module: Any, begin: np.ndarray, context: int) -> np.ndarray:
+    """As `_write`, in as many parts as the device's memory asks for."""
+    try:
+        return _write(module, begin, context)
+    except torch.OutOfMemoryError:
+        if len(begin) == 1:
+            raise
+    halves = np.array_split(begin, 2)  # not in the handler, which keeps what was allocated
+    return np.concatenate([_write_what_fits(module, half, context) for half in halves])
+
+
+class _Room(DynamicLayer):
+    """A layer's keys and values in memory that is taken once.
+
+    transformers' own cache is copied whole for every token: 24 GB for 2048 windows of SmolLM2.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        new = (key_states, value_states)
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = new[0].dtype, new[0].device, True
+            shapes = [(*states.shape[:2], self.length, states.shape[3]) for states in new]
+            self.room = [s.new_empty(shape) for s, shape in zip(new, shapes, strict=True)]
+            self.keys, self.values = (room[:, :, :0] for room in self.room)
+        before = self.get_seq_length()
+        after = before + key_states.shape[2]
+        for room, states in zip(self.room, new, strict=True):
+            room[:, :, before:after] = states
+        self.keys, self.values = (room[:, :, :after] for room in self.room)
+        return self.keys, self.values
+
+
+@torch.inference_mode()
 def _write(module: Any, begin: np.ndarray, context: int) -> np.ndarray:
-    ids = torch.from_numpy(begin).to(module.device)
-    with torch.inference_mode():
-        written = module.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_new_tokens=context - ids.shape[1],
-            max_new_tokens=context - ids.shape[1],
-            pad_token_id=0,
-        )
-    found: np.ndarray = written.cpu().numpy()
+    """Windows (n, context) that go on from `begin` (n, PREFIX).
+
+    transformers' `generate` waits for the device several times a token; this waits once.
+    """
+    given = begin.shape[1]
+    ids = torch.zeros(len(begin), context, dtype=torch.long, device=module.device)
+    ids[:, :given] = torch.from_numpy(begin)
+    last = module.generation_config.eos_token_id
+    ends = [] if last is None else np.atleast_1d(last).tolist()
+    cache = Cache([_Room(context) for _ in range(module.config.num_hidden_layers)])
+    # transformers 5.17 has the old name, and 5.24 warns of it.
+    name = "cache" if "cache" in signature(module.forward).parameters else "past_key_values"
+    for place in range(1, context):
+        read = ids[:, place - 1 : place]
+        logits = module(input_ids=read, use_cache=True, **{name: cache}).logits[:, -1]
+        if place >= given:
+            logits = logits.float()
+            logits[:, ends] = -torch.inf  # a window is one text
+            # The largest p / e, e drawn from Exp(1), is i with probability p_i.
+            chances = logits.softmax(dim=-1)
+            chances /= torch.empty_like(chances).exponential_()
+            ids[:, place] = chances.argmax(dim=-1)
+    found: np.ndarray = ids.cpu().numpy()
     return found

@@ -12,6 +12,7 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.common.progress import progress
 from fallow.gpu.modules import (
     ACTIVATIONS,
+    DenseInputs,
     InputsFfn,
     Limit,
     Shared,
@@ -85,11 +86,15 @@ def replace(module: nn.Module, layers: list[Layer], cuts: Sequence[Cut] | None, 
         for index in range(n_layers):
             layer = layers.pop(0)
             limits = {cut.tap: _limit(cut, index, layer) for cut in cuts if cut.leaves_out[index]}
-            if any(tap in layer.projections for tap in limits):
-                _replace_inputs(layer, limits, act)
-            elif limits:
+            _replace_attention(layer, limits)
+            if limits.keys() & {"gate_act", "inter"}:
                 _replace_ffn(layer, limits, act)
+            elif not layer.experts:
+                _replace_inputs(layer, limits, act)
             ticker.advance()
+        head = module.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(head, nn.Linear):
+            _put(module, head, DenseInputs([head]))
 
 
 def _check_device(module: nn.Module, name: str) -> None:
@@ -163,6 +168,7 @@ def _replace_ffn(layer: Layer, limits: dict[str, Limit], act: str | None) -> Non
     if not layer.gated or "gate_act" not in limits:
         (limit,) = limits.values()
         _put(layer.block, layer.down_proj, SparseDown(layer.down_proj, limit))
+        _replace_shared(layer, list(layer.ffn_inputs), {})
         return
     assert act is not None
     (gate, up), early = _gate_and_up(layer), limits["gate_act"]
@@ -179,10 +185,12 @@ def _gate_and_up(layer: Layer) -> Any:
     return list(zip(weights, (None, None) if bias is None else bias.chunk(2), strict=True))
 
 
-def _replace_inputs(layer: Layer, limits: dict[str, Limit], act: str | None) -> None:
-    qkv = [name for name in layer.attention if name != "o_proj"]
-    _replace_shared(layer, qkv, limits)
+def _replace_attention(layer: Layer, limits: dict[str, Limit]) -> None:
+    _replace_shared(layer, [name for name in layer.attention if name != "o_proj"], limits)
     _replace_shared(layer, ["o_proj"], limits)
+
+
+def _replace_inputs(layer: Layer, limits: dict[str, Limit], act: str | None) -> None:
     ffn_inputs = list(layer.ffn_inputs)
     if layer.gated and _together(ffn_inputs, limits) and "down_proj" in limits:
         assert act is not None
@@ -195,14 +203,19 @@ def _replace_inputs(layer: Layer, limits: dict[str, Limit], act: str | None) -> 
 
 def _replace_shared(layer: Layer, names: list[str], limits: dict[str, Limit]) -> None:
     """Projections of one input, in the order in which the model calls them."""
-    if len(names) > 1 and not _together(names, limits):
+    cut = any(name in limits for name in names)
+    if cut and len(names) > 1 and not _together(names, limits):
         for name in names:
             _replace_shared(layer, [name], limits)
-    elif any(name in limits for name in names):
-        found, left = _inputs(layer, names, limits), dict[int, torch.Tensor]()
-        for index, name in enumerate(names):
-            new = found if len(names) == 1 else Shared(found, index, left)
-            _put(layer.block, layer.projections[name], new)
+        return
+    projections = [layer.projections[name] for name in names]
+    plain = all(type(p) is nn.Linear for p in projections)
+    if not cut and not (plain and len({p.bias is None for p in projections}) == 1):
+        return
+    found = _inputs(layer, names, limits) if cut else DenseInputs(projections)
+    left = dict[int, torch.Tensor]()
+    for index, projection in enumerate(projections):
+        _put(layer.block, projection, found if len(names) == 1 else Shared(found, index, left))
 
 
 def _together(names: list[str], limits: dict[str, Limit]) -> bool:

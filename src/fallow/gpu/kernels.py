@@ -10,6 +10,11 @@ import triton
 import triton.language as tl
 
 INFINITY = tl.constexpr(0x7F800000)  # as bits; a threshold is never above, so that NaN is active
+# A top-k threshold is looked for in one bin of the scores' upper bits: an exponent's sixteenth,
+# where some hundredths of all scores are.
+SHIFT = tl.constexpr(19)
+BINS = tl.constexpr(1 << (31 - 19))
+AT_ONCE = tl.constexpr(32)  # splits, when they are added up
 
 
 @triton.jit
@@ -40,14 +45,13 @@ def _score(value, weight, cols, inside):
 
 
 @triton.jit
-def _topk_threshold(bits, k):
+def _topk_threshold(bits, k, low, high):
     """A threshold that leaves k scores above it; with ties the smallest that leaves fewer.
 
-    Each step counts at three places and keeps a quarter of the interval (low, high]; some ten
-    steps find a gap between neighbours, where any threshold does.
+    It is in (low, high]: more than k are above `low`, at most k above `high`. Each step counts at
+    three places and keeps a quarter of the interval, until there is a gap between neighbours, where
+    any threshold does.
     """
-    low = tl.full((), -2, tl.int32)
-    high = tl.full((), INFINITY, tl.int32)
     while high - low > 1:
         step = (high - low + 3) >> 2
         first = tl.minimum(low + step, high)
@@ -116,11 +120,15 @@ def _dots(
 
 @triton.jit
 def gemv(
-    x, w, bias, out, n,
+    x, w, bias, weight, bins, out, n,
     D: tl.constexpr, B: tl.constexpr, PAD: tl.constexpr, ACT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (B, n) = act(x (B, D) wᵀ + bias)."""
+    """out (B, n) = act(x (B, D) wᵀ + bias).
+
+    With bins (B, BINS), zeros before, scores of out are counted by their upper bits: the sums are
+    of integers, so that the order in which programs add does not show.
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < n
     dots = _dots(x, w, rows.to(tl.int64), inside, D, B, PAD, BLOCK_N, BLOCK_K)
@@ -128,23 +136,34 @@ def gemv(
     if B == 1:
         if bias is not None:
             dots += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
-        value = _activated(dots.to(kind).to(tl.float32), ACT)
-        tl.store(out + rows, value.to(kind), mask=inside)
+        value = _activated(dots.to(kind).to(tl.float32), ACT).to(kind)
+        tl.store(out + rows, value, mask=inside)
+        if bins is not None:
+            bits = _score(value, weight, rows, inside)
+            tl.atomic_add(bins + (bits >> SHIFT), 1, mask=inside, sem="relaxed")
     else:
         if bias is not None:
             dots += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
-        value = _activated(dots.to(kind).to(tl.float32), ACT)
+        value = _activated(dots.to(kind).to(tl.float32), ACT).to(kind)
         tokens = tl.arange(0, PAD)
         where = tokens[None, :] * n + rows[:, None]
-        tl.store(out + where, value.to(kind), mask=inside[:, None] & (tokens < B)[None, :])
+        real = inside[:, None] & (tokens < B)[None, :]
+        tl.store(out + where, value, mask=real)
+        if bins is not None:
+            bits = _score(value, weight, rows[:, None] + 0 * tokens[None, :], real)
+            place = tokens[None, :] * BINS + (bits >> SHIFT)
+            tl.atomic_add(bins + place, 1, mask=real, sem="relaxed")
 
 
 @triton.jit
 def thresholds(
-    values, weight, found, width, k, batch,
+    values, weight, bins, found, width, k, batch,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """found (S, B): the top-k threshold of each token's scores, as bits; weight (S, width)."""
+    """found (S, B): the top-k threshold of each token's scores, as bits; weight (S, width).
+
+    With bins, as `gemv` counted, S is 1, and the search begins in one bin; they are zeroed.
+    """
     token, segment = tl.program_id(0), tl.program_id(1)
     cols = tl.arange(0, BLOCK)
     inside = cols < width
@@ -152,85 +171,64 @@ def thresholds(
     if weight is not None:
         weight += segment * width
     bits = _score(value, weight, cols, inside)
-    tl.store(found + segment * batch + token, _topk_threshold(bits, k))
-
-
-@triton.jit
-def select(
-    values, weight, threshold, indices, count, chosen, width, k, threshold_stride,
-    B: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Active neurons of values (B, width), ascending: the union over tokens.
-
-    indices (width,), count (1,), chosen (B, width): at position p the value of neuron indices[p],
-    or 0 where it is inactive in that token. Past `count` nothing is written. One program.
-    """
-    cols = tl.arange(0, BLOCK)
-    inside = cols < width
-    active = cols < 0
-    for token in tl.static_range(B):
-        value = tl.load(values + token * width + cols, mask=inside, other=0.0)
-        bits = _score(value, weight, cols, inside)
-        if TOPK:  # noqa: SIM108 - Triton compiles one branch alone
-            limit = _topk_threshold(bits, k)
-        else:
-            limit = tl.load(threshold + token * threshold_stride)
-        if B == 1:
-            active = bits > limit
-            at = tl.cumsum(active.to(tl.int32), 0) - 1
-            tl.store(chosen + at, value, mask=active)
-        else:
-            active = active | (bits > limit)
-    at = tl.cumsum(active.to(tl.int32), 0) - 1
-    tl.store(indices + at, cols, mask=active)
-    tl.store(count, tl.sum(active.to(tl.int32), 0))
-    if B > 1:
-        for token in tl.static_range(B):
-            value = tl.load(values + token * width + cols, mask=inside, other=0.0)
-            bits = _score(value, weight, cols, inside)
-            limit = tl.load(threshold + token * threshold_stride)
-            kept = tl.where(bits > limit, value, 0.0)
-            tl.store(chosen + token * width + at, kept, mask=active)
+    low = tl.full((), -2, tl.int32)
+    high = tl.full((), INFINITY, tl.int32)
+    if bins is not None:
+        places = bins + token * BINS + tl.arange(0, BINS)
+        at_least = tl.cumsum(tl.load(places), 0, reverse=True)
+        tl.store(places, tl.zeros((BINS,), tl.int32))
+        bin = tl.sum((at_least > k).to(tl.int32), 0) - 1  # the last that more than k reach
+        high = tl.minimum(((bin + 1) << SHIFT) - 1, high)
+        low = tl.minimum(tl.where(bin < 0, -2, (bin << SHIFT) - 1), high - 1)
+    tl.store(found + segment * batch + token, _topk_threshold(bits, k, low, high))
 
 
 @triton.jit
 def gather_rows(
-    x, w, bias, indices, count, gates, weight, threshold, out, width,
+    x, w, bias, gates, weight, threshold, late_weight, late_threshold, out, n, threshold_stride,
     D: tl.constexpr, B: tl.constexpr, PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (B, width): at the first `count` positions p gates[:, p] * (x w[i] + bias[i]).
+    """out (B, n) = gates * (x (B, D) wᵀ + bias) where gates score above the threshold, else 0.
 
-    i = indices[p]. What scores at most `threshold` (1,), if there is one, becomes 0.
+    Rows that no token needs are not read. What then scores at most late_threshold (1,), if there is
+    one, becomes 0.
     """
-    n = tl.load(count)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < n
     kind = out.dtype.element_ty
-    for start in range(tl.program_id(0) * BLOCK_N, n, tl.num_programs(0) * BLOCK_N):
-        at = start + tl.arange(0, BLOCK_N)
-        inside = at < n
-        rows = tl.load(indices + at, mask=inside, other=0)
-        up = _dots(x, w, rows.to(tl.int64), inside, D, B, PAD, BLOCK_N, BLOCK_K)
+    if B == 1:
+        gate = tl.load(gates + rows, mask=inside, other=0.0)
+        active = _score(gate, weight, rows, inside) > tl.load(threshold)
+        active = active & inside
+        inter = tl.zeros((BLOCK_N,), kind)
+        if tl.max(active.to(tl.int32), 0) > 0:
+            up = _dots(x, w, rows.to(tl.int64), active, D, B, PAD, BLOCK_N, BLOCK_K)
+            if bias is not None:
+                up += tl.load(bias + rows, mask=active, other=0.0).to(tl.float32)
+            inter = (gate.to(tl.float32) * up.to(kind).to(tl.float32)).to(kind)
+            if late_threshold is not None:
+                bits = _score(inter, late_weight, rows, inside)
+                active = active & (bits > tl.load(late_threshold))
+            inter = tl.where(active, inter, 0.0)
+        tl.store(out + rows, inter, mask=inside)
+    else:
+        tokens = tl.arange(0, PAD)
+        real = inside[:, None] & (tokens < B)[None, :]
+        where = tokens[None, :] * n + rows[:, None]
+        columns = rows[:, None] + 0 * tokens[None, :]
+        gate = tl.load(gates + where, mask=real, other=0.0)
+        limit = tl.load(threshold + tokens * threshold_stride, mask=tokens < B, other=0)
+        active = (_score(gate, weight, columns, real) > limit[None, :]) & real
+        used = tl.max(active.to(tl.int32), 1) > 0
+        up = _dots(x, w, rows.to(tl.int64), used, D, B, PAD, BLOCK_N, BLOCK_K)
         if bias is not None:
-            added = tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
-            up += added if B == 1 else added[:, None]
-        up = up.to(kind).to(tl.float32)
-        if B == 1:
-            gate = tl.load(gates + at, mask=inside, other=0.0).to(tl.float32)
-            inter = (gate * up).to(kind)
-            if threshold is not None:
-                bits = _score(inter, weight, rows, inside)
-                inter = tl.where(bits > tl.load(threshold), inter, 0.0)
-            tl.store(out + at, inter, mask=inside)
-        else:
-            tokens = tl.arange(0, PAD)
-            where = tokens[None, :] * width + at[:, None]
-            mask = inside[:, None] & (tokens < B)[None, :]
-            gate = tl.load(gates + where, mask=mask, other=0.0).to(tl.float32)
-            inter = (gate * up).to(kind)
-            if threshold is not None:
-                bits = _score(inter, weight, rows[:, None] + 0 * tokens[None, :], mask)
-                inter = tl.where(bits > tl.load(threshold), inter, 0.0)
-            tl.store(out + where, inter, mask=mask)
+            up += tl.load(bias + rows, mask=used, other=0.0).to(tl.float32)[:, None]
+        inter = (gate.to(tl.float32) * up.to(kind).to(tl.float32)).to(kind)
+        if late_threshold is not None:
+            bits = _score(inter, late_weight, columns, real)
+            active = active & (bits > tl.load(late_threshold))
+        tl.store(out + where, tl.where(active, inter, 0.0), mask=real)
 
 
 @triton.jit
@@ -251,18 +249,17 @@ def _inputs(
 
 @triton.jit
 def gather_sum(
-    values, up, weight, threshold, w, indices, count, bias, partial, arrived, out,
-    width, n, end_1, end_2, value_stride, segment_stride, token_stride,
-    B: tl.constexpr, PAD: tl.constexpr, ACT: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    values, up, weight, threshold, w, bias, partial, arrived, out,
+    width, n, end_1, end_2, splits, value_stride, segment_stride, token_stride,
+    B: tl.constexpr, PAD: tl.constexpr, ACT: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out (B, n) = Σ_j values[:, j] w[j], of rows that some token's value is not 0 for.
 
-    values (B, width), of which w (width, n) has a row each; with indices value p belongs to row
-    indices[p], of the first `count`. With `up` they are act(values) * up. Columns up to end_1,
-    end_2 and n are segments with thresholds of their own. Programs (columns, splits): each sums
-    some rows, and the last of its columns to arrive adds the SPLITS sums up in their order.
-    `arrived` is 0 before and after.
+    values (B, width), of which w (width, n) has a row each. With `up` they are act(values) * up.
+    Columns up to end_1, end_2 and n are segments with thresholds of their own. Programs (columns,
+    splits): each sums some rows, and the last of its columns to arrive adds the `splits` sums up in
+    their order. `arrived` is 0 before and after.
     """
     block, split = tl.program_id(0), tl.program_id(1)
     blocks_1 = tl.cdiv(end_1, BLOCK_C)
@@ -277,23 +274,20 @@ def gather_sum(
         threshold += segment * segment_stride
     if weight is not None:
         weight += segment * width
-    total = width
-    if indices is not None:
-        total = tl.load(count)
+    # A split's rows lie together: neighbours are the same pages of memory.
+    rows_each = tl.cdiv(tl.cdiv(width, splits), BLOCK_R) * BLOCK_R
+    begin = split * rows_each
+    stop = tl.minimum(begin + rows_each, width)
     if B == 1:
         limit = None
         if threshold is not None:
             limit = tl.load(threshold)
         sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        for start in range(split * BLOCK_R, total, SPLITS * BLOCK_R):
+        for start in tl.range(begin, stop, BLOCK_R, num_stages=STAGES):
             at = start + tl.arange(0, BLOCK_R)
-            inside = at < total
-            value = _inputs(values, up, weight, limit, at, at, inside, ACT).to(tl.float32)
-            rows = at
-            if indices is not None:
-                rows = tl.load(indices + at, mask=inside, other=0)
+            value = _inputs(values, up, weight, limit, at, at, at < stop, ACT).to(tl.float32)
             read = (value != 0.0)[:, None] & valid[None, :]
-            where = rows.to(tl.int64)[:, None] * n + cols[None, :]
+            where = at.to(tl.int64)[:, None] * n + cols[None, :]
             sums += value[:, None] * tl.load(w + where, mask=read, other=0.0).to(tl.float32)
         tl.store(partial + split * n + cols, tl.sum(sums, 0), mask=valid)
     else:
@@ -302,30 +296,30 @@ def gather_sum(
         if threshold is not None:
             limit = tl.load(threshold + tokens * token_stride, mask=tokens < B, other=0)[:, None]
         dots = tl.zeros((PAD, BLOCK_C), tl.float32)
-        for start in range(split * BLOCK_R, total, SPLITS * BLOCK_R):
+        for start in tl.range(begin, stop, BLOCK_R, num_stages=STAGES):
             at = start + tl.arange(0, BLOCK_R)
-            inside = (tokens < B)[:, None] & (at < total)[None, :]
+            inside = (tokens < B)[:, None] & (at < stop)[None, :]
             place = tokens[:, None] * value_stride + at[None, :]
             column = at[None, :] + 0 * tokens[:, None]
             value = _inputs(values, up, weight, limit, place, column, inside, ACT)
-            rows = at
-            if indices is not None:
-                rows = tl.load(indices + at, mask=at < total, other=0)
             used = tl.max((value != 0.0).to(tl.int32), 0) > 0
-            where = rows.to(tl.int64)[:, None] * n + cols[None, :]
+            where = at.to(tl.int64)[:, None] * n + cols[None, :]
             weights = tl.load(w + where, mask=used[:, None] & valid[None, :], other=0.0)
             dots = tl.dot(value.to(w.dtype.element_ty), weights, dots, input_precision="ieee")
         place = (split * B + tokens[:, None]) * n + cols[None, :]
         tl.store(partial + place, dots, mask=(tokens < B)[:, None] & valid[None, :])
     # Every thread's sums are stored before one of them says so.
     tl.debug_barrier()
-    if tl.atomic_add(arrived + block, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+    if tl.atomic_add(arrived + block, 1, sem="acq_rel", scope="gpu") == splits - 1:
         tl.debug_barrier()
-        splits = tl.arange(0, SPLITS)
         for token in tl.static_range(B):
-            each = (splits[:, None] * B + token) * n + cols[None, :]
-            parts = tl.load(partial + each, mask=valid[None, :], other=0.0, cache_modifier=".cg")
-            added = tl.sum(parts, 0)
+            added = tl.zeros((BLOCK_C,), tl.float32)
+            for start in range(0, splits, AT_ONCE):
+                each = start + tl.arange(0, AT_ONCE)
+                of_token = (each[:, None] * B + token) * n + cols[None, :]
+                some = (each < splits)[:, None] & valid[None, :]
+                parts = tl.load(partial + of_token, mask=some, other=0.0, cache_modifier=".cg")
+                added += tl.sum(parts, 0)
             if bias is not None:
                 added += tl.load(bias + cols, mask=valid, other=0.0).to(tl.float32)
             tl.store(out + token * n + cols, added.to(out.dtype.element_ty), mask=valid)

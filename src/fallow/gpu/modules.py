@@ -37,9 +37,15 @@ class _Cut(nn.Module):
         weight = None if limit.weight is None else limit.weight.to(device, torch.float32)
         self.register_buffer("weight", weight, persistent=False)
 
-    def selected(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Indices, count and values of what is active in value (B, width)."""
-        return ops.select(value, self.weight, self.threshold, self.k)
+    def bits(self, value: torch.Tensor, counted: bool = False) -> torch.Tensor:
+        """The threshold of value (B, width): (1,), or of a cut by top-k (B,); as bits.
+
+        `counted`: `ops.gemv` made the value, and counted.
+        """
+        if self.threshold is not None:
+            return self.threshold
+        weight = None if self.weight is None else self.weight[None]
+        return ops.thresholds(value, weight, self.k, counted)[0]
 
     def masked(self, value: torch.Tensor) -> torch.Tensor:
         """value (T, width) with zeros where it is inactive."""
@@ -75,17 +81,19 @@ class SparseDown(nn.Module):
         self.cut = _Cut(limit, weight.device)
         self.weight_t = _frozen(weight.t())  # (d_ff, d_model)
         self.bias = down_proj.bias
-        ops.counters(weight.device)
+        ops.prepare(weight.device)
 
     def forward(self, inter: torch.Tensor) -> torch.Tensor:
         shape, values = inter.shape, inter.reshape(-1, inter.shape[-1])
         if len(values) > ops.TOKENS:
             out = _times(self.cut.masked(values), self.weight_t, self.bias)
         else:
-            listed = ops.select(
-                values.contiguous(), self.cut.weight, self.cut.threshold, self.cut.k
-            )
-            out = _down(listed, self.weight_t, self.bias)
+            values = values.contiguous()
+            weight = None if self.cut.weight is None else self.cut.weight[None]
+            out = ops.gather_sum(
+                values, None, "none", weight, self.cut.bits(values)[None], self.weight_t,
+                self.bias, [self.weight_t.shape[1]],
+            )  # fmt: skip
         return out.reshape(*shape[:-1], -1)
 
 
@@ -114,7 +122,7 @@ class SparseFfn(nn.Module):
         self.up_weight, self.up_bias = _frozen(up[0]), up[1]
         self.down_weight_t = _frozen(down_proj.weight.t())  # (d_ff, d_model)
         self.down_bias = down_proj.bias
-        ops.counters(device)
+        ops.prepare(device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shape, values = x.shape, x.reshape(-1, x.shape[-1])
@@ -122,14 +130,17 @@ class SparseFfn(nn.Module):
         return out.reshape(shape)
 
     def _sparse(self, x: torch.Tensor) -> torch.Tensor:
-        x, late = x.contiguous(), self.late
-        gate_act = ops.gemv(x, self.gate_weight, self.gate_bias, self.act)
-        indices, count, gates = self.early.selected(gate_act)
+        x, early, late = x.contiguous(), self.early, self.late
+        counted = early.threshold is None
+        gate_act = ops.gemv(x, self.gate_weight, self.gate_bias, self.act, counted, early.weight)
         inter = ops.gather_rows(
-            x, self.up_weight, self.up_bias, indices, count, gates,
+            x, self.up_weight, self.up_bias, gate_act, early.weight, early.bits(gate_act, counted),
             None if late is None else late.weight, None if late is None else late.threshold,
         )  # fmt: skip
-        return _down((indices, count, inter), self.down_weight_t, self.down_bias)
+        out = self.down_weight_t.shape[1]
+        return ops.gather_sum(
+            inter, None, "none", None, None, self.down_weight_t, self.down_bias, [out]
+        )
 
     def _dense(self, x: torch.Tensor) -> torch.Tensor:
         gate_pre = functional.linear(x, self.gate_weight, self.gate_bias)
@@ -169,7 +180,7 @@ class SparseInputs(nn.Module):
         weights = [cut.weight for cut in cuts if cut.weight is not None]
         weight = torch.stack(weights) if weights else None
         self.register_buffer("weights", weight, persistent=False)
-        ops.counters(device)
+        ops.prepare(device)
 
     def forward(
         self, x: torch.Tensor, up: torch.Tensor | None = None, act: str = "none"
@@ -192,7 +203,7 @@ class SparseInputs(nn.Module):
             x = x.contiguous()
             thresholds = ops.thresholds(x, self._one_weight_each(x), self.k)
         return ops.gather_sum(
-            x, up, act, self.weights, thresholds, self.weight_t, None, None, self.bias, self.ends
+            x, up, act, self.weights, thresholds, self.weight_t, self.bias, self.ends
         )
 
     def _one_weight_each(self, x: torch.Tensor) -> torch.Tensor:
@@ -210,6 +221,29 @@ class SparseInputs(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
+class DenseInputs(nn.Module):
+    """Projections of one input, read whole by one product; the outputs lie side by side."""
+
+    bias: torch.Tensor | None
+
+    def __init__(self, projections: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        widths = [p.out_features for p in projections]
+        self.ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+        weights, biases = [p.weight for p in projections], [p.bias for p in projections]
+        # A head's weight is the embeddings' too, and stays where it is.
+        self.weight = weights[0] if len(weights) == 1 else _frozen(torch.cat(weights))
+        bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., Σ out) of x (..., in)."""
+        if x.numel() > x.shape[-1]:  # of several tokens a library's product is the faster one
+            return functional.linear(x, self.weight, self.bias)
+        out = ops.gemv(x.reshape(1, -1), self.weight, self.bias, "none")
+        return out.reshape(*x.shape[:-1], -1)
+
+
 class InputsFfn(nn.Module):
     """A gated FFN whose three projections read only active values of their inputs."""
 
@@ -225,7 +259,9 @@ class InputsFfn(nn.Module):
 class Shared(nn.Module):
     """One of several projections of one input: the first computes all, the others take theirs."""
 
-    def __init__(self, all_of_them: SparseInputs, index: int, left: dict[int, torch.Tensor]):
+    def __init__(
+        self, all_of_them: SparseInputs | DenseInputs, index: int, left: dict[int, torch.Tensor]
+    ) -> None:
         super().__init__()
         self.inputs = all_of_them
         self.index, self.left = index, left
@@ -240,16 +276,6 @@ class Shared(nn.Module):
 
 def _frozen(weight: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(weight.detach().contiguous(), requires_grad=False)
-
-
-def _down(
-    listed: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    weight_t: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    indices, count, values = listed
-    ends = [weight_t.shape[1]]
-    return ops.gather_sum(values, None, "none", None, None, weight_t, indices, count, bias, ends)
 
 
 def _times(value: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -4,8 +4,10 @@ None waits for the device, and no shape depends on data. Thresholds are tensors 
 int32), so that other thresholds need no new graph.
 """
 
+import math
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -18,25 +20,39 @@ from fallow.gpu import kernels
 TOKENS = 8  # at most, in one call
 MULTIPLE = 16  # of tokens in a matrix product of several
 
-# Tiles (rows, columns, warps, programs per multiprocessor) by operator, for one token and for
-# several, the default first; `tuning` chooses. One row of 4096 halves is 8 KB, and a
-# multiprocessor needs some 20 KB under way to keep up with 3 TB/s at a latency of 0.8 µs.
-Tile = tuple[int, int, int, int]
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is launched."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+    programs: int = 0  # per multiprocessor, where a kernel divides its work so
+    stages: int = 1
+
+
+# By operator, for one token and for several, the default first; `tuning` chooses.
 TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     "gemv": (
-        ((4, 1024, 4, 0), (2, 1024, 4, 0), (8, 512, 4, 0), (8, 1024, 8, 0), (1, 4096, 4, 0)),
-        ((16, 256, 4, 0), (32, 256, 4, 0), (32, 128, 4, 0)),
+        (Tile(4, 1024), Tile(2, 1024), Tile(8, 1024, 8), Tile(1, 4096), Tile(2, 4096)),
+        (Tile(16, 256), Tile(32, 256), Tile(32, 128)),
     ),
     "gather_rows": (
-        ((2, 1024, 4, 16), (4, 1024, 4, 8), (1, 4096, 4, 16), (4, 1024, 4, 64)),
-        ((16, 256, 4, 8), (32, 256, 4, 8), (16, 128, 4, 8)),
+        (Tile(4, 1024), Tile(2, 1024), Tile(2, 4096), Tile(1, 4096), Tile(8, 1024, 8)),
+        (Tile(16, 256), Tile(32, 256), Tile(16, 128)),
     ),
+    # A multiprocessor needs some 26 KB under way to keep up with 4 TB/s at a latency of 0.8 µs.
     "gather_sum": (
-        ((16, 256, 4, 8), (32, 256, 4, 4), (16, 512, 8, 4), (8, 512, 4, 8), (32, 128, 4, 8)),
-        ((32, 128, 4, 4), (64, 128, 4, 4), (32, 256, 4, 4)),
+        (
+            Tile(32, 256, 4, 4), Tile(32, 256, 4, 4, 3), Tile(16, 256, 4, 8, 4),
+            Tile(64, 256, 8, 2, 3), Tile(64, 256, 8, 4), Tile(32, 512, 8, 2, 3),
+            Tile(16, 256, 4, 8), Tile(32, 128, 4, 8),
+        ),
+        (Tile(32, 128, 4, 4, 3), Tile(64, 128, 4, 4, 3), Tile(32, 256, 4, 4, 3)),
     ),
-}
-MOST_SPLITS = 32  # more of 256 columns are more registers than a thread has
+}  # fmt: skip
+MOST_SPLITS = 64
 _chosen: dict[tuple[Any, ...], Tile] = {}
 _tuning = False
 
@@ -62,8 +78,11 @@ def _launch(key: tuple[Any, ...], run: Callable[[Tile], torch.Tensor]) -> torch.
 
 
 def _microseconds(run: Callable[[], object], repeats: int = 7) -> float:
-    """Median time on the device, with caches full of something else."""
-    run()
+    """Median time on the device, with caches full of something else; inf of too large a tile."""
+    try:
+        run()
+    except triton.runtime.errors.OutOfResources:
+        return math.inf
     other = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
     times = []
     for _ in range(repeats):
@@ -90,16 +109,25 @@ def counters(device: torch.device) -> torch.Tensor:
     return torch.zeros(4096, dtype=torch.int32, device=device)
 
 
+@cache
+def _bins(device: torch.device) -> torch.Tensor:
+    """Zeros that `gemv` counts scores in and `thresholds` leaves zero; made like `counters`."""
+    return torch.zeros(TOKENS, kernels.BINS.value, dtype=torch.int32, device=device)
+
+
+def prepare(device: torch.device) -> None:
+    """Makes what operators keep on a device: to be called before a graph is captured."""
+    counters(device)
+    _bins(device)
+
+
 def _power(n: int) -> int:
     return triton.next_power_of_2(n)
 
 
 def _block_k(d: int, most: int) -> int:
-    """Columns at once: a power of two that divides d well, at most `most`."""
-    found = min(most, _power(d))
-    while found > 256 and d % found:
-        found //= 2
-    return found
+    """Columns at once: a power of two, of which the last block uses a part."""
+    return max(16, min(most, _power(d)))
 
 
 def _pad(tokens: int) -> int:
@@ -107,45 +135,63 @@ def _pad(tokens: int) -> int:
 
 
 @torch.library.custom_op("fallow::gemv", mutates_args=())
-def gemv(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, act: str) -> torch.Tensor:
-    """act(x wᵀ + bias), (B, n), of x (B, d) and w (n, d)."""
+def gemv(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, act: str,
+    counted: bool = False, weight: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """act(x wᵀ + bias), (B, n), of x (B, d) and w (n, d).
+
+    `counted`: `thresholds`, called next with `counted` and the same weight (n,), is quicker.
+    """
     (batch, d), n = x.shape, len(w)
     out = x.new_empty(batch, n)
 
     def run(tile: Tile) -> torch.Tensor:
-        rows, columns, warps, _ = tile
-        block_k = max(16, _block_k(d, columns))
-        kernels.gemv[(triton.cdiv(n, rows),)](
-            x, w, bias, out, n, D=d, B=batch, PAD=_pad(batch), ACT=act, BLOCK_N=rows,
-            BLOCK_K=block_k, num_warps=warps, num_stages=4,
+        kernels.gemv[(triton.cdiv(n, tile.rows),)](
+            x, w, bias, weight if counted else None, _bins(x.device) if counted else None, out, n,
+            D=d, B=batch, PAD=_pad(batch), ACT=act, BLOCK_N=tile.rows,
+            BLOCK_K=_block_k(d, tile.columns), num_warps=tile.warps, num_stages=4,
         )  # fmt: skip
         return out
 
-    return _launch(("gemv", batch, n, d, x.dtype), run)
+    found = _launch(("gemv", batch, n, d, x.dtype, counted), run)
+    if _tuning and counted:  # a tile counts when it is tried
+        _bins(x.device).zero_()
+        found = run(_chosen[("gemv", batch, n, d, x.dtype, counted)])
+    return found
 
 
 @gemv.register_fake
-def _(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, act: str) -> torch.Tensor:
+def _(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, act: str,
+    counted: bool = False, weight: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     return x.new_empty(len(x), len(w))
 
 
 @torch.library.custom_op("fallow::thresholds", mutates_args=())
-def thresholds(values: torch.Tensor, weight: torch.Tensor | None, k: int) -> torch.Tensor:
+def thresholds(
+    values: torch.Tensor, weight: torch.Tensor | None, k: int, counted: bool = False
+) -> torch.Tensor:
     """Bits (S, B) of thresholds that leave k scores |values| * weight of each token above them.
 
-    values (B, width); weight (S, width), or None for S = 1.
+    values (B, width); weight (S, width), or None for S = 1. `counted`: values are what `gemv`,
+    called last, counted; S is 1.
     """
     (batch, width), segments = values.shape, 1 if weight is None else len(weight)
     found = values.new_empty(segments, batch, dtype=torch.int32)
     block = _power(width)
     kernels.thresholds[(batch, segments)](
-        values, weight, found, width, k, batch, BLOCK=block, num_warps=_warps(block)
-    )
+        values, weight, _bins(values.device) if counted else None, found, width, k, batch,
+        BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
     return found
 
 
 @thresholds.register_fake
-def _(values: torch.Tensor, weight: torch.Tensor | None, k: int) -> torch.Tensor:
+def _(
+    values: torch.Tensor, weight: torch.Tensor | None, k: int, counted: bool = False
+) -> torch.Tensor:
     segments = 1 if weight is None else len(weight)
     return values.new_empty(segments, len(values), dtype=torch.int32)
 
@@ -155,71 +201,38 @@ def _warps(block: int) -> int:
     return min(32, max(4, block // 512))
 
 
-@torch.library.custom_op("fallow::select", mutates_args=())
-def select(
-    values: torch.Tensor, weight: torch.Tensor | None, threshold: torch.Tensor | None, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Indices of active neurons (width,), their count (1,), and their values (B, width).
-
-    Active are those of values (B, width) that in some token score above `threshold` (1,), bits; or
-    without one, the k of each token that score highest. Past the count nothing is defined.
-    """
-    batch, width = values.shape
-    indices = values.new_empty(width, dtype=torch.int32)
-    count = values.new_empty(1, dtype=torch.int32)
-    chosen = torch.empty_like(values)
-    topk = threshold is None and batch == 1
-    if threshold is None and batch > 1:
-        threshold = thresholds(values, None if weight is None else weight[None], k)
-    stride = 0 if threshold is None or threshold.numel() == 1 else 1
-    block = _power(width)
-    kernels.select[(1,)](
-        values, weight, threshold, indices, count, chosen, width, k, stride, B=batch, TOPK=topk,
-        BLOCK=block, num_warps=_warps(block),
-    )  # fmt: skip
-    return indices, count, chosen
-
-
-@select.register_fake
-def _(
-    values: torch.Tensor, weight: torch.Tensor | None, threshold: torch.Tensor | None, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    width = values.shape[1]
-    indices = values.new_empty(width, dtype=torch.int32)
-    return indices, values.new_empty(1, dtype=torch.int32), torch.empty_like(values)
-
-
 @torch.library.custom_op("fallow::gather_rows", mutates_args=())
 def gather_rows(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, indices: torch.Tensor,
-    count: torch.Tensor, gates: torch.Tensor, weight: torch.Tensor | None,
-    threshold: torch.Tensor | None,
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, gates: torch.Tensor,
+    weight: torch.Tensor | None, threshold: torch.Tensor, late_weight: torch.Tensor | None,
+    late_threshold: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """gates * (x w[indices]ᵀ + bias), (B, width), of what `select` gave; past the count undefined.
+    """gates * (x wᵀ + bias) where |gates| * weight is above the threshold, else 0, (B, width).
 
-    x (B, d), w (width, d). What then scores at most `threshold` (1,), if there is one, is 0.
+    x (B, d), w (width, d), weight (width,), threshold (1,), or (B,) for each token its own. Rows of
+    w that no token needs are not read. What then scores |value| * late_weight at most
+    late_threshold (1,), if there is one, is 0.
     """
     (batch, d), width = x.shape, gates.shape[1]
     out = torch.empty_like(gates)
+    own = int(threshold.numel() > 1)
 
     def run(tile: Tile) -> torch.Tensor:
-        rows, columns, warps, programs = tile
-        grid = min(triton.cdiv(width, rows), programs * _processors(x.device))
-        kernels.gather_rows[(grid,)](
-            x, w, bias, indices, count, gates, weight, threshold, out, width, D=d, B=batch,
-            PAD=_pad(batch), BLOCK_N=rows, BLOCK_K=max(16, _block_k(d, columns)),
-            num_warps=warps, num_stages=4,
+        kernels.gather_rows[(triton.cdiv(width, tile.rows),)](
+            x, w, bias, gates, weight, threshold, late_weight, late_threshold, out, width, own,
+            D=d, B=batch, PAD=_pad(batch), BLOCK_N=tile.rows,
+            BLOCK_K=_block_k(d, tile.columns), num_warps=tile.warps, num_stages=4,
         )  # fmt: skip
         return out
 
-    return _launch(("gather_rows", batch, width, d, x.dtype, threshold is None), run)
+    return _launch(("gather_rows", batch, width, d, x.dtype, late_threshold is None), run)
 
 
 @gather_rows.register_fake
 def _(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, indices: torch.Tensor,
-    count: torch.Tensor, gates: torch.Tensor, weight: torch.Tensor | None,
-    threshold: torch.Tensor | None,
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, gates: torch.Tensor,
+    weight: torch.Tensor | None, threshold: torch.Tensor, late_weight: torch.Tensor | None,
+    late_threshold: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     return torch.empty_like(gates)
 
@@ -227,15 +240,13 @@ def _(
 @torch.library.custom_op("fallow::gather_sum", mutates_args=())
 def gather_sum(
     values: torch.Tensor, up: torch.Tensor | None, act: str, weight: torch.Tensor | None,
-    threshold: torch.Tensor | None, w: torch.Tensor, indices: torch.Tensor | None,
-    count: torch.Tensor | None, bias: torch.Tensor | None, ends: list[int],
+    threshold: torch.Tensor | None, w: torch.Tensor, bias: torch.Tensor | None, ends: list[int],
 ) -> torch.Tensor:  # fmt: skip
     """Σ_j values[:, j] w[j], (B, n), reading only rows of w (width, n) whose value is not 0.
 
     values (B, width), whose rows may be apart; with `up`, of the same strides, act(values) * up.
-    With indices and count, as `select` gives them, value p is that of row indices[p]. With
-    threshold (S, 1 or B) the values that score |value| * weight (S, width) no more are 0, for the
-    columns of each of S <= 3 segments, which end at `ends`.
+    With threshold (S, 1 or B) the values that score |value| * weight (S, width) no more are 0, for
+    the columns of each of S <= 3 segments, which end at `ends`.
     """
     (batch, width), n = values.shape, w.shape[1]
     out = values.new_empty(batch, n)
@@ -244,28 +255,25 @@ def gather_sum(
     per_segment = 0 if threshold is None else threshold.shape[1]
 
     def run(tile: Tile) -> torch.Tensor:
-        rows, columns, warps, programs = tile
-        columns = min(columns, max(16, _power(n)))
+        columns = min(tile.columns, max(16, _power(n)))
         blocks = sum(triton.cdiv(end - begin, columns) for begin, end in pairwise(edges))
-        wanted = max(1, programs * _processors(values.device) // blocks)
-        splits = min(MOST_SPLITS, _power(wanted + 1) // 2, _power(triton.cdiv(width, rows)))
+        wanted = max(1, tile.programs * _processors(values.device) // blocks)
+        splits = min(MOST_SPLITS, wanted, triton.cdiv(width, tile.rows))
         partial = values.new_empty(splits, batch, n, dtype=torch.float32)
         kernels.gather_sum[(blocks, splits)](
-            values, up, weight, threshold, w, indices, count, bias, partial,
-            counters(values.device), out, width, n, *ends, values.stride(0), per_segment,
-            int(per_segment > 1), B=batch, PAD=_pad(batch), ACT=act, SPLITS=splits,
-            BLOCK_R=rows, BLOCK_C=columns, num_warps=warps, num_stages=3,
+            values, up, weight, threshold, w, bias, partial, counters(values.device), out,
+            width, n, *ends, splits, values.stride(0), per_segment, int(per_segment > 1),
+            B=batch, PAD=_pad(batch), ACT=act, BLOCK_R=tile.rows, BLOCK_C=columns,
+            STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         return out
 
-    listed = indices is not None
-    return _launch(("gather_sum", batch, width, n, values.dtype, listed, up is None), run)
+    return _launch(("gather_sum", batch, width, n, values.dtype, up is None), run)
 
 
 @gather_sum.register_fake
 def _(
     values: torch.Tensor, up: torch.Tensor | None, act: str, weight: torch.Tensor | None,
-    threshold: torch.Tensor | None, w: torch.Tensor, indices: torch.Tensor | None,
-    count: torch.Tensor | None, bias: torch.Tensor | None, ends: list[int],
+    threshold: torch.Tensor | None, w: torch.Tensor, bias: torch.Tensor | None, ends: list[int],
 ) -> torch.Tensor:  # fmt: skip
     return values.new_empty(len(values), w.shape[1])
