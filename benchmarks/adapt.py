@@ -195,10 +195,11 @@ def judge(name: str) -> None:
 INTRODUCTION = f"""# Adaptation
 
 What `fallow adapt` teaches a model: to run with half of its neurons left out per token, chosen by
-the gate alone (`gate_topk`), with weights rounded as they will be packed. Trained on four fifths of
-C4 and of code, on the WikiText-2 validation text (its signs apart, as in the raw text), on novels
-and on what the model wrote after pieces of these; judged on the rest of C4 and code and on the
-WikiText-2 raw test text, {WINDOWS} windows of 1024 tokens each. `benchmarks/adapt.py` does it.
+the gate alone (`gate_topk`), with weights rounded as they will be packed. With measured budgets
+half is the mean of layers, of which those leave out more that matter less. Trained on four fifths
+of C4 and of code, on the WikiText-2 validation text (its signs apart, as in the raw text), on
+novels and on what the model wrote after pieces of these; judged on the rest of C4 and code and on
+the WikiText-2 raw test text, {WINDOWS} windows of 1024 tokens each. `benchmarks/adapt.py` does it.
 """
 
 
@@ -231,6 +232,7 @@ def _curve(run: dict[str, Any], where: dict[str, Any]) -> list[str]:
     return [
         f"One run on {where.get('gpu', 'the CPU')} (commit {', '.join(where['commits'])}): "
         f"{settings['train']}, rate {run['learning_rate']:g}, "
+        f"{settings.get('budgets', 'even')} budgets of layers, "
         f"{run['tokens_per_second']:.0f} tokens/s. Text: {read}. On the held-out windows of these "
         "texts, as training saw them:",
         "",

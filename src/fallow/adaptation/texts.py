@@ -122,14 +122,15 @@ def mix(
 
 
 def prefixes(mixture: Mixture, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Beginnings (n, PREFIX) of text to write, of each source by its share.
+    """Beginnings (n, PREFIX) of text to write, of each source as often as it is read.
 
-    They may begin anywhere in a window, since a window begins anywhere in its text.
+    So most is written like texts of which there is little for their share. A beginning may be
+    anywhere in a window, since a window begins anywhere in its text.
     """
     length = min(PREFIX, mixture.held_out.shape[1] - 1)
-    shares = [s.share for s in mixture.sources]
+    often = np.array([s.share / len(s.windows) for s in mixture.sources])
     found = np.empty((n, length), dtype=np.int64)
-    for i, chosen in enumerate(rng.choice(len(shares), size=n, p=np.divide(shares, sum(shares)))):
+    for i, chosen in enumerate(rng.choice(len(often), size=n, p=often / often.sum())):
         windows = mixture.sources[chosen].windows
         first = rng.integers(windows.shape[1] - length + 1)
         found[i] = windows[rng.integers(len(windows)), first : first + length]

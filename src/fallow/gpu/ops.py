@@ -29,7 +29,7 @@ class Tile:
     columns: int
     warps: int = 4
     programs: int = 0  # per multiprocessor, where a kernel divides its work so
-    stages: int = 1
+    group: int = 0  # rows of a program that reads `rows` at once
 
 
 # By operator, for one token and for several, the default first; `tuning` chooses.
@@ -39,20 +39,22 @@ TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
         (Tile(16, 256), Tile(32, 256), Tile(32, 128)),
     ),
     "gather_rows": (
-        (Tile(4, 1024), Tile(2, 1024), Tile(2, 4096), Tile(1, 4096), Tile(8, 1024, 8)),
+        (
+            Tile(4, 1024), Tile(2, 1024), Tile(2, 4096), Tile(4, 1024, group=16),
+            Tile(4, 1024, group=32), Tile(2, 4096, group=16), Tile(2, 4096, group=32),
+        ),
         (Tile(16, 256), Tile(32, 256), Tile(16, 128)),
     ),
     # A multiprocessor needs some 26 KB under way to keep up with 4 TB/s at a latency of 0.8 µs.
     "gather_sum": (
         (
-            Tile(32, 256, 4, 4), Tile(32, 256, 4, 4, 3), Tile(16, 256, 4, 8, 4),
-            Tile(64, 256, 8, 2, 3), Tile(64, 256, 8, 4), Tile(32, 512, 8, 2, 3),
-            Tile(16, 256, 4, 8), Tile(32, 128, 4, 8),
+            Tile(32, 256, 4, 4), Tile(16, 256, 4, 5), Tile(32, 128, 4, 5), Tile(16, 512, 4, 4),
+            Tile(32, 512, 8, 2), Tile(64, 128, 4, 4), Tile(32, 256, 4, 2),
         ),
-        (Tile(32, 128, 4, 4, 3), Tile(64, 128, 4, 4, 3), Tile(32, 256, 4, 4, 3)),
+        (Tile(32, 128, 4, 4), Tile(64, 128, 4, 4), Tile(32, 256, 4, 4)),
     ),
 }  # fmt: skip
-MOST_SPLITS = 64
+MOST_SPLITS, LONGEST_LIST = 64, 1024
 _chosen: dict[tuple[Any, ...], Tile] = {}
 _tuning = False
 
@@ -112,7 +114,8 @@ def counters(device: torch.device) -> torch.Tensor:
 @cache
 def _bins(device: torch.device) -> torch.Tensor:
     """Zeros that `gemv` counts scores in and `thresholds` leaves zero; made like `counters`."""
-    return torch.zeros(TOKENS, kernels.BINS.value, dtype=torch.int32, device=device)
+    size = kernels.COARSE.value * (1 + kernels.FINE.value)
+    return torch.zeros(TOKENS, size, dtype=torch.int32, device=device)
 
 
 def prepare(device: torch.device) -> None:
@@ -217,10 +220,13 @@ def gather_rows(
     out = torch.empty_like(gates)
     own = int(threshold.numel() > 1)
 
+    indices = gates.new_empty(width, dtype=torch.int32)
+
     def run(tile: Tile) -> torch.Tensor:
-        kernels.gather_rows[(triton.cdiv(width, tile.rows),)](
-            x, w, bias, gates, weight, threshold, late_weight, late_threshold, out, width, own,
-            D=d, B=batch, PAD=_pad(batch), BLOCK_N=tile.rows,
+        group = max(tile.rows, tile.group)
+        kernels.gather_rows[(triton.cdiv(width, group),)](
+            x, w, bias, gates, weight, threshold, late_weight, late_threshold, indices, out, width,
+            own, D=d, B=batch, PAD=_pad(batch), GROUP=group, BLOCK_N=tile.rows,
             BLOCK_K=_block_k(d, tile.columns), num_warps=tile.warps, num_stages=4,
         )  # fmt: skip
         return out
@@ -259,12 +265,16 @@ def gather_sum(
         blocks = sum(triton.cdiv(end - begin, columns) for begin, end in pairwise(edges))
         wanted = max(1, tile.programs * _processors(values.device) // blocks)
         splits = min(MOST_SPLITS, wanted, triton.cdiv(width, tile.rows))
+        most = min(LONGEST_LIST, _power(triton.cdiv(width, splits) + tile.rows))
         partial = values.new_empty(splits, batch, n, dtype=torch.float32)
+        listed = blocks * splits * most if batch == 1 else 1
+        indices = values.new_empty(listed, dtype=torch.int32)
+        chosen = values.new_empty(listed, dtype=torch.float32)
         kernels.gather_sum[(blocks, splits)](
-            values, up, weight, threshold, w, bias, partial, counters(values.device), out,
-            width, n, *ends, splits, values.stride(0), per_segment, int(per_segment > 1),
-            B=batch, PAD=_pad(batch), ACT=act, BLOCK_R=tile.rows, BLOCK_C=columns,
-            STAGES=tile.stages, num_warps=tile.warps,
+            values, up, weight, threshold, w, bias, indices, chosen, partial,
+            counters(values.device), out, width, n, *ends, splits, values.stride(0), per_segment,
+            int(per_segment > 1), B=batch, PAD=_pad(batch), ACT=act, LIST=most, BLOCK_R=tile.rows,
+            BLOCK_C=columns, WARPS=tile.warps, num_warps=tile.warps,
         )  # fmt: skip
         return out
 
