@@ -344,14 +344,12 @@ def _attend(
     q, k = llama.apply_rotary_pos_emb(q, k, cos, sin)
     keys.index_copy_(2, position, k)
     values.index_copy_(2, position, v)
-    # Of one token, sums that are compiled with what is around them take less than the copies of
-    # keys and values that scaled_dot_product_attention with a mask needs for groups of heads.
-    batch, n_keys, _, width = keys.shape
-    grouped = q.view(batch, n_keys, -1, 1, width).float()
-    scores = (grouped * keys[:, :, None].float()).sum(-1) * width**-0.5
-    share = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    out = (share[..., None] * values[:, :, None].float()).sum(-2)
-    return out.to(q.dtype).view(batch, 1, -1)
+    # Sums that are compiled together, in place of this and its copies, took 25 µs more a layer.
+    groups = q.shape[1] // keys.shape[1]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, llama.repeat_kv(keys, groups), llama.repeat_kv(values, groups), attn_mask=mask
+    )
+    return out.transpose(1, 2).reshape(*q.shape[:1], 1, -1)
 
 
 def _add_norm(
@@ -505,7 +503,7 @@ class Bytes:
 
 
 def dense_bytes(model: Any, batch: int = 1) -> int:
-    """Of all weights that a step reads whole by no operator of ours: Linear ones, and the head's."""
+    """Of weights that a step reads whole by no operator of ours: Linear ones, and the head's."""
     from fallow.gpu.modules import DenseInputs
 
     kinds = (torch.nn.Linear,) if batch == 1 else (torch.nn.Linear, DenseInputs)
@@ -727,9 +725,7 @@ def _check_once(
         kept = value.float() * (value.abs().float() * weights[i] > limits[i])
         parts.append(kept @ down.float()[:, begin:end])
         begin = end
-    found = ops.gather_sum(
-        chosen, gate_act, "silu", weights, bits, down, None, ends
-    )
+    found = ops.gather_sum(chosen, gate_act, "silu", weights, bits, down, None, ends)
     same(f"inputs {name}", found, torch.cat(parts, 1))
 
 

@@ -23,7 +23,7 @@ from fallow.models.cuts import cut_taps
 from fallow.packing.quantize import QUANT_TYPES, dequantize, quantize
 from fallow.plan import Cut, Plan
 
-SMALL = Settings(tokens=16384, context=32, batch=8, learning_rate=3e-4)
+SMALL = Settings(tokens=16384, context=32, batch=8, learning_rate=3e-4, budgets="even")
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def test_budgets_are_measured(
         model, Plan.load(tmp_path / "out" / "fallow.plan"), texts[1], context=32, windows=4
     )
     assert found.sparsity_ratio["inter"] == pytest.approx(0.5, abs=0.03)
-    with pytest.raises(UsageError, match="tail has no budget per layer"):
+    with pytest.raises(UsageError, match="--budgets measured: gate_tail has thresholds"):
         adapt(
             folders["llama"], tmp_path / "b", replace(settings, rule="gate_tail"), text=[texts[0]]
         )
@@ -386,7 +386,7 @@ def test_writing_fits_itself_to_the_memory(monkeypatch: pytest.MonkeyPatch) -> N
         ({"rule": "oracle"}, "is a selector"),
         ({"quant": "q9"}, "unknown type 'q9'"),
         ({"anneal": 2.0}, "--anneal 2.0 is outside 0 to 1"),
-        ({"budgets": "fair"}, "unknown budgets 'fair'; known: even, measured"),
+        ({"budgets": "fair"}, "unknown --budgets 'fair'; known: even, measured"),
         ({"minutes": float("nan")}, "--minutes nan is not positive"),
     ],
 )

@@ -71,7 +71,7 @@ class Settings:
     learning_rate: float | None = None  # None: by a probe
     anneal: float = 0.0  # share of the training until the sparsity is the one asked for
     sampled: float = 0.0  # share of tokens that the dense model writes
-    budgets: str = "even"  # of layers, one of BUDGETS
+    budgets: str | None = None  # of layers, one of BUDGETS; None: measured, if the rule has such
     context: int = 512
     batch: int = 32  # windows per step
     seed: int = 0
@@ -98,8 +98,8 @@ class Settings:
         if self.train not in students.TRAINED:
             known = ", ".join(students.TRAINED)
             raise UsageError(f"unknown --train {self.train!r}; known: {known}")
-        if self.budgets not in BUDGETS:
-            raise UsageError(f"unknown budgets {self.budgets!r}; known: {', '.join(BUDGETS)}")
+        if self.budgets is not None and self.budgets not in BUDGETS:
+            raise UsageError(f"unknown --budgets {self.budgets!r}; known: {', '.join(BUDGETS)}")
         if self.quant is not None and self.quant.upper() not in ROUNDINGS:
             known = ", ".join(k.lower() for k in ROUNDINGS)
             raise UsageError(f"unknown type {self.quant!r}; known: {known}")
@@ -250,13 +250,17 @@ class _Run:
         """Gives layers of the plans' cuts shares of their own, if it shall.
 
         Raises:
-            UsageError: the rule does not leave out a share of every token's neurons.
+            UsageError: it shall, and the rule does not leave out a share of every token's neurons.
         """
         settings = self.settings
-        if settings.budgets == "even":
+        has_shares = all(cut.kind == "topk" for cut in self.plans[-1].cuts)
+        if settings.budgets == "even" or (settings.budgets is None and not has_shares):
             return
-        if any(cut.kind != "topk" for plan in self.plans for cut in plan.cuts):
-            raise UsageError(f"{settings.rule} has no budget per layer; give a rule of top-k")
+        if not has_shares:
+            raise UsageError(
+                f"--budgets measured: {settings.rule} has thresholds, which differ by layer "
+                "anyway; give a rule of top-k, or --budgets even"
+            )
         path = self.work / "budgets.json"
         if not path.exists():
             windows = replace(self.mixture, read=[0] * len(self.mixture.sources)).batch(

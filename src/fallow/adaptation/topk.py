@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fallow.gpu import kernels
 from fallow.models.cuts import weight_of
 from fallow.models.taps import Layer, Tap
 from fallow.plan import Cut
@@ -22,21 +23,11 @@ def _keep_topk(values, weight, kept, width, k, BLOCK: tl.constexpr):
     cols = tl.arange(0, BLOCK)
     inside = cols < width
     value = tl.load(values + first + cols, mask=inside, other=0.0)
-    score = tl.abs(value.to(tl.float32))
-    if weight is not None:
-        score = score * tl.load(weight + cols, mask=inside, other=0.0)
-    # Non-negative floats are in the order of their bits as integers, and NaN is above everything.
-    bits = tl.where(inside, score.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
-    # The threshold is in (low, high]: more than k scores are above `low`, and no more above `high`.
-    # Some fifteen steps find a gap between neighbours, where any threshold does.
-    low = tl.full((), -1, tl.int32)
-    high = tl.full((), 0x7F800000, tl.int32)  # infinity: NaN stays
-    while high - low > 1:
-        middle = low + ((high - low) >> 1)
-        above = tl.sum((bits > middle).to(tl.int32), 0)
-        low = tl.where(above > k, middle, tl.where(above == k, middle - 1, low))
-        high = tl.where(above > k, high, middle)
-    tl.store(kept + first + cols, tl.where(bits > high, value, 0.0), mask=inside)
+    bits = kernels.score(value, weight, cols, inside)
+    low = tl.full((), -2, tl.int32)
+    high = tl.full((), kernels.INFINITY, tl.int32)
+    threshold = kernels.topk_threshold(bits, k, low, high)
+    tl.store(kept + first + cols, tl.where(bits > threshold, value, 0.0), mask=inside)
 
 
 class KeepTopK(torch.autograd.Function):

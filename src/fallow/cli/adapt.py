@@ -46,6 +46,10 @@ def adapt(
     anneal: Annotated[
         float, typer.Option(help="Share of the training in which the sparsity grows.")
     ] = 0.0,
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="Of layers: even, or measured, the default with a rule of top-k."),
+    ] = None,
     context: ContextOption = 512,
     batch: Annotated[int, typer.Option(help="Windows per step.")] = 32,
     seed: SeedOption = 0,
@@ -66,6 +70,7 @@ def adapt(
         quant=quant,
         learning_rate=learning_rate,
         anneal=anneal,
+        budgets=budgets,
         sampled=(0.0 if text else 0.5) if sampled is None else sampled,
         context=context,
         batch=batch,

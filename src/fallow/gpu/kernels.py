@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 
 INFINITY = tl.constexpr(0x7F800000)  # as bits; a threshold is never above, so that NaN is active
-# A top-k threshold is looked for among the scores of one bin of upper bits, of FINE for each
-# exponent: a thousandth of all scores or so.
-FINE = tl.constexpr(256)
-COARSE = tl.constexpr(256)
-SHIFT = tl.constexpr(15)
+# A top-k threshold is looked for in one bin of the scores' upper bits: an exponent's sixteenth,
+# where some hundredths of all scores are.
+SHIFT = tl.constexpr(19)
+BINS = tl.constexpr(1 << (31 - 19))
 AT_ONCE = tl.constexpr(32)  # splits, when they are added up
 
 
@@ -37,16 +36,16 @@ def _activated(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def _score(value, weight, cols, inside):
+def score(value, weight, cols, inside):
     """Bits of |value| * weight; -1, below everything, where not `inside`."""
-    score = tl.abs(value.to(tl.float32))
+    found = tl.abs(value.to(tl.float32))
     if weight is not None:
-        score = score * tl.load(weight + cols, mask=inside, other=0.0)
-    return tl.where(inside, score.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
+        found = found * tl.load(weight + cols, mask=inside, other=0.0)
+    return tl.where(inside, found.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
 
 
 @triton.jit
-def _topk_threshold(bits, k, low, high):
+def topk_threshold(bits, k, low, high):
     """A threshold that leaves k scores above it; with ties the smallest that leaves fewer.
 
     It is in (low, high]: more than k are above `low`, at most k above `high`. Each step counts at
@@ -127,8 +126,8 @@ def gemv(
 ):  # fmt: skip
     """out (B, n) = act(x (B, D) wᵀ + bias).
 
-    With bins (B, COARSE + COARSE * FINE), zeros before, scores of out are counted by exponent, and
-    by their upper bits: sums of integers, so that the order in which programs add does not show.
+    With bins (B, BINS), zeros before, scores of out are counted by their upper bits: the sums are
+    of integers, so that the order in which programs add does not show.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < n
@@ -140,9 +139,8 @@ def gemv(
         value = _activated(dots.to(kind).to(tl.float32), ACT).to(kind)
         tl.store(out + rows, value, mask=inside)
         if bins is not None:
-            bits = _score(value, weight, rows, inside)
-            tl.atomic_add(bins + (bits >> 23), 1, mask=inside, sem="relaxed")
-            tl.atomic_add(bins + COARSE + (bits >> SHIFT), 1, mask=inside, sem="relaxed")
+            bits = score(value, weight, rows, inside)
+            tl.atomic_add(bins + (bits >> SHIFT), 1, mask=inside, sem="relaxed")
     else:
         if bias is not None:
             dots += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -152,10 +150,9 @@ def gemv(
         real = inside[:, None] & (tokens < B)[None, :]
         tl.store(out + where, value, mask=real)
         if bins is not None:
-            bits = _score(value, weight, rows[:, None] + 0 * tokens[None, :], real)
-            bins += tokens[None, :] * (COARSE + COARSE * FINE)
-            tl.atomic_add(bins + (bits >> 23), 1, mask=real, sem="relaxed")
-            tl.atomic_add(bins + COARSE + (bits >> SHIFT), 1, mask=real, sem="relaxed")
+            bits = score(value, weight, rows[:, None] + 0 * tokens[None, :], real)
+            place = tokens[None, :] * BINS + (bits >> SHIFT)
+            tl.atomic_add(bins + place, 1, mask=real, sem="relaxed")
 
 
 @triton.jit
@@ -173,26 +170,17 @@ def thresholds(
     value = tl.load(values + token * width + cols, mask=inside, other=0.0)
     if weight is not None:
         weight += segment * width
-    bits = _score(value, weight, cols, inside)
+    bits = score(value, weight, cols, inside)
     low = tl.full((), -2, tl.int32)
     high = tl.full((), INFINITY, tl.int32)
     if bins is not None:
-        bins += token * (COARSE + COARSE * FINE)
-        each = tl.arange(0, COARSE)
-        coarse = tl.load(bins + each)
-        at_least = tl.cumsum(coarse, 0, reverse=True)
-        exponent = tl.sum((at_least > k).to(tl.int32), 0) - 1  # the last that more than k reach
-        beyond = tl.sum(tl.where(each == exponent + 1, at_least, 0), 0)
-        cells = bins + COARSE + tl.maximum(exponent, 0) * FINE + tl.arange(0, FINE)
-        at_least = beyond + tl.cumsum(tl.load(cells), 0, reverse=True)
-        bin = exponent * FINE + tl.sum((at_least > k).to(tl.int32), 0) - 1
-        high = tl.where(exponent < 0, -1, tl.minimum(((bin + 1) << SHIFT) - 1, high))
-        low = tl.where(exponent < 0, -2, tl.minimum((bin << SHIFT) - 1, high - 1))
-        tl.debug_barrier()  # everything was read
-        tl.store(bins + each, tl.zeros((COARSE,), tl.int32))
-        cells = bins + COARSE + each[:, None] * FINE + tl.arange(0, FINE)[None, :]
-        tl.store(cells, tl.zeros((COARSE, FINE), tl.int32), mask=(coarse > 0)[:, None])
-    tl.store(found + segment * batch + token, _topk_threshold(bits, k, low, high))
+        places = bins + token * BINS + tl.arange(0, BINS)
+        at_least = tl.cumsum(tl.load(places), 0, reverse=True)
+        tl.store(places, tl.zeros((BINS,), tl.int32))
+        bin = tl.sum((at_least > k).to(tl.int32), 0) - 1  # the last that more than k reach
+        high = tl.minimum(((bin + 1) << SHIFT) - 1, high)
+        low = tl.minimum(tl.where(bin < 0, -2, (bin << SHIFT) - 1), high - 1)
+    tl.store(found + segment * batch + token, topk_threshold(bits, k, low, high))
 
 
 @triton.jit
@@ -207,7 +195,7 @@ def _put_inter(
         up += tl.load(bias + rows, mask=active, other=0.0).to(tl.float32)
     inter = (gate.to(tl.float32) * up.to(kind).to(tl.float32)).to(kind)
     if late_threshold is not None:
-        bits = _score(inter, late_weight, rows, active)
+        bits = score(inter, late_weight, rows, active)
         inter = tl.where(bits > tl.load(late_threshold), inter, 0.0)
     tl.store(out + rows, inter, mask=active)
 
@@ -231,10 +219,10 @@ def gather_rows(
     kind = out.dtype.element_ty
     if B == 1:
         gate = tl.load(gates + rows, mask=inside, other=0.0)
-        active = _score(gate, weight, rows, inside) > tl.load(threshold)
+        active = score(gate, weight, rows, inside) > tl.load(threshold)
         active = active & inside
-        tl.store(out + rows, tl.zeros((GROUP,), kind), mask=inside & (active == 0))
         count = tl.sum(active.to(tl.int32), 0)
+        tl.store(out + rows, tl.zeros((GROUP,), kind), mask=inside & (active == 0))
         if GROUP > BLOCK_N:
             place = tl.cumsum(active.to(tl.int32), 0) - 1
             tl.store(indices + first + place, rows, mask=active)
@@ -245,8 +233,8 @@ def gather_rows(
                 listed = tl.load(indices + first + at, mask=some, other=0)
                 its_gate = tl.load(gates + listed, mask=some, other=0.0)
                 _put_inter(
-                    x, w, bias, its_gate, late_weight, late_threshold, out, listed, some, D, BLOCK_N,
-                    BLOCK_K,
+                    x, w, bias, its_gate, late_weight, late_threshold, out, listed, some, D,
+                    BLOCK_N, BLOCK_K,
                 )  # fmt: skip
         elif count > 0:
             _put_inter(
@@ -260,14 +248,14 @@ def gather_rows(
         columns = rows[:, None] + 0 * tokens[None, :]
         gate = tl.load(gates + where, mask=real, other=0.0)
         limit = tl.load(threshold + tokens * threshold_stride, mask=tokens < B, other=0)
-        active = (_score(gate, weight, columns, real) > limit[None, :]) & real
+        active = (score(gate, weight, columns, real) > limit[None, :]) & real
         used = tl.max(active.to(tl.int32), 1) > 0
         up = _dots(x, w, rows.to(tl.int64), used, D, B, PAD, BLOCK_N, BLOCK_K)
         if bias is not None:
             up += tl.load(bias + rows, mask=used, other=0.0).to(tl.float32)[:, None]
         inter = (gate.to(tl.float32) * up.to(kind).to(tl.float32)).to(kind)
         if late_threshold is not None:
-            bits = _score(inter, late_weight, columns, real)
+            bits = score(inter, late_weight, columns, real)
             active = active & (bits > tl.load(late_threshold))
         tl.store(out + where, tl.where(active, inter, 0.0), mask=real)
 
@@ -283,7 +271,7 @@ def _inputs(
         gate = _activated(value.to(tl.float32), ACT).to(kind).to(tl.float32)
         value = (gate * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)).to(kind)
     if threshold is not None:
-        bits = _score(value, weight, column, inside)
+        bits = score(value, weight, column, inside)
         value = tl.where(bits > threshold, value, 0.0)
     return value
 

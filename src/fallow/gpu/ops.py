@@ -114,8 +114,7 @@ def counters(device: torch.device) -> torch.Tensor:
 @cache
 def _bins(device: torch.device) -> torch.Tensor:
     """Zeros that `gemv` counts scores in and `thresholds` leaves zero; made like `counters`."""
-    size = kernels.COARSE.value * (1 + kernels.FINE.value)
-    return torch.zeros(TOKENS, size, dtype=torch.int32, device=device)
+    return torch.zeros(TOKENS, kernels.BINS.value, dtype=torch.int32, device=device)
 
 
 def prepare(device: torch.device) -> None:
