@@ -136,6 +136,7 @@ def train(
         changes["learning_rate"] = rate
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trained-on.json").unlink(missing_ok=True)
     record_machine(folder / "trained-on.json")
     settings = replace(Settings(tokens=tokens, minutes=minutes), **changes)
     report = adapt(model, MODELS / name / "trained", settings)

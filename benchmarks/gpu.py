@@ -761,6 +761,7 @@ def report(folder: Path) -> str:
         "our dense products in the places of torch's, and nothing left out, which is the engine's",
         "part of the gain. The limit is bytes over the bandwidth of a large copy on the same card.",
         "x8: eight sequences at once, whose active neurons are read if any of them needs them.",
+        "What was measured is the commit that is named; kernels may have changed since.",
     ]
     for path in sorted(folder.glob("*.json")):
         lines += _card(json.loads(path.read_text()))

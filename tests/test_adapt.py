@@ -300,7 +300,7 @@ def test_budgets_are_measured(
         model, Plan.load(tmp_path / "out" / "fallow.plan"), texts[1], context=32, windows=4
     )
     assert found.sparsity_ratio["inter"] == pytest.approx(0.5, abs=0.03)
-    with pytest.raises(UsageError, match="--budgets measured: gate_tail has thresholds"):
+    with pytest.raises(UsageError, match="--budgets measured: gate_tail at 50% does not keep one"):
         adapt(
             folders["llama"], tmp_path / "b", replace(settings, rule="gate_tail"), text=[texts[0]]
         )

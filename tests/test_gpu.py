@@ -129,6 +129,27 @@ def test_gathers(batch: int, kind: str, limit: float, late: bool) -> None:
         assert torch.equal(out, again)
 
 
+TILES = [(name, tile) for name, (tiles, _) in ops.TILES.items() for tile in tiles]
+
+
+@pytest.mark.parametrize(("name", "tile"), TILES)
+def test_tiles(name: str, tile: ops.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `tuning` may choose, of one token; lists that are full before a program has its rows."""
+    monkeypatch.setattr(ops, "TILES", {name: ((tile,), ())})
+    monkeypatch.setattr(ops, "LONGEST_LIST", 64)
+    x, w, gate = draw(1, D), draw(200, D), draw(1, 200)
+    if name == "gemv":
+        close(ops.gemv(x, w, None, "none"), x.double() @ w.double().T, "float32")
+    elif name == "gather_rows":
+        bits = threshold_bits([0.7], x.device)
+        expected = gate * (x.double() @ w.double().T) * (gate.abs() > 0.7)
+        close(ops.gather_rows(x, w, None, gate, None, bits, None, None), expected, "float32")
+    else:
+        expected = (gate * (gate.abs() > 0.7)).double() @ w.double()
+        bits = threshold_bits([0.7], x.device)[:, None]
+        close(ops.gather_sum(gate, None, "none", None, bits, w, None, [D]), expected, "float32")
+
+
 @pytest.mark.parametrize(("batch", "kind"), KINDS)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])

@@ -10,6 +10,8 @@ import pytest
 
 import fallow
 from conftest import VOCABULARY, engine_plan, make_folder
+from fallow.adaptation import texts as adaptation_texts
+from fallow.adaptation.adapter import Settings
 from fallow.checkpoints.text import load_text
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
@@ -245,6 +247,75 @@ def test_a_self_check_allows_for_chance(kl: float, change: float, passes: bool) 
 
 
 # What holds, and what pays -----------------------------------------------------------------------
+
+
+TAUGHT = Settings(tokens=2048, context=32, batch=8, learning_rate=3e-4, quant="f32")
+
+
+@pytest.fixture
+def teach_and_pack(
+    wide: Path, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """`optimize` with an adaptation; what a text of windows so short holds out is less."""
+    monkeypatch.setattr(adaptation_texts, "HELD_OUT", 4)
+
+    def run(limit: float = 60.0, settings: Settings = TAUGHT) -> Any:
+        return optimize(
+            wide, tmp_path / "m.gguf", max_ppl_increase=limit, calibration_text=texts[0],
+            text=texts[1], prefer="bytes", adapt=settings, **SIZES,
+        )  # fmt: skip
+
+    return run
+
+
+def test_an_adapted_model_is_packed_with_what_it_was_taught(
+    teach_and_pack: Any, wide: Path, texts: Texts, tmp_path: Path
+) -> None:
+    result = teach_and_pack()
+    assert "gate_topk" in result.selector
+    assert result.sparsity_ratio == pytest.approx(0.5, abs=0.02)
+    folder, engine = tmp_path / "m.gguf.adapted", Engine(tmp_path / "m.gguf")
+    assert engine.plan is not None
+    taught = Plan.load(folder / "fallow.plan")
+    assert [cut.tap for cut in engine.plan.cuts] == [cut.tap for cut in taught.cuts]
+    np.testing.assert_array_equal(engine.plan.cuts[0].value, taught.cuts[0].value)
+    # The figures are against the model that was adapted, not against the adapted one.
+    check = fallow.evaluate(fallow.load(wide), None, texts[1], context=32, windows=2)
+    again = evaluate_engine(engine, engine.plan, texts[1], context=32, windows=2)
+    assert again.ppl / check.ppl == pytest.approx(1 + result.ppl_change_percent / 100, rel=2e-3)
+    # A folder that is there is taken, if it came of the same.
+    before = (folder / "adapted.json").stat().st_mtime_ns
+    assert teach_and_pack().ppl_change_percent == pytest.approx(result.ppl_change_percent)
+    assert (folder / "adapted.json").stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match=r"m\.gguf\.adapted was adapted from another model or t"):
+        teach_and_pack(settings=dataclasses.replace(TAUGHT, tokens=4096))
+    (folder / "adapted.json").write_text("{}")
+    with pytest.raises(FallowError, match=r"adapted\.json is no report of fallow adapt"):
+        teach_and_pack()
+
+
+def test_an_adapted_model_beyond_the_limit_stays_a_folder(
+    teach_and_pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = evaluate_engine
+
+    def evaluate(*arguments: Any, **settings: Any) -> Any:
+        found = real(*arguments, **settings)
+        return dataclasses.replace(found, ppl_change_percent=7.7, ppl_change_se=0.6)
+
+    monkeypatch.setattr(optimizer, "evaluate_engine", evaluate)
+    with pytest.raises(FallowError, match=r"costs PPL \+7\.70 ± 0\.60 % on 2 .* adapt with more"):
+        teach_and_pack(limit=7.0)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf.adapted"]
+
+
+def test_an_adapted_model_that_gains_nothing_is_not_packed(
+    teach_and_pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "LEAST_GAIN", 0.99)
+    with pytest.raises(FallowError, match=r"does not surely gain 99% here; .* without --adapt"):
+        teach_and_pack()
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf.adapted"]
 
 
 def stand_in_losses(monkeypatch: pytest.MonkeyPatch, on_check: float) -> list[float]:

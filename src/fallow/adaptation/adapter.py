@@ -31,7 +31,7 @@ from fallow.checkpoints.text import Text, check_context, load_text
 from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_path, check_sums, claim, read_json, write_json
 from fallow.common.metrics import ppl_change_percent
-from fallow.common.progress import console, note
+from fallow.common.progress import console, note, progress
 from fallow.models.cuts import cut_taps, weight_of
 from fallow.models.devices import as_array, device_named, has_bfloat16
 from fallow.models.taps import Layer, Tap, attach
@@ -253,13 +253,17 @@ class _Run:
             UsageError: it shall, and the rule does not leave out a share of every token's neurons.
         """
         settings = self.settings
-        has_shares = all(cut.kind == "topk" for cut in self.plans[-1].cuts)
-        if settings.budgets == "even" or (settings.budgets is None and not has_shares):
+        kept = 1 - settings.sparsity
+        has_shares = all(
+            cut.kind == "topk" and np.allclose(cut.value, kept) for cut in self.plans[-1].cuts
+        )
+        wanted = settings.budgets or ("measured" if has_shares and settings.sparsity else "even")
+        if wanted == "even":
             return
-        if not has_shares:
+        if not (has_shares and settings.sparsity):
             raise UsageError(
-                f"--budgets measured: {settings.rule} has thresholds, which differ by layer "
-                "anyway; give a rule of top-k, or --budgets even"
+                f"--budgets measured: {settings.rule} at {settings.sparsity:.0%} does not keep one "
+                "share of every layer, which could be divided anew; give --budgets even"
             )
         path = self.work / "budgets.json"
         if not path.exists():
@@ -281,16 +285,19 @@ class _Run:
         """KL of the teacher with one layer cut to itself, (L, 3), nats per token."""
         layers = self.model.architecture.find_layers(self.teacher)
         wanted = [self._log_p(self._exact(self.teacher, ids)) for ids in windows]
-        costs = []
-        for share in measured_at(self.settings.sparsity):
-            cuts = [replace(c, value=np.full(len(layers), 1 - share)) for c in self.plans[-1].cuts]
-            taps = self._taps(cuts, layers)
-            for index, layer in enumerate(layers):
-                alone = {name: partial(_as_layer, tap, index) for name, tap in taps.items()}
-                with attach([layer], alone):
-                    found = [self._log_p(self._exact(self.teacher, ids)) for ids in windows]
-                pairs = zip(wanted, found, strict=True)
-                costs.append(np.mean([float(divergence(p, q).mean()) for p, q in pairs]))
+        costs, levels = [], measured_at(self.settings.sparsity)
+        with progress("budgets", len(levels) * len(layers)) as ticker:
+            for share in levels:
+                value = np.full(len(layers), 1 - share)
+                cuts = [replace(cut, value=value) for cut in self.plans[-1].cuts]
+                taps = self._taps(cuts, layers)
+                for index, layer in enumerate(layers):
+                    alone = {name: partial(_as_layer, tap, index) for name, tap in taps.items()}
+                    with attach([layer], alone):
+                        found = [self._log_p(self._exact(self.teacher, ids)) for ids in windows]
+                    pairs = zip(wanted, found, strict=True)
+                    costs.append(np.mean([float(divergence(p, q).mean()) for p, q in pairs]))
+                    ticker.advance()
         return np.reshape(costs, (-1, len(layers))).T
 
     def _sample(self) -> None:
@@ -615,6 +622,21 @@ class _Run:
         made.replace(folder)
         shutil.rmtree(self.work)
         return report
+
+
+def report_of(folder: Path) -> AdaptReport:
+    """What an adaptation said of the folder that it wrote.
+
+    Raises:
+        FallowError: the folder has no such report, or a damaged one.
+    """
+    path, remedy = folder / ADAPTED_FILE, "remove the folder and adapt the model again"
+    try:
+        said = read_json(path, remedy) if path.is_file() else {}
+        checks = [Check(**c) for c in said["checks"]]
+        return AdaptReport(**said | {"checks": checks, "best": Check(**said["best"])})
+    except (KeyError, TypeError) as error:
+        raise FallowError(f"{path} is no report of fallow adapt; {remedy}") from error
 
 
 def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from fallow.checkpoints.text import Text
@@ -125,15 +126,19 @@ def prefixes(mixture: Mixture, n: int, rng: np.random.Generator) -> np.ndarray:
     """Beginnings (n, PREFIX) of text to write, of each source as often as it is read.
 
     So most is written like texts of which there is little for their share. A beginning may be
-    anywhere in a window, since a window begins anywhere in its text.
+    anywhere in a window, since a window begins anywhere in its text; but for the token that every
+    window begins with, if there is one.
     """
     length = min(PREFIX, mixture.held_out.shape[1] - 1)
     often = np.array([s.share / len(s.windows) for s in mixture.sources])
-    found = np.empty((n, length), dtype=np.int64)
+    first_token = mixture.held_out[0, 0]
+    bos = int((mixture.held_out[:, 0] == first_token).all() and len(mixture.held_out) > 1)
+    found = np.full((n, length), first_token, dtype=np.int64)
     for i, chosen in enumerate(rng.choice(len(often), size=n, p=often / often.sum())):
         windows = mixture.sources[chosen].windows
-        first = rng.integers(windows.shape[1] - length + 1)
-        found[i] = windows[rng.integers(len(windows)), first : first + length]
+        first = rng.integers(bos, windows.shape[1] - length + bos + 1)
+        row = windows[rng.integers(len(windows)), first : first + length - bos]
+        found[i, bos:] = row
     return found
 
 
@@ -159,7 +164,7 @@ def sample(module: Any, mixture: Mixture, n: int, folder: Path) -> np.ndarray:
     parts = []
     with progress("sampling text", n) as ticker:
         for number, first in enumerate(range(0, n, at_once)):
-            path = folder / f"sampled-{number}.npy"
+            path = folder / f"sampled-{at_once}-{number}.npy"  # a CPU writes fewer at once
             if not path.exists():
                 rng = np.random.default_rng((mixture.seed, number))
                 begin = prefixes(mixture, min(at_once, n - first), rng)
@@ -211,6 +216,12 @@ class _Room(DynamicLayer):
         return self.keys, self.values
 
 
+# Not cuDNN's, which makes a plan for every length: on an H200 the first windows of a number took
+# 32 s, and others as many 11 s.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@sdpa_kernel(_ATTENTION)
 @torch.inference_mode()
 def _write(module: Any, begin: np.ndarray, context: int) -> np.ndarray:
     """Windows (n, context) that go on from `begin` (n, PREFIX).

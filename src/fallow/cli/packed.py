@@ -22,6 +22,7 @@ from fallow.cli._shared import (
     ThreadsOption,
     app,
     check_output,
+    count_of,
     load_model,
     load_plan,
     plus_minus,
@@ -106,12 +107,22 @@ def optimize(
     ] = "speed",
     quant: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
     down: Annotated[str | None, typer.Option(help="As for fallow pack.")] = None,
+    adapt: Annotated[
+        str | None,
+        typer.Option(help="First teach it, on 10M tokens say, to do without half of its neurons."),
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Pack a model with the plan that skips most at a stated loss; calibrate, search and check."""
     check_output(output, model, text, calibration_text)
+    from fallow.adaptation.adapter import Settings
     from fallow.optimization.optimizer import optimize as run
+
+    settings = None
+    if adapt is not None:
+        sampled = 0.0 if calibration_text else 0.5  # as fallow adapt does
+        settings = Settings(tokens=count_of("--adapt", adapt), sampled=sampled, quant=quant)
 
     result = run(
         model,
@@ -127,6 +138,7 @@ def optimize(
         prefer=prefer,
         quant=quant,
         down=down,
+        adapt=settings,
         device=device,
     )
     if as_json:

@@ -65,6 +65,8 @@ def accelerate(model: Any, plan: Plan | str | Path | None = None) -> Any:
         plan.check_model(model.fingerprint, model.name)
     elif plan is not None:
         check_fingerprint(module, architecture, plan, name)
+    if isinstance(model, Model):
+        model.layers = []  # or they would keep the dense weights
     replace(module, architecture.find_layers(module), None if plan is None else plan.cuts, name)
     return module
 
@@ -89,11 +91,11 @@ def replace(module: nn.Module, layers: list[Layer], cuts: Sequence[Cut] | None, 
             _replace_attention(layer, limits)
             if limits.keys() & {"gate_act", "inter"}:
                 _replace_ffn(layer, limits, act)
-            elif not layer.experts:
+            else:
                 _replace_inputs(layer, limits, act)
             ticker.advance()
         head = module.get_output_embeddings()  # type: ignore[operator]
-        if isinstance(head, nn.Linear):
+        if type(head) is nn.Linear:
             _put(module, head, DenseInputs([head]))
 
 

@@ -1,7 +1,7 @@
 """Triton kernels of sparse decoding: at most 8 tokens at once, weights read row by row.
 
 B tokens, d columns of the input, n rows of a weight. Products accumulate in float32, and results
-are rounded where transformers rounds them: after each projection, activation and product. Nothing
+are rounded where transformers rounds them: after each projection, activation and product. No float
 is added atomically, so that a result is the same every time. A score is a non-negative float32, and
 is compared by its bits as an integer: their order is the same, and NaN is above everything.
 """
@@ -14,7 +14,7 @@ INFINITY = tl.constexpr(0x7F800000)  # as bits; a threshold is never above, so t
 # where some hundredths of all scores are.
 SHIFT = tl.constexpr(19)
 BINS = tl.constexpr(1 << (31 - 19))
-AT_ONCE = tl.constexpr(32)  # splits, when they are added up
+MOST_SPLITS = tl.constexpr(32)  # which are added up at once
 
 
 @triton.jit
@@ -366,14 +366,12 @@ def gather_sum(
     tl.debug_barrier()
     if tl.atomic_add(arrived + block, 1, sem="acq_rel", scope="gpu") == splits - 1:
         tl.debug_barrier()
+        each_split = tl.arange(0, MOST_SPLITS)
         for token in tl.static_range(B):
-            added = tl.zeros((BLOCK_C,), tl.float32)
-            for start in range(0, splits, AT_ONCE):
-                sum_at = start + tl.arange(0, AT_ONCE)
-                of_token = (sum_at[:, None] * B + token) * n + cols[None, :]
-                some = (sum_at < splits)[:, None] & valid[None, :]
-                parts = tl.load(partial + of_token, mask=some, other=0.0, cache_modifier=".cg")
-                added += tl.sum(parts, 0)
+            of_token = (each_split[:, None] * B + token) * n + cols[None, :]
+            some = (each_split < splits)[:, None] & valid[None, :]
+            parts = tl.load(partial + of_token, mask=some, other=0.0, cache_modifier=".cg")
+            added = tl.sum(parts, 0)
             if bias is not None:
                 added += tl.load(bias + cols, mask=valid, other=0.0).to(tl.float32)
             tl.store(out + token * n + cols, added.to(out.dtype.element_ty), mask=valid)

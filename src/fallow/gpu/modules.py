@@ -240,7 +240,7 @@ class DenseInputs(nn.Module):
         """(..., Σ out) of x (..., in)."""
         if x.numel() > x.shape[-1]:  # of several tokens a library's product is the faster one
             return functional.linear(x, self.weight, self.bias)
-        out = ops.gemv(x.reshape(1, -1), self.weight, self.bias, "none")
+        out = ops.gemv(x.reshape(1, -1).contiguous(), self.weight, self.bias, "none")
         return out.reshape(*x.shape[:-1], -1)
 
 

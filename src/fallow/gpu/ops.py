@@ -1,4 +1,4 @@
-"""Operators of sparse decoding for torch: one launch each, or two, that graphs can capture.
+"""Operators of sparse decoding for torch: one launch each, that graphs can capture.
 
 None waits for the device, and no shape depends on data. Thresholds are tensors (their bits as
 int32), so that other thresholds need no new graph.
@@ -54,7 +54,7 @@ TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
         (Tile(32, 128, 4, 4), Tile(64, 128, 4, 4), Tile(32, 256, 4, 4)),
     ),
 }  # fmt: skip
-MOST_SPLITS, LONGEST_LIST = 64, 1024
+LONGEST_LIST = 1024
 _chosen: dict[tuple[Any, ...], Tile] = {}
 _tuning = False
 
@@ -143,7 +143,8 @@ def gemv(
 ) -> torch.Tensor:  # fmt: skip
     """act(x wᵀ + bias), (B, n), of x (B, d) and w (n, d).
 
-    `counted`: `thresholds`, called next with `counted` and the same weight (n,), is quicker.
+    `counted`: `thresholds`, called next with `counted` and the same weight (n,), is quicker. What
+    was counted is kept by device: no other stream may do the same meanwhile.
     """
     (batch, d), n = x.shape, len(w)
     out = x.new_empty(batch, n)
@@ -263,7 +264,7 @@ def gather_sum(
         columns = min(tile.columns, max(16, _power(n)))
         blocks = sum(triton.cdiv(end - begin, columns) for begin, end in pairwise(edges))
         wanted = max(1, tile.programs * _processors(values.device) // blocks)
-        splits = min(MOST_SPLITS, wanted, triton.cdiv(width, tile.rows))
+        splits = min(kernels.MOST_SPLITS.value, wanted, triton.cdiv(width, tile.rows))
         most = min(LONGEST_LIST, _power(triton.cdiv(width, splits) + tile.rows))
         partial = values.new_empty(splits, batch, n, dtype=torch.float32)
         listed = blocks * splits * most if batch == 1 else 1

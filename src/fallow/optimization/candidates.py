@@ -61,9 +61,7 @@ class Candidates:
             self.calibration.collect_stages()
         self.weights = gate_weights(self.calibration)
         tensors = engine.file.tensors
-        coarse = tensors.get(COARSE_HEAD[0])
-        self.head_margin = HEAD_MARGIN if coarse else 0.0
-        self.head_limit = max(HEAD_LEAST, int(coarse.shape[0] * HEAD_SHARE)) if coarse else 0
+        self.head_margin, self.head_limit = shortlist_of(engine)
 
         def sizes(matrix: str) -> np.ndarray:
             names = [f"layers.{i}.{matrix}.weight" for i in range(self.n_layers)]
@@ -167,6 +165,14 @@ class Candidates:
             else:
                 high = price
         return found
+
+
+def shortlist_of(engine: Engine) -> tuple[float, int]:
+    """Margin and limit of a plan's shortlist for a file; none without a coarse head."""
+    coarse = engine.file.tensors.get(COARSE_HEAD[0])
+    if coarse is None:
+        return 0.0, 0
+    return HEAD_MARGIN, max(HEAD_LEAST, int(coarse.shape[0] * HEAD_SHARE))
 
 
 def _row_cost(tensor: StoredTensor, product: str, threads: int) -> float:

@@ -8,11 +8,14 @@ for which held-out text loses as much as is allowed. What of that plan is worth 
 
 Three texts, none of which shares a token with another: the plan is made on the first, the search
 judges by the second, and the third, which neither has seen, checks what came of it.
+
+A model may be adapted first (`fallow.adaptation`). The plan is then the one that it was taught, and
+is checked and timed; the source is still the model as it was.
 """
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fallow.adaptation.adapter import Settings, report_of
+from fallow.adaptation.adapter import adapt as teach
 from fallow.checkpoints.text import Text, check_no_leakage, load_text, split_windows
 from fallow.common.errors import UsageError
 from fallow.common.files import atomic_path, check_writable
@@ -29,10 +34,18 @@ from fallow.measure.evaluation import final_hidden, logits_of
 from fallow.measure.quality import Evaluation, Logits, evaluate_engine
 from fallow.optimization.candidates import Candidates
 from fallow.optimization.costs import measure_costs
-from fallow.optimization.search import Judge, Runs, Search, decode_ratio, selector_of
+from fallow.optimization.search import (
+    Judge,
+    Runs,
+    Search,
+    decode_ratio,
+    selector_of,
+    worth_of_taught,
+)
 from fallow.packing.packer import Packer
 from fallow.plan import Plan
-from fallow.reference.model import Model
+from fallow.reference.model import Model, load
+from fallow.reference.sparsified import PLAN_FILE
 
 PREFERENCES = ("speed", "bytes")
 # Of each window that checks a plan, read again token by token.
@@ -61,7 +74,9 @@ class Optimized:
     shortlist_gain: float  # decode with the shortlist alone over dense; 1 if it is not used
     neuron_gain: float  # decode with the plan over that with its shortlist alone
     sparsity_ratio: float  # S(inter) while decoding
-    validation_ppl_change_percent: float  # on the text that the search judged by
+    # On the text that the search judged by; of an adapted model, as it was trained, on the windows
+    # that the adaptation held out.
+    validation_ppl_change_percent: float
     text: str
     windows: int  # of the text
     calibration_text: str
@@ -88,6 +103,7 @@ def optimize(
     prefer: str = "speed",
     quant: str | None = None,
     down: str | None = None,
+    adapt: Settings | None = None,
     device: str = "cpu",
 ) -> Optimized:
     """Packs a model with a plan that costs at most `max_ppl_increase` percent of perplexity.
@@ -108,19 +124,28 @@ def optimize(
             what does not make them fewer is left out.
         quant: as for `pack`.
         down: as for `pack`.
-        device: what the source runs on, by which plans are made and judged: see `load`.
+        adapt: how to adapt the model first, to the folder `output`.adapted, which stays; one that
+            is there is taken if it came of the same. Then there is no search.
+        device: what the source runs on, by which plans are made and judged, and what an adaptation
+            runs on: see `load`.
 
     Raises:
-        UsageError: a limit that is no positive percentage, an unknown preference, or the same
-            text twice.
-        FallowError: as `pack`; the packed model costs more than the limit by itself; or the limit
-            does not hold on `text` (nothing is written).
+        UsageError: a limit that is no positive percentage, an unknown preference, the same text
+            twice, or as `fallow.adaptation.adapter.adapt`.
+        FallowError: as `pack`; the packed model costs more than the limit by itself; the limit
+            does not hold on `text`; or skipping what an adapted model can spare is not surely
+            faster (nothing is written).
     """
     stages = Stages()
     counts = {"windows": windows, "validation-windows": validation_windows}
     counts["check-windows"] = check_windows
     _check_request(output, max_ppl_increase, prefer, counts)
     fit_text, check_text = _load_texts(calibration_text, text)
+    taught = None
+    if adapt is not None:
+        taught = _Taught(model, Path(f"{output}.adapted"), adapt, fit_text, device)
+        model = taught.folder
+        stages.end("adapt")
     # The packer's own check may refuse a type of down_proj_t, so it reads no check text either.
     packer = Packer(
         model, quant=quant, down=down, text=load_text(None, "calibration"), device=device
@@ -134,11 +159,18 @@ def optimize(
         packer.write(temporary)
         stages.end("pack")
         engine = Engine(temporary, plan=False, threads=threads, context=texts.context)
-        search = _prepare(
-            packer.model, engine, texts, costs_path, packing, max_ppl_increase, prefer, stages
-        )
-        check = _Check(packer.model, engine, texts)
-        plan, judged, quality, runs = search.run(check.blocks)
+        check = _Check(taught.source if taught else packer.model, engine, texts)
+        plan: Plan | None
+        if taught:
+            plan, quality, runs = worth_of_taught(
+                engine, taught.plan, check.blocks, max_ppl_increase, prefer, taught.folder
+            )
+            judged = plan.achieved_ppl_increase = taught.judged
+        else:
+            search = _prepare(
+                packer.model, engine, texts, costs_path, packing, max_ppl_increase, prefer, stages
+            )
+            plan, judged, quality, runs = search.run(check.blocks)
         stages.end("search and check")
         differs = check.decode(plan)
         stages.end("decode check")
@@ -156,6 +188,35 @@ def optimize(
         seconds=sum(stages.seconds.values()),
         seconds_by_stage=stages.seconds,
     )
+
+
+class _Taught:
+    """An adapted model and the plan that it was taught, made or found.
+
+    Raises:
+        UsageError: the folder is of another model, text or other settings; or the model is one in
+            memory, which an adaptation could not read again.
+    """
+
+    def __init__(
+        self, model: str | Path | Model, folder: Path, settings: Settings, text: Text, device: str
+    ) -> None:
+        if isinstance(model, Model):
+            raise UsageError(
+                "what is adapted is read from its files; give the model's name or path"
+            )
+        self.folder = folder
+        if not folder.exists():
+            teach(model, folder, settings, text=[text], device=device)
+        self.source = load(model, "float32", device)
+        report, self.plan = report_of(folder), Plan.load(folder / PLAN_FILE)
+        found = (report.fingerprint, report.settings, report.texts[0]["sha256"])
+        if found != (self.source.fingerprint, asdict(settings), text.sha256):
+            raise UsageError(
+                f"{folder} was adapted from another model or text, or by other settings; remove "
+                "it, or choose another --output"
+            )
+        self.judged = report.best.ppl_change_percent
 
 
 def _check_request(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -15,7 +16,7 @@ from fallow.engine.engine import Engine
 from fallow.measure.evaluation import window_losses
 from fallow.measure.quality import Evaluation, token_losses
 from fallow.measure.speed import run_in_turn
-from fallow.optimization.candidates import GRID, Candidates
+from fallow.optimization.candidates import GRID, Candidates, shortlist_of
 from fallow.plan import Plan
 from fallow.reference.model import Model
 
@@ -80,11 +81,7 @@ class Search:
                     else self._judge.change(plan, aim)[0]
                 )
             quality = check(plan)
-            change, error = quality.ppl_change_percent, quality.ppl_change_se or 0.0
-            found = (
-                f"PPL {change:+.2f} ± {error:.2f} % on {quality.windows} windows of {quality.text}"
-            )
-            console.print(f"check: {found}", highlight=False)
+            change, error, found = _told(quality)
             if change - error <= self._limit:
                 break
             if plan is None or not left:
@@ -172,6 +169,14 @@ class Search:
                 f"{name}: PPL {change:+.2f} ± {error:.2f} % on {seen} windows", highlight=False
             )
         return self._kept[shortlist]
+
+
+def _told(quality: Evaluation) -> tuple[float, float, str]:
+    """PPL change and error, percent, of a check; and both in words, which are printed."""
+    change, error = quality.ppl_change_percent, quality.ppl_change_se or 0.0
+    found = f"PPL {change:+.2f} ± {error:.2f} % on {quality.windows} windows of {quality.text}"
+    console.print(f"check: {found}", highlight=False)
+    return change, error, found
 
 
 class _Guess:
@@ -268,10 +273,43 @@ def worthwhile(engine: Engine, plan: Plan, prefer: str) -> tuple[Plan | None, Ru
         more = "faster" if prefer == "speed" else "fewer bytes"
         console.print(
             f"no plan: the best, {best}, is {middle:.1%} {more} than dense (lower quartile "
-            f"{low:.1%}), not surely {LEAST_GAIN:.0%}; the packed model stays dense",
+            f"{low:.1%}), not surely {LEAST_GAIN:.0%}",
             highlight=False,
         )
     return parts[chosen], runs
+
+
+def worth_of_taught(
+    engine: Engine,
+    plan: Plan,
+    check: Callable[[Plan | None], Evaluation],
+    limit: float,
+    prefer: str,
+    folder: Path,
+) -> tuple[Plan, Evaluation, Runs]:
+    """What of an adapted model's plan, and the shortlist, is worth it, what the check says, runs.
+
+    Raises:
+        FallowError: its neurons are not, since a model that was taught to spare them has paid for
+            it; or the check finds more than the limit by one standard error. The folder stays.
+    """
+    margin, most = shortlist_of(engine)
+    chosen, runs = worthwhile(engine, replace(plan, head_margin=margin, head_limit=most), prefer)
+    if chosen is None or not chosen.cuts:
+        raise FallowError(
+            f"skipping what the adapted model can spare does not surely gain {LEAST_GAIN:.0%} "
+            f"here; no model was packed ({folder} stays); optimize without --adapt"
+        )
+    quality = check(chosen)
+    change, error, found = _told(quality)
+    if change - error > limit:
+        raise FallowError(
+            f"the adapted model costs {found}, more than the {limit:g} % allowed; no model was "
+            f"packed ({folder} stays); adapt with more tokens or text more like it, or raise "
+            "--max-ppl-increase"
+        )
+    chosen.target_ppl_increase = limit
+    return chosen, quality, runs
 
 
 def _parts(plan: Plan) -> list[Plan | None]:
