@@ -37,7 +37,7 @@ SKIPPED = {
     "make ": "installs the package, or runs these tests",
     "pip install ": "changes the environment",
     "python -m fallow.measure.harness ": "test_harness.py runs it",
-    "fallow optimize smollm2 --adapt ": "trains, and packs only what pays; test_optimize.py does both",
+    "fallow optimize smollm2 --adapt ": "packs only what is faster; test_optimize.py runs it",
     "fallow bench packed.gguf --against ": "needs llama-cpp-python, which no extra brings",
     **{
         f"fallow llama {name} ": "needs llama-cpp-python; make test-llama runs test_llama_cpp.py"
