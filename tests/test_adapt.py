@@ -338,6 +338,20 @@ def test_a_model_writes_its_own_text(
     assert report.texts[1]["name"].startswith("sampled from")
 
 
+def test_what_is_written_begins_as_windows_do() -> None:
+    windows = np.random.default_rng(0).integers(2, 40, (80, 24))
+    windows[:, 0] = 1
+    mixture = texts.mix([fallow_text("a")], [windows], (), seed=0, bos=1)
+    begin = texts.prefixes(mixture, 64, np.random.default_rng(0))
+    assert (begin[:, 0] == 1).all()
+    assert (begin[:, 1:] > 1).all()
+    length = texts.PREFIX - 1
+    pieces = np.lib.stride_tricks.sliding_window_view(windows[:, 1:], length, axis=1)
+    assert {tuple(row) for row in begin[:, 1:]} <= {
+        tuple(row) for row in pieces.reshape(-1, length)
+    }
+
+
 def test_what_it_writes_is_likely_to_the_model(folders: dict[str, Path]) -> None:
     """Drawn token by token from the model's own distribution, after a piece of the text."""
     model = fallow.load(folders["llama"], "float32")

@@ -27,7 +27,7 @@ from fallow.adaptation import students, texts
 from fallow.adaptation.budgets import BUDGETS, allocate, measured_at
 from fallow.adaptation.rounding import ROUNDINGS
 from fallow.calibration.calibrator import Calibrator, check_request
-from fallow.checkpoints.text import Text, check_context, load_text
+from fallow.checkpoints.text import Text, check_context, load_text, window_bos
 from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_path, check_sums, claim, read_json, write_json
 from fallow.common.metrics import ppl_change_percent
@@ -194,7 +194,8 @@ class _Run:
         self.types = _types(model, str(name), settings.quant)
         read = [load_text(t, "calibration") for t in text or (None,)]
         windows = [model.windows(t, settings.context) for t in read]
-        self.mixture = texts.mix(read, windows, shares, settings.seed)
+        bos = window_bos(model.tokenizer)
+        self.mixture = texts.mix(read, windows, shares, settings.seed, bos)
         self.plans = self._ladder(read[0])
         self.half = has_bfloat16(device)
         self.learning_rate = settings.learning_rate or 0.0

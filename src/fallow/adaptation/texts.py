@@ -45,6 +45,7 @@ class Mixture:
     sources: list[Source]
     held_out: np.ndarray  # (HELD_OUT, context)
     seed: int
+    bos: int | None = None  # what every window begins with, if it does
     read: list[int] = field(default_factory=list)  # windows of each source so far
 
     def __post_init__(self) -> None:
@@ -95,9 +96,13 @@ def check_shares(shares: Sequence[float], n_texts: int) -> None:
 
 
 def mix(
-    texts: Sequence[Text], windows: Sequence[np.ndarray], shares: Sequence[float], seed: int
+    texts: Sequence[Text],
+    windows: Sequence[np.ndarray],
+    shares: Sequence[float],
+    seed: int,
+    bos: int | None = None,
 ) -> Mixture:
-    """A mixture of texts as windows (n, context); shares, by default by length.
+    """A mixture of texts as windows (n, context), which begin with `bos`; shares, or by length.
 
     The last windows of every text are held out.
 
@@ -119,26 +124,23 @@ def mix(
     ]
     last = [cut[-held:] for cut in windows]
     held_out = np.concatenate([part[i : i + 1] for i in range(held) for part in last])
-    return Mixture(sources, held_out[:HELD_OUT], seed)
+    return Mixture(sources, held_out[:HELD_OUT], seed, bos)
 
 
 def prefixes(mixture: Mixture, n: int, rng: np.random.Generator) -> np.ndarray:
     """Beginnings (n, PREFIX) of text to write, of each source as often as it is read.
 
     So most is written like texts of which there is little for their share. A beginning may be
-    anywhere in a window, since a window begins anywhere in its text; but for the token that every
-    window begins with, if there is one.
+    anywhere in a window, since a window begins anywhere in its text; BOS comes before it.
     """
     length = min(PREFIX, mixture.held_out.shape[1] - 1)
     often = np.array([s.share / len(s.windows) for s in mixture.sources])
-    first_token = mixture.held_out[0, 0]
-    bos = int((mixture.held_out[:, 0] == first_token).all() and len(mixture.held_out) > 1)
-    found = np.full((n, length), first_token, dtype=np.int64)
+    bos = int(mixture.bos is not None)  # tokens
+    found = np.full((n, length), mixture.bos or 0, dtype=np.int64)
     for i, chosen in enumerate(rng.choice(len(often), size=n, p=often / often.sum())):
         windows = mixture.sources[chosen].windows
         first = rng.integers(bos, windows.shape[1] - length + bos + 1)
-        row = windows[rng.integers(len(windows)), first : first + length - bos]
-        found[i, bos:] = row
+        found[i, bos:] = windows[rng.integers(len(windows)), first : first + length - bos]
     return found
 
 

@@ -180,6 +180,11 @@ def check_context(context: int) -> None:
         raise UsageError(f"--context {context} is too short; a window needs at least 2 tokens")
 
 
+def window_bos(tokenizer: Encoder) -> int | None:
+    """What every window begins with, if the tokenizer adds BOS."""
+    return tokenizer.bos_id if tokenizer.add_bos else None
+
+
 def cut_windows(
     text: Text,
     tokenizer: Encoder,
@@ -204,7 +209,7 @@ def cut_windows(
     if limit is not None and limit < 1:
         raise UsageError(f"--windows {limit} is too few; give at least 1")
     ids = tokenizer.encode(text.content)
-    bos = tokenizer.bos_id if tokenizer.add_bos else None
+    bos = window_bos(tokenizer)
     step = context - (bos is not None)
     count = len(ids) // step
     if count == 0:

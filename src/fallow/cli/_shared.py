@@ -151,6 +151,13 @@ def numbers(option: str, text: str) -> list[float]:
     return found
 
 
+def sampled_beside(text: object) -> float:
+    """Share of an adaptation's tokens that the model writes, if it is not said: half, or none of it
+    where the user gave text.
+    """
+    return 0.0 if text else 0.5
+
+
 def count_of(option: str, text: str) -> int:
     """A whole number such as 300000, 300k or 20M. Raises UsageError for anything else."""
     factors = {"k": 10**3, "m": 10**6, "g": 10**9}

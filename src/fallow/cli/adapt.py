@@ -16,6 +16,7 @@ from fallow.cli._shared import (
     count_of,
     numbers,
     print_json,
+    sampled_beside,
 )
 
 
@@ -71,7 +72,7 @@ def adapt(
         learning_rate=learning_rate,
         anneal=anneal,
         budgets=budgets,
-        sampled=(0.0 if text else 0.5) if sampled is None else sampled,
+        sampled=sampled_beside(text) if sampled is None else sampled,
         context=context,
         batch=batch,
         seed=seed,

@@ -29,6 +29,7 @@ from fallow.cli._shared import (
     print_json,
     print_table,
     refuse_given,
+    sampled_beside,
     split_names,
 )
 from fallow.common.errors import FallowError, UsageError
@@ -121,8 +122,11 @@ def optimize(
 
     settings = None
     if adapt is not None:
-        sampled = 0.0 if calibration_text else 0.5  # as fallow adapt does
-        settings = Settings(tokens=count_of("--adapt", adapt), sampled=sampled, quant=quant)
+        settings = Settings(
+            tokens=count_of("--adapt", adapt),
+            sampled=sampled_beside(calibration_text),
+            quant=quant,
+        )
 
     result = run(
         model,
