@@ -80,6 +80,46 @@ def test_every_command_is_described(site: Path) -> None:
     assert "Print what a plan is for, how it was made, and its arrays.</li>" in text
 
 
+AGREES = ("yes", "no", "partly", "not tested")
+
+
+def claims() -> list[list[str]]:
+    """The rows of docs/claims.md, by cell; a bar inside a cell is escaped."""
+    lines = (ROOT / "docs" / "claims.md").read_text().splitlines()
+    cells = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in lines if line[:1] == "|"]
+    return [
+        [cell.strip() for cell in row] for row in cells if row[0].strip() not in ("claim", "---")
+    ]
+
+
+def test_every_claim_has_its_answer() -> None:
+    """No cell is empty, and commands exist."""
+    names = command_names(typer.main.get_command(app))
+    commands = [n for n in names if not any(other.startswith(f"{n} ") for other in names)]
+    rows = claims()
+    assert len(rows) > 50
+    for row in rows:
+        assert len(row) == 6, row[0]
+        assert all(len(cell) > 1 for cell in row), row
+        assert row[4] in AGREES, row
+        command = row[2].strip("`").split()
+        if command[0] == "python":
+            assert (ROOT / command[1]).exists(), row[2]
+        else:
+            assert any(" ".join(command[:n]) in commands for n in (2, 3)), row[2]
+
+
+def test_figures_of_claims_are_on_the_pages_they_link_to() -> None:
+    """Those of the last cell too, unless they are the claim's own."""
+    for claim, protocol, _, result, agrees, why in claims():
+        links = re.findall(r"\]\((results/\w+\.md)\)", result + why)
+        assert links or agrees == "not tested", claim
+        pages = "".join((ROOT / "docs" / link).read_text() for link in links)
+        for text, where in ((result, pages), (why, pages + claim + protocol)):
+            for figure in re.findall(r"\d+\.\d+", text):
+                assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", where), (claim, figure)
+
+
 def test_every_public_name_is_described(site: Path) -> None:
     text = (site / "python.html").read_text()
     for name in fallow.__all__:
