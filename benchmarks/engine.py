@@ -272,21 +272,24 @@ on fewer tokens one by one, as decode reads. Where there is no `plan`, the file 
 
 HOW = """## What makes it fast
 
-**Tiles.** Weights are read into memory of huge pages and laid out anew there, 16 rows side by
-side, in the order in which products meet them (`csrc/engine/tiles.h`): nothing is transposed, and
-memory is read in one stream, which the processor sees coming; hints would cost it a quarter of its
-speed. Of Q4_K the products then run at the speed of plain reading, where rows one by one reached
-0.6 to 0.8 of it (Zen 4). That takes 0.3 s per GB when a model is loaded, and when a plan takes the
-place of another. Where a file is mapped, or the kernels are NEON's, rows stay rows; results are
+Figures of this section that are not in a table above are of single trials while it was made, and
+not kept.
+
+**Tiles.** Weights are read into memory of huge pages and laid out anew there, 16 rows side by side,
+in the order in which products meet them (`csrc/engine/tiles.h`): nothing is transposed, and memory
+is read in one stream, which the processor sees coming; hints cost a quarter of the speed. Of Q4_K
+the products then run at 0.9 to 1.0 of plain reading on Zen 4 (above), where rows one by one reached
+0.6 to 0.8; on Zen 3 at 0.7. That takes 0.3 s per GB when a model is loaded, and when a plan takes
+the place of another. Where a file is mapped, or the kernels are NEON's, rows stay rows; results are
 the same to the bit.
 
 **Rows that a plan leaves out** must be rows, and stay so: up_proj's only in layers whose neurons
-are chosen by their gates, of others it lies in tiles and is read whole. A scattered row costs no
-more than its bytes if it is asked for early enough, into the second cache, and in step with the
-work: asked for all at once, rows took 1.3 times as long (Zen 4, one thread). 16 go through the
-products together, a row per lane of a register or, where they are summed, in integers. The dense
-engine has become the harder one to beat: skipping gains over it what it saves in bytes, less what
-rows cost more than tiles.
+are chosen by their gates, of others it lies in tiles and is read whole. A scattered row is asked
+for early, into the second cache, and in step with the work: asked for all at once, rows took 1.3
+times as long (Zen 4, one thread). It still costs more than its bytes: half of the rows take 0.39 to
+0.77 of the time of all on Zen 4, 0.48 to 0.80 on Zen 3 (above, each one run). 16 go through the
+products together, a row per lane of a register or, where they are summed, in integers. Skipping
+gains over the dense engine what it saves in bytes, less what rows cost more than tiles.
 
 **Attention** of a token is cut into positions, a part for each thread, which reads its keys and
 values once for all heads. They lie in huge pages too: with both, SmolLM2's attention at 800 tokens

@@ -70,15 +70,16 @@ it, on random weights of Qwen3-30B-A3B's shape (benchmarks/thirty_billion.py), f
 {WHOLE.layers} layers of {WHOLE.experts} experts, of which a token uses {WHOLE.used}, 4 bits.
 
 - {FED} tokens of the WikiText-2 raw test text one by one after {SHORT_PROMPT} of prefill; of
-  llama.cpp {SHORT_LLAMA_FED}. Median (range) of {ROUNDS} rounds.
+  llama.cpp {SHORT_LLAMA_FED}, in which its cache has less time to settle. Median (range) of
+  {ROUNDS} rounds.
 - **kept**: the share of experts that there is room for. **hits**: of the bytes that a token needs
   the share that was in memory. Were all experts chosen equally often, hits of experts would be what
   is kept; here some are liked more, as in trained models, but those of successive tokens are not
   more alike, which of real text they are.
 - **waiting**: for the disk, of one thread.
 
-| model | budget MB | kept | tok/s | llama.cpp | **/ llama.cpp** | MB/token from disk | hits | \\
-waiting ms/token | prefill tok/s | llama.cpp's |
+| model | budget MB | kept | tok/s | llama.cpp | **/ llama.cpp** | MB/token from disk | hits \
+| waiting ms/token | prefill tok/s | llama.cpp's |
 |---|---|---|---|---|---|---|---|---|---|---|"""
 
 

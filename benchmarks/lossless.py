@@ -79,12 +79,13 @@ def compare(engine: Any, prompt: Any, temperature: float) -> dict[str, float]:
 
 INTRODUCTION = f"""# Lossless mode
 
-`fallow generate --lossless` gives the dense model's own text, bit for bit, and reads ahead what
-the text so far lets guess: the tokens that followed the last occurrence of its longest suffix (at
-most 4 tokens; prompt lookup). Guesses cost nothing; a pass of several tokens costs less than as
-many passes, and how many are guessed follows from how often such guesses held in this text.
-`benchmarks/lossless.py` does it: {PROMPTS} prompts of {PROMPT} tokens and {NEW} new ones each,
-{THREADS} threads, both modes in turn; the ratio's median (quartiles).
+`fallow generate --lossless` gives the dense model's own text, bit for bit (checked here for every
+prompt), and reads ahead what the text so far lets guess: the tokens that followed the last
+occurrence of its longest suffix (at most 4 tokens; prompt lookup). A pass of several tokens costs
+less than as many passes, but more than one: guesses that do not hold cost that, and sampled text
+can be slower than without. How many are guessed follows from how often such guesses held in this
+text. `benchmarks/lossless.py` does it: {PROMPTS} prompts of {PROMPT} tokens and {NEW} new ones
+each, {THREADS} threads, both modes in turn, once; the ratio's median (quartiles) over prompts.
 """
 
 
@@ -119,10 +120,11 @@ def report() -> str:
 DRAFTS = """
 ## Drafts by the sparse model
 
-The usual self-speculation lets the sparse model draft. With drafts that take d of a dense pass and
-hold with probability a, and passes of n tokens that cost c(n), k drafts give
-(1 + a + ... + a^k) / (k d + c(k + 1)) of the dense speed. For the plans of
-docs/results/optimize.md, a their agreement with the source's first choice, and the best k:
+Computed, not run. The usual self-speculation lets the sparse model draft. With drafts that take d
+of a dense pass and hold with probability a, and passes of n tokens that cost c(n), k drafts give
+(1 + a + ... + a^k) / (k d + c(k + 1)) of the dense speed. For the plans of [optimize](optimize.md):
+d from the timing by which the plan was chosen, maybe on another processor than c; a the plan's
+agreement with the source's first choice; and the best k:
 
 | plan | d | a | k | lossless / dense |
 |---|---|---|---|---|"""

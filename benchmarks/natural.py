@@ -491,8 +491,9 @@ ReLU: neurons have biases by which their frequencies are log-normal around the p
 predictor's margin keeps {RECALL:.0%} of the energy. Its inputs are white, so that rounding makes up
 for nothing: it predicts more in vain than a trained model's. {PROMPT} tokens, then {NEW} one by
 one, {THREADS} threads, medians of {ROUNDS} rounds in each of which everything runs in turn. *limit*
-is the gain if time went by bytes alone. Peers run all neurons; llama.cpp has no ReLU in llama, and
-computes SiLU there. The shortlist takes exact logits for {EXACT_ROWS:.1%} of the head's rows.
+is the gain if time went by bytes alone; where a median lies above it, its range holds it. Peers run
+all neurons; llama.cpp has no ReLU in llama, and computes SiLU there. The shortlist takes exact
+logits for {EXACT_ROWS:.1%} of the head's rows.
 """
 
 

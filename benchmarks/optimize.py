@@ -215,13 +215,14 @@ A plan of which it is not sure that decode gains 3 % is left out: the lower quar
 in turn has to be 1.03, of a plan over dense, and of inactive neurons over the shortlist alone.
 
 Rows in two planes of bits, of which a plan read one or both (the row ending in planes), are taken
-out: they were slower than none in decode and, where bytes rule, no faster. Qwen2.5-Coder dense in a
+out: where bytes rule, they were not measurably faster. Qwen2.5-Coder dense in a
 budget of 800 and 600 MB, over the same file without planes, five runs each in turn at commit
 6760d16: 0.92 (0.71 to 1.09) and 1.04 (0.87 to 1.13), AMD EPYC (family 25, model 17), 2 threads,
 beside other work. A pass reads whole matrices from the disk: coarse rows spare nothing there.
 
 Rounding down_proj to Q4_K, with errors made up for by other
-neurons (GPTQ on 8,000 tokens of WikiText), did not pay: 0.0063 nats on other text. Nor did it on
+neurons (GPTQ on 8,000 tokens of WikiText), did not pay: 0.0063 nats on other text (trials on one
+model, whose results are not kept). Nor did it on
 12,000 tokens of the Python reference, with neurons in three groups: 0.0034 nats in place of 0.0060
 on text of that kind; but on WikiText, with a head margin of 12 in place of 14, which is a part of
 it, 1.3 ± 0.2 % of PPL more than Q5_K.

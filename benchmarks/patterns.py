@@ -322,18 +322,18 @@ codebooks are fitted on the WikiText-2 validation text and scored on the raw tes
 ANSWER = """
 ## Is clustering a useful predictor?
 
-**For choosing neurons: no.** The patterns of tokens do not fall into clusters. Of Qwen's active
+**For choosing neurons: no.** The patterns of tokens hardly fall into clusters. Of Qwen's active
 neurons an oracle's choice among 2048 typical sets of half of them covers 64.5 %, the most frequent
-ones 58.1 %, chance 50 %; with 16384 clusters the middle layer covers no more of new text, since
-each describes the dozen tokens it was fitted on. Half of the neurons, truly the largest, cost 0.7 %
-of PPL; the best of 2048 clusters doubles PPL even if an oracle chooses it, with or without the
-truly inactive neurons.
+ones 58.1 %, chance 50 %; with 16384 clusters, of a dozen tokens each, the middle layer covers no
+more of new text (62.8 %, with 2048 63.1). Half of the neurons, truly the largest, cost 0.7 % of
+PPL; 2048 clusters double PPL even if an oracle chooses, with or without the truly inactive neurons.
+PPL is of 4 windows, and of one codebook each.
 
 **The choice is not what is missing.** A linear map of the FFN's input finds clusters as good in the
 loop as the oracle's (+132 % against +142 %), and before the layer runs the token's id with the
 cluster of the token before give two thirds of the recall that the oracle of 512 has over static,
-with the active set of the layer below 93 % of it. What is missing is in the clusters: a hundred
-tokens share one, and hardly their neurons.
+with the active set of the layer below 89 to 93 % of it. What is missing is in the clusters:
+hundreds of tokens share one, and hardly their neurons.
 
 **What it is worth.** On Qwen a predicted cluster loses less than the static mask of more bytes: at
 50 % +132 % with 0.532 of the FFN's, where static has +334 % with 0.600. On SmolLM2 it loses more:
@@ -341,8 +341,8 @@ tokens share one, and hardly their neurons.
 `up_proj`, which tell neurons one by one, read 74 % of the FFN's bytes at +1.9 % on Qwen, and a
 cluster that reads 93 % still costs +12 %; it costs +3 % only where 98 % are kept, and choosing
 reads more than is spared. Hence there is no engine mode. As a prefetch hint a cluster names 66 % of
-the needed neurons, where the most frequent ones, pinned, are 60 % in the same layers: nothing that
-a disk would notice ([neuron_cache](neuron_cache.md)).
+the needed neurons, where the most frequent ones, pinned, are 60 % in the same layers. That was not
+tried on a disk, for which six points are few ([neuron_cache](neuron_cache.md)).
 
 **K.** For analysis 128 clusters per layer give three fifths of what 2048 give over static, in 4 MB
 in place of 66. Counting neurons by their energy, as the selector does, is worth four times as many
@@ -350,11 +350,11 @@ clusters: on SmolLM2 128 of them lose in the loop as much as 512 plain ones, and
 than 2048 plain ones.
 
 **The published algorithm** covers less than the static mask of half of the neurons, 2.4 points on
-Qwen and 0.2 on SmolLM2, and one to two points more than that of 60 to 80 %: on SmolLM2 68 % at
+Qwen and 0.2 on SmolLM2, and 1.2 to 2.3 points more than that of 60 to 80 %: on SmolLM2 68 % at
 60 %, where its headline is 79 %, with the cluster chosen from the truth in both. In the loop that
-is +546 % of PPL, and at 80 % still +74 %, with static at +87 %. Its centroids freeze at their first
-rows (in its update a one never loses to a zero), and are shared by layers whose neurons have
-nothing in common."""
+is +546 % of PPL, and at 80 % still +74 ± 2 %, with static at +87 ± 11 %, which 4 windows hardly
+tell apart. Its centroids freeze at their first rows (in its update a one never loses to a zero), and
+are shared by layers whose neurons have nothing in common."""
 
 
 def report() -> str:
@@ -379,7 +379,7 @@ def report() -> str:
             f"\nOne pass (assignment and update) over {p['rows'] / 1e6:.2f} M rows of {p['width']} "
             f"neurons and {p['clusters']} centroids, read from the disk: {p['seconds']:.0f} s with "
             f"{THREADS} threads, of which the update {p['update_seconds']:.1f}; "
-            f"{p['private_mb']:.0f} MB of memory besides the mapped file's cached pages."
+            f"{p['private_mb']:.0f} MB of memory besides the mapped file's cached pages. One run."
         )
     for path in sorted(RESULTS.glob("*/result.json")):
         name, result = path.parent.name, json.loads(path.read_text())
@@ -415,7 +415,8 @@ def _codebook_lines(result: dict[str, Any]) -> list[str]:
     columns = ("cluster", "static", "previous", "random")
     lines = [
         "\nRecall of held-out tokens, mean of layers; `cluster` is an oracle's choice, and energy "
-        "its energy recall. Seconds are beside other work, more of it for SmolLM2.\n\n"
+        "its energy recall, a share of each token, then the mean. One fit each; seconds are beside "
+        "other work, more of it for SmolLM2.\n\n"
         "| codebook | K | density | cluster | energy | static | previous | random | MB | s |\n"
         "|---|---|---|---|---|---|---|---|---|---|"
     ]
@@ -509,7 +510,7 @@ def _scikit_line(theirs: list[tuple[float, float]], ours: list[tuple[float, floa
     line = (
         f"\nscikit-learn's MiniBatchKMeans on 0/1 floats, batches of {SCIKIT_BATCH}: recall "
         f"{theirs[0][1]:.4f} after an epoch ({theirs[0][0]:.0f} s), {last:.4f} after "
-        f"{len(theirs)} ({seconds:.0f} s). "
+        f"{len(theirs)} ({seconds:.0f} s); one run of each. "
     )
     if equal is None:
         return line + "Ours never is as good."

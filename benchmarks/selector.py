@@ -59,49 +59,55 @@ whose figures are less certain. `benchmarks/selector.py` does it; the result of 
 `benchmarks/results/selectors`.
 
 - **recall**: of the k neurons that matter most, the share that was kept. Rows with cett=1 have no
-  k: layers and tokens share the budget by the thresholds of `cett`. Energy recall is left out until
-  it is measured per token: its sum over tokens, given before, was an attention sink's.
+  k: layers and tokens share the budget by the thresholds of `cett`. There is no energy recall:
+  these windows have only its sum over tokens, which is that of attention sinks.
 - **FFN bytes** per decoded token, what is read to choose included, over the dense FFN's; gate and
-  up in 4.5 bits, down in 5.5. `previous` and `blend` need what all neurons put out for the token
-  before, and read gate and up whole for it.
+  up in 4.5 bits, down in 5.5. Included are corrections of `rank` and `compensation` and the tables
+  of `gate_bucket` in 16 bits, and of `previous` and `blend` what is kept of the tokens before: they
+  need what all neurons put out, and read gate and up whole for it. Not included is one factor per
+  neuron, such as ||down_proj[:, i]||, which nearly every score has: at most 0.2 % of the dense FFN.
 - Changes are against the dense model on the same windows, ± one *paired* standard error.
+  Differences between selectors below are paired by window too; those of 4 to 12 windows are rough.
 
 Why they fail, or do not:
 
 - `random`, `static`, `previous`: which neurons matter changes from token to token.
-- `gate`, `gate_bucket`: half of what matters is in `up_proj`, and knowing the gate does not tell
-  it; buckets of the gate's value find no more neurons than the mean does.
-- `lowbit`: errors of the bits are independent of the neuron's size, so that they harm the choice
-  only around the threshold. Two bits of each cost five to eight times what the exact score
-  does, three bits about twice (on 40 windows). At equal bytes three bits of both choose better than
-  the whole gate with two bits of up.
+- `gate`, `gate_bucket`: much of what matters is in `up_proj`, and knowing the gate does not tell
+  it. Buckets of the gate's value find no more neurons than the mean does, though their loss is
+  smaller on SmolLM2 and Gemma-3-270M; on Qwen2.5-Coder it is larger.
+- `lowbit`: errors of the bits hardly depend on the neuron's size, so that they should harm the
+  choice only around the threshold (not measured). Two bits of each cost five to eight times what
+  the exact score does, three bits 1.7 to 2.4 times (on 40 windows). At equal bytes three bits of
+  both choose better than the whole gate with two bits of up.
 - `lowrank`: the weights are not of low rank, even on the inputs that occur. On SmolLM2, whose
   d_model is 576, a product of rank 256 costs more bytes than three bits of gate and up and loses
-  four times as much.
+  nearly four times as much.
 - `ahead`: a linear map knows a layer's input from the one before it only so far that all bits of
-  gate and up choose worse than two bits on the true input. What it is for, fetching neurons from a
-  disk in time, needs no better choice: what it misses is fetched late.
-- `blend`: the last token's magnitudes and the static prior take a third off the loss of a product
-  of low rank on Qwen2.5-Coder and Gemma-3-270M, little on SmolLM2, nothing once the gate is exact.
+  gate and up choose worse than two bits on the true input. To fetch neurons from a disk in time, of
+  which it misses a quarter, it was not tried.
+- `blend`: the last token's magnitudes and the static prior take about a third off the loss of a
+  product of low rank on Qwen2.5-Coder and Gemma-3-270M, little on SmolLM2; once the gate is exact,
+  0.6 % of PPL on Qwen2.5-Coder and nothing on the others.
 - `learned`: networks of rank 64 start from the product of low rank and learn the choice from
-  300,000 tokens of C4. There they come from +155 % to +43 % of PPL on held-out text, with the exact
-  gate to +15 %, where training stops early; on WikiText they stay behind products that were fitted
-  on WikiText (`lowrank`), and all of these far behind two bits of the weights, which know of any
-  text.
+  300,000 tokens of C4; one training each, on SmolLM2. Its own figures, which are not kept: from
+  +155 % to +43 % of PPL on held-out C4, with the exact gate to +15 %, where training stops early.
+  On WikiText both stay behind products that were fitted on WikiText (`lowrank`), and these behind
+  as many bits of the weights, which know of any text.
 - `teal`, `wina` (below, on SmolLM2): inputs of all seven projections set to zero. Of TEAL's, 10 %
-  are free (0.0016 nats), 20 % cost +1.4 %. An input is a column of a matrix that lies by rows, one
-  per neuron, but for `down_proj`, whose inputs the selectors already cut; only attention's weights
-  could lie otherwise, and a tenth of these is 1 to 2 % of a model's bytes: not in the engine.
-- `compensation`: what the dropped neurons would have added is mostly noise: an affine map of the
-  input takes a third to a half off the loss of SmolLM2 and Gemma-3-270M where the choice is bad
-  (`gate`), a fifteenth where it is good.
-  On Qwen2.5-Coder it lowers the divergence and raises the loss: dropping neurons takes away
-  noise that this brings back.
-- `rank`: on SmolLM2 and Gemma-3-270M, whose inputs are dominated by a few directions, a correction
-  of the bits' error in those directions is worth most of a bit, and costs about as many bytes; on
-  Qwen2.5-Coder it is worth little.
-- `cett=1`: on Qwen2.5-Coder budgets that differ by layer and token halve what selection costs. On
-  the other two a shared threshold costs more than k per token: attention sinks.
+  cost +0.04 ± 0.06 %, which is no change that 12 windows can tell, but 0.0016 ± 0.0001 nats; 20 %
+  cost +1.4 %. An input is a column of a matrix that lies by rows, one per neuron, but for
+  `down_proj`, whose inputs the selectors already cut; only attention's weights could lie otherwise,
+  and a tenth of these is 1 to 2 % of a model's bytes: not in the engine.
+- `compensation`: an affine map of the input takes a third to a half off the loss of SmolLM2 and
+  Gemma-3-270M where the choice is bad (`gate`): what the dropped neurons would have added is mostly
+  not a linear function of the input. Where it is good, it takes off 0.4 ± 0.4 % of PPL on either,
+  which 7 and 12 windows do not tell from nothing, though KL falls. On Qwen2.5-Coder, on 4 windows,
+  it lowers the divergence of `gate` and does not lower its loss, and raises the loss of three bits.
+- `rank`: on SmolLM2 and Gemma-3-270M a correction of rank 16 of two bits' error is worth half to
+  three quarters of the third bit, and costs more bytes than that; on Qwen2.5-Coder it is worth
+  little.
+- `cett=1`: on Qwen2.5-Coder budgets that differ by layer and token halve what selection costs (40
+  windows). On the other two a shared threshold costs more than k per token: attention sinks.
 """
 
 
