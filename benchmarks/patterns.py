@@ -353,8 +353,8 @@ than 2048 plain ones.
 Qwen and 0.2 on SmolLM2, and 1.2 to 2.3 points more than that of 60 to 80 %: on SmolLM2 68 % at
 60 %, where its headline is 79 %, with the cluster chosen from the truth in both. In the loop that
 is +546 % of PPL, and at 80 % still +74 ± 2 %, with static at +87 ± 11 %, which 4 windows hardly
-tell apart. Its centroids freeze at their first rows (in its update a one never loses to a zero), and
-are shared by layers whose neurons have nothing in common."""
+tell apart. Its centroids freeze at their first rows (in its update a one never loses to a zero),
+and are shared by layers whose neurons have nothing in common."""
 
 
 def report() -> str:
