@@ -257,8 +257,8 @@ thousandth of its tokens, and what does not:
   models' 0.05 to 0.08 is again the published level (0.061 to 0.078).
 - **Scale hardly matters: no, at these sizes.** Eleven times the parameters need a third of the
   share with ReLU (0.025 against 0.07 at 18 M tokens) and half of it with SiLU (0.19 against 0.39).
-  The large pair has seen less than a token per parameter by then, and a fifth of its ReLU neurons
-  is dead.
+  The large pair, one seed each, has seen less than a token per parameter by then, and a fifth of
+  its ReLU neurons is dead.
 - **A grows with width over depth: no.** From 12 over 38 and 85 to 160 the last three checkpoints
   average 0.067, 0.071 (three seeds: 0.063 to 0.076), 0.063 and 0.052: no rise, and less in the one
   model that has only two layers. Differences between seeds are as large as those between the

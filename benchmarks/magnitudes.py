@@ -102,15 +102,15 @@ def below(counts: np.ndarray, value: float) -> float:
 
 INTRODUCTION = f"""# Magnitudes
 
-What arXiv:2412.12178 looks at in unmodified models (III), on ours: `benchmarks/magnitudes.py` does it.
-Weights are those of all projections of the layers, dequantised from the GGUF (4 and more bits), so
-that zeros are also those of its grid. Activations are of {WINDOWS} windows of {CONTEXT} tokens of the
-WikiText-2 raw test text, |gate_pre| unless said; one text, no error.
+What arXiv:2412.12178 looks at in unmodified models (III), on ours: `benchmarks/magnitudes.py` does
+it. Weights are those of all projections of the layers, dequantised from the GGUF (4 and more bits),
+so that zeros are also those of its grid. Activations are of {WINDOWS} windows of {CONTEXT} tokens
+of the WikiText-2 raw test text, |gate_pre| unless said; one text, no error.
 
 - **zeros**: exact zeros of `inter`, the layer with the fewest and the one with the most.
 - **half below**, **60 % below**: where one cut for all layers would have to be.
-- **few windows**: how far the {TARGET:.0%} percentiles of {FEW} windows are from those of {WINDOWS},
-  relatively, over all layers and the three outputs that `percentile` cuts.
+- **few windows**: how far the {TARGET:.0%} percentiles of {FEW} windows are from those of
+  {WINDOWS}, relatively, over all layers and the three outputs that `percentile` cuts.
 """
 
 
@@ -134,7 +134,7 @@ def report() -> str:
         off, gate = np.array(a["few_off"]), a["thresholds"]["gate_pre"]
         nearby = ", ".join(f"{share:.1%}" for share in a["next_below"])
         rows.append(
-            f"| {name}, {a['dtype']} | {min(a['zeros']):.3%} to {max(a['zeros']):.3%} "
+            f"| {name}, {a['dtype']} | {min(a['zeros']):.1e} to {max(a['zeros']):.1e} "
             f"| {a['first_below']:.1%} | {nearby} | {a['pooled_half']:.3f} | {a['pooled_60']:.3f} "
             f"| {off.mean():.1%}, {off.max():.1%} |"
         )

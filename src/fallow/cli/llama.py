@@ -20,7 +20,7 @@ from fallow.cli._shared import (
 from fallow.common.errors import FallowError, UsageError
 
 llama_app = typer.Typer(
-    help="llama.cpp with the FFNs computed here: faster, and neurons skipped.", no_args_is_help=True
+    help="llama.cpp with the FFNs computed here, and neurons skipped.", no_args_is_help=True
 )
 app.add_typer(llama_app, name="llama")
 
