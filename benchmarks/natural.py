@@ -531,8 +531,8 @@ def _relu(path: Path) -> str:
     lines += [
         "\n## What the predictor costs the trained model\n",
         f"Token by token, {PRICED_WINDOWS} windows of {PRICED_CONTEXT} tokens of WikiText-2, "
-        "against the dense engine. The model was trained on novels: where PPL falls here, that is no "
-        "gain to count on.\n",
+        "against the dense engine. The model was trained on novels: where PPL falls here, that is "
+        "no gain to count on.\n",
         "| energy kept | gate rows read | neurons active | PPL change % | KL nats/token |",
         "|---|---|---|---|---|",
     ]

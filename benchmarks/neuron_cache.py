@@ -262,9 +262,9 @@ and orders are fitted on the validation text. `benchmarks/neuron_cache.py` does 
 - **Time**: of reading the needed bundles, ordered by co-activation, over that of reading everything
   in order, at the speeds measured here. Above 1 it is faster to read everything.
 
-So `--memory` keeps a fixed set of whole matrices and streams the rest in order (`src/fallow/engine/memory.py`).
-A mode that prefers cached neurons would have to live on the static choice, which costs most of the
-model (`static` in [selectors](selectors.md)), and is not there.
+So `--memory` keeps a fixed set of whole matrices and streams the rest in order
+(`src/fallow/engine/memory.py`). A mode that prefers cached neurons would have to live on the static
+choice, which costs most of the model (`static` in [selectors](selectors.md)), and is not there.
 """
 
 
