@@ -125,6 +125,8 @@ def report() -> str:
     wheres = []
     for path in sorted(RESULTS.glob("*/result.json")):
         name, result = path.parent.name, json.loads(path.read_text())
+        if "activations" not in result:
+            continue  # not finished
         wheres.append(json.loads((path.parent / "machine.json").read_text()))
         w, a = result["weights"], result["activations"]
         weight_rows.append(

@@ -212,7 +212,8 @@ text unless said. `benchmarks/optimize.py` does it, and `benchmarks/engine.py` t
 - **minutes** are those of `fallow optimize`, two threads.
 
 A plan is left out if decode does not gain 3 % in three of four timings: the lower quartile of nine
-ratios in turn has to be 1.03, of a plan over dense, and of inactive neurons over the shortlist alone.
+ratios in turn has to be 1.03, of a plan over dense, and of inactive neurons over the shortlist
+alone.
 
 Rows in two planes of bits, of which a plan read one or both (the row ending in planes), are taken
 out: where bytes rule, they were not measurably faster. Qwen2.5-Coder dense in a
