@@ -125,14 +125,14 @@ def report() -> str:
     wheres = []
     for path in sorted(RESULTS.glob("*/result.json")):
         name, result = path.parent.name, json.loads(path.read_text())
-        if "activations" not in result:
-            continue  # not finished
         wheres.append(json.loads((path.parent / "machine.json").read_text()))
-        w, a = result["weights"], result["activations"]
+        w, a = result["weights"], result.get("activations")
         weight_rows.append(
             f"| {name} | {w['weights'] / 1e6:.0f} | {w['ffn_share']:.1%} | {w['zeros']:.2e} "
             f"| {w['below_1e-7']:.2e} |"
         )
+        if a is None:
+            continue  # not finished
         off, gate = np.array(a["few_off"]), a["thresholds"]["gate_pre"]
         nearby = ", ".join(f"{share:.1%}" for share in a["next_below"])
         rows.append(

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import typer
 import yaml
 
 import fallow
 from fallow.cli import app
 from fallow.models import architectures
+from fallow.models.capture import Histograms
 
 ROOT = Path(__file__).parent.parent
 
@@ -189,6 +192,16 @@ def test_benchmarks_record_family_and_model(
         "AMD EPYC (model not recorded), AMD EPYC (family 26, model 2, stepping 1), "
     )
     assert "commits 0040463, " in line
+
+
+def test_magnitudes_are_counted(benchmarks: Callable[[str], Any]) -> None:
+    values = np.random.default_rng(0).normal(size=(64, 256)).astype("f4")
+    values[0, :16] = 0
+    found = Histograms("gate_pre", 1)
+    found.add(0, torch.from_numpy(values))
+    below = benchmarks("magnitudes").below
+    assert below(found.counts[0], 0.5) == pytest.approx((abs(values) < 0.5).mean(), abs=1e-3)
+    assert below(found.counts[0], 1e-7) == 16 / values.size
 
 
 def test_settings_fetch_no_fonts() -> None:
