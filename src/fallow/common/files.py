@@ -44,9 +44,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fchmod(handle, 0o666 & ~_umask())
             os.close(handle)
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -71,9 +71,9 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
             for path in (*temporary.rglob("*"), temporary):
-                _sync(path)
+                sync(path)
             os.replace(temporary, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -122,7 +122,7 @@ def _reason(error: Exception) -> str | None:
     return "the disk is full, or fails" if is_written else None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Puts a file, or a folder's names, on the disk: a rename may survive what it names."""
     handle = os.open(path, os.O_RDONLY)
     try:
