@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,34 @@ def test_a_file_is_on_the_disk_before_its_name_is(
         f"{made.name} is folder",
         f"sync {tmp_path.name}",
     ]
+
+
+AT_WORK = """
+import time
+from pathlib import Path
+from fallow import cli
+from fallow.common.files import atomic_path
+
+@cli.app.command()
+def work(path: Path) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text("half")
+        print("at work", flush=True)
+        time.sleep(60)
+
+cli.main()
+"""
+
+
+def test_nothing_is_left_of_work_that_is_terminated(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AT_WORK, "work", str(tmp_path / "a.txt")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"at work\n"
+        assert len(list(tmp_path.iterdir())) == 1
+        child.terminate()
+        assert child.wait(30) == 143
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_json(tmp_path: Path) -> None:
