@@ -368,7 +368,7 @@ def _model(name: str, where: str, r: dict[str, Any], machine: dict[str, Any]) ->
         f"\nDecode reads {dense['bytes_per_token'] / 1e6:.0f} MB per token at "
         f"{dense['gbps']:.1f} GB/s; two threads read {r['stream_gbps']:.1f} GB/s here. Outside the "
         f"products with weights it spends {dense['overhead']:.1%}; peak RSS "
-        f"{r['peak_rss_mb']:.0f} MB.\n",
+        f"{r['peak_rss_mb']:.0f} MB. {_energy(runs)}\n",
         f"Greedy continuations of {len(PROMPTS)} prompts by {CONTINUATION} tokens: the engine "
         f"chooses {g['agreement']:.1%} of llama.cpp's tokens; the first {g['same']:.0f} on "
         "average are the same. A prompt is read in products that are "
@@ -376,6 +376,19 @@ def _model(name: str, where: str, r: dict[str, Any], machine: dict[str, Any]) ->
         *_of_plans(runs, r["quality"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _energy(runs: dict[str, Any]) -> str:
+    """Joules per decoded token of each plan, where the machine told them."""
+    joules = {
+        name: statistics.median(r["joules_per_token"] for r in found)
+        for name, found in runs.items()
+        if "joules_per_token" in found[0]
+    }
+    if not joules:
+        return "The machine does not tell energy."
+    told = ", ".join(f"{name} {value:.3g}" for name, value in joules.items())
+    return f"Joules per decoded token, of the whole processor: {told}."
 
 
 def _against_others(result: dict[str, Any]) -> list[str]:

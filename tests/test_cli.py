@@ -109,7 +109,10 @@ def test_packed_model(
     keys = {"prefill_tps", "decode_tps", "bytes_per_token", "gbps", "peak_rss_mb", "mbu"}
     assert keys <= set(result)
     assert result["threads"] == 1
-    assert "of what 1 threads read" in run(*timed).out
+    assert ("joules_per_token" in result) == (result["no_energy"] is None)
+    printed = run(*timed).out
+    assert "of what 1 threads read" in printed
+    assert "energy   " in printed
     assert run(*timed, "--kernels", "portable", "--json").json["kernels"] == "portable"
     assert run("generate", *prompt, "--kernels", "portable").out == answer["text"] + "\n"
 

@@ -235,6 +235,8 @@ def test_tables_of_speed_agree(
     missing = dict.fromkeys(("ik_llama.cpp-rtr", "openvino"), "is not installed")
     timed = {"kernels": "avx2", "file_mb": 1, "source_mb": 1, "stream_gbps": 2, "peak_rss_mb": 3}
     timed |= {"runs": {name: [run | {"decode_tps": s}] * 3 for name, s in speeds.items()}}
+    for told, joules in (("plan", 1.5), ("dense", 2.25)):
+        timed["runs"][told] = [r | {"joules_per_token": joules} for r in timed["runs"][told]]
     timed |= {"missing": missing, "greedy": {"agreement": 1, "same": 64}, "prompt_kl": 0.001}
     quality = {"blocks": change, "decode": change}
     timed["quality"] = dict.fromkeys(("dense", "shortlist", "plan"), quality)
@@ -254,4 +256,5 @@ def test_tables_of_speed_agree(
     assert gains in optimize.summary()
     assert f"| ik_llama.cpp | **1.00** (1.00 to 1.00) | {over_fastest} |" in engine.report()
     assert f"| plan | 165.0 | {whole} |" in engine.report()
+    assert "of the whole processor: dense 2.25, plan 1.5." in engine.report()
     assert f"{over_fastest}; 1.00" in engine.summary()

@@ -15,7 +15,7 @@ import pytest
 
 from fallow import _core, cli
 from fallow.common.errors import UsageError
-from fallow.measure import machine
+from fallow.measure import energy, machine
 
 CPUINFO = """processor\t: 0
 model name\t: Some Processor
@@ -238,3 +238,32 @@ def test_warnings(part: str, change: Any, warning: str) -> None:
     changed = copy.deepcopy(GOOD)
     changed[part] = changed[part] | change if isinstance(change, dict) else change
     assert machine.warnings(changed) == [warning]
+
+
+# Energy -------------------------------------------------------------------------------------------
+
+
+def counters(powercap: Path, values: dict[str, int]) -> Path:
+    for name, value in values.items():
+        (powercap / name).mkdir(parents=True, exist_ok=True)
+        (powercap / name / "energy_uj").write_text(f"{value}\n")
+        (powercap / name / "max_energy_range_uj").write_text("262143328850\n")
+    return powercap
+
+
+def test_energy_of_packages_is_that_since_the_start_of_a_run(tmp_path: Path) -> None:
+    """Of all of them, not of their parts, and past the end of a counter."""
+    start = {"intel-rapl:0": 262143000000, "intel-rapl:1": 500000, "intel-rapl:0:0": 7}
+    found = energy.packages(counters(tmp_path, start))
+    before = found.microjoules()
+    assert before == [262143000000, 500000]
+    counters(tmp_path, {"intel-rapl:0": 1671150, "intel-rapl:1": 1500000, "intel-rapl:0:0": 9000})
+    assert found.joules_since(before) == pytest.approx(2 + 1)
+
+
+def test_machines_that_tell_no_energy(tmp_path: Path) -> None:
+    assert energy.packages(tmp_path / "none").missing == "this machine has no RAPL counters"
+    (counters(tmp_path, {"intel-rapl:0": 1}) / "intel-rapl:0" / "energy_uj").write_text("")
+    found = energy.packages(tmp_path)
+    assert found.missing == f"{tmp_path}/intel-rapl:0/energy_uj can be read by root alone"
+    assert found.joules_since(found.microjoules()) == 0

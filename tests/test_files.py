@@ -2,7 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -104,6 +107,82 @@ def test_lines_that_were_cut(tmp_path: Path) -> None:
     assert JsonLines(path).found == [11, 12]
     with pytest.raises(FallowError, match="cannot read"):
         JsonLines(tmp_path)
+
+
+def test_lines_that_a_full_disk_cut(tmp_path: Path) -> None:
+    """What came of them is taken away before the next, whoever writes it."""
+    path = tmp_path / "a.jsonl"
+    lines = JsonLines(path)
+    lines.add("first")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(FallowError, match=r"cannot write .*a.jsonl: File too large"):
+            lines.add("second")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b'"first"\n"seco'
+    lines.add("third")
+    assert path.read_bytes() == b'"first"\n"third"\n'
+
+
+def test_a_file_is_on_the_disk_before_its_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def synced(handle: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        fsync(handle)
+
+    def renamed(old: Path, new: Path) -> None:
+        done.append(f"{old.name} is {new.name}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    with atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+    name = temporary.name
+    assert done == [f"sync {name}", f"{name} is a.txt", f"sync {tmp_path.name}"]
+    done.clear()
+    with atomic_folder(tmp_path / "folder") as made:
+        (made / "b.txt").write_text("new")
+    assert done == [
+        "sync b.txt",
+        f"sync {made.name}",
+        f"{made.name} is folder",
+        f"sync {tmp_path.name}",
+    ]
+
+
+AT_WORK = """
+import time
+from pathlib import Path
+from fallow import cli
+from fallow.common.files import atomic_path
+
+@cli.app.command()
+def work(path: Path) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text("half")
+        print("at work", flush=True)
+        time.sleep(60)
+
+cli.main()
+"""
+
+
+def test_nothing_is_left_of_work_that_is_terminated(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AT_WORK, "work", str(tmp_path / "a.txt")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"at work\n"
+        assert len(list(tmp_path.iterdir())) == 1
+        child.terminate()
+        assert child.wait(30) == 143
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_json(tmp_path: Path) -> None:

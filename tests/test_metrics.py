@@ -1,11 +1,19 @@
 """Metrics on examples small enough to solve by hand."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from fallow.common.metrics import energy_recall, perplexity, ppl_change_percent, standard_error
+from fallow.common.metrics import (
+    CORRELATED_FROM,
+    energy_recall,
+    perplexity,
+    ppl_change_percent,
+    standard_error,
+    window_error,
+)
 
 
 def test_perplexity_of_a_uniform_guess() -> None:
@@ -28,6 +36,31 @@ def test_paired_error_ignores_what_both_sides_share() -> None:
     change, error = ppl_change_percent(dense + math.log(1.1), dense)
     assert change == pytest.approx(10)
     assert error == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5])
+def test_errors_of_windows_that_are_like_their_neighbours(correlation: float) -> None:
+    """Two errors hold the true mean in about 95 of 100 texts of 40 windows; plain ones do not."""
+    rng = np.random.default_rng(0)
+    series = rng.standard_normal((2000, 60))
+    for i in range(1, series.shape[1]):
+        series[:, i] += correlation * series[:, i - 1]
+    texts = series[:, 20:]
+
+    def held(error: Callable[[np.ndarray], float | None]) -> float:
+        return float(np.mean([abs(t.mean()) < 2 * (error(t) or 0) for t in texts]))
+
+    assert 0.90 < held(window_error) < 0.98
+    assert (held(standard_error) < 0.8) == (correlation > 0)
+
+
+def test_few_windows_cannot_tell_that_they_are_alike() -> None:
+    rising = np.arange(CORRELATED_FROM, dtype=np.float64)
+    assert window_error(rising[:-1]) == standard_error(rising[:-1])
+    error = standard_error(rising)
+    assert error is not None
+    assert window_error(rising) > 2 * error
+    assert window_error(np.ones(CORRELATED_FROM)) == 0
 
 
 def test_energy_recall_by_hand() -> None:

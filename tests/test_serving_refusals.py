@@ -17,9 +17,9 @@ from pydantic import ValidationError
 
 from fallow.common.errors import UsageError
 from fallow.engine.engine import Engine
-from fallow.serving import limits
+from fallow.serving import limits, server
 from fallow.serving import schemas as api
-from fallow.serving.server import serve
+from fallow.serving.server import LOOPBACK, serve
 from served import HI, JSON, served
 
 
@@ -282,10 +282,77 @@ def test_the_key(engine: Engine) -> None:
             answer = httpx.get(f"{address}/v1/models", headers=headers)
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
-        assert httpx.get(f"{address}/metrics").status_code == 401
+        for path in ("metrics", "openapi.json"):
+            assert httpx.get(f"{address}/{path}").status_code == 401
         assert httpx.get(f"{address}/health").status_code == 200
         with openai.OpenAI(base_url=f"{address}/v1", api_key="secret") as client:
             assert [m.id for m in client.models.list()] == ["tiny"]
+
+
+def test_the_key_is_asked_for_before_the_body_is_read(engine: Engine) -> None:
+    with served(engine, api_key="secret") as address:
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+        connection.putrequest("POST", "/v1/completions")
+        connection.putheader("Content-Length", "100000")
+        connection.endheaders()
+        answer = connection.getresponse()
+        assert answer.status == 401
+        assert json.loads(answer.read())["error"]["type"] == "authentication_error"
+        connection.close()
+
+
+@pytest.mark.parametrize("key", ["", " "])
+def test_an_empty_key(engine: Engine, key: str) -> None:
+    with pytest.raises(UsageError, match="the API key is empty"):
+        serve(engine, "tiny", port=0, api_key=key)
+
+
+def test_names_that_resolve_here_by_design_of_a_web_page(engine: Engine) -> None:
+    with served(engine, hosts=LOOPBACK) as address:
+        port = address.rpartition(":")[2]
+        for host in (
+            f"127.0.0.1:{port}",
+            f"localhost:{port}",
+            "LOCALHOST",
+            f"[::1]:{port}",
+            "[::1]",
+        ):
+            assert httpx.get(f"{address}/v1/models", headers={"Host": host}).status_code == 200
+        for host in (f"evil.example:{port}", "127.0.0.1.evil.example", "[::2]"):
+            answer = httpx.get(f"{address}/v1/models", headers={"Host": host})
+            assert answer.status_code == 403
+            assert "start it with --api-key" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("options", "hosts", "warns"),
+    [
+        ({}, LOOPBACK, False),
+        ({"host": "::1"}, LOOPBACK, False),
+        ({"api_key": "k"}, (), False),
+        ({"host": "0.0.0.0"}, (), True),
+        ({"host": "0.0.0.0", "api_key": "k"}, (), False),
+    ],
+)
+def test_who_may_ask(
+    engine: Engine,
+    options: Any,
+    hosts: Any,
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(server, "create_app", lambda *given: made.append(given))
+    monkeypatch.setattr(server._Server, "run", lambda self: None)
+    serve(engine, "tiny", port=0, **options)
+    assert made[0][-1] == hosts
+    assert ("give it an --api-key" in capsys.readouterr().err) == warns
+
+
+def test_no_page_with_scripts_of_another_server(address: str) -> None:
+    for path in ("docs", "redoc"):
+        assert httpx.get(f"{address}/{path}").status_code == 404
 
 
 def test_large_and_slow_bodies(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

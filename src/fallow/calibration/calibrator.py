@@ -68,9 +68,10 @@ def check_increase(percent: float) -> float:
 
 
 class Calibrator:
-    """Calibration text cut in two: windows to fit thresholds on, and held-out ones to judge them.
+    """Calibration text cut in windows to fit thresholds on, and held-out ones that judge them.
 
-    Statistics are collected once and serve any number of plans.
+    As many again follow if a search judges by those: they check what it found. Statistics are
+    collected once and serve any number of plans.
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class Calibrator:
                 raise UsageError(f"--{option} {value} is too few; give at least 1")
         self.model = model
         self.text = load_text(text, "calibration")
-        cut = model.windows(self.text, context)
-        fit_windows, self.validation = split_windows(cut, [windows, validation_windows])
+        self._windows = model.windows(self.text, context)
+        self._sizes = [windows, validation_windows]
+        fit_windows, self.validation = split_windows(self._windows, self._sizes)
         self.calibration = Calibration(model, fit_windows)
         self._dense_losses: np.ndarray | None = None
 
@@ -103,21 +105,29 @@ class Calibrator:
     ) -> Plan:
         """The plan of a rule fitted as `fit` does.
 
-        `measure` records the sparsity and the PPL increase on the held-out calibration text.
+        `measure` records the sparsity and the PPL increase on held-out calibration text; of a
+        search, on text that it has not seen either.
 
         Raises:
+            FallowError: the text has no windows for that.
             UsageError: as `fit`, or a selector.
         """
         check_request(rule, sparsity, knob, max_ppl_increase)
+        searches = max_ppl_increase is not None
+        check = self._beyond_validation() if searches and measure else self.validation
         fitted = self.fit(rule, sparsity=sparsity, knob=knob, max_ppl_increase=max_ppl_increase)
         assert isinstance(fitted, Rule)
         plan = self.plan_of(fitted)
         plan.target_sparsity, plan.target_ppl_increase = sparsity, max_ppl_increase
         if measure:
-            found = self.measure(plan)
+            found = self.measure(plan, check)
             plan.achieved_sparsity, plan.achieved_ppl_increase = found[:2]
             plan.achieved_ppl_increase_se = found[2]
         return plan
+
+    def _beyond_validation(self) -> np.ndarray:
+        """As many windows as judge a search, which it does not read."""
+        return split_windows(self._windows, [*self._sizes, self._sizes[1]])[-1]
 
     def fit(
         self,
@@ -130,10 +140,16 @@ class Calibrator:
         """Fits a rule or a selector. Exactly one target is given; `max_ppl_increase` in percent.
 
         Raises:
-            UsageError: unknown rule, no or several targets, a target out of range.
+            UsageError: unknown rule, no or several targets, a target out of range, or a single
+                window to judge a search by, which has no error.
         """
         found = find(name)
         check_targets(sparsity, knob, max_ppl_increase)
+        if max_ppl_increase is not None and len(self.validation) < 2:
+            raise UsageError(
+                "--validation-windows 1 gives a PPL increase without its error, which "
+                "--max-ppl-increase has to allow for; give at least 2"
+            )
         with enough_memory():
             if max_ppl_increase is not None:
                 return self._search(found, max_ppl_increase)
@@ -143,7 +159,8 @@ class Calibrator:
         """Bisection on PPL over held-out calibration windows, for any rule.
 
         arXiv:2411.02335, Algorithm 1. Ends at the largest level found whose increase stays below
-        the target.
+        the target by one paired standard error: an estimate on a few windows alone would be too
+        high as often as too low.
         """
         if rule_class.search is None:
             raise UsageError(f"rule {rule_class.name} has no parameter to search; give --knob 0")
@@ -154,20 +171,21 @@ class Calibrator:
             for _ in range(steps):
                 middle = (low + high) / 2
                 fitted = rule_class.fit(self.calibration, **{rule_class.search: middle})
-                change = self._ppl_increase(self.applied(fitted), increase)
+                change, error = self._ppl_increase(self.applied(fitted), increase)
                 console.print(
-                    f"{rule_class.name} at {rule_class.search} {middle:.4f}: PPL {change:+.2f} %",
+                    f"{rule_class.name} at {rule_class.search} {middle:.4f}: "
+                    f"PPL {change:+.2f} ± {error:.2f} %",
                     highlight=False,
                 )
-                if change < increase:
+                if change + error < increase:
                     low, best = middle, fitted
                 else:
                     high = middle
                 ticker.advance()
         return best
 
-    def _ppl_increase(self, plan: Plan | Selector, enough: float) -> float:
-        """PPL increase on the held-out windows, percent.
+    def _ppl_increase(self, plan: Plan | Selector, enough: float) -> tuple[float, float]:
+        """PPL increase on the held-out windows and its standard error, percent.
 
         Stops at the window from which on it exceeds `enough` (percent) twice over even if the
         rest cost nothing: a search asks only on which side of its target a plan lies.
@@ -177,10 +195,11 @@ class Calibrator:
         losses = self._dense_losses.copy()
         for i in range(len(losses)):
             losses[i] = window_losses(self.model, self.validation[i : i + 1], plan)[0]
-            increase = ppl_change_percent(losses, self._dense_losses)[0]
+            increase, error = ppl_change_percent(losses, self._dense_losses)
+            assert error is not None
             if increase > 2 * enough:
                 break
-        return increase
+        return increase, error
 
     def applied(self, fitted: Choice) -> Plan | Selector:
         """What runs on a model: a rule's plan, or the selector itself."""
@@ -199,11 +218,14 @@ class Calibrator:
             **origin(self.model, self.text, self.calibration),
         )
 
-    def measure(self, plan: Plan | Selector) -> tuple[float, float, float | None]:
-        """Sparsity, PPL increase in percent and its standard error, on the held-out windows."""
+    def measure(
+        self, plan: Plan | Selector, windows: np.ndarray | None = None
+    ) -> tuple[float, float, float | None]:
+        """Sparsity, PPL increase in percent and its standard error, by default on `validation`."""
         dense, sparse = [], []
-        with progress("held-out check", len(self.validation)) as ticker:
-            for window in self.validation:
+        windows = self.validation if windows is None else windows
+        with progress("held-out check", len(windows)) as ticker:
+            for window in windows:
                 d, s = run_window(self.model, window, [plan])
                 dense.append(d.loss)
                 sparse.append(s[0])
@@ -228,9 +250,10 @@ def calibrate(
 ) -> Plan:
     """A plan for `model` by `rule` at a sparsity, a value of `knob`, or a largest PPL increase (%).
 
-    Thresholds are fitted on the first `windows` windows of the text, and judged on the next
-    `validation_windows` if they are to be judged (`measure`). None as text is the calibration half
-    of the default text.
+    Thresholds are fitted on the first `windows` windows of the text. For a largest PPL increase the
+    next `validation_windows` judge them, and hold it with one standard error to spare. What is
+    recorded of the plan (`measure`) comes of as many windows that nothing was fitted on, nor
+    searched by. None as text is the calibration half of the default text.
 
     Raises:
         FallowError: the text is too short, or the model computes NaN.

@@ -14,7 +14,7 @@ from fallow.calibration.calibrator import Calibrator, check_increase
 from fallow.checkpoints.text import Text, check_no_leakage, load_text
 from fallow.common.errors import UsageError
 from fallow.common.files import JsonLines, atomic_path, fits, read_json, write_json, write_text
-from fallow.common.metrics import perplexity, ppl_change_percent, standard_error
+from fallow.common.metrics import perplexity, ppl_change_percent, window_error
 from fallow.common.progress import console, progress
 from fallow.measure.evaluation import run_window
 from fallow.measure.quality import SPARSITY_TAPS, WindowResult
@@ -369,7 +369,7 @@ def _summarise_row(row: Row, cells: list[dict[str, Any]]) -> dict[str, Any]:
         "ppl_change_percent": change,
         "ppl_change_se": change_se,
         "kl_to_dense": float(kl.mean()),
-        "kl_se": standard_error(kl),
+        "kl_se": window_error(kl),
         "top1_agreement": mean([c["top1"] for c in cells]),
         "windows": len(cells),
         **_selection(cells),

@@ -2,7 +2,9 @@
 
 import io
 import os
+import signal
 import sys
+from typing import Any
 
 # Each adds its commands to the app, in the order of the help.
 # isort: off
@@ -45,6 +47,7 @@ INTERRUPTED = 130  # what Typer makes of Ctrl-C: 128 + SIGINT, as in shells
 def main() -> None:
     """Entry point: one line for an error, exit code 2 for usage and 1 for the rest."""
     _prepare_streams()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(prog_name="fallow", standalone_mode=False)
         sys.stdout.flush()
@@ -77,6 +80,11 @@ def main() -> None:
         if code == INTERRUPTED:
             _fail("interrupted", INTERRUPTED)
         sys.exit(code or 0)
+
+
+def _terminate(number: int, _frame: Any) -> None:
+    """Ends the process as an error would, so that what is half-written is taken away."""
+    sys.exit(128 + number)
 
 
 def _prepare_streams() -> None:

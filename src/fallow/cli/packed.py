@@ -287,6 +287,9 @@ def _print_bench(r: dict[str, Any]) -> None:
         )
     print(f"  neurons inactive {r['sparsity']:.1%}, outside products {r['overhead']:.1%} of decode")
     print(f"  peak RSS {r['peak_rss_mb']:.0f} MB, file {r['file_mb']:.0f} MB")
+    joules = r.get("joules_per_token")
+    told = f"{joules:.3g} J/token of the whole processor" if joules else r["no_energy"]
+    print(f"  energy   {told}")
     if "baseline" in r:
         for phase in ("prefill", "decode"):
             low, high = r[f"{phase}_ratio_range"]

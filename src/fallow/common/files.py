@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and what is read back of them."""
 
+import errno
 import json
 import math
 import os
@@ -43,7 +44,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fchmod(handle, 0o666 & ~_umask())
             os.close(handle)
             yield temporary
+            sync(temporary)
             os.replace(temporary, path)
+            sync(path.parent)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -67,7 +70,10 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
             yield temporary
             temporary.chmod(0o777 & ~_umask())
+            for path in (*temporary.rglob("*"), temporary):
+                sync(path)
             os.replace(temporary, folder)
+            sync(folder.parent)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -114,6 +120,18 @@ def _reason(error: Exception) -> str | None:
     is_safetensors = type(error).__name__ == "SafetensorError"
     is_written = isinstance(error, OSError) or is_torch or is_safetensors
     return "the disk is full, or fails" if is_written else None
+
+
+def sync(path: Path) -> None:
+    """Puts a file, or a folder's names, on the disk: a rename may survive what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what this file system's folders say
+            raise
+    finally:
+        os.close(handle)
 
 
 def _make_parent(path: Path) -> None:
@@ -274,13 +292,18 @@ class JsonLines:
         self._whole = len(data) - len(rest) if rest else None  # bytes of whole lines, if one is cut
 
     def add(self, *values: Any) -> None:
-        """Raises FallowError if the file cannot be written."""
-        lines = "".join(to_json(value) + "\n" for value in values)
+        """Puts them on the disk. Raises FallowError if the file cannot be written."""
+        lines = "".join(to_json(value) + "\n" for value in values).encode()
         try:
             if self._whole is not None:
                 os.truncate(self._path, self._whole)
                 self._whole = None
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(lines)
+            with self._path.open("ab", buffering=0) as file:
+                # Until all of it is there, what a full disk left of it is none of the lines.
+                self._whole = file.tell()
+                while lines:
+                    lines = lines[file.write(lines) :]
+                os.fsync(file.fileno())
+            self._whole = None
         except OSError as error:
             raise FallowError(f"cannot write {self._path}: {error.strerror}") from error

@@ -13,7 +13,7 @@ import numpy as np
 
 from fallow.checkpoints.text import Text, check_no_leakage, load_text
 from fallow.common.errors import FallowError
-from fallow.common.metrics import perplexity, ppl_change_percent, standard_error
+from fallow.common.metrics import perplexity, ppl_change_percent, window_error
 from fallow.common.progress import progress
 from fallow.engine.engine import Engine
 from fallow.plan import ROUTER, Plan
@@ -284,7 +284,7 @@ def summarise(
         ppl_change_se=change_se,
         kl_to_dense={
             "mean": float(kl.mean()),
-            "se": standard_error(kl.mean(axis=1)),
+            "se": window_error(kl.mean(axis=1)),
             "p99": float(np.percentile(kl, 99)),
         },
         top1_agreement=float(np.mean([r.top1 for r in sparse])),

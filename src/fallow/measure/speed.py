@@ -27,6 +27,7 @@ from fallow.engine.engine import Engine
 from fallow.engine.memory import parse_size
 from fallow.engine.process import peak_rss_mb
 from fallow.engine.stats import disk_figures
+from fallow.measure.energy import packages
 from fallow.plan import Plan
 
 # Other engines: the module that each needs, and what installs it. "-rtr" is what ik_llama.cpp calls
@@ -65,6 +66,7 @@ def bench(
 
     Returns:
         Medians over the runs, all runs under `all`; with `against` the baseline's and the ratios.
+        `joules_per_token` is missing where `no_energy` says why.
 
     Raises:
         UsageError: unknown baseline, no source, sizes out of range.
@@ -105,7 +107,8 @@ def bench(
     finally:
         if baseline:
             baseline.close()
-    return _summary(engine, ours, theirs, stream, against) | {"peak_rss_mb": peak}
+    result = _summary(engine, ours, theirs, stream, against) | {"peak_rss_mb": peak}
+    return result | {"no_energy": packages().missing}
 
 
 def _first_tokens(engine: Engine, text: str | Path | None, count: int) -> np.ndarray:
@@ -167,16 +170,22 @@ def draw_budgets(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def run_once(engine: Engine, ids: np.ndarray, prompt_tokens: int) -> dict[str, float]:
-    """Figures of one prefill of ids[:prompt_tokens] and one decode of the rest."""
+    """Figures of one prefill of ids[:prompt_tokens] and one decode of the rest.
+
+    Among them `joules_per_token` of decode where the machine's processors tell (measure/energy.py).
+    """
+    counters = packages()
     engine.reset()
     start = time.perf_counter()
     engine.forward(ids[:prompt_tokens])
     prefill = time.perf_counter() - start
     engine.reset_stats()
+    energy = counters.microjoules()
     start = time.perf_counter()
     for i in range(prompt_tokens, len(ids)):
         engine.forward(ids[i : i + 1])
     decode = time.perf_counter() - start
+    joules = counters.joules_since(energy)
     figures, n = engine.core_stats(), len(ids) - prompt_tokens
     products = sum(figures["seconds"][k] for k in ("attention_proj", "ffn", "head"))
     return {
@@ -191,6 +200,7 @@ def run_once(engine: Engine, ids: np.ndarray, prompt_tokens: int) -> dict[str, f
         "predicted": float(engine.predicted_neurons().mean()),
         **{f"ms_{k}": 1e3 * v / n for k, v in figures["seconds"].items()},
         **disk_figures(figures, n),
+        **({"joules_per_token": joules / n} if counters.folders else {}),
     }
 
 

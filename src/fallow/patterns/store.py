@@ -15,7 +15,15 @@ import numpy as np
 
 from fallow import _core
 from fallow.common.errors import FallowError, UsageError
-from fallow.common.files import JsonLines, atomic_path, fits, parse_json, read_array, write_json
+from fallow.common.files import (
+    JsonLines,
+    atomic_path,
+    fits,
+    parse_json,
+    read_array,
+    sync,
+    write_json,
+)
 
 FORMAT = 1
 MAGNITUDES = "magnitudes"  # a file beside the bits of `inter`
@@ -204,9 +212,12 @@ class StoreWriter:
             write_json(self.folder / _HEADER, {"format": FORMAT} | asdict(header))
         self.done = _done(self.folder, header)
         self._log = JsonLines(self.folder / _DONE)
+        self._header = header
 
     def finish(self, windows: Iterable[int]) -> None:
         """Windows whose rows are written count from now on. Raises FallowError: disk full, say."""
+        for path, _ in _files(self.folder, self._header):
+            sync(path)  # or the log might survive what it tells of
         self._log.add(*windows)
         self.done.update(windows)
 

@@ -1,7 +1,6 @@
 """The routes. Every error has OpenAI's form; a client that goes away frees the engine."""
 
 import asyncio
-import hmac
 import json
 import secrets
 import time
@@ -27,7 +26,7 @@ from fallow.engine.answer import Piece
 from fallow.engine.sampling import Sampler, TokenChoice
 from fallow.engine.stats import Stats
 from fallow.serving import schemas as api
-from fallow.serving.limits import Limits
+from fallow.serving.limits import Limits, error_response
 from fallow.serving.logprobs import chat_logprobs, completion_logprobs
 from fallow.serving.telemetry import Telemetry
 from fallow.serving.worker import Busy, Closing, Job, Worker
@@ -35,10 +34,6 @@ from fallow.serving.worker import Busy, Closing, Job, Worker
 CLIENT_GONE = 499  # nobody reads it
 KEEP_ALIVE = 15.0  # seconds between comments on a stream that has nothing to say
 EVENT_STREAM: Any = {"content": {"text/event-stream": {}}}
-NAMES = {
-    401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error",
-    500: "server_error", 503: "overloaded_error",
-}  # fmt: skip
 
 
 def create_app(
@@ -47,6 +42,7 @@ def create_app(
     api_key: str | None = None,
     max_body: int = 1 << 20,
     cors: Sequence[str] = (),
+    hosts: Sequence[str] = (),
 ) -> FastAPI:
     """The server's application.
 
@@ -55,29 +51,30 @@ def create_app(
         api_key: what clients must send as `Authorization: Bearer KEY`; None: nothing.
         max_body: largest request, bytes.
         cors: origins whose web pages may ask, "http://localhost:3000" say; "*": all.
+        hosts: names that requests may be addressed to, without a port; empty: any.
     """
     app = FastAPI(
         title="fallow",
         summary="One packed model behind OpenAI's API.",
-        docs_url=None,
+        docs_url=None,  # it and /redoc run scripts of another server
+        redoc_url=None,
+        openapi_url=None,  # ours asks for the key
         redirect_slashes=False,  # Limits takes a slash at the end away
     )
     telemetry = Telemetry(worker)
-    if cors:
+    app.add_middleware(Limits, max_body=max_body, telemetry=telemetry, api_key=api_key, hosts=hosts)
+    if cors:  # around Limits: a preflight has no key, and a refusal is for the page to read
         app.add_middleware(
             CORSMiddleware,
             allow_origins=cors,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )
-    app.add_middleware(Limits, max_body=max_body, telemetry=telemetry)
     answering = _Answering(worker, name, telemetry)
-    guarded = [Depends(partial(_check_key, api_key))] if api_key is not None else []
     errors = (400, 408, 413, 429, 500, 503, *((401,) if api_key is not None else ()))
     responses: Any = {code: {"model": api.ErrorResponse} for code in errors}
-    # Depends() of a bearer scheme tells the schema that there is a key.
-    if api_key is not None:
-        guarded.append(Depends(HTTPBearer(auto_error=False)))
+    # It tells the schema that there is a key, which Limits checks before a body is read.
+    guarded = [Depends(HTTPBearer(auto_error=False))] if api_key is not None else []
     _add_health_and_metrics(app, answering, guarded, responses)
     _add_models(app, answering, guarded, responses)
     _add_completions(app, answering, guarded, responses)
@@ -99,6 +96,10 @@ def _add_health_and_metrics(
     async def health() -> api.Health:
         """Whether the server takes requests, and how many wait."""
         return api.Health(model=answering.name, waiting=worker.waiting, running=worker.running)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def schema() -> JSONResponse:
+        return JSONResponse(app.openapi())
 
     @app.get(
         "/metrics",
@@ -177,55 +178,40 @@ def _openapi(app: FastAPI, name: str) -> dict[str, Any]:
 # Errors ------------------------------------------------------------------------------------------
 
 
-def _error(
-    code: int, message: str, param: str | None = None, name: str | None = None, **headers: str
-) -> JSONResponse:
-    body = {"message": message, "type": NAMES.get(code, "invalid_request_error"), "param": param}
-    return JSONResponse({"error": body | {"code": name}}, code, headers or None)
-
-
 def _invalid(request: Request, error: Any) -> JSONResponse:
     kind = request.headers.get("content-type", "nothing")
     if "json" not in kind:
-        return _error(400, f"the body is said to be {kind}; send Content-Type: application/json")
+        return error_response(
+            400, f"the body is said to be {kind}; send Content-Type: application/json"
+        )
     first = error.errors()[0]
     where, message = api.refusal(first["loc"][1:], first)
-    return _error(400, message, param=where)
+    return error_response(400, message, param=where)
 
 
 def _http_error(request: Request, error: Any) -> JSONResponse:
     message, param = str(error.detail), getattr(error, "param", None)
     if param is None and error.status_code in (404, 405):  # of a route that there is not
         message = f"{request.method} {request.url.path}: {message.lower()}"
-    return _error(error.status_code, message, param, **(error.headers or {}))
+    return error_response(error.status_code, message, param, **(error.headers or {}))
 
 
 def _fallow_error(request: Request, error: Any) -> JSONResponse:
     if isinstance(error, Busy):
-        return _error(429, str(error), None, None, **{"Retry-After": str(error.retry_after)})
+        return error_response(
+            429, str(error), None, None, **{"Retry-After": str(error.retry_after)}
+        )
     if isinstance(error, Closing):
-        return _error(503, str(error))
-    return _error(500, str(error))
+        return error_response(503, str(error))
+    return error_response(500, str(error))
 
 
 def _defect(request: Request, error: Any) -> JSONResponse:
-    return _error(500, _defect_said(error))
+    return error_response(500, _defect_said(error))
 
 
 def _defect_said(error: Exception) -> str:
     return f"a defect of the server: {type(error).__name__}; see its log"
-
-
-def _check_key(expected: str, request: Request) -> None:
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    # Compared in constant time: how long a wrong key takes must not tell how wrong it is.
-    right = hmac.compare_digest(given.strip().encode(), expected.encode())
-    if scheme.lower() != "bearer" or not right:
-        raise HTTPException(
-            401,
-            "the API key is missing or wrong; send Authorization: Bearer KEY",
-            {"WWW-Authenticate": "Bearer"},
-        )
 
 
 class _BadRequest(HTTPException):

@@ -15,6 +15,7 @@ from fallow.engine.engine import Engine
 from fallow.serving.app import create_app
 from fallow.serving.worker import Worker
 
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 CLOSE_SECONDS = 5.0  # for responses to leave, after the last answer has ended
 
 
@@ -31,10 +32,14 @@ def serve(
 ) -> None:
     """Serves until SIGINT or SIGTERM; then what waits fails and what runs has `grace` seconds.
 
+    Without a key a server on the loopback interface answers by its names alone.
+
     Raises:
         FallowError: the address is not to be had.
-        UsageError: one of `cors` is no origin.
+        UsageError: one of `cors` is no origin, or the key is empty.
     """
+    if api_key is not None and not api_key.strip():
+        raise UsageError("the API key is empty; give one, or leave out --api-key (FALLOW_API_KEY)")
     for origin in cors:
         # A browser sends just these parts; anything else would never be found equal.
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", origin):
@@ -42,7 +47,14 @@ def serve(
                 f"--cors {origin} is no origin; give one such as http://localhost:3000, or '*'"
             )
     worker = Worker(engine, queue)
-    app = create_app(worker, name, api_key, max_body, cors)
+    is_local = host.strip("[]") in (name.strip("[]") for name in LOOPBACK)
+    if api_key is None and not is_local:
+        console.print(
+            f"warning: whoever reaches {host}:{port} may use this server; give it an --api-key",
+            highlight=False,
+        )
+    hosts = LOOPBACK if is_local and api_key is None else ()
+    app = create_app(worker, name, api_key, max_body, cors, hosts)
     config = uvicorn.Config(
         app,
         host=host,
