@@ -66,7 +66,8 @@ whose figures are less certain. `benchmarks/selector.py` does it; the result of 
   of `gate_bucket` in 16 bits, and of `previous` and `blend` what is kept of the tokens before: they
   need what all neurons put out, and read gate and up whole for it. Not included is one factor per
   neuron, such as ||down_proj[:, i]||, which nearly every score has: at most 0.2 % of the dense FFN.
-- Changes are against the dense model on the same windows, ± one *paired* standard error.
+- Changes are against the dense model on the same windows, ± one *paired* standard error, here
+  s / √n: where windows are 40 it may be 1.2 times as large ([errors](../methods.md#errors)).
   Differences between selectors below are paired by window too; those of 4 to 12 windows are rough.
 
 Why they fail, or do not:

@@ -164,7 +164,7 @@ some "of", "the" and digits) have a neuron so large that the budget lets all oth
 go. In a trial on three windows (not in the results) at τ = 0.13 (S = 55 %) the loss rose by 0.21 to
 0.30 nats; where tokens that would lose more than 90 % of a layer kept all of it, by 0.07 to 0.09,
 at 54 %. On the other models `tail` does not fail. On Gemma-3-270M it costs least of the rules from
-40 % on, 0.37 ± 0.12 % less than `topk` at 50 % (paired).
+40 % on, 0.37 ± 0.15 % less than `topk` at 50 % (paired).
 
 On Qwen2.5-Coder `cett` and `tail`, which let sparsity differ by layer and token, change PPL at 50 %
 by +0.04 ± 0.11 and +0.29 ± 0.25 %, which 12 windows do not tell from no change, where `topk` costs
