@@ -25,6 +25,12 @@ def column_norm(projection: torch.nn.Linear) -> np.ndarray:
     return np.sqrt((projection.weight.double().numpy() ** 2).sum(axis=0)).astype(np.float32)
 
 
+def has_norm(layer: Layer, tap: str) -> bool:
+    """Whether WINA's code weights the inputs of this projection."""
+    gate = {"gate_proj", "gate_up_proj"} & {*layer.projections} or {"up_proj"}
+    return tap in {"k_proj", "qkv_proj"} | gate
+
+
 def expected_active(
     plan: Plan, layer: Layer, index: int, tap: str, value: np.ndarray
 ) -> np.ndarray:
@@ -38,11 +44,7 @@ def expected_active(
         return value != 0
     if plan.rule in ("gate_topk", "gate_tail") or (plan.rule, tap) == ("two_stage", "gate_act"):
         norm = plan.arrays["gate_act.weight"][index]
-    elif plan.rule in ("act_topk", "topp") or (
-        plan.rule == "wina" and tap in ("q_proj", "v_proj", "o_proj", "down_proj")
-    ):
-        norm = np.float32(1)
-    elif plan.rule == "wina" and tap == "up_proj" and "gate_proj" in layer.projections:
+    elif plan.rule in ("act_topk", "topp") or (plan.rule == "wina" and not has_norm(layer, tap)):
         norm = np.float32(1)
     else:
         norm = column_norm(layer.projections[tap if tap in layer.projections else "down_proj"])
@@ -333,9 +335,7 @@ def test_greedy_takes_the_cheapest_step(
     args, kwargs = calibration.block_inputs[0]
     length, names = 32, tuple(layer.projections)
     dense_until = {"teal": 16, "wina": 1}[rule]  # half of a window; all but 99 % of it
-    weighted = {"k_proj", "qkv_proj", "gate_proj", "gate_up_proj"} & {*names}
-    if name == "opt":
-        weighted.add("up_proj")
+
     def output(sparsity: np.ndarray) -> np.ndarray:
         def cut(tap: str, share: float) -> Any:
             def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> Any:
@@ -345,7 +345,7 @@ def test_greedy_takes_the_cheapest_step(
                     histogram = calibration.histograms[input_histogram(layer, tap)]
                     dropped = score <= np.float32(histogram.quantile(0, share))
                 else:
-                    if tap in weighted:
+                    if has_norm(layer, tap):
                         score = score * column_norm(layer.projections[tap])
                     width = score.shape[-1]
                     count = width - round((1 - share) * width)
@@ -425,6 +425,16 @@ def test_scap_cuts_the_ffns_inputs(
         for i, values in enumerate(stored(calibrator.model, calibrator.calibration.windows, tap)):
             expected = np.quantile(np.abs(values), q)
             assert plan.arrays[f"{tap}.threshold"][i] == pytest.approx(expected, rel=2e-3)
+
+
+def test_scap_beyond_its_reach(calibrators: dict[str, Calibrator]) -> None:
+    with pytest.raises(UsageError) as error:
+        calibrators["llama"].plan("scap", sparsity=0.9)
+    assert str(error.value) == (
+        "rule scap reaches no sparsity above 0.867: gate_proj and up_proj stay 20 points behind "
+        "down_proj; give a smaller less"
+    )
+    assert calibrators["llama"].plan("scap:less=0", sparsity=0.9, measure=False).cuts
 
 
 def test_scap_of_a_mixture_of_experts(calibrators: dict[str, Calibrator]) -> None:

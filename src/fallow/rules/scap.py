@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fallow.common.errors import UsageError
 from fallow.models.capture import Calibration, input_histogram
 from fallow.models.taps import Layer
 from fallow.plan import Cut
@@ -30,7 +31,11 @@ class Scap(Rule):
 
     @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
-        """That of the FFN's inputs, weighted by parameters; the largest knob if none has as much."""
+        """The knob that gives a sparsity of the FFN's inputs, weighted by parameters.
+
+        Raises:
+            UsageError: no knob does, as gate_proj and up_proj stay behind.
+        """
         layer = calibration.layers[0]
         names = _names(layer)
         sizes = np.array([layer.projections[name].weight.numel() for name in names])
@@ -38,6 +43,11 @@ class Scap(Rule):
         def mean_sparsity(knob: float) -> float:
             return float(np.average([cls._quantile(name, knob) for name in names], weights=sizes))
 
+        if sparsity > mean_sparsity(1):
+            raise UsageError(
+                f"rule {cls.name} reaches no sparsity above {mean_sparsity(1):.3f}: gate_proj and "
+                f"up_proj stay {cls.options['less']} points behind down_proj; give a smaller less"
+            )
         return bisect(mean_sparsity, sparsity)
 
     @classmethod
