@@ -1,7 +1,7 @@
 """Quality against sparsity of every rule on the three real models.
 
 Thresholds come from the WikiText-2 validation text, all figures from the WikiText-2 raw test text,
-in windows of 1024 tokens. Hours on two cores, most of them the greedy searches of `teal` and `wina`;
+in windows of 1024 tokens. Hours on two cores, most of them the searches of `teal` and `wina`;
 a stopped run continues where it was:
 
     python benchmarks/tradeoff.py smollm2 gemma3 qwen2.5-1.5b
