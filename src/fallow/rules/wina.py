@@ -17,7 +17,7 @@ class Wina(Greedy):
     """
 
     name = "wina"
-    paper = "arXiv:2505.19427"
+    paper = "arXiv:2505.19427, without its rotation of the weights"
     kind = "topk"
 
     @classmethod
