@@ -34,7 +34,7 @@ ALL = (
 BEST = ("lowbit:gate=3:up=3", "lowbit:gate=3:up=3:cett=1", "lowbit:up=3:cett=1")
 WINDOWS = 40
 WINDOWS_OF_ALL = {"smollm2": 12, "gemma3": 7, "qwen2.5-1.5b": 4}
-INPUTS, INPUT_SPARSITIES = ("teal", "wina"), (0.05, 0.1, 0.2)
+INPUTS, INPUT_SPARSITIES = ("teal_relative", "wina_uniform"), (0.05, 0.1, 0.2)
 TRAINED = ("learned:rank=64", "learned:rank=64:gate=1")
 # Where those lie that lost, and what compensates the others.
 RESEARCH = {
@@ -94,8 +94,8 @@ Why they fail, or do not:
   +155 % to +43 % of PPL on held-out C4, with the exact gate to +15 %, where training stops early.
   On WikiText both stay behind products that were fitted on WikiText (`lowrank`), and these behind
   as many bits of the weights, which know of any text.
-- `teal`, `wina` (below, on SmolLM2): inputs of all seven projections set to zero. Of TEAL's, 10 %
-  cost +0.04 ± 0.06 %, which is no change that 12 windows can tell, but 0.0016 ± 0.0001 nats; 20 %
+- `teal_relative`, `wina_uniform` (below, on SmolLM2): inputs of all seven projections set to zero.
+  Of the first's, 10 % cost +0.04 ± 0.06 %, which is no change that 12 windows can tell, but 0.0016 ± 0.0001 nats; 20 %
   cost +1.4 %. An input is a column of a matrix that lies by rows, one per neuron, but for
   `down_proj`, whose inputs the selectors already cut; only attention's weights could lie otherwise,
   and a tenth of these is 1 to 2 % of a model's bytes: not in the engine.

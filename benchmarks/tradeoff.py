@@ -1,7 +1,8 @@
 """Quality against sparsity of every rule on the three real models.
 
 Thresholds come from the WikiText-2 validation text, all figures from the WikiText-2 raw test text,
-in windows of 1024 tokens. Hours on two cores; a stopped run continues where it was:
+in windows of 1024 tokens. Hours on two cores, most of them the searches of `teal` and `wina`;
+a stopped run continues where it was:
 
     python benchmarks/tradeoff.py smollm2 gemma3 qwen2.5-1.5b
     python benchmarks/tradeoff.py --report    # writes docs/results and the README's table
@@ -21,7 +22,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("FALLOW_DATA", ROOT / "../shared/data"))
 RESULTS = ROOT / "benchmarks" / "results" / "tradeoff"
-RULES = ("percentile", "cats", "fat", "topk", "tail", "cett", "teal", "wina", "relu")
+RULES = (
+    *("percentile", "cats", "fat", "act_topk", "topk", "topp", "tail", "cett"),
+    *("scap", "teal_uniform", "teal", "teal_relative", "wina_uniform", "wina", "relu"),
+)
 SETTINGS: dict[str, dict[str, Any]] = {
     "smollm2": {"sparsities": (0.3, 0.4, 0.5, 0.6, 0.7), "ppl": (), "windows": 40},
     "gemma3": {"sparsities": (0.3, 0.4, 0.5, 0.6, 0.7), "ppl": (), "windows": 40},
@@ -149,15 +153,18 @@ more for a search), everything below was measured on the WikiText-2 raw test tex
 tokens, the whole model in the loop. `benchmarks/tradeoff.py` does it; the result of every window is
 in `benchmarks/results/tradeoff`.
 
-- **target** is a sparsity of what the rule cuts: neurons for `cats`, `fat`, `topk`, `tail`, `cett`;
-  each of three outputs for `percentile`; the inputs of all seven projections, attention included,
-  for `teal` and `wina`. **achieved**, measured here, is S(inter) for all but the last two, and
-  their input sparsity weighted by parameters. Never compare the two kinds by sparsity alone.
+- **target** is a sparsity of what the rule cuts: each of three outputs for `percentile`; the inputs
+  of all seven projections, attention included, for the rules of `teal` and `wina`, those of the
+  FFN's for `scap`; neurons for the others. **achieved**, measured here, is S(inter), and for rules
+  of inputs the sparsity of those that they cut, weighted by parameters. Never compare the two kinds
+  by sparsity alone.
 - Changes are against the dense model on the same windows, ± one *paired* standard error over
   windows. KL is KL(dense || sparse) per token.
-- `topk`, `tail` and `cett` choose by |inter| ||down_proj[:, i]||, known only when `gate_proj` and
-  `up_proj` are computed: they save `down_proj` alone. `cats` and `fat` save `up_proj` and
-  `down_proj`.
+- `topk`, `tail` and `cett` choose by |inter| ||down_proj[:, i]||, and `topp` by |inter|, known only
+  when `gate_proj` and `up_proj` are computed: they save `down_proj` alone. `cats`, `fat` and
+  `act_topk` save `up_proj` and `down_proj`.
+- How `teal`, `wina` and their variants differ from each other and from the papers is in
+  [methods](../methods.md#rules). Rules without rows here were not measured yet.
 
 On SmolLM2 `tail` fails at high sparsity through a few tokens: attention sinks (the first token, and
 some "of", "the" and digits) have a neuron so large that the budget lets all others of their layer
@@ -212,12 +219,19 @@ def summary() -> str:
         "| rule | " + " | ".join(f"{name} {target:.0%}" for name, target in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
+    measured = {row["rule"] for table in tables.values() for row in table}
     for rule in RULES[:-1]:  # relu cuts nothing here
+        if rule not in measured:
+            continue
         cells = []
         for name, target in columns:
+            rows = tables[name][1:]
             row = next(
-                r for r in tables[name][1:] if (r["rule"], r["target_sparsity"]) == (rule, target)
+                (r for r in rows if (r["rule"], r["target_sparsity"]) == (rule, target)), None
             )
+            if row is None:
+                cells.append("")
+                continue
             change, error = row["ppl_change_percent"], row["ppl_change_se"]
             cells.append("over +1000" if change > 1000 else f"{change:+.1f} ± {error:.1f}")
         lines.append(f"| `{rule}` | " + " | ".join(cells) + " |")

@@ -254,11 +254,21 @@ NB_MODULE(_core, m) {
       [](Rows scores, double tau, Floats thresholds, int n_threads) {
         check_rows(scores, thresholds);
         nb::gil_scoped_release release;
-        tail_thresholds(scores.data(), scores.shape(0), scores.shape(1), tau, thresholds.data(),
-                        n_threads);
+        tail_thresholds(scores.data(), scores.shape(0), scores.shape(1), tau * tau, Mass::kSquare,
+                        thresholds.data(), n_threads);
       },
       "scores"_a, "tau"_a, "thresholds"_a, "n_threads"_a = 1,
       "Per row: the largest score whose tail stays within tau^2 of the row's sum of squares.");
+  m.def(
+      "mass_thresholds",
+      [](Rows scores, double share, Floats thresholds, int n_threads) {
+        check_rows(scores, thresholds);
+        nb::gil_scoped_release release;
+        tail_thresholds(scores.data(), scores.shape(0), scores.shape(1), share, Mass::kScore,
+                        thresholds.data(), n_threads);
+      },
+      "scores"_a, "share"_a, "thresholds"_a, "n_threads"_a = 1,
+      "Per row: the largest score whose tail stays within a share of the row's sum.");
 
   m.attr("LINE_WORDS") = kLineWords;
   m.attr("WEIGHT_PLANES") = kWeightPlanes;

@@ -161,7 +161,7 @@ class BoundEngine {
     for (const auto& [layer, tap, how, value, weight] : list) {
       const bool of_ffn = tap >= kGateInput && tap <= kFfnOut, of_experts = tap == kRouter;
       const bool is_there = model_.config.n_experts > 0 ? !of_ffn : !of_experts;
-      if (layer >= cuts.size() || tap >= kTaps || how > 3 || !is_there) throw nb::value_error("no such cut");
+      if (layer >= cuts.size() || tap >= kTaps || how > kLastBy || !is_there) throw nb::value_error("no such cut");
       Cut& cut = cuts[layer][tap];
       cut.by = static_cast<Cut::By>(how);
       cut.value = value;

@@ -23,7 +23,7 @@ run models
 run profile smollm2 --windows 4 -o "$out/profile"
 run calibrate smollm2 --rule tail --max-ppl-increase 1 --windows 4 -o "$out/tail.plan"
 run evaluate smollm2 --plan "$out/tail.plan" --windows 8
-run tradeoff smollm2 --rules percentile,cats,topk,tail,cett,wina --sparsities 0.3,0.5 \
+run tradeoff smollm2 --rules percentile,cats,topk,tail,cett,wina_uniform --sparsities 0.3,0.5 \
     --windows 4 --calibration-windows 4 -o "$out/tradeoff"
 question='Why is the sky blue? Answer in one sentence.'
 run pack smollm2 -o "$out/smollm2.gguf"

@@ -337,8 +337,9 @@ def test_usage_errors(run: Any, folders: dict[str, Path], texts: Texts, tmp_path
     model, out = folders["llama"], tmp_path / "p.plan"
     base = ("calibrate", model, "-o", out, "--rule")
     assert error(run(*base, "magic", "--sparsity", 0.5), 2) == (
-        "unknown rule 'magic'; known rules: cats, cett, expert_mass, expert_share, expert_topk, "
-        "fat, gate_tail, gate_topk, percentile, relu, tail, teal, topk, two_stage, wina; known "
+        "unknown rule 'magic'; known rules: act_topk, cats, cett, expert_mass, expert_share, "
+        "expert_topk, fat, gate_tail, gate_topk, percentile, relu, scap, tail, teal, "
+        "teal_relative, teal_uniform, topk, topp, two_stage, wina, wina_uniform; known "
         "selectors: cluster, gate, lowbit, oracle, random, static"
     )
     assert error(run(*base, "topk", "--sparsity", 1.0), 2) == (

@@ -129,6 +129,18 @@ def test_tail_thresholds(width: int, tau: float, threads: int) -> None:
             assert threshold == max(fits, default=0)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 1537])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_mass_thresholds(width: int, share: float, threads: int) -> None:
+    for scores in (scores_with_ties(5, width), RNG.random((5, width), dtype=np.float32)):
+        found = np.empty(5, dtype=np.float32)
+        _core.mass_thresholds(scores, share, found, threads)
+        for row, threshold in zip(scores.astype(np.float64), found, strict=True):
+            fits = [t for t in row if row[row <= t].sum() <= share * row.sum() * (1 + 1e-12)]
+            assert threshold == max(fits, default=0)
+
+
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0]), min_size=1, max_size=12), st.floats(0, 1))
 def test_tail_budget_is_never_exceeded(values: list[float], tau: float) -> None:
     row = np.array([values], dtype=np.float32)
@@ -136,6 +148,8 @@ def test_tail_budget_is_never_exceeded(values: list[float], tau: float) -> None:
     _core.tail_thresholds(row, tau, found)
     dropped = row[row <= found[0]].astype(np.float64)
     assert (dropped**2).sum() <= tau**2 * (row.astype(np.float64) ** 2).sum()
+    _core.mass_thresholds(row, tau, found)
+    assert row[row <= found[0]].sum() <= tau * row.sum()
 
 
 def test_nan_scores_leave_the_row_whole() -> None:

@@ -83,13 +83,15 @@ def test_topk_in_torch_is_the_cores(width: int, kept: float) -> None:
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.3, 0.7, 1.0])
 def test_tail_in_torch_is_the_cores(width: int, tau: float) -> None:
     for score in scores(6, width):
-        assert torch.equal(cuts._tail_in_torch(score, tau), cuts.per_token_tail(score, tau))
+        assert torch.equal(cuts._tail_in_torch(score, tau**2, 2), cuts.per_token_tail(score, tau))
+        assert torch.equal(cuts._tail_in_torch(score, tau, 1), cuts.per_token_mass(score, tau))
 
 
 def test_tiny_scores_have_a_tail_of_their_own() -> None:
     score = torch.tensor([[1e-45, 1e-45, 3e-45], [1e-30, 1e38, 0.0], [0.0, 0.0, 0.0]])
     for tau in (0.0, 0.5, 0.8, 1.0):
-        assert torch.equal(cuts._tail_in_torch(score, tau), cuts.per_token_tail(score, tau))
+        assert torch.equal(cuts._tail_in_torch(score, tau**2, 2), cuts.per_token_tail(score, tau))
+        assert torch.equal(cuts._tail_in_torch(score, tau, 1), cuts.per_token_mass(score, tau))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -97,7 +99,8 @@ def test_rows_that_are_not_finite_stay_whole(off_cpu: None, bad: float) -> None:
     score = torch.tensor([[1.0, bad, 2.0], [1.0, 3.0, 2.0]])
     for kept in (0.0, 1 / 3, 1.0):
         assert cuts.per_token_topk(score, kept).isnan().flatten().tolist() == [True, False]
-    assert cuts.per_token_tail(score, 0.5).isnan().flatten().tolist() == [True, False]
+    for threshold_of in (cuts.per_token_tail, cuts.per_token_mass):
+        assert threshold_of(score, 0.5).isnan().flatten().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("way", ["core", "torch"])
@@ -107,7 +110,7 @@ def test_what_is_cut_is_a_constant_for_a_gradient(
     monkeypatch.setattr(devices, "on_cpu", lambda _: way == "core")
     value = torch.randn(5, 31, generator=torch.Generator().manual_seed(0), requires_grad=True)
     weight = torch.rand(31, requires_grad=True)
-    for threshold_of in (cuts.per_token_topk, cuts.per_token_tail):
+    for threshold_of in (cuts.per_token_topk, cuts.per_token_tail, cuts.per_token_mass):
         score = value.abs() * weight
         threshold = threshold_of(score, 0.4)
         assert not threshold.requires_grad

@@ -159,7 +159,7 @@ def test_usage(source: Path, packed: Path, tmp_path: Path) -> None:
         ({"fallow.ffn.fingerprints": [1, 2]}, "three values per layer"),
         ({"fallow.ffn.n_outliers": 97}, "from 0 to 96"),
         ({"fallow.ffn.cuts.tap": [0, 0]}, "a cut that is none of an FFN"),
-        ({"fallow.ffn.cuts.by": [9, 2]}, "from 0 to 3"),
+        ({"fallow.ffn.cuts.by": [9, 2]}, "from 0 to 4"),
         ({"fallow.ffn.cuts.layer": [0]}, "must be an array of 2 values"),
         ({"fallow.ffn.hidden_size": 32}, "expected"),
     ],

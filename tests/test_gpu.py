@@ -196,7 +196,7 @@ def compare(folder: Path, plan: Plan) -> None:
         ("llama", "gate_topk"), ("llama", "two_stage"), ("llama", "topk"), ("llama", "teal"),
         ("llama", "wina"), ("phi3", "gate_topk"), ("phi3", "teal"), ("gemma3", "cats"),
         ("qwen2", "teal"), ("granite", "two_stage"), ("phi", "topk"), ("opt", "relu"),
-        ("nemotron", "wina"), ("gpt_neox", "teal"),
+        ("nemotron", "wina"), ("gpt_neox", "teal"), ("llama", "scap"), ("phi3", "wina_uniform"),
     ],
 )  # fmt: skip
 def test_models_are_as_sparsified(

@@ -28,25 +28,40 @@ def column_norm(projection: torch.nn.Linear) -> np.ndarray:
     return np.sqrt((projection.weight.double().numpy() ** 2).sum(axis=0)).astype(np.float32)
 
 
+def has_norm(layer: Layer, tap: str) -> bool:
+    """Whether WINA's code weights the inputs of this projection."""
+    gate = {"gate_proj", "gate_up_proj"} & {*layer.projections} or {"up_proj"}
+    return tap in {"k_proj", "qkv_proj"} | gate
+
+
 def expected_active(
     plan: Plan, layer: Layer, index: int, tap: str, value: np.ndarray
 ) -> np.ndarray:
     """The formulas of docs/methods.md, a value being inactive iff its score is <= the threshold."""
     magnitude = np.abs(value)
-    if plan.rule in ("percentile", "cats", "fat", "teal"):
+    if plan.rule in (
+        "percentile", "cats", "fat", "scap", "teal", "teal_relative", "teal_uniform",
+    ):  # fmt: skip
         return magnitude > plan.arrays[f"{tap}.threshold"][index]
     if plan.rule == "relu":
         return value != 0
     if plan.rule in ("gate_topk", "gate_tail") or (plan.rule, tap) == ("two_stage", "gate_act"):
         norm = plan.arrays["gate_act.weight"][index]
+    elif plan.rule in ("act_topk", "topp") or (plan.rule == "wina" and not has_norm(layer, tap)):
+        norm = np.float32(1)
     else:
         norm = column_norm(layer.projections[tap if tap in layer.projections else "down_proj"])
     score = magnitude * norm
     if plan.rule in ("cett", "two_stage"):
         return score > plan.arrays[f"{tap}.threshold"][index]
     ordered = np.sort(score, axis=1)
-    if plan.rule in ("topk", "gate_topk", "wina"):
-        dropped = value.shape[1] - round(plan.knob * value.shape[1])
+    if plan.rule == "topp":
+        held = np.cumsum(ordered[:, ::-1].astype(np.float64), axis=1)
+        kept = (held < plan.knob * held[:, -1:]).sum(axis=1, keepdims=True) + 1  # the fewest
+        return score >= np.take_along_axis(ordered, value.shape[1] - kept, axis=1)
+    if plan.rule in ("topk", "gate_topk", "act_topk", "wina", "wina_uniform"):
+        share = plan.arrays[f"{tap}.topk"][index] if plan.rule == "wina" else plan.knob
+        dropped = value.shape[1] - round(share * value.shape[1])
         threshold = ordered[:, dropped - 1 : dropped] if dropped else np.zeros((len(value), 1))
         return score > threshold
     assert plan.rule in ("tail", "gate_tail")
@@ -117,7 +132,7 @@ def test_target_sparsity_is_reached(
     assert found is not None
     if rule == "percentile" and name == "llama":
         assert 0.65 < found < 0.85
-    elif rule in ("topk", "wina"):
+    elif rule in ("topk", "act_topk", "wina_uniform"):
         assert found == pytest.approx(0.5, abs=0.02)  # rounding of k
     else:
         assert found == pytest.approx(0.5, abs=0.1)
@@ -284,20 +299,26 @@ def test_cett_of_a_token_without_output() -> None:
     assert np.isfinite(list(search.errors.values())).all()
 
 
-# TEAL --------------------------------------------------------------------------------------------
+# Greedy allocation -------------------------------------------------------------------------------
+
+GREEDY = ("teal", "teal_relative", "wina")
 
 
-def test_teal_reaches_every_blocks_target(
-    tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
+@pytest.mark.parametrize("rule", GREEDY)
+def test_greedy_reaches_every_blocks_target(
+    rule: str, tiny: dict[str, fallow.Model], calibrators: dict[str, Calibrator]
 ) -> None:
     model, calibration = tiny["llama"], calibrators["llama"].calibration
-    plan = calibrators["llama"].plan("teal", sparsity=0.4, measure=False)
+    plan = calibrators["llama"].plan(rule, sparsity=0.4, measure=False)
     sizes = np.array([m.weight.numel() for m in model.layers[0].projections.values()])
-    sparsity = np.stack([path.at(0.4) for path in calibration.cache["teal"]])
+    sparsity = np.stack([path.at(0.4) for path in calibration.cache[rule]])
     np.testing.assert_allclose(sparsity @ sizes / sizes.sum(), 0.4, atol=1e-6)
     for p, name in enumerate(model.layers[0].projections):
         histogram = calibration.histograms[input_histogram(model.layers[0], name)]
         for i in range(2):
+            if rule == "wina":
+                assert plan.arrays[f"{name}.topk"][i] == pytest.approx(1 - sparsity[i, p])
+                continue
             found = plan.arrays[f"{name}.threshold"][i]
             if sparsity[i, p] == 0:
                 assert found < 0
@@ -305,15 +326,123 @@ def test_teal_reaches_every_blocks_target(
                 assert found == pytest.approx(histogram.quantile(i, sparsity[i, p]), rel=1e-3)
 
 
-def test_teal_spares_what_the_block_needs_most(calibrators: dict[str, Calibrator]) -> None:
+@pytest.mark.parametrize("rule", ["teal", "wina"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "opt"])
+def test_greedy_takes_the_cheapest_step(
+    rule: str, name: str, calibrators: dict[str, Calibrator]
+) -> None:
+    """The first steps against Algorithm 1 in numpy, on blocks that a hook of its own cuts."""
+    calibration = calibrators[name].calibration
+    find_rule(f"{rule}:step=5").fit(calibration, sparsity=0.1)
+    layer, path = calibration.layers[0], calibration.cache[f"{rule}:step=5"][0]
+    args, kwargs = calibration.block_inputs[0]
+    length, names = 32, tuple(layer.projections)
+    dense_until = {"teal": 16, "wina": 1}[rule]  # half of a window; all but 99 % of it
+
+    def output(sparsity: np.ndarray) -> np.ndarray:
+        def cut(tap: str, share: float) -> Any:
+            def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> Any:
+                x = args[0].clone()
+                score = x.abs().numpy()
+                if rule == "teal":
+                    histogram = calibration.histograms[input_histogram(layer, tap)]
+                    dropped = score <= np.float32(histogram.quantile(0, share))
+                else:
+                    if has_norm(layer, tap):
+                        score = score * column_norm(layer.projections[tap])
+                    width = score.shape[-1]
+                    count = width - round((1 - share) * width)
+                    rank = score.argsort(axis=-1).argsort(axis=-1)
+                    dropped = rank < count
+                dropped[:, :dense_until] = False
+                x[torch.from_numpy(dropped)] = 0
+                return (x,)
+
+            return hook
+
+        handles = [
+            layer.projections[tap].register_forward_pre_hook(cut(tap, share))
+            for tap, share in zip(names, sparsity, strict=True)
+            if share > 0
+        ]
+        with torch.inference_mode():
+            found = layer.block(*args, **kwargs)
+        for handle in handles:
+            handle.remove()
+        return (found[0] if isinstance(found, tuple) else found).double().numpy()
+
+    dense = output(np.zeros(len(names)))
+    sizes = np.array([layer.projections[tap].weight.numel() for tap in names])
+    step = 0.05 * layer.projections["o_proj"].weight.numel() / sizes
+    assert dense.shape[1] == length
+    for before, after in zip(path.steps[:12], path.steps[1:13], strict=True):
+        errors = []
+        for p in range(len(names)):
+            trial = before.copy()
+            trial[p] += step[p]
+            change = (output(trial) - dense)[:, 24:]  # the last quarter of a window
+            errors.append(np.sqrt((change**2).sum(axis=1)).mean())
+        (chosen,) = np.flatnonzero(after > before)
+        assert after[chosen] - before[chosen] == pytest.approx(step[chosen])
+        assert errors[chosen] <= min(errors) * (1 + 1e-4) + 1e-7
+
+
+def test_teal_relative_spares_what_the_block_needs_most(
+    calibrators: dict[str, Calibrator],
+) -> None:
     """The greedy allocation is not uniform, and no step costs more than the uniform one."""
     calibration = calibrators["qwen2"].calibration
-    find_rule("teal").fit(calibration, sparsity=0.5)
-    for path in calibration.cache["teal"]:
+    find_rule("teal_relative").fit(calibration, sparsity=0.5)
+    for path in calibration.cache["teal_relative"]:
         greedy, uniform = path.at(0.5), np.full(len(path.names), 0.5)
         assert greedy.std() > 0.02
-        errors = [float((path._run(s) - path.dense).norm(dim=-1).mean()) for s in (greedy, uniform)]
+        errors = [float((path.run(s) - path.dense).norm(dim=-1).mean()) for s in (greedy, uniform)]
         assert errors[0] < errors[1]
+
+
+def test_steps_of_teal_are_an_option(calibrators: dict[str, Calibrator]) -> None:
+    """Fewer and larger ones, which a large model needs on a small machine."""
+    calibration = calibrators["llama"].calibration
+    for percent in (20, 60):
+        rule = f"teal:step={percent}"
+        assert calibrators["llama"].plan(rule, sparsity=0.1, measure=False).rule == rule
+        path = calibration.cache[rule][0]
+        assert path.step[path.names.index("o_proj")] == pytest.approx(percent / 100)
+        np.testing.assert_allclose(path.step * path.share, path.step[0] * path.share[0])
+
+
+# SCAP --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rule", "less"), [("scap", 0.2), ("scap:less=40", 0.4)])
+@pytest.mark.parametrize("name", ["llama", "phi3", "opt"])
+def test_scap_cuts_the_ffns_inputs(
+    name: str, rule: str, less: float, calibrators: dict[str, Calibrator]
+) -> None:
+    calibrator = calibrators[name]
+    plan = calibrator.plan(rule, knob=0.7, measure=False)
+    layer = calibrator.model.layers[0]
+    assert plan.inputs == (*layer.ffn_inputs, "down_proj")
+    for tap in plan.inputs:
+        q = 0.7 if tap == "down_proj" else 0.7 - less
+        for i, values in enumerate(stored(calibrator.model, calibrator.calibration.windows, tap)):
+            expected = np.quantile(np.abs(values), q)
+            assert plan.arrays[f"{tap}.threshold"][i] == pytest.approx(expected, rel=2e-3)
+
+
+def test_scap_beyond_its_reach(calibrators: dict[str, Calibrator]) -> None:
+    with pytest.raises(UsageError) as error:
+        calibrators["llama"].plan("scap", sparsity=0.9)
+    assert str(error.value) == (
+        "rule scap reaches no sparsity above 0.867: gate_proj and up_proj stay 20 points behind "
+        "down_proj; give a smaller less"
+    )
+    assert calibrators["llama"].plan("scap:less=0", sparsity=0.9, measure=False).cuts
+
+
+def test_scap_of_a_mixture_of_experts(calibrators: dict[str, Calibrator]) -> None:
+    with pytest.raises(FallowError, match="mixture of experts"):
+        calibrators["qwen3_moe"].plan("scap", sparsity=0.5)
 
 
 # Searching for a loss ----------------------------------------------------------------------------
@@ -336,8 +465,9 @@ def test_search_ends_below_the_target_and_close_to_it(
     assert bound(plan) < 5.0
     rule_class = find_rule(rule)
     assert rule_class.search is not None
-    level = plan.knob if rule_class.search == "knob" or rule == "teal" else None
-    if rule in ("topk", "wina"):
+    greedy = ("teal", "teal_relative", "wina")
+    level = plan.knob if rule_class.search == "knob" or rule in greedy else None
+    if rule in ("topk", "act_topk", "wina_uniform"):
         level = 1 - plan.knob
     step = rule_class.search_limit / 2**10
     if level is not None and level + 2 * step < rule_class.search_limit:
@@ -390,8 +520,9 @@ def test_unknown_rule() -> None:
     with pytest.raises(UsageError) as error:
         find_rule("magic")
     assert str(error.value) == (
-        "unknown rule 'magic'; known rules: cats, cett, expert_mass, expert_share, expert_topk, "
-        "fat, gate_tail, gate_topk, percentile, relu, tail, teal, topk, two_stage, wina"
+        "unknown rule 'magic'; known rules: act_topk, cats, cett, expert_mass, expert_share, "
+        "expert_topk, fat, gate_tail, gate_topk, percentile, relu, scap, tail, teal, "
+        "teal_relative, teal_uniform, topk, topp, two_stage, wina, wina_uniform"
     )
 
 

@@ -37,7 +37,9 @@ void Cuts::apply(const Cut& cut, float* values, size_t width, int worker) {
   if (cut.by == Cut::By::kTopk)
     threshold = run_.kernels.topk_threshold(
         score, width, static_cast<size_t>(std::nearbyint(cut.value * static_cast<double>(width))));
-  if (cut.by == Cut::By::kTail) threshold = own.selector.tail(score, width, cut.value);
+  if (cut.by == Cut::By::kTail)
+    threshold = own.selector.tail(score, width, cut.value * cut.value, Mass::kSquare);
+  if (cut.by == Cut::By::kMass) threshold = own.selector.tail(score, width, cut.value, Mass::kScore);
   for (size_t i = 0; i < width; ++i) values[i] = score[i] <= threshold ? 0.0f : values[i];
 }
 

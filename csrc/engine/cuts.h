@@ -19,17 +19,19 @@ enum Tap {
 
 // Values v_i of one layer and token with |v_i| * weight_i <= threshold are inactive and become zero.
 // The threshold is fixed, or that of the k largest scores, or that of a tail of tau^2 of the squared
-// scores.
+// scores, or of a share of the scores themselves.
 struct Cut {
-  enum class By { kNothing, kThreshold, kTopk, kTail };
+  enum class By { kNothing, kThreshold, kTopk, kTail, kMass };
   By by = By::kNothing;
-  double value = 0;           // the threshold, k as a share of the width, or tau
+  double value = 0;           // the threshold, k as a share of the width, tau, or the share
   std::vector<float> weight;  // empty: all ones
 
   bool cuts() const { return by != By::kNothing; }
   // Whether one value is enough to know that it is inactive.
   bool is_fixed() const { return by == By::kNothing || by == By::kThreshold; }
 };
+
+constexpr uint32_t kLastBy = static_cast<uint32_t>(Cut::By::kMass);  // what files and callers may say
 
 using LayerCuts = std::array<Cut, kTaps>;
 

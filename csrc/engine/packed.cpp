@@ -375,7 +375,7 @@ FfnFile read_ffn_file(const uint8_t* data, uint64_t size) {
   const auto values = in.list<double>("ffn.cuts.value");
   const auto layers = in.counts("ffn.cuts.layer", values.size(), n_layers - 1),
              taps = in.counts("ffn.cuts.tap", values.size(), kTaps - 1),
-             kinds = in.counts("ffn.cuts.by", values.size(), 3);
+             kinds = in.counts("ffn.cuts.by", values.size(), kLastBy);
   for (size_t i = 0; i < values.size(); ++i) {
     const bool of_inputs = taps[i] == kGateInput || taps[i] == kUpInput;
     if (taps[i] < kGateInput || taps[i] > kFfnOut || !std::isfinite(values[i]))

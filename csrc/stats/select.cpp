@@ -23,30 +23,30 @@ size_t bin_of(float score) { return (std::bit_cast<uint32_t>(score) & 0x7FFFFFFF
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-double square(float v) { return static_cast<double>(v) * v; }
+double mass_of(float v, Mass mass) { return mass == Mass::kSquare ? static_cast<double>(v) * v : v; }
 
 }  // namespace
 
-RowSelector::RowSelector(size_t width) : counts_(kBins), squares_(kBins) {
+RowSelector::RowSelector(size_t width) : counts_(kBins), masses_(kBins) {
   inside_.reserve(width);
 }
 
-float RowSelector::tail(const float* row, size_t width, double tau) {
+float RowSelector::tail(const float* row, size_t width, double share, Mass mass) {
   if (!count(row, width)) return kNan;
-  squares_.assign(kBins, 0.0);
-  for (size_t i = 0; i < width; ++i) squares_[bin_of(row[i])] += square(row[i]);
+  masses_.assign(kBins, 0.0);
+  for (size_t i = 0; i < width; ++i) masses_[bin_of(row[i])] += mass_of(row[i], mass);
   double budget = 0;
-  for (double sum : squares_) budget += sum;
-  budget *= tau * tau;
+  for (double sum : masses_) budget += sum;
+  budget *= share;
 
   double spent = 0;
   size_t bin = 0;
-  while (bin < kBins && spent + squares_[bin] <= budget) spent += squares_[bin++];
+  while (bin < kBins && spent + masses_[bin] <= budget) spent += masses_[bin++];
   float threshold = gather(row, width, bin);
   std::sort(inside_.begin(), inside_.end());
   for (size_t i = 0, end; i < inside_.size(); i = end) {  // equal scores fit together or not
     for (end = i; end < inside_.size() && inside_[end] == inside_[i]; ++end)
-      spent += square(inside_[end]);
+      spent += mass_of(inside_[end], mass);
     if (spent > budget) break;
     threshold = inside_[i];
   }
@@ -93,12 +93,12 @@ void topk_thresholds(const float* scores, uint64_t rows, uint64_t width, uint64_
   });
 }
 
-void tail_thresholds(const float* scores, uint64_t rows, uint64_t width, double tau,
+void tail_thresholds(const float* scores, uint64_t rows, uint64_t width, double share, Mass mass,
                      float* thresholds, int n_threads) {
   parallel_ranges(rows, n_threads, [&](size_t begin, size_t end, int) {
     RowSelector selector(width);
     for (size_t r = begin; r < end; ++r)
-      thresholds[r] = selector.tail(scores + r * width, width, tau);
+      thresholds[r] = selector.tail(scores + r * width, width, share, mass);
   });
 }
 

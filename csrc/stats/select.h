@@ -8,20 +8,23 @@
 
 namespace fallow {
 
+// What of a score a tail's budget counts: its square, or itself.
+enum class Mass { kSquare, kScore };
+
 // Finds the tail threshold of one token; keeps its scratch memory from one to the next.
 class RowSelector {
  public:
   explicit RowSelector(size_t width = 0);
 
-  // Largest score whose tail stays within tau^2 of the row's sum of squares; 0 if there is none.
-  float tail(const float* row, size_t width, double tau);
+  // Largest score whose tail stays within `share` of the row's mass; 0 if there is none.
+  float tail(const float* row, size_t width, double share, Mass mass);
 
  private:
   bool count(const float* row, size_t width);
   float gather(const float* row, size_t width, size_t bin);
 
   std::vector<uint32_t> counts_;
-  std::vector<double> squares_;
+  std::vector<double> masses_;
   std::vector<float> inside_;
 };
 
@@ -31,9 +34,9 @@ class RowSelector {
 void topk_thresholds(const float* scores, uint64_t rows, uint64_t width, uint64_t k,
                      float* thresholds, int n_threads);
 
-// Largest score t of each row with sum of score^2 over {score <= t} <= tau^2 * sum of score^2;
+// Largest score t of each row such that the scores up to t have at most `share` of the row's mass;
 // 0 if there is none.
-void tail_thresholds(const float* scores, uint64_t rows, uint64_t width, double tau,
+void tail_thresholds(const float* scores, uint64_t rows, uint64_t width, double share, Mass mass,
                      float* thresholds, int n_threads);
 
 }  // namespace fallow

@@ -22,6 +22,9 @@ def topk_thresholds(
 def tail_thresholds(
     scores: np.ndarray, tau: float, thresholds: np.ndarray, n_threads: int = 1
 ) -> None: ...
+def mass_thresholds(
+    scores: np.ndarray, share: float, thresholds: np.ndarray, n_threads: int = 1
+) -> None: ...
 
 LINE_WORDS: int
 WEIGHT_PLANES: int

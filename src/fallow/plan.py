@@ -26,7 +26,9 @@ PROJECTIONS = (
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj",
     "gate_proj", "up_proj", "gate_up_proj", "down_proj",
 )  # fmt: skip
-KINDS = {"threshold": np.float32, "topk": np.float64, "tail": np.float64}  # of cuts: their values
+KINDS = {  # of cuts: their values
+    "threshold": np.float32, "topk": np.float64, "tail": np.float64, "mass": np.float64,
+}  # fmt: skip
 COLUMN_NORM = "column_norm"
 
 
@@ -40,7 +42,7 @@ class Cut:
         kind: what `value` says of each layer. "threshold": the threshold itself; below 0 nothing
             is cut. "topk": k / width, and the threshold is each token's smallest that leaves at
             most k scores above it. "tail": τ, and it is each token's largest score with
-            Σ score² up to it <= τ² Σ score².
+            Σ score² up to it <= τ² Σ score². "mass": m, with Σ score up to it <= m Σ score.
         value: (L,), or one number for all layers.
         weight: (L, width), or "column_norm": of the projection W that reads the tap (down_proj,
             for values of the FFN) ||W[:, i]||. None: 1.

@@ -196,7 +196,7 @@ def tradeoff(
     model: ModelArg,
     rules: Annotated[
         str, typer.Option(help="Comma-separated; see: fallow rules.")
-    ] = "percentile,cats,topk,tail,cett,teal,wina",
+    ] = "percentile,cats,topk,topp,tail,cett,teal_uniform,wina_uniform",
     sparsities: Annotated[
         str, typer.Option(help="Comma-separated targets, [0, 1).")
     ] = "0.3,0.4,0.5,0.6,0.7",

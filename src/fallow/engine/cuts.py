@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fallow.engine.engine import Engine
 
 # How the core finds a cut's threshold: csrc/engine/cuts.h, Cut::By.
-BY = {"threshold": 1, "topk": 2, "tail": 3}
+BY = {"threshold": 1, "topk": 2, "tail": 3, "mass": 4}
 # The engine's projections that a fused one of the checkpoint stands for.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 Cut = tuple[int, int, int, float, np.ndarray | None]

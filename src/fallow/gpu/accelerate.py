@@ -121,8 +121,8 @@ def _check_cuts(cuts: Sequence[Cut], layer: Layer, act: str | None, name: str) -
     taps = {cut.tap: cut for cut in cuts}
     remedy = "use fallow.sparsify, or calibrate with gate_topk, two_stage or teal"
     for cut in cuts:
-        if cut.kind == "tail":
-            raise FallowError(f"no GPU kernel has cuts of {cut.tap} by tail; {remedy}")
+        if cut.kind in ("tail", "mass"):
+            raise FallowError(f"no GPU kernel has cuts of {cut.tap} by {cut.kind}; {remedy}")
         if cut.tap not in layer.projections and cut.tap not in ("gate_act", "inter"):
             raise FallowError(f"no GPU kernel has cuts of {cut.tap}; {remedy}")
     if (missing := _not_computed(layer)) is not None and tuple(taps) != ("inter",):

@@ -3,7 +3,7 @@
 One convention for ties, everywhere: a value is inactive iff its score is <= the threshold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def threshold_of(cut: Cut, index: int, score: torch.Tensor) -> float | torch.Ten
     value = float(cut.value[index])
     if cut.kind == "threshold":
         return value
-    return per_token_topk(score, value) if cut.kind == "topk" else per_token_tail(score, value)
+    return _PER_TOKEN[cut.kind](score, value)
 
 
 def per_token_topk(score: torch.Tensor, kept: float) -> torch.Tensor:
@@ -85,10 +85,7 @@ def per_token_topk(score: torch.Tensor, kept: float) -> torch.Tensor:
     k = round(kept * score.shape[1])
     if not devices.on_cpu(score):
         return _topk_in_torch(score, k)
-    scores = as_floats(score)
-    found = np.empty(len(scores), dtype=np.float32)
-    _core.topk_thresholds(scores, k, found, n_threads())
-    return torch.from_numpy(found)[:, None]
+    return _in_core(_core.topk_thresholds, score, k)
 
 
 def per_token_tail(score: torch.Tensor, tau: float) -> torch.Tensor:
@@ -97,11 +94,28 @@ def per_token_tail(score: torch.Tensor, tau: float) -> torch.Tensor:
     0 if there is none; otherwise as `per_token_topk`.
     """
     if not devices.on_cpu(score):
-        return _tail_in_torch(score, tau)
+        return _tail_in_torch(score, tau * tau, power=2)
+    return _in_core(_core.tail_thresholds, score, tau)
+
+
+def per_token_mass(score: torch.Tensor, share: float) -> torch.Tensor:
+    """Thresholds (T, 1): the largest with sum of score up to it <= share of the token's sum.
+
+    0 if there is none; otherwise as `per_token_topk`.
+    """
+    if not devices.on_cpu(score):
+        return _tail_in_torch(score, share, power=1)
+    return _in_core(_core.mass_thresholds, score, share)
+
+
+def _in_core(thresholds: Callable[..., None], score: torch.Tensor, value: float) -> torch.Tensor:
     scores = as_floats(score)
     found = np.empty(len(scores), dtype=np.float32)
-    _core.tail_thresholds(scores, tau, found, n_threads())
+    thresholds(scores, value, found, n_threads())
     return torch.from_numpy(found)[:, None]
+
+
+_PER_TOKEN = {"topk": per_token_topk, "tail": per_token_tail, "mass": per_token_mass}
 
 
 @torch.no_grad()
@@ -115,12 +129,12 @@ def _topk_in_torch(score: torch.Tensor, k: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _tail_in_torch(score: torch.Tensor, tau: float) -> torch.Tensor:
-    """The core's tail_thresholds, up to the rounding of sums in float64."""
+def _tail_in_torch(score: torch.Tensor, share: float, power: int) -> torch.Tensor:
+    """The core's tail_thresholds (power 2) and mass_thresholds (1), up to rounding in float64."""
     score = score.float()
     ordered = score.sort(dim=1).values
-    spent = ordered.double().square_().cumsum(dim=1)
-    fits = spent <= tau * tau * spent[:, -1:]
+    spent = ordered.double().pow_(power).cumsum(dim=1)
+    fits = spent <= share * spent[:, -1:]
     fits[:, :-1] &= ordered[:, :-1] != ordered[:, 1:]  # equal scores fit together or not
     return _nan_unless_finite(score, (ordered * fits).amax(dim=1, keepdim=True))
 

@@ -9,7 +9,7 @@ class TopK(Rule):
     """Keeps the k neurons with the largest |inter_i| ||down_proj[:, i]|| of each token."""
 
     name = "topk"
-    paper = "ours (docs/methods.md); arXiv:2411.02335 4.1 ranks |gate_act| per layer"
+    paper = "ours (docs/methods.md)"
     where = "inter"
     knob_name = "k / d_ff, the share kept per token"
     known = "after gate and up: saves down_proj"

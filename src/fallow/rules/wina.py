@@ -1,23 +1,37 @@
-"""WINA: per-token top-k on weight-informed scores of every projection's input."""
+"""WINA: per-token top-k on weight-informed scores of inputs, allocated greedily per block."""
 
 from fallow.models.capture import Calibration
-from fallow.plan import Cut
-from fallow.rules.topk import TopK
+from fallow.models.taps import Layer
+from fallow.plan import COLUMN_NORM
+from fallow.rules._greedy import Greedy
 
 
-class Wina(TopK):
-    """Keeps the inputs with the largest |x_j| ||W[:, j]|| of each token and projection."""
+class Wina(Greedy):
+    """Keeps the inputs with the largest scores of each token, k per layer and projection.
+
+    The score is |x_j| ||W[:, j]|| where the published code has it so, which is k_proj and
+    gate_proj (or what they are fused in), and |x_j| elsewhere; `wina_uniform` weights everywhere.
+    The code transforms those two to orthogonal columns first, which is not done here: the residual
+    stream would have to be rotated between any two of them (docs/methods.md, "WINA"). The first
+    hundredth of each window stays dense in the search, as in the code.
+    """
 
     name = "wina"
-    paper = "arXiv:2505.19427"
-    where = "input"
-    knob_name = "share of inputs kept per token and projection"
-    known = "before each projection: saves its columns"
+    paper = "arXiv:2505.19427, without its rotation of the weights"
+    kind = "topk"
 
     @classmethod
-    def learn(cls, calibration: Calibration, knob: float) -> list[Cut]:
-        taps = calibration.layers[0].projections
-        return [Cut(tap, "topk", knob, "column_norm") for tap in taps]
+    def value(cls, calibration: Calibration, index: int, projection: str, sparsity: float) -> float:
+        return 1 - sparsity
+
+    @classmethod
+    def weight(cls, layer: Layer, projection: str) -> str | None:
+        weighted = ("k_proj", "qkv_proj", *list(layer.ffn_inputs)[:1])  # without a gate: up_proj
+        return COLUMN_NORM if projection in weighted else None
+
+    @classmethod
+    def first_cut_token(cls, length: int) -> int:
+        return length - int(0.99 * length)
 
 
 RULE = Wina
