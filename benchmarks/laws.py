@@ -13,6 +13,7 @@ two, the large ones hours, minutes with a GPU. A stopped training goes on:
 
 import argparse
 import hashlib
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -36,7 +37,8 @@ TRUE = {
 }
 THREADS, PROMPT, NEW, ENGINE_RUNS = 1, 64, 256, 9
 LAST_POINTS = 3  # of a curve, for what it came to
-TRIALS, POINTS, SPAN = 250, 32, (3.0, 250.0)
+TRIALS, POINTS, SPAN = 150, 32, (3.0, 250.0)
+NOISES = (0.0, 0.5)  # lag-1 autocorrelation, AR(1)
 
 
 def steps() -> dict[str, Any]:
@@ -112,6 +114,7 @@ def published() -> list[dict[str, Any]]:
                 "published_mae": float(np.abs(theirs - used.ratio).mean()),
                 "published_rmse": float(np.sqrt(((theirs - used.ratio) ** 2).mean())),
                 "fit": fit_law(curve, law.activation, drop_first=drop).to_json(),
+                "all_points": fit_law(curve, law.activation, draws=20).to_json(),
             }
         )
         print(law.name, drop, flush=True)
@@ -126,22 +129,28 @@ def coverage() -> dict[str, Any]:
 
     x = np.geomspace(*SPAN, POINTS)
     found: dict[str, Any] = {}
-    for name, (params, noise) in TRUE.items():
-        form = FORMS[name]
+    for name, correlation in itertools.product(TRUE, NOISES):
+        form, (params, size) = FORMS[name], TRUE[name]
         covered = dict.fromkeys(params, 0)
         for seed in range(TRIALS):
-            rng = np.random.default_rng(seed)
-            curve = Curve(
-                name, TOKENS, x, form.values(params, x) + noise * rng.standard_normal(POINTS)
-            )
+            noise = size * correlated(np.random.default_rng(seed), POINTS, correlation)
+            curve = Curve(name, TOKENS, x, form.values(params, x) + noise)
             best = fit(form, x, curve.ratio)
-            rho = autocorrelation(curve.ratio - best(x))
+            rho = autocorrelation(curve.ratio - best(x), len(params))
             for parameter, value in params.items():
                 low, high = profile(best, curve, parameter, rho)
                 covered[parameter] += low <= value <= high
-        found[name] = {p: count / TRIALS for p, count in covered.items()}
-        print(name, found[name], flush=True)
+        shares = {p: count / TRIALS for p, count in covered.items()}
+        found.setdefault(name, {})[f"{correlation:g}"] = shares
+        print(name, correlation, shares, flush=True)
     return found
+
+
+def correlated(rng: np.random.Generator, n: int, correlation: float) -> np.ndarray:
+    """AR(1) noise of variance 1, (n,)."""
+    fresh = rng.standard_normal(n)
+    fresh[1:] *= np.sqrt(1 - correlation**2)
+    return np.array(list(itertools.accumulate(fresh, lambda last, e: correlation * last + e)))
 
 
 # Models of our own -------------------------------------------------------------------------------

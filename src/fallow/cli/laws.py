@@ -218,12 +218,13 @@ def _print_law(law: dict[str, Any]) -> None:
             f"{100 * r['mae']:.3f}",
             "-" if r["aicc"] is None else f"{r['aicc']:.1f}",
             "-" if r["extrapolation_mae"] is None else f"{100 * r['extrapolation_mae']:.3f}",
+            "better by both" if r["form"] in law["better"] else "",
         ]
         for r in law["rivals"]
     ]
     print_table(
         "it and its rivals; errors in points, the last of a fit to the first 60 % of the rest",
-        ["form", "formula", "error", "AICc", "of the rest"],
+        ["form", "formula", "error", "AICc", "of the rest", "than the law"],
         rivals,
     )
     for p in law["at"]:

@@ -84,7 +84,8 @@ def own_basis(path: str | Path) -> Basis:
     """The law of a curve of `fallow law train`.
 
     Raises:
-        FallowError: no such curve, or one that does not say its activation and parameters.
+        FallowError: no such curve, or one that does not say its activation and parameters, or that
+            is of another metric than the published ones.
     """
     curve = load_curve(path)
     content = parse_json(Path(path).read_bytes())
@@ -93,6 +94,11 @@ def own_basis(path: str | Path) -> Basis:
     if curve.kind != TOKENS or activation not in ("relu", "silu") or not known:
         raise FallowError(
             f"{path} does not say of what model it is; add activation (relu, silu) and parameters"
+        )
+    if fits(content.get("cett"), list):
+        raise FallowError(
+            f"{path} has a CETT per checkpoint, as older versions measured, which is not "
+            "CETT-PPL-1 %; train it again"
         )
     law = fit(FORMS[activation], curve.x, curve.ratio)
     name = f"own {Path(path).resolve().parent.name}/{curve.name}"
