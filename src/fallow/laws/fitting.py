@@ -197,18 +197,26 @@ def effective_points(n: int, rho: float) -> float:
     return n * (1 - rho) / (1 + rho)
 
 
+def rejection(best: Fit, fixed: Fit, curve: Curve, rho: float) -> float:
+    """By how much an F test at 95 % rejects a fit with one parameter given; below 0 it does not.
+
+    ln of the squared errors' ratio over the largest that is accepted.
+    """
+    from scipy.stats import f
+
+    freedom = max(effective_points(len(curve), rho) - len(best.form.params), 1.0)
+    # A perfect fit has no interval to speak of; rounding is not a residual.
+    ratio = max(fixed.sse, 1e-24) / max(best.sse, 1e-24)
+    return float(np.log(ratio) - np.log1p(f.ppf(LEVEL, 1, freedom) / freedom))
+
+
 def profile(best: Fit, curve: Curve, name: str, rho: float) -> Interval:
     """Where a parameter may lie so that the rest still fits, by an F test at 95 %.
 
     An end that no value excludes is the parameter's bound.
     """
     from scipy.optimize import brentq
-    from scipy.stats import f
 
-    freedom = max(effective_points(len(curve), rho) - len(best.form.params), 1.0)
-    # A perfect fit has no interval to speak of; rounding is not a residual.
-    least = max(best.sse, 1e-24)
-    limit = np.log1p(f.ppf(LEVEL, 1, freedom) / freedom)
     value = best.params[name]
     positive = name in best.form.theta
 
@@ -218,7 +226,7 @@ def profile(best: Fit, curve: Curve, name: str, rho: float) -> Interval:
         found = fit(best.form, curve.x, curve.ratio, fixed, near)
         grid = fit(best.form, curve.x, curve.ratio, fixed) if near is not None else found
         found = min(found, grid, key=lambda each: each.sse)
-        return float(np.log(max(found.sse, 1e-24) / least) - limit), found
+        return rejection(best, found, curve, rho), found
 
     centre = float(np.log(value)) if positive else value
     ends = []
