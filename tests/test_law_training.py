@@ -138,7 +138,11 @@ def test_one_cett_is_searched_on_the_last_five_checkpoints_and_judged_elsewhere(
         np.testing.assert_array_equal(plan.cuts[0].value, thresholds(folder, cett))
         for name, value in (("", cett), ("own_cett_", curve["own_cett"][i])):
             rise, ratio = rise_and_ratio(folder, judge, thresholds(folder, value))
-            found = {key.removeprefix(name): curve[key][i] for key in curve if key.startswith(name)}
+            found = {
+                key.removeprefix(name): values[i]
+                for key, values in curve.items()
+                if key.startswith(name) and isinstance(values, list)
+            }
             assert found["activation_ratio"] == pytest.approx(ratio.mean(), abs=1e-4)
             assert found["activation_ratio_se"] == pytest.approx(
                 ratio.std(ddof=1) / np.sqrt(6), rel=0.02
