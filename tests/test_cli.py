@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fallow
@@ -526,6 +527,13 @@ def test_law_fit(tmp_path: Path, run: Any) -> None:
     text = run(*command, "--tokens-for", "0.9").out
     for part in ("one limit A0 for all", "A = 0.9: never", "at 100 × 1e9 tokens: A = 0.3", "AICc"):
         assert part in text
+    tokens = np.geomspace(1e9, 3e11, 30)
+    falling = 0.1 - 0.005 * np.log(tokens / 1e9) + 2e-5 * np.random.default_rng(3).normal(size=30)
+    lists = {"token_passed": tokens.tolist(), "activation_ratio": falling.tolist()}
+    (tmp_path / "log.json").write_text(json.dumps(lists))
+    table = run("law", "fit", tmp_path / "log.json", "-o", tmp_path / "l", "--draws", 20).out
+    (line,) = [line for line in table.splitlines() if "A = c ln D + d" in line]
+    assert "better by both" in line
     (tmp_path / "bad.json").write_text('{"token_passed": [1e9, 2e9], "activation_ratio": [0.1]}')
     for arguments, code, message in (
         ([tmp_path / "bad.json"], 1, "token_passed has 2 values, activation_ratio 1"),
@@ -561,5 +569,8 @@ def test_law_train_sweep_and_advise(tmp_path: Path, run: Any) -> None:
     assert "width / depth" in run("law", "sweep", tmp_path / "c.toml", "-o", tmp_path / "s").out
     advice = run("law", "advise", "--params", "1e9", "--tokens", "2e11", "--json").json
     assert 0.06 < advice["ratio"] < 0.09
-    assert "FFN at most" in run("law", "advise", "--params", "1e9", "--tokens", "2e11").out
+    assert advice["best_loss_width_depth"] == [74, 282]
+    told = run("law", "advise", "--params", "1e9", "--tokens", "2e11").out
+    for part in ("FFN at most", "best training loss at d_model / layers of 74 to 282"):
+        assert part in told
     assert run("law", "advise", "--params", "-1", "--tokens", "2e11").code == 2

@@ -24,18 +24,20 @@ SMALL = Settings(
 )  # fmt: skip
 
 
+WORDS = ["the", "ship", "sailed", "at", "dawn", "and", "no", "one", "saw", "it", "return"]
+
+
 @pytest.fixture(scope="module")
 def novel() -> Text:
     rng = np.random.default_rng(0)
-    words = ["the", "ship", "sailed", "at", "dawn", "and", "no", "one", "saw", "it", "return"]
-    lines = [" ".join(rng.choice(words, 12)) for _ in range(1500)]
+    lines = [" ".join(rng.choice(WORDS, 12)) for _ in range(1500)]
     return Text("novel", "\n".join(lines))
 
 
 @pytest.fixture(autouse=True)
 def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "FIT_WINDOWS", 6)
-    monkeypatch.setattr(training, "JUDGE_WINDOWS", 6)
+    for name in ("FIT_WINDOWS", "SEARCH_WINDOWS", "JUDGE_WINDOWS"):
+        monkeypatch.setattr(training, name, 6)
 
 
 def test_trained_model_and_its_curve(novel: Text, tmp_path: Path) -> None:
@@ -64,6 +66,96 @@ def test_trained_model_and_its_curve(novel: Text, tmp_path: Path) -> None:
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
 
 
+def rise_and_ratio(
+    folder: Path, windows: np.ndarray, thresholds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """By transformers alone: each window's rise of the loss, and its share of active neurons."""
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    shares: list[float] = []
+
+    def cut(threshold: float, projection: Any) -> Any:
+        norms = projection.weight.detach().norm(dim=0)
+
+        def hook(_: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            active = inputs[0].abs() * norms > threshold
+            shares.append(float(active.float().mean()))
+            return (inputs[0] * active,)
+
+        return projection.register_forward_pre_hook(hook)
+
+    def losses() -> np.ndarray:
+        with torch.no_grad():
+            ids = [torch.from_numpy(window.astype(np.int64))[None] for window in windows]
+            return np.array([float(module(input_ids=i, labels=i).loss) for i in ids])
+
+    dense = losses()
+    for layer, threshold in zip(module.model.layers, thresholds, strict=True):
+        cut(float(threshold), layer.mlp.down_proj)
+    sparse = losses()
+    return sparse - dense, np.array(shares).reshape(len(windows), -1).mean(axis=1)
+
+
+def test_one_cett_is_searched_on_the_last_five_checkpoints_and_judged_elsewhere(
+    tmp_path: Path,
+) -> None:
+    # A word mostly follows from the one before: what the FFN has to know.
+    rng = np.random.default_rng(0)
+    told = [0]
+    for follows, other in zip(rng.random(18_000) < 0.8, rng.integers(11, size=18_000), strict=True):
+        told.append((7 * told[-1] + 3) % 11 if follows else int(other))
+    lines = [" ".join(WORDS[i] for i in told[at : at + 12]) for at in range(0, 18_000, 12)]
+    chain = Text("chain", "\n".join(lines))
+    settings = replace(SMALL, checkpoints=6, tokens=20_000)
+    report = train(tmp_path / "m", chain, settings)
+    curve = json.loads((tmp_path / "m" / "curve.json").read_text())
+    folders = [tmp_path / "m" / "checkpoints" / str(n) for n in curve["token_passed"]]
+    assert len(folders) == 6
+    held_out = training.prepare(tmp_path / "m", chain, settings).held_out
+    windows = fallow.load(str(folders[0])).windows(held_out, settings.context, 18)
+    search, judge = windows[6:12], windows[12:]
+
+    def thresholds(folder: Path, cett: float) -> np.ndarray:
+        plan = fallow.calibrate(
+            fallow.load(str(folder)), "cett", knob=cett, text=held_out,
+            context=settings.context, windows=6, validation_windows=6, measure=False,
+        )  # fmt: skip
+        (found,) = plan.cuts
+        return found.value
+
+    def mean_rise(cett: float, of: list[Path]) -> float:
+        rises = [rise_and_ratio(f, search, thresholds(f, cett))[0].mean() for f in of]
+        return 100 * (float(np.exp(rises).mean()) - 1)
+
+    cett = curve["cett"]
+    assert mean_rise(cett, folders[-5:]) < 1
+    assert mean_rise(cett + 1 / 1024, folders[-5:]) >= 1  # where the search's last step ended
+    assert len(set(curve["own_cett"])) > 1  # it matters on which checkpoints
+    for i, folder in enumerate(folders):
+        plan = fallow.Plan.load(folder / "cett.plan")
+        assert plan.knob == cett
+        np.testing.assert_array_equal(plan.cuts[0].value, thresholds(folder, cett))
+        for name, value in (("", cett), ("own_cett_", curve["own_cett"][i])):
+            rise, ratio = rise_and_ratio(folder, judge, thresholds(folder, value))
+            found = {
+                key.removeprefix(name): values[i]
+                for key, values in curve.items()
+                if key.startswith(name) and isinstance(values, list)
+            }
+            assert found["activation_ratio"] == pytest.approx(ratio.mean(), abs=1e-4)
+            assert found["activation_ratio_se"] == pytest.approx(
+                ratio.std(ddof=1) / np.sqrt(6), rel=0.02
+            )
+            change = 100 * np.exp(rise.mean())
+            assert found["ppl_change_percent"] == pytest.approx(change - 100, abs=2e-3)
+            assert found["ppl_change_se"] == pytest.approx(
+                change * rise.std(ddof=1) / np.sqrt(6), rel=0.02
+            )
+    assert report.cett == cett
+    assert fallow.Plan.load(tmp_path / "m" / "cett.plan").knob == cett
+
+
 def test_resumed_run_is_the_same(
     novel: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +182,19 @@ def test_resumed_run_is_the_same(
             with pytest.raises(KeyboardInterrupt):
                 train(tmp_path / "parts", novel, SMALL)
         assert not (tmp_path / "parts" / "model.safetensors").exists()
+    for name, calls in (("joint_cett", 0), ("judge", 2), ("judge", 3)):
+        real, left = getattr(training, name), [calls]
+
+        def cut(*given: Any, real: Any = real, left: list[int] = left) -> Any:
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return real(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, name, cut)
+            with pytest.raises(KeyboardInterrupt):
+                train(tmp_path / "parts", novel, SMALL)
     parts = train(tmp_path / "parts", novel, SMALL)
     assert losses["parts"] == losses["whole"]
     assert parts.sha256 == whole.sha256
@@ -178,6 +283,12 @@ def test_bad_requests(novel: Text, tmp_path: Path) -> None:
     train(tmp_path / "n", novel, replace(SMALL, tokens=300, checkpoints=1))
     with pytest.raises(FallowError, match="another activation, tokens, checkpoints; choose"):
         train(tmp_path / "n", novel, replace(SMALL, activation="silu"))
+    settings = tmp_path / "n" / "training.json"
+    older = {k: v for k, v in json.loads(settings.read_text()).items() if k != "metric"}
+    settings.write_text(json.dumps(older))
+    with pytest.raises(FallowError, match="another metric; choose another"):
+        train(tmp_path / "n", novel, replace(SMALL, tokens=300, checkpoints=1))
+    settings.write_text(json.dumps(older | {"metric": training.METRIC}))
     (tmp_path / "n" / "model.safetensors").unlink()
     (tmp_path / "n" / "state.pt").write_bytes(b"cut")
     with pytest.raises(FallowError, match=r"state\.pt is damaged"):
@@ -313,7 +424,11 @@ def test_own_curve_joins(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(FallowError, match="does not say of what model it is"):
         own_basis(path)
-    path.write_text(json.dumps(content | {"activation": "silu", "parameters": 2e6}))
+    content |= {"activation": "silu", "parameters": 2e6}
+    path.write_text(json.dumps(content | {"cett": [0.1] * 12}))
+    with pytest.raises(FallowError, match="has a CETT per checkpoint, as older versions measured"):
+        own_basis(path)
+    path.write_text(json.dumps(content))
     found = advise(2e6, 1e9, "silu", [own_basis(path)])
     assert found.ratio == pytest.approx(0.29, abs=1e-3)
     assert "own run/curve" in found.rests_on

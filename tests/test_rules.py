@@ -505,9 +505,7 @@ def test_search_is_p3s_bisection(
 ) -> None:
     """On a known curve, PPL +9 v ± v %, the search ends within 1e-3 below v = 0.3."""
     calibrator = calibrators["llama"]
-    monkeypatch.setattr(
-        calibrator, "_ppl_increase", lambda plan, enough: (9 * plan.knob, plan.knob)
-    )
+    monkeypatch.setattr(calibrator, "ppl_increase", lambda plan, enough: (9 * plan.knob, plan.knob))
     monkeypatch.setattr(calibrator, "measure", lambda plan, windows: (0.0, 0.0, None))
     plan = calibrator.plan("tail", max_ppl_increase=3.0)
     assert 0.299 <= plan.knob < 0.3

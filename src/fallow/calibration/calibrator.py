@@ -1,6 +1,7 @@
 """From a model and a text to a plan: thresholds for a sparsity, a parameter, or a stated loss."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,39 +153,10 @@ class Calibrator:
             )
         with enough_memory():
             if max_ppl_increase is not None:
-                return self._search(found, max_ppl_increase)
+                return search_jointly([self], found, max_ppl_increase, to_spare=1)[0]
             return found.fit(self.calibration, sparsity=sparsity, knob=knob)
 
-    def _search(self, rule_class: type[Choice], increase: float) -> Choice:
-        """Bisection on PPL over held-out calibration windows, for any rule.
-
-        arXiv:2411.02335, Algorithm 1. Ends at the largest level found whose increase stays below
-        the target by one paired standard error: an estimate on a few windows alone would be too
-        high as often as too low.
-        """
-        if rule_class.search is None:
-            raise UsageError(f"rule {rule_class.name} has no parameter to search; give --knob 0")
-        low, high = 0.0, rule_class.search_limit
-        best = rule_class.fit(self.calibration, **{rule_class.search: 0.0})
-        steps = math.ceil(math.log2(high / SEARCH_TOLERANCE))
-        with progress(f"search {rule_class.name}", steps) as ticker:
-            for _ in range(steps):
-                middle = (low + high) / 2
-                fitted = rule_class.fit(self.calibration, **{rule_class.search: middle})
-                change, error = self._ppl_increase(self.applied(fitted), increase)
-                console.print(
-                    f"{rule_class.name} at {rule_class.search} {middle:.4f}: "
-                    f"PPL {change:+.2f} ± {error:.2f} %",
-                    highlight=False,
-                )
-                if change + error < increase:
-                    low, best = middle, fitted
-                else:
-                    high = middle
-                ticker.advance()
-        return best
-
-    def _ppl_increase(self, plan: Plan | Selector, enough: float) -> tuple[float, float]:
+    def ppl_increase(self, plan: Plan | Selector, enough: float) -> tuple[float, float]:
         """PPL increase on the held-out windows and its standard error, percent.
 
         Stops at the window from which on it exceeds `enough` (percent) twice over even if the
@@ -196,10 +168,9 @@ class Calibrator:
         for i in range(len(losses)):
             losses[i] = window_losses(self.model, self.validation[i : i + 1], plan)[0]
             increase, error = ppl_change_percent(losses, self._dense_losses)
-            assert error is not None
             if increase > 2 * enough:
                 break
-        return increase, error
+        return increase, error or 0.0
 
     def applied(self, fitted: Choice) -> Plan | Selector:
         """What runs on a model: a rule's plan, or the selector itself."""
@@ -233,6 +204,49 @@ class Calibrator:
         sparsity = float(np.mean([r.achieved_sparsity for r in sparse]))
         losses = np.array([r.loss for r in sparse])
         return sparsity, *ppl_change_percent(losses, np.array(dense))
+
+
+def search_jointly(
+    calibrators: Sequence[Calibrator], rule_class: type[Choice], increase: float, to_spare: float
+) -> list[Choice]:
+    """The rule fitted to each model at one level, where PPL rises by `increase` percent on average.
+
+    Bisection over held-out calibration windows (arXiv:2411.02335, Algorithm 1). Ends at the largest
+    level found whose increase stays below the target by `to_spare` paired standard errors: of the
+    paper 0, by which an estimate on a few windows is too high as often as too low.
+
+    Raises:
+        UsageError: the rule has no parameter to search.
+    """
+    if rule_class.search is None:
+        raise UsageError(f"rule {rule_class.name} has no parameter to search; give --knob 0")
+
+    def fit_all(level: float) -> list[Choice]:
+        return [rule_class.fit(c.calibration, **{rule_class.search: level}) for c in calibrators]
+
+    low, high = 0.0, rule_class.search_limit
+    best = fit_all(0.0)
+    # What one of several models may lose before the mean is twice the target.
+    enough = increase * len(calibrators)
+    steps = math.ceil(math.log2(high / SEARCH_TOLERANCE))
+    with progress(f"search {rule_class.name}", steps) as ticker:
+        for _ in range(steps):
+            middle = (low + high) / 2
+            fitted = fit_all(middle)
+            pairs = zip(calibrators, fitted, strict=True)
+            # Models that read the same windows err alike, so that the mean's error is no smaller.
+            change, error = np.mean([c.ppl_increase(c.applied(f), enough) for c, f in pairs], 0)
+            console.print(
+                f"{rule_class.name} at {rule_class.search} {middle:.4f}: "
+                f"PPL {change:+.2f} ± {error:.2f} %",
+                highlight=False,
+            )
+            if change + to_spare * error < increase:
+                low, best = middle, fitted
+            else:
+                high = middle
+            ticker.advance()
+    return best
 
 
 def calibrate(

@@ -131,7 +131,8 @@ def law_train(
         return
     print(
         f"written: {output}: {report.non_embedding_parameters / 1e6:.2f} M parameters besides "
-        f"embeddings, {report.epochs:.2f} epochs, activation ratio {report.activation_ratio:.4f}, "
+        f"embeddings, {report.epochs:.2f} epochs, activation ratio {report.activation_ratio:.4f} ± "
+        f"{report.activation_ratio_se:.4f} at CETT {report.cett:.4f} (CETT-PPL-1 %), "
         f"validation loss {report.validation_loss:.3f}; the curve: {report.curve}"
     )
 
@@ -195,6 +196,11 @@ def law_advise(
         ("gate_proj computed to know them", found.gate_ceiling, found.gate_interval),
     ):
         print(f"FFN at most {value:.1f} times faster ({low:.1f} to {high:.1f}), {what}")
+    low, high = found.best_loss_width_depth
+    print(
+        f"best training loss at d_model / layers of {low:.0f} to {high:.0f} (0.1B ReLU models); "
+        "the smallest of these is the sparsest"
+    )
     print(f"rests on: {', '.join(found.rests_on)}")
 
 
@@ -218,12 +224,13 @@ def _print_law(law: dict[str, Any]) -> None:
             f"{100 * r['mae']:.3f}",
             "-" if r["aicc"] is None else f"{r['aicc']:.1f}",
             "-" if r["extrapolation_mae"] is None else f"{100 * r['extrapolation_mae']:.3f}",
+            "better by both" if r["form"] in law["better"] else "",
         ]
         for r in law["rivals"]
     ]
     print_table(
         "it and its rivals; errors in points, the last of a fit to the first 60 % of the rest",
-        ["form", "formula", "error", "AICc", "of the rest"],
+        ["form", "formula", "error", "AICc", "of the rest", "than the law"],
         rivals,
     )
     for p in law["at"]:

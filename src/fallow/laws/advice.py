@@ -56,12 +56,19 @@ PUBLISHED = (
 )
 
 
+# Of d_model / layers: where 0.1B ReLU models have their best training loss (Fig. 6). The activation
+# ratio rises with it (Fig. 5), so that the paper takes the smallest.
+BEST_LOSS_WIDTH_DEPTH = (74.0, 282.0)
+
+
 @dataclass
 class Advice:
     """An expected ratio, with the range of the laws it rests on, and what it could be worth.
 
     `known_ceiling` is how much faster an FFN could be at most if the active neurons were known at
     no cost, `gate_ceiling` if gate_proj had to be computed for all: 1 / A and 3 / (1 + 2 A).
+    `best_loss_width_depth` is the interval of d_model / layers with the best training loss, which
+    is known of 0.1B ReLU models alone.
     """
 
     activation: str
@@ -73,6 +80,7 @@ class Advice:
     known_interval: Interval
     gate_ceiling: float
     gate_interval: Interval
+    best_loss_width_depth: Interval
     rests_on: list[str]
     warnings: list[str]
 
@@ -84,7 +92,8 @@ def own_basis(path: str | Path) -> Basis:
     """The law of a curve of `fallow law train`.
 
     Raises:
-        FallowError: no such curve, or one that does not say its activation and parameters.
+        FallowError: no such curve, or one that does not say its activation and parameters, or that
+            is of another metric than the published ones.
     """
     curve = load_curve(path)
     content = parse_json(Path(path).read_bytes())
@@ -93,6 +102,11 @@ def own_basis(path: str | Path) -> Basis:
     if curve.kind != TOKENS or activation not in ("relu", "silu") or not known:
         raise FallowError(
             f"{path} does not say of what model it is; add activation (relu, silu) and parameters"
+        )
+    if fits(content.get("cett"), list):
+        raise FallowError(
+            f"{path} has a CETT per checkpoint, as older versions measured, which is not "
+            "CETT-PPL-1 %; train it again"
         )
     law = fit(FORMS[activation], curve.x, curve.ratio)
     name = f"own {Path(path).resolve().parent.name}/{curve.name}"
@@ -137,6 +151,7 @@ def advise(parameters: float, tokens: float, activation: str, own: Sequence[Basi
         known_interval=(1 / max(high, 1e-9), 1 / max(low, 1e-9)),
         gate_ceiling=3 / (1 + 2 * ratio),
         gate_interval=(3 / (1 + 2 * high), 3 / (1 + 2 * low)),
+        best_loss_width_depth=BEST_LOSS_WIDTH_DEPTH,
         rests_on=[law.name for law in laws],
         warnings=_warnings(laws, parameters, per_parameter),
     )

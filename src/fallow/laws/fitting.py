@@ -12,12 +12,13 @@ import numpy as np
 
 from fallow.common.errors import FallowError, UsageError
 from fallow.laws.curves import TOKENS, Curve
-from fallow.laws.forms import BOUNDS, FORMS, LEAST_LOG_GAIN, Fit, Form, find_form, fit
+from fallow.laws.forms import BOUNDS, FORMS, Fit, Form, find_form, fit
 
 LEVEL = 0.95
 DRAWS = 400  # of the bootstrap
 TRAIN_SHARE = 0.6  # of a curve's points, from which the rest is predicted
-REFITS = (0, 3, 6)  # points dropped at the beginning
+MORE_DROPPED = 3  # points that an identified limit must not depend on
+REFITS = (0, MORE_DROPPED, 6)  # points dropped at the beginning
 RIVALS = ("power", "shifted power", "exponential", "logarithm", "shifted logarithm")
 BAND_POINTS, BAND_AHEAD = 100, 3.0  # up to three times the last x
 Interval = tuple[float, float]
@@ -71,7 +72,8 @@ class LawFit:
     identified: bool
     warning: str | None
     refits: dict[int, dict[str, float]]  # by points dropped besides
-    rivals: list[Rival]
+    rivals: list[Rival]  # the form itself first
+    better: list[str]  # rivals that are closer both by AICc and on the last points
     at: list[Prediction]  # of the ratio
     tokens_for: list[Prediction]  # of x
     band_x: list[float]
@@ -102,22 +104,25 @@ def fit_law(
 
     Raises:
         UsageError: an unknown form, or a negative `drop_first`.
-        FallowError: fewer points than parameters are left.
+        FallowError: fewer points than parameters are left, or the fit is outside its bounds.
     """
     if drop_first < 0:
         raise UsageError(f"--drop-first {drop_first} is negative")
     used = curve.without_first(drop_first)
     wanted = _form_for(used, form)
     best = fit(wanted, used.x, used.ratio)
+    wanted.check(best.params, curve.name)
     residuals = used.ratio - best(used.x)
-    rho = autocorrelation(residuals)
+    rho = autocorrelation(residuals, len(wanted.params))
     refitted = resample(best, used, rho, draws, seed)
     intervals = {name: profile(best, used, name, rho) for name in wanted.params}
     bootstrap = {
         name: _interval([draw.params[name] for draw in refitted], best.params[name])
         for name in wanted.params
     }
-    warning = _not_identified(best, used, intervals)
+    refits = _refits(wanted, used)
+    warning = _not_identified(best, used, intervals, refits)
+    rivals = [_rival(FORMS[n], used) for n in _rivals_of(wanted, used)]
     band_x, band = _band(best, refitted, used)
     return LawFit(
         curve=curve.name,
@@ -134,8 +139,9 @@ def fit_law(
         autocorrelation=rho,
         identified=warning is None,
         warning=warning,
-        refits=_refits(wanted, used),
-        rivals=[_rival(FORMS[n], used) for n in _rivals_of(wanted, used)],
+        refits=refits,
+        rivals=rivals,
+        better=_better(rivals),
         at=[_ratio_at(best, refitted, x) for x in at],
         tokens_for=[_tokens_for(best, refitted, ratio) for ratio in tokens_for],
         band_x=band_x,
@@ -173,15 +179,35 @@ def _rivals_of(form: Form, curve: Curve) -> list[str]:
 # Intervals ---------------------------------------------------------------------------------------
 
 
-def autocorrelation(residuals: np.ndarray) -> float:
-    """Lag-1, never below 0; at most 0.9."""
-    power = float((residuals**2).sum())
-    return float(np.clip((residuals[1:] * residuals[:-1]).sum() / power, 0, 0.9)) if power else 0.0
+def autocorrelation(residuals: np.ndarray, n_params: int) -> float:
+    """Lag-1 of the noise behind a fit's residuals (n,), never below 0; at most 0.9.
+
+    Residuals hang together less than the noise, which a fit follows: of a mean alone their r is too
+    low by (1 + 4 ρ) / n (Kendall, Biometrika 41, 1954), and by 1 / n more with every parameter.
+    """
+    power, n = float((residuals**2).sum()), len(residuals)
+    if power == 0:
+        return 0.0
+    r = float((residuals[1:] * residuals[:-1]).sum()) / power
+    return float(np.clip(r + (n_params + 4 * r) / n, 0, 0.9))
 
 
 def effective_points(n: int, rho: float) -> float:
     """For how many independent points n with that autocorrelation count."""
     return n * (1 - rho) / (1 + rho)
+
+
+def rejection(best: Fit, fixed: Fit, curve: Curve, rho: float) -> float:
+    """By how much an F test at 95 % rejects a fit with one parameter given; below 0 it does not.
+
+    ln of the squared errors' ratio over the largest that is accepted.
+    """
+    from scipy.stats import f
+
+    freedom = max(effective_points(len(curve), rho) - len(best.form.params), 1.0)
+    # A perfect fit has no interval to speak of; rounding is not a residual.
+    ratio = max(fixed.sse, 1e-24) / max(best.sse, 1e-24)
+    return float(np.log(ratio) - np.log1p(f.ppf(LEVEL, 1, freedom) / freedom))
 
 
 def profile(best: Fit, curve: Curve, name: str, rho: float) -> Interval:
@@ -190,21 +216,17 @@ def profile(best: Fit, curve: Curve, name: str, rho: float) -> Interval:
     An end that no value excludes is the parameter's bound.
     """
     from scipy.optimize import brentq
-    from scipy.stats import f
 
-    freedom = max(effective_points(len(curve), rho) - len(best.form.params), 1.0)
-    # A perfect fit has no interval to speak of; rounding is not a residual.
-    least = max(best.sse, 1e-24)
-    limit = np.log1p(f.ppf(LEVEL, 1, freedom) / freedom)
     value = best.params[name]
     positive = name in best.form.theta
 
     def excess(at: float, near: Fit | None = None) -> tuple[float, Fit]:
-        fixed = {name: np.exp(at) if positive else at}
+        # The exponential of a bound's logarithm may lie just outside.
+        fixed = {name: float(np.clip(np.exp(at), *BOUNDS[name])) if positive else at}
         found = fit(best.form, curve.x, curve.ratio, fixed, near)
         grid = fit(best.form, curve.x, curve.ratio, fixed) if near is not None else found
         found = min(found, grid, key=lambda each: each.sse)
-        return float(np.log(max(found.sse, 1e-24) / least) - limit), found
+        return rejection(best, found, curve, rho), found
 
     centre = float(np.log(value)) if positive else value
     ends = []
@@ -233,14 +255,8 @@ def profile(best: Fit, curve: Curve, name: str, rho: float) -> Interval:
 
 def _limits(form: Form, name: str) -> Interval:
     """Where to stop looking; logarithms for θ."""
-    if name in form.theta:
-        low, high = np.log(BOUNDS[name])
-        return float(low), float(high)
-    if name == form.names[1]:
-        return form.offset
-    if form.log_gain:
-        return LEAST_LOG_GAIN, float(np.log(form.gain[1]))
-    return form.gain
+    low, high = form.bounds(name)
+    return (float(np.log(low)), float(np.log(high))) if name in form.theta else (low, high)
 
 
 def resample(best: Fit, curve: Curve, rho: float, draws: int, seed: int) -> list[Fit]:
@@ -268,18 +284,34 @@ def _interval(values: Sequence[float] | np.ndarray, estimate: float) -> Interval
     return min(float(low), float(estimate)), max(float(high), float(estimate))
 
 
-def _not_identified(best: Fit, curve: Curve, intervals: dict[str, Interval]) -> str | None:
+def _not_identified(
+    best: Fit,
+    curve: Curve,
+    intervals: dict[str, Interval],
+    refits: dict[int, dict[str, float]],
+) -> str | None:
     """Why the limit A0 cannot be told from this curve; None if it can."""
     if best.form.names[1] != "A0" or curve.kind != TOKENS:
         return None
     low, high = intervals["A0"]
     spread = float(curve.ratio.max() - curve.ratio.min())
-    if low > 0 and high < 1 and high - low < spread:
+    later = refits.get(MORE_DROPPED)
+    if best.gain == 0:
+        why = f"a constant fits as well as {best.form.formula} does"
+    elif not (low > 0 and high < 1 and high - low < spread):
+        why = (
+            f"anything from {low:.3g} to {high:.3g} fits, while the curve itself spans {spread:.3g}"
+        )
+    elif later is None:
+        why = f"{len(curve)} points are too few to fit again without {MORE_DROPPED} of them"
+    elif not low <= later["A0"] <= high:
+        why = (
+            f"without the first {MORE_DROPPED} points it is {later['A0']:.3g}, outside the "
+            f"{low:.3g} to {high:.3g} of all"
+        )
+    else:
         return None
-    return (
-        f"A0 is not identified: anything from {low:.3g} to {high:.3g} fits, while the curve itself "
-        f"spans {spread:.3g}; train longer, or do not rely on the limit"
-    )
+    return f"A0 is not identified: {why}; train longer, or do not rely on the limit"
 
 
 # What follows ------------------------------------------------------------------------------------
@@ -319,6 +351,21 @@ def _rival(form: Form, curve: Curve) -> Rival:
         aicc=aicc,
         extrapolation_mae=extrapolation_error(form, curve),
     )
+
+
+def _better(rivals: list[Rival]) -> list[str]:
+    """Those that beat the first, the law, by AICc and on points that neither was fitted to."""
+    law, *others = rivals
+    if law.aicc is None or law.extrapolation_mae is None:
+        return []
+    return [
+        rival.form
+        for rival in others
+        if rival.aicc is not None
+        and rival.extrapolation_mae is not None
+        and rival.aicc < law.aicc
+        and rival.extrapolation_mae < law.extrapolation_mae
+    ]
 
 
 def extrapolation_error(form: Form, curve: Curve) -> float | None:
@@ -397,7 +444,7 @@ def fit_jointly(curves: Sequence[Curve], form: str = "auto", *, drop_first: int 
     law = FORMS[forms.pop()]
     own = [fit(law, c.x, c.ratio) for c in used]
     points = [
-        effective_points(len(c), autocorrelation(c.ratio - best(c.x)))
+        effective_points(len(c), autocorrelation(c.ratio - best(c.x), len(law.params)))
         for c, best in zip(used, own, strict=True)
     ]
 

@@ -52,6 +52,26 @@ class Form:
         """Names of all parameters, θ first."""
         return (*self.theta, *self.names)
 
+    def bounds(self, name: str) -> tuple[float, float]:
+        """What a parameter of the formula may be."""
+        if name in self.theta:
+            return BOUNDS[name]
+        if name == self.names[1]:
+            return self.offset
+        if self.log_gain:
+            return LEAST_LOG_GAIN, float(np.log(self.gain[1]))
+        return self.gain
+
+    def check(self, params: Mapping[str, float], of: str) -> None:
+        """Raises FallowError for a parameter outside its bounds, naming what it is `of`."""
+        for name, value in params.items():
+            low, high = self.bounds(name)
+            if not low <= value <= high:
+                raise FallowError(
+                    f"{of}: {name} = {value:g} of {self.formula} lies outside {low:g} to {high:g}; "
+                    "fit the curve again, or another form to it"
+                )
+
     def values(self, params: Mapping[str, float], x: np.ndarray | float) -> np.ndarray:
         """A at x, (n,), with parameters of the formula."""
         points = np.atleast_1d(np.asarray(x, dtype=np.float64))
@@ -101,11 +121,12 @@ def fit(
         near: a fit to start from in place of the grid.
 
     Raises:
-        FallowError: fewer points than parameters.
+        FallowError: fewer points than parameters, or one that is given outside its bounds.
     """
     from scipy.optimize import least_squares
 
     fixed = dict(fixed or {})
+    form.check(fixed, "given")
     if len(x) < len(form.params) - len(fixed):
         raise FallowError(
             f"{len(x)} points are fewer than the {len(form.params)} parameters of {form.formula}"

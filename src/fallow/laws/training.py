@@ -8,6 +8,10 @@ The folder that a training leaves is a Hugging Face model, so that every other c
     training.json            settings
     state.pt                 what a stopped training goes on from
 
+CETT-PPL-1 %, the published activation ratio, is that at one CETT, found jointly on the last five
+checkpoints and applied to all (4.2, App. E-F): it is measured when the last of them is there.
+Until then each checkpoint is measured at a CETT of its own, which falls as a model learns.
+
 The learning rate warms up, stays, and decays (WSD). As the published curves do, this one ends
 before the decay.
 """
@@ -17,6 +21,7 @@ import math
 import pickle
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +31,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fallow.calibration.calibrator import calibrate
+from fallow.calibration.calibrator import Calibrator, search_jointly
 from fallow.checkpoints.text import Text, load_text
 from fallow.checkpoints.tokenizer import usable
 from fallow.common.errors import FallowError, UsageError
@@ -42,17 +47,21 @@ from fallow.common.files import (
     write_json,
     write_text,
 )
+from fallow.common.metrics import ppl_change_percent, standard_error
 from fallow.common.progress import console
 from fallow.laws.curves import RATIO, TOKENS
-from fallow.measure.evaluation import window_losses
+from fallow.measure.evaluation import run_window, window_losses
 from fallow.measure.profiling import DEAD, profile
 from fallow.models.devices import device_named, has_bfloat16
+from fallow.plan import Plan
 from fallow.reference.model import (
+    Model,
     keep_freed_memory,
     load,
     quieten_transformers,
     use_fastest_float32,
 )
+from fallow.rules.cett import Cett
 
 ACTIVATIONS = ("relu", "silu")
 WARM_UP, DECAY = 0.02, 0.1  # shares of the steps
@@ -62,11 +71,17 @@ HELD_OUT = 0.02  # of the text, its last paragraphs; more of a short one
 CHARACTERS_PER_TOKEN = 6  # at most, of small vocabularies
 FIRST_CHECKPOINT = 1 / 50  # of the tokens
 PPL_INCREASE = 1.0  # percent: CETT-PPL-1 %
-FIT_WINDOWS, JUDGE_WINDOWS = 32, 32  # of the held-out text, for that
+METRIC = "CETT-PPL-1 %, jointly"
+JOINT = 5  # last checkpoints that CETT is searched on
+# Of the held-out text: thresholds are fitted on the first, CETT is searched on the next, and what
+# is reported is measured on the last.
+FIT_WINDOWS, SEARCH_WINDOWS, JUDGE_WINDOWS = 32, 32, 32
 SAVE_SECONDS = 120.0  # between states
 REPORT_SECONDS = 30.0
 TOKENIZER_CHARACTERS = 10_000_000  # of the text that the tokenizer is trained on
 END = "<|endoftext|>"
+OWN_RATIO = f"own_cett_{RATIO}"
+LISTS = (RATIO, OWN_RATIO)  # of a curve, besides its tokens
 _FINAL = ".final"  # a folder of the final model, until it is whole
 
 
@@ -150,7 +165,9 @@ class TrainReport:
     tokens: int
     epochs: float
     validation_loss: float
-    activation_ratio: float  # of the final model, behind the decay
+    activation_ratio: float  # of the final model, behind the decay, at CETT-PPL-1 %
+    activation_ratio_se: float  # over windows
+    cett: float  # the one of all checkpoints
     sha256: str  # of model.safetensors
 
     def to_json(self) -> dict[str, Any]:
@@ -178,7 +195,8 @@ def train(
     folder = Path(folder)
     check_writable(folder / "training.json")
     source = load_text(text, "calibration")
-    of_run = asdict(settings) | {"text_sha256": source.sha256}
+    # Folders of older versions, whose curves are of each checkpoint's own CETT, say no metric.
+    of_run = asdict(settings) | {"text_sha256": source.sha256, "metric": METRIC}
     claim(folder / "training.json", of_run, "training")
     run = _Run(folder, settings, prepare(folder, source, settings), device)
     if not (folder / "model.safetensors").exists():
@@ -222,7 +240,7 @@ def prepare(folder: Path, source: Text, settings: Settings) -> Corpus:
         FallowError: the text is too short.
     """
     length = len(source.content)
-    judged = (FIT_WINDOWS + JUDGE_WINDOWS) * settings.context * CHARACTERS_PER_TOKEN
+    judged = _held_out_windows() * settings.context * CHARACTERS_PER_TOKEN
     cut = source.content.find("\n", length - max(round(HELD_OUT * length), judged))
     if judged > length / 2 or cut < 0:
         raise FallowError(
@@ -367,6 +385,7 @@ class _Run:
             if last or now - reported > REPORT_SECONDS:
                 self._report(began, now)
                 reported = now
+        self._judge()
         self._save_final()
 
     def _take_step(self) -> None:
@@ -401,8 +420,8 @@ class _Run:
         )
 
     def _measure(self) -> None:
-        """A checkpoint: its model, and a point of the curve."""
-        folder = self.folder / "checkpoints" / str(self.tokens)
+        """A checkpoint: its model, and a point of the curve at a CETT of its own."""
+        folder = self._checkpoint(self.tokens)
         if not folder.exists():  # a run that was killed later left it whole
             with atomic_folder(folder) as made:
                 self._write_model(made)
@@ -415,8 +434,32 @@ class _Run:
             curve.setdefault(name, []).append(value)
         write_json(self.folder / "curve.json", curve)
         console.print(
-            f"{self.tokens} tokens: {RATIO} {found[RATIO]:.4f}, zeros {found['zero_ratio']:.4f}, "
-            f"validation loss {found['validation_loss']:.3f}",
+            f"{self.tokens} tokens: {OWN_RATIO} {found[OWN_RATIO]:.4f}, zeros "
+            f"{found['zero_ratio']:.4f}, validation loss {found['validation_loss']:.3f}",
+            highlight=False,
+        )
+
+    def _checkpoint(self, tokens: int) -> Path:
+        return self.folder / "checkpoints" / str(tokens)
+
+    def _judge(self) -> None:
+        """All checkpoints at the CETT that the last ones have in common: the curve itself."""
+        path = self.folder / "curve.json"
+        curve = _points(path)
+        if RATIO in curve:
+            return
+        folders = [self._checkpoint(tokens) for tokens in curve[TOKENS]]
+        held_out, settings = self.corpus.held_out, self.settings
+        if "cett" not in curve:
+            curve["cett"] = joint_cett(folders[-JOINT:], held_out, settings)
+            write_json(path, curve)
+        found = [judge(folder, held_out, settings, curve["cett"]) for folder in folders]
+        for name in found[0]:
+            curve[name] = [point[name] for point in found]
+        write_json(path, curve)
+        console.print(
+            f"all at CETT {curve['cett']:.4f}: {RATIO} {curve[RATIO][0]:.4f} at first, "
+            f"{curve[RATIO][-1]:.4f} at last",
             highlight=False,
         )
 
@@ -426,7 +469,10 @@ class _Run:
         shutil.rmtree(folder, ignore_errors=True)
         with atomic_folder(folder) as made:
             self._write_model(made)
-        found = measure(folder, self.corpus.held_out, self.settings, str(self.folder))
+        held_out, settings, name = self.corpus.held_out, self.settings, str(self.folder)
+        cett = _points(self.folder / "curve.json")["cett"]
+        found = judge(folder, held_out, settings, cett, name)
+        found |= {"cett": cett} | measure(folder, held_out, settings, name)
         write_json(self.folder / "final.json", found)
         for path in sorted(folder.iterdir(), key=lambda p: p.name == "model.safetensors"):
             path.replace(self.folder / path.name)
@@ -447,7 +493,10 @@ class _Run:
     def report(self) -> TrainReport:
         path, remedy = self.folder / "final.json", f"delete {self.folder} to begin again"
         found = read_json(path, remedy)
-        if not all(fits(found.get(name), float) for name in ("validation_loss", RATIO)):
+        figures = {
+            name: found.get(name) for name in ("validation_loss", RATIO, f"{RATIO}_se", "cett")
+        }
+        if not all(fits(value, float) for value in figures.values()):
             raise FallowError(f"{path} is damaged; {remedy}")
         weights = self.folder / "model.safetensors"
         return TrainReport(
@@ -457,8 +506,7 @@ class _Run:
             non_embedding_parameters=self.non_embedding,
             tokens=self.settings.all_tokens,
             epochs=self.epochs,
-            validation_loss=found["validation_loss"],
-            activation_ratio=found[RATIO],
+            **figures,
             sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
         )
 
@@ -487,50 +535,109 @@ def _module(settings: Settings) -> Any:
 def _points(path: Path) -> dict[str, Any]:
     """Raises FallowError if a file is there but damaged."""
     if not path.exists():
-        return {TOKENS: [], RATIO: []}
+        return {TOKENS: []}
     remedy = f"delete {path.parent} to begin again"
     curve = read_json(path, remedy)
-    lists = [curve.get(TOKENS), curve.get(RATIO), *(v for v in curve.values() if fits(v, list))]
+    lists = [curve.get(TOKENS), *(v for k, v in curve.items() if fits(v, list) or k in LISTS)]
     if not all(fits(values, list) and len(values) == len(lists[0]) for values in lists):
         raise FallowError(f"{path} is damaged; {remedy}")
     if not all(fits(value, float) for values in lists for value in values):
         raise FallowError(f"{path} is damaged; {remedy}")
+    if not fits(curve.get("cett", 0.0), float) or (RATIO in curve and "cett" not in curve):
+        raise FallowError(f"{path} is damaged; {remedy}")
     return curve
+
+
+# What is measured --------------------------------------------------------------------------------
 
 
 def measure(
     folder: Path, held_out: Text, settings: Settings, name: str | None = None
 ) -> dict[str, Any]:
-    """A checkpoint on held-out text: thresholds from its first windows, figures from the next.
+    """A checkpoint on held-out text, and its ratio at a CETT that costs it alone 1 % of PPL.
 
-    Leaves `cett.plan`, `profile.json` and `profile.npz` in the folder, of a model of that name, or
-    of the folder's.
+    Leaves `profile.json` and `profile.npz` in the folder, of a model of that name, or of the
+    folder's.
 
     Raises:
         FallowError: the held-out text is too short.
     """
-    model, context = load(str(folder)), settings.context
-    model.name = name or model.name
-    plan = calibrate(
-        model,
-        "cett",
-        max_ppl_increase=PPL_INCREASE,
-        text=held_out,
-        context=context,
-        windows=FIT_WINDOWS,
-        validation_windows=JUDGE_WINDOWS,
-    )
-    plan.save(folder / "cett.plan")
-    seen = profile(model, held_out, context=context, windows=FIT_WINDOWS + JUDGE_WINDOWS)
+    calibrator, unseen = _calibrator(folder, held_out, settings, name)
+    model = calibrator.model
+    plan = calibrator.plan("cett", max_ppl_increase=PPL_INCREASE, measure=False)
+    own = _on_unseen(model, unseen, plan)
+    n = _held_out_windows()
+    seen = profile(model, held_out, context=settings.context, windows=n)
     seen.save(folder)
-    windows = model.windows(held_out, context, FIT_WINDOWS + JUDGE_WINDOWS)
-    assert plan.achieved_sparsity is not None
+    losses = window_losses(model, model.windows(held_out, settings.context, n), None)
     return {
-        RATIO: 1 - plan.achieved_sparsity,
-        "ppl_change_percent": plan.achieved_ppl_increase,
-        "ppl_change_se": plan.achieved_ppl_increase_se,
-        "cett": plan.knob,
+        "own_cett": plan.knob,
+        **{f"own_cett_{figure}": value for figure, value in own.items()},
         "zero_ratio": seen.summary["natural_sparsity"],
         "dead": float((seen.arrays["firing_frequency"] < DEAD).mean()),
-        "validation_loss": float(window_losses(model, windows, None).mean()),
+        "validation_loss": float(losses.mean()),
+    }
+
+
+def joint_cett(folders: Sequence[Path], held_out: Text, settings: Settings) -> float:
+    """The CETT at which the PPL of checkpoints rises by 1 % on average: CETT-PPL-1 %.
+
+    Raises:
+        FallowError: the held-out text is too short.
+    """
+    calibrators = [_calibrator(folder, held_out, settings)[0] for folder in folders]
+    return search_jointly(calibrators, Cett, PPL_INCREASE, to_spare=0)[0].knob
+
+
+def judge(
+    folder: Path, held_out: Text, settings: Settings, cett: float, name: str | None = None
+) -> dict[str, float]:
+    """A checkpoint's activation ratio and rise of PPL at that CETT, on text of no search.
+
+    Leaves `cett.plan` in the folder.
+
+    Raises:
+        FallowError: the held-out text is too short.
+    """
+    calibrator, unseen = _calibrator(folder, held_out, settings, name)
+    plan = calibrator.plan("cett", knob=cett, measure=False)
+    found = _on_unseen(calibrator.model, unseen, plan)
+    plan.achieved_sparsity = 1 - found[RATIO]
+    plan.achieved_ppl_increase = found["ppl_change_percent"]
+    plan.achieved_ppl_increase_se = found["ppl_change_se"]
+    plan.save(folder / "cett.plan")
+    return found
+
+
+def _held_out_windows() -> int:
+    return FIT_WINDOWS + SEARCH_WINDOWS + JUDGE_WINDOWS
+
+
+def _calibrator(
+    folder: Path, held_out: Text, settings: Settings, name: str | None = None
+) -> tuple[Calibrator, np.ndarray]:
+    """What fits and searches for a checkpoint, and the windows that neither sees, (n, context)."""
+    model, context = load(str(folder)), settings.context
+    model.name = name or model.name
+    calibrator = Calibrator(
+        model, held_out, context=context, windows=FIT_WINDOWS, validation_windows=SEARCH_WINDOWS
+    )
+    windows = model.windows(held_out, context, _held_out_windows())
+    return calibrator, windows[FIT_WINDOWS + SEARCH_WINDOWS :]
+
+
+def _on_unseen(model: Model, windows: np.ndarray, plan: Plan) -> dict[str, float]:
+    """Ratio and rise of PPL under a plan, with their standard errors over windows."""
+    runs = [run_window(model, window, [plan]) for window in windows]
+    ratios = np.array([1 - sparse.achieved_sparsity for _, (sparse,) in runs])
+    losses = np.array([sparse.loss for _, (sparse,) in runs])
+    change, change_se = ppl_change_percent(losses, np.array([dense.loss for dense, _ in runs]))
+    ratio_se = standard_error(ratios)
+    assert ratio_se is not None
+    assert change_se is not None
+    return {
+        RATIO: float(ratios.mean()),
+        f"{RATIO}_se": ratio_se,
+        "ppl_change_percent": change,
+        "ppl_change_se": change_se,
     }
