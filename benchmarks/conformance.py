@@ -100,9 +100,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def names() -> list[str]:
-    from fallow.models import ARCHITECTURES
-
-    return sorted({*ARCHITECTURES, *VARIANTS})
+    return sorted({*conftest().PACKED, *VARIANTS})
 
 
 def conftest() -> Any:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import gguf
@@ -17,6 +19,7 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.models import ARCHITECTURES, architectures
 from fallow.models._base import unpermute
 from fallow.models.taps import attach, tap_names
+from fallow.plan import Cut, Plan
 
 IDS = np.random.default_rng(0).integers(2, VOCABULARY, (2, 19))
 
@@ -54,9 +57,45 @@ def test_taps_read_the_ffn(name: str, tiny: dict[str, fallow.Model]) -> None:
             torch.testing.assert_close(v["up"], up)
         else:
             first = layer.gate_proj if layer.gated else layer.up_proj
-            torch.testing.assert_close(v["gate_pre"], first(v["x"]))  # type: ignore[misc]
+            expected = first(v["x"])  # type: ignore[misc]
+            if name == "gemma3n" and i < 2:
+                expected = kept_of_gate(expected, 0.7)
+                assert 0.6 < float((v["gate_act"] == 0).float().mean()) < 0.8
+            torch.testing.assert_close(v["gate_pre"], expected)
         for projection, module in layer.projections.items():
             assert v[projection].shape == (IDS.size, module.in_features)
+
+
+def kept_of_gate(values: torch.Tensor, share: float) -> torch.Tensor:
+    """What a layer of Gemma 3n keeps of its gate: what a Gaussian's quantile at `share` exceeds."""
+    quantile = NormalDist().inv_cdf(share)
+    limits = values.mean(dim=1) + quantile * values.var(dim=1, correction=0).sqrt()
+    return (values - limits[:, None]).clamp_min(0)
+
+
+def test_gemma3n_is_cut_after_its_own_top_k(tiny: dict[str, fallow.Model]) -> None:
+    """By hand: the FFN's steps with the largest half of gate_act, by magnitude, kept."""
+    model = tiny["gemma3n"]
+    layer = model.layers[0]
+    seen: dict[str, torch.Tensor] = {}
+    plan = Plan("any", model.fingerprint, "by hand", 0, "", (Cut("gate_act", "topk", [0.2] * 4),))
+    with model.sparse(plan), attach([layer], {n: partial(record, seen, n) for n in FFN_STEPS}):
+        model.hidden(IDS)
+    kept = kept_of_gate(seen["x"] @ layer.gate_proj.weight.T, 0.7)  # type: ignore[union-attr]
+    gate = torch.nn.functional.gelu(kept, approximate="tanh")
+    order = gate.abs().argsort(dim=1)
+    gate.scatter_(1, order[:, : 37 - round(0.2 * 37)], 0.0)
+    inter = gate * (seen["x"] @ layer.up_proj.weight.T)  # type: ignore[union-attr]
+    assert ((gate != 0).sum(dim=1) <= round(0.2 * 37)).all()
+    torch.testing.assert_close(seen["inter"], inter)
+    torch.testing.assert_close(seen["ffn_out"], inter @ layer.down_proj.weight.T)
+
+
+FFN_STEPS = ("x", "inter", "ffn_out")
+
+
+def record(seen: dict[str, torch.Tensor], name: str, _layer: int, value: torch.Tensor) -> None:
+    seen[name] = value.clone()
 
 
 @pytest.mark.parametrize("name", DENSE)

@@ -83,11 +83,13 @@ _ROPE_KEYS = {
     "truncate", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "finetuned",
 }  # fmt: skip
 # What transformers has an attribute for, but the engine, or transformers with its usual attention,
-# does not compute.
-_SOFT_CAPS = ("final_logit_softcapping", "attn_logit_softcapping")
+# does not compute, save for architectures that say so.
 _NOT_COMPUTED = (
+    "final_logit_softcapping",
+    "attn_logit_softcapping",
     "use_bidirectional_attention",
     "per_layer_config",
+    "enable_moe_block",
 )
 _WITHOUT = "give a model without it"
 
@@ -104,7 +106,8 @@ def check_config(architecture: Architecture, config: dict[str, Any], where: str)
     known = {*vars(config_class()), *architecture.config_keys, *_CONFIG_NOTES}
     for name, value in config.items():
         is_known = name in known or name.startswith("_") or not _COMPUTES.search(name)
-        is_known &= name not in (*_NOT_COMPUTED, *(() if architecture.soft_caps else _SOFT_CAPS))
+        is_known &= name not in _NOT_COMPUTED
+        is_known |= architecture.computes(name, value)
         if not is_known and not _has_no_effect(name, value, config):
             remedy = "give the model that was quantised" if "quant" in name else _WITHOUT
             raise FallowError(
@@ -115,7 +118,8 @@ def check_config(architecture: Architecture, config: dict[str, Any], where: str)
         _check_rope(architecture, rope, config, where)
     found = config_class(**config)
     kinds = getattr(found, "layer_types", None) or []
-    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+    known_kinds = {"full_attention", "sliding_attention"}
+    if unknown := {k for k in kinds if not architecture.computes("layer_types", k)} - known_kinds:
         raise FallowError(f"{where}: layer_types has {_shown(min(unknown))}; {_WITHOUT}")
     window = getattr(found, "sliding_window", None)
     is_needed = "sliding_attention" in kinds if kinds else window is not None
@@ -151,7 +155,8 @@ def _check_rope(
     """transformers takes a type that is not there for "default", and passes over the factor."""
     kind = rope.get("rope_type", rope.get("type")) or "default"
     for name, value in rope.items():
-        if name not in _ROPE_KEYS and not _has_no_effect(name, value, config):
+        is_known = name in _ROPE_KEYS or architecture.computes(name, value)
+        if not is_known and not _has_no_effect(name, value, config):
             raise FallowError(
                 f"{where}: the rotary embeddings have the {name} {_shown(value)}, which is not "
                 f"understood; {_WITHOUT}"
