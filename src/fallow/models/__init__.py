@@ -31,7 +31,12 @@ def by_gguf_name(name: str, where: str, has_experts: bool = False) -> Architectu
     Some have the same name with experts and without.
     """
     known = sorted(architectures(), key=lambda a: (a.experts is not None) == has_experts)
-    return _pick({a.gguf_name: a for a in known if a.gguf_name is not None}, name, where)
+    if any(a.gguf_name == name and a.gguf_config is None for a in known):
+        raise FallowError(
+            f"{where} is of the architecture {name}, of which only Hugging Face folders are read; "
+            "give the model as one"
+        )
+    return _pick({a.gguf_name: a for a in known if a.gguf_name and a.gguf_config}, name, where)
 
 
 def _pick(found: dict[str, Architecture], name: str, where: str) -> Architecture:

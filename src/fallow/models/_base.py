@@ -110,7 +110,7 @@ class Architecture:
     stored_as: dict[str, str] = field(default_factory=dict)  # parameters that files name so
     check: Callable[[Any], str | None] = lambda config: None  # what of a config cannot be packed
 
-    # GGUF: None if llama.cpp has no such architecture.
+    # GGUF: no name if llama.cpp has no such architecture, no config if its files are not read.
     gguf_name: str | None = None
     gguf_block: dict[str, str] = field(default_factory=dict)
     gguf_global: dict[str, str] = field(default_factory=lambda: LLAMA_GLOBAL)
@@ -252,11 +252,14 @@ def llama_config(
 
 def vocabulary_size(file: GgufFile) -> int:
     """Rows of the embedding. Raises FallowError if there is none."""
-    if "token_embd.weight" not in file.tensors:
-        raise FallowError(
-            f"GGUF {file.path} has no token_embd.weight; is it a whole language model?"
-        )
-    return file.tensors["token_embd.weight"].shape[0]
+    return rows_of(file, "token_embd.weight")
+
+
+def rows_of(file: GgufFile, name: str) -> int:
+    """Rows of a tensor. Raises FallowError if there is none."""
+    if name not in file.tensors:
+        raise FallowError(f"GGUF {file.path} has no {name}; is it a whole language model?")
+    return file.tensors[name].shape[0]
 
 
 def head_dim(file: GgufFile) -> int:

@@ -23,4 +23,5 @@ ARCHITECTURE = Architecture(
         "heads of two widths, normed values, inputs of each layer, and keys and values that "
         "layers share"
     ),
+    gguf_name="gemma4",
 )

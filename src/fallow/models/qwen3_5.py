@@ -18,4 +18,5 @@ ARCHITECTURE = Architecture(
     partial_rotary=True,
     computes=_computes,
     check=lambda config: "gated delta nets and gates of attention's output",
+    gguf_name="qwen35",
 )
