@@ -100,6 +100,7 @@ class Architecture:
     interleaves_qkv: bool = False  # of a fused projection: q, k and v of one head after another
     partial_rotary: bool = False  # honours partial_rotary_factor
     config_keys: tuple[str, ...] = ()  # what transformers' config takes besides its attributes
+    rope_keys: tuple[str, ...] = ()  # of rotary embeddings, besides those of every class
     soft_caps: bool = False  # of attention scores and logits, which other classes pass over
     settings: dict[str, Any] = field(default_factory=dict)  # for transformers' class
     # The same of what a config.json says by other names than transformers' class knows.

@@ -13,6 +13,7 @@ from fallow.checkpoints.weights import GgufFile
 from fallow.common.errors import FallowError, in_one_line
 from fallow.models._activations import check_activation
 from fallow.models._base import Architecture
+from fallow.models._wrappers import config_class
 
 # Keys without their architecture that change nothing: notes, what other keys imply, and what only
 # an embedding model reads.
@@ -100,20 +101,13 @@ def check_config(architecture: Architecture, config: dict[str, Any], where: str)
     """
     import transformers
 
-    config_class = getattr(transformers, architecture.hf_class).config_class
-    known = {*vars(config_class()), *architecture.config_keys, *_CONFIG_NOTES}
-    for name, value in config.items():
-        is_known = name in known or name.startswith("_") or not _COMPUTES.search(name)
-        is_known &= name not in (*_NOT_COMPUTED, *(() if architecture.soft_caps else _SOFT_CAPS))
-        if not is_known and not _has_no_effect(name, value, config):
-            remedy = "give the model that was quantised" if "quant" in name else _WITHOUT
-            raise FallowError(
-                f"{where}: {name} is {_shown(value)}, which is not computed for "
-                f"{architecture.model_type} models; {remedy}"
-            )
+    class_ = getattr(transformers, architecture.hf_class).config_class
+    not_computed = (*_NOT_COMPUTED, *(() if architecture.soft_caps else _SOFT_CAPS))
+    known = {*vars(class_()), *architecture.config_keys, *_CONFIG_NOTES} - {*not_computed}
+    _check_names(config, known, architecture.model_type, where, not_computed)
     for rope in _ropes(config):
         _check_rope(architecture, rope, config, where)
-    found = config_class(**config)
+    found = class_(**config)
     kinds = getattr(found, "layer_types", None) or []
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise FallowError(f"{where}: layer_types has {_shown(min(unknown))}; {_WITHOUT}")
@@ -122,6 +116,30 @@ def check_config(architecture: Architecture, config: dict[str, Any], where: str)
     if "sliding_window" in known and is_needed and (window or 0) < 1:
         raise FallowError(f"{where}: sliding_window is {window}, but must be 1 or more to be used")
     check_activation(architecture, config, where)
+
+
+def check_wrapper(config: dict[str, Any], where: str) -> None:
+    """The same of what a config.json says outside its text_config, if it has one."""
+    if (found := config_class(config)) is not None:
+        _check_names(config, {*vars(found())}, config["model_type"], where)
+
+
+def _check_names(
+    config: dict[str, Any],
+    known: set[str],
+    model_type: str,
+    where: str,
+    not_computed: tuple[str, ...] = (),
+) -> None:
+    for name, value in config.items():
+        computes = name in not_computed or _COMPUTES.search(name)
+        is_known = name in known or name.startswith("_") or not computes
+        if not is_known and not _has_no_effect(name, value, config):
+            remedy = "give the model that was quantised" if "quant" in name else _WITHOUT
+            raise FallowError(
+                f"{where}: {name} is {_shown(value)}, which is not computed for "
+                f"{model_type} models; {remedy}"
+            )
 
 
 def _has_no_effect(name: str, value: Any, config: dict[str, Any]) -> bool:
@@ -151,7 +169,8 @@ def _check_rope(
     """transformers takes a type that is not there for "default", and passes over the factor."""
     kind = rope.get("rope_type", rope.get("type")) or "default"
     for name, value in rope.items():
-        if name not in _ROPE_KEYS and not _has_no_effect(name, value, config):
+        is_known = name in _ROPE_KEYS or name in architecture.rope_keys
+        if not is_known and not _has_no_effect(name, value, config):
             raise FallowError(
                 f"{where}: the rotary embeddings have the {name} {_shown(value)}, which is not "
                 f"understood; {_WITHOUT}"
