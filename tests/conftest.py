@@ -135,6 +135,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "ministral": ("MinistralConfig", _COMMON | {"head_dim": 6, "sliding_window": 16}),
+    "ministral3": (
+        "Ministral3Config",
+        _COMMON
+        | {
+            "head_dim": 8,
+            # As published, but for a short original context, beyond which queries grow.
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+                "beta_fast": 4.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
     "nemotron": (
         "NemotronConfig",
         _COMMON | {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_act": "relu2"},

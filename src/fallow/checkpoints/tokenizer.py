@@ -419,7 +419,7 @@ def _token_id(backend: Tokenizer, token: Any) -> int | None:
 
 def _end_ids(config: dict[str, Any]) -> list[Any]:
     """What a config says of them; -1 is how some say that there is none."""
-    found = config.get("eos_token_id")
+    found = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
     return [i for i in (found if isinstance(found, list) else [found]) if i != -1]
 
 

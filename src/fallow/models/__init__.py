@@ -6,8 +6,9 @@ from pkgutil import iter_modules
 from fallow.common.errors import FallowError
 from fallow.models._activations import FatRelu, Rectified, activate, told
 from fallow.models._base import Architecture
-from fallow.models._keys import check_config, check_gguf_keys, check_gguf_type
+from fallow.models._keys import check_config, check_gguf_keys, check_gguf_type, check_wrapper
 from fallow.models._rope import ROPE_TENSORS
+from fallow.models._wrappers import TEXT_NAMES, text_config, text_name
 
 _OTHERS = ("capture", "cuts", "devices", "taps")  # that look into models of any architecture
 ARCHITECTURES = tuple(
@@ -50,6 +51,7 @@ def _pick(found: dict[str, Architecture], name: str, where: str) -> Architecture
 __all__ = [
     "ARCHITECTURES",
     "ROPE_TENSORS",
+    "TEXT_NAMES",
     "Architecture",
     "FatRelu",
     "Rectified",
@@ -60,5 +62,8 @@ __all__ = [
     "check_config",
     "check_gguf_keys",
     "check_gguf_type",
+    "check_wrapper",
+    "text_config",
+    "text_name",
     "told",
 ]
