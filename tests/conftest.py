@@ -232,6 +232,7 @@ OWN_CONFIGS: dict[str, dict[str, Any]] = {
 }
 # Neurons are exactly zero.
 WITH_RELU = ("opt", "arcee", "nemotron", "bitnet", *OWN_CONFIGS)
+WITH_ZEROS = (*WITH_RELU, "gemma3n")
 
 
 def make_folder(name: str, folder: Path, **changes: object) -> Path:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -19,7 +18,6 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.models import ARCHITECTURES, architectures
 from fallow.models._base import unpermute
 from fallow.models.taps import attach, tap_names
-from fallow.plan import Cut, Plan
 
 IDS = np.random.default_rng(0).integers(2, VOCABULARY, (2, 19))
 
@@ -71,31 +69,6 @@ def kept_of_gate(values: torch.Tensor, share: float) -> torch.Tensor:
     quantile = NormalDist().inv_cdf(share)
     limits = values.mean(dim=1) + quantile * values.var(dim=1, correction=0).sqrt()
     return (values - limits[:, None]).clamp_min(0)
-
-
-def test_gemma3n_is_cut_after_its_own_top_k(tiny: dict[str, fallow.Model]) -> None:
-    """By hand: the FFN's steps with the largest half of gate_act, by magnitude, kept."""
-    model = tiny["gemma3n"]
-    layer = model.layers[0]
-    seen: dict[str, torch.Tensor] = {}
-    plan = Plan("any", model.fingerprint, "by hand", 0, "", (Cut("gate_act", "topk", [0.2] * 4),))
-    with model.sparse(plan), attach([layer], {n: partial(record, seen, n) for n in FFN_STEPS}):
-        model.hidden(IDS)
-    kept = kept_of_gate(seen["x"] @ layer.gate_proj.weight.T, 0.7)  # type: ignore[union-attr]
-    gate = torch.nn.functional.gelu(kept, approximate="tanh")
-    order = gate.abs().argsort(dim=1)
-    gate.scatter_(1, order[:, : 37 - round(0.2 * 37)], 0.0)
-    inter = gate * (seen["x"] @ layer.up_proj.weight.T)  # type: ignore[union-attr]
-    assert ((gate != 0).sum(dim=1) <= round(0.2 * 37)).all()
-    torch.testing.assert_close(seen["inter"], inter)
-    torch.testing.assert_close(seen["ffn_out"], inter @ layer.down_proj.weight.T)
-
-
-FFN_STEPS = ("x", "inter", "ffn_out")
-
-
-def record(seen: dict[str, torch.Tensor], name: str, _layer: int, value: torch.Tensor) -> None:
-    seen[name] = value.clone()
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -156,7 +129,7 @@ def write_gguf(
     arch, config = model.architecture, model.module.config
     assert arch.gguf_name is not None
     writer = gguf.GGUFWriter(path, arch.gguf_name, split_max_tensors=part)
-    writer.add_block_count(2)
+    writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(128)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -178,6 +151,8 @@ def write_gguf(
     if name == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if name == "gemma3n":
+        add_gemma3n(writer, config)
     if name in EXPERTS:
         add_experts(writer, model)
     if name in ("granite", "granitemoe"):
@@ -213,6 +188,20 @@ def write_gguf(
     return path
 
 
+def add_gemma3n(writer: Any, config: Any) -> None:
+    """Keys that no other architecture has."""
+    writer.add_key_length(8)
+    writer.add_sliding_window(16)
+    writer.add_sliding_window_pattern([k == "sliding_attention" for k in config.layer_types])
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_altup_active_idx(config.altup_active_idx)
+    writer.add_altup_num_inputs(config.altup_num_inputs)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    shares = torch.tensor(config.activation_sparsity_pattern)
+    writer.add_activation_sparsity_scale(torch.special.ndtri(shares).tolist())
+
+
 def add_experts(writer: Any, model: fallow.Model) -> None:
     """Keys of a mixture of experts."""
     config, experts = model.module.config, model.layers[0].experts
@@ -228,7 +217,8 @@ def add_experts(writer: Any, model: fallow.Model) -> None:
 def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
     """The weights under the names that the gguf package gives them."""
     kinds = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[model.architecture.gguf_name or ""], 2)
+    n_layers = len(model.layers)
+    names = gguf.get_tensor_name_map(kinds[model.architecture.gguf_name or ""], n_layers)
     state = {k: v.float().numpy() for k, v in model.module.state_dict().items()}
     if model.module.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
@@ -239,6 +229,13 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
                 parts = [state.pop(f"{prefix}.{x}_proj.{kind}") for x in "qkv"]
                 state[f"{prefix}.qkv_proj.{kind}"] = np.concatenate(parts)
     found = {}
+    if name == "gemma3n":
+        for part, short in (("projections", "proj"), ("unembed_projections", "unembd_proj")):
+            matrices = [state.pop(f"model.altup_{part}.{i}.weight") for i in range(3)]
+            found[f"altup_{short}.weight"] = np.stack(matrices)
+        # Those of the layers that do not read them are in published files all the same.
+        own = {k: v for k, v in state.items() if k.startswith("model.layers.1.self_attn.k_")}
+        state |= {k.replace(".1.", ".3."): v + 1 for k, v in own.items()}
     for key in [key for key in state if key.endswith("experts.gate_up_proj")]:
         for part, half in zip(("gate", "up"), np.split(state.pop(key), 2, axis=1), strict=True):
             index = key.split(".")[2]
@@ -248,6 +245,7 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
             found[f"blk.{key.split('.')[2]}.ffn_down_exps.weight"] = values
             continue
         key = key.replace(".router.weight", ".router.layer.weight")  # Granite's
+        key = key.replace("_output_scale", "_output_scale.weight")  # Gemma 3n's
         if key.endswith("shared_expert_gate.weight"):
             values = values[0]
         if name in PERMUTED and ".q_proj." in key:
@@ -264,7 +262,7 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
     return found
 
 
-GGUF_NAMES = [n for n, a in zip(ARCHITECTURES, architectures(), strict=True) if a.gguf_name]
+GGUF_NAMES = [n for n, a in zip(ARCHITECTURES, architectures(), strict=True) if a.gguf_config]
 
 
 @pytest.mark.parametrize("name", GGUF_NAMES)
@@ -360,8 +358,8 @@ def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     assert message(tmp_path / "m.gguf") == (
-        "unknown architecture 'mamba' in GGUF M; known: arcee, gemma2, gemma3, gptneox, granite, "
-        "granitemoe, llama, nemotron, olmo2, olmoe, phi2, phi3, qwen2, qwen2moe, qwen3, qwen3moe, "
+        "unknown architecture 'mamba' in GGUF M; known: arcee, gemma2, gemma3, gemma3n, gptneox, "
+        "granite, granitemoe, llama, mistral3, nemotron, olmo2, olmoe, phi2, phi3, qwen2, qwen2moe, qwen3, qwen3moe, "
         "smollm3, starcoder2"
     )
 
