@@ -73,6 +73,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2, yarn": {"rope_parameters": YARN},
     "mistral": WINDOW,
     "ministral": WINDOW | KINDS | {"head_dim": 16},
+    "ministral3": {
+        "head_dim": 16,
+        "tie_word_embeddings": False,
+        "rope_parameters": YARN
+        | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5},
+    },
     "gemma2": WINDOW | {"head_dim": 16, "query_pre_attn_scalar": 16},
     "gemma3": WINDOW
     | {"vocab_size": 302, "head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": None},

@@ -106,7 +106,7 @@ def permute(values: np.ndarray, heads: int) -> np.ndarray:
     return values.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
 
 
-PERMUTED = ("llama", "arcee", "granite", "smollm3", "mixtral", "granitemoe")
+PERMUTED = ("llama", "arcee", "granite", "smollm3", "mixtral", "granitemoe", "ministral3")
 PARTIAL = ("phi", "gpt_neox", "nemotron")
 LAYER_NORM_EPS = ("layer_norm_eps", "norm_epsilon", "norm_eps")
 
@@ -142,7 +142,7 @@ def write_gguf(
         writer.add_layer_norm_eps(getattr(config, eps))
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if name in ("qwen3", "qwen3_moe", "gemma2", "gemma3"):
+    if name in ("qwen3", "qwen3_moe", "gemma2", "gemma3", "ministral3"):
         writer.add_key_length(8)
     if name in ("gemma2", "gemma3", "olmo3"):
         writer.add_sliding_window(16)
@@ -163,6 +163,14 @@ def write_gguf(
     if name == "gpt_neox":
         writer.add_parallel_residual(True)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    if name == "ministral3" and rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
     writer.add_rope_freq_base(rope["rope_theta"])
     tokens = [t for t, _ in sorted(model.tokenizer.backend.get_vocab().items(), key=lambda e: e[1])]
     merges = json.loads(model.tokenizer.backend.to_str())["model"]["merges"]
@@ -359,8 +367,8 @@ def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
     writer.close()
     assert message(tmp_path / "m.gguf") == (
         "unknown architecture 'mamba' in GGUF M; known: arcee, gemma2, gemma3, gemma3n, gptneox, "
-        "granite, granitemoe, llama, mistral3, nemotron, olmo2, olmoe, phi2, phi3, qwen2, qwen2moe, qwen3, qwen3moe, "
-        "smollm3, starcoder2"
+        "granite, granitemoe, llama, mistral3, nemotron, olmo2, olmoe, phi2, phi3, qwen2, "
+        "qwen2moe, qwen3, qwen3moe, smollm3, starcoder2"
     )
 
 

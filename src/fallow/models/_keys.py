@@ -153,7 +153,7 @@ def _has_no_effect(name: str, value: Any, config: dict[str, Any]) -> bool:
         return True
     if name == "sliding_window":
         return bool(value >= config.get("max_position_embeddings", value + 1))
-    return bool(value == 1) and re.search("scal|multiplier", name) is not None
+    return bool(value == 1) and re.search("scal(?!ing_beta)|multiplier", name) is not None
 
 
 def _ropes(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
