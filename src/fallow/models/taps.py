@@ -5,8 +5,8 @@ Hooks on the modules that every transformers model has; no forward is copied. Fo
     gate_pre = x gate_projᵀ      gate_act = act(gate_pre)      up = x up_projᵀ
     inter = gate_act * up        ffn_out = inter down_projᵀ
 
-A non-gated FFN (OPT, Phi-2) has no `up`: gate_pre is fc1's output and inter = gate_act. Of a layer of
-Gemma 3n that keeps the top of gate_proj's outputs, gate_pre is what it keeps: act's input, as ever.
+A non-gated FFN (OPT, Phi-2) has no `up`: gate_pre is fc1's output and inter = gate_act. Of a layer
+of Gemma 3n that keeps the top of gate_proj's outputs, gate_pre is what it keeps: act's input.
 
 A mixture of experts has `router` in place of all these: of every token the square roots of its
 experts' shares of the router's mass on them, (T, n_experts), and zero for the others.
