@@ -261,7 +261,7 @@ def _add_sparsity(
             [layer.projections[name].weight.numel() for layer in model.layers]
             for name in plan.inputs
         ]
-        fractions = [meter.fractions(name) for name in plan.inputs]
+        fractions = [meter.fractions(name).mean(axis=1) for name in plan.inputs]
         result.achieved_sparsity = float(np.average(fractions, weights=sizes))
 
 
