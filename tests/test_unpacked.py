@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 
 import fallow
 from conftest import UNPACKED, VOCABULARY, make_folder, make_tokenizer
+from fallow.adaptation.adapter import Settings, adapt
 from fallow.checkpoints.text import cut_windows, load_text
 from fallow.models.taps import attach
 from fallow.plan import Cut, Plan
@@ -149,7 +151,7 @@ def test_inputs_of_attention(own: dict[str, Path], texts: Texts) -> None:
     for name, attention in wanted.items():
         model = fallow.load(own[name])
         assert list(model.layers[0].projections) == attention + ffn
-        plan = fallow.calibrate(model, "teal", sparsity=0.4, text=texts[0], context=32, windows=2)
+        plan = fallow.calibrate(model, "wina", sparsity=0.4, text=texts[0], context=32, windows=2)
         assert [cut.tap for cut in plan.cuts] == attention + ffn
     model = fallow.load(own["gemma4"])
     plan = by_hand("any", model, Cut("o_proj", "topk", [0.5, 0.25, 0.5, 0.25], "column_norm"))
@@ -317,6 +319,21 @@ def test_every_command(
         found = run(*command)
         assert (found.code, found.err.strip().count("\n")) == (1, 0), found.err
         assert "not a packed model" in found.err
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_adaptation(
+    name: str, own: dict[str, Path], texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fallow.adaptation.texts.HELD_OUT", 4)
+    settings = Settings(tokens=4096, context=32, batch=8, learning_rate=1e-4, budgets="even")
+    report = adapt(own[name], tmp_path / "taught", settings, text=[texts[0]])
+    assert report.best.kl < report.checks[0].kl
+    taught = fallow.load(tmp_path / "taught")
+    assert not torch.equal(taught.hidden(IDS), fallow.load(own[name]).hidden(IDS))
+    settings = replace(settings, quant="f32")
+    with pytest.raises(fallow.FallowError, match=REFUSED[name]):
+        adapt(own[name], tmp_path / "other", settings, text=[texts[0]])
 
 
 def test_gguf_of_gemma3n(own: dict[str, Path], texts: Texts, tmp_path: Path, run: Any) -> None:
