@@ -274,14 +274,13 @@ def vocabularies(folder: Path) -> dict[str, dict[str, Any]]:
         except FallowError as error:
             row["refused"] = str(error).replace(f"GGUF {path} ", "").partition(";")[0]
             continue
-        texts, tokens = (path.with_name(f"{path.name}.{end}") for end in ("inp", "out"))
-        if not texts.exists():
+        source, tokens = (path.with_name(f"{path.name}.{end}") for end in ("inp", "out"))
+        if not source.exists():
             continue
-        pairs = zip(
-            texts.read_bytes().decode().split("\n__ggml_vocab_test__\n"),
-            tokens.read_text().splitlines(),
-            strict=True,
-        )
+        texts = source.read_bytes().decode().split("\n__ggml_vocab_test__\n")
+        if not texts[-1]:  # after the last separator
+            texts.pop()
+        pairs = zip(texts, tokens.read_text().splitlines(), strict=True)
         alike = [tokenizer.encode(t).tolist() == [int(i) for i in ids.split()] for t, ids in pairs]
         row |= {"texts": len(alike), "alike": sum(alike)}
     return found
