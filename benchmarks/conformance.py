@@ -272,7 +272,7 @@ def vocabularies(folder: Path) -> dict[str, dict[str, Any]]:
         try:
             tokenizer = tokenizer_from_gguf(file)
         except FallowError as error:
-            row["refused"] = str(error).replace(f"GGUF {path} ", "").partition(";")[0]
+            row["refused"] = str(error).partition(f"GGUF {path} ")[2].partition(";")[0]
             continue
         source, tokens = (path.with_name(f"{path.name}.{end}") for end in ("inp", "out"))
         if not source.exists():
@@ -353,8 +353,10 @@ def _vocabularies(found: dict[str, Any] | None) -> list[str]:
         "|---|---|---|",
     ]
     for name, row in found.items():
-        alike = f"{row['alike']} of {row['texts']}" if "texts" in row else "no texts"
-        lines.append(f"| {name} | {row['kind']} | {row.get('refused', alike)} |")
+        cell = f"{row['alike']} of {row['texts']}" if "texts" in row else "no texts"
+        if "refused" in row:
+            cell = f"refused: {row['refused']}"
+        lines.append(f"| {name} | {row['kind']} | {cell} |")
     return [*lines, VOCABULARY_NOTES]
 
 
