@@ -319,9 +319,7 @@ def test_gguf_of_mistral_small_3(tmp_path: Path) -> None:
     torch.testing.assert_close(fallow.load(path).hidden(IDS), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_gguf_temperature_beside_factors(
-    tiny: dict[str, fallow.Model], tmp_path: Path
-) -> None:
+def test_gguf_temperature_beside_factors(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
     keys = {"mistral3.rope.scaling.type": "none"}
     add = {"rope_freqs.weight": np.ones(4, dtype=np.float32)}
     model = fallow.load(make_folder("ministral3", tmp_path / "folder", rope_parameters=PLAIN))
