@@ -326,7 +326,7 @@ def test_adaptation(
     name: str, own: dict[str, Path], texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fallow.adaptation.texts.HELD_OUT", 4)
-    settings = Settings(tokens=4096, context=32, batch=8, learning_rate=1e-4, budgets="even")
+    settings = Settings(tokens=16384, context=32, batch=8, learning_rate=3e-4, budgets="even")
     report = adapt(own[name], tmp_path / "taught", settings, text=[texts[0]])
     assert report.best.kl < report.checks[0].kl
     taught = fallow.load(tmp_path / "taught")
