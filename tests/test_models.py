@@ -360,8 +360,9 @@ def test_folder_of_an_unknown_architecture(copy: Path) -> None:
     assert message(copy) == (
         "unknown architecture 'mamba' in M/config.json; "
         "known: arcee, bamboo, bitnet, gemma2, gemma3_text, gpt_neox, granite, granitemoe, llama, "
-        "llama_sparse_relu, minicpm, ministral, mistral, mixtral, nemotron, olmo2, olmo3, olmoe, "
-        "opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3, sparsellama, starcoder2"
+        "llama_sparse_relu, minicpm, ministral, ministral3, mistral, mixtral, nemotron, olmo2, "
+        "olmo3, olmoe, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3, sparsellama, "
+        "starcoder2"
     )
 
 
