@@ -67,7 +67,17 @@ _COMMON = {
     "initializer_range": 0.3,
 }
 _EXPERTS = {"moe_intermediate_size": 19, "num_experts": 7, "num_experts_per_tok": 3}
-CONFIGS = {
+_SHARING = {  # the last two layers have the keys and values of the first two
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "head_dim": 8,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 6,
+    "final_logit_softcapping": 3.0,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _COMMON),
     "mistral": ("MistralConfig", _COMMON | {"sliding_window": 16}),
     "qwen2": ("Qwen2Config", _COMMON),
@@ -102,7 +112,50 @@ CONFIGS = {
             "logits_scaling": 2.0,
         },
     ),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        _COMMON
+        | _SHARING
+        | {
+            "laurel_rank": 5,
+            "activation_sparsity_pattern": [0.7, 0.7, 0.0, 0.0],
+        },
+    ),
+    "gemma4": ("Gemma4TextConfig", _COMMON | _SHARING | {"global_head_dim": 12}),
+    "qwen3_5": (
+        "Qwen3_5TextConfig",
+        _COMMON
+        | {
+            "num_hidden_layers": 4,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 5,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
     "ministral": ("MinistralConfig", _COMMON | {"head_dim": 6, "sliding_window": 16}),
+    "ministral3": (
+        "Ministral3Config",
+        _COMMON
+        | {
+            "head_dim": 8,
+            # As published, but for a short original context, beyond which queries grow.
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+                "beta_fast": 4.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
     "nemotron": (
         "NemotronConfig",
         _COMMON | {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_act": "relu2"},
@@ -159,9 +212,12 @@ CONFIGS = {
 }
 assert set(CONFIGS) == set(ARCHITECTURES)
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
+UNPACKED = ("gemma3n", "gemma4", "qwen3_5")  # which the engine does not run
+PACKED = tuple(name for name in ARCHITECTURES if name not in UNPACKED)
 NEURON_RULES = tuple(rule for rule in RULES if not rule.startswith("expert_"))
 Greedy.options = {"step": 40}  # its default, 5, takes eight times as many runs of a block
 DENSE = tuple(name for name in ARCHITECTURES if name not in EXPERTS)
+PACKED_DENSE = tuple(name for name in DENSE if name in PACKED)
 # What transformers has no class of: the config.json says this besides. FATReLU jumps at its limit,
 # which is as small as ProSparse's, so that rounding a value across it changes little.
 OWN_CONFIGS: dict[str, dict[str, Any]] = {
@@ -178,6 +234,7 @@ OWN_CONFIGS: dict[str, dict[str, Any]] = {
 }
 # Neurons are exactly zero.
 WITH_RELU = ("opt", "arcee", "nemotron", "bitnet", *OWN_CONFIGS)
+WITH_ZEROS = (*WITH_RELU, "gemma3n")
 
 
 def make_folder(name: str, folder: Path, **changes: object) -> Path:
@@ -312,9 +369,9 @@ def packed(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     from fallow.packing.packer import pack
 
     root = tmp_path_factory.mktemp("packed")
-    for name, folder in folders.items():
-        pack(folder, root / f"{name}.gguf", quant="f32")
-    return {name: root / f"{name}.gguf" for name in folders}
+    for name in PACKED:
+        pack(folders[name], root / f"{name}.gguf", quant="f32")
+    return {name: root / f"{name}.gguf" for name in PACKED}
 
 
 @pytest.fixture

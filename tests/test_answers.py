@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 import fallow
-from conftest import make_sentencepiece
+from conftest import PACKED, make_sentencepiece
 from engines import ERROR, IDS
 from fallow.common.errors import FallowError
 from fallow.engine.answer import AnswerText, Piece
 from fallow.engine.drafting import PASS_COST, Lookup
 from fallow.engine.engine import Engine
 from fallow.engine.sampling import Sampler, TokenChoice, choice_of
-from fallow.models import ARCHITECTURES
 
 
 def test_sampling_follows_its_seed(packed: dict[str, Path]) -> None:
@@ -82,7 +81,7 @@ def test_a_prompt_in_steps_is_the_same_to_the_bit(
     assert engine.logits_hash() == expected
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", PACKED)
 def test_what_the_cache_holds_is_not_read_again(name: str, packed: dict[str, Path]) -> None:
     engine = Engine(packed[name])
     fresh = Engine(packed[name])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fallow
-from conftest import EXPERTS, SAMPLE, make_folder
+from conftest import EXPERTS, PACKED, SAMPLE, make_folder
 from engines import ERROR, IDS, check_a_few, cutting_plan, fails, make_plan, one_by_one, reference
 from fallow import _core
 from fallow.calibration.calibrator import Calibrator
@@ -21,7 +21,6 @@ from fallow.engine.engine import Engine
 from fallow.engine.packed import is_packed
 from fallow.measure.evaluation import dense_logits
 from fallow.measure.quality import compare_logits, evaluate_engine
-from fallow.models import ARCHITECTURES
 from fallow.packing import packer, selfcheck
 from fallow.packing.packer import pack
 from fallow.packing.source import Source
@@ -33,7 +32,7 @@ from test_models import GGUF_NAMES, write_gguf
 ENDS = (_core.KERNELS[0], _core.KERNELS[-1])
 PAIRS = [
     (name, kernels)
-    for name in ARCHITECTURES
+    for name in PACKED
     for kernels in _core.KERNELS
     if kernels in ENDS or name in ("llama", "gemma3")
 ]
@@ -82,7 +81,7 @@ def test_a_prompt_in_bytes_is_near_the_exact_one(kind: str, kernels: str, tmp_pa
     assert np.abs(engine.logits(IDS, exact=False) - exact).max() < 0.05 * np.ptp(exact)
 
 
-@pytest.mark.parametrize("name", GGUF_NAMES)
+@pytest.mark.parametrize("name", [n for n in GGUF_NAMES if n in PACKED])
 def test_packing_a_gguf(name: str, tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
     source = write_gguf(name, tiny[name], tmp_path / "m.gguf")
     check = pack(source, tmp_path / "packed.gguf")

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2 import modeling_gemma2
 
 import fallow
-from conftest import DENSE, NEURON_RULES, engine_plan
+from conftest import NEURON_RULES, PACKED_DENSE, engine_plan
 from engines import IDS, check_a_few, cutting_plan, make_plan, one_by_one
 from fallow.calibration.calibrator import Calibrator
 from fallow.common.errors import UsageError
@@ -31,7 +31,7 @@ SEQUENCES = IDS.reshape(10, 10)  # more than the engine takes as a few, and a ne
 SMALL_ERROR = 0.005
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", PACKED_DENSE)
 def test_a_few_tokens_under_a_plan(name: str, packed: dict[str, Path]) -> None:
     engine = Engine(packed[name], threads=2)
     gate = ("gate_proj",) if engine.file.get("fallow.gated") else ()
@@ -116,7 +116,7 @@ def runs(engine: Engine) -> Iterator[np.ndarray]:
     yield np.concatenate(found)
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", PACKED_DENSE)
 def test_plans_are_those_of_the_reference(
     name: str,
     tiny: dict[str, fallow.Model],

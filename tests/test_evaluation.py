@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fallow
-from conftest import DENSE, WITH_RELU
+from conftest import DENSE, WITH_ZEROS
 from fallow.checkpoints.text import Text, cut_windows, load_text
 from fallow.common.errors import FallowError, UsageError
 from fallow.models.taps import attach
@@ -59,7 +59,7 @@ def test_against_transformers(
     assert (result.tokens, result.windows) == (96, 3)
     # 22 of 37 neurons are kept; OPT's ReLU leaves fewer to begin with.
     cut = result.sparsity_ratio["inter"]
-    assert cut > 15 / 37 if name in WITH_RELU else cut == pytest.approx(15 / 37)
+    assert cut > 15 / 37 if name in WITH_ZEROS else cut == pytest.approx(15 / 37)
 
 
 def test_dense_is_its_own_reference(tiny: dict[str, fallow.Model], texts: Texts) -> None:

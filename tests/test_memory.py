@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import DENSE, EXPERTS, VOCABULARY, engine_plan, make_folder
+from conftest import EXPERTS, PACKED, PACKED_DENSE, VOCABULARY, engine_plan, make_folder
 from fallow.checkpoints.text import load_text
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
@@ -33,7 +33,6 @@ from fallow.engine.process import rss_bytes
 from fallow.engine.sampling import Sampler
 from fallow.measure import quality
 from fallow.measure.quality import evaluate_engine
-from fallow.models import ARCHITECTURES
 from fallow.packing.packer import pack
 from fallow.plan import Cut, Plan
 
@@ -46,7 +45,7 @@ Packed = dict[str, Path]
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     """Every architecture as F32, and a Llama in Q4_K."""
     root, found = tmp_path_factory.mktemp("memory"), {}
-    for name in ARCHITECTURES:
+    for name in PACKED:
         folder = make_folder(name, root / name, num_hidden_layers=LAYERS)
         found[name] = root / f"{name}.gguf"
         pack(folder, found[name], quant="f32")
@@ -104,7 +103,7 @@ def logits(engine: Engine) -> list[np.ndarray]:
 
 
 @pytest.mark.usefixtures("no_overhead")
-@pytest.mark.parametrize("name", [*DENSE, "q4_k"])
+@pytest.mark.parametrize("name", [*PACKED_DENSE, "q4_k"])
 def test_logits_do_not_depend_on_the_budget(name: str, packed: Packed) -> None:
     expected = logits(Engine(packed[name], threads=2))
     streamed = []

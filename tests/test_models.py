@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import gguf
@@ -54,9 +55,20 @@ def test_taps_read_the_ffn(name: str, tiny: dict[str, fallow.Model]) -> None:
             torch.testing.assert_close(v["up"], up)
         else:
             first = layer.gate_proj if layer.gated else layer.up_proj
-            torch.testing.assert_close(v["gate_pre"], first(v["x"]))  # type: ignore[misc]
+            expected = first(v["x"])  # type: ignore[misc]
+            if name == "gemma3n" and i < 2:
+                expected = kept_of_gate(expected, 0.7)
+                assert 0.6 < float((v["gate_act"] == 0).float().mean()) < 0.8
+            torch.testing.assert_close(v["gate_pre"], expected)
         for projection, module in layer.projections.items():
             assert v[projection].shape == (IDS.size, module.in_features)
+
+
+def kept_of_gate(values: torch.Tensor, share: float) -> torch.Tensor:
+    """What a layer of Gemma 3n keeps of its gate: what a Gaussian's quantile at `share` exceeds."""
+    quantile = NormalDist().inv_cdf(share)
+    limits = values.mean(dim=1) + quantile * values.var(dim=1, correction=0).sqrt()
+    return (values - limits[:, None]).clamp_min(0)
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -94,7 +106,7 @@ def permute(values: np.ndarray, heads: int) -> np.ndarray:
     return values.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
 
 
-PERMUTED = ("llama", "arcee", "granite", "smollm3", "mixtral", "granitemoe")
+PERMUTED = ("llama", "arcee", "granite", "smollm3", "mixtral", "granitemoe", "ministral3")
 PARTIAL = ("phi", "gpt_neox", "nemotron")
 LAYER_NORM_EPS = ("layer_norm_eps", "norm_epsilon", "norm_eps")
 
@@ -117,7 +129,7 @@ def write_gguf(
     arch, config = model.architecture, model.module.config
     assert arch.gguf_name is not None
     writer = gguf.GGUFWriter(path, arch.gguf_name, split_max_tensors=part)
-    writer.add_block_count(2)
+    writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(128)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -130,7 +142,7 @@ def write_gguf(
         writer.add_layer_norm_eps(getattr(config, eps))
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if name in ("qwen3", "qwen3_moe", "gemma2", "gemma3"):
+    if name in ("qwen3", "qwen3_moe", "gemma2", "gemma3", "ministral3"):
         writer.add_key_length(8)
     if name in ("gemma2", "gemma3", "olmo3"):
         writer.add_sliding_window(16)
@@ -139,6 +151,8 @@ def write_gguf(
     if name == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if name == "gemma3n":
+        add_gemma3n(writer, config)
     if name in EXPERTS:
         add_experts(writer, model)
     if name in ("granite", "granitemoe"):
@@ -149,6 +163,14 @@ def write_gguf(
     if name == "gpt_neox":
         writer.add_parallel_residual(True)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    if name == "ministral3" and rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
     writer.add_rope_freq_base(rope["rope_theta"])
     tokens = [t for t, _ in sorted(model.tokenizer.backend.get_vocab().items(), key=lambda e: e[1])]
     merges = json.loads(model.tokenizer.backend.to_str())["model"]["merges"]
@@ -174,6 +196,20 @@ def write_gguf(
     return path
 
 
+def add_gemma3n(writer: Any, config: Any) -> None:
+    """Keys that no other architecture has."""
+    writer.add_key_length(8)
+    writer.add_sliding_window(16)
+    writer.add_sliding_window_pattern([k == "sliding_attention" for k in config.layer_types])
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_altup_active_idx(config.altup_active_idx)
+    writer.add_altup_num_inputs(config.altup_num_inputs)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    shares = torch.tensor(config.activation_sparsity_pattern)
+    writer.add_activation_sparsity_scale(torch.special.ndtri(shares).tolist())
+
+
 def add_experts(writer: Any, model: fallow.Model) -> None:
     """Keys of a mixture of experts."""
     config, experts = model.module.config, model.layers[0].experts
@@ -189,7 +225,8 @@ def add_experts(writer: Any, model: fallow.Model) -> None:
 def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
     """The weights under the names that the gguf package gives them."""
     kinds = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[model.architecture.gguf_name or ""], 2)
+    n_layers = len(model.layers)
+    names = gguf.get_tensor_name_map(kinds[model.architecture.gguf_name or ""], n_layers)
     state = {k: v.float().numpy() for k, v in model.module.state_dict().items()}
     if model.module.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
@@ -200,6 +237,13 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
                 parts = [state.pop(f"{prefix}.{x}_proj.{kind}") for x in "qkv"]
                 state[f"{prefix}.qkv_proj.{kind}"] = np.concatenate(parts)
     found = {}
+    if name == "gemma3n":
+        for part, short in (("projections", "proj"), ("unembed_projections", "unembd_proj")):
+            matrices = [state.pop(f"model.altup_{part}.{i}.weight") for i in range(3)]
+            found[f"altup_{short}.weight"] = np.stack(matrices)
+        # Those of the layers that do not read them are in published files all the same.
+        own = {k: v for k, v in state.items() if k.startswith("model.layers.1.self_attn.k_")}
+        state |= {k.replace(".1.", ".3."): v + 1 for k, v in own.items()}
     for key in [key for key in state if key.endswith("experts.gate_up_proj")]:
         for part, half in zip(("gate", "up"), np.split(state.pop(key), 2, axis=1), strict=True):
             index = key.split(".")[2]
@@ -209,6 +253,7 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
             found[f"blk.{key.split('.')[2]}.ffn_down_exps.weight"] = values
             continue
         key = key.replace(".router.weight", ".router.layer.weight")  # Granite's
+        key = key.replace("_output_scale", "_output_scale.weight")  # Gemma 3n's
         if key.endswith("shared_expert_gate.weight"):
             values = values[0]
         if name in PERMUTED and ".q_proj." in key:
@@ -225,7 +270,7 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
     return found
 
 
-GGUF_NAMES = [n for n, a in zip(ARCHITECTURES, architectures(), strict=True) if a.gguf_name]
+GGUF_NAMES = [n for n, a in zip(ARCHITECTURES, architectures(), strict=True) if a.gguf_config]
 
 
 @pytest.mark.parametrize("name", GGUF_NAMES)
@@ -321,9 +366,9 @@ def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     assert message(tmp_path / "m.gguf") == (
-        "unknown architecture 'mamba' in GGUF M; known: arcee, gemma2, gemma3, gptneox, granite, "
-        "granitemoe, llama, nemotron, olmo2, olmoe, phi2, phi3, qwen2, qwen2moe, qwen3, qwen3moe, "
-        "smollm3, starcoder2"
+        "unknown architecture 'mamba' in GGUF M; known: arcee, gemma2, gemma3, gemma3n, gptneox, "
+        "granite, granitemoe, llama, mistral3, nemotron, olmo2, olmoe, phi2, phi3, qwen2, "
+        "qwen2moe, qwen3, qwen3moe, smollm3, starcoder2"
     )
 
 
@@ -351,9 +396,10 @@ def test_folder_of_an_unknown_architecture(copy: Path) -> None:
     (copy / "config.json").write_text('{"model_type": "mamba"}')
     assert message(copy) == (
         "unknown architecture 'mamba' in M/config.json; "
-        "known: arcee, bamboo, bitnet, gemma2, gemma3_text, gpt_neox, granite, granitemoe, llama, "
-        "llama_sparse_relu, minicpm, ministral, mistral, mixtral, nemotron, olmo2, olmo3, olmoe, "
-        "opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3, sparsellama, starcoder2"
+        "known: arcee, bamboo, bitnet, gemma2, gemma3_text, gemma3n_text, gemma4_text, gpt_neox, "
+        "granite, granitemoe, llama, llama_sparse_relu, minicpm, ministral, ministral3, mistral, "
+        "mixtral, nemotron, olmo2, olmo3, olmoe, opt, phi, phi3, qwen2, qwen2_moe, qwen3, "
+        "qwen3_5_text, qwen3_moe, smollm3, sparsellama, starcoder2"
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fallow
-from conftest import DENSE, WITH_RELU
+from conftest import DENSE, WITH_ZEROS
 from fallow.checkpoints.text import cut_windows, load_text
 from fallow.models.taps import attach
 
@@ -18,7 +18,7 @@ Texts = tuple[Path, Path]
 def test_against_numpy(name: str, tiny: dict[str, fallow.Model], texts: Texts) -> None:
     model = tiny[name]
     result = fallow.profile(model, texts[1], context=32, windows=3)
-    stored: list[list[np.ndarray]] = [[], []]
+    stored: list[list[np.ndarray]] = [[] for _ in model.layers]
     with attach(model.layers, {"inter": lambda layer, v: stored[layer].append(v.numpy().copy())}):
         for window in cut_windows(load_text(texts[1], "evaluation"), model.tokenizer, 32, 3):
             model.hidden(window[None])
@@ -44,7 +44,7 @@ def test_against_numpy(name: str, tiny: dict[str, fallow.Model], texts: Texts) -
         assert result.arrays["magnitude_cdf.inter"][i][-1] == 1
     natural = np.mean([(np.concatenate(s) == 0).mean() for s in stored])
     assert result.summary["natural_sparsity"] == pytest.approx(natural)
-    assert (natural > 0.2) == (name in WITH_RELU)  # only ReLU is sparse by nature
+    assert (natural > 0.2) == (name in WITH_ZEROS)  # only ReLU is sparse by nature
     assert result.summary["dtype"] == "float32"
 
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 import fallow
 from conftest import make_sentencepiece
 from fallow.checkpoints.tokenizer import (
+    _PATTERNS,
     TextStream,
     TextTokenizer,
     tokenizer_from_folder,
@@ -422,6 +423,135 @@ def test_llama3_keeps_whole_words(tiny: dict[str, fallow.Model]) -> None:
     tokenizer = tokenizer_from_gguf(file)
     assert tokenizer.encode("zebra").tolist() == [len(tokens) - 1]
     assert tokenizer.add_bos
+
+
+# One text as it is cut before merging, by the names that llama.cpp has for the ways; its own
+# tokenizer cuts it so, but for the word with É.
+CUT = "It's 12345, ABcDef élÉv\n\n  x_y=f(1)//"
+GPT2 = ["It", "'s", " 12345", ",", " ABcDef", " élÉv", "\n\n ", " x", "_", "y", "=", "f", "("]
+DIGITS = [*"12345"]
+CUTS = {
+    "gpt-2": [*GPT2, "1", ")//"],
+    "mpt": [*GPT2, "1", ")//"],
+    "olmo": [*GPT2, "1", ")//"],
+    "default": ["It", "'", "s", " ", "123", "45", ",", *GPT2[4:], "1", ")//"],
+    "smollm": [*GPT2[:2], " ", *DIGITS, *GPT2[3:], "1", ")//"],
+    "starcoder": [*GPT2[:2], " ", *DIGITS, *GPT2[3:], "1", ")//"],
+    "refact": [*GPT2[:2], " ", *DIGITS, *GPT2[3:], "1", ")//"],
+    "dbrx": [
+        *GPT2[:2],
+        " ",
+        "123",
+        "45",
+        *GPT2[3:6],
+        "\n\n",
+        " ",
+        " x",
+        "_y",
+        "=f",
+        "(",
+        "1",
+        ")//",
+    ],
+    "qwen2": [*GPT2[:2], " ", *DIGITS, *GPT2[3:6], "\n\n", " ", " x", "_y", "=f", "(", "1", ")//"],
+    "tekken": [
+        "It",
+        "'s",
+        " ",
+        *DIGITS,
+        ",",
+        " ABc",
+        "Def",
+        " él",
+        "Év",
+        "\n\n",
+        " ",
+        " x",
+        "_y",
+        "=f",
+        "(",
+        "1",
+        ")//",
+    ],
+    "gpt-4o": [
+        "It's",
+        " ",
+        "123",
+        "45",
+        ",",
+        " ABc",
+        "Def",
+        " él",
+        "Év",
+        "\n\n",
+        " ",
+        " x",
+        "_y",
+        "=f",
+        "(",
+        "1",
+        ")//",
+    ],
+    "deepseek-coder": [
+        "It",
+        "'",
+        "s",
+        " ",
+        *DIGITS,
+        ",",
+        " ABcDef",
+        " élÉv",
+        "\n",
+        "\n",
+        " ",
+        " x",
+        "_",
+        "y",
+        "=",
+        "f",
+        "(",
+        "1",
+        ")//",
+    ],
+}
+SAME = {"phi-2": "gpt-2", "llama-bpe": "dbrx", "falcon3": "dbrx", "smaug-bpe": "dbrx"}
+SAME |= {"deepseek-r1-qwen": "qwen2", "qwen35": "qwen2"}
+
+
+def byte_level(scheme: str, tiny: dict[str, fallow.Model]) -> TextTokenizer:
+    vocabulary = tiny["llama"].tokenizer.backend.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    return tokenizer_from_gguf(
+        gguf_file(
+            **{
+                "tokenizer.ggml.model": "gpt2",
+                "tokenizer.ggml.pre": scheme,
+                "tokenizer.ggml.tokens": tokens,
+                "tokenizer.ggml.token_type": [1] * len(tokens),
+                "tokenizer.ggml.merges": [],
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize("scheme", _PATTERNS)
+def test_ways_to_cut_text(scheme: str, tiny: dict[str, fallow.Model]) -> None:
+    pre_tokenizer = byte_level(scheme, tiny).backend.pre_tokenizer
+    assert pre_tokenizer is not None
+    cut = [CUT[begin:end] for _, (begin, end) in pre_tokenizer.pre_tokenize_str(CUT)]
+    assert cut == CUTS[SAME.get(scheme, scheme)]
+
+
+@pytest.mark.parametrize("scheme", _PATTERNS)
+def test_text_in_the_models_normal_form(scheme: str, tiny: dict[str, fallow.Model]) -> None:
+    """As the models' own tokenizers have it; qwen35 besides keeps marks with their letters."""
+    tokenizer, decomposed = byte_level(scheme, tiny), "re\u0301sume\u0301"
+    normal = scheme in ("mpt", "olmo", "qwen2", "qwen35")
+    expected = "résumé" if normal else decomposed
+    assert tokenizer.decode(tokenizer.encode(decomposed)) == expected
+    if scheme == "qwen35":
+        pre_tokenizer: Any = tokenizer.backend.pre_tokenizer
+        assert len(pre_tokenizer.pre_tokenize_str("e\u0301e ि")) == 2
 
 
 def test_folder(folders: dict[str, Path], tmp_path: Path) -> None:

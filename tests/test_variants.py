@@ -9,9 +9,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors.torch import save_file
 
 import fallow
-from conftest import VOCABULARY, make_folder
+from conftest import CONFIGS, VOCABULARY, make_folder, make_tokenizer
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError
 from fallow.engine.engine import Engine
@@ -67,6 +69,11 @@ CHANGING_KEYS = [
     ("gemma3", "rope.local.freq_base", 500.0),
     ("phi", "residual_scale", 0.5),
     ("phi3", "rope.scaling.type", "longrope"),
+    ("llama", "attention.temperature_scale", 0.1),
+    ("ministral3", "attention.temperature_length", 16),
+    ("ministral3", "rope.scaling.yarn_ext_factor", 0.5),
+    ("ministral3", "attention.sliding_window", 16),
+    ("ministral3", "expert_count", 4),
 ]
 
 
@@ -82,7 +89,7 @@ def test_gguf_key_that_changes_the_computation(
     assert "\n" not in said
 
 
-HEADS_OF_8 = ("qwen3", "qwen3_moe", "gemma2", "gemma3", "nemotron")
+HEADS_OF_8 = ("qwen3", "qwen3_moe", "gemma2", "gemma3", "gemma3n", "nemotron", "ministral3")
 # What llama.cpp's converters write beside what is read, older ones among them, and values that
 # llama.cpp takes for "none".
 NEUTRAL_KEYS = {
@@ -260,6 +267,71 @@ def test_gguf_rotary_embeddings_that_are_refused(
     assert reason in message(path)
 
 
+def test_gguf_of_ministral_3(tmp_path: Path) -> None:
+    """Queries grow with their position from 8 on; the engine, at once and token by token."""
+    source = fallow.load(make_folder("ministral3", tmp_path / "folder"))
+    write_gguf("ministral3", source, tmp_path / "m.gguf")
+    pack(tmp_path / "folder", tmp_path / "of_folder.gguf", quant="f32")
+    pack(tmp_path / "m.gguf", tmp_path / "of_gguf.gguf", down="f32")
+    ids = np.random.default_rng(0).integers(2, VOCABULARY, 120)
+    with torch.inference_mode():
+        expected = source.module(torch.from_numpy(ids)[None]).logits[0].numpy()
+        rope = source.module.config.rope_parameters
+        rope["llama_4_scaling_beta"] = 0.0
+        without = source.module(torch.from_numpy(ids)[None]).logits[0].numpy()
+    spread = np.ptp(expected, axis=1).mean()
+    assert np.abs(without - expected)[:8].max() < 1e-4 * spread
+    assert np.abs(without - expected)[8:].max() > 0.05 * spread
+    for name in ("of_folder.gguf", "of_gguf.gguf"):
+        engine = Engine(tmp_path / name, plan=False)
+        found = engine.logits(ids)
+        engine.reset()
+        one_by_one = np.concatenate([engine.forward(ids[i : i + 1]) for i in range(len(ids))])
+        for logits in (found, one_by_one):
+            assert np.abs(logits - expected).max() < 0.01 * spread
+            assert (logits.argmax(axis=1) == expected.argmax(axis=1)).mean() >= 0.995
+
+
+MINISTRAL3: dict[str, Any] = dict(CONFIGS["ministral3"][1])
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.5])
+def test_gguf_multiplier_of_yarns_magnitude(multiplier: float, tmp_path: Path) -> None:
+    """mscale_all_dim, where mscale is 1: that is all that llama.cpp knows of both."""
+    rope = MINISTRAL3["rope_parameters"] | {"mscale_all_dim": multiplier}
+    folder = make_folder("ministral3", tmp_path / "folder", rope_parameters=rope)
+    source = fallow.load(folder)
+    model = fallow.load(write_gguf("ministral3", source, tmp_path / "m.gguf"))
+    scale = source.module.model.rotary_emb.attention_scaling
+    assert scale > 1.06
+    assert model.module.model.rotary_emb.attention_scaling == pytest.approx(scale)
+    torch.testing.assert_close(model.hidden(IDS), source.hidden(IDS), rtol=1e-5, atol=1e-5)
+
+
+def test_gguf_of_mistral_small_3(tmp_path: Path) -> None:
+    """Without yarn and temperature, a mistral3 file and a ministral3 folder are a Mistral."""
+    folder = make_folder("ministral3", tmp_path / "folder", rope_parameters=PLAIN)
+    model = fallow.load(folder)
+    path = write_gguf("ministral3", model, tmp_path / "m.gguf")
+    change_config(folder, {"model_type": "mistral"})
+    expected = fallow.load(folder).hidden(IDS)
+    torch.testing.assert_close(model.hidden(IDS), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fallow.load(path).hidden(IDS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gguf_temperature_beside_factors(tiny: dict[str, fallow.Model], tmp_path: Path) -> None:
+    keys = {"mistral3.rope.scaling.type": "none"}
+    add = {"rope_freqs.weight": np.ones(4, dtype=np.float32)}
+    model = fallow.load(make_folder("ministral3", tmp_path / "folder", rope_parameters=PLAIN))
+    write_gguf("ministral3", model, tmp_path / "fine.gguf", keys=keys, add=add)
+    expected = model.hidden(IDS)
+    found = fallow.load(tmp_path / "fine.gguf").hidden(IDS)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    keys |= {"mistral3.attention.temperature_scale": 0.1}
+    said = message(write_gguf("ministral3", model, tmp_path / "m.gguf", keys=keys, add=add))
+    assert "factors of their own and an attention.temperature_scale" in said
+
+
 @pytest.mark.parametrize(
     "keys", [{"general.type": "adapter"}, {"general.type": "mmproj"}, {"adapter.lora.alpha": 1.0}]
 )
@@ -349,6 +421,9 @@ CHANGING_CONFIGS = [
         "the factor 2.0, but no rope_type",
     ),
     ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
+    ("mistral", {"rope_parameters": PLAIN | {"llama_4_scaling_beta": 1}}, "llama_4_scaling_beta 1"),
+    ("ministral3", {"rope_parameters": PLAIN | {"llama_4_scaling_gamma": 2}}, "scaling_gamma 2"),
+    ("ministral3", {"layer_types": ["full_attention"] * 2}, "layer_types is ['full_attention'"),
     ("mistral", {"per_layer_config": {"0": {}, "1": {}}}, "per_layer_config is {'0'"),
     ("qwen2", {"layer_types": ["linear_attention", "full_attention"]}, "layer_types has 'linear"),
     (
@@ -399,6 +474,80 @@ def test_config_of_real_models(folders: dict[str, Path], copy: Path) -> None:
     assert torch.equal(fallow.load(copy).hidden(IDS), expected)
 
 
+# Folders of pictures and text --------------------------------------------------------------------
+
+
+def make_wrapper(name: str, folder: Path, **changes: Any) -> Any:
+    """A tiny random model of pictures and text, whose text model is that of a folder of `name`."""
+    class_name, settings = CONFIGS[name]
+    vision = transformers.PixtralVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=8,
+        image_size=28,
+        patch_size=14,
+    )
+    text = getattr(transformers, class_name)(**settings)
+    config = transformers.Mistral3Config(vision_config=vision, text_config=text, **changes)
+    torch.manual_seed(0)
+    module = transformers.Mistral3ForConditionalGeneration(config).eval()
+    module.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return module
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["mistral", "ministral", "ministral3"])
+def test_text_model_of_a_folder_that_reads_pictures(
+    name: str, tied: bool, tmp_path: Path, capfd: Any
+) -> None:
+    module = make_wrapper(name, tmp_path / "folder", tie_word_embeddings=tied)
+    ids = np.random.default_rng(0).integers(2, VOCABULARY, 60)
+    with torch.inference_mode():
+        expected = module(torch.from_numpy(ids)[None]).logits[0]
+    model = fallow.load(tmp_path / "folder")
+    assert model.architecture.model_type == name
+    found = model.logits(model.hidden(ids[None]))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    note = " ".join(capfd.readouterr().err.split())
+    assert "its text model; 15 tensors are left out: multi_modal_projector, vision_tower" in note
+    # The names that transformers has for them in memory may be those of a file, too.
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    if tied:
+        del state["lm_head.weight"]
+    save_file(state, tmp_path / "folder" / "model.safetensors", {"format": "pt"})
+    again = fallow.load(tmp_path / "folder")
+    assert torch.equal(again.hidden(ids[None]), model.hidden(ids[None]))
+    assert again.fingerprint == model.fingerprint
+    pack(tmp_path / "folder", tmp_path / "packed.gguf", quant="f32")
+    logits = Engine(tmp_path / "packed.gguf", plan=False).logits(ids)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=0.04)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"quantization_config": QUANTIZED}, "quantization_config is {'quant_method': 'gptq'"),
+        ({"logit_scale": 0.5}, "logit_scale is 0.5, which is not computed for mistral3 models"),
+        ({"text_config": None}, "has no text_config"),
+        ({"text_config": {"model_type": "odd"}}, "unknown architecture 'odd'"),
+        ({"text_config": {"final_logit_softcapping": 3.0}}, "final_logit_softcapping is 3.0"),
+        ({"text_config": {"num_hidden_layers": 3}}, "lacks the tensors model.layers.2."),
+    ],
+)
+def test_folder_that_reads_pictures_and_is_refused(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    make_wrapper("ministral3", tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    if isinstance(found := changes.get("text_config"), dict):
+        changes = {"text_config": text | found}
+    change_config(tmp_path, changes)
+    assert said in message(tmp_path)
+
+
 # Packed models ----------------------------------------------------------------------------------
 
 PACKED_VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -410,6 +559,8 @@ PACKED_VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"rope_scaling": {"type": "longrope", **LONG}} | OF_64),
     ("phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 4 / 6}}),
     ("mistral", {"sliding_window": 3}),
+    ("ministral3", {"sliding_window": 24}),
+    ("ministral3", {"rope_parameters": PLAIN}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     (
         "gemma3",

@@ -106,7 +106,12 @@ void Attention::mix(size_t l, size_t n) {
   const size_t kv_heads = config_.n_kv_heads, per_kv = config_.n_heads / kv_heads;
   run_.for_tokens(n, [&](size_t t, int) {
     float* q = q_.data() + t * mixed_.width;
-    for (size_t i = 0; i < mixed_.width; ++i) q[i] *= config_.attention_scale;
+    float scale = config_.attention_scale;
+    if (config_.temperature_scale > 0) {
+      const size_t lengths = (position_ + t) / config_.temperature_length;
+      scale *= 1 + config_.temperature_scale * std::log(static_cast<float>(1 + lengths));
+    }
+    for (size_t i = 0; i < mixed_.width; ++i) q[i] *= scale;
   });
   if (is_decode(n)) {
     run_.pool.run([&](int worker) {

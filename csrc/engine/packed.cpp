@@ -13,8 +13,8 @@ namespace {
 
 // A layer more or a token more is no model, and would overflow sizes below.
 constexpr uint64_t kLargest = 1u << 24;
-// Version 3 may say more of how to compute, and otherwise is version 2.
-constexpr uint32_t kVersion = 3, kOldest = 2;
+// Later versions may say more of how to compute, and otherwise are version 2.
+constexpr uint32_t kVersion = 4, kOldest = 2;
 constexpr uint32_t kFfnVersion = 1;
 
 class Reader {
@@ -28,7 +28,7 @@ class Reader {
     return in_range(name, scalar(name), lowest, highest);
   }
 
-  // The same of a key that version 3 may leave out.
+  // The same of a key that may be left out.
   uint32_t count_or(uint32_t otherwise, const std::string& name, uint64_t lowest,
                     uint64_t highest = kLargest) const {
     return fields_.contains(key(name)) ? count(name, lowest, highest) : otherwise;
@@ -211,6 +211,8 @@ Config read_config(const Reader& in) {
   c.rope_scale = in.number("rope_scale", 1);  // of version 2
   c.embedding_scale = in.number("embedding_scale");
   c.residual_scale = in.number("residual_scale", 1);
+  c.temperature_scale = in.number("temperature_scale", 0);
+  if (c.temperature_scale > 0) c.temperature_length = in.count("temperature_length", 1);
   c.attention_softcap = in.number("attention_softcap", 0);
   c.logit_softcap = in.number("logit_softcap", 0);
   c.norm_eps = in.number("norm_eps");

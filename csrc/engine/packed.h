@@ -27,6 +27,9 @@ struct Config {
   float rope_scale;
   float embedding_scale;
   float residual_scale;       // of what attention and FFN add
+  // Queries grow with their position p: times 1 + scale ln(1 + floor(p / length)); scale 0: they stay.
+  float temperature_scale;
+  uint32_t temperature_length;
   float attention_softcap;    // c: scores are c tanh(score / c); 0: as they are
   float logit_softcap;        // the same of logits
   float norm_eps;

@@ -14,10 +14,10 @@ from fallow.plan import Cut, Plan
 
 
 def pack(folder: Path) -> None:
-    from conftest import CONFIGS, make_folder
+    from conftest import PACKED, make_folder
     from fallow.packing.packer import pack
 
-    for name in CONFIGS:
+    for name in PACKED:
         make_folder(name, folder / name)
         pack(folder / name, folder / f"{name}.gguf", quant="f32")
     make_folder("llama", folder / "wide", hidden_size=64)

@@ -668,10 +668,10 @@ def _types(model: Model, name: str, quant: str | None) -> dict[str, str]:
 
     A GGUF's down_proj becomes what `fallow pack` tries first, since rows of neurons are rounded.
     """
+    if quant is None and find_model(name).is_dir():
+        return {}
     source = Source(model, name)
     types = source.stored_types()
-    if quant is None and not types:
-        return {}
     down = (quant or source.down_types(None, None)[0]).upper()
     names = {id(part): f"{name}.weight" for name, part in model.module.named_modules()}
     for layer in model.layers:

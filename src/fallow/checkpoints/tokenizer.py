@@ -419,7 +419,7 @@ def _token_id(backend: Tokenizer, token: Any) -> int | None:
 
 def _end_ids(config: dict[str, Any]) -> list[Any]:
     """What a config says of them; -1 is how some say that there is none."""
-    found = config.get("eos_token_id")
+    found = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
     return [i for i in (found if isinstance(found, list) else [found]) if i != -1]
 
 
@@ -434,14 +434,47 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2 = _LLAMA3.replace("{1,3}", "")
+# Words end where small letters are followed by a large one.
+_O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _PATTERNS = {
-    "default": (_GPT2,),
+    # What llama.cpp's converter called a tokenizer that it did not know, and llama.cpp does then.
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
     "gpt-2": (_GPT2,),
     "phi-2": (_GPT2,),
+    "mpt": (_GPT2,),  # and GPT-NeoX, Pythia
+    "olmo": (_GPT2,),
     "smollm": (r"\p{N}", _GPT2),
+    "starcoder": (r"\p{N}", _GPT2),
+    "refact": (r"\p{N}", _GPT2),
     "llama-bpe": (_LLAMA3,),
-    "qwen2": (_LLAMA3.replace("{1,3}", ""),),
+    "falcon3": (_LLAMA3,),
+    "dbrx": (_LLAMA3,),
+    "smaug-bpe": (_LLAMA3,),
+    "qwen2": (_QWEN2,),
+    "deepseek-r1-qwen": (_QWEN2,),
+    "qwen35": (_QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}"),),
+    "gpt-4o": (_O200K,),
+    "tekken": (_O200K.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").replace("{1,3}", ""),),
+    "deepseek-coder": (
+        r"[\r\n]",
+        r"\s?\p{L}+",
+        r"\s?\p{P}+",
+        r"[\x{0800}-\x{9fa5}\x{ac00}-\x{d7ff}]+",
+        r"\p{N}",
+    ),
 }
+# A word that is a token is taken as it is, whatever its merges would give, and a text begins with
+# BOS where the file does not say.
+_WHOLE_WORDS = ("llama-bpe", "falcon3", "tekken")
+# The models' own tokenizers, unlike llama.cpp, bring text into Unicode's NFC first.
+_NORMALIZED = ("mpt", "olmo", "qwen2", "qwen35")
 
 # Kinds of token in tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -520,7 +553,7 @@ def _from_gguf(file: GgufFile) -> TextTokenizer:
 def _adds_bos(file: GgufFile) -> bool:
     """What llama.cpp does where the file does not say."""
     scheme = file.get("tokenizer.ggml.pre", "")
-    return file.get("tokenizer.ggml.model") == "llama" or scheme == "llama-bpe"
+    return file.get("tokenizer.ggml.model") == "llama" or scheme in _WHOLE_WORDS
 
 
 def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
@@ -532,9 +565,8 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
         )
     merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges")]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    # Llama 3 takes a whole word that is a token as it is, whatever its merges would give.
-    backend = Tokenizer(BPE(vocabulary, merges, ignore_merges=scheme == "llama-bpe"))
-    if scheme == "qwen2":
+    backend = Tokenizer(BPE(vocabulary, merges, ignore_merges=scheme in _WHOLE_WORDS))
+    if scheme in _NORMALIZED:
         backend.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Split(Regex(p), "isolated") for p in _PATTERNS[scheme]]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))

@@ -218,7 +218,7 @@ class Engine:
                 f"fallow pack {self.path} -o packed.gguf"
             )
         if version not in RUNNING_VERSIONS:
-            known = " and ".join(map(str, RUNNING_VERSIONS))
+            known = ", ".join(map(str, RUNNING_VERSIONS))
             raise FallowError(
                 f"{self.path} was packed in format {version}, this fallow runs {known}; "
                 "pack it again"

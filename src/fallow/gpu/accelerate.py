@@ -83,7 +83,7 @@ def replace(module: nn.Module, layers: list[Layer], cuts: Sequence[Cut] | None, 
     cuts = [cut.of_layers(n_layers) for cut in cuts]
     for cut in cuts:
         check_fits(cut, layers, name)
-    _check_cuts(cuts, layers[0], act, name)
+    _check_cuts(cuts, layers, act, name)
     with progress("sparse modules", n_layers) as ticker, torch.no_grad():
         for index in range(n_layers):
             layer = layers.pop(0)
@@ -117,15 +117,16 @@ def _zeros(layers: list[Layer], act: str | None, name: str) -> Cut:
     return Cut("gate_act", "threshold", [0.0] * len(layers))
 
 
-def _check_cuts(cuts: Sequence[Cut], layer: Layer, act: str | None, name: str) -> None:
-    taps = {cut.tap: cut for cut in cuts}
+def _check_cuts(cuts: Sequence[Cut], layers: list[Layer], act: str | None, name: str) -> None:
+    layer, taps = layers[0], {cut.tap: cut for cut in cuts}
     remedy = "use fallow.sparsify, or calibrate with gate_topk, two_stage or teal"
     for cut in cuts:
         if cut.kind in ("tail", "mass"):
             raise FallowError(f"no GPU kernel has cuts of {cut.tap} by {cut.kind}; {remedy}")
         if cut.tap not in layer.projections and cut.tap not in ("gate_act", "inter"):
             raise FallowError(f"no GPU kernel has cuts of {cut.tap}; {remedy}")
-    if (missing := _not_computed(layer)) is not None and tuple(taps) != ("inter",):
+    missing = next(filter(None, map(_not_computed, layers)), None)
+    if missing is not None and tuple(taps) != ("inter",):
         raise FallowError(f"no GPU kernel has the {missing} of {name}; calibrate with topk")
     inputs = [tap for tap in taps if tap in layer.projections]
     if inputs and len(inputs) < len(taps):
@@ -143,6 +144,8 @@ def _not_computed(layer: Layer) -> str | None:
         return "ReLU of up_proj"
     if isinstance(layer.act, FatRelu):
         return "FATReLU"
+    if getattr(_parent(layer.block, layer.down_proj), "activation_sparsity", 0) > 0:  # Gemma 3n's
+        return "top-k of gate_proj"
     normed = any(name.endswith("ffn_sub_norm") for name, _ in layer.block.named_modules())
     return "norm before down_proj" if normed else None
 
@@ -188,8 +191,10 @@ def _gate_and_up(layer: Layer) -> Any:
 
 
 def _replace_attention(layer: Layer, limits: dict[str, Limit]) -> None:
-    _replace_shared(layer, [name for name in layer.attention if name != "o_proj"], limits)
-    _replace_shared(layer, ["o_proj"], limits)
+    names = list(layer.attention)
+    for part in (names[:-1], names[-1:]):
+        if part:
+            _replace_shared(layer, part, limits)
 
 
 def _replace_inputs(layer: Layer, limits: dict[str, Limit], act: str | None) -> None:

@@ -257,9 +257,12 @@ def _add_sparsity(
         kind = "inter" if layer.experts is None else ROUTER
         result.achieved_sparsity = float(result.sparsity[kind].mean())
     else:
-        sizes = [layer.projections[name].weight.numel() for name in plan.inputs]
-        means = [float(meter.fractions(name).mean()) for name in plan.inputs]
-        result.achieved_sparsity = float(np.average(means, weights=sizes))
+        sizes = [
+            [layer.projections[name].weight.numel() for layer in model.layers]
+            for name in plan.inputs
+        ]
+        fractions = [meter.fractions(name).mean(axis=1) for name in plan.inputs]
+        result.achieved_sparsity = float(np.average(fractions, weights=sizes))
 
 
 def window_losses(model: Model, windows: np.ndarray, plan: Plan | Selector | None) -> np.ndarray:

@@ -88,7 +88,8 @@ def profile(
     layer = model.layers[0]
     layer.one_ffn()  # or it is refused
     # Inputs that several projections share are tapped at the first one: x, and that of q, k and v.
-    names = ["x", *layer.ffn_taps, next(iter(layer.attention)), "o_proj"]
+    attention = list(layer.attention)
+    names = ["x", *layer.ffn_taps, *attention[:1], *attention[-1:]]
     tapped = {"x": next(iter(layer.ffn_inputs))}
     histograms = {name: Histograms(name, len(model.layers)) for name in names}
     neurons = _Neurons(model)

@@ -6,8 +6,9 @@ from pkgutil import iter_modules
 from fallow.common.errors import FallowError
 from fallow.models._activations import FatRelu, Rectified, activate, told
 from fallow.models._base import Architecture
-from fallow.models._keys import check_config, check_gguf_keys, check_gguf_type
+from fallow.models._keys import check_config, check_gguf_keys, check_gguf_type, check_wrapper
 from fallow.models._rope import ROPE_TENSORS
+from fallow.models._wrappers import TEXT_NAMES, text_config, text_name
 
 _OTHERS = ("capture", "cuts", "devices", "taps")  # that look into models of any architecture
 ARCHITECTURES = tuple(
@@ -31,7 +32,12 @@ def by_gguf_name(name: str, where: str, has_experts: bool = False) -> Architectu
     Some have the same name with experts and without.
     """
     known = sorted(architectures(), key=lambda a: (a.experts is not None) == has_experts)
-    return _pick({a.gguf_name: a for a in known if a.gguf_name is not None}, name, where)
+    if any(a.gguf_name == name and a.gguf_config is None for a in known):
+        raise FallowError(
+            f"{where} is of the architecture {name}, of which only Hugging Face folders are read; "
+            "give the model as one"
+        )
+    return _pick({a.gguf_name: a for a in known if a.gguf_name and a.gguf_config}, name, where)
 
 
 def _pick(found: dict[str, Architecture], name: str, where: str) -> Architecture:
@@ -45,6 +51,7 @@ def _pick(found: dict[str, Architecture], name: str, where: str) -> Architecture
 __all__ = [
     "ARCHITECTURES",
     "ROPE_TENSORS",
+    "TEXT_NAMES",
     "Architecture",
     "FatRelu",
     "Rectified",
@@ -55,5 +62,8 @@ __all__ = [
     "check_config",
     "check_gguf_keys",
     "check_gguf_type",
+    "check_wrapper",
+    "text_config",
+    "text_name",
     "told",
 ]

@@ -84,7 +84,8 @@ class Architecture:
     gate_up_proj: str | None = None
     down_proj: str = "mlp.down_proj"
     experts: ExpertPaths | None = None  # in place of the FFN's paths above
-    attention: tuple[str, ...] = LLAMA_ATTENTION  # the last one is the output projection
+    # Projections that the attention of every layer has; the last one is the output projection.
+    attention: tuple[str, ...] = LLAMA_ATTENTION
     layers: str = "model.layers"
 
     # What the engine needs besides: its names of the norms against paths in a layer, and the rest.
@@ -100,7 +101,8 @@ class Architecture:
     interleaves_qkv: bool = False  # of a fused projection: q, k and v of one head after another
     partial_rotary: bool = False  # honours partial_rotary_factor
     config_keys: tuple[str, ...] = ()  # what transformers' config takes besides its attributes
-    soft_caps: bool = False  # of attention scores and logits, which other classes pass over
+    # Whether its class computes what a config says so, which most other classes pass over.
+    computes: Callable[[str, Any], bool] = lambda name, value: False
     settings: dict[str, Any] = field(default_factory=dict)  # for transformers' class
     # The same of what a config.json says by other names than transformers' class knows.
     translate: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
@@ -108,7 +110,7 @@ class Architecture:
     stored_as: dict[str, str] = field(default_factory=dict)  # parameters that files name so
     check: Callable[[Any], str | None] = lambda config: None  # what of a config cannot be packed
 
-    # GGUF: None if llama.cpp has no such architecture.
+    # GGUF: no name if llama.cpp has no such architecture, no config if its files are not read.
     gguf_name: str | None = None
     gguf_block: dict[str, str] = field(default_factory=dict)
     gguf_global: dict[str, str] = field(default_factory=lambda: LLAMA_GLOBAL)
@@ -116,18 +118,26 @@ class Architecture:
     from_gguf: Callable[[str, np.ndarray, Any], Tensors] = keep
 
     def find_layers(self, module: nn.Module) -> list[Layer]:
-        """The decoder layers of a loaded model."""
-        return [self._layer(block) for block in module.get_submodule(self.layers).children()]
+        """The decoder layers of a loaded model.
+
+        Raises:
+            FallowError: layers differ in the number of their neurons, or some have no experts.
+        """
+        found = [self._layer(block) for block in module.get_submodule(self.layers).children()]
+        widths = sorted({layer.down_proj.in_features for layer in found if layer.ffn is not None})
+        if len(widths) > 1:
+            raise FallowError(
+                f"the model's layers have {' and '.join(map(str, widths))} neurons "
+                "(use_double_wide_mlp, or a list as intermediate_size); give a model whose layers "
+                "have as many"
+            )
+        return found
 
     def _layer(self, block: nn.Module) -> Layer:
         def get(path: str | None) -> Any:
             return None if path is None else block.get_submodule(path)
 
-        names = [path.rsplit(".", 1)[-1] for path in self.attention]
-        names[-1] = "o_proj"  # Phi-2 calls it dense, OPT out_proj
-        if len(names) == 2:
-            names[0] = "qkv_proj"  # GPT-NeoX calls it query_key_value
-        attention = {name: get(path) for name, path in zip(names, self.attention, strict=True)}
+        attention = {_tap_name(path): get(path) for path in self.attention}
         if (paths := self.experts) is not None:
             found = _experts(get, paths)
             return Layer(block, attention, None, found)
@@ -174,6 +184,11 @@ class Architecture:
         if prefix == "blk" and index.isdigit() and part in self.gguf_block:
             return f"{self.layers}.{index}.{self.gguf_block[part]}.{kind}"
         return None
+
+
+def _tap_name(path: str) -> str:
+    name = path.rsplit(".", 1)[-1]  # Phi-2's and OPT's o_proj have other names, GPT-NeoX's all
+    return {"dense": "o_proj", "out_proj": "o_proj", "query_key_value": "qkv_proj"}.get(name, name)
 
 
 def _experts(get: Callable[[str | None], Any], paths: ExpertPaths) -> Experts:
@@ -237,11 +252,14 @@ def llama_config(
 
 def vocabulary_size(file: GgufFile) -> int:
     """Rows of the embedding. Raises FallowError if there is none."""
-    if "token_embd.weight" not in file.tensors:
-        raise FallowError(
-            f"GGUF {file.path} has no token_embd.weight; is it a whole language model?"
-        )
-    return file.tensors["token_embd.weight"].shape[0]
+    return rows_of(file, "token_embd.weight")
+
+
+def rows_of(file: GgufFile, name: str) -> int:
+    """Rows of a tensor. Raises FallowError if there is none."""
+    if name not in file.tensors:
+        raise FallowError(f"GGUF {file.path} has no {name}; is it a whole language model?")
+    return file.tensors[name].shape[0]
 
 
 def head_dim(file: GgufFile) -> int:

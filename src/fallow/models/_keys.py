@@ -6,13 +6,14 @@ config.json, what transformers' class has an attribute for is.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fallow.checkpoints.weights import GgufFile
 from fallow.common.errors import FallowError, in_one_line
 from fallow.models._activations import check_activation
 from fallow.models._base import Architecture
+from fallow.models._wrappers import config_class
 
 # Keys without their architecture that change nothing: notes, what other keys imply, and what only
 # an embedding model reads.
@@ -83,11 +84,13 @@ _ROPE_KEYS = {
     "truncate", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "finetuned",
 }  # fmt: skip
 # What transformers has an attribute for, but the engine, or transformers with its usual attention,
-# does not compute.
-_SOFT_CAPS = ("final_logit_softcapping", "attn_logit_softcapping")
+# does not compute, save for architectures that say so.
 _NOT_COMPUTED = (
+    "final_logit_softcapping",
+    "attn_logit_softcapping",
     "use_bidirectional_attention",
     "per_layer_config",
+    "enable_moe_block",
 )
 _WITHOUT = "give a model without it"
 
@@ -100,28 +103,45 @@ def check_config(architecture: Architecture, config: dict[str, Any], where: str)
     """
     import transformers
 
-    config_class = getattr(transformers, architecture.hf_class).config_class
-    known = {*vars(config_class()), *architecture.config_keys, *_CONFIG_NOTES}
-    for name, value in config.items():
-        is_known = name in known or name.startswith("_") or not _COMPUTES.search(name)
-        is_known &= name not in (*_NOT_COMPUTED, *(() if architecture.soft_caps else _SOFT_CAPS))
-        if not is_known and not _has_no_effect(name, value, config):
-            remedy = "give the model that was quantised" if "quant" in name else _WITHOUT
-            raise FallowError(
-                f"{where}: {name} is {_shown(value)}, which is not computed for "
-                f"{architecture.model_type} models; {remedy}"
-            )
+    class_ = getattr(transformers, architecture.hf_class).config_class
+    known = {*vars(class_()), *architecture.config_keys, *_CONFIG_NOTES} - {*_NOT_COMPUTED}
+    _check_names(config, known, architecture.model_type, where, architecture.computes)
     for rope in _ropes(config):
         _check_rope(architecture, rope, config, where)
-    found = config_class(**config)
+    found = class_(**config)
     kinds = getattr(found, "layer_types", None) or []
-    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+    known_kinds = {"full_attention", "sliding_attention"}
+    if unknown := {k for k in kinds if not architecture.computes("layer_types", k)} - known_kinds:
         raise FallowError(f"{where}: layer_types has {_shown(min(unknown))}; {_WITHOUT}")
     window = getattr(found, "sliding_window", None)
     is_needed = "sliding_attention" in kinds if kinds else window is not None
     if "sliding_window" in known and is_needed and (window or 0) < 1:
         raise FallowError(f"{where}: sliding_window is {window}, but must be 1 or more to be used")
     check_activation(architecture, config, where)
+
+
+def check_wrapper(config: dict[str, Any], where: str) -> None:
+    """The same of what a config.json says outside its text_config, if it has one."""
+    if (found := config_class(config)) is not None:
+        _check_names(config, {*vars(found())}, config["model_type"], where)
+
+
+def _check_names(
+    config: dict[str, Any],
+    known: set[str],
+    model_type: str,
+    where: str,
+    computes: Callable[[str, Any], bool] = lambda name, value: False,
+) -> None:
+    for name, value in config.items():
+        is_known = name in known or name.startswith("_") or not _COMPUTES.search(name)
+        is_known |= computes(name, value)
+        if not is_known and not _has_no_effect(name, value, config):
+            remedy = "give the model that was quantised" if "quant" in name else _WITHOUT
+            raise FallowError(
+                f"{where}: {name} is {_shown(value)}, which is not computed for "
+                f"{model_type} models; {remedy}"
+            )
 
 
 def _has_no_effect(name: str, value: Any, config: dict[str, Any]) -> bool:
@@ -133,7 +153,7 @@ def _has_no_effect(name: str, value: Any, config: dict[str, Any]) -> bool:
         return True
     if name == "sliding_window":
         return bool(value >= config.get("max_position_embeddings", value + 1))
-    return bool(value == 1) and re.search("scal|multiplier", name) is not None
+    return bool(value == 1) and re.search("scal(?!ing_beta)|multiplier", name) is not None
 
 
 def _ropes(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -151,7 +171,8 @@ def _check_rope(
     """transformers takes a type that is not there for "default", and passes over the factor."""
     kind = rope.get("rope_type", rope.get("type")) or "default"
     for name, value in rope.items():
-        if name not in _ROPE_KEYS and not _has_no_effect(name, value, config):
+        is_known = name in _ROPE_KEYS or architecture.computes(name, value)
+        if not is_known and not _has_no_effect(name, value, config):
             raise FallowError(
                 f"{where}: the rotary embeddings have the {name} {_shown(value)}, which is not "
                 f"understood; {_WITHOUT}"

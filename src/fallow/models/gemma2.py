@@ -4,7 +4,7 @@ from typing import Any
 
 from fallow.checkpoints.weights import GgufFile
 from fallow.models._base import LLAMA_BLOCK, Architecture, llama_config
-from fallow.models.gemma3 import GEMMA_NORMS, less_one
+from fallow.models.gemma3 import GEMMA_NORMS, GEMMA_NORMS_BLOCK, less_one
 
 
 def _config(file: GgufFile) -> dict[str, Any]:
@@ -25,15 +25,10 @@ ARCHITECTURE = Architecture(
     hf_class="Gemma2ForCausalLM",
     norms=GEMMA_NORMS,
     norm_offset=1.0,
-    soft_caps=True,
+    computes=lambda name, value: name in ("attn_logit_softcapping", "final_logit_softcapping"),
     settings={"attn_implementation": "eager"},  # others pass over the cap of scores
     gguf_name="gemma2",
-    gguf_block=LLAMA_BLOCK
-    | {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
+    gguf_block=LLAMA_BLOCK | GEMMA_NORMS_BLOCK,
     gguf_config=_config,
     from_gguf=less_one,
 )

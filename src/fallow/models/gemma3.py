@@ -51,6 +51,12 @@ GEMMA_NORMS = {
     "ffn_post_norm": "post_feedforward_layernorm",
 }
 
+GEMMA_NORMS_BLOCK = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
 ARCHITECTURE = Architecture(
     model_type="gemma3_text",
     hf_class="Gemma3ForCausalLM",
@@ -58,13 +64,7 @@ ARCHITECTURE = Architecture(
     norm_offset=1.0,  # as in less_one
     config_keys=("sliding_window_pattern", "rope_local_base_freq"),
     gguf_name="gemma3",
-    gguf_block=LLAMA_BLOCK
-    | QK_NORMS_BLOCK
-    | {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
+    gguf_block=LLAMA_BLOCK | QK_NORMS_BLOCK | GEMMA_NORMS_BLOCK,
     gguf_config=_config,
     from_gguf=less_one,
 )

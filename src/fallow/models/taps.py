@@ -5,7 +5,8 @@ Hooks on the modules that every transformers model has; no forward is copied. Fo
     gate_pre = x gate_projᵀ      gate_act = act(gate_pre)      up = x up_projᵀ
     inter = gate_act * up        ffn_out = inter down_projᵀ
 
-A non-gated FFN (OPT, Phi-2) has no `up`: gate_pre is fc1's output and inter = gate_act.
+A non-gated FFN (OPT, Phi-2) has no `up`: gate_pre is fc1's output and inter = gate_act. Of a layer
+of Gemma 3n that keeps the top of gate_proj's outputs, gate_pre is what it keeps: act's input.
 
 A mixture of experts has `router` in place of all these: of every token the square roots of its
 experts' shares of the router's mass on them, (T, n_experts), and zero for the others.
@@ -77,7 +78,7 @@ class Layer:
     """The modules of one decoder layer that fallow looks at."""
 
     block: nn.Module
-    attention: Mapping[str, nn.Linear]  # q_proj, k_proj, v_proj (or qkv_proj), o_proj
+    attention: Mapping[str, nn.Linear]  # q_proj, k_proj, v_proj (or qkv_proj), o_proj; or some
     ffn: Ffn | None
     experts: Experts | None = None  # in place of the FFN
 
@@ -203,17 +204,17 @@ def _register(layer: Layer, name: str, tap: Callable[[torch.Tensor], Any]) -> It
         yield layer.down_proj.register_forward_pre_hook(_input_hook(tap))
     elif name in layer.projections:
         yield layer.projections[name].register_forward_pre_hook(_input_hook(tap))
+    elif name == "gate_pre":
+        yield layer.act.register_forward_pre_hook(_input_hook(tap))
     elif name == "gate_act":
         yield layer.act.register_forward_hook(_output_hook(tap))
     elif name == "ffn_out":
         yield layer.down_proj.register_forward_hook(_output_hook(tap))
     elif layer.gate_up_proj is not None:
-        half = 0 if name == "gate_pre" else 1
-        yield layer.gate_up_proj.register_forward_hook(_half_hook(tap, half))
+        yield layer.gate_up_proj.register_forward_hook(_up_half_hook(tap))
     else:
-        unfused = layer.gate_proj if name == "gate_pre" and layer.gated else layer.up_proj
-        assert unfused is not None
-        yield unfused.register_forward_hook(_output_hook(tap))
+        assert layer.up_proj is not None
+        yield layer.up_proj.register_forward_hook(_output_hook(tap))
 
 
 def _apply(tap: Callable[[torch.Tensor], Any], value: torch.Tensor) -> torch.Tensor | None:
@@ -236,14 +237,11 @@ def _output_hook(tap: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
     return hook
 
 
-def _half_hook(tap: Callable[[torch.Tensor], Any], half: int) -> Callable[..., Any]:
+def _up_half_hook(tap: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: Any, output: torch.Tensor) -> Any:
-        halves = list(output.chunk(2, dim=-1))
-        replaced = _apply(tap, halves[half])
-        if replaced is None:
-            return None
-        halves[half] = replaced
-        return torch.cat(halves, dim=-1)
+        gate, up = output.chunk(2, dim=-1)
+        replaced = _apply(tap, up)
+        return None if replaced is None else torch.cat([gate, replaced], dim=-1)
 
     return hook
 

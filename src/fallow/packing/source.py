@@ -499,6 +499,7 @@ class Source:
             "attention_scale": self.attention_scale,
             "embedding_scale": self.embedding_scale,
             "residual_scale": float(getattr(c, "residual_multiplier", 1.0)),
+            **self._temperature(),
             "attention_softcap": float(getattr(c, "attn_logit_softcapping", None) or 0),
             "logit_softcap": self.model.logit_softcap,
             "norm_eps": self.norm_eps,
@@ -511,6 +512,16 @@ class Source:
             "sliding_window": self.sliding_windows,
             "rope": self.rope_of_layer,
             **self._expert_metadata(),
+        }
+
+    def _temperature(self) -> dict[str, Any]:
+        """How queries grow with their position (Llama 4's attention temperature)."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if not (scale := rope.get("llama_4_scaling_beta")):
+            return {}
+        return {
+            "temperature_scale": float(scale),
+            "temperature_length": rope["original_max_position_embeddings"],
         }
 
     def _expert_metadata(self) -> dict[str, Any]:

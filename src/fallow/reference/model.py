@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import re
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,7 @@ from fallow.common.progress import note
 from fallow.engine.sampling import Sampler, check_largest
 from fallow.models import (
     ROPE_TENSORS,
+    TEXT_NAMES,
     Architecture,
     activate,
     by_gguf_name,
@@ -41,7 +43,10 @@ from fallow.models import (
     check_config,
     check_gguf_keys,
     check_gguf_type,
+    check_wrapper,
     devices,
+    text_config,
+    text_name,
     told,
 )
 from fallow.models.cuts import cut_taps
@@ -448,6 +453,8 @@ def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.
         if tensor.name in ROPE_TENSORS:  # in the config
             continue
         hf_name = architecture.hf_name(tensor.name)
+        if hf_name is not None and _is_unused(module, hf_name):
+            continue
         if hf_name is None:
             raise FallowError(
                 f"GGUF {file.path} has a tensor {tensor.name} that {architecture.model_type} "
@@ -503,14 +510,28 @@ def inspect_folder(folder: Path) -> tuple[Architecture, dict[str, StoredTensor]]
             f"{folder} has an adapter; give its model, and the adapter to pack --lora"
         )
     config = read_json(path, "download it again")
-    if not isinstance(config.get("model_type"), str):
+    text = text_config(config, str(path))
+    if not isinstance(text.get("model_type"), str):
         raise FallowError(f"{path} is not a model's config; download it again")
-    architecture = by_model_type(config["model_type"], str(path))
-    tensors = {tensor.name: tensor for tensor in read_safetensors(folder)}
+    architecture = by_model_type(text["model_type"], str(path))
+    tensors = text_tensors(folder)
     with _refusing(f"{path} is not usable"):
-        check_config(architecture, config, str(path))
-        _check_size(architecture, config, tensors.values(), str(folder))
+        check_wrapper(config, str(path))
+        check_config(architecture, text, str(path))
+        _check_size(architecture, text, tensors.values(), str(folder))
     return architecture, tensors
+
+
+def text_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """A folder's tensors by the names that they have in its text model; others are left out.
+
+    Raises:
+        FallowError: config.json or weights are missing or damaged.
+    """
+    config = read_json(folder / "config.json", "download it again")
+    has_more = text_config(config, str(folder)) is not config
+    names = ((text_name(t.name) if has_more else t.name, t) for t in read_safetensors(folder))
+    return {name: tensor for name, tensor in names if name is not None}
 
 
 def pretrained(folder: Path, architecture: Architecture, dtype: torch.dtype | str) -> Any:
@@ -521,18 +542,25 @@ def pretrained(folder: Path, architecture: Architecture, dtype: torch.dtype | st
     """
     import transformers
 
-    config = read_json(folder / "config.json", "download it again")
+    whole = read_json(folder / "config.json", "download it again")
+    config, hf_class = text_config(whole, str(folder)), getattr(transformers, architecture.hf_class)
+    settings = told(architecture, config)
+    if config is not whole:
+        names = {f"^{re.escape(stored)}": own for stored, own in TEXT_NAMES.items()}
+        settings = {"config": hf_class.config_class(**config | settings), "key_mapping": names}
     with _refusing(f"transformers cannot load {folder}"):
-        module, info = getattr(transformers, architecture.hf_class).from_pretrained(
+        module, info = hf_class.from_pretrained(
             folder,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             local_files_only=True,
-            **told(architecture, config),
+            **settings,
         )
     _check_loading(folder, info)
     _check_use(folder, architecture, module)
+    if config is not whole:
+        _note_left_out(folder)
     activate(architecture, config, module)
     return module
 
@@ -546,8 +574,8 @@ def _check_use(folder: Path, architecture: Architecture, module: Any) -> None:
     used = dict(module.named_parameters(remove_duplicate=False))
     prefix = f"{module.base_model_prefix}."  # may be left out in files
     left_out = 0
-    for tensor in read_safetensors(folder):
-        name = architecture.read_as(tensor.name)
+    for stored, tensor in text_tensors(folder).items():
+        name = architecture.read_as(stored)
         name = name if name in used else prefix + name.removeprefix(prefix)
         is_float = tensor.type in ("F32", "F16", "BF16", "F64")
         if name in used and not is_float:
@@ -558,6 +586,8 @@ def _check_use(folder: Path, architecture: Architecture, module: Any) -> None:
         if architecture.left_out and f".{architecture.left_out}" in name:
             left_out += 1
             continue
+        if _is_unused(module, name):
+            continue
         is_weight = is_float and name.endswith((".weight", ".bias"))
         if name not in used and is_weight and name.startswith(f"{architecture.layers}."):
             raise FallowError(
@@ -566,6 +596,19 @@ def _check_use(folder: Path, architecture: Architecture, module: Any) -> None:
             )
     if left_out:
         note(f"{left_out} tensors {architecture.left_out}* of {folder} are not needed")
+
+
+def _is_unused(module: Any, name: str) -> bool:
+    """Whether transformers' class passes over a tensor: keys of layers that take other layers'."""
+    found = module.base_model._keys_to_ignore_on_load_unexpected or ()
+    return any(re.search(pattern, name) for pattern in found)
+
+
+def _note_left_out(folder: Path) -> None:
+    names = [tensor.name for tensor in read_safetensors(folder)]
+    others = [name.removeprefix("model.") for name in names if text_name(name) is None]
+    parts = ", ".join(sorted({name.partition(".")[0] for name in others}))
+    note(f"{folder} is read as its text model; {len(others)} tensors are left out: {parts}")
 
 
 def _check_loading(folder: Path, info: dict[str, Any]) -> None:

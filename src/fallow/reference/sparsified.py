@@ -158,8 +158,11 @@ def _fingerprints(module: Any, names: dict[str, str]) -> Iterator[str]:
     """
     own = next(module.parameters()).dtype
     kinds = sorted(_TYPES, key=lambda kind: _TYPES[kind] is not own)
+    in_files = module.state_dict().keys()
+    tensors: dict[str, torch.Tensor] = dict(module.named_parameters())
+    tensors |= {name: b for name, b in module.named_buffers() if name in in_files}  # Gemma 4's
     for kind in kinds:
-        stored = {names.get(name, name): p for name, p in module.named_parameters()}
+        stored = {names.get(name, name): p for name, p in tensors.items()}
         yield fingerprint({name: _stored(name, kind, p) for name, p in stored.items()})
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from fallow.calibration.calibrator import calibrate
 from fallow.calibration.tradeoff import make_rows, tradeoff
 from fallow.checkpoints.text import Text, check_no_leakage, load_text
-from fallow.checkpoints.weights import StoredTensor, read_gguf, read_safetensors
+from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
 from fallow.measure.evaluation import evaluate
 from fallow.measure.profiling import STORED_BINS_PER_OCTAVE, WINDOWS, Profile, profile
@@ -22,7 +22,7 @@ from fallow.patterns.collect import tap_width
 from fallow.patterns.similarity import agreement, jaccard, recording
 from fallow.patterns.store import row_sizes, unpack_bits
 from fallow.plan import Plan
-from fallow.reference.model import Model, find_model
+from fallow.reference.model import Model, find_model, text_tensors
 from fallow.reporting.neurons import examine, token_texts
 from fallow.reporting.parts import Parts
 
@@ -277,15 +277,13 @@ class _Measurement:
 def stored_bytes(model: Model) -> tuple[int, int]:
     """Bytes of the FFN's tensors and of all tensors, as they are stored in the model's files."""
     path = find_model(model.name)
-    tensors: list[StoredTensor] = (
-        list(read_safetensors(path)) if path.is_dir() else list(read_gguf(path).tensors.values())
-    )
+    tensors = text_tensors(path) if path.is_dir() else read_gguf(path).tensors
     a = model.architecture
     paths = [p for p in (a.gate_proj, a.up_proj, a.gate_up_proj, a.down_proj) if p is not None]
     is_ffn = re.compile(rf"\.\d+\.({'|'.join(map(re.escape, paths))})\.")
     ffn = total = 0
-    for tensor in tensors:
-        name = tensor.name if path.is_dir() else a.hf_name(tensor.name) or tensor.name
+    for stored, tensor in tensors.items():
+        name = stored if path.is_dir() else a.hf_name(stored) or stored
         total += len(tensor.data)
         ffn += len(tensor.data) if is_ffn.search(name) else 0
     return ffn, total
