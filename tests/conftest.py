@@ -131,6 +131,24 @@ CONFIGS = {
             "logits_scaling": 2.0,
         },
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        _COMMON
+        | {
+            "head_dim": 8,
+            "num_local_experts": 7,
+            "num_experts_per_tok": 3,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "truncate": False,
+            },
+        },
+    ),
     "starcoder2": ("Starcoder2Config", _COMMON),
     "phi": ("PhiConfig", _COMMON | {"num_attention_heads": 3, "num_key_value_heads": 3}),
     "phi3": ("Phi3Config", _COMMON),
@@ -157,7 +175,7 @@ CONFIGS = {
     ),
 }
 assert set(CONFIGS) == set(ARCHITECTURES)
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
 NEURON_RULES = tuple(rule for rule in RULES if not rule.startswith("expert_"))
 DENSE = tuple(name for name in ARCHITECTURES if name not in EXPERTS)
 # What transformers has no class of: the config.json says this besides. FATReLU jumps at its limit,

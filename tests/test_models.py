@@ -130,9 +130,10 @@ def write_gguf(
         writer.add_layer_norm_eps(getattr(config, eps))
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if name in ("qwen3", "qwen3_moe", "gemma2", "gemma3"):
-        writer.add_key_length(8)
-    if name in ("gemma2", "gemma3", "olmo3"):
+    if name in ("qwen3", "qwen3_moe", "gemma2", "gemma3", "gpt_oss"):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if name in ("gemma2", "gemma3", "olmo3", "gpt_oss"):
         writer.add_sliding_window(16)
     if name == "olmo3":
         writer.add_sliding_window_pattern([True, False])
@@ -150,6 +151,10 @@ def write_gguf(
         writer.add_parallel_residual(True)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     tokens = [t for t, _ in sorted(model.tokenizer.backend.get_vocab().items(), key=lambda e: e[1])]
     merges = json.loads(model.tokenizer.backend.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
@@ -182,6 +187,8 @@ def add_experts(writer: Any, model: fallow.Model) -> None:
     writer.add_expert_used_count(experts.used)
     if hasattr(config, "moe_intermediate_size"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.model_type == "gpt_oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     if hasattr(config, "shared_expert_intermediate_size"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
 
@@ -200,11 +207,14 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
                 parts = [state.pop(f"{prefix}.{x}_proj.{kind}") for x in "qkv"]
                 state[f"{prefix}.qkv_proj.{kind}"] = np.concatenate(parts)
     found = {}
+    if name == "gpt_oss":
+        found |= gpt_oss_experts(state)
     for key in [key for key in state if key.endswith("experts.gate_up_proj")]:
         for part, half in zip(("gate", "up"), np.split(state.pop(key), 2, axis=1), strict=True):
             index = key.split(".")[2]
             found[f"blk.{index}.ffn_{part}_exps.weight"] = half
     for key, values in state.items():
+        key = key.replace(".sinks", ".sinks.weight")
         if key.endswith("experts.down_proj"):
             found[f"blk.{key.split('.')[2]}.ffn_down_exps.weight"] = values
             continue
@@ -222,6 +232,19 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
             values = heads.swapaxes(0, 1).reshape(values.shape)
         found[names.get_name(key, try_suffixes=(".weight", ".bias"))] = values
     assert None not in found
+    return found
+
+
+def gpt_oss_experts(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Takes the experts of GPT-OSS, which have rows of gate and up in turn, (n, in, out)."""
+    found = {}
+    for key in [key for key in state if ".experts." in key]:
+        values, index = state.pop(key), key.split(".")[2]
+        kind = "bias" if key.endswith("_bias") else "weight"
+        values = values.swapaxes(1, -1)  # of a matrix; a bias has one of the two
+        parts = {"down": values} if "down" in key else {"gate": values[:, ::2], "up": values[:, 1::2]}
+        for part, rows in parts.items():
+            found[f"blk.{index}.ffn_{part}_exps.{kind}"] = np.ascontiguousarray(rows)
     return found
 
 

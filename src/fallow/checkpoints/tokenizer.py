@@ -434,6 +434,11 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _PATTERNS = {
     "default": (_GPT2,),
     "gpt-2": (_GPT2,),
@@ -441,6 +446,7 @@ _PATTERNS = {
     "smollm": (r"\p{N}", _GPT2),
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_LLAMA3.replace("{1,3}", ""),),
+    "gpt-4o": (_O200K,),
 }
 
 # Kinds of token in tokenizer.ggml.token_type.
@@ -462,7 +468,7 @@ _GGUF_NAMES = {
 _ENDS = frozenset((
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
     "<end_of_turn>", "<end_of_utterance>", "<｜end▁of▁sentence｜>", "<EOT>", "_<EOT>", "[EOT]",
-    "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+    "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|return|>", "<|call|>",
 ))  # fmt: skip
 
 
@@ -502,7 +508,11 @@ def _from_gguf(file: GgufFile) -> TextTokenizer:
         name: file.get(f"tokenizer.ggml.{name}_token_id", None)
         for name in (*_GGUF_NAMES, "eot", "eom")
     }
-    ends = [i for i, token in enumerate(tokens) if token in _ENDS]
+    # In GPT-OSS's format <|end|> ends what it thinks, and the answer comes after.
+    is_harmony = "<|return|>" in tokens and "<|call|>" in tokens
+    ends = [
+        i for i, t in enumerate(tokens) if t in _ENDS and not (is_harmony and t == "<|end|>")
+    ]
     return TextTokenizer(
         backend,
         bos_id=ids["bos"],

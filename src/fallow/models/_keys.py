@@ -105,6 +105,8 @@ def check_config(architecture: Architecture, config: dict[str, Any], where: str)
     for name, value in config.items():
         is_known = name in known or name.startswith("_") or not _COMPUTES.search(name)
         is_known &= name not in (*_NOT_COMPUTED, *(() if architecture.soft_caps else _SOFT_CAPS))
+        if name == "quantization_config" and isinstance(value, dict):
+            is_known |= value.get("quant_method") in architecture.quant_methods
         if not is_known and not _has_no_effect(name, value, config):
             remedy = "give the model that was quantised" if "quant" in name else _WITHOUT
             raise FallowError(
@@ -131,6 +133,8 @@ def _has_no_effect(name: str, value: Any, config: dict[str, Any]) -> bool:
         return not value
     if value in (None, 0):
         return True
+    if name == "experts_per_token":  # GPT-OSS says it by both names
+        return bool(value == config.get("num_experts_per_tok"))
     if name == "sliding_window":
         return bool(value >= config.get("max_position_embeddings", value + 1))
     return bool(value == 1) and re.search("scal|multiplier", name) is not None
