@@ -142,7 +142,7 @@ CONFIGS = {
             "layer_types": ["sliding_attention", "full_attention"],
             "rope_parameters": {
                 "rope_type": "yarn",
-                "rope_theta": 150000.0,
+                "rope_theta": 100.0,  # with which truncation would show
                 "factor": 4.0,
                 "original_max_position_embeddings": 32,
                 "truncate": False,

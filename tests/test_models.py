@@ -218,7 +218,7 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
         if key.endswith("experts.down_proj"):
             found[f"blk.{key.split('.')[2]}.ffn_down_exps.weight"] = values
             continue
-        key = key.replace(".router.weight", ".router.layer.weight")  # Granite's
+        key = key.replace("moe.router.weight", "moe.router.layer.weight")  # Granite's
         if key.endswith("shared_expert_gate.weight"):
             values = values[0]
         if name in PERMUTED and ".q_proj." in key:
@@ -344,9 +344,9 @@ def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     assert message(tmp_path / "m.gguf") == (
-        "unknown architecture 'mamba' in GGUF M; known: arcee, gemma2, gemma3, gptneox, granite, "
-        "granitemoe, llama, nemotron, olmo2, olmoe, phi2, phi3, qwen2, qwen2moe, qwen3, qwen3moe, "
-        "smollm3, starcoder2"
+        "unknown architecture 'mamba' in GGUF M; known: arcee, gemma2, gemma3, gpt-oss, gptneox, "
+        "granite, granitemoe, llama, nemotron, olmo2, olmoe, phi2, phi3, qwen2, qwen2moe, qwen3, "
+        "qwen3moe, smollm3, starcoder2"
     )
 
 
@@ -374,9 +374,10 @@ def test_folder_of_an_unknown_architecture(copy: Path) -> None:
     (copy / "config.json").write_text('{"model_type": "mamba"}')
     assert message(copy) == (
         "unknown architecture 'mamba' in M/config.json; "
-        "known: arcee, bamboo, bitnet, gemma2, gemma3_text, gpt_neox, granite, granitemoe, llama, "
-        "llama_sparse_relu, minicpm, ministral, mistral, mixtral, nemotron, olmo2, olmo3, olmoe, "
-        "opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3, sparsellama, starcoder2"
+        "known: arcee, bamboo, bitnet, gemma2, gemma3_text, gpt_neox, gpt_oss, granite, granitemoe, "
+        "llama, llama_sparse_relu, minicpm, ministral, mistral, mixtral, nemotron, olmo2, olmo3, "
+        "olmoe, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3, sparsellama, "
+        "starcoder2"
     )
 
 
