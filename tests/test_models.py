@@ -242,7 +242,8 @@ def gpt_oss_experts(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         values, index = state.pop(key), key.split(".")[2]
         kind = "bias" if key.endswith("_bias") else "weight"
         values = values.swapaxes(1, -1)  # of a matrix; a bias has one of the two
-        parts = {"down": values} if "down" in key else {"gate": values[:, ::2], "up": values[:, 1::2]}
+        halves = {"gate": values[:, ::2], "up": values[:, 1::2]}
+        parts = {"down": values} if "down" in key else halves
         for part, rows in parts.items():
             found[f"blk.{index}.ffn_{part}_exps.{kind}"] = np.ascontiguousarray(rows)
     return found
@@ -374,10 +375,10 @@ def test_folder_of_an_unknown_architecture(copy: Path) -> None:
     (copy / "config.json").write_text('{"model_type": "mamba"}')
     assert message(copy) == (
         "unknown architecture 'mamba' in M/config.json; "
-        "known: arcee, bamboo, bitnet, gemma2, gemma3_text, gpt_neox, gpt_oss, granite, granitemoe, "
-        "llama, llama_sparse_relu, minicpm, ministral, mistral, mixtral, nemotron, olmo2, olmo3, "
-        "olmoe, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3, sparsellama, "
-        "starcoder2"
+        "known: arcee, bamboo, bitnet, gemma2, gemma3_text, gpt_neox, gpt_oss, granite, "
+        "granitemoe, llama, llama_sparse_relu, minicpm, ministral, mistral, mixtral, nemotron, "
+        "olmo2, olmo3, olmoe, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3, "
+        "sparsellama, starcoder2"
     )
 
 

@@ -510,9 +510,7 @@ def _from_gguf(file: GgufFile) -> TextTokenizer:
     }
     # In GPT-OSS's format <|end|> ends what it thinks, and the answer comes after.
     is_harmony = "<|return|>" in tokens and "<|call|>" in tokens
-    ends = [
-        i for i, t in enumerate(tokens) if t in _ENDS and not (is_harmony and t == "<|end|>")
-    ]
+    ends = [i for i, t in enumerate(tokens) if t in _ENDS and not (is_harmony and t == "<|end|>")]
     return TextTokenizer(
         backend,
         bos_id=ids["bos"],

@@ -21,8 +21,8 @@ def _config(file: GgufFile) -> dict[str, Any]:
     found = llama_config(file) | expert_config(file, "num_local_experts")
     rope = found["rope_parameters"]
     if rope["rope_type"] == "yarn":
-        # No key says so, but every GPT-OSS has it: the bounds between frequencies that are stretched
-        # and those that are not are no whole numbers. llama.cpp rounds them.
+        # No key says so, but every GPT-OSS has it: the bounds between frequencies that are
+        # stretched and those that are not are no whole numbers. llama.cpp rounds them.
         rope["truncate"] = False
     pattern = file.get("gpt-oss.attention.sliding_window_pattern", 2)
     if not isinstance(pattern, list):  # every how many layers one sees the whole context
