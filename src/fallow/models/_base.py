@@ -203,8 +203,11 @@ def _experts(get: Callable[[str | None], Any], paths: ExpertPaths) -> Experts:
             "some of the model's layers have no experts (mlp_only_layers, decoder_sparse_step), "
             "which is not supported; give a model that has them in every layer"
         ) from error
-    places = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
-    places |= {"down_proj": ("down_proj", None)}
+    places: dict[str, tuple[str, int | None]] = {
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", 1),
+        "down_proj": ("down_proj", None),
+    }
 
     def parts(ending: str) -> dict[str, torch.Tensor]:
         return {

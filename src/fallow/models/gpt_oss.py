@@ -42,7 +42,7 @@ def _from_gguf(name: str, values: np.ndarray, config: Any) -> Tensors:
 def _translate(config: dict[str, Any]) -> dict[str, Any]:
     if "quantization_config" not in config:
         return {}
-    from transformers import Mxfp4Config
+    from transformers.utils.quantization_config import Mxfp4Config
 
     return {"quantization_config": Mxfp4Config(dequantize=True)}
 

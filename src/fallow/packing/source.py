@@ -276,8 +276,8 @@ class Source:
                 yield f"layers.{i}.router.weight", as_floats(experts.router.weight)
                 if getattr(experts.router, "bias", None) is not None:
                     yield f"layers.{i}.router.bias", as_floats(experts.router.bias)
-                for name, bias in experts.biases.items():
-                    yield f"layers.{i}.{name}.bias", as_floats(bias)
+                for name, biases in experts.biases.items():
+                    yield f"layers.{i}.{name}.bias", as_floats(biases)
                 if experts.shared_gate is not None:
                     yield (
                         f"layers.{i}.shared_expert_gate.weight",
