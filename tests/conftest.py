@@ -185,6 +185,24 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 2.0,
         },
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        _COMMON
+        | {
+            "head_dim": 8,
+            "num_local_experts": 7,
+            "num_experts_per_tok": 3,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,  # with which truncation would show
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "truncate": False,
+            },
+        },
+    ),
     "starcoder2": ("Starcoder2Config", _COMMON),
     "phi": ("PhiConfig", _COMMON | {"num_attention_heads": 3, "num_key_value_heads": 3}),
     "phi3": ("Phi3Config", _COMMON),
@@ -211,7 +229,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 assert set(CONFIGS) == set(ARCHITECTURES)
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
 UNPACKED = ("gemma3n", "gemma4", "qwen3_5")  # which the engine does not run
 PACKED = tuple(name for name in ARCHITECTURES if name not in UNPACKED)
 NEURON_RULES = tuple(rule for rule in RULES if not rule.startswith("expert_"))

@@ -45,14 +45,15 @@ def test_the_router_is_read_and_cut(name: str, tiny: dict[str, fallow.Model]) ->
     assert torch.equal(hidden_with(model, lambda _, value: value), dense)
     # A model whose experts put out nothing.
     cut = hidden_with(model, lambda _, value: torch.zeros_like(value))
-    kept = [layer.experts.down_proj.clone() for layer in model.layers if layer.experts]
-    for layer in model.layers:
-        assert layer.experts is not None
-        layer.experts.down_proj.zero_()
+    all_experts = [layer.experts for layer in model.layers if layer.experts]
+    last = [w for e in all_experts for w in (e.down_proj, e.biases.get("down_proj"))]
+    weights = [w for w in last if w is not None]
+    kept = [weight.clone() for weight in weights]
+    for weight in weights:
+        weight.zero_()
     expected = model.hidden(IDS[None])
-    for layer, weight in zip(model.layers, kept, strict=True):
-        assert layer.experts is not None
-        layer.experts.down_proj.copy_(weight)
+    for weight, values in zip(weights, kept, strict=True):
+        weight.copy_(values)
     torch.testing.assert_close(cut, expected)
     assert not torch.allclose(cut, dense, atol=0.1)
 

@@ -142,9 +142,10 @@ def write_gguf(
         writer.add_layer_norm_eps(getattr(config, eps))
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if name in ("qwen3", "qwen3_moe", "gemma2", "gemma3", "ministral3"):
-        writer.add_key_length(8)
-    if name in ("gemma2", "gemma3", "olmo3"):
+    if name in ("qwen3", "qwen3_moe", "gemma2", "gemma3", "ministral3", "gpt_oss"):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if name in ("gemma2", "gemma3", "olmo3", "gpt_oss"):
         writer.add_sliding_window(16)
     if name == "olmo3":
         writer.add_sliding_window_pattern([True, False])
@@ -163,10 +164,11 @@ def write_gguf(
     if name == "gpt_neox":
         writer.add_parallel_residual(True)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    if name == "ministral3" and rope["rope_type"] == "yarn":
+    if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if name == "ministral3" and rope["rope_type"] == "yarn":
         writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
         writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
@@ -218,6 +220,8 @@ def add_experts(writer: Any, model: fallow.Model) -> None:
     writer.add_expert_used_count(experts.used)
     if hasattr(config, "moe_intermediate_size"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.model_type == "gpt_oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     if hasattr(config, "shared_expert_intermediate_size"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
 
@@ -244,15 +248,18 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
         # Those of the layers that do not read them are in published files all the same.
         own = {k: v for k, v in state.items() if k.startswith("model.layers.1.self_attn.k_")}
         state |= {k.replace(".1.", ".3."): v + 1 for k, v in own.items()}
+    if name == "gpt_oss":
+        found |= gpt_oss_experts(state)
     for key in [key for key in state if key.endswith("experts.gate_up_proj")]:
         for part, half in zip(("gate", "up"), np.split(state.pop(key), 2, axis=1), strict=True):
             index = key.split(".")[2]
             found[f"blk.{index}.ffn_{part}_exps.weight"] = half
     for key, values in state.items():
+        key = key.replace(".sinks", ".sinks.weight")
         if key.endswith("experts.down_proj"):
             found[f"blk.{key.split('.')[2]}.ffn_down_exps.weight"] = values
             continue
-        key = key.replace(".router.weight", ".router.layer.weight")  # Granite's
+        key = key.replace("moe.router.weight", "moe.router.layer.weight")  # Granite's
         key = key.replace("_output_scale", "_output_scale.weight")  # Gemma 3n's
         if key.endswith("shared_expert_gate.weight"):
             values = values[0]
@@ -267,6 +274,20 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
             values = heads.swapaxes(0, 1).reshape(values.shape)
         found[names.get_name(key, try_suffixes=(".weight", ".bias"))] = values
     assert None not in found
+    return found
+
+
+def gpt_oss_experts(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Takes the experts of GPT-OSS, which have rows of gate and up in turn, (n, in, out)."""
+    found = {}
+    for key in [key for key in state if ".experts." in key]:
+        values, index = state.pop(key), key.split(".")[2]
+        kind = "bias" if key.endswith("_bias") else "weight"
+        values = values.swapaxes(1, -1)  # of a matrix; a bias has one of the two
+        halves = {"gate": values[:, ::2], "up": values[:, 1::2]}
+        parts = {"down": values} if "down" in key else halves
+        for part, rows in parts.items():
+            found[f"blk.{index}.ffn_{part}_exps.{kind}"] = np.ascontiguousarray(rows)
     return found
 
 
@@ -366,8 +387,8 @@ def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     assert message(tmp_path / "m.gguf") == (
-        "unknown architecture 'mamba' in GGUF M; known: arcee, gemma2, gemma3, gemma3n, gptneox, "
-        "granite, granitemoe, llama, mistral3, nemotron, olmo2, olmoe, phi2, phi3, qwen2, "
+        "unknown architecture 'mamba' in GGUF M; known: arcee, gemma2, gemma3, gemma3n, gpt-oss, "
+        "gptneox, granite, granitemoe, llama, mistral3, nemotron, olmo2, olmoe, phi2, phi3, qwen2, "
         "qwen2moe, qwen3, qwen3moe, smollm3, starcoder2"
     )
 
@@ -397,8 +418,8 @@ def test_folder_of_an_unknown_architecture(copy: Path) -> None:
     assert message(copy) == (
         "unknown architecture 'mamba' in M/config.json; "
         "known: arcee, bamboo, bitnet, gemma2, gemma3_text, gemma3n_text, gemma4_text, gpt_neox, "
-        "granite, granitemoe, llama, llama_sparse_relu, minicpm, ministral, ministral3, mistral, "
-        "mixtral, nemotron, olmo2, olmo3, olmoe, opt, phi, phi3, qwen2, qwen2_moe, qwen3, "
+        "gpt_oss, granite, granitemoe, llama, llama_sparse_relu, minicpm, ministral, ministral3, "
+        "mistral, mixtral, nemotron, olmo2, olmo3, olmoe, opt, phi, phi3, qwen2, qwen2_moe, qwen3, "
         "qwen3_5_text, qwen3_moe, smollm3, sparsellama, starcoder2"
     )
 

@@ -26,7 +26,24 @@ inline void activate(const Kernels& kernels, const Config& config, float* x, siz
     case Act::kFatRelu:
       for (size_t i = 0; i < n; ++i) x[i] = x[i] <= config.activation_threshold ? 0.0f : x[i];
       return;
+    case Act::kSwigluOai: return;  // of both halves: activate_experts
   }
+}
+
+// What down_proj reads of an expert, in place of what gate_proj puts out; `up` is overwritten, n values each.
+//
+//   kSwigluOai (gpt-oss):  g = min(gate, limit),  u = min(max(up, -limit), limit),
+//                          inter = (u + 1) g sigmoid(alpha g) = (u + 1) / alpha silu(alpha g)
+inline void activate_experts(const Kernels& kernels, const Config& config, float* gate, float* up, size_t n) {
+  if (config.act == Act::kSwigluOai) {
+    const float alpha = config.swiglu_alpha, limit = config.swiglu_limit;
+    for (size_t i = 0; i < n; ++i) gate[i] = alpha * std::min(gate[i], limit);
+    for (size_t i = 0; i < n; ++i) up[i] = (std::clamp(up[i], -limit, limit) + 1) / alpha;
+    kernels.silu(gate, n);
+  } else {
+    activate(kernels, config, gate, n);
+  }
+  for (size_t i = 0; i < n; ++i) gate[i] *= up[i];
 }
 
 }  // namespace fallow

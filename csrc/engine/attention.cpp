@@ -99,7 +99,7 @@ void Attention::rotate(const Layer& layer, const Norm& norm, size_t heads, size_
   });
 }
 
-// mixed = softmax(q k^T) v. Decode is cut into positions, of which every thread takes an equal part: so each
+// mixed = softmax(q k^T) v, where a head's sink is one more score, of no value. Decode is cut into positions, of which every thread takes an equal part: so each
 // reads its part of the cache once for all heads. A block is cut into heads that share keys and values, and
 // tiles of tokens, which threads take in turn, since late ones see more positions.
 void Attention::mix(size_t l, size_t n) {
@@ -117,7 +117,7 @@ void Attention::mix(size_t l, size_t n) {
     run_.pool.run([&](int worker) {
       for (size_t t = 0; t < n; ++t) mix_part(l, t, worker);
     });
-    merge_parts(n);
+    merge_parts(l, n);
     const size_t positions = position_ + n - first_position(l, 0);
     return run_.statistics.read(0, positions * kv_heads * config_.head_dim * 2 * sizeof(uint16_t));
   }
@@ -138,9 +138,12 @@ void Attention::mix_heads(size_t l, Share heads, Share tokens, int worker) {
   float* mixed = mixed_.x.data() + tokens.begin * mixed_.width + heads.begin * dim;
   sum_values(l, heads, tokens, {begin, position_ + tokens.end}, own.largest.data(), own.sums.data(), mixed,
              worker);
+  const float* sinks = model_.layers[l].sinks;
   for (size_t row = 0; row < (heads.end - heads.begin) * count; ++row) {
     float* out = mixed + row / count * dim + row % count * mixed_.width;
-    for (size_t i = 0; i < dim; ++i) out[i] /= own.sums[row];
+    float sum = own.sums[row];
+    if (sinks) sum += std::exp(sinks[heads.begin + row / count] - own.largest[row]);
+    for (size_t i = 0; i < dim; ++i) out[i] /= sum;
   }
 }
 
@@ -161,8 +164,9 @@ void Attention::mix_part(size_t l, size_t t, int worker) {
 }
 
 // The threads' parts of a softmax, each relative to its own largest score.
-void Attention::merge_parts(size_t n) {
+void Attention::merge_parts(size_t l, size_t n) {
   const size_t dim = config_.head_dim;
+  const float* sinks = model_.layers[l].sinks;
   for (size_t row = 0; row < n * config_.n_heads; ++row) {
     float largest = -std::numeric_limits<float>::infinity(), sum = 0;
     for (const Scratch& part : scratch_)
@@ -175,6 +179,7 @@ void Attention::merge_parts(size_t n) {
       sum += scale * part.sums[row];
       for (size_t i = 0; i < dim; ++i) out[i] += scale * part.mixed[row * dim + i];
     }
+    if (sinks) sum += std::exp(sinks[row % config_.n_heads] - largest);
     for (size_t i = 0; i < dim; ++i) out[i] /= sum;
   }
 }

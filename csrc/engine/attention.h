@@ -30,7 +30,7 @@ class Attention {
   void mix(size_t layer, size_t n);
   void mix_heads(size_t layer, Share heads, Share tokens, int worker);
   void mix_part(size_t layer, size_t token, int worker);
-  void merge_parts(size_t n);
+  void merge_parts(size_t layer, size_t n);
   void sum_values(size_t layer, Share heads, Share tokens, Share positions, float* largest, float* sums,
                   float* mixed, int worker);
   size_t first_position(size_t layer, size_t t) const;

@@ -50,7 +50,7 @@ void Experts::forward(size_t l, const Input& x, size_t n, float* out) {
 void Experts::route(size_t l, const Input& x, size_t n) {
   const Layer& layer = model_.layers[l];
   Clock clock;
-  products_.multiply(x, n, {layer.router, nullptr, logits_.data(), kTaps});
+  products_.multiply(x, n, {layer.router, layer.router_bias, logits_.data(), kTaps});
   run_.for_tokens(n, [&](size_t t, int worker) {
     choose(l, logits_.data() + t * n_experts_, experts_.data() + t * n_used_,
            shares_.data() + t * per_token_, worker);
@@ -154,7 +154,8 @@ void Experts::order(size_t first, size_t last) {
 void Experts::foresee(size_t l, const Input& x, size_t n) {
   if (!cache_ || l == config_.n_layers) return;
   Clock clock;
-  products_.multiply(x, n, {model_.layers[l].router, nullptr, ahead_logits_.data(), kTaps});
+  const Layer& layer = model_.layers[l];
+  products_.multiply(x, n, {layer.router, layer.router_bias, ahead_logits_.data(), kTaps});
   run_.for_tokens(n, [&](size_t t, int worker) {
     choose(l, ahead_logits_.data() + t * n_experts_, ahead_experts_.data() + t * n_used_,
            ahead_shares_.data() + t * n_used_, worker);
@@ -228,11 +229,14 @@ void Experts::run_few(const Expert& e, const Activation* tokens, size_t n, size_
   products_.gemv(e.up_proj, neurons.begin, count, tokens, n, up, stride, worker);
   for (size_t t = 0; t < n; ++t) {
     float *inter = gate + t * stride, *factor = up + t * stride;
-    activate(run_.kernels, config_, inter, count);
-    for (size_t i = 0; i < count; ++i) inter[i] *= factor[i];
+    if (e.gate_bias) add_to(inter, e.gate_bias + neurons.begin, count);
+    if (e.up_bias) add_to(factor, e.up_bias + neurons.begin, count);
+    activate_experts(run_.kernels, config_, inter, factor, count);
   }
   float* y = partial(worker, place);
   std::fill(y, y + n * hidden_, 0.0f);
+  if (e.down_bias && worker == 0)
+    for (size_t t = 0; t < n; ++t) add_to(y + t * hidden_, e.down_bias, hidden_);
   products_.axpy(e.down_proj_t, neurons.begin, count, gate, stride, n, y, hidden_, worker);
 }
 
@@ -258,18 +262,18 @@ void Experts::whole_group(size_t l, const Expert& e, const Input& x, Group group
     std::copy_n(x.x.data() + tokens[i] * hidden_, hidden_, group_.x.data() + i * hidden_);
   products_.prepare(group_, n, false);
   products_.multiply(l, group_, n,
-                     {{e.gate_proj, nullptr, gate_.data(), kGateInput},
-                      {e.up_proj, nullptr, up_.data(), kUpInput}});
+                     {{e.gate_proj, e.gate_bias, gate_.data(), kGateInput},
+                      {e.up_proj, e.up_bias, up_.data(), kUpInput}});
   run_.for_tokens(n, [&](size_t i, int) {
-    float *inter = gate_.data() + i * d_ff, *up = up_.data() + i * d_ff;
-    activate(run_.kernels, config_, inter, d_ff);
-    for (size_t j = 0; j < d_ff; ++j) inter[j] *= up[j];
+    activate_experts(run_.kernels, config_, gate_.data() + i * d_ff, up_.data() + i * d_ff, d_ff);
   });
   products_.sum_rows(e.down_proj_t, n, gate_.data(), y_.data());
   run_.for_tokens(n, [&](size_t i, int) {
     float* y = out + tokens[i] * hidden_;
+    float* own = y_.data() + i * hidden_;
     const float share = share_in_[group.begin + i];
-    for (size_t j = 0; j < hidden_; ++j) y[j] += share * y_[i * hidden_ + j];
+    if (e.down_bias) add_to(own, e.down_bias, hidden_);
+    for (size_t j = 0; j < hidden_; ++j) y[j] += share * own[j];
   });
 }
 

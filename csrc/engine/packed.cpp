@@ -192,8 +192,9 @@ Act read_act(const std::string& name) {
   if (name == "relu" || name == "drelu") return Act::kRelu;
   if (name == "relu2") return Act::kRelu2;
   if (name == "fatrelu") return Act::kFatRelu;
+  if (name == "swiglu_oai") return Act::kSwigluOai;
   throw PackedError("fallow.activation " + name +
-                    " is unknown; known: silu, gelu_tanh, gelu, relu, relu2, fatrelu, drelu");
+                    " is unknown; known: silu, gelu_tanh, gelu, relu, relu2, fatrelu, drelu, swiglu_oai");
 }
 
 Config read_config(const Reader& in) {
@@ -234,6 +235,12 @@ Config read_config(const Reader& in) {
     if (!c.gated) throw PackedError("fallow.gated must be true of a mixture of experts");
     if (c.rectifies_up) throw PackedError("fallow.activation of experts cannot be drelu");
   }
+  if (c.act == Act::kSwigluOai) {
+    c.swiglu_alpha = in.number("swiglu_alpha");
+    c.swiglu_limit = in.number("swiglu_limit");
+    if (c.n_experts == 0 || c.swiglu_alpha == 0)
+      throw PackedError("fallow.activation swiglu_oai is for experts, with a fallow.swiglu_alpha above 0");
+  }
   return c;
 }
 
@@ -245,9 +252,17 @@ Expert read_expert(const Reader& in, const std::string& p, uint64_t d_ff, uint64
 void read_experts(const Reader& in, const Config& c, const std::string& p, Layer& l) {
   const uint64_t hidden = c.hidden_size;
   l.router = in.float_matrix(p + "router.weight", c.n_experts, hidden);
-  for (uint32_t e = 0; e < c.n_experts; ++e)
-    l.experts.push_back(
+  l.router_bias = in.optional_vector(p + "router.bias", c.n_experts);
+  const float* gate_bias = in.table(p + "gate_proj.bias", c.n_experts, c.intermediate_size);
+  const float* up_bias = in.table(p + "up_proj.bias", c.n_experts, c.intermediate_size);
+  const float* down_bias = in.table(p + "down_proj.bias", c.n_experts, hidden);
+  for (uint32_t e = 0; e < c.n_experts; ++e) {
+    Expert& expert = l.experts.emplace_back(
         read_expert(in, p + "experts." + std::to_string(e) + ".", c.intermediate_size, hidden));
+    if (gate_bias) expert.gate_bias = gate_bias + uint64_t{e} * c.intermediate_size;
+    if (up_bias) expert.up_bias = up_bias + uint64_t{e} * c.intermediate_size;
+    if (down_bias) expert.down_bias = down_bias + e * hidden;
+  }
   if (c.shared_intermediate_size == 0) return;
   l.shared_expert_gate = in.float_matrix(p + "shared_expert_gate.weight", 1, hidden);
   l.experts.push_back(read_expert(in, p + "shared_expert.", c.shared_intermediate_size, hidden));
@@ -296,6 +311,7 @@ Layer read_layer(const Reader& in, const Config& c, uint32_t index) {
   l.k_bias = in.optional_vector(p + "k_proj.bias", kv);
   l.v_bias = in.optional_vector(p + "v_proj.bias", kv);
   l.o_bias = in.optional_vector(p + "o_proj.bias", hidden);
+  l.sinks = in.optional_vector(p + "sinks", c.n_heads);
   c.n_experts > 0 ? read_experts(in, c, p, l) : read_ffn(in, c, p, l);
   return l;
 }

@@ -17,7 +17,7 @@ struct PackedError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class Act { kSilu, kGeluTanh, kGelu, kRelu, kRelu2, kFatRelu };
+enum class Act { kSilu, kGeluTanh, kGelu, kRelu, kRelu2, kFatRelu, kSwigluOai };
 
 struct Config {
   uint32_t hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim, vocab_size;
@@ -39,6 +39,7 @@ struct Config {
   Act act;
   float activation_threshold; // of kFatRelu, whose smaller values become zero
   bool rectifies_up;          // dReLU: what up_proj puts out passes a ReLU, too
+  float swiglu_alpha, swiglu_limit;  // of kSwigluOai (engine/activation.h)
   // A mixture of experts in place of every FFN; intermediate_size is then that of an expert.
   uint32_t n_experts;         // 0: there are none
   uint32_t n_experts_used;    // by a token
@@ -70,6 +71,7 @@ struct Norm {
 // One FFN of several.
 struct Expert {
   Matrix gate_proj, up_proj, down_proj_t;  // (d_ff, hidden) each
+  const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;  // (d_ff,), (d_ff,), (hidden,)
 };
 
 struct Layer {
@@ -93,7 +95,10 @@ struct Layer {
   const float* down_norm = nullptr;             // (d_ff,): ||down_proj[:, i]|| of the source
   // In place of the FFN's: of a mixture of experts, the shared one last.
   Matrix router, shared_expert_gate;            // (n_experts, hidden), (1, hidden); F32
+  const float* router_bias = nullptr;           // (n_experts,)
   std::vector<Expert> experts;
+  // Of each head the logit of nothing at all: a score that its softmax divides by, without a value.
+  const float* sinks = nullptr;                 // (heads,); null: there are none
   const float* inv_freq = nullptr;              // (rotary_dim / 2,)
   const float* rope_scale = nullptr;            // (1,), factor of cos and sin; null: the config's
   uint32_t sliding_window = 0;                  // tokens; 0: all

@@ -495,7 +495,7 @@ _GGUF_NAMES = {
 _ENDS = frozenset((
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
     "<end_of_turn>", "<end_of_utterance>", "<｜end▁of▁sentence｜>", "<EOT>", "_<EOT>", "[EOT]",
-    "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+    "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|return|>", "<|call|>",
 ))  # fmt: skip
 
 
@@ -535,7 +535,9 @@ def _from_gguf(file: GgufFile) -> TextTokenizer:
         name: file.get(f"tokenizer.ggml.{name}_token_id", None)
         for name in (*_GGUF_NAMES, "eot", "eom")
     }
-    ends = [i for i, token in enumerate(tokens) if token in _ENDS]
+    # In GPT-OSS's format <|end|> ends what it thinks, and the answer comes after.
+    is_harmony = "<|return|>" in tokens and "<|call|>" in tokens
+    ends = [i for i, t in enumerate(tokens) if t in _ENDS and not (is_harmony and t == "<|end|>")]
     return TextTokenizer(
         backend,
         bos_id=ids["bos"],

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from fallow.checkpoints.weights import GgufFile
@@ -66,6 +67,20 @@ class ExpertPaths:
     shared: str | None = None
     shared_gate: str | None = None
     stored_as: dict[str, str] = field(default_factory=dict)  # parts of names that files have so
+    # Parameters are (n_experts, in, out), with a row of gate_proj and one of up_proj in turn, and
+    # there are biases.
+    is_transposed: bool = False
+
+    def part(self, whole: torch.Tensor, half: int | None) -> torch.Tensor:
+        """A view of a stacked parameter: (n_experts, out, in), or of a bias (n_experts, out).
+
+        `half`: of gate_up_proj, 0 for gate_proj and 1 for up_proj; None: all of it.
+        """
+        if self.is_transposed and whole.ndim == 3:
+            whole = whole.transpose(1, 2)
+        if half is None:
+            return whole
+        return whole[:, half::2] if self.is_transposed else whole.chunk(2, dim=1)[half]
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,7 @@ class Architecture:
     embed_positions: str | None = None
     first_position: int = 0  # rows of embed_positions before that of position 0
     rotary: str | None = "model.rotary_emb"
+    sinks: str | None = None  # of each head a logit that its softmax divides by besides
     layer_norm: bool = False  # LayerNorm; otherwise RMSNorm
     parallel: bool = False  # attention and FFN read the same norm
     interleaves_qkv: bool = False  # of a fused projection: q, k and v of one head after another
@@ -154,14 +170,16 @@ class Architecture:
         """The parameter that a tensor of a GGUF's is, and of a fused one which half.
 
         `model.layers.3.mlp.experts.up_proj.weight` -> (`model.layers.3.mlp.experts.gate_up_proj`,
-        1); None: all of it.
+        1), and its bias -> (`model.layers.3.mlp.experts.gate_up_proj_bias`, 1); None: all of it.
         """
-        stem, _, part = name.removesuffix(".weight").rpartition(".")
+        path, _, kind = name.rpartition(".")
+        stem, _, part = path.rpartition(".")
         if self.experts is None or not stem.endswith(f".{self.experts.experts}"):
             return name, None
+        ending = "" if kind == "weight" else f"_{kind}"
         if part == "down_proj":
-            return f"{stem}.down_proj", None
-        return f"{stem}.gate_up_proj", ("gate_proj", "up_proj").index(part)
+            return f"{stem}.down_proj{ending}", None
+        return f"{stem}.gate_up_proj{ending}", ("gate_proj", "up_proj").index(part)
 
     def read_as(self, name: str) -> str:
         """Of a folder's tensor the parameter that transformers makes of it, or a part of."""
@@ -199,10 +217,22 @@ def _experts(get: Callable[[str | None], Any], paths: ExpertPaths) -> Experts:
             "some of the model's layers have no experts (mlp_only_layers, decoder_sparse_step), "
             "which is not supported; give a model that has them in every layer"
         ) from error
+    places: dict[str, tuple[str, int | None]] = {
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", 1),
+        "down_proj": ("down_proj", None),
+    }
+
+    def parts(ending: str) -> dict[str, torch.Tensor]:
+        return {
+            name: paths.part(getattr(experts, place + ending), half)
+            for name, (place, half) in places.items()
+        }
+
     return Experts(
         router=get(paths.router),
-        gate_up_proj=experts.gate_up_proj,
-        down_proj=experts.down_proj,
+        **parts(""),
+        biases=parts("_bias") if paths.is_transposed else {},
         shared=get(paths.shared),
         shared_gate=get(paths.shared_gate),
     )

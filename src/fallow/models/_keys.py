@@ -151,6 +151,8 @@ def _has_no_effect(name: str, value: Any, config: dict[str, Any]) -> bool:
         return not value
     if value in (None, 0):
         return True
+    if name == "experts_per_token":  # GPT-OSS says it by both names
+        return bool(value == config.get("num_experts_per_tok"))
     if name == "sliding_window":
         return bool(value >= config.get("max_position_embeddings", value + 1))
     return bool(value == 1) and re.search("scal(?!ing_beta)|multiplier", name) is not None

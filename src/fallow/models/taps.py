@@ -51,8 +51,10 @@ class Experts:
     """A mixture of experts: a router, and FFNs whose weights are stacked."""
 
     router: Any  # gives (logits, shares, chosen), (T, n_experts) and twice (T, n_used)
-    gate_up_proj: torch.Tensor  # (n_experts, 2 d_ff, d_model), gate rows first
+    gate_proj: torch.Tensor  # (n_experts, d_ff, d_model), as up_proj; parameters or views of them
+    up_proj: torch.Tensor
     down_proj: torch.Tensor  # (n_experts, d_model, d_ff)
+    biases: Mapping[str, torch.Tensor]  # of these three, (n_experts, rows); {}: there are none
     shared: (
         Any  # an FFN that every token uses, or None; what the sigmoid of this gives is its share
     )
@@ -60,7 +62,7 @@ class Experts:
 
     @property
     def count(self) -> int:
-        return int(self.gate_up_proj.shape[0])
+        return int(self.down_proj.shape[0])
 
     @property
     def used(self) -> int:

@@ -56,6 +56,19 @@ def quantize(values: np.ndarray, kind: str) -> Matrix:
     return Matrix(kind, (rows, cols), data.reshape(rows, -1).copy())
 
 
+def mxfp4(codes: np.ndarray, exponents: np.ndarray) -> Matrix:
+    """A matrix of gpt-oss's checkpoint, (..., groups, 16) and (..., groups) uint8, as ggml's MXFP4.
+
+    A byte of the checkpoint has two neighbours of a group's 32 weights, one of ggml's has two that
+    are 16 apart.
+    """
+    weights = np.stack((codes & 15, codes >> 4), axis=-1).reshape(*codes.shape[:-1], 32)
+    apart = weights[..., :16] | weights[..., 16:] << 4
+    groups = codes.shape[-2]
+    data = np.concatenate((exponents[..., None], apart), axis=-1).reshape(-1, groups * 17)
+    return Matrix("MXFP4", (len(data), groups * 32), data)
+
+
 def dequantize(matrix: Matrix) -> np.ndarray:
     """Float32 values (rows, cols) of a matrix."""
     data = np.ascontiguousarray(matrix.data).reshape(-1)

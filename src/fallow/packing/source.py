@@ -11,7 +11,7 @@ import torch
 
 from fallow import _core
 from fallow.checkpoints.text import Text, load_text
-from fallow.checkpoints.weights import read_gguf
+from fallow.checkpoints.weights import read_gguf, read_safetensors
 from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import fits, read_json
 from fallow.common.progress import note, progress
@@ -27,6 +27,7 @@ from fallow.packing.quantize import (
     OUTLIERS,
     QUANT_TYPES,
     Matrix,
+    mxfp4,
     quantize,
     without_outliers,
 )
@@ -55,6 +56,7 @@ _ACTIVATIONS = {
     "fatrelu": "fatrelu",
     "drelu": "drelu",
 }
+_SWIGLU_OAI = ("swiglu_alpha", "swiglu_limit")
 
 
 Rows = slice | np.ndarray | None  # of a matrix; None: all
@@ -78,6 +80,7 @@ class Source:
         path = find_model(name) if name is not None else None
         self.gguf = read_gguf(path) if path is not None and path.is_file() else None
         self._adapted = _adapted_types(path)
+        self._folder = path if path is not None and path.is_dir() else None
         self._rounded_to, self._rounded = "", dict[int, list[RoundedDown]]()
         problem = model.architecture.check(self.config)
         if problem:
@@ -125,6 +128,8 @@ class Source:
             if kind not in QUANT_TYPES:  # Q2_K or Q3_K
                 kind = _larger_type(values.shape[1])
             result[name] = quantize(values if part is None else values[part], kind)
+        if quant is None and self._folder is not None:
+            stored = self._stored_mxfp4(self._folder)
         return result | dict(self._expert_inputs(stored, quant))
 
     def _expert_inputs(
@@ -135,8 +140,8 @@ class Source:
         for i, layer in enumerate(self.model.layers):
             if layer.experts is None or a.experts is None:
                 continue
-            halves = layer.experts.gate_up_proj.detach().chunk(2, dim=1)
-            for part, values in zip(("gate_proj", "up_proj"), halves, strict=True):
+            halves = {"gate_proj": layer.experts.gate_proj, "up_proj": layer.experts.up_proj}
+            for part, values in halves.items():
                 all_rows = stored.get(f"{a.layers}.{i}.{a.experts.experts}.{part}.weight")
                 if all_rows is None:
                     rows = as_floats(values).reshape(-1, values.shape[2])
@@ -144,6 +149,19 @@ class Source:
                 for e in range(layer.experts.count):
                     matrix = all_rows.rows(slice(e * d_ff, (e + 1) * d_ff))
                     yield f"layers.{i}.experts.{e}.{part}.weight", matrix
+
+    def _stored_mxfp4(self, folder: Path) -> dict[str, Matrix]:
+        """A folder's gate_proj and up_proj of experts that are MXFP4, named as `_stored` does."""
+        found, tensors = dict[str, Matrix](), {t.name: t for t in read_safetensors(folder)}
+        for name, blocks in tensors.items():
+            if name.endswith(".gate_up_proj_blocks"):
+                scales = tensors[name.removesuffix("_blocks") + "_scales"]
+                codes = blocks.data.reshape(blocks.shape)  # (n_experts, 2 d_ff, groups, 16)
+                exponents = scales.data.reshape(scales.shape)
+                for half, part in enumerate(("gate_proj", "up_proj")):
+                    place = name.replace("gate_up_proj_blocks", f"{part}.weight")
+                    found[place] = mxfp4(codes[:, half::2], exponents[:, half::2])
+        return found
 
     def _stored(self) -> dict[str, Matrix]:
         """The GGUF's matrices under the checkpoint's names, bytes as they are."""
@@ -256,6 +274,10 @@ class Source:
             else:
                 # Who is chosen hangs on small differences.
                 yield f"layers.{i}.router.weight", as_floats(experts.router.weight)
+                if getattr(experts.router, "bias", None) is not None:
+                    yield f"layers.{i}.router.bias", as_floats(experts.router.bias)
+                for name, biases in experts.biases.items():
+                    yield f"layers.{i}.{name}.bias", as_floats(biases)
                 if experts.shared_gate is not None:
                     yield (
                         f"layers.{i}.shared_expert_gate.weight",
@@ -263,6 +285,8 @@ class Source:
                     )
             for name, bias in self._biases(layer):
                 yield f"layers.{i}.{name}.bias", bias
+            if a.sinks is not None:
+                yield f"layers.{i}.sinks", as_floats(layer.block.get_parameter(a.sinks))
 
     @property
     def _down_name(self) -> str:
@@ -450,6 +474,8 @@ class Source:
 
     @property
     def activation(self) -> str:
+        if hasattr(self.config, "swiglu_limit"):  # beside which hidden_act has no effect
+            return "swiglu_oai"
         names = ("hidden_activation", "hidden_act", "activation_function")
         name = next(n for n in (getattr(self.config, n, None) for n in names) if n is not None)
         if name not in _ACTIVATIONS:
@@ -459,7 +485,9 @@ class Source:
             )
         return _ACTIVATIONS[name]
 
-    def _activation_threshold(self) -> dict[str, float]:
+    def _activation_numbers(self) -> dict[str, float]:
+        if self.activation == "swiglu_oai":
+            return {name: float(getattr(self.config, name)) for name in _SWIGLU_OAI}
         ffn = self.model.layers[0].ffn
         act = ffn.act if ffn is not None else None
         return {"activation_threshold": act.threshold} if isinstance(act, FatRelu) else {}
@@ -507,7 +535,7 @@ class Source:
             "gated": layer.gated,
             "parallel": a.parallel,
             "activation": self.activation,
-            **self._activation_threshold(),
+            **self._activation_numbers(),
             "fused": a.gate_up_proj is not None,
             "sliding_window": self.sliding_windows,
             "rope": self.rope_of_layer,

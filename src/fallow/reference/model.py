@@ -408,7 +408,9 @@ def _refusing(what: str) -> Iterator[None]:
 
 
 def n_weights(tensors: Collection[StoredTensor]) -> int:
-    return sum(math.prod(tensor.shape) for tensor in tensors)
+    """Of MXFP4 a folder has bytes of two weights each."""
+    pairs = [t for t in tensors if t.type == "U8" and t.name.endswith("_blocks")]
+    return sum(math.prod(tensor.shape) for tensor in (*tensors, *pairs))
 
 
 def _check_size(
@@ -446,7 +448,7 @@ def _empty_module(architecture: Architecture, config: dict[str, Any]) -> Any:
 
 
 def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.dtype) -> None:
-    expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    expected = {name: p.detach() for name, p in module.named_parameters()}  # without values
     state: dict[str, torch.Tensor] = {}
     halves: set[tuple[str, int]] = set()
     for tensor in file.tensors.values():
@@ -460,22 +462,26 @@ def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.
                 f"GGUF {file.path} has a tensor {tensor.name} that {architecture.model_type} "
                 "models do not have"
             )
-        values = tensor.dequantize()
-        for part, array in architecture.from_gguf(hf_name, values, module.config).items():
+        parts = architecture.from_gguf(hf_name, tensor.dequantize(), module.config)
+        for part, array in parts.items():
             name, half = architecture.stacked(part)
-            shape = expected.get(name, array.shape)
-            if half is not None:
-                shape = (shape[0], shape[1] // 2, *shape[2:])
-            if shape != array.shape:
+            target: Any = expected.get(name, array)  # of unknown names below
+            experts = architecture.experts if name != part and name in expected else None
+            if experts is not None:
+                target = experts.part(target, half)
+            if target.shape != array.shape:
                 raise FallowError(
                     f"GGUF {file.path}: tensor {tensor.name} gives {part} the shape "
-                    f"{array.shape}, expected {shape}"
+                    f"{array.shape}, expected {tuple(target.shape)}"
                 )
-            if half is None:
-                state[name] = torch.from_numpy(array).to(dtype)
-            else:
-                whole = state.setdefault(name, torch.full(expected[name], torch.nan, dtype=dtype))
-                whole.chunk(2, dim=1)[half].copy_(torch.from_numpy(array))
+            values = torch.from_numpy(array)
+            if experts is None:
+                state[name] = values.to(dtype)
+                continue
+            if name not in state:
+                state[name] = torch.full(expected[name].shape, torch.nan, dtype=dtype)
+            experts.part(state[name], half).copy_(values)
+            if half is not None:
                 halves.add((name, half))
     for name, half in sorted(halves):
         if (name, 1 - half) not in halves:
