@@ -16,13 +16,15 @@ import pytest
 import torch
 
 import fallow
+from conftest import CONFIGS, SAMPLE, make_folder
 from fallow.checkpoints.catalog import ALIASES, find_pieces, resolve
-from fallow.checkpoints.weights import read_gguf
+from fallow.checkpoints.weights import fingerprint, read_gguf
 from fallow.common.errors import FallowError
 from fallow.llama_cpp import plugin
 from fallow.measure.llama_cpp import compare, model_logits
 from fallow.packing.ffn_file import pack_ffns
 from fallow.plan import Cut, Plan
+from test_models import write_gguf
 
 pytest.importorskip("llama_cpp", reason="make test-llama installs llama-cpp-python")
 
@@ -31,7 +33,7 @@ import json, sys
 import fallow.llama_cpp
 arguments = json.loads(sys.argv[1])
 if arguments["plugin"]:
-    fallow.llama_cpp.load(arguments.get("plan"))
+    fallow.llama_cpp.load(arguments.get("plan"), arguments.get("memory"))
 from llama_cpp import Llama
 def make(path=arguments["model"], **options):
     return Llama(path, n_ctx=256, n_threads=2, n_threads_batch=2, verbose=False, seed=1, **options)
@@ -310,6 +312,155 @@ print(json.dumps({"seen": seen, "top": int(row.argmax()), "plain": int(m.sample(
     assert found["top"] == found["plain"]
 
 
+LAYERS, BUDGET = 12, 40_000_000  # of FFNs that take 75 MB
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF of random weights, whose FFNs are large enough to be measured in memory."""
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": LAYERS}
+    made = make_folder("llama", folder / "llama", **sizes, initializer_range=0.05)
+    return write_gguf("llama", fallow.load(made), folder / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def packed(tiny: Path) -> Path:
+    """With a plan whose shortlist llama.cpp has no use for, as `fallow optimize` makes it."""
+    path, mark = tiny.with_name("packed.gguf"), fingerprint(read_gguf(tiny).tensors)
+    cut = Cut("inter", "topk", np.linspace(0.25, 0.5, LAYERS), "column_norm")
+    plan = Plan("tiny", mark, "topk", 0.5, "keep", (cut,), head_margin=5.0)
+    fallow.pack(tiny, path, plan=plan, down="f32", text=SAMPLE)
+    return path
+
+
+LOGITS = """
+import numpy as np
+m = make(logits_all=True)
+np.save(arguments["out"], logits(m))
+anonymous = open("/proc/self/smaps_rollup").read().split("Anonymous:")[1].split()[0]
+print(json.dumps({"of": fallow.llama_cpp.statistics(), "anonymous": 1024 * int(anonymous)}))
+"""
+
+
+def test_a_packed_model_is_taken_as_it_is(tiny: Path, packed: Path, tmp_path: Path) -> None:
+    beside, out = tmp_path / "beside.gguf", tmp_path / "logits.npy"
+    pack_ffns(tiny, beside, packed=packed)
+    found = {}
+    for plan in (packed, beside):
+        of = run(LOGITS, model=tiny, plan=plan, out=out)
+        assert "the plan's shortlist is left out: llama.cpp computes its own head" in of["stderr"]
+        assert of["of"][0]["plan"]
+        kept = [1 - share for share in of["of"][0]["inactive_per_layer"]]
+        assert kept == pytest.approx(np.linspace(0.25, 0.5, LAYERS), abs=1e-3)
+        found[plan] = np.load(out)
+    np.testing.assert_array_equal(found[packed], found[beside])
+    engine = fallow.Engine(packed)
+    ids = engine.tokenizer.encode("Water boils at a lower temperature on a mountain because")
+    expected = engine.logits(np.array(ids))[-8:]
+    np.testing.assert_allclose(found[packed], expected, atol=0.02)
+
+
+def test_under_a_budget_ffns_come_from_the_disk(tiny: Path, packed: Path, tmp_path: Path) -> None:
+    found, rows = {}, {}
+    for memory in (None, BUDGET):
+        out = tmp_path / f"{memory}.npy"
+        found[memory] = run(LOGITS, model=tiny, plan=packed, memory=memory, out=out)
+        rows[memory] = np.load(out)
+    np.testing.assert_allclose(rows[BUDGET], rows[None], atol=1e-3)
+    whole, less = (found[memory]["of"][0] for memory in (None, BUDGET))
+    ffns = LAYERS * 3 * 256 * 2048 * 4
+    assert whole["held"] > ffns
+    assert whole["disk_bytes"] == 0
+    assert less["held"] <= BUDGET
+    assert less["disk_bytes"] > 8 * (ffns - BUDGET)  # 8 tokens, one by one
+    assert less["inactive"] == pytest.approx(whole["inactive"], abs=1e-3)
+    saved = found[None]["anonymous"] - found[BUDGET]["anonymous"]
+    assert saved > 0.9 * (ffns - BUDGET)
+
+
+def test_a_budget_that_cannot_be_kept_is_refused(tiny: Path, packed: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "beside.gguf"
+    pack_ffns(tiny, beside, packed=packed)
+    code = """
+try:
+    fallow.llama_cpp.load(arguments.get("file"), arguments["size"]); said = ""
+except fallow.FallowError as error:
+    said = str(error)
+print(json.dumps({"said": said}))
+"""
+    for file, size, expected in (
+        (packed, "1MB", "MB is too small for these FFNs on 1 threads; give"),
+        (packed, "80", "FALLOW_MEMORY '80' is not a size; give one such as 800MB"),
+        (packed, "80ZB", "FALLOW_MEMORY '80ZB' is not a size"),
+        (beside, "40MB", "FALLOW_MEMORY needs a packed model as FALLOW_PLAN"),
+        (None, "40MB", "FALLOW_MEMORY needs a packed model as FALLOW_PLAN"),
+    ):
+        assert expected in run(code, model=tiny, file=file, size=size)["said"]
+
+
+def write_stablelm(folder: Path, path: Path) -> Path:
+    """A GGUF of a StableLM folder, of which fallow.models has no file, as llama.cpp's converter writes it."""
+    import gguf
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    writer = gguf.GGUFWriter(path, "stablelm")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    head_dim = config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(int(config.rope_parameters["partial_rotary_factor"] * head_dim))
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_parallel_residual(False)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(backend["vocab"], key=backend["vocab"].get))
+    writer.add_token_types([3, 3, *[1] * (len(backend["vocab"]) - 2)])
+    writer.add_token_merges([" ".join(merge) for merge in backend["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(False)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.STABLELM, config.num_hidden_layers)
+    for name, values in AutoModelForCausalLM.from_pretrained(folder).state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), values.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_an_architecture_that_the_engine_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan made in transformers, on a folder, runs on the GGUF: the same neurons are left out."""
+    settings = CONFIGS["llama"][1] | {"hidden_size": 64, "intermediate_size": 96}
+    monkeypatch.setitem(CONFIGS, "stablelm", ("StableLmConfig", settings))
+    folder = make_folder("stablelm", tmp_path / "stablelm")
+    model = fallow.load(folder)
+    plan = fallow.calibrate(model, "topk", sparsity=0.5, text=SAMPLE, context=32, windows=2)
+    source, beside = write_stablelm(folder, tmp_path / "m.gguf"), tmp_path / "beside.gguf"
+    pack_ffns(source, beside, plan=plan, down="f32")
+    assert "in another form" in " ".join(capsys.readouterr().err.split())
+    ids = model.tokenizer.encode("Water boils at a lower temperature on a mountain because")
+    rows, expected = {}, {}
+    for name, file, choice in (("plan", beside, plan), ("dense", None, None)):
+        out = tmp_path / f"{name}.npy"
+        found = run(LOGITS, model=source, plan=file, out=out)
+        assert found["of"][0]["plan"] == (choice is not None)
+        assert found["of"][0]["apart"] == 0
+        rows[name] = np.load(out)
+        with model.sparse(choice):
+            expected[name] = model.logits(model.hidden(ids[None]))[0, -8:].numpy()
+        np.testing.assert_allclose(rows[name], expected[name], atol=2e-3)
+    assert np.abs(expected["plan"] - expected["dense"]).max() > 0.5
+
+
 def test_files_that_are_none(smollm2: Path, tmp_path: Path) -> None:
     code = """
 try:
@@ -318,7 +469,12 @@ except fallow.FallowError as error:
     said = str(error)
 print(json.dumps({"said": said}))
 """
-    for content, said in ((smollm2.read_bytes(), "not a file of fallow llama pack"), (b"GGUF", "")):
+    plan = topk(smollm2, 0.5).to_bytes()
+    for content, said in (
+        (smollm2.read_bytes(), "not a file of fallow llama pack, and no packed model"),
+        (plan, "is a plan alone; put it into a packed model"),
+        (b"GGUF", ""),
+    ):
         path = tmp_path / "file.gguf"
         path.write_bytes(content)
         found = run(code, model=smollm2, file=path)["said"]

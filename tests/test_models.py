@@ -117,7 +117,7 @@ def write_gguf(
     arch, config = model.architecture, model.module.config
     assert arch.gguf_name is not None
     writer = gguf.GGUFWriter(path, arch.gguf_name, split_max_tensors=part)
-    writer.add_block_count(2)
+    writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(128)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -189,7 +189,8 @@ def add_experts(writer: Any, model: fallow.Model) -> None:
 def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
     """The weights under the names that the gguf package gives them."""
     kinds = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[model.architecture.gguf_name or ""], 2)
+    n_layers = model.module.config.num_hidden_layers
+    names = gguf.get_tensor_name_map(kinds[model.architecture.gguf_name or ""], n_layers)
     state = {k: v.float().numpy() for k, v in model.module.state_dict().items()}
     if model.module.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)

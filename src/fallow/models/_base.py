@@ -107,6 +107,7 @@ class Architecture:
     left_out: str | None = None  # tensors of a layer whose names begin so, which nothing needs
     stored_as: dict[str, str] = field(default_factory=dict)  # parameters that files name so
     check: Callable[[Any], str | None] = lambda config: None  # what of a config cannot be packed
+    by_names: bool = False  # found by its modules' names, and only tried (_by_names.py)
 
     # GGUF: None if llama.cpp has no such architecture.
     gguf_name: str | None = None
@@ -124,7 +125,8 @@ class Architecture:
             return None if path is None else block.get_submodule(path)
 
         names = [path.rsplit(".", 1)[-1] for path in self.attention]
-        names[-1] = "o_proj"  # Phi-2 calls it dense, OPT out_proj
+        if names:
+            names[-1] = "o_proj"  # Phi-2 calls it dense, OPT out_proj
         if len(names) == 2:
             names[0] = "qkv_proj"  # GPT-NeoX calls it query_key_value
         attention = {name: get(path) for name, path in zip(names, self.attention, strict=True)}
