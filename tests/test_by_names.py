@@ -13,7 +13,7 @@ from fallow.common.errors import FallowError
 from fallow.models import check_logits
 
 IDS = np.arange(2, 14)[None]
-# With a LayerNorm and biases; with a factor of logits, and attention beside the FFN; with norms of queries.
+# With a LayerNorm; a factor of logits, and attention beside the FFN; norms of queries.
 NAMES = ("stablelm", "cohere", "exaone4")
 _CLASSES = {"stablelm": "StableLmConfig", "cohere": "CohereConfig", "exaone4": "Exaone4Config"}
 _MORE = {"cohere": {"logit_scale": 0.25}, "exaone4": {"sliding_window": 16}}

@@ -125,7 +125,7 @@ def test_a_packed_model_that_the_plugin_cannot_take(
         fallow.pack(source.with_name("llama"), packed)
     else:
         fallow.pack(source, packed, plan=plan_of(source, Cut("q_proj", "topk", 0.5)), down="q8_0")
-    with pytest.raises(_core.PackedError, match="fallow llama pack MODEL.gguf --packed THIS"):
+    with pytest.raises(_core.PackedError, match=r"fallow llama pack MODEL\.gguf --packed THIS"):
         _core.check_ffn_file(np.fromfile(packed, np.uint8))
 
 

@@ -400,7 +400,7 @@ print(json.dumps({"said": said}))
 
 
 def write_stablelm(folder: Path, path: Path) -> Path:
-    """A GGUF of a StableLM folder, of which fallow.models has no file, as llama.cpp's converter writes it."""
+    """A GGUF of a StableLM folder, as llama.cpp's converter writes it."""
     import gguf
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -23,10 +23,10 @@ def load(plan: str | Path | None = None, memory: str | int | None = None) -> Non
     """Lets llama-cpp-python's models that are loaded from now on compute their FFNs here.
 
     Args:
-        plan: for the model that is loaded next what `fallow pack` or `optimize` made of its GGUF, or
-            a file of `fallow llama pack`; None: that of the environment variable FALLOW_PLAN, or
-            dense. May be called again with another. A model that the file was not made for runs
-            dense, and a line on stderr says so.
+        plan: what `fallow pack` or `optimize` made of the GGUF that is loaded next, or a file of
+            `fallow llama pack`; None: that of the environment variable FALLOW_PLAN, or dense. May
+            be called again with another. A model that the file was not made for runs dense, and a
+            line on stderr says so.
         memory: what FFNs may take, bytes or "800MB" say; None: what FALLOW_MEMORY says, or all that
             they need. The other layers' weights are read from a packed model, for every pass. The
             rest of the model is llama.cpp's, and comes on top.

@@ -1,7 +1,7 @@
 """Architectures of transformers that have no file here, found by the names of their modules.
 
-Such a model is measured and calibrated, in transformers; the engine does not know it, but llama.cpp with
-our plugin runs its plans. Names promise nothing of what is computed, so that `check_names` tries it.
+Such a model is measured and calibrated, in transformers; the engine does not know it, but llama.cpp
+with our plugin runs its plans. Names promise nothing of what is computed, so that it is tried.
 """
 
 from typing import Any
@@ -97,7 +97,7 @@ def check_names(architecture: Architecture, module: Any, where: str) -> None:
 
 
 def check_logits(model: Any) -> None:
-    """Raises FallowError unless logits are what a loaded model's own head makes of hidden states."""
+    """Raises FallowError unless a loaded model's logits are what its head makes of hidden states."""
     ids = torch.arange(2, device=model.device)[None]
     with torch.inference_mode():
         expected = model.module(input_ids=ids, use_cache=False).logits.float()
@@ -105,7 +105,8 @@ def check_logits(model: Any) -> None:
     if not _are_close(found, expected):
         raise FallowError(
             f"{model.name} makes its logits in another way than by its head alone, which is not "
-            f"known of {model.architecture.model_type} models; see docs/developing.md for how to add one"
+            f"known of {model.architecture.model_type} models; see docs/developing.md for how to "
+            "add one"
         )
 
 

@@ -1,8 +1,8 @@
 """The file that llama.cpp's models get beside their own: down_proj by neuron, and a plan.
 
 docs/packed.md describes it. The plugin (csrc/ggml_plugin) maps it, and takes it for a model whose
-FFN weights are, byte by byte, those that it was made for. A packed model has the same besides what the
-engine reads, so that it can stand in for such a file.
+FFN weights are, byte by byte, those that it was made for. A packed model has the same besides what
+the engine reads, so that it can stand in for such a file.
 """
 
 import re
@@ -91,8 +91,8 @@ def add_to_packed(
 ) -> None:
     """Adds to a packed model what lets the plugin take it for the GGUF that it is packed from.
 
-    Nothing where the plugin could not: no such GGUF, FFNs of other kinds or with other bytes, or cuts
-    that it does not make. `fallow llama pack` then says which of these it is.
+    Nothing where the plugin could not: no such GGUF, FFNs of other kinds or with other bytes, or
+    cuts that it does not make. `fallow llama pack` then says which of these it is.
     """
     if source.gguf is None or source.model.changed:
         return
