@@ -351,8 +351,8 @@ FfnFile read_ffn_file(const uint8_t* data, uint64_t size) {
   const Reader in(data, size);
   const bool is_packed = in.is_packed();
   if (!in.has_key("ffn.version"))
-    throw PackedError(is_packed ? "this packed model has not what llama.cpp needs of it; make a file that has, or learn "
-                                  "why not, with: fallow llama pack MODEL.gguf --packed THIS -o FILE"
+    throw PackedError(is_packed ? "this packed model has not what llama.cpp needs of it; make a file that has, or "
+                                  "learn why not, with: fallow llama pack MODEL.gguf --packed THIS -o FILE"
                                 : "it is not a file of fallow llama pack, and no packed model");
   if (in.count("ffn.version", 0, UINT32_MAX) != kFfnVersion)
     throw PackedError("it was made by another version of fallow; make it again with: fallow llama pack");

@@ -78,9 +78,9 @@ struct MappedFile {
 };
 
 // What a Machine takes, at most: of a block's tokens their floats, halves, bytes and scales as products read
-// and write them, and each thread's panels (Products, Ffn).
-uint64_t scratch_bytes(size_t block, size_t widest, int n_threads) {
-  return (28 * block + 1024 * static_cast<uint64_t>(n_threads)) * widest;
+// and write them, each thread's panels (Products, Ffn), and weights of two cuts per layer.
+uint64_t scratch_bytes(size_t block, size_t widest, int n_threads, size_t n_layers) {
+  return (28 * block + 1024 * static_cast<uint64_t>(n_threads) + 8 * n_layers) * widest;
 }
 
 // Layers that are read from the disk for every pass, so that all else fits into the file's budget: as few as
@@ -90,7 +90,7 @@ std::vector<bool> streamed_layers(const MappedFile& file, int n_threads) {
   std::vector<bool> streamed(n);
   if (file.budget == 0) return streamed;
   const Matrix& up = file.ffns.layers[0].up_proj;
-  const uint64_t scratch = kMachines * scratch_bytes(kSmallBlock, std::max(up.rows, up.cols), n_threads);
+  const uint64_t scratch = kMachines * scratch_bytes(kSmallBlock, std::max(up.rows, up.cols), n_threads, n);
   uint64_t needed = 0;
   for (size_t count = 0; count <= n; ++count) {
     uint64_t resident = 0, slot = 0;
@@ -101,8 +101,9 @@ std::vector<bool> streamed_layers(const MappedFile& file, int n_threads) {
     needed = resident + kSlots * slot + scratch;
     if (needed <= file.budget) return streamed;
   }
-  throw PackedError("FALLOW_MEMORY of " + std::to_string(file.budget / 1000000) + " MB is too small for these FFNs on " +
-                    std::to_string(n_threads) + " threads; give " + std::to_string(needed / 1000000 + 1) + "MB or more");
+  const auto in_mb = [](uint64_t bytes) { return std::to_string(bytes / 1000000); };
+  throw PackedError("FALLOW_MEMORY of " + in_mb(file.budget) + " MB is too small for these FFNs on " +
+                    std::to_string(n_threads) + " threads; give " + in_mb(needed + 999999) + "MB or more");
 }
 
 // Bytes of a size such as 800MB or 1.5GiB; 0 for anything else, and for a small number without a unit.
@@ -111,11 +112,12 @@ uint64_t parse_size(const std::string& text) {
   const double value = std::strtod(text.c_str(), &end);
   std::string unit(end);
   std::transform(unit.begin(), unit.end(), unit.begin(), [](unsigned char c) { return std::toupper(c); });
-  const std::map<std::string, double> kUnits = {{"", 1},          {"B", 1},          {"KB", 1e3},       {"MB", 1e6},
-                                                {"GB", 1e9},      {"KIB", 1 << 10},  {"MIB", 1 << 20},  {"GIB", 1 << 30}};
-  const auto found = kUnits.find(unit);
-  if (end == text.c_str() || found == kUnits.end() || !(value > 0 && value < 1e15) || (unit.empty() && value < 1e6)) return 0;
-  return static_cast<uint64_t>(value * found->second);
+  const std::map<std::string, double> units = {{"", 1},     {"B", 1},        {"KB", 1e3},     {"MB", 1e6},
+                                               {"GB", 1e9}, {"KIB", 1 << 10}, {"MIB", 1 << 20}, {"GIB", 1 << 30}};
+  const auto found = units.find(unit);
+  if (end == text.c_str() || found == units.end() || (unit.empty() && value < 1e6)) return 0;
+  const double bytes = value * found->second;
+  return bytes >= 1 && bytes < 1e18 ? static_cast<uint64_t>(bytes) : 0;
 }
 
 // Whether a file that is no GGUF is one of fallow's plans (docs/plan.md), whose header begins it.
@@ -148,10 +150,9 @@ std::string use_file(const char* path, const char* memory) {
       (void)streamed_layers(*file, 1);
     }
   } catch (const GgufError& error) {
-    const std::string text = std::string(path) + ": " + error.what();
-    return is_plan(path) ? std::string(path) + " is a plan alone; put it into a packed model, or a file of its own, with: "
-                           "fallow llama pack MODEL.gguf --plan THIS -o FILE"
-                         : text;
+    if (!is_plan(path)) return std::string(path) + ": " + error.what();
+    return std::string(path) + " is a plan alone; pack the model with it (fallow pack --plan), or make a file of it "
+                               "with: fallow llama pack MODEL.gguf --plan THIS -o FILE";
   } catch (const std::exception& error) {
     return std::string(path) + ": " + error.what();
   }
@@ -265,7 +266,8 @@ class Model {
     }
     if (file_ && there > 0 && known < there)
       say("the file was made for another model (" + std::to_string(known) + " of " + std::to_string(there) +
-          " FFNs are the same); this one runs dense" + (file_->budget > 0 ? ", and without a memory budget" : ""));
+          " FFNs are the same); this one runs dense" +
+          (file_->budget > 0 ? ", and without a memory budget" : ""));
     const bool is_known = ffns && there > 0 && known == there;
     if (is_known && !ffns->note.empty()) say(ffns->note);
     follows_plan_ = is_known && !ffns->cuts.empty();
@@ -405,7 +407,8 @@ class Model {
       units.emplace_back();
       for (const Matrix* w : file_->matrices(l)) {
         units.back().push_back(file_->extent(*w));
-        if (units.back().back().offset % kSector != 0) throw PackedError(file_->path + ": matrices do not begin sectors");
+        if (units.back().back().offset % kSector != 0)
+          throw PackedError(file_->path + ": its matrices do not begin at sectors; pack it again");
       }
       slot_bytes_ = std::max(slot_bytes_, file_->room(l));
     }
@@ -480,7 +483,7 @@ class Machine {
   }
 
   void count_in(Totals& totals) const { totals.add(run_.statistics, tokens_); }
-  uint64_t scratch() const { return scratch_bytes(block_, model_->widest(), run_.pool.size()); }
+  uint64_t scratch() const { return scratch_bytes(block_, model_->widest(), run_.pool.size(), model_->n_layers()); }
 
   // down(act(gate x) * up x). False: it is for others to compute, one product after another.
   bool ffn(const Weight& gate, const Weight& up, const Weight& down, Act act, const ggml_tensor* x,
@@ -503,25 +506,17 @@ class Machine {
     const auto forward = [&] {
       for_blocks(x, [&](size_t t, size_t n) { ffn_->forward(gate.layer, x_, n, row(out, t)); });
     };
-    if (by_neuron && model_->streams(gate.layer)) {
+    if (!by_neuron) {
+      for_blocks(x, [&](size_t t, size_t n) { dense(gate, up, down, n, row(out, t)); });
+    } else if (model_->streams(gate.layer)) {
       model_->with_streamed(gate.layer, [&](const Layer& layer) {
         Layer& own = packed_.layers[gate.layer];
         own.gate_proj = layer.gate_proj, own.up_proj = layer.up_proj, own.down_proj_t = layer.down_proj_t;
         forward();
       });
-    } else if (by_neuron) {
+    } else {
       forward();
-    } else for_blocks(x, [&](size_t t, size_t n) {
-      float* y = row(out, t);
-      const size_t d_ff = gate.w.rows;
-      inter_.resize(2 * block_ * d_ff);
-      float *gated = inter_.data(), *upped = gated + block_ * d_ff;
-      products_.multiply(0, x_, n, {{gate.w, nullptr, gated, kGateInput}, {up.w, nullptr, upped, kUpInput}});
-      glu(packed_.config, n, d_ff, gated, upped, gated);
-      set_input(d_ff, n, [&](size_t i) { return gated + i * d_ff; });
-      products_.multiply(x_, n, {down.w, nullptr, y, kDownInput});
-      run_.statistics.active[gate.layer] += n * d_ff;
-    });
+    }
     tokens_[gate.layer] += static_cast<size_t>(ggml_nrows(x));
     ++model_->fused;
     return true;
@@ -550,6 +545,18 @@ class Machine {
   }
 
  private:
+  // y = down(act(gate x) * up x) of a block, from llama.cpp's own rows.
+  void dense(const Weight& gate, const Weight& up, const Weight& down, size_t n, float* y) {
+    const size_t d_ff = gate.w.rows;
+    inter_.resize(2 * block_ * d_ff);
+    float *gated = inter_.data(), *upped = gated + block_ * d_ff;
+    products_.multiply(0, x_, n, {{gate.w, nullptr, gated, kGateInput}, {up.w, nullptr, upped, kUpInput}});
+    glu(packed_.config, n, d_ff, gated, upped, gated);
+    set_input(d_ff, n, [&](size_t i) { return gated + i * d_ff; });
+    products_.multiply(x_, n, {down.w, nullptr, y, kDownInput});
+    run_.statistics.active[gate.layer] += n * d_ff;
+  }
+
   void product(const Matrix& w, const ggml_tensor* x, ggml_tensor* out) {
     for_blocks(x, [&](size_t t, size_t n) { products_.multiply(x_, n, {w, nullptr, row(out, t), kDownInput}); });
   }
@@ -689,7 +696,8 @@ std::string Model::report() {
   for (const auto& parts : layers_) neurons.push_back(parts[kUpProj] ? parts[kUpProj]->w.rows : 0);
   return std::string("{\"kernels\": \"") + kernels_.name + "\", \"plan\": " + (follows_plan_ ? "true" : "false") +
          ", \"bytes\": " + std::to_string(all.bytes) + ", \"held\": " + std::to_string(held) +
-         ", \"disk_bytes\": " + std::to_string(streamer_ ? streamer_->bytes_read() : 0) + ", \"fused\": " + std::to_string(fused) +
+         ", \"disk_bytes\": " + std::to_string(streamer_ ? streamer_->bytes_read() : 0) +
+         ", \"fused\": " + std::to_string(fused) +
          ", \"apart\": " + std::to_string(apart) + ", \"tokens\": " + list(all.tokens) +
          ", \"active\": " + list(all.active) + ", \"neurons\": " + list(neurons) + "}";
 }
@@ -966,13 +974,13 @@ __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init() {
                 "; run: fallow llama build");
     return nullptr;
   }
-  if (const std::string problem = fallow::use_file(std::getenv("FALLOW_PLAN"), std::getenv("FALLOW_MEMORY")); !problem.empty())
-    fallow::say(problem + "; models run dense");
+  const std::string problem = fallow::use_file(std::getenv("FALLOW_PLAN"), std::getenv("FALLOW_MEMORY"));
+  if (!problem.empty()) fallow::say(problem + "; models run dense");
   return fallow::registry();
 }
 
-// For models loaded from now on, a file of `fallow llama pack` or a packed model, null or "": none; and what their
-// FFNs may take in memory, 800MB say, null or "": no limit. Returns null, or why not, until the next call.
+// For models loaded from now on, a file of `fallow llama pack` or a packed model, null or "": none; and what
+// their FFNs may take in memory, 800MB say, null or "": no limit. Returns null, or why not, until the next call.
 __attribute__((visibility("default"))) const char* fallow_use_plan(const char* path, const char* memory) {
   static std::string problem;
   problem = fallow::use_file(path, memory);

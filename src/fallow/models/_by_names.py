@@ -97,7 +97,7 @@ def check_names(architecture: Architecture, module: Any, where: str) -> None:
 
 
 def check_logits(model: Any) -> None:
-    """Raises FallowError unless a loaded model's logits are what its head makes of hidden states."""
+    """Raises FallowError unless logits are what the head makes of hidden states."""
     ids = torch.arange(2, device=model.device)[None]
     with torch.inference_mode():
         expected = model.module(input_ids=ids, use_cache=False).logits.float()
