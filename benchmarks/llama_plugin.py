@@ -14,6 +14,7 @@ llama-cpp-python==0.3.36 and `fallow llama build`:
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -192,6 +193,8 @@ def in_little_memory(source: Path, file: Path, limit: int, sizes: Sizes) -> dict
     """Runs of the plugin and of stock llama.cpp in a cgroup of `limit` MB, in turn."""
     prompt, fed, stock_fed = sizes.fed
     found: dict[str, Any] = {"limit_mb": limit, "fed": fed, OURS: []} | {kind: [] for kind in STOCK}
+    if not os.access(memory.CGROUP.parent, os.W_OK):
+        return found | {"failed": f"{memory.CGROUP.parent} cannot be written to"}
     for _ in range(sizes.rounds):
         given = [str(source), str(file), str(int(FOR_FFNS * limit)), str(prompt), str(fed)]
         found[OURS].append(memory.in_cgroup(limit, given, script=__file__))
@@ -301,7 +304,8 @@ def report(results: Path, sizes: Sizes) -> str:
 def memory_row(name: str, found: dict[str, Any]) -> str:
     ours = [one for one in found[OURS] if "failed" not in one]
     if not ours:
-        return f"| {name} | {found['limit_mb']} | {found[OURS][0]['failed']} | | | | | |"
+        reason = found.get("failed") or found[OURS][0]["failed"]
+        return f"| {name} | {found['limit_mb']} | {reason} | | | | | |"
     works = [kind for kind in STOCK if not any("failed" in one for one in found[kind])]
     decode = [one["decode_tps"] for one in ours]
     theirs = [
