@@ -354,9 +354,14 @@ print(json.dumps({"of": fallow.llama_cpp.statistics(), "anonymous": 1024 * int(a
 WATER = "Water boils at a lower temperature on a mountain because"
 
 
-def assert_same_neurons(found: np.ndarray, expected: np.ndarray, dense: np.ndarray) -> None:
-    """Of logits (T, vocabulary) under a plan: a neuron at its threshold may fall on either side."""
-    assert np.abs(found - expected).mean() < 0.05 * np.abs(dense - expected).mean()
+def assert_same_neurons(
+    found: np.ndarray, expected: np.ndarray, dense: np.ndarray, share: float = 0.05
+) -> None:
+    """Of logits (T, vocabulary) under a plan: a neuron at its threshold may fall on either side.
+
+    How far they are apart, of what the plan changes: with other neurons it would be more than 1.
+    """
+    assert np.abs(found - expected).mean() < share * np.abs(dense - expected).mean()
 
 
 def test_a_packed_model_is_taken_as_it_is(tiny: Path, packed: Path, tmp_path: Path) -> None:
@@ -377,7 +382,8 @@ def test_a_packed_model_is_taken_as_it_is(tiny: Path, packed: Path, tmp_path: Pa
         np.concatenate([engine.forward(ids[i : i + 1]) for i in range(len(ids))])
         for engine in engines
     )
-    assert_same_neurons(found[packed], expected, dense)
+    # Its cache is rounded, so that more neurons of 8 layers fall on the other side.
+    assert_same_neurons(found[packed], expected, dense, share=0.25)
 
 
 def test_under_a_budget_ffns_come_from_the_disk(tiny: Path, packed: Path, tmp_path: Path) -> None:
