@@ -211,7 +211,8 @@ def child(source: str, file: str, budget: str, prompt: str, fed: str) -> dict[st
     from fallow.engine.process import peak_rss_mb
 
     fallow.llama_cpp.load(file, memory=f"{budget}MB")
-    found = memory.llama(source, False, int(prompt) + int(fed), int(prompt), int(fed))
+    engine = memory.llama_engine(source, False, int(prompt) + int(fed))
+    found = memory.feed(engine, int(prompt), int(fed))
     of = fallow.llama_cpp.statistics()[0]
     kept = {key: of[key] for key in ("plan", "inactive", "held", "disk_bytes")}
     return found | kept | {"peak_rss_mb": peak_rss_mb()}

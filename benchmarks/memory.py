@@ -186,6 +186,10 @@ def cost(path: str, limit: int) -> dict[str, Any]:
 
 
 def llama(path: str, repack: bool, context: int, prompt: int, tokens: int) -> dict[str, Any]:
+    return feed(llama_engine(path, repack, context), prompt, tokens)
+
+
+def llama_engine(path: str, repack: bool, context: int) -> Any:
     import llama_cpp
 
     from fallow.measure.baselines import LlamaCpp
@@ -198,7 +202,11 @@ def llama(path: str, repack: bool, context: int, prompt: int, tokens: int) -> di
         return found
 
     llama_cpp.llama_cpp.llama_model_default_params = parameters
-    engine = LlamaCpp(path, THREADS, context)
+    return LlamaCpp(path, THREADS, context)
+
+
+def feed(engine: Any, prompt: int, tokens: int) -> dict[str, Any]:
+    """llama.cpp's figures of the text, token by token after a prompt."""
     text = TEST.read_text(encoding="utf-8")[: 16 * PROMPT].encode()
     ids = engine.model.tokenize(text, add_bos=False)[: prompt + tokens]
     return engine.run(ids, prompt)
