@@ -77,7 +77,7 @@ def check_names(architecture: Architecture, module: Any, where: str) -> None:
     """Raises FallowError unless a model's FFNs compute what the names of their modules promise."""
     problem = None
     for block in module.get_submodule(architecture.layers).children():
-        mlp = getattr(block, "mlp", None)
+        mlp: Any = getattr(block, "mlp", None)
         if not all(isinstance(getattr(mlp, name, None), nn.Linear) for name in _FFN):
             problem = "some of its layers have no mlp with gate_proj, up_proj and down_proj"
             break
