@@ -509,7 +509,7 @@ print(json.dumps({"said": said}))
     plan = topk(smollm2, 0.5).to_bytes()
     for content, said in (
         (smollm2.read_bytes(), "not a file of fallow llama pack, and no packed model"),
-        (plan, "is a plan alone; put it into a packed model"),
+        (plan, "is a plan alone; pack the model with it (fallow pack --plan)"),
         (b"GGUF", ""),
     ):
         path = tmp_path / "file.gguf"
