@@ -34,7 +34,8 @@ test-llama: install
 	$(BIN)/python -c "import llama_cpp" 2> /dev/null || $(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36
 	$(BIN)/python -m pytest tests/test_llama_cpp.py
 
-# The core under Address-, UndefinedBehavior- and ThreadSanitizer; about five minutes.
+# The core under Address-, UndefinedBehavior- and ThreadSanitizer, and where llama-cpp-python is there its
+# plugin; about five minutes without, some twenty with.
 test-sanitize: install
 	scripts/sanitize.sh $(abspath $(BIN)/python)
 

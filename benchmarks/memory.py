@@ -98,8 +98,8 @@ def files(name: str, folder: Path) -> tuple[Path, Path]:
     return packed, resolve(ALIASES[name])
 
 
-def in_cgroup(limit_mb: int, arguments: list[str]) -> dict[str, Any]:
-    """What a child that may not take more than the limit and 5 % prints last."""
+def in_cgroup(limit_mb: int, arguments: list[str], script: str = __file__) -> dict[str, Any]:
+    """What a child of a script that may not take more than the limit and 5 % prints last."""
     CGROUP.mkdir(exist_ok=True)
     (CGROUP / "memory.limit_in_bytes").write_text(str(int(limit_mb * 1.05e6)))
     subprocess.run(["sync"], check=True)
@@ -108,7 +108,7 @@ def in_cgroup(limit_mb: int, arguments: list[str]) -> dict[str, Any]:
     def enter() -> None:
         (CGROUP / "cgroup.procs").write_text(str(os.getpid()))
 
-    command = [sys.executable, __file__, "--child", *arguments]
+    command = [sys.executable, script, "--child", *arguments]
     try:
         done = subprocess.run(
             command, preexec_fn=enter, stdout=subprocess.PIPE, text=True, timeout=LONGEST
@@ -186,6 +186,10 @@ def cost(path: str, limit: int) -> dict[str, Any]:
 
 
 def llama(path: str, repack: bool, context: int, prompt: int, tokens: int) -> dict[str, Any]:
+    return feed(llama_engine(path, repack, context), prompt, tokens)
+
+
+def llama_engine(path: str, repack: bool, context: int) -> Any:
     import llama_cpp
 
     from fallow.measure.baselines import LlamaCpp
@@ -198,7 +202,11 @@ def llama(path: str, repack: bool, context: int, prompt: int, tokens: int) -> di
         return found
 
     llama_cpp.llama_cpp.llama_model_default_params = parameters
-    engine = LlamaCpp(path, THREADS, context)
+    return LlamaCpp(path, THREADS, context)
+
+
+def feed(engine: Any, prompt: int, tokens: int) -> dict[str, Any]:
+    """llama.cpp's figures of the text, token by token after a prompt."""
     text = TEST.read_text(encoding="utf-8")[: 16 * PROMPT].encode()
     ids = engine.model.tokenize(text, add_bos=False)[: prompt + tokens]
     return engine.run(ids, prompt)

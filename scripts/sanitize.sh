@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The core under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer.
+# The core under AddressSanitizer with UndefinedBehaviorSanitizer, and with it llama.cpp's plugin if
+# llama-cpp-python is there; then the core under ThreadSanitizer.
 # Usage: scripts/sanitize.sh PYTHON, a Python that has fallow[lab,dev] installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,6 +26,12 @@ LD_PRELOAD="$(library asan) $(library ubsan)" ASAN_OPTIONS=detect_leaks=0 \
     tests/test_kernels.py tests/test_core.py tests/test_engine.py \
     tests/test_engine_plans.py tests/test_answers.py \
     tests/test_fuzz.py::test_mutated_headers_never_crash -k 'not smollm2'
+
+if "$python" -c 'import llama_cpp' 2> /dev/null; then
+    CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -g -O1' XDG_CACHE_HOME="$work/cache" \
+        LD_PRELOAD="$(library asan) $(library ubsan)" ASAN_OPTIONS=detect_leaks=0 \
+        "$work/address/bin/python" -m pytest -q -p no:cacheprovider tests/test_llama_cpp.py
+fi
 
 build thread thread
 # Without address randomisation: some kernels place libraries where the sanitizer wants its own.

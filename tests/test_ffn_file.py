@@ -11,6 +11,7 @@ from conftest import make_folder
 from fallow import _core, cli
 from fallow.checkpoints.weights import fingerprint, read_gguf
 from fallow.common.errors import FallowError, UsageError
+from fallow.engine.memory import parts_of
 from fallow.packing.ffn_file import pack_ffns
 from fallow.plan import COLUMN_NORM, Cut, Plan
 from test_models import write_gguf
@@ -89,6 +90,44 @@ def test_a_packed_model_lends_its_rounding_and_its_plan(
         np.testing.assert_array_equal(file.tensors[name].data, lender.tensors[name].data)
     assert file.get("fallow.ffn.outliers") == lender.get("fallow.outliers")
     assert list(file.get("fallow.ffn.cuts.value")) == [0.5, 0.5]
+
+
+def test_a_packed_model_has_the_same_as_its_file(source: Path, tmp_path: Path) -> None:
+    plan = plan_of(
+        source, Cut("inter", "topk", np.array([0.5, 0.25]), COLUMN_NORM), head_margin=1.0
+    )
+    packed, beside = tmp_path / "packed.gguf", tmp_path / "ffn.gguf"
+    fallow.pack(source, packed, plan=plan, down="q8_0")
+    pack_ffns(source, beside, packed=packed)
+    file, other = read_gguf(packed), read_gguf(beside)
+    for key in (
+        "version",
+        "fingerprints",
+        "note",
+        *(f"cuts.{k}" for k in ("layer", "tap", "value")),
+    ):
+        assert file.get(f"fallow.ffn.{key}") == other.get(f"fallow.ffn.{key}")
+    assert "shortlist is left out" in file.get("fallow.ffn.note")
+    for i in range(LAYERS):
+        found, expected = (f.tensors[f"cuts.{i}.weight"].dequantize() for f in (file, other))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    _core.check_ffn_file(np.fromfile(packed, np.uint8))
+    # Under a budget the engine reads nothing of it.
+    assert not any("cuts." in part.name for part in parts_of(file, False))
+
+
+@pytest.mark.parametrize("what", ["folder", "attention"])
+def test_a_packed_model_that_the_plugin_cannot_take(
+    source: Path, tmp_path: Path, what: str
+) -> None:
+    packed = tmp_path / "packed.gguf"
+    if what == "folder":
+        fallow.pack(source.with_name("llama"), packed)
+    else:
+        plan = plan_of(source, Cut("q_proj", "topk", np.full(LAYERS, 0.5)))
+        fallow.pack(source, packed, plan=plan, down="q8_0")
+    with pytest.raises(_core.PackedError, match=r"fallow llama pack MODEL\.gguf --packed THIS"):
+        _core.check_ffn_file(np.fromfile(packed, np.uint8))
 
 
 def test_another_model_is_refused(source: Path, tmp_path: Path) -> None:

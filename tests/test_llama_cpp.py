@@ -16,13 +16,15 @@ import pytest
 import torch
 
 import fallow
+from conftest import CONFIGS, SAMPLE, make_folder
 from fallow.checkpoints.catalog import ALIASES, find_pieces, resolve
-from fallow.checkpoints.weights import read_gguf
+from fallow.checkpoints.weights import fingerprint, read_gguf
 from fallow.common.errors import FallowError
 from fallow.llama_cpp import plugin
 from fallow.measure.llama_cpp import compare, model_logits
 from fallow.packing.ffn_file import pack_ffns
 from fallow.plan import Cut, Plan
+from test_models import write_gguf
 
 pytest.importorskip("llama_cpp", reason="make test-llama installs llama-cpp-python")
 
@@ -31,7 +33,7 @@ import json, sys
 import fallow.llama_cpp
 arguments = json.loads(sys.argv[1])
 if arguments["plugin"]:
-    fallow.llama_cpp.load(arguments.get("plan"))
+    fallow.llama_cpp.load(arguments.get("plan"), arguments.get("memory"))
 from llama_cpp import Llama
 def make(path=arguments["model"], **options):
     return Llama(path, n_ctx=256, n_threads=2, n_threads_batch=2, verbose=False, seed=1, **options)
@@ -251,19 +253,18 @@ print(json.dumps({"alone": alone, "together": together}))
     assert found["alone"] == found["together"]
 
 
-@pytest.mark.parametrize("parts", [("gate", "up", "down"), ("down",)], ids=len)
-def test_a_lora_adapter_counts(smollm2: Path, tmp_path: Path, parts: tuple[str, ...]) -> None:
-    """Its products are llama.cpp's and meet ours one by one."""
+def write_lora(path: Path, model: Path, parts: tuple[str, ...]) -> Path:
+    """An adapter of rank 4 that changes one FFN."""
     import gguf
 
-    path, rng = tmp_path / "lora.gguf", np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 4.0)
     for part in parts:
         name = f"blk.2.ffn_{part}.weight"
-        out, width = read_gguf(smollm2).tensors[name].shape
+        out, width = read_gguf(model).tensors[name].shape
         for end, shape in (("a", (4, width)), ("b", (out, 4))):
             values = rng.normal(0, 0.1, shape).astype(np.float32)
             writer.add_tensor(f"{name}.lora_{end}", values)
@@ -271,6 +272,13 @@ def test_a_lora_adapter_counts(smollm2: Path, tmp_path: Path, parts: tuple[str, 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+@pytest.mark.parametrize("parts", [("gate", "up", "down"), ("down",)], ids=len)
+def test_a_lora_adapter_counts(smollm2: Path, tmp_path: Path, parts: tuple[str, ...]) -> None:
+    """Its products are llama.cpp's and meet ours one by one."""
+    path = write_lora(tmp_path / "lora.gguf", smollm2, parts)
     code = """
 import numpy as np
 m = make(logits_all=True, lora_path=arguments.get("lora"))
@@ -310,6 +318,186 @@ print(json.dumps({"seen": seen, "top": int(row.argmax()), "plain": int(m.sample(
     assert found["top"] == found["plain"]
 
 
+# A budget for FFNs that take 13 MB, besides 10 that they are computed with.
+LAYERS, HIDDEN, D_FF, BUDGET = 8, 128, 1024, 14_000_000
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF of random weights, whose FFNs are large enough to be measured in memory."""
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": D_FF, "num_hidden_layers": LAYERS}
+    made = make_folder("llama", folder / "llama", **sizes, initializer_range=0.05)
+    return write_gguf("llama", fallow.load(made), folder / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def packed(tiny: Path) -> Path:
+    """With a plan whose shortlist llama.cpp has no use for, as `fallow optimize` makes it."""
+    path, mark = tiny.with_name("packed.gguf"), fingerprint(read_gguf(tiny).tensors)
+    cut = Cut("inter", "topk", np.linspace(0.25, 0.5, LAYERS), "column_norm")
+    plan = Plan("tiny", mark, "topk", 0.5, "keep", (cut,), head_margin=5.0)
+    fallow.pack(tiny, path, plan=plan, down="f32", text=SAMPLE)
+    return path
+
+
+# Token by token, and with a cache in float32: as exact as llama.cpp computes.
+LOGITS = """
+import numpy as np
+m = make(logits_all=True, type_k=0, type_v=0, lora_path=arguments.get("lora"))
+np.save(arguments["out"], logits(m, 0))
+anonymous = open("/proc/self/smaps_rollup").read().split("Anonymous:")[1].split()[0]
+print(json.dumps({"of": fallow.llama_cpp.statistics(), "anonymous": 1024 * int(anonymous)}))
+"""
+
+
+WATER = "Water boils at a lower temperature on a mountain because"
+
+
+def assert_same_neurons(
+    found: np.ndarray, expected: np.ndarray, dense: np.ndarray, share: float = 0.05
+) -> None:
+    """Of logits (T, vocabulary) under a plan: a neuron at its threshold may fall on either side.
+
+    How far they are apart, of what the plan changes: with other neurons it would be more than 1.
+    """
+    assert np.abs(found - expected).mean() < share * np.abs(dense - expected).mean()
+
+
+def test_a_packed_model_is_taken_as_it_is(tiny: Path, packed: Path, tmp_path: Path) -> None:
+    beside, out = tmp_path / "beside.gguf", tmp_path / "logits.npy"
+    pack_ffns(tiny, beside, packed=packed)
+    found = {}
+    for plan in (packed, beside):
+        of = run(LOGITS, model=tiny, plan=plan, out=out)
+        assert "the plan's shortlist is left out: llama.cpp computes its own head" in of["stderr"]
+        assert of["of"][0]["plan"]
+        kept = [1 - share for share in of["of"][0]["inactive_per_layer"]]
+        assert kept == pytest.approx(np.linspace(0.25, 0.5, LAYERS), abs=1e-3)
+        found[plan] = np.load(out)
+    np.testing.assert_array_equal(found[packed], found[beside])
+    engines = [fallow.Engine(packed, plan=plan) for plan in (None, False)]
+    ids = engines[0].tokenizer.encode(WATER)
+    expected, dense = (
+        np.concatenate([engine.forward(ids[i : i + 1]) for i in range(len(ids))])
+        for engine in engines
+    )
+    # Its cache is rounded, so that more neurons of 8 layers fall on the other side.
+    assert_same_neurons(found[packed], expected, dense, share=0.25)
+
+
+def test_under_a_budget_ffns_come_from_the_disk(tiny: Path, packed: Path, tmp_path: Path) -> None:
+    found, rows = {}, {}
+    for memory in (None, BUDGET):
+        out = tmp_path / f"{memory}.npy"
+        found[memory] = run(LOGITS, model=tiny, plan=packed, memory=memory, out=out)
+        rows[memory] = np.load(out)
+    np.testing.assert_allclose(rows[BUDGET], rows[None], atol=1e-3)
+    whole, less = (found[memory]["of"][0] for memory in (None, BUDGET))
+    ffns = LAYERS * 3 * HIDDEN * D_FF * 4
+    assert whole["held"] > ffns
+    assert whole["disk_bytes"] == 0
+    assert less["held"] <= BUDGET
+    assert less["disk_bytes"] > 8 * ffns / 2  # for every token, of which there are more than 8
+    assert less["inactive"] == pytest.approx(whole["inactive"], abs=1e-3)
+    saved = found[None]["anonymous"] - found[BUDGET]["anonymous"]
+    assert saved > ffns / 2
+
+
+def test_products_one_by_one_come_from_the_disk_too(
+    tiny: Path, packed: Path, tmp_path: Path
+) -> None:
+    lora, rows = write_lora(tmp_path / "lora.gguf", tiny, ("gate", "up", "down")), {}
+    for memory in (None, "13MB"):
+        out = tmp_path / f"{memory}.npy"
+        found = run(LOGITS, model=tiny, plan=packed, memory=memory, lora=lora, out=out)
+        assert found["of"][0]["apart"] > 0
+        rows[memory] = np.load(out)
+    np.testing.assert_allclose(rows["13MB"], rows[None], atol=1e-3)
+
+
+def test_a_budget_that_cannot_be_kept_is_refused(tiny: Path, packed: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "beside.gguf"
+    pack_ffns(tiny, beside, packed=packed)
+    code = """
+try:
+    fallow.llama_cpp.load(arguments.get("file"), arguments["size"]); said = ""
+except fallow.FallowError as error:
+    said = str(error)
+print(json.dumps({"said": said}))
+"""
+    for file, size, expected in (
+        (packed, "1MB", "MB is too small for these FFNs on 1 threads; give"),
+        (packed, "80", "FALLOW_MEMORY '80' is not a size; give one such as 800MB"),
+        (packed, "80ZB", "FALLOW_MEMORY '80ZB' is not a size"),
+        (beside, "14MB", "FALLOW_MEMORY needs a packed model as FALLOW_PLAN"),
+        (None, "14MB", "FALLOW_MEMORY needs a packed model as FALLOW_PLAN"),
+    ):
+        assert expected in run(code, model=tiny, file=file, size=size)["said"]
+
+
+def write_stablelm(folder: Path, path: Path) -> Path:
+    """A GGUF of a StableLM folder, as llama.cpp's converter writes it."""
+    import gguf
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    writer = gguf.GGUFWriter(path, "stablelm")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    head_dim = config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(int(config.rope_parameters["partial_rotary_factor"] * head_dim))
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_parallel_residual(False)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(backend["vocab"], key=backend["vocab"].get))
+    writer.add_token_types([3, 3, *[1] * (len(backend["vocab"]) - 2)])
+    writer.add_token_merges([" ".join(merge) for merge in backend["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(False)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.STABLELM, config.num_hidden_layers)
+    for name, values in AutoModelForCausalLM.from_pretrained(folder).state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), values.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_an_architecture_that_the_engine_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan made in transformers, on a folder, runs on the GGUF: the same neurons are left out."""
+    settings = CONFIGS["llama"][1] | {"hidden_size": 64, "intermediate_size": 96}
+    monkeypatch.setitem(CONFIGS, "stablelm", ("StableLmConfig", settings))
+    folder = make_folder("stablelm", tmp_path / "stablelm")
+    model = fallow.load(folder)
+    plan = fallow.calibrate(model, "topk", sparsity=0.5, text=SAMPLE, context=32, windows=2)
+    source, beside = write_stablelm(folder, tmp_path / "m.gguf"), tmp_path / "beside.gguf"
+    pack_ffns(source, beside, plan=plan, down="f32")
+    assert "in another form" in " ".join(capsys.readouterr().err.split())
+    ids = model.tokenizer.encode(WATER)
+    rows, expected = {}, {}
+    for name, file, choice in (("plan", beside, plan), ("dense", None, None)):
+        out = tmp_path / f"{name}.npy"
+        found = run(LOGITS, model=source, plan=file, out=out)
+        assert found["of"][0]["plan"] == (choice is not None)
+        assert found["of"][0]["apart"] == 0
+        rows[name] = np.load(out)
+        with model.sparse(choice):
+            expected[name] = model.logits(model.hidden(ids[None]))[0].numpy()
+    np.testing.assert_allclose(rows["dense"], expected["dense"], atol=2e-3)
+    assert_same_neurons(rows["plan"], expected["plan"], expected["dense"])
+
+
 def test_files_that_are_none(smollm2: Path, tmp_path: Path) -> None:
     code = """
 try:
@@ -318,7 +506,12 @@ except fallow.FallowError as error:
     said = str(error)
 print(json.dumps({"said": said}))
 """
-    for content, said in ((smollm2.read_bytes(), "not a file of fallow llama pack"), (b"GGUF", "")):
+    plan = topk(smollm2, 0.5).to_bytes()
+    for content, said in (
+        (smollm2.read_bytes(), "not a file of fallow llama pack, and no packed model"),
+        (plan, "is a plan alone; pack the model with it (fallow pack --plan)"),
+        (b"GGUF", ""),
+    ):
         path = tmp_path / "file.gguf"
         path.write_bytes(content)
         found = run(code, model=smollm2, file=path)["said"]

@@ -367,27 +367,37 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
 
 FfnFile read_ffn_file(const uint8_t* data, uint64_t size) {
   const Reader in(data, size);
-  if (!in.has_key("ffn.version")) throw PackedError("it is not a file of fallow llama pack");
+  const bool is_packed = in.is_packed();
+  if (!in.has_key("ffn.version"))
+    throw PackedError(is_packed ? "this packed model has not what llama.cpp needs of it; make a file that has, or "
+                                  "learn why not, with: fallow llama pack MODEL.gguf --packed THIS -o FILE"
+                                : "it is not a file of fallow llama pack, and no packed model");
   if (in.count("ffn.version", 0, UINT32_MAX) != kFfnVersion)
     throw PackedError("it was made by another version of fallow; make it again with: fallow llama pack");
   FfnFile file;
-  const uint32_t n_layers = in.count("ffn.n_layers", 1, 1 << 16), hidden = in.count("ffn.hidden_size", 1),
-                 d_ff = in.count("ffn.intermediate_size", 1);
+  const std::string own = is_packed ? "" : "ffn.";
+  const uint32_t n_layers = in.count(own + "n_layers", 1, 1 << 16), hidden = in.count(own + "hidden_size", 1),
+                 d_ff = in.count(own + "intermediate_size", 1);
   file.fingerprints = in.list<uint64_t>("ffn.fingerprints");
   if (file.fingerprints.size() != size_t{3} * n_layers)
     throw PackedError("fallow.ffn.fingerprints must have three values per layer");
-  const uint32_t n_outliers = in.count("ffn.n_outliers", 0, d_ff);
-  const auto outliers = n_outliers > 0 ? in.counts("ffn.outliers", uint64_t{n_layers} * n_outliers, d_ff - 1)
+  const uint32_t n_outliers = in.count(own + "n_outliers", 0, d_ff);
+  const auto outliers = n_outliers > 0 ? in.counts(own + "outliers", uint64_t{n_layers} * n_outliers, d_ff - 1)
                                        : std::vector<uint32_t>{};
   for (uint32_t i = 0; i < n_layers; ++i) {
     const std::string p = "layers." + std::to_string(i) + ".";
     Layer& layer = file.layers.emplace_back();
     layer.down_proj_t = in.matrix(p + "down_proj_t.weight", d_ff, hidden);
+    if (is_packed) {
+      if (in.has(p + "gate_proj.weight")) layer.gate_proj = in.matrix(p + "gate_proj.weight", d_ff, hidden);
+      layer.up_proj = in.matrix(p + "up_proj.weight", d_ff, hidden);
+    }
     if (n_outliers == 0) continue;
     layer.outliers = in.matrix(p + "outliers.weight", n_outliers, hidden);
     const auto first = outliers.begin() + static_cast<std::ptrdiff_t>(i) * n_outliers;
     layer.outlier_neurons.assign(first, first + n_outliers);
   }
+  if (in.has_key("ffn.note")) file.note = in.text("ffn.note");
   if (!in.has_key("ffn.cuts.layer")) return file;
   file.cuts.resize(n_layers);
   const auto values = in.list<double>("ffn.cuts.value");

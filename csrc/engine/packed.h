@@ -126,11 +126,12 @@ Packed read_packed(const uint8_t* data, uint64_t size);
 struct FfnFile {
   // Of each layer's gate_proj, up_proj and down_proj as that file has them, three by three.
   std::vector<uint64_t> fingerprints;
-  std::vector<Layer> layers;     // down_proj_t and outliers alone
+  std::vector<Layer> layers;     // down_proj_t and outliers alone; of a packed model gate_proj, up_proj too
   std::vector<LayerCuts> cuts;   // one per layer, or none
+  std::string note;              // what of it is left out there, for people; or none
 };
 
-// The same, of a file of `fallow llama pack`.
+// The same, of a file of `fallow llama pack`, or of a packed model that can stand in for one.
 FfnFile read_ffn_file(const uint8_t* data, uint64_t size);
 
 // Of n bytes, for telling models apart; no defence against anybody.

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cctype>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -20,13 +21,16 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "engine/activation.h"
+#include "engine/disk.h"
 #include "engine/ffn.h"
 #include "formats/dequant.h"
+#include "formats/gguf.h"
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
 #include "platform/mapping.h"
@@ -34,8 +38,11 @@
 namespace fallow {
 namespace {
 
-constexpr size_t kBlock = 256;    // tokens that go through an FFN at once
+constexpr size_t kBlock = 256;       // tokens that go through an FFN at once
+constexpr size_t kSmallBlock = 64;   // the same under a memory budget
 constexpr size_t kAlignment = 64;
+constexpr size_t kSlots = 2;         // for layers that come from the disk
+constexpr uint64_t kMachines = 2;    // of a context whose prompts have a number of threads of their own
 
 // Of the OpenMP team that ggml's own threads are: with as many threads it is the same.
 void in_team(int n, void (*call)(const void*, int), const void* context) {
@@ -49,19 +56,103 @@ void say(const std::string& text) { std::fprintf(stderr, "fallow: %s\n", text.c_
 
 struct MappedFile {
   explicit MappedFile(const std::string& path)
-      : mapping(path), ffns(read_ffn_file(mapping.data(), mapping.size())) {}
+      : path(path), mapping(path), ffns(read_ffn_file(mapping.data(), mapping.size())) {}
+  std::string path;
   Mapping mapping;
   FfnFile ffns;
+  uint64_t budget = 0;  // bytes that FFNs may take; 0: no limit
+
+  std::vector<const Matrix*> matrices(size_t l) const {
+    const Layer& layer = ffns.layers[l];
+    std::vector<const Matrix*> found;
+    for (const Matrix* w : {&layer.gate_proj, &layer.up_proj, &layer.down_proj_t})
+      if (w->data) found.push_back(w);
+    return found;
+  }
+  Extent extent(const Matrix& w) const { return {static_cast<uint64_t>(w.data - mapping.data()), w.bytes()}; }
+  uint64_t room(size_t l) const {
+    uint64_t room = 0;
+    for (const Matrix* w : matrices(l)) room += extent(*w).room();
+    return room;
+  }
 };
+
+// What a Machine takes, at most: of a block's tokens their floats, halves, bytes and scales as products read
+// and write them, each thread's panels (Products, Ffn), and weights of two cuts per layer.
+uint64_t scratch_bytes(size_t block, size_t widest, int n_threads, size_t n_layers) {
+  return (28 * block + 1024 * static_cast<uint64_t>(n_threads) + 8 * n_layers) * widest;
+}
+
+// Layers that are read from the disk for every pass, so that all else fits into the file's budget: as few as
+// can be, far apart. Throws if it is too small for any.
+std::vector<bool> streamed_layers(const MappedFile& file, int n_threads) {
+  const size_t n = file.ffns.layers.size();
+  std::vector<bool> streamed(n);
+  if (file.budget == 0) return streamed;
+  const Matrix& up = file.ffns.layers[0].up_proj;
+  const uint64_t scratch = kMachines * scratch_bytes(kSmallBlock, std::max(up.rows, up.cols), n_threads, n);
+  uint64_t needed = 0;
+  for (size_t count = 0; count <= n; ++count) {
+    uint64_t resident = 0, slot = 0;
+    for (size_t l = 0; l < n; ++l) {
+      streamed[l] = (l + 1) * count / n > l * count / n;
+      (streamed[l] ? slot = std::max(slot, file.room(l)) : resident += file.room(l));
+    }
+    needed = resident + kSlots * slot + scratch;
+    if (needed <= file.budget) return streamed;
+  }
+  const auto in_mb = [](uint64_t bytes) { return std::to_string(bytes / 1000000); };
+  throw PackedError("FALLOW_MEMORY of " + in_mb(file.budget) + " MB is too small for these FFNs on " +
+                    std::to_string(n_threads) + " threads; give " + in_mb(needed + 999999) + "MB or more");
+}
+
+// Bytes of a size such as 800MB or 1.5GiB; 0 for anything else, and for a small number without a unit.
+uint64_t parse_size(const std::string& text) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  std::string unit(end);
+  std::transform(unit.begin(), unit.end(), unit.begin(), [](unsigned char c) { return std::toupper(c); });
+  const std::map<std::string, double> units = {{"", 1},     {"B", 1},        {"KB", 1e3},     {"MB", 1e6},
+                                               {"GB", 1e9}, {"KIB", 1 << 10}, {"MIB", 1 << 20}, {"GIB", 1 << 30}};
+  const auto found = units.find(unit);
+  if (end == text.c_str() || found == units.end() || (unit.empty() && value < 1e6)) return 0;
+  const double bytes = value * found->second;
+  return bytes >= 1 && bytes < 1e18 ? static_cast<uint64_t>(bytes) : 0;
+}
+
+// Whether a file that is no GGUF is one of fallow's plans (docs/plan.md), whose header begins it.
+bool is_plan(const char* path) {
+  char start[4096] = {};
+  if (FILE* file = std::fopen(path, "rb")) {
+    const size_t n = std::fread(start, 1, sizeof start, file);
+    std::fclose(file);
+    return std::string_view(start, n).find("fallow_plan") != std::string_view::npos;
+  }
+  return false;
+}
 
 std::mutex file_mutex;
 std::shared_ptr<MappedFile> file_of_next_models;
 
-// Says why not, or nothing. Without a path: no file.
-std::string use_file(const char* path) {
+// Says why not, or nothing. Without a path: no file. `memory`: a size, or nothing.
+std::string use_file(const char* path, const char* memory) {
   std::shared_ptr<MappedFile> file;
   try {
     if (path && *path) file = std::make_shared<MappedFile>(path);
+    if (memory && *memory) {
+      const uint64_t budget = parse_size(memory);
+      if (budget == 0)
+        return std::string("FALLOW_MEMORY '") + memory + "' is not a size; give one such as 800MB or 1.5GB";
+      if (!file || !file->ffns.layers[0].up_proj.data)
+        return "FALLOW_MEMORY needs a packed model as FALLOW_PLAN, of fallow pack or optimize: FFN weights are "
+               "read from it";
+      file->budget = budget;
+      (void)streamed_layers(*file, 1);
+    }
+  } catch (const GgufError& error) {
+    if (!is_plan(path)) return std::string(path) + ": " + error.what();
+    return std::string(path) + " is a plan alone; pack the model with it (fallow pack --plan), or make a file of it "
+                               "with: fallow llama pack MODEL.gguf --plan THIS -o FILE";
   } catch (const std::exception& error) {
     return std::string(path) + ": " + error.what();
   }
@@ -80,6 +171,7 @@ struct Weight {
   Matrix w;
   uint8_t* data = nullptr;  // that w reads, where it is not the file's
   uint64_t fingerprint = 0;
+  bool is_left = false;     // in the file, until finish() says where it lies
 };
 
 // blk.N.ffn_gate.weight and so on.
@@ -141,15 +233,17 @@ class Model {
     const bool whole = offset == 0 && size == weight.w.bytes();
     if (whole && file_) {
       weight.fingerprint = fingerprint(static_cast<const uint8_t*>(data), size);
-      if (weight.part == kDownProj && is_as_in_file(weight)) return;
+      weight.is_left = (weight.part == kDownProj || file_->budget > 0) && is_as_in_file(weight);
+      if (weight.is_left) return;
     }
     std::memcpy(weight.data + offset, data, size);
   }
 
   // The bytes that were set; false if they were left where they are.
   bool get(const Weight& weight, void* data, size_t offset, size_t size) const {
-    if (weight.part == kDownProj && is_as_in_file(weight)) return false;
-    std::vector<uint8_t> rows(weight.data, weight.data + weight.w.bytes());
+    if (weight.is_left && weight.part == kDownProj) return false;
+    const uint8_t* from = weight.is_left ? in_file(weight).data : weight.data;
+    std::vector<uint8_t> rows(from, from + weight.w.bytes());
     if (weight.w.layout != Layout::kRows) to_rows(weight.w.layout, rows.data(), weight.w.rows, weight.w.row_bytes);
     std::memcpy(data, rows.data() + offset, size);
     return true;
@@ -172,22 +266,33 @@ class Model {
     }
     if (file_ && there > 0 && known < there)
       say("the file was made for another model (" + std::to_string(known) + " of " + std::to_string(there) +
-          " FFNs are the same); this one runs dense");
-    follows_plan_ = ffns && there > 0 && known == there && !ffns->cuts.empty();
+          " FFNs are the same); this one runs dense" +
+          (file_->budget > 0 ? ", and without a memory budget" : ""));
+    const bool is_known = ffns && there > 0 && known == there;
+    if (is_known && !ffns->note.empty()) say(ffns->note);
+    follows_plan_ = is_known && !ffns->cuts.empty();
     skips_zeros_ = zeros;
+    stream(is_known, n_threads);
     down_t_.assign(layers_.size(), {});
     uint64_t bytes = 0;
     for (size_t l = 0; l < layers_.size(); ++l) {
       const Weight* down = layers_[l][kDownProj];
       if (!ffns || !down || !is_as_in_file(*down)) continue;
       down_t_[l] = ffns->layers[l];
-      bytes += down_t_[l].down_proj_t.bytes() + kAlignment;
+      if (!streams(l)) bytes += down_t_[l].down_proj_t.bytes() + kAlignment;
     }
     copied_ = std::make_unique<Pages>(std::max<uint64_t>(bytes, 1));
+    weight_bytes_ += bytes;
     std::vector<Copy> copies;
     std::vector<std::pair<Matrix*, Layout>> wanted;
     uint8_t* at = copied_->data();
     for (size_t l = 0; l < layers_.size(); ++l) {
+      for (const Weight* w : layers_[l]) {
+        if (!w || w->part == kDownProj) continue;
+        weight_bytes_ += streams(l) ? 0 : w->w.bytes();
+        if (w->is_left && !streams(l)) copies.push_back({w->data, in_file(*w).data, w->w.bytes()});
+      }
+      if (streams(l)) continue;
       const LayerCuts* cuts = follows_plan_ && l < ffns->cuts.size() ? &ffns->cuts[l] : nullptr;
       const auto any = [&](std::initializer_list<Tap> taps) {
         return cuts && std::any_of(taps.begin(), taps.end(), [&](Tap tap) { return (*cuts)[tap].cuts(); });
@@ -210,6 +315,7 @@ class Model {
     ThreadPool pool(n_threads, in_team);
     run(pool, copies.size(), [&](size_t i) { std::memcpy(copies[i].to, copies[i].from, copies[i].bytes); });
     if (file_) file_->mapping.check();
+    if (file_ && file_->budget > 0) file_->mapping.forget();
     run(pool, wanted.size(), [&](size_t i) {
       auto [w, layout] = wanted[i];
       if (!has_tiles(kernels_, layout, w->type, w->rows, w->row_bytes)) return;
@@ -224,11 +330,32 @@ class Model {
     const auto& parts = layers_[l];
     if (!parts[kGateProj] || !parts[kUpProj] || l >= down_t_.size() || !down_t_[l].down_proj_t.data) return {};
     Layer layer = down_t_[l];
-    layer.gate_proj = parts[kGateProj]->w;
-    layer.up_proj = parts[kUpProj]->w;
+    if (!streams(l)) {
+      layer.gate_proj = parts[kGateProj]->w;
+      layer.up_proj = parts[kUpProj]->w;
+    }
     return layer;
   }
-  const Matrix* down_t(size_t l) const { return down_t_[l].down_proj_t.data ? &down_t_[l].down_proj_t : nullptr; }
+
+  bool streams(size_t l) const { return l < unit_of_.size() && unit_of_[l] >= 0; }
+  // Calls use(layer) with the matrices of a layer that comes from the disk, which are there meanwhile. Throws
+  // DiskError.
+  template <class Use>
+  void with_streamed(size_t l, const Use& use) {
+    const std::lock_guard lock(stream_mutex_);
+    const uint8_t* at = streamer_->wait(static_cast<size_t>(unit_of_[l]));
+    Layer layer = down_t_[l];
+    for (Matrix* w : {&layer.gate_proj, &layer.up_proj, &layer.down_proj_t}) {
+      if (!w->data) continue;
+      const uint64_t room = file_->extent(*w).room();
+      w->data = at;
+      at += room;
+    }
+    use(layer);
+    streamer_->done();
+  }
+  bool has_budget() const { return file_ && file_->budget > 0; }
+  bool has_down_t(size_t l) const { return down_t_[l].down_proj_t.data != nullptr; }
   const Layer& down_layer(size_t l) const { return down_t_[l]; }
   size_t n_layers() const { return layers_.size(); }
   size_t widest() const {
@@ -268,8 +395,37 @@ class Model {
     });
   }
 
+  // Which layers come from the disk, under a budget for the model that the file is for.
+  void stream(bool is_known, int n_threads) {
+    if (!has_budget() || !is_known) return;
+    const std::vector<bool> streamed = streamed_layers(*file_, n_threads);
+    unit_of_.assign(layers_.size(), -1);
+    std::vector<std::vector<Extent>> units;
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      if (!layers_[l][kUpProj] || !streamed[l]) continue;
+      unit_of_[l] = static_cast<int64_t>(units.size());
+      units.emplace_back();
+      for (const Matrix* w : file_->matrices(l)) {
+        units.back().push_back(file_->extent(*w));
+        if (units.back().back().offset % kSector != 0)
+          throw PackedError(file_->path + ": its matrices do not begin at sectors; pack it again");
+      }
+      slot_bytes_ = std::max(slot_bytes_, file_->room(l));
+    }
+    if (units.empty()) return;
+    disk_ = std::make_unique<File>(file_->path, true);
+    streamer_ = std::make_unique<Streamer>(*disk_, std::move(units), kSlots);
+  }
+
+  // Of gate_proj and up_proj, which only a packed model has.
+  const Matrix& in_file(const Weight& weight) const {
+    const Layer& layer = file_->ffns.layers[weight.layer];
+    return weight.part == kGateProj ? layer.gate_proj : layer.up_proj;
+  }
+
   bool is_as_in_file(const Weight& weight) const {
     if (!file_ || weight.layer >= file_->ffns.layers.size()) return false;
+    if (weight.part != kDownProj && file_->budget > 0 && in_file(weight).type != weight.w.type) return false;
     const Matrix& down_t = file_->ffns.layers[weight.layer].down_proj_t;
     const bool is_down = weight.part == kDownProj;
     return weight.w.rows == (is_down ? down_t.cols : down_t.rows) &&
@@ -286,6 +442,12 @@ class Model {
   std::unique_ptr<Pages> copied_;
   std::mutex mutex_;
   bool is_finished_ = false, follows_plan_ = false, skips_zeros_ = false;
+  // Under a budget: of each layer its unit of the streamer's, or -1.
+  std::vector<int64_t> unit_of_;
+  std::unique_ptr<File> disk_;
+  std::unique_ptr<Streamer> streamer_;
+  std::mutex stream_mutex_;
+  uint64_t weight_bytes_ = 0, slot_bytes_ = 0;
 };
 
 std::mutex models_mutex;
@@ -307,9 +469,10 @@ std::optional<Act> act_of(const ggml_tensor* node) {
 class Machine {
  public:
   Machine(std::shared_ptr<Model> model, int n_threads)
-      : model_(std::move(model)), run_(model_->kernels(), n_threads, model_->n_layers(), 0, in_team),
-        cuts_(run_, model_->widest()), products_(run_, cuts_, kBlock, model_->widest(), model_->widest()),
-        x_(kBlock, model_->widest(), run_.kernels), tokens_(model_->n_layers()) {
+      : model_(std::move(model)), block_(model_->has_budget() ? kSmallBlock : kBlock),
+        run_(model_->kernels(), n_threads, model_->n_layers(), 0, in_team), cuts_(run_, model_->widest()),
+        products_(run_, cuts_, block_, model_->widest(), model_->widest()), x_(block_, model_->widest(), run_.kernels),
+        tokens_(model_->n_layers()) {
     const std::lock_guard lock(model_->mutex());
     model_->machines.push_back(this);
   }
@@ -320,6 +483,7 @@ class Machine {
   }
 
   void count_in(Totals& totals) const { totals.add(run_.statistics, tokens_); }
+  uint64_t scratch() const { return scratch_bytes(block_, model_->widest(), run_.pool.size(), model_->n_layers()); }
 
   // down(act(gate x) * up x). False: it is for others to compute, one product after another.
   bool ffn(const Weight& gate, const Weight& up, const Weight& down, Act act, const ggml_tensor* x,
@@ -329,7 +493,7 @@ class Machine {
     if (up.w.cols != hidden || up.w.rows != gate.w.rows) return false;
     ggml_tensor apart = *x;
     std::vector<float> copy;
-    if (ggml_nrows(x) > static_cast<int64_t>(kBlock) && out->data > x->data &&
+    if (ggml_nrows(x) > static_cast<int64_t>(block_) && out->data > x->data &&
         static_cast<char*>(out->data) < static_cast<char*>(x->data) + ggml_nrows(x) * x->nb[1]) {
       // What is read last would be written over by what is computed first.
       copy.resize(static_cast<size_t>(ggml_nrows(x)) * x->nb[1] / sizeof(float));
@@ -338,40 +502,36 @@ class Machine {
       x = &apart;
     }
     const bool by_neuron = ffn_ && packed_.layers[gate.layer].down_proj_t.data;
-    if (!by_neuron && (down.w.cols != gate.w.rows || model_->down_t(down.layer))) return false;
-    for_blocks(x, [&](size_t t, size_t n) {
-      float* y = row(out, t);
-      if (by_neuron) {
-        ffn_->forward(gate.layer, x_, n, y);
-        return;
-      }
-      const size_t d_ff = gate.w.rows;
-      inter_.resize(2 * kBlock * d_ff);
-      float *gated = inter_.data(), *upped = gated + kBlock * d_ff;
-      products_.multiply(0, x_, n, {{gate.w, nullptr, gated, kGateInput}, {up.w, nullptr, upped, kUpInput}});
-      glu(packed_.config, n, d_ff, gated, upped, gated);
-      set_input(d_ff, n, [&](size_t i) { return gated + i * d_ff; });
-      products_.multiply(x_, n, {down.w, nullptr, y, kDownInput});
-      run_.statistics.active[gate.layer] += n * d_ff;
-    });
+    if (!by_neuron && (down.w.cols != gate.w.rows || model_->has_down_t(down.layer))) return false;
+    const auto forward = [&] {
+      for_blocks(x, [&](size_t t, size_t n) { ffn_->forward(gate.layer, x_, n, row(out, t)); });
+    };
+    if (!by_neuron) {
+      for_blocks(x, [&](size_t t, size_t n) { dense(gate, up, down, n, row(out, t)); });
+    } else if (model_->streams(gate.layer)) {
+      model_->with_streamed(gate.layer, [&](const Layer& layer) {
+        Layer& own = packed_.layers[gate.layer];
+        own.gate_proj = layer.gate_proj, own.up_proj = layer.up_proj, own.down_proj_t = layer.down_proj_t;
+        forward();
+      });
+    } else {
+      forward();
+    }
     tokens_[gate.layer] += static_cast<size_t>(ggml_nrows(x));
     ++model_->fused;
     return true;
   }
 
   void product(const Weight& weight, const ggml_tensor* x, ggml_tensor* out) {
-    const Matrix* by_neuron = weight.part == kDownProj ? model_->down_t(weight.layer) : nullptr;
-    for_blocks(x, [&](size_t t, size_t n) {
-      float* y = row(out, t);
-      if (!by_neuron) return products_.multiply(x_, n, {weight.w, nullptr, y, kDownInput});
-      const Layer& layer = model_->down_layer(weight.layer);
-      if (is_decode(n)) {
-        sum_few(*by_neuron, n, y);
-      } else {
-        products_.sum_rows(*by_neuron, n, x_.x.data(), y);
-      }
-      for (size_t i = 0; i < n; ++i) add_outliers(layer, x_.x.data() + i * x_.width, y + i * by_neuron->cols);
-    });
+    if (weight.part == kParts || !model_->streams(weight.layer)) {
+      const bool by_neuron = weight.part == kDownProj && model_->has_down_t(weight.layer);
+      by_neuron ? down_product(model_->down_layer(weight.layer), x, out) : product(weight.w, x, out);
+    } else {
+      model_->with_streamed(weight.layer, [&](const Layer& layer) {
+        if (weight.part == kDownProj) return down_product(layer, x, out);
+        product(weight.part == kGateProj ? layer.gate_proj : layer.up_proj, x, out);
+      });
+    }
     ++model_->apart;
   }
 
@@ -385,6 +545,35 @@ class Machine {
   }
 
  private:
+  // y = down(act(gate x) * up x) of a block, from llama.cpp's own rows.
+  void dense(const Weight& gate, const Weight& up, const Weight& down, size_t n, float* y) {
+    const size_t d_ff = gate.w.rows;
+    inter_.resize(2 * block_ * d_ff);
+    float *gated = inter_.data(), *upped = gated + block_ * d_ff;
+    products_.multiply(0, x_, n, {{gate.w, nullptr, gated, kGateInput}, {up.w, nullptr, upped, kUpInput}});
+    glu(packed_.config, n, d_ff, gated, upped, gated);
+    set_input(d_ff, n, [&](size_t i) { return gated + i * d_ff; });
+    products_.multiply(x_, n, {down.w, nullptr, y, kDownInput});
+    run_.statistics.active[gate.layer] += n * d_ff;
+  }
+
+  void product(const Matrix& w, const ggml_tensor* x, ggml_tensor* out) {
+    for_blocks(x, [&](size_t t, size_t n) { products_.multiply(x_, n, {w, nullptr, row(out, t), kDownInput}); });
+  }
+
+  void down_product(const Layer& layer, const ggml_tensor* x, ggml_tensor* out) {
+    const Matrix& w = layer.down_proj_t;
+    for_blocks(x, [&](size_t t, size_t n) {
+      float* y = row(out, t);
+      if (is_decode(n)) {
+        sum_few(w, n, y);
+      } else {
+        products_.sum_rows(w, n, x_.x.data(), y);
+      }
+      for (size_t i = 0; i < n; ++i) add_outliers(layer, x_.x.data() + i * x_.width, y + i * w.cols);
+    });
+  }
+
   static float* row(const ggml_tensor* x, size_t t) {
     return reinterpret_cast<float*>(static_cast<char*>(x->data) + t * x->nb[1]);
   }
@@ -411,7 +600,7 @@ class Machine {
   void for_blocks(const ggml_tensor* x, const Body& body) {
     const auto all = static_cast<size_t>(ggml_nrows(x));
     for (size_t t = 0, n; t < all; t += n) {
-      n = std::min(kBlock, all - t);
+      n = std::min(block_, all - t);
       set_input(static_cast<size_t>(x->ne[0]), n, [&](size_t i) { return row(x, t + i); });
       body(t, n);
     }
@@ -477,6 +666,7 @@ class Machine {
   }
 
   std::shared_ptr<Model> model_;
+  const size_t block_;  // tokens
   Runtime run_;
   Cuts cuts_;
   Products products_;
@@ -492,7 +682,11 @@ class Machine {
 std::string Model::report() {
   const std::lock_guard lock(mutex_);
   Totals all = finished;
-  for (const Machine* machine : machines) machine->count_in(all);
+  uint64_t held = weight_bytes_ + (streamer_ ? kSlots * slot_bytes_ : 0);
+  for (const Machine* machine : machines) {
+    machine->count_in(all);
+    held += machine->scratch();
+  }
   const auto list = [](const std::vector<uint64_t>& values) {
     std::string text;
     for (const uint64_t value : values) text += (text.empty() ? "[" : ", ") + std::to_string(value);
@@ -501,7 +695,9 @@ std::string Model::report() {
   std::vector<uint64_t> neurons;
   for (const auto& parts : layers_) neurons.push_back(parts[kUpProj] ? parts[kUpProj]->w.rows : 0);
   return std::string("{\"kernels\": \"") + kernels_.name + "\", \"plan\": " + (follows_plan_ ? "true" : "false") +
-         ", \"bytes\": " + std::to_string(all.bytes) + ", \"fused\": " + std::to_string(fused) +
+         ", \"bytes\": " + std::to_string(all.bytes) + ", \"held\": " + std::to_string(held) +
+         ", \"disk_bytes\": " + std::to_string(streamer_ ? streamer_->bytes_read() : 0) +
+         ", \"fused\": " + std::to_string(fused) +
          ", \"apart\": " + std::to_string(apart) + ", \"tokens\": " + list(all.tokens) +
          ", \"active\": " + list(all.active) + ", \"neurons\": " + list(neurons) + "}";
 }
@@ -778,16 +974,16 @@ __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init() {
                 "; run: fallow llama build");
     return nullptr;
   }
-  if (const std::string problem = fallow::use_file(std::getenv("FALLOW_PLAN")); !problem.empty())
-    fallow::say(problem + "; models run dense");
+  const std::string problem = fallow::use_file(std::getenv("FALLOW_PLAN"), std::getenv("FALLOW_MEMORY"));
+  if (!problem.empty()) fallow::say(problem + "; models run dense");
   return fallow::registry();
 }
 
-// For models loaded from now on, a file of `fallow llama pack`; null or "": none. Returns null, or why not,
-// until the next call.
-__attribute__((visibility("default"))) const char* fallow_use_plan(const char* path) {
+// For models loaded from now on, a file of `fallow llama pack` or a packed model, null or "": none; and what
+// their FFNs may take in memory, 800MB say, null or "": no limit. Returns null, or why not, until the next call.
+__attribute__((visibility("default"))) const char* fallow_use_plan(const char* path, const char* memory) {
   static std::string problem;
-  problem = fallow::use_file(path);
+  problem = fallow::use_file(path, memory);
   return problem.empty() ? nullptr : problem.c_str();
 }
 

@@ -27,7 +27,18 @@ app.add_typer(llama_app, name="llama")
 GgufArg = Annotated[Path, typer.Argument(help="The GGUF that llama.cpp runs.")]
 FileOption = Annotated[
     Path | None,
-    typer.Option("--plan", help="A file of fallow llama pack; default: FALLOW_PLAN's, or dense."),
+    typer.Option(
+        "--plan",
+        help="What fallow pack or optimize made of it, or a file of fallow llama pack; "
+        "default: FALLOW_PLAN's, or dense.",
+    ),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What FFNs may take, 800MB say; the others' weights are read from a packed --plan. "
+        "Default: FALLOW_MEMORY's, or all that they need."
+    ),
 ]
 FolderOption = Annotated[
     Path | None,
@@ -77,8 +88,14 @@ def pack(
 
 
 @llama_app.command("run", context_settings=_FREE)
-def run(context: typer.Context, plan: FileOption = None, llama_cpp: FolderOption = None) -> None:
+def run(
+    context: typer.Context,
+    plan: FileOption = None,
+    memory: MemoryOption = None,
+    llama_cpp: FolderOption = None,
+) -> None:
     """Run a program of llama.cpp with the plugin: fallow llama run -- llama-server -m …"""
+    from fallow.engine.memory import parse_size
     from fallow.llama_cpp import plugin
 
     if not context.args:
@@ -89,6 +106,8 @@ def run(context: typer.Context, plan: FileOption = None, llama_cpp: FolderOption
     env = os.environ | {"GGML_BACKEND_PATH": str(path)}
     if plan is not None:
         env["FALLOW_PLAN"] = str(plan)
+    if memory is not None:
+        env["FALLOW_MEMORY"] = str(parse_size(memory))
     try:
         os.execvpe(context.args[0], context.args, env)
     except OSError as error:
@@ -96,11 +115,12 @@ def run(context: typer.Context, plan: FileOption = None, llama_cpp: FolderOption
 
 
 @llama_app.command("serve", context_settings=_FREE)
-def serve(context: typer.Context, plan: FileOption = None) -> None:
+def serve(context: typer.Context, plan: FileOption = None, memory: MemoryOption = None) -> None:
     """Run llama-cpp-python's server with the plugin: fallow llama serve -- --model model.gguf"""
     import fallow.llama_cpp
+    from fallow.engine.memory import parse_size
 
-    fallow.llama_cpp.load(plan)
+    fallow.llama_cpp.load(plan, None if memory is None else parse_size(memory))
     try:
         from llama_cpp.server.__main__ import main
     except ImportError as error:

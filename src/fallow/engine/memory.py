@@ -30,6 +30,7 @@ LOADED_AT_ONCE = 32_000_000  # bytes
 RANGE = 4_000_000  # bytes at once where all of such a matrix is read
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 COARSE_HEAD = ("lm_head_coarse.codes", "lm_head_coarse.bias")
+FOR_PLUGIN = "cuts."  # tensors that llama.cpp's plugin reads
 _EXPERT = ".experts."
 STREAMED = ("gate_proj", "up_proj", "down_proj_t")
 # What the process takes after the engine is ready: logits, the sampler's and Python's arrays.
@@ -143,7 +144,7 @@ def parts_of(file: GgufFile, coarse_head: bool) -> list[Part]:
     return [
         Part(name, file.offsets[name], tensor.data.nbytes)
         for name, tensor in file.tensors.items()
-        if name not in unused
+        if name not in unused and not name.startswith(FOR_PLUGIN)
     ]
 
 

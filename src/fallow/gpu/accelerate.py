@@ -20,7 +20,7 @@ from fallow.gpu.modules import (
     SparseFfn,
     SparseInputs,
 )
-from fallow.models import FatRelu, Rectified, by_model_type
+from fallow.models import FatRelu, Rectified, by_model_type, check_names
 from fallow.models.cuts import check_fits, weight_of
 from fallow.models.taps import Layer
 from fallow.plan import Cut, Plan
@@ -60,6 +60,8 @@ def accelerate(model: Any, plan: Plan | str | Path | None = None) -> Any:
         raise UsageError(f"{type(model).__name__} is no transformers model")
     name = str(getattr(module.config, "_name_or_path", "")) or type(module).__name__
     architecture = by_model_type(model_type, name)
+    if architecture.by_names:
+        check_names(architecture, module, name)
     _check_device(module, name)
     if plan is not None and isinstance(model, Model):
         plan.check_model(model.fingerprint, model.name)

@@ -1,7 +1,7 @@
 """Skipped neurons inside llama.cpp: a plugin for the library that is installed, not a fork.
 
     import fallow.llama_cpp
-    fallow.llama_cpp.load(plan="model.ffn.gguf")   # before any model; of `fallow llama pack`
+    fallow.llama_cpp.load(plan="packed.gguf")   # before any model; of `fallow optimize`, say
     llm = llama_cpp.Llama("model.gguf")
 
 docs/how-to/llama-cpp.md
@@ -19,17 +19,21 @@ from fallow.llama_cpp.plugin import built, installed
 _plugin: ctypes.CDLL | None = None
 
 
-def load(plan: str | Path | None = None) -> None:
+def load(plan: str | Path | None = None, memory: str | int | None = None) -> None:
     """Lets llama-cpp-python's models that are loaded from now on compute their FFNs here.
 
     Args:
-        plan: a file of `fallow llama pack`, for the model that is loaded next; None: that of the
-            environment variable FALLOW_PLAN, or dense. May be called again with another. A model
-            that the file was not made for runs dense, and a line on stderr says so.
+        plan: what `fallow pack` or `optimize` made of the GGUF that is loaded next, or a file of
+            `fallow llama pack`; None: that of the environment variable FALLOW_PLAN, or dense. May
+            be called again with another. A model that the file was not made for runs dense, and a
+            line on stderr says so.
+        memory: what FFNs may take, bytes or "800MB" say; None: what FALLOW_MEMORY says, or all that
+            they need. The other layers' weights are read from a packed model, for every pass. The
+            rest of the model is llama.cpp's, and comes on top.
 
     Raises:
         FallowError: llama-cpp-python is not installed, the plugin was not built for this version
-            of it (`fallow llama build`), or the file is none of that kind.
+            of it (`fallow llama build`), the file is none of that kind, or the memory is too small.
     """
     global _plugin
     target = installed()
@@ -39,21 +43,22 @@ def load(plan: str | Path | None = None) -> None:
 
         plugin = ctypes.CDLL(str(path))
         plugin.fallow_use_plan.restype = ctypes.c_char_p
-        plugin.fallow_use_plan.argtypes = [ctypes.c_char_p]
+        plugin.fallow_use_plan.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
         plugin.fallow_statistics.restype = ctypes.c_char_p
-        _use(plugin, plan)
+        _use(plugin, plan, memory)
         # The registry that models look into is that of the library which llama_cpp itself loaded.
         register: Any = llama_cpp.llama_cpp._lib.ggml_backend_load
         register.restype, register.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
         if not register(str(path).encode()):
             raise FallowError(f"{target.name} does not take the plugin; run: fallow llama build")
         _plugin = plugin
-    _use(_plugin, plan)
+    _use(_plugin, plan, memory)
 
 
-def _use(plugin: Any, plan: str | Path | None) -> None:
+def _use(plugin: Any, plan: str | Path | None, memory: str | int | None) -> None:
     file = str(plan or os.environ.get("FALLOW_PLAN", ""))
-    problem = plugin.fallow_use_plan(file.encode())
+    size = str(os.environ.get("FALLOW_MEMORY", "") if memory is None else memory)
+    problem = plugin.fallow_use_plan(file.encode(), size.encode())
     if problem:
         raise FallowError(problem.decode(errors="replace"))
 
@@ -64,7 +69,8 @@ def statistics() -> list[dict[str, Any]]:
     Each has `plan` (whether one is followed), `tokens`, `bytes_per_token` of FFN weights that
     decode read (all tokens count, those of prompts read none), `inactive`, the share of neurons
     left out, `inactive_per_layer`, `fused`, the FFNs computed whole, and `apart`, products
-    computed one by one, as under a LoRA adapter or a callback.
+    computed one by one, as under a LoRA adapter or a callback, `held`, the bytes of memory that it
+    takes, and `disk_bytes`, those read ahead or waited for under a budget.
     """
     if _plugin is None:
         return []

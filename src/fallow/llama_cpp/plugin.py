@@ -8,7 +8,9 @@ import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -84,7 +86,7 @@ def built(target: Target) -> Path:
 
 
 def build(target: Target, headers: Path | None = None) -> Path:
-    """Compiles the plugin; g++ 11 or newer, with OpenMP, must be there.
+    """Compiles the plugin; g++ 11 or newer, with OpenMP, must be there. CXXFLAGS are heeded.
 
     Args:
         headers: the unpacked source of the installed llama-cpp-python; None: it is fetched.
@@ -110,7 +112,7 @@ def build(target: Target, headers: Path | None = None) -> Path:
         with atomic_path(path) as temporary:
             command = [
                 compiler, "-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden",
-                "-fopenmp",
+                "-fopenmp", *shlex.split(os.environ.get("CXXFLAGS", "")),
                 f'-DFALLOW_GGML_VERSION="{_identity(base, ggml)}"',
                 f"-I{CORE / 'include'}", f"-I{ggml / 'include'}", f"-I{ggml / 'src'}",
                 str(CORE / "plugin.cpp"), str(CORE / "libfallow_kernels.a"),

@@ -164,6 +164,8 @@ def _ratios(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, list
 
 def _ask(engine: str, plan: str | Path | None, request: dict[str, Any]) -> dict[str, Any]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | {"FALLOW_PLAN": ""}
+    if plan is None:
+        env["FALLOW_MEMORY"] = ""
     done = subprocess.run(
         [sys.executable, "-m", "fallow.measure.llama_cpp"],
         input=json.dumps(request | {"engine": engine, "plan": None if plan is None else str(plan)}),

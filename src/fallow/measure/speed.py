@@ -293,7 +293,7 @@ class Baseline:
         self.name = name
         # Threads as it would have them: told to wait passively, llama.cpp's are slow.
         own = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
-        own |= {"FALLOW_PLAN": str(plan or "")}
+        own |= {"FALLOW_PLAN": str(plan or "")} | ({} if plan else {"FALLOW_MEMORY": ""})
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fallow.measure.baselines", name, str(source), str(threads)],
             stdin=subprocess.PIPE,

@@ -6,6 +6,7 @@ from pkgutil import iter_modules
 from fallow.common.errors import FallowError
 from fallow.models._activations import FatRelu, Rectified, activate, told
 from fallow.models._base import Architecture
+from fallow.models._by_names import by_names, check_logits, check_names
 from fallow.models._keys import check_config, check_gguf_keys, check_gguf_type, check_wrapper
 from fallow.models._rope import ROPE_TENSORS
 from fallow.models._wrappers import TEXT_NAMES, text_config, text_name
@@ -21,8 +22,14 @@ def architectures() -> list[Architecture]:
 
 
 def by_model_type(model_type: str, where: str) -> Architecture:
-    """The architecture of a config.json's model_type. Raises FallowError naming the known ones."""
+    """The architecture of a config.json's model_type, its own file's or one found by names.
+
+    Raises:
+        FallowError: there is neither; the known ones are named.
+    """
     found = {a.model_type: a for a in architectures()}
+    if model_type not in found and (other := by_names(model_type)) is not None:
+        return other
     return _pick(found, model_type, where)
 
 
@@ -62,6 +69,8 @@ __all__ = [
     "check_config",
     "check_gguf_keys",
     "check_gguf_type",
+    "check_logits",
+    "check_names",
     "check_wrapper",
     "text_config",
     "text_name",

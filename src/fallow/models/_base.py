@@ -125,6 +125,7 @@ class Architecture:
     left_out: str | None = None  # tensors of a layer whose names begin so, which nothing needs
     stored_as: dict[str, str] = field(default_factory=dict)  # parameters that files name so
     check: Callable[[Any], str | None] = lambda config: None  # what of a config cannot be packed
+    by_names: bool = False  # found by its modules' names, and only tried (_by_names.py)
 
     # GGUF: no name if llama.cpp has no such architecture, no config if its files are not read.
     gguf_name: str | None = None

@@ -1,12 +1,14 @@
 """The file that llama.cpp's models get beside their own: down_proj by neuron, and a plan.
 
 docs/packed.md describes it. The plugin (csrc/ggml_plugin) maps it, and takes it for a model whose
-FFN weights are, byte by byte, those that it was made for.
+FFN weights are, byte by byte, those that it was made for. A packed model has the same besides what
+the engine reads, so that it can stand in for such a file.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_path, check_writable
 from fallow.common.progress import note, progress
 from fallow.engine.cuts import BY
+from fallow.engine.cuts import Cut as _Cut
+from fallow.models.devices import as_floats
 from fallow.packing.quantize import (
     OUTLIERS,
     QUANT_TYPES,
@@ -24,6 +28,7 @@ from fallow.packing.quantize import (
     quantize,
     without_outliers,
 )
+from fallow.packing.source import Source
 from fallow.plan import COLUMN_NORM, FFN_TAPS, Cut, Plan
 
 VERSION = 1
@@ -74,9 +79,42 @@ def pack_ffns(
             f"the plan was made on {plan.model} in another form than {model}; whether their "
             "weights are the same, fallow llama verify tells"
         )
+    for left_out in () if plan is None else _left_out(plan):
+        note(left_out)
     with atomic_path(output) as temporary:
         _write(temporary, layers, source, plan, down)
         _core.check_ffn_file(np.memmap(temporary, np.uint8, "r"))
+
+
+def add_to_packed(
+    writer: Any, source: Source, matrices: dict[str, Matrix], plan: Plan | None
+) -> None:
+    """Adds to a packed model what lets the plugin take it for the GGUF that it is packed from.
+
+    Nothing where the plugin could not: no such GGUF, FFNs of other kinds or with other bytes, or
+    cuts that it does not make. `fallow llama pack` then says which of these it is.
+    """
+    if source.gguf is None or source.model.changed:
+        return
+    try:
+        layers = [_ffn_of(source.gguf, i) for i in range(_count_layers(source.gguf))]
+        hidden = layers[0]["up"].shape[1]
+        norms = np.stack([as_floats(layer.down_norm) for layer in source.model.layers])
+        cuts = [] if plan is None else list(_cuts(plan, norms, hidden, "gate" in layers[0]))
+    except FallowError:
+        return
+    for i, tensors in enumerate(layers):
+        for part in tensors.keys() - {"down"}:
+            own = matrices.get(f"layers.{i}.{part}_proj.weight")
+            if own is None or not _are_same_bytes(tensors[part].data, own.data):
+                return
+    writer.add_uint32("fallow.ffn.version", VERSION)
+    _add_marks(writer, layers)
+    _add_cuts(writer, cuts)
+    left_out = [] if plan is None else list(_left_out(plan))
+    if any(".gate_coarse." in name for name in matrices):
+        left_out.append("the predictor before the gates is left out: gates are read whole")
+    _add_notes(writer, left_out)
 
 
 class _Packed:
@@ -94,7 +132,7 @@ class _Packed:
         for i, tensors in enumerate(layers):
             for part in tensors.keys() - {"down"}:
                 own = self._tensor(i, f"{part}_proj.weight")
-                if not np.array_equal(tensors[part].data.reshape(-1), own.data.reshape(-1)):
+                if not _are_same_bytes(tensors[part].data, own.data):
                     return False
         return True
 
@@ -117,6 +155,10 @@ class _Packed:
         if key not in self.file.tensors:
             raise FallowError(f"{self.file.path} has no tensor {key}")
         return self.file.tensors[key]
+
+
+def _are_same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
 
 
 def _count_layers(file: GgufFile) -> int:
@@ -168,7 +210,6 @@ def _write(
         ("intermediate_size", d_ff),
     ):
         writer.add_uint32(f"fallow.ffn.{key}", value)
-    marks: list[int] = []
     norms = []
     if source is not None:
         outliers, n_outliers = source.outliers, len(source.outliers) // len(layers)
@@ -176,9 +217,6 @@ def _write(
         outliers, n_outliers = [], 0 if kind in ("F32", "F16", "BF16") else min(OUTLIERS, d_ff)
     with progress("FFNs", len(layers)) as ticker:
         for i, tensors in enumerate(layers):
-            marks += [
-                _core.fingerprint(tensors[p].data.reshape(-1)) if p in tensors else 0 for p in PARTS
-            ]
             values = np.ascontiguousarray(tensors["down"].dequantize().T)
             norms.append(np.sqrt(np.square(values, dtype=np.float64).sum(axis=1)))
             if source is not None:
@@ -193,27 +231,58 @@ def _write(
             if rows is not None:
                 add_matrix(writer, f"layers.{i}.outliers.weight", rows)
             ticker.advance()
-    writer.add_key_value("fallow.ffn.fingerprints", marks, Kind.ARRAY, Kind.UINT64)
+    _add_marks(writer, layers)
     writer.add_uint32("fallow.ffn.n_outliers", n_outliers)
     if outliers:
         writer.add_key_value("fallow.ffn.outliers", outliers, Kind.ARRAY, Kind.UINT32)
-    cuts = [] if plan is None else list(_cuts(plan, np.array(norms), hidden, "gate" in layers[0]))
-    if cuts:
-        for key, column, sub in (
-            ("layer", 0, Kind.UINT32),
-            ("tap", 1, Kind.UINT32),
-            ("by", 2, Kind.UINT32),
-            ("value", 3, Kind.FLOAT64),
-        ):
-            column_of = [cut[column] for cut in cuts]
-            writer.add_key_value(f"fallow.ffn.cuts.{key}", column_of, Kind.ARRAY, sub)
-    for i, cut in enumerate(cuts):
-        if cut[4] is not None:
-            writer.add_tensor(f"cuts.{i}.weight", np.ascontiguousarray(cut[4], dtype=np.float32))
+    if plan is not None:
+        _add_cuts(writer, list(_cuts(plan, np.array(norms), hidden, "gate" in layers[0])))
+        _add_notes(writer, list(_left_out(plan)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_marks(writer: Any, layers: list[dict[str, StoredTensor]]) -> None:
+    """What tells the model's FFN weights from another's."""
+    from gguf import GGUFValueType as Kind
+
+    marks = [
+        _core.fingerprint(tensors[part].data.reshape(-1)) if part in tensors else 0
+        for tensors in layers
+        for part in PARTS
+    ]
+    writer.add_key_value("fallow.ffn.fingerprints", marks, Kind.ARRAY, Kind.UINT64)
+
+
+def _add_cuts(writer: Any, cuts: list[_Cut]) -> None:
+    from gguf import GGUFValueType as Kind
+
+    if not cuts:
+        return
+    for key, column, sub in (
+        ("layer", 0, Kind.UINT32),
+        ("tap", 1, Kind.UINT32),
+        ("by", 2, Kind.UINT32),
+        ("value", 3, Kind.FLOAT64),
+    ):
+        column_of = [cut[column] for cut in cuts]
+        writer.add_key_value(f"fallow.ffn.cuts.{key}", column_of, Kind.ARRAY, sub)
+    for i, cut in enumerate(cuts):
+        if cut[4] is not None:
+            writer.add_tensor(f"cuts.{i}.weight", np.ascontiguousarray(cut[4], dtype=np.float32))
+
+
+def _add_notes(writer: Any, notes: list[str]) -> None:
+    """What the plugin says when it takes the file: what it leaves out of it."""
+    if notes:
+        writer.add_string("fallow.ffn.note", "; ".join(notes))
+
+
+def _left_out(plan: Plan) -> Iterator[str]:
+    if plan.head_margin > 0:
+        yield "the plan's shortlist is left out: llama.cpp computes its own head"
 
 
 def _energy(tensors: dict[str, StoredTensor]) -> np.ndarray:
@@ -226,12 +295,8 @@ def _energy(tensors: dict[str, StoredTensor]) -> np.ndarray:
     return np.prod(squares, axis=0)
 
 
-def _cuts(
-    plan: Plan, down_norms: np.ndarray, hidden: int, gated: bool
-) -> Iterator[tuple[int, int, int, float, np.ndarray | None]]:
-    """A plan's cuts: layer, tap, how, value, weights. `down_norms` (L, d_ff): ||W_down[:, i]||."""
-    if plan.head_margin > 0:
-        note("the plan's shortlist is left out: llama.cpp computes its own head")
+def _cuts(plan: Plan, down_norms: np.ndarray, hidden: int, gated: bool) -> Iterator[_Cut]:
+    """A plan's cuts. `down_norms` (L, d_ff): ||W_down[:, i]||."""
     for cut in plan.cuts:
         parts = ("gate_proj", "up_proj") if cut.tap == "gate_up_proj" else (cut.tap,)
         if cut.tap not in FFN_TAPS and parts[0] not in _INPUTS:

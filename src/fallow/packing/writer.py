@@ -8,6 +8,7 @@ import numpy as np
 
 from fallow.common.progress import progress
 from fallow.engine.packed import PACKED_VERSION
+from fallow.packing.ffn_file import add_to_packed
 from fallow.packing.quantize import Matrix, add_matrix
 from fallow.packing.source import Source
 from fallow.plan import Plan
@@ -63,6 +64,7 @@ def write_packed(
         writer.add_uint32("fallow.n_outliers", source.n_outliers(down))
         if outliers:
             _add(writer, "fallow.outliers", outliers)
+        add_to_packed(writer, source, matrices, plan)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

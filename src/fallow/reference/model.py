@@ -43,6 +43,8 @@ from fallow.models import (
     check_config,
     check_gguf_keys,
     check_gguf_type,
+    check_logits,
+    check_names,
     check_wrapper,
     devices,
     text_config,
@@ -139,7 +141,8 @@ class Model:
         self.layers = self.architecture.find_layers(self.module)
         self.refresh_head()
         config = self.module.config
-        self.logit_scale = 1 / float(getattr(config, "logits_scaling", None) or 1)
+        self.logit_scale = float(getattr(config, "logit_scale", None) or 1)  # Cohere's
+        self.logit_scale /= float(getattr(config, "logits_scaling", None) or 1)
         self.logit_softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
 
     def to(self, device: str) -> Self:
@@ -501,7 +504,16 @@ def _load_folder(name: str, folder: Path, dtype: str) -> Model:
     architecture, tensors = inspect_folder(folder)
     torch_dtype = _torch_dtype(dtype, n_weights(tensors.values()))
     module = pretrained(folder, architecture, torch_dtype)
-    return Model(name, module, _load_tokenizer(folder), architecture, fingerprint(tensors))
+    if architecture.by_names:
+        check_names(architecture, module, str(folder / "config.json"))
+    model = Model(name, module, _load_tokenizer(folder), architecture, fingerprint(tensors))
+    if architecture.by_names:
+        check_logits(model)
+        note(
+            f"{architecture.model_type} models are found by their modules' names: measured and "
+            "calibrated; fallow's engine does not run them, llama.cpp does (fallow llama)"
+        )
+    return model
 
 
 def inspect_folder(folder: Path) -> tuple[Architecture, dict[str, StoredTensor]]:
