@@ -165,7 +165,8 @@ def test_mxfp4_folder_in_another_type(tmp_path: Path) -> None:
 def test_mxfp4_gguf(tmp_path: Path) -> None:
     """The same values as llama.cpp's converter would write them."""
     make_mxfp4(tmp_path / "m")
-    model, changes = fallow.load(tmp_path / "m"), {}
+    model = fallow.load(tmp_path / "m")
+    changes: dict[str, Any] = {}
     for i in range(2):
         experts = model.layers[i].experts
         assert experts is not None
