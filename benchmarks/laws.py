@@ -313,9 +313,9 @@ def _published_lines(rows: list[dict[str, Any]]) -> list[str]:
             )
     reasons = {row["name"]: row["fit"]["warning"] for row in rows}
     lines.append("\nWhy a limit is not identified:\n")
-    lines += [
-        f"- {name}: {why.split(': ')[1].split(';')[0]}." for name, why in reasons.items() if why
-    ]
+    for name, why in reasons.items():
+        if why:
+            lines.append(f"- {name}: {why.split(': ')[1].split(';')[0]}.")
     rivals = [r["form"] for r in rows[0]["fit"]["rivals"] if r["form"] not in ("relu", "silu")]
     lines.append(
         "\nMean errors: of the published parameters and of the refit on the points used (and the "

@@ -218,11 +218,12 @@ def search_jointly(
     Raises:
         UsageError: the rule has no parameter to search.
     """
-    if rule_class.search is None:
+    searched = rule_class.search
+    if searched is None:
         raise UsageError(f"rule {rule_class.name} has no parameter to search; give --knob 0")
 
     def fit_all(level: float) -> list[Choice]:
-        return [rule_class.fit(c.calibration, **{rule_class.search: level}) for c in calibrators]
+        return [rule_class.fit(c.calibration, **{searched: level}) for c in calibrators]
 
     low, high = 0.0, rule_class.search_limit
     best = fit_all(0.0)
@@ -237,8 +238,7 @@ def search_jointly(
             # Models that read the same windows err alike, so that the mean's error is no smaller.
             change, error = np.mean([c.ppl_increase(c.applied(f), enough) for c, f in pairs], 0)
             console.print(
-                f"{rule_class.name} at {rule_class.search} {middle:.4f}: "
-                f"PPL {change:+.2f} ± {error:.2f} %",
+                f"{rule_class.name} at {searched} {middle:.4f}: PPL {change:+.2f} ± {error:.2f} %",
                 highlight=False,
             )
             if change + to_spare * error < increase:

@@ -493,7 +493,7 @@ class _Run:
     def report(self) -> TrainReport:
         path, remedy = self.folder / "final.json", f"delete {self.folder} to begin again"
         found = read_json(path, remedy)
-        figures = {
+        figures: dict[str, Any] = {
             name: found.get(name) for name in ("validation_loss", RATIO, f"{RATIO}_se", "cett")
         }
         if not all(fits(value, float) for value in figures.values()):
