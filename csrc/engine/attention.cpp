@@ -99,9 +99,10 @@ void Attention::rotate(const Layer& layer, const Norm& norm, size_t heads, size_
   });
 }
 
-// mixed = softmax(q k^T) v, where a head's sink is one more score, of no value. Decode is cut into positions, of which every thread takes an equal part: so each
-// reads its part of the cache once for all heads. A block is cut into heads that share keys and values, and
-// tiles of tokens, which threads take in turn, since late ones see more positions.
+// mixed = softmax(q k^T) v, where a head's sink is one more score, of no value. Decode is cut into positions,
+// of which every thread takes an equal part: so each reads its part of the cache once for all heads. A block
+// is cut into heads that share keys and values, and tiles of tokens, which threads take in turn, since late
+// ones see more positions.
 void Attention::mix(size_t l, size_t n) {
   const size_t kv_heads = config_.n_kv_heads, per_kv = config_.n_heads / kv_heads;
   run_.for_tokens(n, [&](size_t t, int) {
