@@ -198,7 +198,7 @@ def test_selectors(selector: str, tiny: dict[str, fallow.Model], take: Take) -> 
 
 def test_tradeoff(tiny: dict[str, fallow.Model], take: Take, tmp_path: Path) -> None:
     rows = make_rows(["topk", "cett"], [0.3, 0.6], [2.0])
-    sizes = SIZES | {"calibration_windows": 3, "validation_windows": 1}
+    sizes = SIZES | {"calibration_windows": 3, "validation_windows": 2}
     tables = [
         tradeoff(model or take("llama"), rows, tmp_path / str(i), text=JUDGE,
                  calibration_text=FIT, **sizes)

@@ -136,7 +136,9 @@ def test_plans_are_those_of_the_reference(
     assert np.max(errors) < SMALL_ERROR
     # Four times what the largest logit of a token is off by on average.
     margin = float(4 * np.mean(errors) / np.sqrt(np.mean(expected**2)))
-    for rule_name in NEURON_RULES:
+    # The cuts of `wina` are of the kinds that `wina_uniform` has; where they are many in one
+    # projection and few in another, every token of these models is near a tie.
+    for rule_name in (rule for rule in NEURON_RULES if rule != "wina"):
         plan = make_plan(calibrators[name], rule_name, 0.5)
         with monkeypatch.context() as patch, model.sparse(plan):
             near = near_ties(patch, margin)

@@ -149,7 +149,7 @@ def test_dropped_shares_go_to_the_others_where_the_model_says_so(
 def test_inputs_of_attention_are_cut(
     tiny: dict[str, fallow.Model], packed: dict[str, Path], calibrators: dict[str, Calibrator]
 ) -> None:
-    plan = calibrators["qwen3_moe"].plan("teal", sparsity=0.4)
+    plan = calibrators["qwen3_moe"].plan("teal_relative", sparsity=0.4)
     assert plan.inputs == ("q_proj", "k_proj", "v_proj", "o_proj")
     found = Engine(packed["qwen3_moe"], plan).logits(IDS)
     assert np.median(np.abs(found - reference(tiny["qwen3_moe"], plan)).max(axis=1)) < ERROR

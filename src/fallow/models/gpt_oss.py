@@ -55,7 +55,7 @@ ARCHITECTURE = Architecture(
     config_keys=("num_experts",),
     settings=EXPERTS_SETTINGS,
     computes=lambda name, value: (
-        name == "quantization_config" and value.get("quant_method") == "mxfp4"
+        name == "quantization_config" and (value or {}).get("quant_method") == "mxfp4"
     ),
     translate=_translate,
     gguf_name="gpt-oss",
