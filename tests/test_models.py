@@ -164,7 +164,7 @@ def write_gguf(
     if name == "gpt_neox":
         writer.add_parallel_residual(True)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    if rope["rope_type"] == "yarn":
+    if name in ("ministral3", "gpt_oss") and rope["rope_type"] == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])

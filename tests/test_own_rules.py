@@ -118,9 +118,9 @@ def test_selectors_of_one_module_share_no_scores(calibrators: dict[str, Calibrat
         ("own_rules:layer_quantiles", "has no class layer_quantiles made of"),
         ("own_rules:Silent", "the class lacks where, knob_name"),
         ("own_rules:Loud:twice=1", "has no option 'twice=1'; it has: thrice=0..1"),
-        ("own_rules:", "unknown rule 'own_rules'; known rules: cats, "),
-        (":Loud", "unknown rule ''; known rules: cats, "),
-        ("../own_rules:Loud", "unknown rule '../own_rules'; known rules: cats, "),
+        ("own_rules:", "unknown rule 'own_rules'; known rules: act_topk, cats, "),
+        (":Loud", "unknown rule ''; known rules: act_topk, cats, "),
+        ("../own_rules:Loud", "unknown rule '../own_rules'; known rules: act_topk, cats, "),
     ],
 )
 def test_wrong_names(name: str, message: str, folder: Path) -> None:

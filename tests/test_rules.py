@@ -486,15 +486,14 @@ def test_what_a_search_found_is_measured_on_other_windows(
 
 
 def test_a_search_needs_windows_that_tell_its_error_and_some_it_has_not_seen(
-    tiny: dict[str, fallow.Model], tmp_path: Path, texts: tuple[Path, Path]
+    tiny: dict[str, fallow.Model], texts: tuple[Path, Path]
 ) -> None:
     one = Calibrator(tiny["llama"], texts[0], context=32, windows=4, validation_windows=1)
     with pytest.raises(UsageError, match=r"--validation-windows 1 gives .* give at least 2"):
         one.plan("tail", max_ppl_increase=5.0)
-    short = tmp_path / "short.txt"
-    short.write_text(texts[0].read_text()[: 32 * 7])
-    available = len(tiny["llama"].windows(load_text(short, "calibration"), 32))
-    few = Calibrator(tiny["llama"], short, context=32, windows=available - 3, validation_windows=2)
+    available = len(tiny["llama"].windows(load_text(texts[0], "calibration"), 32))
+    sizes = {"context": 32, "windows": available - 3, "validation_windows": 2}
+    few = Calibrator(tiny["llama"], texts[0], **sizes)
     assert few.plan("tail", knob=0.1).achieved_ppl_increase is not None
     with pytest.raises(FallowError, match=f"gives {available} windows, {available + 1} are needed"):
         few.plan("tail", max_ppl_increase=5.0)

@@ -276,7 +276,10 @@ def test_top_bits_of_constant_weights() -> None:
         ("lowbit:up", "has no option 'up'"),
         ("lowbit:compensation=2", "has no option 'compensation=2'"),
         ("topk:k=2", "rule topk has no option 'k=2'; it has: none"),
-        ("magic", "unknown rule 'magic'; known rules: cats, .*; known selectors: cluster, gate, "),
+        (
+            "magic",
+            "unknown rule 'magic'; known rules: act_topk, .*; known selectors: cluster, gate, ",
+        ),
     ],
 )
 def test_wrong_names(text: str, message: str) -> None:

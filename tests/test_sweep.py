@@ -18,7 +18,7 @@ SETTINGS: dict[str, Any] = {
     "context": 32,
     "windows": 3,
     "calibration_windows": 2,
-    "validation_windows": 1,
+    "validation_windows": 2,
 }
 
 

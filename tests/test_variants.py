@@ -89,7 +89,9 @@ def test_gguf_key_that_changes_the_computation(
     assert "\n" not in said
 
 
-HEADS_OF_8 = ("qwen3", "qwen3_moe", "gemma2", "gemma3", "gemma3n", "nemotron", "ministral3")
+HEADS_OF_8 = (
+    "qwen3", "qwen3_moe", "gemma2", "gemma3", "gemma3n", "nemotron", "ministral3", "gpt_oss",
+)  # fmt: skip
 # What llama.cpp's converters write beside what is read, older ones among them, and values that
 # llama.cpp takes for "none".
 NEUTRAL_KEYS = {

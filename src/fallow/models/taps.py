@@ -206,14 +206,15 @@ def _register(layer: Layer, name: str, tap: Callable[[torch.Tensor], Any]) -> It
         yield layer.down_proj.register_forward_pre_hook(_input_hook(tap))
     elif name in layer.projections:
         yield layer.projections[name].register_forward_pre_hook(_input_hook(tap))
-    elif name == "gate_pre":
-        yield layer.act.register_forward_pre_hook(_input_hook(tap))
     elif name == "gate_act":
         yield layer.act.register_forward_hook(_output_hook(tap))
     elif name == "ffn_out":
         yield layer.down_proj.register_forward_hook(_output_hook(tap))
     elif layer.gate_up_proj is not None:
-        yield layer.gate_up_proj.register_forward_hook(_up_half_hook(tap))
+        half = 0 if name == "gate_pre" else 1
+        yield layer.gate_up_proj.register_forward_hook(_half_hook(tap, half))
+    elif name == "gate_pre":  # after what a model does to gate_proj's output, as Gemma 3n
+        yield layer.act.register_forward_pre_hook(_input_hook(tap))
     else:
         assert layer.up_proj is not None
         yield layer.up_proj.register_forward_hook(_output_hook(tap))
@@ -239,11 +240,14 @@ def _output_hook(tap: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
     return hook
 
 
-def _up_half_hook(tap: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
+def _half_hook(tap: Callable[[torch.Tensor], Any], half: int) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: Any, output: torch.Tensor) -> Any:
-        gate, up = output.chunk(2, dim=-1)
-        replaced = _apply(tap, up)
-        return None if replaced is None else torch.cat([gate, replaced], dim=-1)
+        halves = list(output.chunk(2, dim=-1))
+        replaced = _apply(tap, halves[half])
+        if replaced is None:
+            return None
+        halves[half] = replaced
+        return torch.cat(halves, dim=-1)
 
     return hook
 

@@ -111,7 +111,10 @@ class GreedyPath:
         self.names = tuple(self.layer.projections)
         sizes = np.array([self.layer.projections[n].weight.numel() for n in self.names])
         self.share = sizes / sizes.sum()  # (P,) of the block's weights
-        self.step = rule.steps(sizes, int(sizes[self.names.index("o_proj")]))
+        # o_proj's usual size where layers' attention has no projection in common (Qwen3.5).
+        d_model = self.layer.down_proj.out_features
+        o_proj = sizes[self.names.index("o_proj")] if "o_proj" in self.names else d_model**2
+        self.step = rule.steps(sizes, int(o_proj))
         self.steps = [np.zeros(len(self.names))]
         self.args, self.kwargs = calibration.block_inputs[index]
         self.dense = self.run(self.steps[0])
