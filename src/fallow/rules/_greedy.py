@@ -111,10 +111,11 @@ class GreedyPath:
         self.names = tuple(self.layer.projections)
         sizes = np.array([self.layer.projections[n].weight.numel() for n in self.names])
         self.share = sizes / sizes.sum()  # (P,) of the block's weights
-        # o_proj's usual size where layers' attention has no projection in common (Qwen3.5).
-        d_model = self.layer.down_proj.out_features
-        o_proj = sizes[self.names.index("o_proj")] if "o_proj" in self.names else d_model**2
-        self.step = rule.steps(sizes, int(o_proj))
+        if "o_proj" in self.names:
+            o_proj = int(sizes[self.names.index("o_proj")])
+        else:  # Qwen3.5's layers have no projection of attention in common: its usual size
+            o_proj = self.layer.down_proj.out_features**2
+        self.step = rule.steps(sizes, o_proj)
         self.steps = [np.zeros(len(self.names))]
         self.args, self.kwargs = calibration.block_inputs[index]
         self.dense = self.run(self.steps[0])
