@@ -295,8 +295,8 @@ def report(results: Path, sizes: Sizes) -> str:
             limited.append(memory_row(f"{name}, {path.parent.name}", result["memory"]))
     if limited:
         parts.append(
-            "## In memory\n\n| | MB | decode tok/s | stock | **/ stock** | FFNs hold MB "
-            "| MB/token from disk | peak MB |\n|---|---|---|---|---|---|---|---|"
+            "## In memory\n\n| | MB | rounds | decode tok/s | stock | **/ stock** | FFNs hold MB "
+            "| MB/token from disk | peak MB |\n|---|---|---|---|---|---|---|---|---|"
         )
         parts.append("\n".join(limited) + "\n")
     return "\n".join(parts)
@@ -306,7 +306,7 @@ def memory_row(name: str, found: dict[str, Any]) -> str:
     ours = [one for one in found[OURS] if "failed" not in one]
     if not ours:
         reason = found.get("failed") or found[OURS][0]["failed"]
-        return f"| {name} | {found['limit_mb']} | {reason} | | | | | |"
+        return f"| {name} | {found['limit_mb']} | 0 | {reason} | | | | | |"
     works = [kind for kind in STOCK if not any("failed" in one for one in found[kind])]
     decode = [one["decode_tps"] for one in ours]
     theirs = [
@@ -319,7 +319,8 @@ def memory_row(name: str, found: dict[str, Any]) -> str:
         ratio = between([statistics.median(ratios), ratios[0], ratios[-1]])
     per_token = ours[0]["disk_bytes"] / 1e6 / (found["fed"] + 1)  # a prompt is one pass
     return (
-        f"| {name} | {found['limit_mb']} | {statistics.median(decode):.2f} | {stock} | {ratio} "
+        f"| {name} | {found['limit_mb']} | {len(ours)} | {statistics.median(decode):.2f} "
+        f"| {stock} | {ratio} "
         f"| {ours[0]['held'] / 1e6:.0f} | {per_token:.0f} | {ours[0]['peak_rss_mb']:.0f} |"
     )
 
