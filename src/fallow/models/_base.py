@@ -239,6 +239,19 @@ def _experts(get: Callable[[str | None], Any], paths: ExpertPaths) -> Experts:
     )
 
 
+KINDS_OF_LAYERS = "full_attention", "sliding_attention"
+
+
+def layer_types(pattern: list[bool] | int, n_layers: int) -> list[str]:
+    """A config's layer_types from a GGUF's sliding_window_pattern.
+
+    Of each layer whether it has a window, or every how many layers one sees the whole context.
+    """
+    if isinstance(pattern, int):
+        pattern = [(i + 1) % pattern != 0 for i in range(n_layers)]
+    return [KINDS_OF_LAYERS[bool(one)] for one in pattern]
+
+
 def expert_config(file: GgufFile, count: str = "num_experts") -> dict[str, Any]:
     """What a mixture of experts adds to `llama_config`."""
     return {

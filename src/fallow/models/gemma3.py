@@ -6,11 +6,13 @@ import numpy as np
 
 from fallow.checkpoints.weights import GgufFile
 from fallow.models._base import (
+    KINDS_OF_LAYERS,
     LLAMA_BLOCK,
     QK_NORMS,
     QK_NORMS_BLOCK,
     Architecture,
     Tensors,
+    layer_types,
     llama_config,
 )
 
@@ -23,19 +25,12 @@ def _config(file: GgufFile) -> dict[str, Any]:
     # Not in the file either: the 27B model (62 layers) alone scales by hidden / heads.
     per_head = config["hidden_size"] // config["num_attention_heads"]
     scale = per_head if config["num_hidden_layers"] == 62 else config["head_dim"]
-    # Every how many layers one sees the whole context, or of each layer whether it does not.
     pattern = file.get("gemma3.attention.sliding_window_pattern", 6)
-    kinds = "full_attention", "sliding_attention"
-    layers = (
-        {"layer_types": [kinds[bool(one)] for one in pattern]}
-        if isinstance(pattern, list)
-        else {"sliding_window_pattern": pattern}
-    )
     return config | {
-        "rope_parameters": {"full_attention": rope, "sliding_attention": local},
+        "rope_parameters": dict(zip(KINDS_OF_LAYERS, (rope, local), strict=True)),
         "sliding_window": file.get("gemma3.attention.sliding_window"),
         "query_pre_attn_scalar": scale,
-        **layers,
+        "layer_types": layer_types(pattern, config["num_hidden_layers"]),
     }
 
 

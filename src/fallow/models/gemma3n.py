@@ -12,11 +12,13 @@ import numpy as np
 
 from fallow.checkpoints.weights import GgufFile
 from fallow.models._base import (
+    KINDS_OF_LAYERS,
     LLAMA_BLOCK,
     LLAMA_GLOBAL,
     QK_NORMS_BLOCK,
     Architecture,
     Tensors,
+    layer_types,
     llama_config,
     rows_of,
 )
@@ -32,12 +34,11 @@ def _config(file: GgufFile) -> dict[str, Any]:
     config = llama_config(file)
     rope = config.pop("rope_parameters")
     local = {"rope_type": "default", "rope_theta": file.get("gemma3n.rope.freq_base_swa", 10000.0)}
-    kinds = "full_attention", "sliding_attention"
     pattern = file.get("gemma3n.attention.sliding_window_pattern")
     quantiles = file.get("gemma3n.activation_sparsity_scale")  # minus infinity: no top-k
     return config | {
-        "rope_parameters": dict(zip(kinds, (rope, local), strict=True)),
-        "layer_types": [kinds[bool(one)] for one in pattern],
+        "rope_parameters": dict(zip(KINDS_OF_LAYERS, (rope, local), strict=True)),
+        "layer_types": layer_types(pattern, config["num_hidden_layers"]),
         "sliding_window": file.get("gemma3n.attention.sliding_window"),
         "final_logit_softcapping": file.get("gemma3n.final_logit_softcapping", 30.0),
         "activation_sparsity_pattern": [NormalDist().cdf(z) for z in quantiles],

@@ -13,6 +13,7 @@ from fallow.models._base import (
     ExpertPaths,
     Tensors,
     expert_config,
+    layer_types,
     llama_config,
 )
 
@@ -25,12 +26,9 @@ def _config(file: GgufFile) -> dict[str, Any]:
         # stretched and those that are not are no whole numbers. llama.cpp rounds them.
         rope["truncate"] = False
     pattern = file.get("gpt-oss.attention.sliding_window_pattern", 2)
-    if not isinstance(pattern, list):  # every how many layers one sees the whole context
-        pattern = [i % pattern < pattern - 1 for i in range(found["num_hidden_layers"])]
-    kinds = "full_attention", "sliding_attention"
     return found | {
         "intermediate_size": file.get("gpt-oss.expert_feed_forward_length"),
-        "layer_types": [kinds[bool(one)] for one in pattern],
+        "layer_types": layer_types(pattern, found["num_hidden_layers"]),
         "sliding_window": file.get("gpt-oss.attention.sliding_window"),
     }
 

@@ -3,7 +3,14 @@
 from typing import Any
 
 from fallow.checkpoints.weights import GgufFile
-from fallow.models._base import LLAMA_BLOCK, QK_NORMS_BLOCK, Architecture, llama_config
+from fallow.models._base import (
+    KINDS_OF_LAYERS,
+    LLAMA_BLOCK,
+    QK_NORMS_BLOCK,
+    Architecture,
+    layer_types,
+    llama_config,
+)
 from fallow.models.olmo2 import NORMS
 
 
@@ -13,15 +20,13 @@ def _config(file: GgufFile) -> dict[str, Any]:
     window = file.get("olmo2.attention.sliding_window", None)
     # A GGUF without a window is of OLMo 2; without a pattern every fourth layer sees all, as in
     # llama.cpp.
-    pattern = file.get("olmo2.attention.sliding_window_pattern", None) or [
-        window is not None and (i + 1) % 4 != 0 for i in range(n_layers)
-    ]
-    kinds = "full_attention", "sliding_attention"
+    every = 1 if window is None else 4
+    pattern = file.get("olmo2.attention.sliding_window_pattern", None) or every
     base = file.get("olmo2.rope.freq_base_swa", rope["rope_theta"])
     local = {"rope_type": "default", "rope_theta": base}
     return config | {
-        "rope_parameters": dict(zip(kinds, (rope, local), strict=True)),
-        "layer_types": [kinds[bool(one)] for one in pattern],
+        "rope_parameters": dict(zip(KINDS_OF_LAYERS, (rope, local), strict=True)),
+        "layer_types": layer_types(pattern, n_layers),
         "sliding_window": window or config["max_position_embeddings"],
     }
 

@@ -99,8 +99,10 @@ def add_to_packed(
     try:
         layers = [_ffn_of(source.gguf, i) for i in range(_count_layers(source.gguf))]
         hidden = layers[0]["up"].shape[1]
-        norms = np.stack([as_floats(layer.down_norm) for layer in source.model.layers])
-        cuts = [] if plan is None else list(_cuts(plan, norms, hidden, "gate" in layers[0]))
+        cuts: list[_Cut] = []
+        if plan is not None:
+            norms = np.stack([as_floats(layer.down_norm) for layer in source.model.layers])
+            cuts = list(_cuts(plan, norms, hidden, "gate" in layers[0]))
     except FallowError:
         return
     for i, tensors in enumerate(layers):
