@@ -11,7 +11,7 @@ import math
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -25,7 +25,6 @@ from torch import nn
 
 from fallow.adaptation import students, texts
 from fallow.adaptation.budgets import BUDGETS, allocate, measured_at
-from fallow.adaptation.replay import Replay, no_cache
 from fallow.adaptation.rounding import ROUNDINGS
 from fallow.calibration.calibrator import Calibrator, check_request
 from fallow.checkpoints.text import Text, check_context, load_text, window_bos
@@ -48,7 +47,6 @@ WARM_UP, LAST_RATE = 0.02, 0.05  # share of the steps; of the rate, at the end o
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 PROBE, PROBE_STEPS = 0.01, 24
 CHECKS, PATIENCE = 10, 3
-RECORDED = ("layers", "ffn")
 BUDGET_WINDOWS = 4
 LADDER = 8  # sparsities on the way to the one asked for
 SAVE_SECONDS, REPORT_SECONDS = 300.0, 30.0  # to save SmolLM2 writes 1.7 GB
@@ -204,11 +202,6 @@ class _Run:
         self.step, self.seconds = 0, 0.0
         self.checks: list[Check] = []
         self.best: dict[str, torch.Tensor] = {}
-        self.straight = False
-        self.replay: Replay | None = None
-        # Steps whose taps change on the way, or that round a weight only once it is computed, are
-        # not recorded.
-        self.records = device == "cuda" and not settings.anneal and settings.train in RECORDED
 
     def _ladder(self, text: Text) -> list[Plan]:
         """The rule's plans on the way to the sparsity, fitted to the dense model."""
@@ -229,6 +222,8 @@ class _Run:
         self.head_weight = head.weight.detach().float().to(self.device)
         self.head_bias = None if head.bias is None else head.bias.detach().float().to(self.device)
         self._find_budgets()
+        self._sample()
+        self._say_what_is_read()
         with torch.no_grad():
             windows = [self._ids(window[None]) for window in self.mixture.held_out]
             self.held_out = [(ids, self._exact(self.teacher, ids)) for ids in windows]
@@ -241,8 +236,6 @@ class _Run:
             for layer in self.model.architecture.find_layers(self.teacher):
                 for projection in layer.projections.values():
                     projection.bfloat16()
-        self._sample()
-        self._say_what_is_read()
         if not self.learning_rate:
             self.learning_rate = self._find_rate()
         self._begin(self.learning_rate, self.settings.steps)
@@ -345,7 +338,6 @@ class _Run:
             self.parameters, lr=rate, betas=BETAS, weight_decay=0.0, fused=True
         )
         self.rate, self.steps = rate, steps
-        self.replay = None
 
     def _taps(self, cuts: Sequence[Cut], layers: list[Layer]) -> dict[str, Tap]:
         taps = cut_taps(cuts, layers, self.model.name)
@@ -353,7 +345,7 @@ class _Run:
             from fallow.adaptation.topk import topk_taps
 
             taps |= topk_taps(cuts, layers)
-        return {name: _straight(tap) for name, tap in taps.items()} if self.straight else taps
+        return taps
 
     @property
     def share(self) -> float:
@@ -374,40 +366,23 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * (LAST_RATE + (1 - LAST_RATE) * cosine)
             group["lr"] *= min(1.0, (self.step + 1) / max(1, warm * self.steps))
+        self.optimiser.zero_grad()
         rows = max(1, PART_TOKENS[self.device] // windows.shape[1])
-        parts = [self._ids(part) for part in np.split(windows, range(rows, len(windows), rows))]
         total = torch.zeros((), device=self.device)
         with attach(self.layers, self.rung()):
-            learn = self._recorded(parts[0], windows.size)
-            self.optimiser.zero_grad(set_to_none=False)  # recorded steps add to these tensors
-            for part in parts:
-                total += learn(part)
+            for part in np.split(windows, range(rows, len(windows), rows)):
+                total += self._learn(self._ids(part), windows.size)
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
         self.optimiser.step()
         students.renew_rounding(self.student)
         self.step += 1
         return float(total)
 
-    def _recorded(self, ids: torch.Tensor, n_tokens: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`_learn` of parts of a step of n_tokens, on a GPU as one graph for those like `ids`."""
-        eager = partial(self._learn, n_tokens=n_tokens)
-        if self.records and self.replay is None:
-            try:
-                recorded = partial(eager, **no_cache(self.student.base_model))
-                self.replay = Replay(recorded, ids, float(eager(ids)))
-            except FallowError as error:
-                note(f"{error}; it goes on without that, slower")
-                self.records = False
-        replay = self.replay
-        if replay is None:
-            return eager
-        return lambda part: replay(part) if part.shape == replay.ids.shape else eager(part)
-
-    def _learn(self, ids: torch.Tensor, n_tokens: int, **more: Any) -> torch.Tensor:
+    def _learn(self, ids: torch.Tensor, n_tokens: int) -> torch.Tensor:
         """Adds the gradient of the KL of windows (n, context), a part of a step of n_tokens."""
         with torch.no_grad():
-            wanted = self._hidden(self.teacher, ids, **more)
-        hidden = self._hidden(self.student, ids, **more)
+            wanted = self._hidden(self.teacher, ids)
+        hidden = self._hidden(self.student, ids)
         # The head's logits are made part by part, and each part's gradient at once: together they
         # would be 3 GB of SmolLM2's 16,384 tokens.
         leaf = hidden.detach().requires_grad_()
@@ -424,11 +399,10 @@ class _Run:
     def _ids(self, windows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(windows)).to(self.device)
 
-    def _hidden(self, module: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
+    def _hidden(self, module: Any, ids: torch.Tensor) -> torch.Tensor:
         """Final hidden states (n, context, d_model), float32."""
         with self._in_half():
-            found = module.base_model(input_ids=ids, use_cache=False, **more)
-            return found.last_hidden_state.float()
+            return module.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
 
     def _in_half(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.half)
@@ -622,7 +596,6 @@ class _Run:
 
     def write(self, folder: Path) -> AdaptReport:
         """The best student as a Hugging Face folder with its plan; the work folder goes."""
-        self.replay = None  # and its memory
         self._fill(self.best)
         best = min(self.checks, key=lambda c: c.kl)
         students.finish(self.student)
@@ -675,26 +648,6 @@ def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 def _as_layer(tap: Tap, index: int, _: int, value: torch.Tensor) -> torch.Tensor | None:
     """What a tap gives for the layer of that index, whichever it is attached to."""
     return tap(index, value)
-
-
-class _Straight(torch.autograd.Function):
-    """What a tap made of values, with the gradient of the values themselves."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        return kept.view_as(kept)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0], None
-
-
-def _straight(tap: Tap) -> Tap:
-    def apply(index: int, value: torch.Tensor) -> torch.Tensor | None:
-        kept = tap(index, value.detach())
-        return None if kept is None else _Straight.apply(value, kept)
-
-    return apply
 
 
 def _with_budgets(cut: Cut, factors: np.ndarray) -> Cut:

@@ -55,11 +55,7 @@ def round_together(group: Sequence[tuple[Rounded, torch.Tensor]]) -> None:
         errors = (now[0][0].round(values) - values).split([r.numel() for r in rows])
         for (part, _), row, error in zip(now, rows, errors, strict=True):
             error = error.view(row.shape)
-            error = error.T if part.columns else error
-            if part.error is None:
-                part.error = error
-            else:  # where a recorded step reads it
-                part.error.copy_(error)
+            part.error = error.T if part.columns else error
 
 
 def _half(values: torch.Tensor) -> torch.Tensor:

@@ -115,10 +115,9 @@ def renew_rounding(module: nn.Module) -> None:
             continue
         changes: Any = part.parametrizations["weight"]  # type: ignore[index]
         if isinstance(changes[-1], Rounded):
-            if len(changes) == 1:
+            changes[-1].renew()
+            if len(changes) == 1:  # or it is rounded when it is asked for
                 together.setdefault(changes[-1].kind, []).append((changes[-1], changes.original))
-            else:
-                changes[-1].renew()
     for group in together.values():
         round_together(group)
 
