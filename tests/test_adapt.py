@@ -402,6 +402,13 @@ def test_writing_fits_itself_to_the_memory(monkeypatch: pytest.MonkeyPatch) -> N
         ({"anneal": 2.0}, "--anneal 2.0 is outside 0 to 1"),
         ({"budgets": "fair"}, "unknown --budgets 'fair'; known: even, measured"),
         ({"minutes": float("nan")}, "--minutes nan is not positive"),
+        ({"activation": "relu"}, "--activation relu makes zeros, which need no rule"),
+        (
+            {"activation": "swish", "rule": "relu"},
+            "unknown --activation .swish.; known: relu, drelu",
+        ),
+        ({"l1": -1.0}, "--l1 -1.0 is not 0 or more"),
+        ({"l1": 0.1}, "--l1 makes more zeros of a ReLU"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
@@ -462,3 +469,89 @@ def test_the_command(
     assert found.code == 0, found.err
     assert found.json["settings"]["train"] == "lora"
     assert 0 < found.json["tokens"] <= 1024
+
+
+# Another activation ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def rectified(
+    folders: dict[str, Path], texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, float], tuple[Path, AdaptReport]]:
+    """A tiny llama that learned each of REPLACEMENTS, and ReLU with a large l1."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fallow.adaptation.texts.HELD_OUT", 4)
+        for act, l1 in (("relu", 0.0), ("drelu", 0.0), ("relu", 3.0)):
+            folder = tmp_path_factory.mktemp("rectified") / act
+            settings = replace(SMALL, rule="relu", sparsity=0.0, activation=act, l1=l1)
+            found[act, l1] = folder, adapt(folders["llama"], folder, settings, text=[texts[0]])
+    return found
+
+
+@pytest.mark.parametrize(("act", "l1"), [("relu", 0.0), ("drelu", 0.0), ("relu", 3.0)])
+def test_a_model_learns_another_activation(
+    rectified: dict[tuple[str, float], tuple[Path, AdaptReport]],
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+    act: str,
+    l1: float,
+) -> None:
+    folder, report = rectified[act, l1]
+    assert json.loads((folder / "config.json").read_text())["hidden_act"] == act
+    first, best = report.checks[0], report.best
+    assert best.loss < first.loss
+    model = fallow.load(folder, "float32")
+    gate, up = (model.layers[0].ffn_inputs[name] for name in ("gate_proj", "up_proj"))
+    x = torch.randn(5, gate.in_features)
+    raw = torch.nn.functional.linear(x, up.weight)
+    torch.testing.assert_close(up(x), raw.relu() if act == "drelu" else raw)
+    torch.testing.assert_close(model.layers[0].act(gate(x)), gate(x).relu())
+    seen = fallow.profile(model, texts[1], context=32, windows=4)
+    assert seen.summary["natural_sparsity"] == pytest.approx(best.sparsity, abs=0.1)
+    fallow.pack(folder, tmp_path / "packed.gguf", quant="f32")
+    engine = Engine(tmp_path / "packed.gguf", threads=1)
+    ids = np.arange(2, 24)
+    wanted = model.logits(model.hidden(ids[None]))[0].detach().numpy()
+    np.testing.assert_allclose(engine.logits(ids), wanted, rtol=0, atol=0.01 * wanted.std())
+
+
+def test_drelu_and_l1_make_more_zeros(
+    rectified: dict[tuple[str, float], tuple[Path, AdaptReport]],
+) -> None:
+    zeros = {key: report.best.sparsity for key, (_, report) in rectified.items()}
+    assert zeros["relu", 0.0] < zeros["drelu", 0.0]
+    assert zeros["relu", 0.0] < zeros["relu", 3.0]
+    penalties = [check.l1 for check in rectified["relu", 3.0][1].checks]
+    assert penalties[-1] < 0.9 * penalties[0]
+
+
+def test_transformers_opens_a_model_with_relu(
+    rectified: dict[tuple[str, float], tuple[Path, AdaptReport]],
+) -> None:
+    folder, _ = rectified["relu", 0.0]
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    ids = torch.arange(2, 24)[None]
+    model = fallow.load(folder, "float32")
+    torch.testing.assert_close(module(ids).logits, model.logits(model.hidden(ids.numpy())))
+
+
+@pytest.mark.parametrize(
+    ("name", "act", "message"),
+    [
+        ("phi3", "drelu", "phi3 models have no gate_proj and up_proj"),
+        ("bamboo", "relu", "the activation of bamboo models is no setting of theirs"),
+    ],
+)
+def test_an_activation_that_a_model_cannot_have_is_refused(
+    folders: dict[str, Path],
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+    held_out: None,
+    name: str,
+    act: str,
+    message: str,
+) -> None:
+    settings = replace(SMALL, rule="relu", sparsity=0.0, activation=act)
+    with pytest.raises(FallowError, match=message):
+        adapt(folders[name], tmp_path / "out", settings, text=[texts[0]])

@@ -32,6 +32,7 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_path, check_sums, claim, read_json, write_json
 from fallow.common.metrics import ppl_change_percent
 from fallow.common.progress import console, note, progress
+from fallow.models._activations import REPLACEMENTS, replace_activation
 from fallow.models.cuts import cut_taps, weight_of
 from fallow.models.devices import as_array, device_named, has_bfloat16
 from fallow.models.taps import Layer, Tap, attach
@@ -69,7 +70,9 @@ class Settings:
     rank: int = 16  # of train "lora"
     quant: str | None = None  # None: a GGUF's own types, nothing for a folder
     learning_rate: float | None = None  # None: by a probe
-    anneal: float = 0.0  # share of the training until the sparsity is the one asked for
+    anneal: float = 0.0  # share of the training until the sparsity, or l1, is the one asked for
+    activation: str | None = None  # in place of the model's own, one of REPLACEMENTS
+    l1: float = 0.0  # nats for as large neurons as the dense model has
     sampled: float = 0.0  # share of tokens that the dense model writes
     budgets: str | None = None  # of layers, one of BUDGETS; None: measured, if the rule has such
     context: int = 512
@@ -92,6 +95,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
+        self._check_zeros()
         for name in ("anneal", "sampled"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"--{name} {getattr(self, name)} is outside 0 to 1")
@@ -104,6 +108,23 @@ class Settings:
             known = ", ".join(k.lower() for k in ROUNDINGS)
             raise UsageError(f"unknown type {self.quant!r}; known: {known}")
 
+    def _check_zeros(self) -> None:
+        if self.activation is not None and self.activation not in REPLACEMENTS:
+            known = ", ".join(REPLACEMENTS)
+            raise UsageError(f"unknown --activation {self.activation!r}; known: {known}")
+        if self.activation is not None and (self.rule, self.sparsity) != ("relu", 0):
+            raise UsageError(
+                f"--activation {self.activation} makes zeros, which need no rule that chooses; "
+                "leave out --rule and --sparsity"
+            )
+        if not (math.isfinite(self.l1) and self.l1 >= 0):
+            raise UsageError(f"--l1 {self.l1} is not 0 or more")
+        if self.l1 and self.rule != "relu":
+            raise UsageError(
+                "--l1 makes more zeros of a ReLU; give --activation relu as well, or --rule relu "
+                "--sparsity 0 to a model that has one"
+            )
+
 
 @dataclass
 class Check:
@@ -115,6 +136,12 @@ class Check:
     ppl_change_percent: float  # under the rule, against the teacher
     ppl_change_se: float | None  # paired
     dense_ppl_change_percent: float  # without the rule, against the teacher
+    sparsity: float | None = None  # share of `inter` that is zero under the rule, mean of layers
+    l1: float = 0.0  # what Settings.l1 adds; nats
+
+    @property
+    def loss(self) -> float:
+        return self.kl + self.l1
 
 
 @dataclass
@@ -207,7 +234,7 @@ class _Run:
         """The rule's plans on the way to the sparsity, fitted to the dense model."""
         settings = self.settings
         calibrator = Calibrator(self.model, text, context=settings.context, validation_windows=1)
-        n = LADDER if settings.anneal else 1
+        n = LADDER if settings.anneal and settings.sparsity else 1
         targets = [settings.sparsity * (i + 1) / n for i in range(n)]
         plans = [calibrator.plan(settings.rule, sparsity=t, measure=False) for t in targets]
         return [
@@ -231,6 +258,7 @@ class _Run:
                 float(nn.functional.nll_loss(self._log_p(wanted), ids[0, 1:]))
                 for ids, wanted in self.held_out
             ]
+            self.usual = self._sizes(self.teacher, {})[0]
         self.teacher_losses = np.array(losses)
         if self.half:  # what `_in_half` would make of these weights again for every part of a step
             for layer in self.model.architecture.find_layers(self.teacher):
@@ -330,6 +358,8 @@ class _Run:
     def _begin(self, rate: float, steps: int) -> None:
         """A student at its start, and its optimiser."""
         self.student = copy.deepcopy(self.model.module).to(self.device).train()
+        if self.settings.activation:
+            replace_activation(self.model.architecture, self.student, self.settings.activation)
         self.layers = self.model.architecture.find_layers(self.student)
         self.taps = [self._taps(plan.cuts, self.layers) for plan in self.plans]
         s = self.settings
@@ -369,7 +399,8 @@ class _Run:
         self.optimiser.zero_grad()
         rows = max(1, PART_TOKENS[self.device] // windows.shape[1])
         total = torch.zeros((), device=self.device)
-        with attach(self.layers, self.rung()):
+        sized = {"inter": self._add_l1} if self.settings.l1 else {}
+        with attach(self.layers, self.rung()), attach(self.layers, sized):
             for part in np.split(windows, range(rows, len(windows), rows)):
                 total += self._learn(self._ids(part), windows.size)
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
@@ -382,6 +413,7 @@ class _Run:
         """Adds the gradient of the KL of windows (n, context), a part of a step of n_tokens."""
         with torch.no_grad():
             wanted = self._hidden(self.teacher, ids)
+        self.l1 = torch.zeros((), device=self.device)
         hidden = self._hidden(self.student, ids)
         # The head's logits are made part by part, and each part's gradient at once: together they
         # would be 3 GB of SmolLM2's 16,384 tokens.
@@ -393,8 +425,20 @@ class _Run:
             loss = self._divergence(mine, teachers).sum() / n_tokens
             loss.backward()
             total += loss.detach()
-        hidden.backward(leaf.grad)
+        if not self.settings.l1:
+            hidden.backward(leaf.grad)
+            return total
+        l1 = self.l1 * (self._l1_now() * ids.numel() / n_tokens)
+        torch.autograd.backward([hidden, l1], [leaf.grad, None])
         return total
+
+    def _l1_now(self) -> float:
+        anneal = self.settings.anneal
+        return self.settings.l1 * (min(1.0, self.share / anneal) if anneal else 1.0)
+
+    def _add_l1(self, index: int, value: torch.Tensor) -> None:
+        """Of `inter` (T, d_ff) of a layer: its mean size over that of the dense model's."""
+        self.l1 = self.l1 + value.float().abs().mean() / (self.usual[index] * len(self.layers))
 
     def _ids(self, windows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(windows)).to(self.device)
@@ -441,11 +485,27 @@ class _Run:
                 losses.append(float(nn.functional.nll_loss(log_q, ids[0, 1:])))
         return float(np.mean(kl)), np.array(losses)
 
+    @torch.no_grad()
+    def _sizes(self, module: Any, taps: dict[str, Tap]) -> tuple[np.ndarray, np.ndarray]:
+        """Of `inter`, on the held-out windows: mean |value| and share of zeros, (L,) each."""
+        layers = self.model.architecture.find_layers(module)
+        found = np.zeros((2, len(layers)))
+
+        def add(index: int, value: torch.Tensor) -> None:
+            found[:, index] += float(value.float().abs().mean()), float((value == 0).float().mean())
+
+        with attach(layers, taps), attach(layers, {"inter": add}):
+            for ids, _ in self.held_out:
+                self._exact(module, ids)
+        size, zeros = found / len(self.held_out)
+        return size, zeros
+
     def check(self) -> Check:
         """The student as it is, under the whole rule."""
         self.student.eval()
         kl, losses = self._judge(self.student, self.taps[-1])
         _, dense = self._judge(self.student, {})
+        size, zeros = self._sizes(self.student, self.taps[-1])
         self.student.train()
         change, error = ppl_change_percent(losses, self.teacher_losses)
         return Check(
@@ -455,6 +515,8 @@ class _Run:
             ppl_change_percent=change,
             ppl_change_se=error,
             dense_ppl_change_percent=ppl_change_percent(dense, self.teacher_losses)[0],
+            sparsity=float(zeros.mean()),
+            l1=self.settings.l1 * float((size / self.usual).mean()) if self.settings.l1 else 0.0,
         )
 
     def _find_rate(self) -> float:
@@ -473,7 +535,7 @@ class _Run:
             self.step, self.seconds = 0, 0.0
             while self.step < steps:
                 self.train_step(mixture.batch(self.settings.batch))
-            found[rate] = self.check().kl
+            found[rate] = self.check().loss
             console.print(f"rate {rate:g}: {found[rate]:.4f} nats", highlight=False)
         self.step, self.seconds = 0, 0.0
         finite = {rate: kl for rate, kl in found.items() if math.isfinite(kl)}
@@ -526,15 +588,16 @@ class _Run:
 
     def _keep(self, found: Check) -> None:
         """A check, whose student is kept if it is the best so far."""
-        if not self.checks or found.kl < min(c.kl for c in self.checks):
+        if not self.checks or found.loss < min(c.loss for c in self.checks):
             self.best = self._trained()
         self.checks.append(found)
         console.print(
             f"{found.tokens / 1e6:.2f} M tokens, held-out: {found.kl:.4f} nats, PPL "
-            f"{found.ppl_change_percent:+.2f} % (dense {found.dense_ppl_change_percent:+.2f} %)",
+            f"{found.ppl_change_percent:+.2f} % (dense {found.dense_ppl_change_percent:+.2f} %), "
+            f"{found.sparsity:.0%} of neurons zero",
             highlight=False,
         )
-        if found.dense_ppl_change_percent > DENSE_LOSS:
+        if found.dense_ppl_change_percent > DENSE_LOSS and not self.settings.activation:
             note(
                 f"without the rule the PPL is {found.dense_ppl_change_percent:.1f} % above the "
                 "dense model's: it forgets; a lower --learning-rate forgets less"
@@ -542,8 +605,8 @@ class _Run:
 
     def _is_worse(self) -> bool:
         """Whether the last checks were worse than one before them."""
-        kl = [c.kl for c in self.checks]
-        return self.share > self.settings.anneal and len(kl) - int(np.argmin(kl)) > PATIENCE
+        losses = [c.loss for c in self.checks]
+        return self.share > self.settings.anneal and len(losses) - int(np.argmin(losses)) > PATIENCE
 
     def _trained(self) -> dict[str, torch.Tensor]:
         return {
@@ -597,7 +660,7 @@ class _Run:
     def write(self, folder: Path) -> AdaptReport:
         """The best student as a Hugging Face folder with its plan; the work folder goes."""
         self._fill(self.best)
-        best = min(self.checks, key=lambda c: c.kl)
+        best = min(self.checks, key=lambda c: c.loss)
         students.finish(self.student)
         kind = torch.float32 if self.device == "cpu" and not self.half else torch.bfloat16
         self.model.module = self.student.to("cpu", kind).eval().requires_grad_(False)

@@ -24,8 +24,20 @@ from fallow.cli._shared import (
 def adapt(
     model: ModelArg,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
-    sparsity: Annotated[float, typer.Option(help="Neurons to leave out, [0, 1).")] = 0.5,
-    rule: Annotated[str, typer.Option(help="That the model learns to live with.")] = "gate_topk",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Neurons to leave out, [0, 1); default 0.5.")
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="That the model learns to live with; default: gate_topk."),
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(help="relu or drelu in place of the model's own: zeros, without a rule."),
+    ] = None,
+    l1: Annotated[
+        float, typer.Option(help="Makes more zeros: nats for neurons as large as the model's.")
+    ] = 0.0,
     tokens: Annotated[str, typer.Option(help="To train on, such as 20M.")] = "20M",
     minutes: Annotated[float | None, typer.Option(help="Of training, at most.")] = None,
     text: Annotated[
@@ -45,7 +57,7 @@ def adapt(
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: by a short probe.")] = None,
     anneal: Annotated[
-        float, typer.Option(help="Share of the training in which the sparsity grows.")
+        float, typer.Option(help="Share of the training in which the sparsity, or --l1, grows.")
     ] = 0.0,
     budgets: Annotated[
         str | None,
@@ -62,8 +74,10 @@ def adapt(
     from fallow.adaptation.adapter import adapt as run
 
     settings = Settings(
-        rule=rule,
-        sparsity=sparsity,
+        rule=rule or ("relu" if activation else "gate_topk"),
+        sparsity=sparsity if sparsity is not None else 0.0 if activation else 0.5,
+        activation=activation,
+        l1=l1,
         tokens=count_of("--tokens", tokens),
         minutes=minutes,
         train=train,
@@ -93,7 +107,9 @@ def adapt(
     best = report.best
     print(
         f"written: {output}, after {report.tokens / 1e6:.2f} M tokens; held-out text under "
-        f"{rule} at {sparsity:.0%}: {best.kl:.4f} nats, PPL {best.ppl_change_percent:+.2f} % "
-        f"(before: {report.checks[0].ppl_change_percent:+.2f} %)"
+        f"{activation or settings.rule}, {best.sparsity:.0%} of neurons zero: {best.kl:.4f} nats, "
+        f"PPL {best.ppl_change_percent:+.2f} % (before: "
+        f"{report.checks[0].ppl_change_percent:+.2f} %)"
     )
-    print(f"next: fallow pack {output} -o adapted.gguf --plan {output}/fallow.plan")
+    more = "--predictor 0.99" if activation else f"--plan {output}/fallow.plan"
+    print(f"next: fallow pack {output} -o adapted.gguf {more}")

@@ -47,7 +47,7 @@ from fallow.common.files import (
     write_json,
     write_text,
 )
-from fallow.common.metrics import ppl_change_percent, standard_error
+from fallow.common.metrics import ppl_change_percent, window_error
 from fallow.common.progress import console
 from fallow.laws.curves import RATIO, TOKENS
 from fallow.measure.evaluation import run_window, window_losses
@@ -632,7 +632,7 @@ def _on_unseen(model: Model, windows: np.ndarray, plan: Plan) -> dict[str, float
     ratios = np.array([1 - sparse.achieved_sparsity for _, (sparse,) in runs])
     losses = np.array([sparse.loss for _, (sparse,) in runs])
     change, change_se = ppl_change_percent(losses, np.array([dense.loss for dense, _ in runs]))
-    ratio_se = standard_error(ratios)
+    ratio_se = window_error(ratios)
     assert ratio_se is not None
     assert change_se is not None
     return {

@@ -12,6 +12,8 @@ from torch import nn
 from fallow.common.errors import FallowError
 from fallow.models._base import Architecture
 
+REPLACEMENTS = ("relu", "drelu")
+_NAMES = ("hidden_activation", "hidden_act", "activation_function")  # of one key in configs
 _BUILT_WITH = {"fatrelu": "relu", "drelu": "relu"}  # what transformers is told in their place
 
 
@@ -80,8 +82,32 @@ def activate(architecture: Architecture, config: dict[str, Any], module: Any) ->
         if act == "fatrelu":
             block.set_submodule(architecture.act, FatRelu(float(config["hidden_act_param"])))
         else:
-            path = str(architecture.up_proj)
-            block.set_submodule(path, Rectified(block.get_submodule(path)))
+            _rectify(architecture, block)
+
+
+def replace_activation(architecture: Architecture, module: Any, act: str) -> None:
+    """Gives a loaded model one of REPLACEMENTS, and says so in its config.
+
+    Raises:
+        FallowError: the FFN has no gate for dReLU, or its activation is no setting of its config.
+    """
+    name = next((n for n in _NAMES if getattr(module.config, n, None) is not None), None)
+    if name is None or "hidden_act" in architecture.settings:
+        raise FallowError(
+            f"the activation of {architecture.model_type} models is no setting of theirs, so that "
+            f"{act} cannot take its place; give another model"
+        )
+    check_activation(architecture, {"hidden_act": act}, "--activation")
+    setattr(module.config, name, act)
+    for block in module.get_submodule(architecture.layers).children():
+        block.set_submodule(architecture.act, nn.ReLU())
+        if act == "drelu":
+            _rectify(architecture, block)
+
+
+def _rectify(architecture: Architecture, block: nn.Module) -> None:
+    path = str(architecture.up_proj)
+    block.set_submodule(path, Rectified(block.get_submodule(path)))
 
 
 def _activation(architecture: Architecture, config: dict[str, Any]) -> Any:
