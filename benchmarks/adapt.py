@@ -203,9 +203,9 @@ novels and on what the model wrote after pieces of these; judged on the rest of 
 the WikiText-2 raw test text, {WINDOWS} windows of 1024 tokens each. `benchmarks/adapt.py` does it.
 """
 
-UNJUDGED = """A longer run. Its packed file was lost before it could be judged: held-out windows of the
-texts that were trained on are all that is known of it. On such windows the first run gave +5.9 %,
-and +7.7 % on WikiText-2, packed."""
+UNJUDGED = """A longer run. Its packed file was lost before it could be judged: held-out windows of
+the texts that were trained on are all that is known of it. On such windows the first run gave
++5.9 %, and +7.7 % on WikiText-2, packed."""
 
 
 def report() -> str:
@@ -284,8 +284,8 @@ def _judged(found: dict[str, Any]) -> list[str]:
                 )
         rows.append(f"| {text} | {' | '.join(cells)} |")
     return [
-        "Packed files, the adapted one of the first run, against the source model, run by torch in float32: PPL change in percent "
-        "with its paired standard error, and KL in nats. The source's plan was calibrated on the "
+        "Packed files, the adapted one of the first run, against the source model, run by torch in "
+        "float32: PPL change in percent with its paired standard error, and KL in nats. The source's plan was calibrated on the "
         "WikiText-2 validation text.",
         "",
         "| text | not adapted, 50 % left out | not adapted, dense | adapted, 50 % left out "

@@ -105,7 +105,7 @@ def replace_activation(architecture: Architecture, module: Any, act: str) -> Non
             _rectify(architecture, block)
 
 
-def _rectify(architecture: Architecture, block: nn.Module) -> None:
+def _rectify(architecture: Architecture, block: Any) -> None:
     path = str(architecture.up_proj)
     block.set_submodule(path, Rectified(block.get_submodule(path)))
 
