@@ -93,7 +93,7 @@ def test_the_page_needs_no_key(engine: Engine) -> None:
 
 def test_the_model_tells_its_plan(address: str, planned_address: str) -> None:
     cards = [httpx.get(f"{a}/v1/models").json()["data"][0] for a in (address, planned_address)]
-    assert [card["plan"] for card in cards] == [None, "by hand 0"]
+    assert [card["plan"] for card in cards] == [None, "by hand, knob 0"]
 
 
 # Activity -----------------------------------------------------------------------------------------
@@ -284,6 +284,8 @@ def test_a_talk(view: Any, planned: Engine, planned_address: str) -> None:
     page = "document.documentElement"
     assert view.evaluate(f"() => {page}.scrollWidth <= innerWidth")
     assert view.evaluate(f"() => {page}.scrollHeight <= innerHeight")
+    assert view.locator("header").bounding_box()["height"] < 110
+    assert view.locator("#log").bounding_box()["height"] > 200
     view.click("#new")
     assert view.locator(".answer").count() == 0
     assert view.faults == []

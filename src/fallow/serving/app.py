@@ -25,6 +25,7 @@ from fallow.common.errors import FallowError
 from fallow.engine.answer import Piece
 from fallow.engine.sampling import Sampler, TokenChoice
 from fallow.engine.stats import Activity, Stats
+from fallow.plan import Plan
 from fallow.serving import schemas as api
 from fallow.serving.limits import Limits, error_response
 from fallow.serving.logprobs import chat_logprobs, completion_logprobs
@@ -234,7 +235,7 @@ class _Answering:
         self.worker, self.name, self.telemetry = worker, name, telemetry
         plan = worker.engine.plan
         self.card = api.ModelCard(
-            id=name, created=int(time.time()), plan=f"{plan.rule} {plan.knob:.4g}" if plan else None
+            id=name, created=int(time.time()), plan=_plan_named(plan) if plan else None
         )
 
     @property
@@ -523,6 +524,15 @@ class _Run:
 
 def _event(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
+
+
+def _plan_named(plan: Plan) -> str:
+    """The rule, and what was asked of it."""
+    if plan.target_sparsity is not None:
+        return f"{plan.rule}, sparsity {plan.target_sparsity:.0%}"
+    if plan.target_ppl_increase is not None:
+        return f"{plan.rule}, PPL +{plan.target_ppl_increase:g} %"
+    return f"{plan.rule}, {plan.knob_name or 'knob'} {plan.knob:.4g}"
 
 
 def _activity(found: Activity) -> dict[str, Any]:

@@ -87,9 +87,8 @@ class Answer {
     this.below = this.box.appendChild(element("small", "", "reading"));
     this.withPlan = $("with-plan").checked && plan !== null;
     this.text = "";
-    this.tokens = this.decoded = this.bytes = this.active = 0;
-    this.low = 1;
-    this.high = 0;
+    this.decoded = this.bytes = 0;  // tokens of passes of their own, and what these read
+    this.shares = [];  // of neurons that were active, of every token
     $("log").append(this.box);
   }
 
@@ -97,8 +96,7 @@ class Answer {
     this.text += text;
     for (const { active_per_layer: active, bytes_read: bytes } of activities) {
       this.start ??= performance.now();
-      this.tokens += 1;
-      this.active += mean(active);
+      this.shares.push(mean(active));
       if (bytes === null) continue;  // read with the prompt
       this.decoded += 1;
       this.bytes += bytes;
@@ -111,36 +109,43 @@ class Answer {
     const activity = merged(activities);
     const share = mean(activity.active);
     token.style.setProperty("--share", share.toFixed(4));
-    [this.low, this.high] = [Math.min(this.low, share), Math.max(this.high, share)];
-    this.box.style.setProperty("--low", this.low.toFixed(4));
-    this.box.style.setProperty("--high", this.high.toFixed(4));
+    // All colours lie within two standard deviations of the mean, so that a few tokens far off leave some
+    // to the others; differences of less than a percent have little of them.
+    const middle = mean(this.shares);
+    const deviation = Math.sqrt(mean(this.shares.map((each) => (each - middle) ** 2)));
+    const spread = Math.max(0.01, 2 * deviation);
+    this.box.style.setProperty("--low", (deviation > 1e-6 ? middle - spread : middle).toFixed(4));
+    this.box.style.setProperty("--high", (middle + spread).toFixed(4));
     token.tabIndex = -1;
-    token.show = () => show({ ...activity, token, share, answer: this });
+    token.show = () => show({ ...activity, token, share });
     token.show();
     return token;
   }
 
   figures(speed = (1000 * this.decoded) / (performance.now() - this.start)) {
-    if (!this.tokens) return "";
-    const skipped = percent(1 - this.active / this.tokens);
+    if (!this.shares.length) return "";
+    const skipped = percent(1 - mean(this.shares));
     $("skipped").textContent = skipped;
-    const said = [`${this.tokens} tokens`];
+    const said = [`${this.shares.length} tokens`];
     if (this.decoded) {
       const bytes = (this.bytes / this.decoded / MEGA).toFixed(1);
       $("speed").textContent = speed.toFixed(1);
       $("bytes").textContent = bytes;
       said.push(`${speed.toFixed(1)} tokens/s`, `${bytes} MB per token`);
     }
-    said.push(`${skipped} of neurons skipped`);
+    const [least, most] = [1 - Math.max(...this.shares), 1 - Math.min(...this.shares)];
+    said.push(`${skipped} of neurons skipped${most - least > 0.001 ? ` (${percent(least)} to ${percent(most)})` : ""}`);
     if (plan) said.push(this.withPlan ? "with the plan" : "without the plan");
     return said.join(" · ");
   }
 
   // Why neurons were skipped or not, in a sentence.
   note() {
-    if (this.tokens === 0) return "";
-    if (this.active / this.tokens < 0.9995)
-      return plan && !this.withPlan ? "Without the plan what its activation makes zero is skipped." : "";
+    if (this.shares.length === 0) return "";
+    if (mean(this.shares) < 0.9995) {
+      if (this.withPlan) return "";
+      return `${plan ? "Without its plan" : "The file has no plan:"} neurons that the activation makes zero are skipped.`;
+    }
     if (this.withPlan) return "The plan leaves out no neurons of this model.";
     if (plan) return "Without its plan every neuron is computed.";
     return "Every neuron is computed: the file has no plan, and its activation makes no zeros. " +
@@ -185,7 +190,7 @@ async function ask(question) {
       if (follows) log.scrollTop = log.scrollHeight;
     }
     note = answer.note();
-    if (!answer.tokens) answer.below.textContent = "The model ended its answer at once.";
+    if (!answer.shares.length) answer.below.textContent = "The model ended its answer at once.";
   } catch (error) {
     if (mine.signal.aborted) answer.below.textContent = `${answer.figures()} · stopped`;
     else answer.box.append(element("p", "error", error.message));
@@ -227,23 +232,25 @@ function show(what) {
 // A row of cells for each layer, the first on top, and at its right the layer's share.
 function draw() {
   const canvas = $("layers"), scale = devicePixelRatio;
+  canvas.hidden = !shown;
   const [width, height] = [canvas.clientWidth, canvas.clientHeight];
   canvas.width = width * scale;
   canvas.height = height * scale;
   if (!shown) return;
-  const { token, share, active, bins, answer } = shown;
-  const range = answer.high - answer.low < 0.001 ? "" : `; tokens of this answer ${percent(answer.low)} to ${percent(answer.high)}`;
-  $("which").textContent = `${JSON.stringify(token.textContent)}: ${percent(share)} of neurons active${range}`;
-  canvas.ariaLabel = `Active neurons for ${JSON.stringify(token.textContent)}, by layer: ${active.map(percent).join(", ")}`;
+  const { token, share, active, bins } = shown;
+  $("which").textContent = `${JSON.stringify(token.textContent)}: ${percent(share)} of neurons active`;
+  const layers = active.map(percent).join(", ");
+  canvas.ariaLabel = `Active neurons for ${JSON.stringify(token.textContent)}, by layer: ${layers}`;
   const style = getComputedStyle(canvas);
-  const colours = ["--idle", "--half", "--busy"].map((name) => style.getPropertyValue(name).trim().split(" ").map(Number));
-  const [ink, bar] = ["--dim", "--hot"].map((name) => style.getPropertyValue(name));
+  const [ink, bar, ...triples] = ["--dim", "--hot", "--idle", "--half", "--busy"].map((name) =>
+    style.getPropertyValue(name).trim());
+  const colours = triples.map((triple) => triple.split(" ").map(Number));
   const context = canvas.getContext("2d");
   context.scale(scale, scale);
   context.textBaseline = "middle";
   const row = Math.min(height / bins.length, 28), gap = row > 6 ? 1.5 : 0.5;
-  const has_text = row >= 10;
-  const [left, right] = has_text ? [26, 92] : [0, 48];
+  const hasText = row >= 10;
+  const [left, right] = hasText ? [26, 92] : [0, 48];
   const cell = (width - left - right) / bins[0].length;
   context.font = `${Math.min(11, row - 1)}px system-ui, sans-serif`;
   bins.forEach((shares, l) => {
@@ -252,10 +259,10 @@ function draw() {
       context.fillStyle = colourOf(value, colours);
       context.fillRect(left + b * cell, y, cell - (cell > 4 ? 1 : 0), row - gap);
     });
-    const room = has_text ? 44 : right - 8;
+    const room = hasText ? 44 : right - 8;
     context.fillStyle = bar;
     context.fillRect(width - right + 8, y + row * 0.25, Math.max(1, room * active[l]), (row - gap) * 0.5);
-    if (!has_text) return;
+    if (!hasText) return;
     context.fillStyle = ink;
     context.textAlign = "right";
     context.fillText(l, left - 6, y + (row - gap) / 2);
