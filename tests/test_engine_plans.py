@@ -193,7 +193,7 @@ def test_active_neurons_are_those_of_the_reference(
     engine = Engine(packed["llama"], plan, threads=threads)
     found = []
     for part in np.split(IDS, [1, 2, 5, 13, 50, 70]):
-        engine._read(part, record=True)
+        engine.forward(part, record=True)
         found.append(engine.active_neurons())
     assert [len(rows) for rows in found] == [1, 1, 3, 8, 1, 1, 1]
     ends = [0, 1, *range(2, 13), 49, 69, 99]

@@ -116,7 +116,7 @@ def test_active_neurons_of_experts(name: str, packed: dict[str, Path]) -> None:
     width = engine.n_experts * engine._core.intermediate_size  # less that of a shared expert
     for part in np.split(IDS[:40], [1, 7]):
         engine.reset_stats()
-        engine._read(part, record=True)
+        engine.forward(part, record=True)
         figures, neurons = engine.core_stats(), engine.active_neurons()
         experts = neurons[..., :width].reshape(*neurons.shape[:2], engine.n_experts, -1)
         used = experts.any(axis=3)  # (T, L, experts)

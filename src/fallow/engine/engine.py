@@ -325,6 +325,7 @@ class Engine:
         every: bool = False,
         dense: bool = False,
         exact: bool = False,
+        record: bool = False,
     ) -> np.ndarray:
         """Reads more tokens; logits (T, vocabulary) of all of them, or (1, vocabulary) of the last.
 
@@ -334,12 +335,13 @@ class Engine:
             dense: every neuron is computed; the plan and a predictor in the file are left aside.
             exact: more tokens have logits as near to those as a block of tokens comes, to measure
                 quality; otherwise they are read as a prompt is, which is faster.
+            record: `active_neurons` then tells which neurons were used.
 
         Raises:
             FallowError: an id outside the vocabulary, no ids, or the context is full.
         """
         with self._turn(threading.get_ident()):
-            return self._read(ids, every, dense, exact)
+            return self._read(ids, every, dense, exact, record)
 
     def _read(
         self,
@@ -489,8 +491,10 @@ class Engine:
         return 1 - self._share_of_neurons("active")
 
     def active_neurons(self) -> np.ndarray:
-        """Neurons that were not zero, (T, L, neurons) bool, if the last pass recorded them: of its
-        tokens, or where it read more than `_core.FEW`, of the last. All, where nothing is left out.
+        """Neurons that were not zero in the last pass, (T, L, neurons) bool, if it recorded them.
+
+        Of each of its tokens; where it read more than `_core.FEW`, of the last. All of a layer's
+        where none is left out; of a mixture of experts those of the experts that were chosen.
         """
         layers, neurons = self._core.n_layers, self._core.neurons
         rows = np.frombuffer(self._core.active_neurons(), dtype=np.uint8)
