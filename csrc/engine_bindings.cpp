@@ -135,7 +135,8 @@ class BoundEngine {
     engine_->set_experts(cache_.get());
   }
 
-  void forward(Indices tokens, uint32_t position, bool all, bool dense, bool exact, WritableRows logits) {
+  void forward(Indices tokens, uint32_t position, bool all, bool dense, bool exact, bool record,
+               WritableRows logits) {
     const size_t n = tokens.size();
     if (position > engine_->held()) throw nb::value_error("the cache does not hold so many tokens");
     if (n == 0 || n > engine_->context() - position)
@@ -149,7 +150,7 @@ class BoundEngine {
     if (process_id() != process_) throw nb::value_error("this engine was made before a fork");
     nb::gil_scoped_release release;
     asked_ = std::chrono::steady_clock::now();
-    engine_->forward(tokens.data(), n, position, all, dense, exact, logits.data());
+    engine_->forward(tokens.data(), n, position, all, dense, exact, record, logits.data());
     if (mapping_) mapping_->check();
   }
 
@@ -241,10 +242,12 @@ class BoundEngine {
     return {values, values + model_.config.intermediate_size};
   }
 
-  // Of a layer, with all its experts.
-  uint64_t neurons() const {
-    const Config& c = model_.config;
-    return std::max<uint64_t>(1, c.n_experts) * c.intermediate_size + c.shared_intermediate_size;
+  uint64_t neurons() const { return model_.config.neurons(); }
+
+  // (tokens, layers, neurons / 8 rounded up)
+  nb::bytes active_neurons() const {
+    const std::vector<uint8_t>& bits = engine_->active_neurons().bits();
+    return nb::bytes(bits.data(), bits.size());
   }
 
   const Packed& model() const { return model_; }
@@ -382,11 +385,13 @@ void bind_engine(nb::module_& m) {
            "room"_a, "range_bytes"_a)
       .def("stream", &BoundEngine::stream, "units"_a, "n_slots"_a)
       .def("cache_experts", &BoundEngine::cache_experts, "n_slots"_a)
-      .def("forward", &BoundEngine::forward, "tokens"_a, "position"_a, "all"_a, "dense"_a, "exact"_a, "logits"_a)
+      .def("forward", &BoundEngine::forward, "tokens"_a, "position"_a, "all"_a, "dense"_a, "exact"_a,
+           "record"_a, "logits"_a)
       .def("set_cuts", &BoundEngine::set_cuts, "cuts"_a)
       .def("set_skips_zeros", [](BoundEngine& e, bool skips) { e.engine().set_skips_zeros(skips); }, "skips"_a)
       .def("stats", &BoundEngine::stats)
       .def("reset_stats", &BoundEngine::reset_stats)
+      .def("active_neurons", &BoundEngine::active_neurons)
       .def("set_shortlist", &BoundEngine::set_shortlist, "nats"_a, "most"_a)
       .def("down_norm", &BoundEngine::down_norm, "layer"_a)
       .def_prop_ro("context", [](BoundEngine& e) { return e.engine().context(); })

@@ -40,7 +40,7 @@ def served(engine: Any, queue: int = 16, **options: Any) -> Iterator[str]:
 class Slow:
     """Stands for an engine whose answers take as long as asked for: max_tokens of 10 ms."""
 
-    context, vocabulary_size = 10_000, 300
+    context, vocabulary_size, plan = 10_000, 300, None
 
     def __init__(self, tokenizer: Any, piece: Piece | Exception | None = None) -> None:
         self.tokenizer = tokenizer

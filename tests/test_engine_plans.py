@@ -173,6 +173,35 @@ def test_the_same_neurons_are_chosen(
     assert (decoded > 0.2).all()
 
 
+@pytest.mark.parametrize("rule", ["gate_topk", "cats", "tail", "teal_relative", "percentile"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_active_neurons_are_those_of_the_reference(
+    rule: str,
+    threads: int,
+    tiny: dict[str, fallow.Model],
+    packed: dict[str, Path],
+    calibrators: dict[str, Calibrator],
+) -> None:
+    """One by one, a few at a time, and of the last token of a block."""
+    plan = calibrators["llama"].plan(rule, sparsity=0.5)
+    inter: list[list[np.ndarray]] = [[], []]
+    tap: Any = lambda layer, value: inter[layer].append(value.numpy() != 0)  # noqa: E731
+    model = tiny["llama"]
+    with f16_cache(), model.sparse(plan), attach(model.layers, {"inter": tap}):
+        model.hidden(IDS[None])
+    expected = np.array(inter).reshape(2, len(IDS), -1).swapaxes(0, 1)  # (T, L, neurons)
+    engine = Engine(packed["llama"], plan, threads=threads)
+    found = []
+    for part in np.split(IDS, [1, 2, 5, 13, 50, 70]):
+        engine.forward(part, record=True)
+        found.append(engine.active_neurons())
+    assert [len(rows) for rows in found] == [1, 1, 3, 8, 1, 1, 1]
+    ends = [0, 1, *range(2, 13), 49, 69, 99]
+    same = np.concatenate(found) == expected[ends]
+    assert same.mean() > 0.995  # but where a value is within rounding of the threshold
+    assert 0.2 < expected.mean() < 0.8 or rule == "teal_relative"
+
+
 @pytest.mark.parametrize("rule", [r for r in NEURON_RULES if r != "relu"])
 def test_sparsity_0_is_dense(
     rule: str, packed: dict[str, Path], calibrators: dict[str, Calibrator]

@@ -14,6 +14,7 @@ import torch
 import fallow
 from conftest import EXPERTS, VOCABULARY, engine_plan, make_folder
 from engines import ERROR, IDS, check_a_few, fails, one_by_one, reference
+from fallow import _core
 from fallow.calibration.calibrator import Calibrator
 from fallow.checkpoints.weights import read_safetensors
 from fallow.common.errors import FallowError, UsageError
@@ -107,6 +108,28 @@ def test_router_rules_are_those_of_the_reference(
         np.testing.assert_allclose(engine.idle_neurons(), zeros, atol=0.01)
     uses = engine.expert_uses()
     np.testing.assert_allclose(1 - uses.sum(axis=1) / (len(IDS) * uses.shape[1]), zeros, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_active_neurons_of_experts(name: str, packed: dict[str, Path]) -> None:
+    engine = Engine(packed[name], threads=2)
+    width = engine.n_experts * engine._core.intermediate_size  # less that of a shared expert
+    for part in np.split(IDS[:40], [1, 7]):
+        engine.reset_stats()
+        engine.forward(part, record=True)
+        figures, neurons = engine.core_stats(), engine.active_neurons()
+        experts = neurons[..., :width].reshape(*neurons.shape[:2], engine.n_experts, -1)
+        used = experts.any(axis=3)  # (T, L, experts)
+        assert (experts.all(axis=3) == used).all()
+        assert (used.sum(axis=2) == engine.file.get("fallow.n_experts_used")).all()
+        assert neurons[..., width:].all()
+        if len(part) > _core.FEW:  # of the last token alone
+            assert len(neurons) == 1
+            assert (engine.expert_uses() >= used[0]).all()
+        else:
+            assert len(neurons) == len(part)
+            np.testing.assert_array_equal(neurons.sum(axis=(0, 2)), figures["active"])
+            np.testing.assert_array_equal(used.sum(axis=0), engine.expert_uses())
 
 
 def _zeros(value: torch.Tensor) -> float:

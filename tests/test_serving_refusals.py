@@ -50,6 +50,8 @@ def says(role: str, content: Any, **more: Any) -> dict[str, Any]:
         ({"stop": ""}, 400, "stop"),
         ({"stop": [""]}, 400, "stop"),
         ({"temprature": 0}, 400, "temprature: is not supported here"),
+        ({"fallow_activity": True}, 400, 'fallow_activity: needs "stream": true'),
+        ({"fallow_plan": 1}, 400, "fallow_plan: must be true or false"),
         ({"reasoning_effort": "low"}, 400, "reasoning_effort: is not supported here"),
         ({"stream_options": {"x": 1}}, 400, "stream_options.x: is not supported here"),
         ({"response_format": {"type": "text", "x": 1}}, 400, "response_format.x: is not"),

@@ -31,12 +31,14 @@ void Engine::set_stream(Streamer* streamer, std::vector<StreamedLayer> layers) {
 }
 
 void Engine::forward(const int32_t* tokens, size_t n, uint32_t position, bool all, bool dense,
-                     bool exact, float* logits) {
+                     bool exact, bool record, float* logits) {
   cuts_.leave_aside(dense);
   products_.allow_bytes(!exact);
   position_ = position;
   for (size_t start = 0, size; start < n; start += size) {
     size = std::min(block_, n - start);
+    const size_t recorded = record ? (is_decode(size) ? size : 1) : 0;
+    run_.active_neurons.begin(recorded, config_.n_layers, config_.neurons());
     block(tokens + start, size);
     if (all) {
       head(size, true, dense, logits + start * config_.vocab_size);

@@ -56,15 +56,17 @@ class Engine {
   // Reads n tokens as those that follow the first `position` that the cache holds, and forgets what it
   // held after these. logits (n, vocab) if `all`, else those of the last token; `dense`: without cuts
   // and head margin; `exact`: a block's products are as near to those of single tokens as there are, not
-  // as fast. The caller checks ids, and that position <= held() and position + n <= context(). After an
-  // exception the cache holds at least `position` tokens.
+  // as fast; `record`: active_neurons() then tells what the last tokens used. The caller checks ids, and
+  // that position <= held() and position + n <= context(). After an exception the cache holds at least
+  // `position` tokens.
   void forward(const int32_t* tokens, size_t n, uint32_t position, bool all, bool dense, bool exact,
-               float* logits);
+               bool record, float* logits);
 
   uint32_t held() const { return position_; }  // tokens in the cache
   uint32_t context() const { return context_; }
   int threads() const { return run_.pool.size(); }
   const Statistics& statistics() const { return run_.statistics; }
+  const ActiveNeurons& active_neurons() const { return run_.active_neurons; }
   void reset_stats() { run_.statistics.reset(); }
 
  private:

@@ -43,7 +43,19 @@ void Experts::forward(size_t l, const Input& x, size_t n, float* out) {
     run_.statistics.active[l] += group.size() * model_.layers[l].experts[group.expert].up_proj.rows;
     if (group.expert < n_experts_) run_.statistics.expert_uses[l * n_experts_ + group.expert] += group.size();
   }
+  if (run_.active_neurons.rows() > 0) record(l, n);
   is_decode(n) ? few(l, x, n, out) : block(l, x, n, out);
+}
+
+// Tells the neurons of every token's experts, or those of the last token of a block.
+void Experts::record(size_t l, size_t n) {
+  const size_t first = n - run_.active_neurons.rows();
+  for (const Group& group : groups_) {
+    const size_t begin = group.expert * config_.intermediate_size;
+    const size_t end = begin + model_.layers[l].experts[group.expert].up_proj.rows;
+    for (size_t i = group.begin; i < group.end; ++i)
+      if (token_in_[i] >= first) run_.active_neurons.add_range(token_in_[i] - first, l, begin, end);
+  }
 }
 
 // Every token's experts and their shares.

@@ -34,6 +34,7 @@ class Experts {
   void route(size_t layer, const Input& x, size_t n);
   void choose(size_t layer, float* p, size_t* experts, float* shares, int worker);
   void share_out(size_t n);
+  void record(size_t layer, size_t n);
   void few(size_t layer, const Input& x, size_t n, float* out);
   void run_few(const Expert& e, const Activation* tokens, size_t n, size_t place, int worker);
   void block(size_t layer, const Input& x, size_t n, float* out);

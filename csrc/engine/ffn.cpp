@@ -28,13 +28,16 @@ void Ffn::forward(size_t l, const Input& x, size_t n, float* out) {
     block(l, x, n, out);
   } else if (!cuts_.leaves_out_neurons(l)) {
     dense(l, x, n, out);
+    for (size_t t = 0; t < n; ++t) run_.active_neurons.add_range(t, l, 0, d_ff_);
   } else if (n == 1) {
     sparse(l, x, out);
+    run_.active_neurons.add_nonzero(0, l, inter_.data(), d_ff_);
   } else {
     for (size_t t = 0; t < n; ++t) {
       std::copy_n(x.x.data() + t * hidden_, hidden_, token_.x.data());
       products_.prepare(token_, 1);
       sparse(l, token_, out + t * hidden_);
+      run_.active_neurons.add_nonzero(t, l, inter_.data(), d_ff_);
     }
   }
   run_.for_tokens(n, [&](size_t t, int worker) {
@@ -139,6 +142,8 @@ void Ffn::block(size_t l, const Input& x, size_t n, float* out) {
     scratch_[static_cast<size_t>(worker)].active += cuts_.is_dense() ? d_ff_ : count;
   });
   add_counts(l);
+  if (cuts_.is_dense()) run_.active_neurons.add_range(0, l, 0, d_ff_);
+  else run_.active_neurons.add_nonzero(0, l, inter_.data() + (n - 1) * d_ff_, d_ff_);
   products_.sum_rows(layer.down_proj_t, n, inter_.data(), out);
   run_.for_tokens(n, [&](size_t t, int worker) { add_outliers(layer, t, out + t * hidden_, worker); });
 }

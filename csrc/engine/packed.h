@@ -47,6 +47,10 @@ struct Config {
   bool norm_experts;          // shares of a token's experts are made to sum to 1
 
   uint32_t widest_ffn() const { return std::max(intermediate_size, shared_intermediate_size); }
+  // Of a layer, with all its experts.
+  uint64_t neurons() const {
+    return uint64_t{std::max(1u, n_experts)} * intermediate_size + shared_intermediate_size;
+  }
   // Whether the activation makes neurons exactly zero.
   bool has_zeros() const { return act == Act::kRelu || act == Act::kRelu2 || act == Act::kFatRelu; }
 };

@@ -71,10 +71,44 @@ class Statistics {
   std::vector<Count> bytes_;
 };
 
+// Which neurons the last pass used, where it was asked to tell: those with a non-zero inter, or all where
+// nothing was left out; of a mixture, those of the experts that were chosen. Rows of bits, of every token of
+// decode and of the last one of a block of prefill: neuron i is bit i % 8 of byte i / 8.
+class ActiveNeurons {
+ public:
+  // Forgets what was recorded, and records `rows` tokens; 0: nothing, at no cost.
+  void begin(size_t rows, size_t n_layers, size_t n_neurons) {
+    rows_ = rows;
+    n_layers_ = n_layers;
+    row_bytes_ = (n_neurons + 7) / 8;
+    bits_.assign(rows * n_layers * row_bytes_, 0);
+  }
+  size_t rows() const { return rows_; }
+  const std::vector<uint8_t>& bits() const { return bits_; }  // (rows, layers, row_bytes)
+
+  void add_range(size_t row, size_t layer, size_t begin, size_t end) {
+    if (rows_ == 0) return;
+    uint8_t* bits = row_of(row, layer);
+    for (size_t i = begin; i < end; ++i) bits[i / 8] |= static_cast<uint8_t>(1u << i % 8);
+  }
+  void add_nonzero(size_t row, size_t layer, const float* inter, size_t n) {
+    if (rows_ == 0) return;
+    uint8_t* bits = row_of(row, layer);
+    for (size_t i = 0; i < n; ++i) bits[i / 8] |= static_cast<uint8_t>((inter[i] != 0) << i % 8);
+  }
+
+ private:
+  uint8_t* row_of(size_t row, size_t layer) { return bits_.data() + (row * n_layers_ + layer) * row_bytes_; }
+
+  size_t rows_ = 0, n_layers_ = 0, row_bytes_ = 0;
+  std::vector<uint8_t> bits_;
+};
+
 struct Runtime {
   const Kernels& kernels;
   ThreadPool pool;
   Statistics statistics;
+  ActiveNeurons active_neurons;
   std::function<void()> pause = [] {};  // called between steps of a long pass; may throw, which ends it
 
   Runtime(const Kernels& table, int n_threads, size_t n_layers, size_t n_experts, Team team = nullptr)

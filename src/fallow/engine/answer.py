@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,13 +13,17 @@ from fallow.checkpoints.tokenizer import Ids, TextStream, TextTokenizer
 from fallow.engine.drafting import PASS_COST, STREAMED_COST, Lookup
 from fallow.engine.process import peak_rss_mb
 from fallow.engine.sampling import Sampler, TokenChoice, choice_of
-from fallow.engine.stats import Stats, disk_figures
+from fallow.engine.stats import Activity, Stats, disk_figures
 
 if TYPE_CHECKING:
     from fallow.engine.engine import Engine
 
 PREFILL_STEP = 512  # tokens of a prompt between which an answer can be stopped
 ECHO_STEP = 32  # as many, of a prompt whose every token's logits are wanted: 20 MB of Qwen2.5's
+
+
+# A token, the logits that it was picked of, and what was used for it.
+Pick = tuple[int, np.ndarray, Activity | None]
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Answer:
     reuse: bool
     top_logprobs: int | None
     echo: str | None
+    activity: bool
+    _bytes_told: int = field(default=0, init=False)  # of those read since the prompt
 
     def pieces(self) -> Iterator[Piece]:
         """The answer, as it is made."""
@@ -57,7 +63,7 @@ class Answer:
             engine.stats = stats = Stats(prompt_tokens=len(ids), cached_tokens=read)
             engine.reset_stats()
         told = top_logprobs if tells else None
-        logits, choices = yield from self._read_prompt(read, told)
+        logits, seen, choices = yield from self._read_prompt(read, told)
         stats.ttft_ms = 1e3 * (time.perf_counter() - start)
         stats.prefill_tps = (len(ids) - stats.cached_tokens) / (stats.ttft_ms / 1e3)
         engine.reset_stats()
@@ -65,11 +71,11 @@ class Answer:
             yield Piece(echo, _without_added_bos(choices, echo, engine.tokenizer))
         decode_start, ends = time.perf_counter(), set(engine.tokenizer.eos_ids)
         guesses = self.lossless or engine.streams
-        tokens = self._verified(logits) if guesses else self._picks(logits)
+        tokens = self._verified(logits, seen) if guesses else self._picks(logits, seen)
         text = AnswerText(engine.tokenizer, self.stop, ids)
         stats.finish = "" if max_tokens else "length"
         try:
-            for token, row in tokens if max_tokens else ():
+            for token, row, seen in tokens if max_tokens else ():
                 if token in ends:
                     stats.finish = "stop"
                     rest = text.rest()
@@ -78,7 +84,7 @@ class Answer:
                     break
                 stats.new_tokens += 1
                 full = stats.new_tokens == max_tokens
-                piece = text.add(choice_of(token, row, top_logprobs), full)
+                piece = text.add(choice_of(token, row, top_logprobs, seen), full)
                 if text.stopped or full:
                     stats.finish = "stop" if text.stopped else "length"
                 yield piece
@@ -93,12 +99,12 @@ class Answer:
 
     def _read_prompt(
         self, read: int, top_logprobs: int | None
-    ) -> Generator[Piece, None, tuple[np.ndarray, list[TokenChoice]]]:
+    ) -> Generator[Piece, None, tuple[np.ndarray, Activity | None, list[TokenChoice]]]:
         """Reads on after the first `read` tokens; gives empty pieces where that takes long.
 
         Returns:
-            The last token's logits (vocabulary,), and with `top_logprobs`, where none was read
-            before, a choice for every token.
+            The last token's logits (vocabulary,) and activity, and with `top_logprobs`, where none
+            was read before, a choice for every token.
         """
         engine, ids = self.engine, self.ids
         step = len(ids) if engine.streams else PREFILL_STEP  # streaming reads the file every time
@@ -108,7 +114,8 @@ class Answer:
             step, choices = ECHO_STEP, [TokenChoice(int(first), None) for first in ids[:1]]
         while True:
             with engine._turn(self):
-                rows = engine._read(ids[read : read + step], every=every, dense=self.lossless)
+                rows = self._read(ids[read : read + step], every)
+                seen = self._activities(prompt=True)[-1]
             read += step
             if every:
                 after = ids[len(choices) : read + 1].tolist()  # of the last token nothing
@@ -116,38 +123,55 @@ class Answer:
                     choice_of(*each, top_logprobs) for each in zip(after, rows, strict=False)
                 ]
             if read >= len(ids):
-                return rows[-1], choices
+                return rows[-1], seen, choices
             yield Piece()
 
-    def _picks(self, logits: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def _read(self, ids: np.ndarray | list[int], every: bool = False) -> np.ndarray:
+        return self.engine._read(ids, every, self.lossless, record=self.activity)
+
+    def _activities(self, prompt: bool = False) -> list[Activity | None]:
+        """Of the last pass's tokens, or of a block of the prompt its last; None: not asked for."""
+        if not self.activity:
+            return [None] * _core.FEW
+        first: int | None = None
+        if not prompt:
+            total = self.engine.core_stats()["bytes_read"]
+            first, self._bytes_told = total - self._bytes_told, total
+        return [
+            Activity.of(neurons, 0 if i and not prompt else first)
+            for i, neurons in enumerate(self.engine.active_neurons())
+        ]
+
+    def _picks(self, logits: np.ndarray, seen: Activity | None) -> Iterator[Pick]:
         """What the sampler picks of which logits; at first of these, the prompt's."""
         while True:
             token = self.sampler.pick(logits)
-            yield token, logits
+            yield token, logits, seen
             with self.engine._turn(self):
-                logits = self.engine._read([token])[0]
+                logits, seen = self._read([token])[0], self._activities()[0]
 
-    def _verified(self, logits: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def _verified(self, logits: np.ndarray, seen: Activity | None) -> Iterator[Pick]:
         """As `_picks`, of the dense model if asked to, in passes that also read guesses."""
         engine, stats = self.engine, self.engine.stats
         lookup = Lookup(self.ids.tolist(), STREAMED_COST if engine.streams else PASS_COST)
         token, row = self.sampler.pick(logits), logits
         while True:
-            yield token, row
+            yield token, row, seen
             lookup.add(token)
             with engine._turn(self):
                 position = len(engine._held)
                 guesses = lookup.propose(min(_core.FEW, engine.context - position) - 1)
                 start = time.perf_counter()
-                rows = engine._read([token, *guesses], every=True, dense=self.lossless)
+                rows = self._read([token, *guesses], every=True)
                 seconds = time.perf_counter() - start
+                activities = self._activities()
             stats.drafted += len(guesses)
-            for held, row in enumerate(rows):
+            for held, (row, seen) in enumerate(zip(rows, activities, strict=False)):
                 token = self.sampler.pick(row)
                 if held == len(guesses) or token != guesses[held]:
                     break
                 stats.accepted += 1
-                yield token, row
+                yield token, row, seen
             lookup.learn(len(guesses), held, seconds)
             for guess in guesses[:held]:
                 lookup.add(guess)

@@ -325,6 +325,7 @@ class Engine:
         every: bool = False,
         dense: bool = False,
         exact: bool = False,
+        record: bool = False,
     ) -> np.ndarray:
         """Reads more tokens; logits (T, vocabulary) of all of them, or (1, vocabulary) of the last.
 
@@ -334,12 +335,13 @@ class Engine:
             dense: every neuron is computed; the plan and a predictor in the file are left aside.
             exact: more tokens have logits as near to those as a block of tokens comes, to measure
                 quality; otherwise they are read as a prompt is, which is faster.
+            record: `active_neurons` then tells which neurons were used.
 
         Raises:
             FallowError: an id outside the vocabulary, no ids, or the context is full.
         """
         with self._turn(threading.get_ident()):
-            return self._read(ids, every, dense, exact)
+            return self._read(ids, every, dense, exact, record)
 
     def _read(
         self,
@@ -347,11 +349,12 @@ class Engine:
         every: bool = False,
         dense: bool = False,
         exact: bool = False,
+        record: bool = False,
     ) -> np.ndarray:
         tokens = self._check_ids(ids)
         logits = np.empty((len(tokens) if every else 1, self._core.vocab_size), dtype=np.float32)
         try:
-            self._core.forward(tokens, len(self._held), every, dense, exact, logits)
+            self._core.forward(tokens, len(self._held), every, dense, exact, record, logits)
         except _core.DiskError as error:
             raise FallowError(str(error)) from error
         # What the core holds beyond these, after Ctrl-C say, the next pass writes over.
@@ -446,6 +449,7 @@ class Engine:
         reuse: bool = False,
         top_logprobs: int | None = None,
         echo: str | None = None,
+        activity: bool = False,
     ) -> Iterator[Piece]:
         """As `generate`, of a prompt (T,), with the tokens.
 
@@ -458,6 +462,7 @@ class Engine:
             echo: give the prompt first: this text, which it was made of, and with `top_logprobs`
                 its tokens, without a BOS that the text does not have. The last piece then has the
                 end token, too, if there was one: so many tokens come as were read and picked.
+            activity: tell with every token of the answer which neurons were active for it.
 
         Raises:
             FallowError: the prompt is empty or longer than the context.
@@ -474,8 +479,9 @@ class Engine:
                 f"{self.context}; shorten the prompt or raise --context"
             )
         return Answer(
-            self, tokens, max_tokens, sampler, tuple(stop), lossless, reuse, top_logprobs, echo
-        ).pieces()
+            self, tokens, max_tokens, sampler, tuple(stop), lossless, reuse, top_logprobs, echo,
+            activity,
+        ).pieces()  # fmt: skip
 
     def reset_stats(self) -> None:
         self._core.reset_stats()
@@ -483,6 +489,17 @@ class Engine:
     def idle_neurons(self) -> np.ndarray:
         """Share of neurons per layer, (L,), that were zero in the tokens since `reset_stats`."""
         return 1 - self._share_of_neurons("active")
+
+    def active_neurons(self) -> np.ndarray:
+        """Neurons that were not zero in the last pass, (T, L, neurons) bool, if it recorded them.
+
+        Of each of its tokens; where it read more than `_core.FEW`, of the last. All of a layer's
+        where none is left out; of a mixture of experts those of the experts that were chosen.
+        """
+        layers, neurons = self._core.n_layers, self._core.neurons
+        rows = np.frombuffer(self._core.active_neurons(), dtype=np.uint8)
+        bits = np.unpackbits(rows.reshape(-1, layers, -(-neurons // 8)), axis=2, bitorder="little")
+        return bits[..., :neurons].astype(bool)
 
     def predicted_neurons(self) -> np.ndarray:
         """Share of neurons per layer, (L,), whose gate was read because it was predicted to matter.

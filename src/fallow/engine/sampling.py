@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fallow.common.errors import FallowError, UsageError
+from fallow.engine.stats import Activity
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class TokenChoice:
     id: int
     logprob: float | None = 0.0  # nats; None: nothing is before it
     top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and theirs
+    activity: Activity | None = None  # where it was asked for
 
 
 @dataclass
@@ -64,16 +66,19 @@ class Sampler:
         return int(self._random.choice(order[:keep], p=p))
 
 
-def choice_of(token: int, logits: np.ndarray, top: int | None) -> TokenChoice:
+def choice_of(
+    token: int, logits: np.ndarray, top: int | None, activity: Activity | None = None
+) -> TokenChoice:
     """A token with its log-probability, and the `top` likeliest tokens with theirs."""
     if top is None:
-        return TokenChoice(token)
+        return TokenChoice(token, activity=activity)
     row = logits.astype(np.float64)
     check_largest(row.max())
     row -= row.max()
     row -= np.log(np.exp(row).sum())
     best = np.argsort(-row, kind="stable")[:top]
-    return TokenChoice(token, float(row[token]), tuple((int(i), float(row[i])) for i in best))
+    likeliest = tuple((int(i), float(row[i])) for i in best)
+    return TokenChoice(token, float(row[token]), likeliest, activity)
 
 
 def check_largest(logits: np.ndarray) -> None:

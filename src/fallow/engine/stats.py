@@ -5,6 +5,27 @@ from typing import Any
 
 import numpy as np
 
+BINS = 64  # ranges of a layer's neurons that `Activity` tells apart, or all if there are fewer
+
+
+@dataclass(frozen=True, eq=False)
+class Activity:
+    """What was used for one token: by the pass that it was picked after."""
+
+    active: np.ndarray  # (L,), share of the layer's neurons, in [0, 1]
+    bins: np.ndarray  # (L, at most BINS), the same of ranges of equal size, lowest neurons first
+    # Weights and cache; None: the pass read the prompt. The first token of a pass that gave several
+    # has all its bytes, the others 0.
+    bytes_read: int | None
+
+    @classmethod
+    def of(cls, neurons: np.ndarray, bytes_read: int | None) -> "Activity":
+        """From the active neurons of a token, (L, neurons) bool."""
+        n = neurons.shape[1]
+        ends = np.arange(1, min(BINS, n) + 1) * n // min(BINS, n)
+        counts = np.diff(neurons.cumsum(axis=1)[:, ends - 1], prepend=0)
+        return cls(neurons.mean(axis=1), counts / np.diff(ends, prepend=0), bytes_read)
+
 
 @dataclass
 class Stats:

@@ -24,10 +24,12 @@ from fallow.checkpoints.tokenizer import TextTokenizer
 from fallow.common.errors import FallowError
 from fallow.engine.answer import Piece
 from fallow.engine.sampling import Sampler, TokenChoice
-from fallow.engine.stats import Stats
+from fallow.engine.stats import Activity, Stats
+from fallow.plan import Plan
 from fallow.serving import schemas as api
 from fallow.serving.limits import Limits, error_response
 from fallow.serving.logprobs import chat_logprobs, completion_logprobs
+from fallow.serving.page import add_page
 from fallow.serving.telemetry import Telemetry
 from fallow.serving.worker import Busy, Closing, Job, Worker
 
@@ -75,6 +77,7 @@ def create_app(
     responses: Any = {code: {"model": api.ErrorResponse} for code in errors}
     # It tells the schema that there is a key, which Limits checks before a body is read.
     guarded = [Depends(HTTPBearer(auto_error=False))] if api_key is not None else []
+    add_page(app)
     _add_health_and_metrics(app, answering, guarded, responses)
     _add_models(app, answering, guarded, responses)
     _add_completions(app, answering, guarded, responses)
@@ -230,7 +233,10 @@ class _Answering:
 
     def __init__(self, worker: Worker, name: str, telemetry: Telemetry) -> None:
         self.worker, self.name, self.telemetry = worker, name, telemetry
-        self.card = api.ModelCard(id=name, created=int(time.time()))
+        plan = worker.engine.plan
+        self.card = api.ModelCard(
+            id=name, created=int(time.time()), plan=_plan_named(plan) if plan else None
+        )
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -358,6 +364,8 @@ class _Answering:
                 body.stops,
                 top_logprobs,
                 echoes[i] if echoes else None,
+                isinstance(body, api.ChatRequest) and bool(body.fallow_activity),
+                body.fallow_plan is not False,
             )
             for i, ids in enumerate(prompts)
         ]
@@ -414,7 +422,10 @@ class _Answering:
                 )
                 offsets[index] += len(piece.text)
             choice["logprobs"] = found.model_dump() if found and piece.tokens else None
-            return _event(made | {"choices": [choice]})
+            event = made | {"choices": [choice]}
+            if told := [_activity(t.activity) for t in piece.tokens if t.activity]:
+                event["fallow_activity"] = told
+            return _event(event)
 
         try:
             if is_chat:
@@ -513,6 +524,23 @@ class _Run:
 
 def _event(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
+
+
+def _plan_named(plan: Plan) -> str:
+    """The rule, and what was asked of it."""
+    if plan.target_sparsity is not None:
+        return f"{plan.rule}, sparsity {plan.target_sparsity:.0%}"
+    if plan.target_ppl_increase is not None:
+        return f"{plan.rule}, PPL +{plan.target_ppl_increase:g} %"
+    return f"{plan.rule}, {plan.knob_name or 'knob'} {plan.knob:.4g}"
+
+
+def _activity(found: Activity) -> dict[str, Any]:
+    return api.Activity(
+        active_per_layer=found.active.round(4).tolist(),
+        active_bins=found.bins.round(2).tolist(),
+        bytes_read=found.bytes_read,
+    ).model_dump()
 
 
 def _usage(stats: Sequence[Stats]) -> api.Usage:

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from fallow.serving.telemetry import Telemetry
 
 BODY_SECONDS = 30.0  # that a request may take to arrive
-OPEN_PATHS = ("/health",)  # for which no key is asked
+OPEN_PATHS = ("/health", "/", "/page.css", "/page.js")  # for which no key is asked
 NAMES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     429: "rate_limit_error", 500: "server_error", 503: "overloaded_error",

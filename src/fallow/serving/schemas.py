@@ -215,6 +215,7 @@ class _Request(_Strict):
     prompt_cache_key: Harmless = None
     prompt_cache_retention: Harmless = None
     cache_prompt: Harmless = None
+    fallow_plan: Flag = True  # ours: false leaves the server's plan aside
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -237,6 +238,7 @@ class ChatRequest(_Request):
     response_format: ResponseFormat | None = None
     add_generation_prompt: Yes = True
     continue_final_message: No = False
+    fallow_activity: Flag = False  # ours: chunks have an Activity of each of their tokens
 
     @field_validator("max_completion_tokens")
     @classmethod
@@ -250,6 +252,13 @@ class ChatRequest(_Request):
     def _with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and not info.data.get("logprobs"):
             raise _ours('needs "logprobs": true')
+        return value
+
+    @field_validator("fallow_activity")
+    @classmethod
+    def _with_stream(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        if value and not info.data.get("stream"):
+            raise _ours('needs "stream": true')
         return value
 
 
@@ -297,6 +306,14 @@ class Sparsity(BaseModel):
     neurons_idle_per_layer: list[float]
     bytes_per_token: float  # weights and cache read per decoded token
     decode_tps: float  # tokens per second
+
+
+class Activity(BaseModel):
+    """Ours: what was used for one token of a chunk. Shares are of neurons, from 0 to 1."""
+
+    active_per_layer: list[float]
+    active_bins: list[list[float]]  # of each layer, in ranges of its neurons
+    bytes_read: int | None  # null: with the prompt
 
 
 class CachedTokens(BaseModel):
@@ -374,6 +391,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["fallow"] = "fallow"
+    plan: str | None = None  # ours: the plan that it is served with
 
 
 class ModelList(BaseModel):

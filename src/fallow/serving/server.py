@@ -91,7 +91,7 @@ class _Server(uvicorn.Server):
                     host, port = socket.getsockname()[:2]
                     console.print(
                         f"serving {self._worker.engine.name} on http://{host}:{port}/v1, "
-                        "Ctrl-C ends",
+                        f"a page to look at on http://{host}:{port}/, Ctrl-C ends",
                         highlight=False,
                     )
 

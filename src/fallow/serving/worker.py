@@ -48,6 +48,8 @@ class Job:
     stop: Sequence[str] = ()
     top_logprobs: int | None = None
     echo: str | None = None  # the prompt's text, if it is wanted back
+    activity: bool = False  # which neurons each token used is told
+    with_plan: bool = True
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -60,6 +62,7 @@ class Worker:
 
     def __init__(self, engine: Engine, limit: int) -> None:
         self.engine, self.limit = engine, limit
+        self._plan = engine.plan
         self._waiting: dict[str, deque[Job]] = {}  # clients in the order of their turns
         self._changed = threading.Condition()
         self._running: Job | None = None
@@ -149,9 +152,13 @@ class Worker:
             self._running = None
 
     def _answer(self, job: Job) -> Stats:
+        plan = self._plan if job.with_plan else None
+        if self.engine.plan is not plan:
+            self.engine.use_plan(plan)
+            self.engine.reset()  # what the cache holds was read with the other plan
         pieces: Any = self.engine.answer(
             job.ids, job.max_tokens, job.sampler, job.stop,
-            reuse=True, top_logprobs=job.top_logprobs, echo=job.echo,
+            reuse=True, top_logprobs=job.top_logprobs, echo=job.echo, activity=job.activity,
         )  # fmt: skip
         for piece in pieces:
             if job.cancelled.is_set():
