@@ -23,7 +23,7 @@ def served(engine: Any, queue: int = 16, **options: Any) -> Iterator[str]:
     """The server in a thread; its address."""
     worker = Worker(engine, queue)
     app = create_app(worker, "tiny", **options)
-    server = uvicorn.Server(configured(app, "127.0.0.1", 0, 0))
+    server = uvicorn.Server(configured(app, "127.0.0.1", 0, 0, queue))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

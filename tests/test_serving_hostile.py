@@ -1,6 +1,7 @@
 """The server beside clients that mean harm: what requests cost, and what neighbours notice."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from fallow.engine.answer import Piece
 from fallow.engine.engine import Engine
 from fallow.engine.sampling import Sampler
 from fallow.engine.stats import Stats
-from fallow.serving import limits
+from fallow.serving import connections, limits, server
 from fallow.serving import schemas as api
 from fallow.serving.worker import Job, Worker
 from served import HI, JSON, Slow, served
@@ -316,3 +317,102 @@ def test_an_answer_ends_when_others_have_waited_long(
         assert outcome in str(found[-1])
     worker.close(0)
     worker.join()
+
+
+# Half-sent requests, and many connections ---------------------------------------------------------
+
+
+def connect(address: str) -> socket.socket:
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def seconds_until_closed(connection: socket.socket, trickle: bytes = b"") -> float:
+    """Sends a byte now and then, and reads, until the server has had enough."""
+    start = time.monotonic()
+    connection.settimeout(0.05)
+    while time.monotonic() - start < 15:
+        try:
+            connection.sendall(trickle)
+            if connection.recv(1000) == b"":
+                break
+        except TimeoutError:
+            continue
+        except OSError:  # reset
+            break
+    return time.monotonic() - start
+
+
+HALF_SENT = {
+    "nothing": b"",
+    "a header": b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-A: ",
+    "a second header": b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.1\r\n",
+    "a body that nobody reads": b"POST /no HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n",
+    "a body": b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("trickle", [b"", b"a"])
+@pytest.mark.parametrize("sent", HALF_SENT)
+def test_half_sent_requests_have_a_deadline(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, sent: str, trickle: bytes
+) -> None:
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.6)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.6)
+    monkeypatch.setattr(connections, "REST_SECONDS", 0.6)
+    with served(engine) as address, connect(address) as connection:
+        connection.sendall(HALF_SENT[sent])
+        trickle = b"" if sent == "nothing" else trickle
+        assert 0.3 < seconds_until_closed(connection, trickle) < 6
+
+
+def test_a_client_that_does_not_read_is_left(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "WRITE_SECONDS", 0.5)
+    slow: Any = Slow(engine.tokenizer, Piece("a" * 500_000))
+    with served(slow) as address, connect(address) as connection:
+        body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 5000, "stream": True})
+        connection.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        start = time.monotonic()
+        while not slow.closed:
+            assert time.monotonic() - start < 15
+            time.sleep(0.01)
+
+
+def test_connections_have_a_number(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "CONNECTIONS", 3)
+    with served(Slow(engine.tokenizer), queue=1) as address:
+        idle = [connect(address) for _ in range(5)]
+        time.sleep(0.2)
+        answer = httpx.get(f"{address}/health")
+        assert answer.status_code == 503
+        assert answer.json()["error"]["message"].startswith("there are too many connections")
+        for connection in idle:
+            connection.close()
+        time.sleep(0.2)
+        assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_one_client_leaves_room_for_others() -> None:
+    room = connections.Room(of_one=2, of_all=3)
+    assert [room.enter(name) for name in "aaabb"] == [True, True, False, True, False]
+    room.leave("a")
+    assert room.enter("b")
+    assert not room.enter("a")
+
+
+def test_a_site_is_one_client() -> None:
+    for one, other in (
+        ("10.0.0.1", "10.0.0.1"),
+        ("::ffff:10.0.0.1", "10.0.0.1"),
+        ("2001:db8::1", "2001:db8::ffff:0:0:1"),
+        ("fe80::1%eth0", "fe80::2"),
+    ):
+        assert limits.network_of(one) == limits.network_of(other)
+    for one, other in (("10.0.0.1", "10.0.0.2"), ("2001:db8::1", "2001:db8:0:1::1"), ("", "a")):
+        assert limits.network_of(one) != limits.network_of(other)

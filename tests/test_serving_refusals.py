@@ -124,7 +124,8 @@ def test_bad_completions(address: str, change: dict[str, Any], said: str) -> Non
 # What clients send that changes nothing, and what is the same as leaving a field out.
 HARMLESS: dict[str, Any] = {
     "user": "ann", "cache_salt": "s", "metadata": {"a": "b"}, "store": True,
-    "safety_identifier": "x", "service_tier": "auto", "prompt_cache_key": "k", "prompt_cache_retention": "24h",
+    "safety_identifier": "x", "service_tier": "auto",
+    "prompt_cache_key": "k", "prompt_cache_retention": "24h",
     "cache_prompt": False, "stream_options": {"include_usage": True, "include_obfuscation": False},
     "n": 1, "stop": [], "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0,
     "repeat_penalty": 1, "repetition_penalty": 1.0, "ignore_eos": False, "min_tokens": 0,

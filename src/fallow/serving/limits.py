@@ -26,8 +26,15 @@ def error_response(
     code: int, message: str, param: str | None = None, name: str | None = None, **headers: str
 ) -> JSONResponse:
     """An error in OpenAI's form."""
+    return JSONResponse(error_body(code, message, param, name), code, headers or None)
+
+
+def error_body(
+    code: int, message: str, param: str | None = None, name: str | None = None
+) -> dict[str, Any]:
+    """What such a response says."""
     body = {"message": message, "type": NAMES.get(code, "invalid_request_error"), "param": param}
-    return JSONResponse({"error": body | {"code": name}}, code, headers or None)
+    return {"error": body | {"code": name}}
 
 
 def network_of(address: str) -> str:

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -15,9 +16,11 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.common.progress import console
 from fallow.engine.engine import Engine
 from fallow.serving.app import create_app
+from fallow.serving.connections import LARGEST_HEADER, Connection, Room
 from fallow.serving.worker import TURN_SECONDS, Worker
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+CONNECTIONS = 32  # that a client may have besides two for each place in the queue
 CLOSE_SECONDS = 5.0  # for responses to leave, after the last answer has ended
 
 
@@ -35,7 +38,8 @@ def serve(
 ) -> None:
     """Serves until SIGINT or SIGTERM; then what waits fails and what runs has `grace` seconds.
 
-    An answer may take `turn` seconds while another client waits. Without a key a server on the loopback interface answers by its names alone.
+    An answer may take `turn` seconds while another client waits. Without a key a server on the
+    loopback interface answers by its names alone.
 
     Raises:
         FallowError: the address is not to be had.
@@ -58,7 +62,7 @@ def serve(
         )
     hosts = LOOPBACK if is_local and api_key is None else ()
     app = create_app(worker, name, api_key, max_body, cors, hosts)
-    server = _Server(configured(app, host, port, grace), worker, grace)
+    server = _Server(configured(app, host, port, grace, queue), worker, grace)
     try:
         server.run()
     except SystemExit as error:  # uvicorn's answer to an address in use
@@ -70,12 +74,15 @@ def serve(
         worker.join(CLOSE_SECONDS)
 
 
-def configured(app: FastAPI, host: str, port: int, grace: float) -> uvicorn.Config:
+def configured(app: FastAPI, host: str, port: int, grace: float, queue: int) -> uvicorn.Config:
     """How uvicorn serves the application."""
+    of_one = CONNECTIONS + 2 * queue  # those that wait, and some to be told that they cannot
+    protocol: Any = partial(Connection, Room(of_one, 4 * of_one))
     return uvicorn.Config(
         app,
         host=host,
         port=port,
+        http=protocol,
         ws="none",
         log_level="warning",
         access_log=False,
@@ -83,7 +90,7 @@ def configured(app: FastAPI, host: str, port: int, grace: float) -> uvicorn.Conf
         # so that whoever asks from here had as many addresses, and turns, as he likes.
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
         timeout_graceful_shutdown=int(grace + CLOSE_SECONDS),
-        h11_max_incomplete_event_size=1 << 16,
+        h11_max_incomplete_event_size=LARGEST_HEADER,
     )
 
 
