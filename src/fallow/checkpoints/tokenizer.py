@@ -21,7 +21,7 @@ from tokenizers import (
 )
 from tokenizers.models import BPE
 
-from fallow.checkpoints import chat_template
+from fallow.checkpoints import template_process
 from fallow.checkpoints.chat_template import Marks, Message
 from fallow.checkpoints.weights import GgufFile
 from fallow.common.errors import FallowError, in_one_line
@@ -181,14 +181,22 @@ class TextTokenizer:
         """
         if self.chat_template is None:
             raise FallowError("this model has no chat template; prompt it with plain text")
-        return chat_template.render(self.chat_template, conversation, self.special_tokens, answer)
+        return template_process.render(
+            self.chat_template, conversation, self.special_tokens, answer
+        )
 
     def chat_problems(self) -> list[str]:
-        """What of a chat the chat template cannot write, if there is one; a line each."""
+        """What of a chat the chat template cannot write, if there is one; a line each.
+
+        Raises:
+            Excessive: it takes too long, or too much.
+        """
         if self.chat_template is None:
             return []
         try:
             self.render(_TRIAL)
+        except template_process.Excessive:
+            raise
         except FallowError as error:
             return [f"no chat with this model: {error}"]
         try:
