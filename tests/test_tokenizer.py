@@ -332,7 +332,11 @@ def test_tokens_are_decoded_after_others(
             reference.decode(part, skip_special_tokens=True) for part in (ids[:cut], ids)
         )
         stream = TextStream(tokenizer, ids[:cut])
-        said = [stream.add(i) for i in ids[cut:]]
+        settled, said = "", []
+        for i in ids[cut:]:
+            settled += stream.add(i)
+            said.append(settled + stream.tail)
+        assert stream.text == (said[-1] if said else "")
         if not before.endswith("\ufffd"):
             assert tokenizer.decode(ids[cut:], after=ids[:cut]) == whole[len(before) :]
             assert (said[-1] if said else "") == whole[len(before) :]

@@ -34,6 +34,8 @@ Ids = Sequence[int] | np.ndarray  # (T,)
 # not for a batch, which starts threads.
 _LONG = 10_000  # characters
 
+_LONGEST_RUN = 64  # tokens that make no whole character: more are bytes that are no text
+
 # The chat on which templates are tried.
 _TRIAL: tuple[Message, ...] = (
     {"role": "user", "content": "Is it late?"},
@@ -242,16 +244,22 @@ class TextStream:
     """The text of tokens that come one by one after others, decoded with what they follow in view.
 
     By themselves tokens have another text: decoders drop the space that a text begins with, and
-    make characters of bytes. Only the tokens since the last whole character are decoded each time.
+    make characters of bytes. Only the tokens since the last whole character are decoded each time,
+    so that a text takes time in proportion to its length, whatever its tokens are.
     """
 
     def __init__(self, tokenizer: TextTokenizer, after: Ids = ()) -> None:
         self._decode = tokenizer.decode
         self._window = self._last(after)
-        self._n_shown = len(self._window)  # tokens of the window whose text was given
+        self._n_shown = len(self._window)  # tokens of the window whose text is settled
         self._shown = self._decode(self._window).rstrip("\ufffd")
-        self._whole = ""
-        self.text = ""
+        self._settled: list[str] = []
+        self.tail = ""  # what the next tokens may change
+
+    @property
+    def text(self) -> str:
+        """The whole text; U+FFFD at the end are bytes that the next tokens may complete."""
+        return "".join(self._settled) + self.tail
 
     def _last(self, after: Ids) -> list[int]:
         """As many of the last tokens as have a text, of whole characters."""
@@ -264,16 +272,21 @@ class TextStream:
         return [int(i) for i in after[-n:]]
 
     def add(self, token_id: int) -> str:
-        """The whole text; U+FFFD at the end are bytes that the next ones may make a character."""
+        """What is settled by one more token, after what was before; no later one changes it."""
         self._window.append(token_id)
-        new = self._decode(self._window)[len(self._shown) :]
-        self.text = self._whole + new
-        if new and not new.endswith("\ufffd"):
-            self._whole = self.text
+        self.tail = self._decode(self._window)[len(self._shown) :]
+        is_long = len(self._window) - self._n_shown >= _LONGEST_RUN
+        if (not self.tail or self.tail.endswith("\ufffd")) and not is_long:
+            return ""
+        settled, self.tail = self.tail, ""
+        if settled:
+            self._settled.append(settled)
             del self._window[: self._n_shown]
             self._n_shown = len(self._window)
             self._shown = self._decode(self._window)
-        return self.text
+        else:  # control tokens
+            del self._window[self._n_shown :]
+        return settled
 
 
 def note_endless(tokenizer: TextTokenizer, name: str) -> None:

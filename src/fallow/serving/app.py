@@ -301,15 +301,16 @@ class _Answering:
         if body.stream:
             return self._streamed(body, run, made | {"object": "text_completion"}, False)
         answer = await run.collect()
+        texts = answer.texts
         return api.CompletionResponse(
             **made,
             model=self.name,
             choices=[
                 api.CompletionChoice(
                     index=i,
-                    text=answer.texts[i],
+                    text=texts[i],
                     logprobs=completion_logprobs(
-                        self.tokenizer, answer.tokens[i], body.logprobs, answer.texts[i], 0
+                        self.tokenizer, answer.tokens[i], body.logprobs, texts[i], 0
                     ),
                     finish_reason=answer.stats[i].finish,
                 )
@@ -467,9 +468,13 @@ class _Answering:
 
 class _Collected:
     def __init__(self, n: int) -> None:
-        self.texts = [""] * n
-        self.tokens: list[tuple[TokenChoice, ...]] = [()] * n
+        self.pieces: list[list[str]] = [[] for _ in range(n)]
+        self.tokens: list[list[TokenChoice]] = [[] for _ in range(n)]
         self.stats = [Stats()] * n
+
+    @property
+    def texts(self) -> list[str]:
+        return ["".join(pieces) for pieces in self.pieces]
 
 
 class _Run:
@@ -532,7 +537,7 @@ class _Run:
             if isinstance(event, Stats):
                 found.stats[index] = event
             elif event is not None:
-                found.texts[index] += event.text
+                found.pieces[index].append(event.text)
                 found.tokens[index] += event.tokens
         return found
 
