@@ -34,6 +34,7 @@ Ids = Sequence[int] | np.ndarray  # (T,)
 # not for a batch, which starts threads.
 _LONG = 10_000  # characters
 
+_LONGEST_PIECE = 512  # characters of a token of SentencePiece's
 _LONGEST_RUN = 64  # tokens that make no whole character: more are bytes that are no text
 
 # The chat on which templates are tried.
@@ -638,7 +639,16 @@ def _merges_from_scores(
 
     SentencePiece merges the pair whose result scores best, so merges are ranked by the result's
     score; of one result's splits the first by the parts' own ids comes first.
+
+    Raises:
+        FallowError: a token is so long that its splits are no matter of a moment.
     """
+    longest = max(tokens, key=len, default="")
+    if len(longest) > _LONGEST_PIECE:
+        raise FallowError(
+            f"token {tokens.index(longest)} has {len(longest)} characters; SentencePiece makes "
+            f"pieces of 16, and at most {_LONGEST_PIECE} are read; download the file again"
+        )
     rank = {
         token: (-score, i)
         for i, (token, score, type_) in enumerate(zip(tokens, scores, types, strict=True))
