@@ -53,6 +53,7 @@ def serve(
             raise UsageError(
                 f"--cors {origin} is no origin; give one such as http://localhost:3000, or '*'"
             )
+    _ = engine.tokenizer  # read now, not while the first request keeps all others waiting
     worker = Worker(engine, queue, turn)
     is_local = host.strip("[]") in (name.strip("[]") for name in LOOPBACK)
     if api_key is None and not is_local:

@@ -101,7 +101,8 @@ class Worker:
         with self._changed:
             if self._closing:
                 raise Closing
-            while self.waiting + n > self.limit:
+            # Where nothing runs, one of those that wait is about to.
+            while self.waiting + n > self.limit + (self._running is None):
                 if not self._drop_for(client, n):
                     raise self._busy()
             self._reserved[client] += n
