@@ -30,8 +30,10 @@ nb::dict gguf_header(Bytes data) {
   }
   nb::dict fields;
   for (auto& field : header.fields)
-    fields[nb::cast(field.name)] = field.is_array ? nb::cast(std::move(field.values))
-                                                : nb::cast(std::move(field.values[0]));
+    fields[nb::cast(field.name)] =
+        field.is_bytes   ? nb::cast(nb::bytes(field.bytes.data(), field.bytes.size()))
+        : field.is_array ? nb::cast(std::move(field.values))
+                         : nb::cast(std::move(field.values[0]));
   nb::list tensors;
   for (const auto& tensor : header.tensors)
     tensors.append(nb::make_tuple(tensor.name, tensor.shape, find_format(tensor.type)->name,
@@ -221,6 +223,7 @@ NB_MODULE(_core, m) {
 
   nb::exception<PackedError>(m, "PackedError", PyExc_ValueError);
   nb::exception<DiskError>(m, "DiskError", PyExc_OSError);
+  nb::exception<ThreadError>(m, "ThreadError", PyExc_RuntimeError);
 
   m.attr("HISTOGRAM_BINS") = kHistogramBins;
   m.attr("HISTOGRAM_BINS_PER_OCTAVE") = kBinsPerOctave;
@@ -233,8 +236,8 @@ NB_MODULE(_core, m) {
   m.attr("FORMATS") = formats;
 
   m.def("gguf_header", &gguf_header, "data"_a,
-        "Header of a GGUF file (uint8 array): fields, and tensors as tuples (name, shape "
-        "outermost first, type, byte offset, bytes). Raises GgufError.");
+        "Header of a GGUF file (uint8 array): fields (an array of uint8 as bytes), and tensors as "
+        "tuples (name, shape outermost first, type, byte offset, bytes). Raises GgufError.");
   m.def("dequantize", &dequantize_array, "type"_a, "src"_a, "dst"_a, "n_threads"_a = 1,
         "Decodes the blocks in src into dst (float32, flat).");
   m.def("add_magnitudes", &add_magnitudes_array, "values"_a, "bins"_a, "n_threads"_a = 1,

@@ -7,10 +7,34 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace fallow {
+
+// The system does not allow so many threads.
+struct ThreadError : std::runtime_error {
+  ThreadError(int n, const std::system_error& error)
+      : std::runtime_error("the system does not start " + std::to_string(n) + " threads (" +
+                           error.code().message() + "); give fewer --threads, or raise the limit: "
+                           "ulimit -u, the memory, or pids.max of the cgroup") {}
+};
+
+// Starts n threads that run body(i) for their i. If one does not start, calls end() for those that did,
+// which must make them return, and throws ThreadError: of threads that run there must be no destructor.
+template <class Body, class End>
+void start_threads(std::vector<std::thread>& threads, int n, const Body& body, const End& end) {
+  try {
+    threads.reserve(static_cast<size_t>(n));
+    for (int i = 0; i < n; ++i) threads.emplace_back([body, i] { body(i); });
+  } catch (const std::system_error& error) {
+    end();
+    throw ThreadError(n, error);
+  }
+}
 
 // Splits [0, n) into one contiguous range per thread and runs body(begin, end, worker) on each.
 // Ranges depend on n and n_threads alone, so results are the same in every run.
@@ -26,14 +50,19 @@ inline void parallel_ranges(size_t n, int n_threads,
   std::vector<std::exception_ptr> errors(workers);
   std::vector<std::thread> threads;
   threads.reserve(workers);
+  const auto work = [&](int w) {
+    try {
+      body(n * w / workers, n * (w + 1) / workers, w);
+    } catch (...) {
+      errors[w] = std::current_exception();
+    }
+  };
   for (int w = 0; w < workers; ++w) {
-    threads.emplace_back([&, w] {
-      try {
-        body(n * w / workers, n * (w + 1) / workers, w);
-      } catch (...) {
-        errors[w] = std::current_exception();
-      }
-    });
+    try {
+      threads.emplace_back(work, w);
+    } catch (const std::system_error&) {  // the system allows no more: this one does their work
+      work(w);
+    }
   }
   for (auto& thread : threads) thread.join();
   for (auto& error : errors)
@@ -60,14 +89,10 @@ class ThreadPool {
   // other's time (224 to 3,000 ms per token beside llama.cpp's on two).
   explicit ThreadPool(int n_threads, Team team = nullptr) : n_threads_(n_threads), team_(team) {
     if (team) return;
-    for (int w = 1; w < n_threads; ++w) threads_.emplace_back([this, w] { work(w); });
+    start_threads(threads_, n_threads - 1, [this](int i) { work(i + 1); }, [this] { end(); });
   }
 
-  ~ThreadPool() {
-    stop_ = true;
-    start();
-    for (auto& thread : threads_) thread.join();
-  }
+  ~ThreadPool() { end(); }
 
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -100,6 +125,12 @@ class ThreadPool {
 #elif defined(__aarch64__)
     asm volatile("yield");
 #endif
+  }
+
+  void end() {
+    stop_ = true;
+    start();
+    for (auto& thread : threads_) thread.join();
   }
 
   void start() {

@@ -11,6 +11,7 @@ import uvicorn
 from fallow.engine.answer import Piece
 from fallow.engine.stats import Stats
 from fallow.serving.app import create_app
+from fallow.serving.server import configured
 from fallow.serving.worker import Worker
 
 JSON = {"Content-Type": "application/json"}
@@ -21,8 +22,8 @@ HI = [{"role": "user", "content": "hi"}]
 def served(engine: Any, queue: int = 16, **options: Any) -> Iterator[str]:
     """The server in a thread; its address."""
     worker = Worker(engine, queue)
-    config = uvicorn.Config(create_app(worker, "tiny", **options), port=0, log_level="error")
-    server = uvicorn.Server(config)
+    app = create_app(worker, "tiny", **options)
+    server = uvicorn.Server(configured(app, "127.0.0.1", 0, 0, queue))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -45,12 +46,14 @@ class Slow:
     def __init__(self, tokenizer: Any, piece: Piece | Exception | None = None) -> None:
         self.tokenizer = tokenizer
         self.piece = piece or Piece("a")  # what it says all the time
-        self.stats = Stats()
+        self.stats: Any = Stats()
         self.answered: list[int] = []  # first ids of prompts
         self.closed = 0
+        self.reused: list[bool] = []  # whether what prompts before had read might be
 
     def answer(self, ids: Any, max_tokens: int, *_: Any, **options: Any) -> Iterator[Piece]:
         self.answered.append(int(ids[0]))
+        self.reused.append(options["reuse"])
         self.stats = Stats(prompt_tokens=len(ids), finish="length")
         try:
             for _ in range(max_tokens):

@@ -152,6 +152,59 @@ def test_text_is_held_back_while_it_may_change() -> None:
     assert "".join(p.text for p in pieces) == "one st"  # the answer ended there
 
 
+class _Bytes:
+    """Stands for a tokenizer of bytes, which counts those that it decodes."""
+
+    def __init__(self) -> None:
+        self.decoded = 0
+
+    def decode(self, ids: list[int]) -> str:
+        self.decoded += len(ids)
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")  # the rest: control
+
+
+@pytest.mark.parametrize(
+    "token_ids",
+    [
+        list("so é 🙂 ".encode()) * 300,
+        [0x80] * 3000,  # no text
+        [0xF0] * 3000,
+        [*b"a", *[0xF0, 0x9F] * 1500],
+        [*b"a", *[300] * 3000, *b"b"],  # control tokens
+        list(b"stostosto") * 300,
+        list(b"x" * 3000),
+    ],
+)
+def test_answers_take_time_in_proportion_to_their_length(token_ids: list[int]) -> None:
+    tokenizer: Any = _Bytes()
+    text = AnswerText(tokenizer, ("stop", "never" * 20))
+    pieces = []
+    for i in token_ids:
+        pieces.append(text.add(TokenChoice(i), last=False))
+        assert len(text._text()) < 200  # which stop texts are sought in
+    pieces.append(text.rest())
+    assert tokenizer.decoded < 200 * len(token_ids)
+    assert [t.id for p in pieces for t in p.tokens] == token_ids
+    said = "".join(p.text for p in pieces)
+    whole = bytes(i for i in token_ids if i < 256).decode("utf-8", "replace")
+    assert said.rstrip("\ufffd") == whole.rstrip("\ufffd")
+
+
+def test_a_stop_text_in_pieces_of_characters() -> None:
+    tokenizer: Any = _Bytes()
+    for stop in ("🙂!", "é🙂", "\ufffd"):
+        text, said, tokens = AnswerText(tokenizer, (stop,)), "", 0
+        for i in "a é🙂! b".encode() + b"\x80z":
+            piece = text.add(TokenChoice(i), last=False)
+            said, tokens = said + piece.text, tokens + len(piece.tokens)
+            if text.stopped:
+                break
+        whole = "a é🙂! b\ufffdz"
+        assert text.stopped
+        assert said == whole[: whole.index(stop)]
+        assert tokens == len(said.encode())
+
+
 def test_an_answer_can_be_stopped(packed: dict[str, Path]) -> None:
     engine = Engine(packed["llama"])
     pieces = engine.answer(IDS[:20], 50, Sampler())

@@ -2,6 +2,8 @@
 
 import contextlib
 import struct
+import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -172,6 +174,7 @@ def small_gguf() -> bytes:
         string("b") + struct.pack("<IB", 7, 1),
         string("a") + struct.pack("<IIQ", 9, 5, 3) + struct.pack("<3i", 1, -2, 3),
         string("s") + struct.pack("<IIQ", 9, 8, 2) + string("x") + string("yz"),
+        string("y") + struct.pack("<IIQ", 9, 0, 3) + b"\0\1\xff",
     ]
     tensor = string("w") + struct.pack("<IQQIQ", 2, 2, 2, 0, 0)
     head = struct.pack("<IIQQ", 0x46554747, 3, 1, len(fields)) + b"".join(fields) + tensor
@@ -192,10 +195,41 @@ def test_gguf_header() -> None:
         "b": True,
         "a": [1, -2, 3],
         "s": ["x", "yz"],
+        "y": b"\0\1\xff",
     }
     [(name, shape, kind, offset, n_bytes)] = header["tensors"]
     assert (name, shape, kind, n_bytes) == ("w", [2, 2], "F32", 16)
     assert offset == len(small_gguf()) - 16
+
+
+@pytest.mark.parametrize("offset", [0, 32, 96])
+def test_gguf_tensors_that_overlap(offset: int) -> None:
+    """Of one file's two tensors of 64 bytes: neither may have a byte of the other."""
+    names = [struct.pack("<Q", 1) + name for name in (b"v", b"w")]
+    shape = struct.pack("<IQQI", 2, 4, 4, 0)
+    head = struct.pack("<IIQQ", 0x46554747, 3, 2, 0)
+    head += names[0] + shape + struct.pack("<Q", 64) + names[1] + shape + struct.pack("<Q", offset)
+    data = head + b"\0" * (-len(head) % 32) + b"\0" * 160
+    if offset == 0:
+        assert [t[0] for t in parse(data)["tensors"]] == ["v", "w"]
+        return
+    with pytest.raises(_core.GgufError, match=r"tensors [vw] and [vw] overlap"):
+        parse(data)
+
+
+def test_gguf_bytes_take_a_byte_each() -> None:
+    n = 1 << 24
+    head = struct.pack("<IIQQ", 0x46554747, 3, 0, 1)
+    data = head + struct.pack("<Q", 1) + b"y" + struct.pack("<IIQ", 9, 0, n) + b"a" * n
+    script = (
+        "import sys, resource, numpy as np; from fallow import _core;"
+        "data = np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8);"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "assert len(_core.gguf_header(data)['fields']['y']) == 1 << 24;"
+        "print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], input=data, capture_output=True)
+    assert int(done.stdout) < 6 * n, done.stderr  # as a list of scalars it took 48
 
 
 def test_gguf_key_that_appears_twice() -> None:

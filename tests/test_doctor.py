@@ -15,6 +15,7 @@ import pytest
 
 from fallow import _core, cli
 from fallow.common.errors import UsageError
+from fallow.common.procfs import processors
 from fallow.measure import energy, machine
 
 CPUINFO = """processor\t: 0
@@ -144,6 +145,7 @@ def test_limits_of_cgroups_version_2(tmp_path: Path) -> None:
         },
     )
     assert machine.cores(proc, cgroups)["cgroup"] == 1.5
+    assert processors(proc, cgroups) == 1
     assert machine.memory(proc, cgroups)["cgroup"] == 2_000_000_000
 
 
@@ -162,11 +164,13 @@ def test_limits_of_cgroups_version_1(tmp_path: Path) -> None:
         },
     )
     assert machine.cores(proc, cgroups)["cgroup"] == 0.5
+    assert processors(proc, cgroups) == 1
     assert machine.memory(proc, cgroups)["cgroup"] == 500_000_000
 
 
 def test_a_machine_that_says_nothing(tmp_path: Path) -> None:
     assert machine.cores(tmp_path, tmp_path)["cgroup"] is None
+    assert processors(tmp_path, tmp_path) == len(os.sched_getaffinity(0))
     assert machine.memory(tmp_path, tmp_path)["cgroup"] is None
     assert machine.processor(tmp_path)["name"] == platform.machine()
     assert machine.filesystem(tmp_path, tmp_path) is None
@@ -190,18 +194,6 @@ def test_nothing_to_warn_of() -> None:
             {"kernels": "portable", "better_kernels_lack": {"avx512": ["a"], "avx2": ["fma"]}},
             "only the portable kernels, which are slow, run on this processor; for better ones it "
             "lacks fma",
-        ),
-        (
-            "cores",
-            {"affinity": 2},
-            "this process may use 2 of 4 cores; the default is a thread for each, so give "
-            "--threads 2",
-        ),
-        (
-            "cores",
-            {"cgroup": 1.5},
-            "this process may use 1.5 of 4 cores; the default is a thread for each, so give "
-            "--threads 1",
         ),
         (
             "cores",

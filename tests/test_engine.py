@@ -1,6 +1,8 @@
 """The engine against transformers, on every architecture and on the real SmolLM2."""
 
 import dataclasses
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -235,3 +237,51 @@ def test_smollm2_is_its_reference(smollm2: fallow.Model, tmp_path: Path) -> None
     assert found.kl_to_dense["mean"] <= 0.002
     assert found.top1_agreement >= 0.98
     assert abs(found.ppl_change_percent) < 0.2
+
+
+_LITTLE_ROOM = """
+import resource, sys
+from pathlib import Path
+from fallow.common.errors import FallowError
+from fallow.engine.engine import Engine
+model, threads, memory = sys.argv[1], int(sys.argv[2]), sys.argv[3] or None
+Engine(model, threads=1, memory=memory)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+room = pages * resource.getpagesize() + 100_000_000  # a dozen stacks
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+try:
+    print("".join(Engine(model, threads=threads, memory=memory).generate("a", 3)) and "runs")
+except FallowError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("memory", ["", "1GB"])
+def test_threads_that_do_not_start_are_one_line(talking: Path, memory: str) -> None:
+    """An exception while others run had ended the process."""
+    for threads, said in ((2, "runs"), (900, "the system does not start 899 threads")):
+        done = subprocess.run(
+            [sys.executable, "-c", _LITTLE_ROOM, str(talking), str(threads), memory],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(said)
+        assert "give fewer --threads" in done.stdout or said == "runs"
+
+
+def test_as_many_threads_as_may_run(packed: dict[str, Path], monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("fallow.engine.engine.processors", lambda: 3)
+    assert Engine(packed["llama"]).threads == 3
+    assert capsys.readouterr().err == ""
+    assert Engine(packed["llama"], threads=4).threads == 4
+    assert "note: 4 threads are more than this process has processors, 3" in capsys.readouterr().err
+
+
+def test_processors_by_affinity() -> None:
+    script = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
+        "from fallow.common.procfs import processors; print(processors())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "1\n"

@@ -52,14 +52,19 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     jobs = [job("a", i, found) for i in range(2)]
     worker.submit(*jobs)
     with pytest.raises(Busy) as error:
-        worker.submit(job("b", 3, found))
+        worker.submit(job("a", 3, found))
     assert error.value.retry_after >= 1
+    worker.submit(job("b", 4, found))  # one of its places
+    assert worker.waiting == 2
+    assert isinstance(found.pop(), Busy)
+    with pytest.raises(Busy):
+        worker.submit(job("c", 5, found))
     worker.cancel(jobs[0])
     assert worker.waiting == 1
     worker.close(0)
     worker.join()
     with pytest.raises(Closing):
-        worker.submit(job("b", 4, found))
+        worker.submit(job("b", 6, found))
     assert sum(isinstance(e, Closing) for e in found) == 2  # what ran, and what waited
 
 

@@ -96,7 +96,10 @@ def test_bad_requests(address: str, change: dict[str, Any], code: int, said: str
     [
         ({"suffix": "b"}, "suffix: must be empty"),
         ({"best_of": 2}, "best_of: "),
-        ({"prompt": None}, "prompt: must be a text, a list of token ids, or a list of either"),
+        (
+            {"prompt": None},
+            "prompt: must be a text of at most 524288 characters, a list of at most",
+        ),
         ({"prompt": []}, "prompt: "),
         ({"prompt": ["a", 1]}, "prompt: "),
         ({"prompt": [[1], []]}, "prompt: "),
@@ -122,8 +125,9 @@ def test_bad_completions(address: str, change: dict[str, Any], said: str) -> Non
 
 # What clients send that changes nothing, and what is the same as leaving a field out.
 HARMLESS: dict[str, Any] = {
-    "user": "ann", "metadata": {"a": "b"}, "store": True, "safety_identifier": "x",
-    "service_tier": "auto", "prompt_cache_key": "k", "prompt_cache_retention": "24h",
+    "user": "ann", "cache_salt": "s", "metadata": {"a": "b"}, "store": True,
+    "safety_identifier": "x", "service_tier": "auto",
+    "prompt_cache_key": "k", "prompt_cache_retention": "24h",
     "cache_prompt": False, "stream_options": {"include_usage": True, "include_obfuscation": False},
     "n": 1, "stop": [], "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0,
     "repeat_penalty": 1, "repetition_penalty": 1.0, "ignore_eos": False, "min_tokens": 0,

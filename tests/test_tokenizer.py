@@ -1,6 +1,7 @@
 """Tokenizers from GGUF metadata; what the real ones give for text with traps."""
 
 import json
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -332,7 +333,11 @@ def test_tokens_are_decoded_after_others(
             reference.decode(part, skip_special_tokens=True) for part in (ids[:cut], ids)
         )
         stream = TextStream(tokenizer, ids[:cut])
-        said = [stream.add(i) for i in ids[cut:]]
+        settled, said = "", []
+        for i in ids[cut:]:
+            settled += stream.add(i)
+            said.append(settled + stream.tail)
+        assert stream.text == (said[-1] if said else "")
         if not before.endswith("\ufffd"):
             assert tokenizer.decode(ids[cut:], after=ids[:cut]) == whole[len(before) :]
             assert (said[-1] if said else "") == whole[len(before) :]
@@ -553,3 +558,31 @@ def test_smollm2_cuts_digits_and_keeps_spaces(smollm2: fallow.Model) -> None:
     text = "def f(x):\n    return x ** 2  # 日本語 🙂"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(text).dtype == np.int64
+
+
+# Hostile vocabularies and texts -------------------------------------------------------------------
+
+
+def test_a_token_that_is_too_long_to_split(tmp_path: Path) -> None:
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "a", "a" * 1_000_000],
+        "tokenizer.ggml.scores": [0.0, -1.0, -2.0],
+        "tokenizer.ggml.token_type": [2, 1, 1],
+    }
+    start = time.process_time()
+    with pytest.raises(FallowError, match="token 2 has 1000000 characters"):
+        tokenizer_from_gguf(GgufFile(tmp_path / "x.gguf", metadata, {}))
+    assert time.process_time() - start < 1
+
+
+def test_one_word_takes_time_in_proportion_to_its_length(sentencepiece: TextTokenizer) -> None:
+    """SentencePiece knows no words: its merges are found by a queue, not by looking again."""
+
+    def seconds(n: int) -> float:
+        start = time.process_time()
+        sentencepiece.encode("neuron" * n)
+        return time.process_time() - start
+
+    seconds(1000)
+    assert seconds(80_000) < 10 * seconds(20_000)  # 16 times, if pairs were sought again and again

@@ -5,7 +5,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <system_error>
 #include <utility>
+
+#include "parallel.h"
 
 namespace fallow {
 namespace {
@@ -44,7 +47,10 @@ void in_threads(size_t n, const Read& read) {
     }
   };
   std::vector<std::thread> readers;
-  for (size_t i = 1; i < std::min<size_t>(n, kReaders); ++i) readers.emplace_back(work, i);
+  try {
+    for (size_t i = 1; i < std::min<size_t>(n, kReaders); ++i) readers.emplace_back(work, i);
+  } catch (const std::system_error&) {  // the system allows no more: those that there are do it
+  }
   work(0);
   for (std::thread& reader : readers) reader.join();
   if (!error.empty()) throw DiskError(error);
@@ -176,10 +182,12 @@ Streamer::Streamer(const File& file, std::vector<std::vector<Extent>> units, siz
     slot.pages->expect(0, largest);
   }
   for (size_t i = 0; i < slots_.size(); ++i) slots_[i].left = units_[i % units_.size()].size();
-  for (int i = 0; i < kReaders; ++i) readers_.emplace_back([this] { work(); });
+  start_threads(readers_, kReaders, [this](int) { work(); }, [this] { end(); });
 }
 
-Streamer::~Streamer() {
+Streamer::~Streamer() { end(); }
+
+void Streamer::end() {
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;
@@ -281,10 +289,12 @@ ExpertCache::ExpertCache(const File& file, std::vector<std::vector<Extent>> expe
   }
   slots_ = std::make_unique<Pages>(n_slots * slot_bytes_);
   slots_->expect(0, n_slots * slot_bytes_);
-  for (int i = 0; i < kReaders; ++i) readers_.emplace_back([this] { work(); });
+  start_threads(readers_, kReaders, [this](int) { work(); }, [this] { end(); });
 }
 
-ExpertCache::~ExpertCache() {
+ExpertCache::~ExpertCache() { end(); }
+
+void ExpertCache::end() {
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;

@@ -106,6 +106,7 @@ class Streamer {
   };
 
   void work();
+  void end();  // of the readers
   void start_at(std::unique_lock<std::mutex>& lock, uint64_t sequence);
 
   const File& file_;
@@ -175,6 +176,7 @@ class ExpertCache {
   };
 
   void work();
+  void end();  // of the readers
   int64_t coldest_slot() const;
   void read_into(size_t slot, size_t expert);
   void drop(size_t slot);

@@ -30,6 +30,10 @@ class Cursor {
 
   std::string read_string(const char* what) {
     const auto length = read<uint64_t>(what);
+    return read_bytes(length, what);
+  }
+
+  std::string read_bytes(uint64_t length, const char* what) {
     require(length, what);
     std::string text(reinterpret_cast<const char*>(data_ + pos_), length);
     pos_ += length;
@@ -88,6 +92,11 @@ GgufField read_field(Cursor& in) {
   in.require(count, "array");
   if (count > (1u << 24))
     throw GgufError("metadata " + field.name + " has " + std::to_string(count) + " items");
+  if (item_type == kUint8) {
+    field.is_bytes = true;
+    field.bytes = in.read_bytes(count, "array");
+    return field;
+  }
   field.values.reserve(count);
   for (uint64_t i = 0; i < count; ++i) field.values.push_back(read_scalar(in, item_type));
   return field;

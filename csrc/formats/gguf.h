@@ -19,7 +19,9 @@ using GgufScalar = std::variant<uint64_t, int64_t, double, bool, std::string>;
 struct GgufField {
   std::string name;
   bool is_array = false;
+  bool is_bytes = false;           // an array of uint8, which lies in `bytes`: a scalar takes 40
   std::vector<GgufScalar> values;  // exactly one unless is_array
+  std::string bytes;
 };
 
 struct GgufTensor {

@@ -19,23 +19,24 @@ Message = Mapping[str, Any]
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 
 
-def render(
+def generate(
     template: str, conversation: Sequence[Message], special_tokens: Mapping[str, str], answer: bool
-) -> str:
-    """What a template makes of a conversation; `answer`: up to where one begins.
+) -> Iterator[str]:
+    """What a template makes of a conversation, in pieces; `answer`: up to where one begins.
 
     Raises:
         FallowError: the template refuses the conversation, or does not work.
+        MemoryError: it takes too much.
     """
     try:
-        return _compiled(template).render(
+        yield from _compiled(template).generate(
             **special_tokens,
             messages=[_as_passed(message) for message in conversation],
             tools=None,
             documents=None,
             add_generation_prompt=answer,
         )
-    except FallowError:
+    except (FallowError, MemoryError):
         raise
     except Exception as error:  # a template is a program: it may divide by zero
         raise FallowError(

@@ -21,7 +21,7 @@ from tokenizers import (
 )
 from tokenizers.models import BPE
 
-from fallow.checkpoints import chat_template
+from fallow.checkpoints import template_process
 from fallow.checkpoints.chat_template import Marks, Message
 from fallow.checkpoints.weights import GgufFile
 from fallow.common.errors import FallowError, in_one_line
@@ -29,6 +29,13 @@ from fallow.common.files import read_json
 from fallow.common.progress import note
 
 Ids = Sequence[int] | np.ndarray  # (T,)
+
+# `tokenizers` holds Python's lock while it encodes one text, for 0.4 s of 500,000 characters, but
+# not for a batch, which starts threads.
+_LONG = 10_000  # characters
+
+_LONGEST_PIECE = 512  # characters of a token of SentencePiece's
+_LONGEST_RUN = 64  # tokens that make no whole character: more are bytes that are no text
 
 # The chat on which templates are tried.
 _TRIAL: tuple[Message, ...] = (
@@ -72,10 +79,15 @@ class TextTokenizer:
         with self._encoding:
             self.backend.encode_special_tokens = not parse_special
             try:
-                ids = self.backend.encode(text, add_special_tokens=False).ids
+                ids = self._ids(text)
             except TypeError:  # it has surrogates
-                ids = self.backend.encode(_without_surrogates(text), add_special_tokens=False).ids
+                ids = self._ids(_without_surrogates(text))
         return np.asarray(ids, dtype=np.int64)
+
+    def _ids(self, text: str) -> list[int]:
+        if len(text) < _LONG:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Ids, after: Ids = ()) -> str:
         """The text of tokens, as it follows that of others; control tokens have none."""
@@ -172,14 +184,22 @@ class TextTokenizer:
         """
         if self.chat_template is None:
             raise FallowError("this model has no chat template; prompt it with plain text")
-        return chat_template.render(self.chat_template, conversation, self.special_tokens, answer)
+        return template_process.render(
+            self.chat_template, conversation, self.special_tokens, answer
+        )
 
     def chat_problems(self) -> list[str]:
-        """What of a chat the chat template cannot write, if there is one; a line each."""
+        """What of a chat the chat template cannot write, if there is one; a line each.
+
+        Raises:
+            Excessive: it takes too long, or too much.
+        """
         if self.chat_template is None:
             return []
         try:
             self.render(_TRIAL)
+        except template_process.Excessive:
+            raise
         except FallowError as error:
             return [f"no chat with this model: {error}"]
         try:
@@ -225,16 +245,22 @@ class TextStream:
     """The text of tokens that come one by one after others, decoded with what they follow in view.
 
     By themselves tokens have another text: decoders drop the space that a text begins with, and
-    make characters of bytes. Only the tokens since the last whole character are decoded each time.
+    make characters of bytes. Only the tokens since the last whole character are decoded each time,
+    so that a text takes time in proportion to its length, whatever its tokens are.
     """
 
     def __init__(self, tokenizer: TextTokenizer, after: Ids = ()) -> None:
         self._decode = tokenizer.decode
         self._window = self._last(after)
-        self._n_shown = len(self._window)  # tokens of the window whose text was given
+        self._n_shown = len(self._window)  # tokens of the window whose text is settled
         self._shown = self._decode(self._window).rstrip("\ufffd")
-        self._whole = ""
-        self.text = ""
+        self._settled: list[str] = []
+        self.tail = ""  # what the next tokens may change
+
+    @property
+    def text(self) -> str:
+        """The whole text; U+FFFD at the end are bytes that the next tokens may complete."""
+        return "".join(self._settled) + self.tail
 
     def _last(self, after: Ids) -> list[int]:
         """As many of the last tokens as have a text, of whole characters."""
@@ -247,16 +273,21 @@ class TextStream:
         return [int(i) for i in after[-n:]]
 
     def add(self, token_id: int) -> str:
-        """The whole text; U+FFFD at the end are bytes that the next ones may make a character."""
+        """What is settled by one more token, after what was before; no later one changes it."""
         self._window.append(token_id)
-        new = self._decode(self._window)[len(self._shown) :]
-        self.text = self._whole + new
-        if new and not new.endswith("\ufffd"):
-            self._whole = self.text
+        self.tail = self._decode(self._window)[len(self._shown) :]
+        is_long = len(self._window) - self._n_shown >= _LONGEST_RUN
+        if (not self.tail or self.tail.endswith("\ufffd")) and not is_long:
+            return ""
+        settled, self.tail = self.tail, ""
+        if settled:
+            self._settled.append(settled)
             del self._window[: self._n_shown]
             self._n_shown = len(self._window)
             self._shown = self._decode(self._window)
-        return self.text
+        else:  # control tokens
+            del self._window[self._n_shown :]
+        return settled
 
 
 def note_endless(tokenizer: TextTokenizer, name: str) -> None:
@@ -608,7 +639,16 @@ def _merges_from_scores(
 
     SentencePiece merges the pair whose result scores best, so merges are ranked by the result's
     score; of one result's splits the first by the parts' own ids comes first.
+
+    Raises:
+        FallowError: a token is so long that its splits are no matter of a moment.
     """
+    longest = max(tokens, key=len, default="")
+    if len(longest) > _LONGEST_PIECE:
+        raise FallowError(
+            f"token {tokens.index(longest)} has {len(longest)} characters; SentencePiece makes "
+            f"pieces of 16, and at most {_LONGEST_PIECE} are read; download the file again"
+        )
     rank = {
         token: (-score, i)
         for i, (token, score, type_) in enumerate(zip(tokens, scores, types, strict=True))

@@ -14,8 +14,9 @@ import numpy as np
 from fallow import _core
 from fallow.common.errors import FallowError, in_one_line
 from fallow.common.files import DuplicateKeyError, parse_json, read_json
+from fallow.common.procfs import processors
 
-N_THREADS = os.cpu_count() or 1
+N_THREADS = processors()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ ModelArg = Annotated[
     ),
 ]
 PackedArg = Annotated[Path, typer.Argument(help="A file that fallow pack wrote.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="Default: all processors.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Default: all that it may use.")]
 SkipOption = Annotated[
     bool,
     typer.Option(

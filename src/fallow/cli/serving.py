@@ -69,6 +69,9 @@ def serve(
         list[str] | None,
         typer.Option(help="An origin whose web pages may ask, http://localhost:3000; '*': all."),
     ] = None,
+    turn: Annotated[
+        float, typer.Option(min=1, help="Seconds of an answer, if others wait.")
+    ] = 300.0,
     threads: ThreadsOption = None,
     context: CacheOption = None,
     memory: MemoryOption = None,
@@ -83,7 +86,7 @@ def serve(
     engine = Engine(
         file, load_plan(plan), threads, context=context, memory=memory, reserve=SERVER_RESERVE
     )
-    run(engine, name or file.stem, host, port, queue, api_key, largest, grace, cors or ())
+    run(engine, name or file.stem, host, port, queue, api_key, largest, grace, cors or (), turn)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -199,37 +200,57 @@ class AnswerText:
 
     def __init__(self, tokenizer: TextTokenizer, stop: tuple[str, ...], prompt: Ids = ()) -> None:
         self._stream, self._stop = TextStream(tokenizer, prompt), stop
-        self._choices: list[TokenChoice] = []
-        self._begins: list[int] = []  # at which character of the text each token does
-        self._given, self._given_tokens = 0, 0  # characters, tokens
+        # What is held back: text that the stream has settled, and tokens with the character of the
+        # text at which each begins.
+        self._held, self._tokens = "", deque[tuple[int, TokenChoice]]()
+        self._given, self._ahead = 0, 0  # characters given, and of these not settled yet
         self.stopped = False  # a stop text came
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the text ends within a character."""
+        return bool(self._stream.tail)
 
     def add(self, choice: TokenChoice, last: bool) -> Piece:
         """What one more token lets say; of the last token all."""
-        self._choices.append(choice)
-        self._begins.append(len(self._stream.text))
-        text = self._stream.add(choice.id)
+        self._tokens.append((self._given + len(self._text()), choice))
+        self._settle(self._stream.add(choice.id))
+        text = self._text()
+        if not last:
+            tail = self._stream.tail  # what a later byte may complete
+            text = text[: max(0, len(text) - (len(tail) - len(tail.rstrip("\ufffd"))))]
         # What was given has no stop text, nor the beginning of one at its end.
-        found = (text.find(s, self._given) for s in self._stop)
-        cut = min((i for i in found if i >= 0), default=-1)
+        cut = min((i for s in self._stop if (i := text.find(s)) >= 0), default=-1)
         if cut >= 0:
             self.stopped = True
-            tokens = sum(begin < cut for begin in self._begins)
-            return self._give(text[:cut], tokens, last=True)
+            while self._tokens and self._tokens[-1][0] >= self._given + cut:
+                self._tokens.pop()
+            return self._give(text[:cut], last=True)
         if not last:
-            text = text.rstrip("\ufffd")  # what a later byte may complete
             text = text[: len(text) - _stop_begun(text, self._stop)]
-        return self._give(text, len(self._choices), last)
+        return self._give(text, last)
 
     def rest(self) -> Piece:
         """What is still held back."""
-        return self._give(self._stream.text, len(self._choices), last=True)
+        return self._give(self._text(), last=True)
 
-    def _give(self, text: str, tokens: int, last: bool) -> Piece:
-        if len(text) <= self._given and not last:
+    def _text(self) -> str:
+        """What is not given yet."""
+        return self._held + self._stream.tail[self._ahead :]
+
+    def _settle(self, text: str) -> None:
+        if text:
+            self._held += text[self._ahead :]
+            self._ahead = 0
+
+    def _give(self, text: str, last: bool) -> Piece:
+        if not text and not last:
             return Piece()  # the tokens wait for their text
-        piece = Piece(text[self._given :], tuple(self._choices[self._given_tokens : tokens]))
-        self._given, self._given_tokens = max(self._given, len(text)), tokens
+        self._given += len(text)
+        self._ahead += max(0, len(text) - len(self._held))
+        self._held = self._held[len(text) :]
+        piece = Piece(text, tuple(choice for _, choice in self._tokens))
+        self._tokens.clear()
         return piece
 
 

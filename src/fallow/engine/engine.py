@@ -16,6 +16,8 @@ from fallow.checkpoints.text import Text, cut_windows
 from fallow.checkpoints.tokenizer import Ids, TextTokenizer
 from fallow.checkpoints.weights import StoredTensor, read_gguf
 from fallow.common.errors import FallowError, UsageError, in_one_line
+from fallow.common.procfs import processors
+from fallow.common.progress import note
 from fallow.engine.answer import Answer, Piece
 from fallow.engine.cuts import core_cuts
 from fallow.engine.memory import (
@@ -45,10 +47,22 @@ MOST_THREADS = 1024  # as csrc/engine_bindings.cpp has it
 
 
 def thread_count(threads: int | None) -> int:
-    """All processors where no number is given. Raises UsageError for one that is out of range."""
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
+    """All that this process may use where no number is given.
+
+    Raises:
+        UsageError: the number is out of range.
+    """
+    usable = processors()
+    if threads is None:
+        return usable
+    if not 1 <= threads <= MOST_THREADS:
         raise UsageError(f"--threads {threads} is outside 1 to {MOST_THREADS}")
-    return threads or os.cpu_count() or 1
+    if threads > usable:
+        note(
+            f"{threads} threads are more than this process has processors, {usable}; "
+            "that is slower, often by far"
+        )
+    return threads
 
 
 class Engine:
@@ -58,7 +72,7 @@ class Engine:
         path: a file that `fallow pack` wrote.
         plan: which neurons may be inactive; default: the plan packed with the model, if any.
             `plan=False` ignores that one.
-        threads: default: all processors.
+        threads: default: all processors that this process may use.
         context: tokens that the cache holds; default: the model's own, at most 4096, or 1024 with
             `memory`.
         skip_zeros: neurons that a ReLU makes exactly zero are not read; the answer is the same.
@@ -72,7 +86,7 @@ class Engine:
 
     Raises:
         FallowError: no packed model, damaged, the plan is for another model, or `memory` is less
-            than what works here.
+            than what works here; or the system does not allow so many threads.
         UsageError: threads, context, kernels or memory out of range.
     """
 
@@ -118,7 +132,7 @@ class Engine:
         except ValueError as error:
             reason = in_one_line(error)
             raise FallowError(f"packed model {self.path}: {reason}; pack it again") from error
-        except _core.DiskError as error:
+        except (_core.DiskError, _core.ThreadError) as error:
             raise FallowError(str(error)) from error
         # An answer that is dropped may end inside a step of another, in the same thread.
         self._lock, self._process = threading.RLock(), os.getpid()

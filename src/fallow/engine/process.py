@@ -3,12 +3,12 @@
 import ctypes
 import re
 import resource
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+from fallow.common.procfs import CGROUPS, PROC, cgroup_folders, read_text
+
 _UNLIMITED = 1 << 60  # bytes: what version 1 of cgroups says where there is no limit
 
 
@@ -64,23 +64,3 @@ def _memory_limit(proc: Path, cgroups: Path) -> int | None:
             if limit.isdecimal() and int(limit) < _UNLIMITED:
                 limits.append(int(limit))
     return min(limits, default=None)
-
-
-def cgroup_folders(controller: str, proc: Path, cgroups: Path) -> Iterator[Path]:
-    """The folders of this process's cgroup and of those it lies in, of both versions."""
-    for line in read_text(proc / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        root = cgroups / controller if controllers else cgroups
-        inner = Path(path.lstrip("/"))
-        for part in (inner, *inner.parents):
-            yield root / part
-
-
-def read_text(path: Path) -> str:
-    """A file's text, empty if it is not there."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

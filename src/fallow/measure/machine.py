@@ -19,7 +19,8 @@ import numpy as np
 from fallow import _core
 from fallow.checkpoints.catalog import ALIASES, find_pieces
 from fallow.common.errors import UsageError
-from fallow.engine.process import CGROUPS, PROC, cgroup_folders, memory, read_text
+from fallow.common.procfs import CGROUPS, PROC, cpu_quota, read_text, usable_cores
+from fallow.engine.process import memory
 
 # What each table of kernels needs of a processor, as /proc/cpuinfo names it; best first. The core
 # asks the processor itself, so that this only explains what it chose.
@@ -94,32 +95,14 @@ def processor(proc: Path = PROC) -> dict[str, Any]:
     }
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
 def cores(proc: Path = PROC, cgroups: Path = CGROUPS) -> dict[str, Any]:
     """Cores of the machine, by affinity and by a cgroup's quota (None: no quota), and the load."""
     return {
         "machine": os.cpu_count() or 1,
         "affinity": usable_cores(),
-        "cgroup": _cpu_quota(proc, cgroups),
+        "cgroup": cpu_quota(proc, cgroups),
         "load": os.getloadavg()[0],
     }
-
-
-def _cpu_quota(proc: Path, cgroups: Path) -> float | None:
-    """Cores of processor time; the smallest of the cgroup and those it lies in."""
-    shares = []
-    for folder in cgroup_folders("cpu", proc, cgroups):
-        quota, _, period = read_text(folder / "cpu.max").partition(" ")
-        if not quota:
-            quota = read_text(folder / "cpu.cfs_quota_us")
-            period = read_text(folder / "cpu.cfs_period_us")
-        if quota.strip().isdecimal() and period.strip().isdecimal():
-            shares.append(int(quota) / int(period))
-    return min(shares, default=None)
 
 
 def bandwidth(threads: int) -> dict[str, float]:
@@ -231,13 +214,6 @@ def warnings(found: dict[str, Any]) -> list[str]:
         lacking = list(cpu["better_kernels_lack"].values())
         why = f"; for better ones it lacks {', '.join(lacking[-1])}" if lacking else ""
         said.append(f"only the portable kernels, which are slow, run on this processor{why}")
-    limits = [count["affinity"], *([count["cgroup"]] if count["cgroup"] else [])]
-    if min(limits) < count["machine"]:
-        threads = max(1, int(min(limits)))
-        said.append(
-            f"this process may use {min(limits):g} of {count['machine']} cores; the default is a "
-            f"thread for each, so give --threads {threads}"
-        )
     if count["load"] > count["machine"] / 2:
         said.append(
             f"other processes are at work (load {count['load']:.1f} on {count['machine']} cores): "

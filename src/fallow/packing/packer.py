@@ -5,7 +5,6 @@ quantised bytes; down_proj is transposed, so that a neuron's weights lie togethe
 along its rows.
 """
 
-import os
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 from fallow.checkpoints.text import Text, load_text
 from fallow.common.errors import FallowError
 from fallow.common.files import atomic_path, check_writable
+from fallow.common.procfs import processors
 from fallow.common.progress import console, note
 from fallow.engine.engine import Engine
 from fallow.engine.memory import COARSE_HEAD
@@ -154,7 +154,7 @@ class Packer:
     ) -> SelfCheck:
         """Writes the packed model, whole or not at all. Raises as `pack` does."""
         source, check = self._source, None
-        n_threads = n_threads or os.cpu_count() or 1
+        n_threads = n_threads or processors()
         if plan is not None:
             source.model.taps(plan)  # fits this model
         with atomic_path(output) as temporary:

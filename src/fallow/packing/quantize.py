@@ -1,6 +1,5 @@
 """Matrices in stored bytes, and how they are quantised."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 from fallow import _core
 from fallow.checkpoints.weights import StoredTensor
 from fallow.common.errors import FallowError
+from fallow.common.procfs import processors
 
 # Types for down_proj_t from a GGUF source, smallest first; the K types need rows of whole 256s.
 DOWN_TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -50,7 +50,7 @@ def quantize(values: np.ndarray, kind: str) -> Matrix:
         )
     if kind in ("Q4_K", "Q5_K", "Q6_K"):
         flat = np.ascontiguousarray(values, dtype=np.float32).ravel()
-        data = np.frombuffer(_core.quantize_k(kind, flat, os.cpu_count() or 1), dtype=np.uint8)
+        data = np.frombuffer(_core.quantize_k(kind, flat, processors()), dtype=np.uint8)
     else:
         data = gguf.quantize(values, gguf.GGMLQuantizationType[kind]).view(np.uint8)
     return Matrix(kind, (rows, cols), data.reshape(rows, -1).copy())

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from fallow.checkpoints.text import Text, load_text
-from fallow.checkpoints.tokenizer import TextStream, TextTokenizer
+from fallow.checkpoints.tokenizer import TextTokenizer
 from fallow.common.errors import UsageError
 from fallow.common.progress import progress
+from fallow.engine.answer import AnswerText
+from fallow.engine.sampling import TokenChoice
 from fallow.measure.profiling import TOP, WINDOWS, ZERO_OUT_NORM
 from fallow.models.capture import non_finite_error
 from fallow.models.cuts import per_token_topk
@@ -311,16 +313,12 @@ def token_texts(tokenizer: TextTokenizer, ids: np.ndarray | Sequence[int]) -> li
     have their names.
     """
     texts: list[str] = []
-    shown, stream = "", TextStream(tokenizer)
-    for end in range(1, len(ids) + 1):
-        whole = stream.add(int(ids[end - 1]))
-        # U+FFFD at the end stands for bytes that the next token may complete.
-        complete = whole if end == len(ids) else whole.rstrip("\ufffd")
-        added = complete[len(shown) :]
-        if whole == shown:
-            added = tokenizer.backend.id_to_token(int(ids[end - 1])) or ""
+    text = AnswerText(tokenizer, ())
+    for end, token_id in enumerate(map(int, ids), 1):
+        added = text.add(TokenChoice(token_id), last=end == len(ids)).text
+        if not added and not text.is_cut:
+            added = tokenizer.backend.id_to_token(token_id) or ""
         texts.append(added)
-        shown = complete if len(complete) > len(shown) else shown
     return texts
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -27,11 +27,11 @@ from fallow.engine.sampling import Sampler, TokenChoice
 from fallow.engine.stats import Activity, Stats
 from fallow.plan import Plan
 from fallow.serving import schemas as api
-from fallow.serving.limits import Limits, error_response
+from fallow.serving.limits import Client, Limits, error_response
 from fallow.serving.logprobs import chat_logprobs, completion_logprobs
 from fallow.serving.page import add_page
 from fallow.serving.telemetry import Telemetry
-from fallow.serving.worker import Busy, Closing, Job, Worker
+from fallow.serving.worker import Busy, Closing, Job, Overlong, Worker
 
 CLIENT_GONE = 499  # nobody reads it
 KEEP_ALIVE = 15.0  # seconds between comments on a stream that has nothing to say
@@ -50,7 +50,8 @@ def create_app(
 
     Args:
         name: what the model is called; requests for another one are refused.
-        api_key: what clients must send as `Authorization: Bearer KEY`; None: nothing.
+        api_key: what clients must send as `Authorization: Bearer KEY`, one of several between
+            commas; None: nothing.
         max_body: largest request, bytes.
         cors: origins whose web pages may ask, "http://localhost:3000" say; "*": all.
         hosts: names that requests may be addressed to, without a port; empty: any.
@@ -64,7 +65,10 @@ def create_app(
         redirect_slashes=False,  # Limits takes a slash at the end away
     )
     telemetry = Telemetry(worker)
-    app.add_middleware(Limits, max_body=max_body, telemetry=telemetry, api_key=api_key, hosts=hosts)
+    api_keys = [] if api_key is None else [key.strip() for key in api_key.split(",")]
+    app.add_middleware(
+        Limits, max_body=max_body, telemetry=telemetry, api_keys=api_keys, hosts=hosts
+    )
     if cors:  # around Limits: a preflight has no key, and a refusal is for the page to read
         app.add_middleware(
             CORSMiddleware,
@@ -204,7 +208,7 @@ def _fallow_error(request: Request, error: Any) -> JSONResponse:
         return error_response(
             429, str(error), None, None, **{"Retry-After": str(error.retry_after)}
         )
-    if isinstance(error, Closing):
+    if isinstance(error, Closing | Overlong):
         return error_response(503, str(error))
     return error_response(500, str(error))
 
@@ -237,6 +241,7 @@ class _Answering:
         self.card = api.ModelCard(
             id=name, created=int(time.time()), plan=_plan_named(plan) if plan else None
         )
+        self._one_encodes = CapacityLimiter(1)  # so that others have processors left
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -254,10 +259,10 @@ class _Answering:
             {"role": m.role.replace("developer", "system"), "content": m.text}
             for m in body.messages
         ]
-        ids = await self._encode("messages", partial(self.tokenizer.chat, messages))
         wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
-        run = self._run(body, request, "messages", [ids], wanted, top)
+        encode = [partial(self.tokenizer.chat, messages)]
+        run = await self._run(body, request, "messages", encode, wanted, top)
         made: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if body.stream:
             return self._streamed(body, run, made | {"object": "chat.completion.chunk"}, True)
@@ -281,47 +286,62 @@ class _Answering:
         prompts: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         if isinstance(prompts[0], int):
             prompts = [prompts]
-        parse_special = body.parse_special is not False
         if len(prompts) > self.worker.limit:  # which is no matter of waiting
             raise _BadRequest(
                 f"prompt: {len(prompts)} are more than the {self.worker.limit} that may wait; "
                 "send fewer, or serve with a larger --queue",
                 "prompt",
             )
-        ids = [
-            await self._encode(
-                "prompt", partial(self.tokenizer.prompt, p, parse_special=parse_special)
-            )
+        parse_special = body.parse_special is not False
+        encode = [
+            partial(self.tokenizer.prompt, p, parse_special=parse_special)
             if isinstance(p, str)
-            else np.asarray(p)
+            else partial(np.asarray, p)
             for p in prompts
         ]
-        echoes = [self._text_of(p) for p in prompts] if body.echo else None
-        run = self._run(body, request, "prompt", ids, body.max_tokens, body.logprobs, echoes)
+        echoes = [partial(self._text_of, p) for p in prompts] if body.echo else None
+        run = await self._run(
+            body, request, "prompt", encode, body.max_tokens, body.logprobs, echoes
+        )
         made: dict[str, Any] = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if body.stream:
             return self._streamed(body, run, made | {"object": "text_completion"}, False)
         answer = await run.collect()
+        texts = answer.texts
         return api.CompletionResponse(
             **made,
             model=self.name,
             choices=[
                 api.CompletionChoice(
                     index=i,
-                    text=answer.texts[i],
+                    text=texts[i],
                     logprobs=completion_logprobs(
-                        self.tokenizer, answer.tokens[i], body.logprobs, answer.texts[i], 0
+                        self.tokenizer, answer.tokens[i], body.logprobs, texts[i], 0
                     ),
                     finish_reason=answer.stats[i].finish,
                 )
-                for i in range(len(ids))
+                for i in range(len(prompts))
             ],
             usage=_usage(answer.stats),
         )
 
-    async def _encode(self, field: str, encode: Callable[[], np.ndarray]) -> np.ndarray:
+    async def _encode(
+        self,
+        field: str,
+        encode: Sequence[Callable[[], np.ndarray]],
+        echoes: Sequence[Callable[[], str]] | None,
+    ) -> tuple[list[np.ndarray], list[int], list[str] | None]:
+        """Of each prompt its ids, tokens that an answer may have, and the text that is echoed."""
+
+        def encoded() -> tuple[list[np.ndarray], list[int], list[str] | None]:
+            ids, room = [], []
+            for each in encode:  # up to the first that is refused
+                ids.append(each())
+                room.append(self._room(ids[-1], field))
+            return ids, room, None if echoes is None else [echo() for echo in echoes]
+
         try:
-            return await to_thread.run_sync(encode)
+            return await to_thread.run_sync(encoded, limiter=self._one_encodes)
         except FallowError as error:  # the chat template refuses it
             raise _BadRequest(str(error), field) from error
 
@@ -330,20 +350,30 @@ class _Answering:
             return prompt
         return self.tokenizer.backend.decode(prompt, skip_special_tokens=False)
 
-    def _run(
+    async def _run(
         self,
         body: api.ChatRequest | api.CompletionRequest,
         request: Request,
         field: str,
-        prompts: Sequence[np.ndarray],
+        encode: Sequence[Callable[[], np.ndarray]],
         max_tokens: int | None,
         top_logprobs: int | None,
-        echoes: Sequence[str] | None = None,
+        echoes: Sequence[Callable[[], str]] | None = None,
     ) -> "_Run":
-        """Raises HTTPException 400 for a prompt, in that field, that the model cannot read."""
-        room = [self._room(ids, field) for ids in prompts]
+        """Takes places in the queue, and then encodes.
+
+        Raises:
+            HTTPException: 400 for a prompt, in that field, that the model cannot read.
+            Busy, Closing: there are no places.
+        """
+        client: Client = request.state.client
+        self.worker.reserve(client.turn, len(encode))
+        try:
+            prompts, room, texts = await self._encode(field, encode, echoes)
+        except BaseException:
+            self.worker.release(client.turn, len(encode))
+            raise
         seed = secrets.randbits(63) if body.seed is None else body.seed % (1 << 64)
-        client = body.user or (request.client.host if request.client else "")
         nucleus = 1.0 if body.top_p is None else body.top_p
         sampler = partial(
             Sampler,
@@ -356,14 +386,15 @@ class _Answering:
         run = _Run(self.worker, request, self.telemetry)
         run.jobs = [
             Job(
-                client,
+                client.turn,
                 ids,
                 room[i] if max_tokens is None else min(max_tokens, room[i]),
                 sampler(),
                 partial(run.deliver, i),
                 body.stops,
                 top_logprobs,
-                echoes[i] if echoes else None,
+                texts[i] if texts else None,
+                (client.cache, body.cache_salt),
                 isinstance(body, api.ChatRequest) and bool(body.fallow_activity),
                 body.fallow_plan is not False,
             )
@@ -448,9 +479,13 @@ class _Answering:
 
 class _Collected:
     def __init__(self, n: int) -> None:
-        self.texts = [""] * n
-        self.tokens: list[tuple[TokenChoice, ...]] = [()] * n
+        self.pieces: list[list[str]] = [[] for _ in range(n)]
+        self.tokens: list[list[TokenChoice]] = [[] for _ in range(n)]
         self.stats = [Stats()] * n
+
+    @property
+    def texts(self) -> list[str]:
+        return ["".join(pieces) for pieces in self.pieces]
 
 
 class _Run:
@@ -468,8 +503,8 @@ class _Run:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
     def start(self) -> None:
-        """Raises Busy or Closing."""
-        self._worker.submit(*self.jobs)
+        """Raises Closing."""
+        self._worker.submit(*self.jobs, reserved=True)
 
     async def events(self) -> AsyncIterator[tuple[int, Piece | Stats | None]]:
         """What comes, None where nothing does for a while; leaving it cancels what is left."""
@@ -513,7 +548,7 @@ class _Run:
             if isinstance(event, Stats):
                 found.stats[index] = event
             elif event is not None:
-                found.texts[index] += event.text
+                found.pieces[index].append(event.text)
                 found.tokens[index] += event.tokens
         return found
 

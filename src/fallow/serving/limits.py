@@ -1,8 +1,10 @@
-"""Around the application: who may ask, paths, largest and slowest body; counts responses."""
+"""Around the application: who may ask, paths, largest and slowest bodies; counts responses."""
 
 import asyncio
 import hmac
+import ipaddress
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -12,6 +14,7 @@ from starlette.responses import JSONResponse
 from fallow.serving.telemetry import Telemetry
 
 BODY_SECONDS = 30.0  # that a request may take to arrive
+BODIES = 32  # of the largest size, that requests in hand may have together
 OPEN_PATHS = ("/health", "/", "/page.css", "/page.js")  # for which no key is asked
 NAMES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -23,8 +26,36 @@ def error_response(
     code: int, message: str, param: str | None = None, name: str | None = None, **headers: str
 ) -> JSONResponse:
     """An error in OpenAI's form."""
+    return JSONResponse(error_body(code, message, param, name), code, headers or None)
+
+
+def error_body(
+    code: int, message: str, param: str | None = None, name: str | None = None
+) -> dict[str, Any]:
+    """What such a response says."""
     body = {"message": message, "type": NAMES.get(code, "invalid_request_error"), "param": param}
-    return JSONResponse({"error": body | {"code": name}}, code, headers or None)
+    return {"error": body | {"code": name}}
+
+
+def network_of(address: str) -> str:
+    """What one client may have of addresses: one, of IPv6 the 64 bits that a site is given."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address  # of a Unix socket, say
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.ip_network((found, 64), strict=False))
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who asks, as the server itself can tell: by key and address, not by what a request says."""
+
+    turn: str  # by this clients take turns: the key if there are several, else the address
+    cache: str  # requests of one share cached prompts: the key, without one the address
 
 
 class Limits:
@@ -35,11 +66,12 @@ class Limits:
         app: Any,
         max_body: int,
         telemetry: Telemetry,
-        api_key: str | None,
+        api_keys: Sequence[str],
         hosts: Sequence[str],
     ) -> None:
         self.app, self.max_body, self.telemetry = app, max_body, telemetry
-        self.api_key, self.hosts = api_key, hosts
+        self.api_keys, self.hosts = api_keys, hosts
+        self._in_hand = 0  # bytes of bodies whose requests are not answered
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -47,17 +79,44 @@ class Limits:
             return
         # As without a slash at the end. A redirection would lose the body of many clients' POST.
         scope = scope | {"path": scope["path"].rstrip("/") or "/"}
-        body = _Body(receive, self.max_body)
+        body = _Body(receive, self)
 
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
                 self.telemetry.responded(scope["path"], message["status"])
             await send(message)
 
-        refused = self._refused(Headers(scope=scope), scope["path"])
-        await (refused or self.app)(scope, body.receive, counted)
+        headers = Headers(scope=scope)
+        key = self._key(headers)
+        address = network_of(scope["client"][0] if scope.get("client") else "")
+        client = Client(
+            address if key is None or len(self.api_keys) == 1 else key,
+            address if key is None else key,
+        )
+        scope["state"] = scope.get("state", {}) | {"client": client}
+        refused = self._refused(headers, scope["path"], key)
+        try:
+            await (refused or self.app)(scope, body.receive, counted)
+        finally:
+            self._in_hand -= body.size
 
-    def _refused(self, headers: Headers, path: str) -> JSONResponse | None:
+    def takes(self, n: int) -> bool:
+        """Whether there is room for n more bytes of a body, which then count."""
+        if self._in_hand + n > BODIES * self.max_body:
+            return False
+        self._in_hand += n
+        return True
+
+    def _key(self, headers: Headers) -> str | None:
+        """Which of the keys a request has, by its number."""
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        # Compared in constant time: how long a wrong key takes must not tell how wrong it is.
+        found = [hmac.compare_digest(given.strip().encode(), k.encode()) for k in self.api_keys]
+        return f"key {found.index(True)}" if any(found) else None
+
+    def _refused(self, headers: Headers, path: str, key: str | None) -> JSONResponse | None:
         host = headers.get("host", "").lower()
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         if self.hosts and name not in self.hosts:
@@ -67,12 +126,7 @@ class Limits:
                 f"the server answers as {', '.join(self.hosts)}, not as {name!r}; "
                 "ask by such a name, or start it with --api-key",
             )
-        if self.api_key is None or path in OPEN_PATHS:
-            return None
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        # Compared in constant time: how long a wrong key takes must not tell how wrong it is.
-        right = hmac.compare_digest(given.strip().encode(), self.api_key.encode())
-        if scheme.lower() == "bearer" and right:
+        if not self.api_keys or key is not None or path in OPEN_PATHS:
             return None
         return error_response(
             401,
@@ -84,9 +138,9 @@ class Limits:
 class _Body:
     """The body of a request, which must not be too large or too slow."""
 
-    def __init__(self, receive: Any, most: int) -> None:
-        self._receive, self._most = receive, most
-        self._size, self._whole = 0, False
+    def __init__(self, receive: Any, limits: Limits) -> None:
+        self._receive, self._limits = receive, limits
+        self.size, self._whole = 0, False  # bytes, of which the limits know
         self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def receive(self) -> Any:
@@ -97,12 +151,21 @@ class _Body:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError as error:
-            raise HTTPException(408, f"the body took more than {BODY_SECONDS:.0f} s") from error
+            raise HTTPException(
+                408, f"the body took more than {BODY_SECONDS:.0f} s", {"Connection": "close"}
+            ) from error
         if message["type"] == "http.request":
-            self._size += len(message.get("body", b""))
+            n, most = len(message.get("body", b"")), self._limits.max_body
             self._whole = not message.get("more_body", False)
-            if self._size > self._most:
+            if self.size + n > most:
                 raise HTTPException(
-                    413, f"the body has more than {self._most} bytes", {"Connection": "close"}
+                    413, f"the body has more than {most} bytes", {"Connection": "close"}
                 )
+            if not self._limits.takes(n):
+                raise HTTPException(
+                    503,
+                    "the requests in hand take all the memory there is for them; try again later",
+                    {"Connection": "close", "Retry-After": "1"},
+                )
+            self.size += n
         return message

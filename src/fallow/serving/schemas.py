@@ -38,8 +38,17 @@ _SAID = {
     "model_type": "must be an object",
     "model_attributes_type": "must be an object",
     "string_unicode": _NO_TEXT,
+    "string_too_long": "is too long",
+    "too_long": "has too many entries",
 }
 _LONGEST = 60  # characters of a request that an error repeats
+# What a request may ask for, before any work is done for it.
+MOST_CHARACTERS = 1 << 19  # of a text: more than 100,000 tokens
+MOST_IDS = 1 << 17  # of a prompt
+MOST_PROMPTS = 256
+MOST_MESSAGES = 2048  # and parts of a message
+LONGEST_STOP = 256  # characters
+LONGEST_NAME = 512  # characters of what is no text to read
 
 
 def refusal(loc: tuple[int | str, ...], error: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -53,6 +62,8 @@ def refusal(loc: tuple[int | str, ...], error: Mapping[str, Any]) -> tuple[str |
     where = ".".join(_cut(str(part)) for part in loc if part not in (_TEXT, _PARTS))
     # pydantic's own words are about Python; a sentence that is not known is better left unsaid.
     said = error["msg"] if error["type"] == _OURS else _SAID.get(error["type"], "is not understood")
+    if error["type"].endswith("too_long"):
+        said += f"; at most {error['ctx']['max_length']} are taken"
     if said.startswith("must be "):
         said += f"; it is {_shown(error['input'])}"
     return where or None, f"{where}: {said}" if where else f"the body {said}"
@@ -105,10 +116,16 @@ def _kind(content: Any) -> str | None:
     return _TEXT if isinstance(content, str) else _PARTS if isinstance(content, list) else None
 
 
-Str = Annotated[str, AfterValidator(_utf8)]
+Str = Annotated[str, Field(max_length=MOST_CHARACTERS), AfterValidator(_utf8)]
+Name = Annotated[str, Field(max_length=LONGEST_NAME), AfterValidator(_utf8)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP), AfterValidator(_utf8)]
 NonEmpty = Annotated[Str, Field(min_length=1)]
-Texts = Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True)]
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, fail_fast=True)]
+Several = Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)
+Texts = Annotated[list[NonEmpty], Several]
+Ids = Annotated[
+    list[Annotated[int, Field(ge=0, lt=1 << 31)]],
+    Field(min_length=1, max_length=MOST_IDS, fail_fast=True),
+]
 Count = Annotated[int | None, Field(ge=1), _takes("a whole number of at least 1")]
 Flag = Annotated[bool | None, _takes("true or false")]
 # Fields that would change the answer and are not supported are taken with the value that says so.
@@ -142,7 +159,7 @@ class StreamOptions(_Strict):
 
 class TextPart(_Strict):
     type: Annotated[Literal["text"], _takes('"text", as images, audio and files are not supported')]
-    text: Annotated[Str, _takes("text")]
+    text: Annotated[Str, _takes(f"text of at most {MOST_CHARACTERS} characters")]
 
 
 class ChatMessage(_Strict):
@@ -160,8 +177,12 @@ class ChatMessage(_Strict):
     ] = None
     name: Null = None
     content: Annotated[
-        Annotated[Str, _takes("text"), Tag(_TEXT)]
-        | Annotated[list[TextPart], Field(min_length=1), Tag(_PARTS)],
+        Annotated[Str, Tag(_TEXT)]
+        | Annotated[
+            list[TextPart],
+            Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
+            Tag(_PARTS),
+        ],
         Discriminator(_kind, _OURS, "must be text, or a list of parts of type text"),
     ]
 
@@ -179,7 +200,7 @@ class ResponseFormat(_Strict):
 class _Request(_Strict):
     """What both endpoints take."""
 
-    model: Annotated[Str, _takes("the model's name")]
+    model: Annotated[Name, _takes("the model's name")]
     stream: Flag = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float | None, Field(ge=0, le=2), _takes("a number from 0 to 2")] = 1.0
@@ -192,10 +213,13 @@ class _Request(_Strict):
         int | None, Field(ge=-(1 << 63), lt=1 << 64), _takes("a whole number of 64 bits")
     ] = None
     stop: Annotated[
-        NonEmpty | Annotated[list[NonEmpty], Field(max_length=4, fail_fast=True)] | None,
-        _takes("a text or a list of at most 4 texts, without empty ones"),
+        Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None,
+        _takes(f"a text or a list of at most 4 texts, of 1 to {LONGEST_STOP} characters"),
     ] = None
-    user: Annotated[Str | None, _takes("text")] = None  # users take turns in the queue
+    user: Annotated[Name | None, _takes(f"text of at most {LONGEST_NAME} characters")] = None
+    cache_salt: Annotated[  # as vLLM has it: prompts are shared in the cache by those of one salt
+        Name | None, _takes(f"text of at most {LONGEST_NAME} characters")
+    ] = None
     n: One = 1
     presence_penalty: NoPenalty = 0.0
     frequency_penalty: NoPenalty = 0.0
@@ -223,7 +247,9 @@ class _Request(_Strict):
 
 
 class ChatRequest(_Request):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    ]
     max_tokens: Count = None
     max_completion_tokens: Count = None
     logprobs: Flag = False
@@ -264,8 +290,11 @@ class ChatRequest(_Request):
 
 class CompletionRequest(_Request):
     prompt: Annotated[
-        NonEmpty | Texts | Ids | Annotated[list[Ids], Field(min_length=1, fail_fast=True)],
-        _takes("a text, a list of token ids, or a list of either, without empty ones"),
+        NonEmpty | Texts | Ids | Annotated[list[Ids], Several],
+        _takes(
+            f"a text of at most {MOST_CHARACTERS} characters, a list of at most {MOST_IDS} token "
+            f"ids, or a list of at most {MOST_PROMPTS} of either, without empty ones"
+        ),
     ]
     parse_special: Flag = True  # ours: control tokens in a text are tokens; false: text
     echo: Flag = False

@@ -1,21 +1,26 @@
 """Listens, and shuts down without losing a request."""
 
 import asyncio
+import os
 import re
 import signal
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from fallow.common.errors import FallowError, UsageError
 from fallow.common.progress import console
 from fallow.engine.engine import Engine
 from fallow.serving.app import create_app
-from fallow.serving.worker import Worker
+from fallow.serving.connections import LARGEST_HEADER, Connection, Room
+from fallow.serving.worker import TURN_SECONDS, Worker
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+CONNECTIONS = 32  # that a client may have besides two for each place in the queue
 CLOSE_SECONDS = 5.0  # for responses to leave, after the last answer has ended
 
 
@@ -29,16 +34,18 @@ def serve(
     max_body: int = 1 << 20,
     grace: float = 30.0,
     cors: Sequence[str] = (),
+    turn: float = TURN_SECONDS,
 ) -> None:
     """Serves until SIGINT or SIGTERM; then what waits fails and what runs has `grace` seconds.
 
-    Without a key a server on the loopback interface answers by its names alone.
+    An answer may take `turn` seconds while another client waits. Without a key a server on the
+    loopback interface answers by its names alone.
 
     Raises:
         FallowError: the address is not to be had.
         UsageError: one of `cors` is no origin, or the key is empty.
     """
-    if api_key is not None and not api_key.strip():
+    if api_key is not None and not all(key.strip() for key in api_key.split(",")):
         raise UsageError("the API key is empty; give one, or leave out --api-key (FALLOW_API_KEY)")
     for origin in cors:
         # A browser sends just these parts; anything else would never be found equal.
@@ -46,7 +53,8 @@ def serve(
             raise UsageError(
                 f"--cors {origin} is no origin; give one such as http://localhost:3000, or '*'"
             )
-    worker = Worker(engine, queue)
+    _ = engine.tokenizer  # read now, not while the first request keeps all others waiting
+    worker = Worker(engine, queue, turn)
     is_local = host.strip("[]") in (name.strip("[]") for name in LOOPBACK)
     if api_key is None and not is_local:
         console.print(
@@ -55,16 +63,7 @@ def serve(
         )
     hosts = LOOPBACK if is_local and api_key is None else ()
     app = create_app(worker, name, api_key, max_body, cors, hosts)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=int(grace + CLOSE_SECONDS),
-        h11_max_incomplete_event_size=1 << 16,
-    )
-    server = _Server(config, worker, grace)
+    server = _Server(configured(app, host, port, grace, queue), worker, grace)
     try:
         server.run()
     except SystemExit as error:  # uvicorn's answer to an address in use
@@ -74,6 +73,26 @@ def serve(
     finally:
         worker.close(0)
         worker.join(CLOSE_SECONDS)
+
+
+def configured(app: FastAPI, host: str, port: int, grace: float, queue: int) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    of_one = CONNECTIONS + 2 * queue  # those that wait, and some to be told that they cannot
+    protocol: Any = partial(Connection, Room(of_one, 4 * of_one))
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=protocol,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        # Whom uvicorn believes is told by this variable. By itself it would believe this machine,
+        # so that whoever asks from here had as many addresses, and turns, as he likes.
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
+        timeout_graceful_shutdown=int(grace + CLOSE_SECONDS),
+        h11_max_incomplete_event_size=LARGEST_HEADER,
+    )
 
 
 class _Server(uvicorn.Server):
