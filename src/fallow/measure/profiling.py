@@ -144,7 +144,7 @@ def _summarise(
     values = neurons.tokens.sum(axis=1) * model.intermediate_size  # (L,) values of inter
     fired = neurons.share_of_tokens(neurons.fired)
     in_top = neurons.share_of_tokens(neurons.in_top)
-    mixture = model.layers[0].experts
+    mixture, unused = model.layers[0].experts, (neurons.tokens == 0).sum(axis=1).tolist()
     layers: list[dict[str, Any]] = []
     for i in range(len(model.layers)):
         layers.append(
@@ -161,7 +161,7 @@ def _summarise(
                 "out_norm_below_1e-7": int(neurons.zero_out_norm[i]) / int(values[i]),
                 "dead_neurons": int((fired[i] < DEAD).sum()),
                 "rarely_in_top_half": int((in_top[i] < DEAD).sum()),
-                **({} if mixture is None else {"unused_experts": int((neurons.tokens[i] == 0).sum())}),
+                **({} if mixture is None else {"unused_experts": unused[i]}),
                 "magnitude_quantiles": _quantiles(magnitudes, i),
                 "weight_quantiles": _quantiles(weights, i),
             }

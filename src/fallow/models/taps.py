@@ -163,9 +163,12 @@ def _forward(
     out = torch.zeros_like(x)
     for expert in chosen.unique().tolist():
         tapped.current = expert
-        place, token = torch.where(chosen.T == expert)
+        place, token = torch.where(chosen.T.eq(expert))
         gate, up = experts.gate_and_up(x[token], expert)
-        inter = tap("gate_act", experts.act(tap("gate_pre", gate))) * tap("up", up)
+        # Laid out as it was, or an activation may round it otherwise.
+        cut = torch.empty_strided(gate.shape, gate.stride(), dtype=gate.dtype, device=gate.device)
+        gate = cut.copy_(tap("gate_pre", gate))
+        inter = tap("gate_act", experts.act(gate)) * tap("up", up)
         y = experts.down(tap("inter", inter), expert) * shares[token, place, None]
         out.index_add_(0, token, y.to(out.dtype))
     return out
@@ -223,7 +226,7 @@ class Layer:
 
     @property
     def ffn_taps(self) -> tuple[str, ...]:
-        """Those of FFN_TAPS that this FFN has: no `up` without a gate; of experts the router, too."""
+        """Those of FFN_TAPS that this FFN has: no `up` without a gate; and a mixture's router."""
         if self.experts is not None:
             return (ROUTER, *NEURON_TAPS)
         return tuple(name for name in FFN_TAPS if name != "up" or self.gated)
@@ -251,8 +254,8 @@ class Layer:
     def down_norm(self) -> torch.Tensor:
         """c_i = ||down_proj[:, i]||_2, (d_ff,) float32; of a mixture (n_experts, d_ff)."""
         if self.experts is not None:
-            return torch.linalg.vector_norm(self.experts.down_proj.detach().float(), dim=1)
-        return column_norm(self.down_proj)
+            return torch.stack([column_norm(weight) for weight in self.experts.down_proj])
+        return column_norm(self.down_proj.weight)
 
     def of_tapped(self, per_neuron: torch.Tensor) -> torch.Tensor:
         """Of figures of all neurons those of the neurons that a tap is given, (d_ff,).
@@ -266,12 +269,12 @@ class Layer:
     @cached_property
     def input_norms(self) -> dict[str, torch.Tensor]:
         """||W[:, j]||_2 of every projection, (in,) float32."""
-        return {name: column_norm(module) for name, module in self.projections.items()}
+        return {name: column_norm(module.weight) for name, module in self.projections.items()}
 
 
-def column_norm(projection: nn.Linear) -> torch.Tensor:
+def column_norm(weight: torch.Tensor) -> torch.Tensor:
     """||W[:, j]||_2 of a weight (out, in), (in,) float32."""
-    return torch.linalg.vector_norm(projection.weight.detach().float(), dim=0)
+    return torch.linalg.vector_norm(weight.detach().float(), dim=0)
 
 
 def tap_names(layer: Layer) -> tuple[str, ...]:

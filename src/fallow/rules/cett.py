@@ -53,7 +53,7 @@ class Cett(Rule):
 class CettSearch:
     """Thresholds of one layer, on scores (T, d_ff); `inter` likewise, `down_proj` (d_model, d_ff).
 
-    Of a mixture `down_proj` is (n_experts, d_model, d_ff), and `experts` (T,) says whose each row is.
+    Of a mixture `down_proj` is (n_experts, d_model, d_ff), and `experts` (T,) whose each row is.
     Candidates are 65,536 even steps from the smallest score to the 0.99 quantile.
     Evaluated candidates are remembered, so that the next search starts from a narrow bracket.
     """
