@@ -419,7 +419,7 @@ def test_commands(
     given = [folders["mixtral"], "--text", texts[0], "--context", 32]
     for command in (
         ["neurons", folders["mixtral"], "--layer", 0, "--neuron", 1, *given[1:]],
-        ["optimize", folders["mixtral"], "-o", tmp_path / "o.gguf"],
+        ["optimize", folders["mixtral"], "--quant", "f32", "--down", "f32", "-o", tmp_path / "o"],
         ["report", *given, "-o", tmp_path / "r"],
     ):
         found = run(*command)
