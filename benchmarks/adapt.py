@@ -285,8 +285,8 @@ def _judged(found: dict[str, Any]) -> list[str]:
         rows.append(f"| {text} | {' | '.join(cells)} |")
     return [
         "Packed files, the adapted one of the first run, against the source model, run by torch in "
-        "float32: PPL change in percent with its paired standard error, and KL in nats. The source's "
-        "plan was calibrated on the WikiText-2 validation text.",
+        "float32: PPL change in percent with its paired standard error, and KL in nats. The "
+        "source's plan was calibrated on the WikiText-2 validation text.",
         "",
         "| text | not adapted, 50 % left out | not adapted, dense | adapted, 50 % left out "
         "| adapted, dense |",

@@ -161,7 +161,8 @@ class BoundEngine {
     std::vector<LayerCuts> cuts(list.empty() ? 0 : model_.layers.size());
     for (const auto& [layer, tap, how, value, weight] : list) {
       const bool of_ffn = tap >= kGateInput && tap <= kFfnOut, of_experts = tap == kRouter;
-      const bool is_there = model_.config.n_experts > 0 ? !of_ffn : !of_experts;
+      const bool of_neurons = tap >= kGatePre && tap <= kInter;
+      const bool is_there = model_.config.n_experts > 0 ? !of_ffn || of_neurons : !of_experts;
       if (layer >= cuts.size() || tap >= kTaps || how > kLastBy || !is_there) throw nb::value_error("no such cut");
       Cut& cut = cuts[layer][tap];
       cut.by = static_cast<Cut::By>(how);
@@ -238,8 +239,8 @@ class BoundEngine {
 
   std::vector<float> down_norm(size_t layer) const {
     const float* values = model_.layers.at(layer).down_norm;
-    if (!values) throw nb::value_error("there is no one FFN");
-    return {values, values + model_.config.intermediate_size};
+    if (!values) throw nb::value_error("the file has no norms of down_proj");
+    return {values, values + std::max<size_t>(1, model_.config.n_experts) * model_.config.intermediate_size};
   }
 
   uint64_t neurons() const { return model_.config.neurons(); }
@@ -281,15 +282,15 @@ class BoundEngine {
       for (Matrix* w : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj})
         wanted.push_back({w, Layout::kDwordTiles});
       wanted.push_back({&layer.gate_proj, engine_->predicts(l) ? Layout::kRows : Layout::kDwordTiles});
-      for (Expert& e : layer.experts) {
-        const bool is_there = !cache_ || (&e - layer.experts.data()) >= model_.config.n_experts;
-        if (!is_there) continue;
-        wanted.push_back({&e.gate_proj, Layout::kDwordTiles});
-        wanted.push_back({&e.up_proj, Layout::kDwordTiles});
-        wanted.push_back({&e.down_proj_t, Layout::kByteTiles});
-      }
       const bool dense = !engine_->leaves_out_neurons(l);
       const bool whole_up = !model_.config.gated || !engine_->chooses_by_gate(l);
+      for (Expert& e : layer.experts) {
+        const bool is_shared = (&e - layer.experts.data()) >= model_.config.n_experts;
+        if (cache_ && !is_shared) continue;
+        wanted.push_back({&e.gate_proj, Layout::kDwordTiles});
+        wanted.push_back({&e.up_proj, whole_up || is_shared ? Layout::kDwordTiles : Layout::kRows});
+        wanted.push_back({&e.down_proj_t, dense || is_shared ? Layout::kByteTiles : Layout::kRows});
+      }
       wanted.push_back({&layer.up_proj, whole_up ? Layout::kDwordTiles : Layout::kRows});
       wanted.push_back({&layer.down_proj_t, dense ? Layout::kByteTiles : Layout::kRows});
     }
@@ -334,6 +335,7 @@ class BoundEngine {
     const Config& c = model_.config;
     if (tap == kOInput) return size_t{c.n_heads} * c.head_dim;
     if (tap == kRouter) return c.n_experts;
+    if (tap >= kGatePre && tap <= kInter && c.n_experts > 0) return size_t{c.n_experts} * c.intermediate_size;
     return tap < kGatePre || tap == kFfnOut ? c.hidden_size : c.intermediate_size;
   }
 

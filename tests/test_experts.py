@@ -268,13 +268,6 @@ def test_types(kind: str, tmp_path: Path) -> None:
 # What is refused --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["topk", "cats", "cett", "two_stage", "percentile"])
-def test_rules_of_neurons_are_refused(rule: str, calibrators: dict[str, Calibrator]) -> None:
-    with pytest.raises((FallowError, UsageError), match="router, q_proj, k_proj") as error:
-        calibrators["mixtral"].plan(rule, sparsity=0.5)
-    assert "\n" not in str(error.value)
-
-
 def test_rules_of_experts_are_refused_without_any(calibrators: dict[str, Calibrator]) -> None:
     with pytest.raises(UsageError, match=r"the plan cuts router, .* has gate_pre, gate_act"):
         calibrators["llama"].plan("expert_topk", sparsity=0.5)
@@ -282,8 +275,8 @@ def test_rules_of_experts_are_refused_without_any(calibrators: dict[str, Calibra
 
 def test_plans_that_do_not_fit(packed: dict[str, Path]) -> None:
     for name, cut in (
-        ("mixtral", Cut("inter", "topk", 0.5, "column_norm")),
         ("mixtral", Cut("up_proj", "threshold", 0.5)),
+        ("mixtral", Cut("down_proj", "topk", 0.5)),
         ("mixtral", Cut("ffn_out", "threshold", 0.5)),
         ("llama", Cut("router", "topk", 0.5)),
     ):
@@ -295,12 +288,7 @@ def test_plans_that_do_not_fit(packed: dict[str, Path]) -> None:
         assert cut.tap in said
 
 
-def test_profile_and_sparsify_say_what_they_do_not_do(
-    tiny: dict[str, fallow.Model], folders: dict[str, Path], texts: tuple[Path, Path], run: Any
-) -> None:
-    found = run("profile", folders["mixtral"], "--text", texts[0], "--context", 32)
-    assert found.code == 1
-    assert "mixture of experts" in found.err.replace("\n", " ")
+def test_sparsify_says_what_it_does_not_do(tiny: dict[str, fallow.Model]) -> None:
     plan = Plan("m", tiny["mixtral"].fingerprint, "by hand", 0, "", (_cut("topk", 0.25),))
     module = fallow.sparsify(tiny["mixtral"], plan)
     fallow.densify(module)

@@ -46,4 +46,19 @@ inline void activate_experts(const Kernels& kernels, const Config& config, float
   for (size_t i = 0; i < n; ++i) gate[i] *= up[i];
 }
 
+// The two factors of that by themselves, gate_act and up, in place, n values each.
+inline void activate_gate(const Kernels& kernels, const Config& config, float* gate, size_t n) {
+  if (config.act != Act::kSwigluOai) return activate(kernels, config, gate, n);
+  const float alpha = config.swiglu_alpha, limit = config.swiglu_limit;
+  for (size_t i = 0; i < n; ++i) gate[i] = alpha * std::min(gate[i], limit);
+  kernels.silu(gate, n);
+  for (size_t i = 0; i < n; ++i) gate[i] /= alpha;
+}
+
+inline void activate_up(const Config& config, float* up, size_t n) {
+  if (config.act != Act::kSwigluOai) return;
+  const float limit = config.swiglu_limit;
+  for (size_t i = 0; i < n; ++i) up[i] = std::clamp(up[i], -limit, limit) + 1;
+}
+
 }  // namespace fallow

@@ -24,14 +24,15 @@ bool Cuts::any(size_t layer, std::initializer_list<Tap> taps) const {
   return std::any_of(taps.begin(), taps.end(), [&](Tap tap) { return at(layer, tap).cuts(); });
 }
 
-void Cuts::apply(const Cut& cut, float* values, size_t width, int worker) {
+void Cuts::apply(const Cut& cut, float* values, size_t width, int worker, size_t first) {
   if (!cut.cuts()) return;
   Scratch& own = scratch_[static_cast<size_t>(worker)];
   float* score = own.scores.data();
   if (cut.weight.empty()) {
     for (size_t i = 0; i < width; ++i) score[i] = std::fabs(values[i]);
   } else {
-    for (size_t i = 0; i < width; ++i) score[i] = std::fabs(values[i]) * cut.weight[i];
+    const float* weight = cut.weight.data() + first;
+    for (size_t i = 0; i < width; ++i) score[i] = std::fabs(values[i]) * weight[i];
   }
   float threshold = static_cast<float>(cut.value);
   if (cut.by == Cut::By::kTopk)
@@ -43,13 +44,13 @@ void Cuts::apply(const Cut& cut, float* values, size_t width, int worker) {
   for (size_t i = 0; i < width; ++i) values[i] = score[i] <= threshold ? 0.0f : values[i];
 }
 
-size_t Cuts::keep_active(const Cut& cut, float* values, Share range, int32_t* active) const {
+size_t Cuts::keep_active(const Cut& cut, float* values, Share range, int32_t* active, size_t first) const {
   const auto threshold = static_cast<float>(cut.value);
-  const float* weight = cut.weight.data();
   if (cut.weight.empty()) {
     for (size_t i = range.begin; i < range.end; ++i)
       values[i] = std::fabs(values[i]) <= threshold ? 0.0f : values[i];
   } else {
+    const float* weight = cut.weight.data() + first;
     for (size_t i = range.begin; i < range.end; ++i)
       values[i] = std::fabs(values[i]) * weight[i] <= threshold ? 0.0f : values[i];
   }

@@ -24,7 +24,7 @@ struct Cut {
   enum class By { kNothing, kThreshold, kTopk, kTail, kMass };
   By by = By::kNothing;
   double value = 0;           // the threshold, k as a share of the width, tau, or the share
-  std::vector<float> weight;  // empty: all ones
+  std::vector<float> weight;  // empty: all ones; of a mixture's neurons those of all experts
 
   bool cuts() const { return by != By::kNothing; }
   // Whether one value is enough to know that it is inactive.
@@ -34,6 +34,14 @@ struct Cut {
 constexpr uint32_t kLastBy = static_cast<uint32_t>(Cut::By::kMass);  // what files and callers may say
 
 using LayerCuts = std::array<Cut, kTaps>;
+
+// Neurons that a thread works on: listed, ascending, or `begin` and those that follow it.
+struct Neurons {
+  const int32_t* list;
+  size_t begin, n;
+
+  size_t at(size_t i) const { return list ? static_cast<size_t>(list[i]) : begin + i; }
+};
 
 class Cuts {
  public:
@@ -60,10 +68,10 @@ class Cuts {
   // Whether neurons are chosen by their gates, before up_proj is read.
   bool chooses_by_gate(size_t layer) const { return any(layer, {kGatePre, kGateAct}); }
 
-  // Sets inactive ones of a token's values (width,) to zero.
-  void apply(const Cut& cut, float* values, size_t width, int worker);
+  // Sets inactive ones of a token's values (width,) to zero. Their weights begin at the cut's `first`.
+  void apply(const Cut& cut, float* values, size_t width, int worker, size_t first = 0);
   // The same by a fixed threshold for a range of values; lists the others' indices and returns how many.
-  size_t keep_active(const Cut& cut, float* values, Share range, int32_t* active) const;
+  size_t keep_active(const Cut& cut, float* values, Share range, int32_t* active, size_t first = 0) const;
 
  private:
   struct Scratch {

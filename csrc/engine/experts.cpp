@@ -34,17 +34,23 @@ Experts::Experts(Runtime& run, Cuts& cuts, Products& products, const Packed& mod
   ahead_experts_.resize(kFew * n_used_);
   ahead_shares_.resize(kFew * n_used_);
   y_.resize(tokens * hidden_);
+  active_.resize(few_places_ * config_.intermediate_size);
+  n_active_.resize(few_places_);
+  scratch_.resize(run.n_threads());
+  for (Scratch& own : scratch_) own.coefficients.resize(config_.intermediate_size);
 }
 
 void Experts::forward(size_t l, const Input& x, size_t n, float* out) {
   route(l, x, n);
   share_out(n);
   for (const Group& group : groups_) {
-    run_.statistics.active[l] += group.size() * model_.layers[l].experts[group.expert].up_proj.rows;
+    if (!cuts(l, group))
+      run_.statistics.active[l] += group.size() * model_.layers[l].experts[group.expert].up_proj.rows;
     if (group.expert < n_experts_) run_.statistics.expert_uses[l * n_experts_ + group.expert] += group.size();
   }
   if (run_.active_neurons.rows() > 0) record(l, n);
   is_decode(n) ? few(l, x, n, out) : block(l, x, n, out);
+  add_counts(l);
 }
 
 // Tells the neurons of every token's experts, or those of the last token of a block.
@@ -201,6 +207,7 @@ void Experts::few(size_t l, const Input& x, size_t n, float* out) {
   for_parts(l, [&](size_t first, size_t last) {
     order(first, last);
     if (last == groups_.size()) foresee(l + 1, x, n);
+    if (cuts_.leaves_out_neurons(l)) return sparse(l, x, first);
     run_.pool.run([&](int worker) {
       Expert streamed;
       for (const size_t g : order_) {
@@ -232,24 +239,35 @@ void Experts::few(size_t l, const Input& x, size_t n, float* out) {
 
 // This thread's part of an expert's FFN for at most kFew tokens, into its sums from a place on.
 void Experts::run_few(const Expert& e, const Activation* tokens, size_t n, size_t place, int worker) {
+  const Share neurons = share_of_rows(e.up_proj.rows, worker, run_.pool.size());
+  gate_and_up(e, tokens, n, place, worker);
+  for (size_t t = 0; t < n; ++t)
+    activate_experts(run_.kernels, config_, inter_of(place + t) + neurons.begin,
+                     up_values(place + t) + neurons.begin, neurons.end - neurons.begin);
+  down(e, n, place, worker);
+}
+
+void Experts::gate_and_up(const Expert& e, const Activation* tokens, size_t n, size_t place, int worker) {
   const size_t stride = config_.widest_ffn();
   const Share neurons = share_of_rows(e.up_proj.rows, worker, run_.pool.size());
   const size_t count = neurons.end - neurons.begin;
-  float* gate = gate_.data() + place * stride + neurons.begin;
-  float* up = up_.data() + place * stride + neurons.begin;
+  float *gate = inter_of(place) + neurons.begin, *up = up_values(place) + neurons.begin;
   products_.gemv(e.gate_proj, neurons.begin, count, tokens, n, gate, stride, worker);
   products_.gemv(e.up_proj, neurons.begin, count, tokens, n, up, stride, worker);
   for (size_t t = 0; t < n; ++t) {
-    float *inter = gate + t * stride, *factor = up + t * stride;
-    if (e.gate_bias) add_to(inter, e.gate_bias + neurons.begin, count);
-    if (e.up_bias) add_to(factor, e.up_bias + neurons.begin, count);
-    activate_experts(run_.kernels, config_, inter, factor, count);
+    if (e.gate_bias) add_to(gate + t * stride, e.gate_bias + neurons.begin, count);
+    if (e.up_bias) add_to(up + t * stride, e.up_bias + neurons.begin, count);
   }
+}
+
+void Experts::down(const Expert& e, size_t n, size_t place, int worker) {
+  const Share neurons = share_of_rows(e.up_proj.rows, worker, run_.pool.size());
   float* y = partial(worker, place);
   std::fill(y, y + n * hidden_, 0.0f);
   if (e.down_bias && worker == 0)
     for (size_t t = 0; t < n; ++t) add_to(y + t * hidden_, e.down_bias, hidden_);
-  products_.axpy(e.down_proj_t, neurons.begin, count, gate, stride, n, y, hidden_, worker);
+  products_.axpy(e.down_proj_t, neurons.begin, neurons.end - neurons.begin, inter_of(place) + neurons.begin,
+                 config_.widest_ffn(), n, y, hidden_, worker);
 }
 
 // A block of prefill: expert by expert, with the tokens that chose it.
@@ -261,7 +279,7 @@ void Experts::block(size_t l, const Input& x, size_t n, float* out) {
       const Group group = groups_[g];
       const Expert* e = weights(l, group, g - first, 0, streamed);
       if (!e) continue;
-      if (are_groups_small_ && group.expert < n_experts_) few_at_once(*e, x, group, out);
+      if (are_groups_small_ && group.expert < n_experts_) few_at_once(l, *e, x, group, out);
       else whole_group(l, *e, x, group, out);
     }
   });
@@ -276,8 +294,10 @@ void Experts::whole_group(size_t l, const Expert& e, const Input& x, Group group
   products_.multiply(l, group_, n,
                      {{e.gate_proj, e.gate_bias, gate_.data(), kGateInput},
                       {e.up_proj, e.up_bias, up_.data(), kUpInput}});
-  run_.for_tokens(n, [&](size_t i, int) {
-    activate_experts(run_.kernels, config_, gate_.data() + i * d_ff, up_.data() + i * d_ff, d_ff);
+  run_.for_tokens(n, [&](size_t i, int worker) {
+    float *gate = gate_.data() + i * d_ff, *up = up_.data() + i * d_ff;
+    if (cuts(l, group)) masked(l, group.expert, gate, up, worker);
+    else activate_experts(run_.kernels, config_, gate, up, d_ff);
   });
   products_.sum_rows(e.down_proj_t, n, gate_.data(), y_.data());
   run_.for_tokens(n, [&](size_t i, int) {
@@ -289,7 +309,7 @@ void Experts::whole_group(size_t l, const Expert& e, const Input& x, Group group
   });
 }
 
-void Experts::few_at_once(const Expert& e, const Input& x, Group group, float* out) {
+void Experts::few_at_once(size_t l, const Expert& e, const Input& x, Group group, float* out) {
   for (size_t first = group.begin, n; first < group.end; first += n) {
     n = std::min(kFew, group.end - first);
     for (size_t i = 0; i < n; ++i)
@@ -297,7 +317,15 @@ void Experts::few_at_once(const Expert& e, const Input& x, Group group, float* o
     products_.prepare(part_, n);
     Activation tokens[kFew] = {};
     for (size_t i = 0; i < n; ++i) tokens[i] = part_.activation(i);
-    run_.pool.run([&](int worker) { run_few(e, tokens, n, 0, worker); });
+    if (cuts(l, group)) {
+      run_.pool.run([&](int worker) { gate_and_up(e, tokens, n, 0, worker); });
+      run_.for_tokens(n, [&](size_t i, int worker) {
+        masked(l, group.expert, inter_of(i), up_values(i), worker);
+      });
+      run_.pool.run([&](int worker) { down(e, n, 0, worker); });
+    } else {
+      run_.pool.run([&](int worker) { run_few(e, tokens, n, 0, worker); });
+    }
     run_.for_tokens(n, [&](size_t i, int) {
       float* y = out + token_in_[first + i] * hidden_;
       for (int w = 0; w < run_.pool.size(); ++w) {

@@ -25,11 +25,6 @@ class Ffn {
   void forward(size_t layer, const Input& x, size_t n, float* out);
 
  private:
-  // Neurons that a thread works on: listed, ascending, or `begin` and those that follow it.
-  struct Neurons {
-    const int32_t* list;
-    size_t begin, n;
-  };
   struct Scratch {
     std::vector<float> coefficients;  // inter of listed neurons
     std::vector<float> outliers;      // inter of outlier neurons

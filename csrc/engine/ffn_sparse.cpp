@@ -38,7 +38,7 @@ void Ffn::sparse_apart(size_t l, const Input& x, float* out) {
 }
 
 // Which neurons of a thread's range stay active.
-Ffn::Neurons Ffn::choose(const Cut& cut, Neurons among, Share range) {
+Neurons Ffn::choose(const Cut& cut, Neurons among, Share range) {
   if (!cut.cuts()) return among;
   int32_t* list = active_.data() + range.begin;
   return {list, range.begin, cuts_.keep_active(cut, inter_.data(), range, list)};
@@ -169,13 +169,10 @@ void Ffn::up_of(const Layer& layer, const Activation& x, Neurons neurons, int wo
 void Ffn::whole_up_of(const Layer& layer, const Activation& x, Neurons neurons, int worker) {
   float* up = scratch_[static_cast<size_t>(worker)].coefficients.data();
   read_up(layer, x, neurons, up, worker);
-  const auto neuron = [&](size_t i) {
-    return neurons.list ? static_cast<size_t>(neurons.list[i]) : neurons.begin + i;
-  };
   if (layer.up_bias)
-    for (size_t i = 0; i < neurons.n; ++i) up[i] += layer.up_bias[neuron(i)];
+    for (size_t i = 0; i < neurons.n; ++i) up[i] += layer.up_bias[neurons.at(i)];
   rectify_up(up, neurons.n);
-  for (size_t i = 0; i < neurons.n; ++i) up_[neuron(i)] = up[i];
+  for (size_t i = 0; i < neurons.n; ++i) up_[neurons.at(i)] = up[i];
 }
 
 // The products of x with a thread's neurons' rows of up_proj, which lies in tiles if none are listed.

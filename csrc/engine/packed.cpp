@@ -253,6 +253,7 @@ void read_experts(const Reader& in, const Config& c, const std::string& p, Layer
   const uint64_t hidden = c.hidden_size;
   l.router = in.float_matrix(p + "router.weight", c.n_experts, hidden);
   l.router_bias = in.optional_vector(p + "router.bias", c.n_experts);
+  l.down_norm = in.table(p + "down_norm", c.n_experts, c.intermediate_size);
   const float* gate_bias = in.table(p + "gate_proj.bias", c.n_experts, c.intermediate_size);
   const float* up_bias = in.table(p + "up_proj.bias", c.n_experts, c.intermediate_size);
   const float* down_bias = in.table(p + "down_proj.bias", c.n_experts, hidden);

@@ -96,7 +96,8 @@ struct Layer {
   // their rows are zero in down_proj_t and whole here.
   Matrix outliers;                              // (n, hidden)
   std::vector<uint32_t> outlier_neurons;        // (n,), ascending
-  const float* down_norm = nullptr;             // (d_ff,): ||down_proj[:, i]|| of the source
+  // (d_ff,): ||down_proj[:, i]|| of the source; of a mixture (n_experts, d_ff), or null in older files.
+  const float* down_norm = nullptr;
   // In place of the FFN's: of a mixture of experts, the shared one last.
   Matrix router, shared_expert_gate;            // (n_experts, hidden), (1, hidden); F32
   const float* router_bias = nullptr;           // (n_experts,)

@@ -19,7 +19,8 @@ FORMAT = 2
 _METADATA_KEY = "fallow_plan"
 _SKETCH = "calibration_sketch"
 
-FFN_TAPS = ("gate_pre", "gate_act", "up", "inter", "ffn_out")
+NEURON_TAPS = ("gate_pre", "gate_act", "up", "inter")
+FFN_TAPS = (*NEURON_TAPS, "ffn_out")
 ROUTER = "router"  # of a mixture of experts
 # Projections by the name of their input; a model has some of them fused, or not.
 PROJECTIONS = (
@@ -45,7 +46,8 @@ class Cut:
             Σ score² up to it <= τ² Σ score². "mass": m, with Σ score up to it <= m Σ score.
         value: (L,), or one number for all layers.
         weight: (L, width), or "column_norm": of the projection W that reads the tap (down_proj,
-            for values of the FFN) ||W[:, i]||. None: 1.
+            for values of the FFN) ||W[:, i]||. None: 1. Of a mixture's neurons the width is
+            n_experts * d_ff, expert after expert, though each expert is cut by itself.
 
     Raises:
         ValueError: not such a cut.
@@ -174,6 +176,11 @@ class Plan:
     def inputs(self) -> tuple[str, ...]:
         """Projections whose inputs are cut."""
         return tuple(cut.tap for cut in self.cuts if cut.tap in PROJECTIONS)
+
+    @property
+    def cuts_neurons(self) -> bool:
+        """Whether values of neurons are cut, not only inputs or experts."""
+        return any(cut.tap in NEURON_TAPS for cut in self.cuts)
 
     @property
     def where(self) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 
 from fallow import _core
 from fallow.common.errors import FallowError
-from fallow.plan import COLUMN_NORM, FFN_TAPS, ROUTER, Plan
+from fallow.plan import COLUMN_NORM, FFN_TAPS, NEURON_TAPS, ROUTER, Plan
 from fallow.plan import Cut as PlanCut
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def core_cuts(engine: "Engine", plan: Plan) -> list[Cut]:
 
 
 def _check_fits(engine: "Engine", cut: PlanCut, parts: tuple[str, ...]) -> None:
-    of_ffn = cut.tap in FFN_TAPS or parts[0] in ("gate_proj", "up_proj", "down_proj")
+    of_ffn = parts[0] in ("ffn_out", "gate_proj", "up_proj", "down_proj")
     if of_ffn if engine.n_experts else cut.tap == ROUTER:
         kind = "a mixture of experts" if engine.n_experts else "no mixture of experts"
         raise FallowError(f"the plan cuts {cut.tap}, but {engine.name} is {kind}; calibrate again")
@@ -54,9 +54,9 @@ def _check_fits(engine: "Engine", cut: PlanCut, parts: tuple[str, ...]) -> None:
 
 
 def _width(engine: "Engine", tap: str) -> int:
-    """How many values of a token a tap has."""
-    if tap in FFN_TAPS[:-1] or tap == "down_proj":
-        return engine._core.intermediate_size
+    """How many values of a token a tap has; of a mixture's neurons those of all experts."""
+    if tap in NEURON_TAPS or tap == "down_proj":
+        return engine._core.intermediate_size * max(1, engine.n_experts)
     if tap == ROUTER:
         return engine.n_experts
     reads = "q_proj" if tap == "ffn_out" else tap  # both are as wide as the residual stream
@@ -73,6 +73,11 @@ def _weight(
         return None
     if cut.tap in FFN_TAPS or cut.tap == "down_proj":
         # ||W_down[:, i]|| as the file holds it.
+        if f"layers.{layer}.down_norm" not in engine.file.tensors:
+            raise FallowError(
+                f"the plan weighs {cut.tap} by norms of down_proj, which {engine.path} does not "
+                "have of its experts: an earlier fallow packed it; pack it again"
+            )
         return np.asarray(engine._core.down_norm(layer), dtype=np.float32)
     squares = np.zeros(_width(engine, parts[0]))
     for part in parts:

@@ -515,6 +515,17 @@ class Engine:
         bits = np.unpackbits(rows.reshape(-1, layers, -(-neurons // 8)), axis=2, bitorder="little")
         return bits[..., :neurons].astype(bool)
 
+    def idle_in_experts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of a mixture: share of its experts left out by tokens, and of those used of neurons.
+
+        Per layer, (L,) each, since `reset_stats`, without an expert that all tokens share.
+        """
+        uses, figures = self.expert_uses().sum(axis=1), self.core_stats()
+        d_ff, tokens = self._core.intermediate_size, max(1, figures["tokens"])
+        shared = tokens * self.file.get("fallow.shared_intermediate_size", 0)
+        active = np.array(figures["active"]) - shared
+        return 1 - uses / (tokens * self.n_experts), 1 - active / np.maximum(uses * d_ff, 1)
+
     def predicted_neurons(self) -> np.ndarray:
         """Share of neurons per layer, (L,), whose gate was read because it was predicted to matter.
 

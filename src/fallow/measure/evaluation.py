@@ -29,20 +29,20 @@ from fallow.models.capture import non_finite_error
 from fallow.models.cuts import per_token_topk
 from fallow.models.devices import as_array, as_floats, in_halves
 from fallow.models.taps import Layer, attach, tap_names
-from fallow.plan import ROUTER, Plan
+from fallow.plan import NEURON_TAPS, ROUTER, Plan
 from fallow.reference.model import Model
 from fallow.selectors import Selector
 
 
 class SparsityMeter:
-    """Zero fraction of tapped values per layer and token."""
+    """Zero fraction of tapped values per layer and token; of neurons per token and its expert."""
 
-    def __init__(self, n_layers: int) -> None:
+    def __init__(self, layers: list[Layer]) -> None:
         self._zeros: dict[str, list[list[np.ndarray]]] = {}
-        self._n_layers = n_layers
+        self._layers = layers
 
     def tap(self, name: str) -> Any:
-        parts: list[list[np.ndarray]] = [[] for _ in range(self._n_layers)]
+        parts: list[list[np.ndarray]] = [[] for _ in self._layers]
         self._zeros[name] = parts
 
         def count(layer: int, value: torch.Tensor) -> None:
@@ -51,7 +51,12 @@ class SparsityMeter:
         return count
 
     def fractions(self, name: str) -> np.ndarray:
-        """(L, T); a tap that is passed several times (x) gives the mean of its passes."""
+        """(L, T); a tap that is passed several times (x) gives the mean of its passes.
+
+        Of a mixture's neurons (L, T * n_used).
+        """
+        if self._layers[0].experts is not None and name in NEURON_TAPS:
+            return np.stack([np.concatenate(layer) for layer in self._zeros[name]])
         return np.stack([np.mean(layer, axis=0) for layer in self._zeros[name]])
 
 
@@ -68,7 +73,8 @@ class SelectionMeter:
         self._shares: list[tuple[float, float]] = []
 
     def before(self, index: int, inter: torch.Tensor) -> None:
-        self._truth = inter.abs().float() * self._layers[index].down_norm
+        layer = self._layers[index]
+        self._truth = inter.abs().float() * layer.of_tapped(layer.down_norm)
 
     def after(self, index: int, inter: torch.Tensor) -> None:
         best = self._truth > per_token_topk(self._truth, float(self._kept[index]))
@@ -95,19 +101,20 @@ class _Meters:
     selection: SelectionMeter | None = None
 
 
-def _sparsity_taps(layer: Layer) -> tuple[str, ...]:
-    """Where zeros are counted; of a mixture of experts, experts."""
-    if layer.experts is not None:
-        return (ROUTER,)
-    return tuple(tap for tap in SPARSITY_TAPS if tap != "up" or layer.gated)
+def _sparsity_taps(layer: Layer, plan: Plan | Selector | None) -> tuple[str, ...]:
+    """Where zeros are counted; of a mixture of experts, experts, and neurons if some are cut."""
+    if layer.experts is None:
+        return tuple(tap for tap in SPARSITY_TAPS if tap != "up" or layer.gated)
+    neurons = tuple(tap for tap in SPARSITY_TAPS if tap in NEURON_TAPS)
+    return (ROUTER, *neurons) if isinstance(plan, Plan) and plan.cuts_neurons else (ROUTER,)
 
 
 @contextmanager
 def _metered(model: Model, plan: Plan | Selector | None) -> Iterator[_Meters]:
     """Applies the plan and counts zeros behind it."""
     layer = model.layers[0]
-    meters = _Meters(SparsityMeter(len(model.layers)))
-    taps = _sparsity_taps(layer)
+    meters = _Meters(SparsityMeter(model.layers))
+    taps = _sparsity_taps(layer, plan)
     inputs = plan.inputs if isinstance(plan, Plan) else ()
     counted = {t: meters.sparsity.tap(t) for t in (*taps, *inputs)}
     before: dict[str, Any] = {}
@@ -251,10 +258,10 @@ def _add_sparsity(
     model: Model, result: WindowResult, plan: Plan | Selector | None, meter: SparsityMeter
 ) -> None:
     layer = model.layers[0]
-    for tap in _sparsity_taps(layer):
+    for tap in _sparsity_taps(layer, plan):
         result.sparsity[tap] = meter.fractions(tap)
     if not (isinstance(plan, Plan) and plan.inputs):
-        kind = "inter" if layer.experts is None else ROUTER
+        kind = "inter" if "inter" in result.sparsity else ROUTER
         result.achieved_sparsity = float(result.sparsity[kind].mean())
     else:
         sizes = [

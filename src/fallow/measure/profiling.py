@@ -1,5 +1,6 @@
 """How sparse a model is as it stands: magnitudes, zeros, firing frequencies."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from fallow.common.progress import progress
 from fallow.models.capture import Histograms
 from fallow.models.cuts import per_token_topk
 from fallow.models.devices import as_array
-from fallow.models.taps import attach
+from fallow.models.taps import Layer, attach, tap_names
+from fallow.plan import ROUTER
 from fallow.reference.model import Model
 
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -46,25 +48,37 @@ class _Neurons:
     """Zero fractions of `inter` and `gate_act`, and how often each neuron fires."""
 
     def __init__(self, model: Model) -> None:
-        shape = (len(model.layers), model.intermediate_size)
+        mixture = model.layers[0].experts
+        # Of a mixture each expert has neurons of its own, and tokens.
+        shape = (len(model.layers), mixture.count if mixture else 1, model.intermediate_size)
         self.model = model
-        self.tokens = np.zeros(shape[0], dtype=np.int64)
+        self.tokens = np.zeros(shape[:2], dtype=np.int64)
         self.small = np.zeros((shape[0], len(SMALL)), dtype=np.int64)
         self.zero_out_norm = np.zeros(shape[0], dtype=np.int64)
         self.fired = np.zeros(shape, dtype=np.int64)  # out_norm >= 1e-7
         self.in_top = np.zeros(shape, dtype=np.int64)
 
-    def add(self, layer: int, inter: torch.Tensor) -> None:
+    def add(self, index: int, inter: torch.Tensor) -> None:
+        layer = self.model.layers[index]
+        place = index, layer.experts.current if layer.experts else 0
         magnitude = inter.abs().float()
-        out_norm = magnitude * self.model.layers[layer].down_norm
+        out_norm = magnitude * layer.of_tapped(layer.down_norm)
         fires = out_norm >= ZERO_OUT_NORM
-        self.tokens[layer] += len(inter)
+        self.tokens[place] += len(inter)
         for i, epsilon in enumerate(SMALL):
-            self.small[layer, i] += int((magnitude <= epsilon).sum())
-        self.zero_out_norm[layer] += int((~fires).sum())
-        self.fired[layer] += as_array(fires.sum(dim=0))
+            self.small[index, i] += int((magnitude <= epsilon).sum())
+        self.zero_out_norm[index] += int((~fires).sum())
+        self.fired[place] += as_array(fires.sum(dim=0))
         top = out_norm > per_token_topk(out_norm, TOP)
-        self.in_top[layer] += as_array(top.sum(dim=0))
+        self.in_top[place] += as_array(top.sum(dim=0))
+
+    def share_of_tokens(self, counts: np.ndarray) -> np.ndarray:
+        """Counts of neurons over the tokens that reach each, (L, d_ff); 0 if none does.
+
+        Of a mixture (L, n_experts * d_ff).
+        """
+        shares = counts / np.maximum(self.tokens, 1)[:, :, None]
+        return np.asarray(shares.reshape(len(shares), -1))
 
 
 def profile(
@@ -86,11 +100,11 @@ def profile(
     source = load_text(text, "evaluation")
     cut = model.windows(source, context, windows, at_most=WINDOWS)
     layer = model.layers[0]
-    layer.one_ffn()  # or it is refused
     # Inputs that several projections share are tapped at the first one: x, and that of q, k and v.
     attention = list(layer.attention)
-    names = ["x", *layer.ffn_taps, *attention[:1], *attention[-1:]]
-    tapped = {"x": next(iter(layer.ffn_inputs))}
+    names = [n for n in ("x", *layer.ffn_taps) if n in tap_names(layer) and n != ROUTER]
+    names += [*attention[:1], *attention[-1:]]
+    tapped = {"x": next(iter(layer.ffn_inputs))} if "x" in names else {}
     histograms = {name: Histograms(name, len(model.layers)) for name in names}
     neurons = _Neurons(model)
     taps = {tapped.get(name, name): h.add for name, h in histograms.items()}
@@ -103,11 +117,20 @@ def profile(
 
 
 def _weight_histograms(model: Model) -> dict[str, Histograms]:
-    found = {name: Histograms(name, len(model.layers)) for name in model.layers[0].projections}
+    found: dict[str, Histograms] = {}
     for index, layer in enumerate(model.layers):
-        for name, module in layer.projections.items():
-            found[name].add(index, module.weight)
+        for name, weight in _weights(layer):
+            found.setdefault(name, Histograms(name, len(model.layers))).add(index, weight)
     return found
+
+
+def _weights(layer: Layer) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, module in layer.projections.items():
+        yield name, module.weight
+    if (mixture := layer.experts) is not None:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            for weight in getattr(mixture, name):
+                yield name, weight
 
 
 def _summarise(
@@ -118,9 +141,10 @@ def _summarise(
     weights: dict[str, Histograms],
     neurons: _Neurons,
 ) -> Profile:
-    values = neurons.tokens * model.intermediate_size  # (L,) values of inter
-    fired = neurons.fired / neurons.tokens[:, None]
-    in_top = neurons.in_top / neurons.tokens[:, None]
+    values = neurons.tokens.sum(axis=1) * model.intermediate_size  # (L,) values of inter
+    fired = neurons.share_of_tokens(neurons.fired)
+    in_top = neurons.share_of_tokens(neurons.in_top)
+    mixture, unused = model.layers[0].experts, (neurons.tokens == 0).sum(axis=1).tolist()
     layers: list[dict[str, Any]] = []
     for i in range(len(model.layers)):
         layers.append(
@@ -137,6 +161,7 @@ def _summarise(
                 "out_norm_below_1e-7": int(neurons.zero_out_norm[i]) / int(values[i]),
                 "dead_neurons": int((fired[i] < DEAD).sum()),
                 "rarely_in_top_half": int((in_top[i] < DEAD).sum()),
+                **({} if mixture is None else {"unused_experts": unused[i]}),
                 "magnitude_quantiles": _quantiles(magnitudes, i),
                 "weight_quantiles": _quantiles(weights, i),
             }
@@ -159,6 +184,8 @@ def _summarise(
         "firing_frequency": fired.astype(np.float32),
         "top_half_frequency": in_top.astype(np.float32),
     }
+    if mixture is not None:
+        arrays["expert_frequency"] = (neurons.tokens / windows.size).astype(np.float32)
     for kind, histograms in (("magnitude", magnitudes), ("weight", weights)):
         for name, h in histograms.items():
             counts = h.counts.reshape(len(h.counts), -1, _group()).sum(axis=2)

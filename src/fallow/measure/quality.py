@@ -204,13 +204,20 @@ def evaluate_engine(
             engine.reset_stats()
             logits, vocabulary = _read(engine, window, decode), engine.vocabulary_size
             d, results = compare_logits(window, baseline, [logits], vocabulary, at_once)
-            idle = engine.idle_neurons()[:, None]
-            results[0].sparsity = {ROUTER if engine.n_experts else "inter": idle}
-            results[0].achieved_sparsity = float(idle.mean())
+            results[0].sparsity = _sparsity(engine, plan)
+            results[0].achieved_sparsity = float([*results[0].sparsity.values()][-1].mean())
             dense.append(d)
             sparse.append(results[0])
             ticker.advance()
     return summarise(engine, plan, source, cut, dense, sparse, "windows")
+
+
+def _sparsity(engine: Engine, plan: Plan | None) -> dict[str, np.ndarray]:
+    """What was zero since `reset_stats`, per layer (L, 1); last what the plan is about."""
+    if engine.n_experts and plan is not None and plan.cuts_neurons:
+        experts, neurons = engine.idle_in_experts()
+        return {ROUTER: experts[:, None], "inter": neurons[:, None]}
+    return {ROUTER if engine.n_experts else "inter": engine.idle_neurons()[:, None]}
 
 
 def _read(engine: Engine, window: np.ndarray, decode: bool, dense: bool = False) -> Logits:

@@ -231,6 +231,7 @@ def _experts(get: Callable[[str | None], Any], paths: ExpertPaths) -> Experts:
         }
 
     return Experts(
+        module=experts,
         router=get(paths.router),
         **parts(""),
         biases=parts("_bias") if paths.is_transposed else {},

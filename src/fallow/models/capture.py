@@ -1,6 +1,6 @@
 """What a dense model does on calibration text: the statistics that rules are fitted on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from fallow.common.metrics import histogram_quantile
 from fallow.common.progress import progress
 from fallow.models import devices
 from fallow.models.taps import Layer, attach
-from fallow.plan import ROUTER
+from fallow.plan import NEURON_TAPS, ROUTER
 
 # Tokens kept whole for searches that no histogram can answer (CETT, tail budget): 1024 tokens of
 # Qwen2.5-1.5B are 0.5 GB in bf16. TEAL's search runs each block some hundred times, on fewer:
@@ -114,6 +114,9 @@ class Calibration:
         self.model = model
         self.windows = windows
         self.cache: dict[str, Any] = {}  # for rules whose search is worth keeping (TEAL's path)
+        # Of a mixture, of the rows of `inter` and `gate_act` the expert that each is of: (T',)
+        # int64 per layer. Of other models there are none.
+        self.sampled_experts: list[torch.Tensor] = []
 
     @property
     def layers(self) -> list[Layer]:
@@ -127,15 +130,18 @@ class Calibration:
     def histograms(self) -> dict[str, Histograms]:
         """Per tap; projections that share an input (q, k, v; gate, up) are counted once."""
         layer = self.layers[0]
-        ffn = [tap for tap in layer.ffn_taps if tap not in ("inter", ROUTER)]
-        names = [*ffn, *dict.fromkeys(input_histogram(layer, p) for p in layer.projections)]
+        taps = [tap for tap in layer.ffn_taps if tap != ROUTER]
+        names = dict.fromkeys([*taps, *(input_histogram(layer, p) for p in layer.projections)])
         found = {name: Histograms(name, len(self.layers)) for name in names}
         self.run("histograms", {name: h.add for name, h in found.items()})
         return found
 
     @cached_property
     def inter(self) -> list[torch.Tensor]:
-        """`inter` of an even sample of tokens, per layer (T', d_ff), as the model computes it."""
+        """`inter` of an even sample of tokens, per layer (T', d_ff), as the model computes it.
+
+        Of a mixture a sample of tokens and one of the experts that each uses.
+        """
         return self.sample("inter")
 
     @cached_property
@@ -147,11 +153,32 @@ class Calibration:
         """A tap's values at an even sample of tokens, per layer (T', d_ff)."""
         sample = _Sample(self, tap, tokens)
         self.run("activations", {tap: sample.add})
+        self.sampled_experts = sample.experts or self.sampled_experts
         return sample.found
+
+    def scores(
+        self, values: list[torch.Tensor], weights: Iterable[torch.Tensor], step: int = 1
+    ) -> list[torch.Tensor]:
+        """|value| times its neuron's weight, of every `step`-th row, per layer (T', d_ff) float32.
+
+        Of `inter` or `gate_act` and weights (d_ff,) per layer; of a mixture (n_experts, d_ff), or
+        the same in one row.
+        """
+        found = []
+        for index, (value, weight) in enumerate(zip(values, weights, strict=True)):
+            if self.sampled_experts:
+                rows = self.sampled_experts[index][::step]
+                weight = weight.view(-1, value.shape[1])[rows]
+            found.append(value[::step].abs().float() * weight)
+        return found
 
     @cached_property
     def mean_up(self) -> np.ndarray:
-        """E|up_i| of every neuron, (L, d_ff) float32; ones for an FFN without a gate."""
+        """E|up_i| of every neuron, (L, d_ff) float32; ones for an FFN without a gate.
+
+        Of a mixture (L, n_experts * d_ff), each expert's over the tokens that use it; of one that
+        none uses, the mean of the layer's neurons.
+        """
         mean = _MeanUp(self)
         if mean.gated:
             self.run("mean up", {"up": mean.add})
@@ -164,6 +191,7 @@ class Calibration:
         samples = {tap: _Sample(self, tap, SAMPLE_TOKENS) for tap in taps}
         adding: dict[str, Callable[..., Any]] = {tap: s.add for tap, s in samples.items()}
         self.run("activations", adding | ({"up": mean.add} if mean.gated else {}))
+        self.sampled_experts = samples["inter"].experts
         vars(self).update({tap: s.found for tap, s in samples.items()}, mean_up=mean.found)
 
     @cached_property
@@ -239,12 +267,18 @@ class _Sample:
     """A tap's values at an even sample of a calibration's tokens."""
 
     def __init__(self, calibration: Calibration, tap: str, tokens: int) -> None:
-        count, n_layers = min(tokens, calibration.n_tokens), len(calibration.layers)
+        n_rows, n_layers = calibration.n_tokens, len(calibration.layers)
+        mixture = calibration.layers[0].experts if tap in NEURON_TAPS else None
+        if mixture is not None:
+            n_rows *= mixture.used
+        count = min(tokens, n_rows)
         # From the middle of each stride: a window's first token is an attention sink with
         # activations of its own kind, and must not be over-represented.
-        self._wanted = ((np.arange(count) + 0.5) * calibration.n_tokens / count).astype(np.int64)
+        self._wanted = ((np.arange(count) + 0.5) * n_rows / count).astype(np.int64)
         self._tap, self._seen = tap, [0] * n_layers
         self._parts: list[list[torch.Tensor]] = [[] for _ in range(n_layers)]
+        self._layers = calibration.layers if mixture is not None else []
+        self._experts: list[list[torch.Tensor]] = [[] for _ in self._layers]
 
     def add(self, layer: int, value: torch.Tensor) -> None:
         if not torch.isfinite(value).all():
@@ -253,33 +287,54 @@ class _Sample:
         here = wanted[(wanted >= first) & (wanted < first + len(value))]
         self._parts[layer].append(value[here - first].clone())
         self._seen[layer] += len(value)
+        if self._layers and (mixture := self._layers[layer].experts) is not None:
+            self._experts[layer].append(torch.full((len(here),), mixture.current))
 
     @property
     def found(self) -> list[torch.Tensor]:
         """Per layer (T', d_ff)."""
         return [torch.cat(parts) for parts in self._parts]
 
+    @property
+    def experts(self) -> list[torch.Tensor]:
+        """Of a mixture's neurons the expert of each row, per layer (T',) int64."""
+        return [torch.cat(parts) for parts in self._experts]
+
 
 class _MeanUp:
     """E|up_i| of every neuron."""
 
     def __init__(self, calibration: Calibration) -> None:
-        layers, self._n_tokens = calibration.layers, calibration.n_tokens
+        self._layers = layers = calibration.layers
         self.gated = layers[0].gated
-        self._total = np.zeros((len(layers), layers[0].down_proj.in_features))
+        if (mixture := layers[0].experts) is not None:
+            shape = len(layers), mixture.count, mixture.d_ff
+        else:
+            shape = len(layers), 1, layers[0].down_proj.in_features
+        self._total = np.zeros(shape)
+        self._n_tokens = np.zeros(shape[:2], dtype=np.int64)
 
     def add(self, layer: int, value: torch.Tensor) -> None:
-        self._total[layer] += devices.as_array(value.abs().float().sum(dim=0))
+        mixture = self._layers[layer].experts
+        expert = 0 if mixture is None else mixture.current
+        self._total[layer, expert] += devices.as_array(value.abs().float().sum(dim=0))
+        self._n_tokens[layer, expert] += len(value)
 
     @property
     def found(self) -> np.ndarray:
-        """(L, d_ff) float32; ones for an FFN without a gate."""
+        """(L, d_ff) float32; ones for an FFN without a gate. Of a mixture (L, n_experts * d_ff)."""
+        n_layers = len(self._total)
         if not self.gated:
-            return np.ones(self._total.shape, dtype=np.float32)
+            return np.ones((n_layers, self._total[0].size), dtype=np.float32)
         if not np.isfinite(self._total).all():
-            layer = int(np.argmax(~np.isfinite(self._total).all(axis=1)))
+            layer = int(np.argmax(~np.isfinite(self._total).all(axis=(1, 2))))
             raise non_finite_error("up", layer, int((~np.isfinite(self._total[layer])).sum()))
-        return (self._total / self._n_tokens).astype(np.float32)
+        uses = self._n_tokens[:, :, None]
+        mean = self._total / np.maximum(uses, 1)
+        # Nothing is known of an expert that no token used. Zeros would drop all of its neurons.
+        of_used = self._total.sum(axis=1) / self._n_tokens.sum(axis=1, keepdims=True)
+        usual = of_used.mean(axis=1)[:, None, None]
+        return np.where(uses > 0, mean, usual).astype(np.float32).reshape(n_layers, -1)
 
 
 def input_histogram(layer: Layer, projection: str) -> str:

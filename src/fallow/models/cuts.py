@@ -14,7 +14,7 @@ from fallow.models import devices
 from fallow.models.capture import n_threads
 from fallow.models.devices import as_floats
 from fallow.models.taps import Layer, Tap, cut_names
-from fallow.plan import ROUTER, Cut
+from fallow.plan import NEURON_TAPS, ROUTER, Cut
 
 
 def cut_taps(cuts: Sequence[Cut], layers: list[Layer], name: str) -> dict[str, Tap]:
@@ -34,7 +34,7 @@ def _tap(cut: Cut, layers: list[Layer], name: str) -> Tap:
         score = value.detach().abs().float()  # what is cut is a constant for a gradient
         weight = weights[index]
         if weight is not None:
-            score *= weight
+            score *= layers[index].of_tapped(weight) if cut.tap in NEURON_TAPS else weight
         return zero_where(score <= threshold_of(cut, index, score), value)
 
     return apply
@@ -51,21 +51,24 @@ def check_fits(cut: Cut, layers: list[Layer], name: str) -> None:
 
 
 def width_of(tap: str, layer: Layer) -> int:
-    """How many values of a token a tap has."""
+    """How many values of a token a tap has; of a mixture's neurons those of all experts."""
     if tap == "ffn_out":
         return layer.down_proj.out_features
-    if layer.experts is not None and tap == ROUTER:
-        return layer.experts.count
+    if (experts := layer.experts) is not None and tap not in layer.projections:
+        return experts.count * (1 if tap == ROUTER else experts.d_ff)
     return (layer.projections.get(tap) or layer.down_proj).in_features
 
 
 def weight_of(cut: Cut, index: int, layer: Layer) -> torch.Tensor | None:
-    """Factor of layer `index`'s scores, (width,) float32 on its device; None: plain magnitude."""
+    """Factor of layer `index`'s scores, (width,) float32 on its device; None: plain magnitude.
+
+    Of a mixture's neurons of all experts.
+    """
     if isinstance(cut.weight, np.ndarray):
         return devices.tensor(cut.weight[index], layer.device)
     if cut.weight is None:
         return None
-    return layer.input_norms[cut.tap if cut.tap in layer.projections else "down_proj"]
+    return layer.input_norms[cut.tap] if cut.tap in layer.projections else layer.down_norm
 
 
 def threshold_of(cut: Cut, index: int, score: torch.Tensor) -> float | torch.Tensor:

@@ -1,6 +1,7 @@
 """Named places in a model's FFN and attention where values are read or replaced.
 
-Hooks on the modules that every transformers model has; no forward is copied. For FFN input x:
+Hooks on the modules that every transformers model has; no forward is copied, but for that of
+experts, which transformers keeps as one module. For FFN input x:
 
     gate_pre = x gate_projᵀ      gate_act = act(gate_pre)      up = x up_projᵀ
     inter = gate_act * up        ffn_out = inter down_projᵀ
@@ -8,8 +9,10 @@ Hooks on the modules that every transformers model has; no forward is copied. Fo
 A non-gated FFN (OPT, Phi-2) has no `up`: gate_pre is fc1's output and inter = gate_act. Of a layer
 of Gemma 3n that keeps the top of gate_proj's outputs, gate_pre is what it keeps: act's input.
 
-A mixture of experts has `router` in place of all these: of every token the square roots of its
-experts' shares of the router's mass on them, (T, n_experts), and zero for the others.
+A mixture of experts has `router` besides: of every token the square roots of its experts' shares of
+the router's mass on them, (T, n_experts), and zero for the others. Of the rest it has gate_pre,
+gate_act, up and inter, of one expert after the other and the tokens that use it; an expert that all
+tokens share is left alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +23,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from fallow.common.errors import FallowError, UsageError
-from fallow.plan import FFN_TAPS, ROUTER
+from fallow.plan import FFN_TAPS, NEURON_TAPS, ROUTER
 
 Tap = Callable[[int, torch.Tensor], torch.Tensor | None]
 """Called with (layer, value (T, width)); what it returns replaces the value, None leaves it."""
@@ -50,6 +54,7 @@ class Ffn:
 class Experts:
     """A mixture of experts: a router, and FFNs whose weights are stacked."""
 
+    module: nn.Module  # whose forward takes x (T, d_model), chosen and shares, and sums the experts
     router: Any  # gives (logits, shares, chosen), (T, n_experts) and twice (T, n_used)
     gate_proj: torch.Tensor  # (n_experts, d_ff, d_model), as up_proj; parameters or views of them
     up_proj: torch.Tensor
@@ -65,6 +70,11 @@ class Experts:
         return int(self.down_proj.shape[0])
 
     @property
+    def d_ff(self) -> int:
+        """Neurons of one expert."""
+        return int(self.down_proj.shape[2])
+
+    @property
     def used(self) -> int:
         """By a token."""
         return int(self.router.top_k)
@@ -73,6 +83,95 @@ class Experts:
     def is_normed(self) -> bool:
         """Whether shares of a token's experts are made to sum to 1."""
         return bool(getattr(self.router, "norm_topk_prob", True))
+
+    @property
+    def current(self) -> int:
+        """The expert whose neurons a tap is given."""
+        return self._tapped.current
+
+    def tap(self, name: str, tap: Callable[[torch.Tensor], Any]) -> "_TapHandle":
+        """Attaches a tap to neurons until its handle's `remove` is called."""
+        self._tapped.taps.append((name, tap))
+        self.module.forward = partial(_forward, self, self._tapped)  # type: ignore[method-assign]
+        return _TapHandle(self.module, self._tapped, (name, tap))
+
+    @property
+    def _tapped(self) -> "_Tapped":
+        """On the module, since a model's layers may be described several times."""
+        found: _Tapped = vars(self.module).setdefault("_fallow_tapped", _Tapped())
+        return found
+
+    def gate_and_up(self, x: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate_pre and up of tokens (T, d_model), (T, d_ff) each."""
+        module: Any = self.module
+        if not self.biases:
+            gate, up = linear(x, module.gate_up_proj[expert]).chunk(2, dim=-1)
+            return gate, up
+        both = x @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
+        return both[..., ::2], both[..., 1::2].clamp(min=-module.limit, max=module.limit) + 1
+
+    def act(self, gate: torch.Tensor) -> torch.Tensor:
+        """What an expert's activation makes of gate_pre."""
+        module: Any = self.module
+        if not self.biases:
+            return module.act_fn(gate)  # type: ignore[no-any-return]
+        gate = gate.clamp(max=module.limit)
+        return gate * torch.sigmoid(gate * module.alpha)
+
+    def down(self, inter: torch.Tensor, expert: int) -> torch.Tensor:
+        """What an expert puts out for inter (T, d_ff), (T, d_model)."""
+        module: Any = self.module
+        if not self.biases:
+            return linear(inter, module.down_proj[expert])
+        return inter @ module.down_proj[expert] + module.down_proj_bias[expert]
+
+
+class _Tapped:
+    """Taps on the neurons of a module of experts, in order, and the expert that they are given."""
+
+    def __init__(self) -> None:
+        self.taps: list[tuple[str, Callable[[torch.Tensor], Any]]] = []
+        self.current = -1
+
+
+@dataclass(frozen=True)
+class _TapHandle:
+    module: nn.Module
+    tapped: _Tapped
+    tap: tuple[str, Callable[[torch.Tensor], Any]]
+
+    def remove(self) -> None:
+        self.tapped.taps.remove(self.tap)
+        if not self.tapped.taps:
+            del self.module.forward  # the class's own is left
+
+
+def _forward(
+    experts: Experts, tapped: _Tapped, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor
+) -> torch.Tensor:
+    """As a module of experts computes it, to the bit, with taps on neurons.
+
+    Of x (T, d_model) and each token's experts and their shares, (T, n_used).
+    """
+
+    def tap(name: str, value: torch.Tensor) -> torch.Tensor:
+        for at, each in tapped.taps:
+            replaced = each(value) if at == name else None
+            value = value if replaced is None else replaced
+        return value
+
+    out = torch.zeros_like(x)
+    for expert in chosen.unique().tolist():
+        tapped.current = expert
+        place, token = torch.where(chosen.T.eq(expert))
+        gate, up = experts.gate_and_up(x[token], expert)
+        # Laid out as it was, or an activation may round it otherwise.
+        cut = torch.empty_strided(gate.shape, gate.stride(), dtype=gate.dtype, device=gate.device)
+        gate = cut.copy_(tap("gate_pre", gate))
+        inter = tap("gate_act", experts.act(gate)) * tap("up", up)
+        y = experts.down(tap("inter", inter), expert) * shares[token, place, None]
+        out.index_add_(0, token, y.to(out.dtype))
+    return out
 
 
 @dataclass(frozen=True)
@@ -88,8 +187,8 @@ class Layer:
         """Raises FallowError for a mixture of experts."""
         if self.ffn is None:
             raise FallowError(
-                "the model is a mixture of experts, whose neurons no rule, selector or figure "
-                f"looks at yet; what can be cut is {', '.join(cut_names(self))}"
+                "the model is a mixture of experts, whose neurons only profile, evaluate and the "
+                f"rules of calibrate look at yet; what can be cut is {', '.join(cut_names(self))}"
             )
         return self.ffn
 
@@ -115,6 +214,8 @@ class Layer:
 
     @property
     def device(self) -> torch.device:
+        if self.experts is not None:
+            return self.experts.down_proj.device
         return self.down_proj.weight.device
 
     @property
@@ -125,9 +226,9 @@ class Layer:
 
     @property
     def ffn_taps(self) -> tuple[str, ...]:
-        """Those of FFN_TAPS that this FFN has: no `up` without a gate; or the router."""
+        """Those of FFN_TAPS that this FFN has: no `up` without a gate; and a mixture's router."""
         if self.experts is not None:
-            return (ROUTER,)
+            return (ROUTER, *NEURON_TAPS)
         return tuple(name for name in FFN_TAPS if name != "up" or self.gated)
 
     @cached_property
@@ -151,18 +252,29 @@ class Layer:
 
     @cached_property
     def down_norm(self) -> torch.Tensor:
-        """c_i = ||down_proj[:, i]||_2, (d_ff,) float32."""
-        return column_norm(self.down_proj)
+        """c_i = ||down_proj[:, i]||_2, (d_ff,) float32; of a mixture (n_experts, d_ff)."""
+        if self.experts is not None:
+            return torch.stack([column_norm(weight) for weight in self.experts.down_proj])
+        return column_norm(self.down_proj.weight)
+
+    def of_tapped(self, per_neuron: torch.Tensor) -> torch.Tensor:
+        """Of figures of all neurons those of the neurons that a tap is given, (d_ff,).
+
+        All, (d_ff,); or of a mixture's (n_experts, d_ff) or (n_experts * d_ff,) one expert's.
+        """
+        if self.experts is None:
+            return per_neuron
+        return per_neuron.view(self.experts.count, -1)[self.experts.current]
 
     @cached_property
     def input_norms(self) -> dict[str, torch.Tensor]:
         """||W[:, j]||_2 of every projection, (in,) float32."""
-        return {name: column_norm(module) for name, module in self.projections.items()}
+        return {name: column_norm(module.weight) for name, module in self.projections.items()}
 
 
-def column_norm(projection: nn.Linear) -> torch.Tensor:
+def column_norm(weight: torch.Tensor) -> torch.Tensor:
     """||W[:, j]||_2 of a weight (out, in), (in,) float32."""
-    return torch.linalg.vector_norm(projection.weight.detach().float(), dim=0)
+    return torch.linalg.vector_norm(weight.detach().float(), dim=0)
 
 
 def tap_names(layer: Layer) -> tuple[str, ...]:
@@ -202,6 +314,8 @@ def _register(layer: Layer, name: str, tap: Callable[[torch.Tensor], Any]) -> It
     elif name == ROUTER:
         assert layer.experts is not None
         yield layer.experts.router.register_forward_hook(_router_hook(tap, layer.experts.is_normed))
+    elif layer.experts is not None and name in NEURON_TAPS:
+        yield layer.experts.tap(name, tap)
     elif name == "inter":
         yield layer.down_proj.register_forward_pre_hook(_input_hook(tap))
     elif name in layer.projections:

@@ -150,6 +150,7 @@ def optimize(
     packer = Packer(
         model, quant=quant, down=down, text=load_text(None, "calibration"), device=device
     )
+    packer.model.layers[0].one_ffn()  # or it is refused
     texts = _cut(packer, fit_text, check_text, context, counts)
     stages.end("load")
     packer.add_coarse_head(fit_text, texts.for_head)

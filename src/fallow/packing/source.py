@@ -269,9 +269,8 @@ class Source:
         for i, layer in enumerate(self.model.layers):
             for name, path in a.norms.items():
                 yield from self._norm(f"layers.{i}.{name}", layer.block.get_submodule(path))
-            if (experts := layer.experts) is None:
-                yield f"layers.{i}.down_norm", as_floats(layer.down_norm)
-            else:
+            yield f"layers.{i}.down_norm", as_floats(layer.down_norm)
+            if (experts := layer.experts) is not None:
                 # Who is chosen hangs on small differences.
                 yield f"layers.{i}.router.weight", as_floats(experts.router.weight)
                 if getattr(experts.router, "bias", None) is not None:

@@ -180,7 +180,7 @@ class Model:
     def intermediate_size(self) -> int:
         layer = self.layers[0]
         if layer.experts is not None:  # of one of them
-            return int(layer.experts.down_proj.shape[2])
+            return layer.experts.d_ff
         return layer.down_proj.in_features
 
     @property

@@ -106,8 +106,9 @@ def examine(
 
     Raises:
         UsageError: a layer or neuron that the model lacks, or no snippet is asked for.
-        FallowError: a text has fewer windows; NaN, naming tensor and layer.
+        FallowError: a text has fewer windows; NaN, naming tensor and layer; a mixture of experts.
     """
+    model.layers[0].one_ffn()  # or it is refused
     for place in places:
         check_place(model, *place)
     if snippets < 1:

@@ -61,11 +61,8 @@ class Choice:
         """Fits it to a target sparsity of the tensors it cuts, or to a knob.
 
         Raises:
-            FallowError: it chooses neurons, and the model is a mixture of experts.
             UsageError: not exactly one of the two, out of range, or cuts that cannot be made.
         """
-        if cls.where == "inter":
-            calibration.layers[0].one_ffn()
         if knob is None:
             if sparsity is None:
                 raise UsageError("give a target sparsity, or a value for knob")

@@ -9,10 +9,10 @@ GATE_KNOWN = "after gate: saves up_proj and down_proj"
 
 
 def gate_weights(calibration: Calibration) -> np.ndarray:
-    """E|up_i| ||down_proj[:, i]|| per layer, (L, d_ff) float32.
+    """E|up_i| ||down_proj[:, i]|| per layer, (L, d_ff) float32; of a mixture (L, n_experts * d_ff).
 
     E|up_i| is the calibration mean, so that |gate_act_i| times this is the norm to expect of a
     neuron's output when its gate is known.
     """
     norms = np.stack([as_array(layer.down_norm) for layer in calibration.layers])
-    return calibration.mean_up * norms
+    return calibration.mean_up * norms.reshape(len(norms), -1)

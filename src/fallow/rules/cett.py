@@ -53,12 +53,19 @@ class Cett(Rule):
 class CettSearch:
     """Thresholds of one layer, on scores (T, d_ff); `inter` likewise, `down_proj` (d_model, d_ff).
 
+    Of a mixture `down_proj` is (n_experts, d_model, d_ff), and `experts` (T,) whose each row is.
     Candidates are 65,536 even steps from the smallest score to the 0.99 quantile.
     Evaluated candidates are remembered, so that the next search starts from a narrow bracket.
     """
 
-    def __init__(self, inter: torch.Tensor, down_proj: torch.Tensor, score: torch.Tensor) -> None:
-        self.inter, self.down_proj, self.score = inter, down_proj, score
+    def __init__(
+        self,
+        inter: torch.Tensor,
+        down_proj: torch.Tensor,
+        score: torch.Tensor,
+        experts: torch.Tensor | None = None,
+    ) -> None:
+        self.inter, self.down_proj, self.score, self.experts = inter, down_proj, score, experts
         sample = self.score.flatten()
         stride = max(1, sample.numel() // 1_000_000)
         while math.gcd(stride, inter.shape[1]) > 1:  # else some neurons would never be looked at
@@ -66,8 +73,18 @@ class CettSearch:
         sample = sample[::stride]
         self.lowest = float(self.score.min())
         self.highest = float(torch.quantile(sample, HIGHEST_QUANTILE))
-        self.output_norm = (inter @ down_proj.T).float().norm(dim=1)
+        self.output_norm = self.norm(inter)
         self.errors: dict[int, float] = {}
+
+    def norm(self, inter: torch.Tensor) -> torch.Tensor:
+        """Of the output for `inter`, (T,)."""
+        if self.experts is None:
+            return (inter @ self.down_proj.T).float().norm(dim=1)
+        found = inter.new_empty(len(inter), dtype=torch.float32)
+        for expert in self.experts.unique().tolist():
+            rows = self.experts == expert
+            found[rows] = (inter[rows] @ self.down_proj[expert].T).float().norm(dim=1)
+        return found
 
     def candidate(self, index: int) -> float:
         step = (self.highest - self.lowest) / (N_CANDIDATES - 1)
@@ -81,8 +98,7 @@ class CettSearch:
         """
         if index not in self.errors:
             dropped = zero_where(self.score > self.candidate(index), self.inter)
-            norm = (dropped @ self.down_proj.T).float().norm(dim=1)
-            ratio = torch.where(self.output_norm > 0, norm / self.output_norm, 0.0)
+            ratio = torch.where(self.output_norm > 0, self.norm(dropped) / self.output_norm, 0.0)
             self.errors[index] = float(ratio.mean())
         return self.errors[index]
 
@@ -114,13 +130,23 @@ class CettSearch:
 def cett_searches(calibration: Calibration) -> list[CettSearch]:
     """One search per layer, with neurons dropped in the order of their outputs' norms."""
     if "cett" not in calibration.cache:
-        calibration.cache["cett"] = [
-            CettSearch(
-                inter, layer.down_proj.weight.detach(), inter.abs().float() * layer.down_norm
-            )
-            for layer, inter in zip(calibration.layers, calibration.inter, strict=True)
-        ]
+        norms = [layer.down_norm for layer in calibration.layers]
+        scores = calibration.scores(calibration.inter, norms)
+        calibration.cache["cett"] = searches_of(calibration, scores)
     return calibration.cache["cett"]
+
+
+def searches_of(calibration: Calibration, scores: list[torch.Tensor]) -> list[CettSearch]:
+    """One search per layer, with neurons dropped in the order of these scores (T', d_ff)."""
+    found = []
+    for index, (layer, score) in enumerate(zip(calibration.layers, scores, strict=True)):
+        inter = calibration.inter[index]
+        if layer.experts is None:
+            found.append(CettSearch(inter, layer.down_proj.weight.detach(), score))
+        else:
+            experts = calibration.sampled_experts[index]
+            found.append(CettSearch(inter, layer.experts.down_proj.detach(), score, experts))
+    return found
 
 
 RULE = Cett

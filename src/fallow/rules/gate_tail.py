@@ -17,9 +17,9 @@ class GateTail(Tail):
     known = GATE_KNOWN
 
     @classmethod
-    def sample(cls, calibration: Calibration) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def scores(cls, calibration: Calibration) -> list[torch.Tensor]:
         weights = tensor(gate_weights(calibration), calibration.layers[0].device)
-        return calibration.gate_act, list(weights)
+        return calibration.scores(calibration.gate_act, weights, step=4)
 
     @classmethod
     def learn(cls, calibration: Calibration, knob: float) -> Cut:

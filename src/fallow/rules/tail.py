@@ -5,7 +5,7 @@ import torch
 from fallow.models.capture import Calibration
 from fallow.models.cuts import per_token_tail
 from fallow.plan import Cut
-from fallow.rules._base import Rule, bisect
+from fallow.rules._base import Rule, bisect, mean_zeros
 
 
 class Tail(Rule):
@@ -20,25 +20,22 @@ class Tail(Rule):
 
     @classmethod
     def knob_for(cls, calibration: Calibration, sparsity: float) -> float:
-        values, weights = cls.sample(calibration)
-        return bisect(lambda tau: _mean_sparsity(values, weights, tau), sparsity)
+        scores = cls.scores(calibration)
+
+        def mean_sparsity(tau: float) -> float:
+            return mean_zeros(scores, lambda score: score <= per_token_tail(score, tau))
+
+        return bisect(mean_sparsity, sparsity)
 
     @classmethod
-    def sample(cls, calibration: Calibration) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Per layer the calibration values (T', d_ff) that are cut, and their weights (d_ff,)."""
-        return calibration.inter, [layer.down_norm for layer in calibration.layers]
+    def scores(cls, calibration: Calibration) -> list[torch.Tensor]:
+        """Per layer those of some calibration values, (T', d_ff)."""
+        weights = [layer.down_norm for layer in calibration.layers]
+        return calibration.scores(calibration.inter, weights, step=4)
 
     @classmethod
     def learn(cls, calibration: Calibration, knob: float) -> Cut:
         return Cut("inter", "tail", knob, "column_norm")
-
-
-def _mean_sparsity(values: list[torch.Tensor], weights: list[torch.Tensor], tau: float) -> float:
-    total = 0.0
-    for value, weight in zip(values, weights, strict=True):
-        score = value[::4].abs().float() * weight
-        total += float((score <= per_token_tail(score, tau)).float().mean())
-    return total / len(values)
 
 
 RULE = Tail

@@ -10,7 +10,7 @@ from fallow.models.devices import tensor
 from fallow.plan import Cut
 from fallow.rules._base import Rule, bisect
 from fallow.rules._gate import gate_weights
-from fallow.rules.cett import CettSearch, cett_searches
+from fallow.rules.cett import CettSearch, cett_searches, searches_of
 
 
 class TwoStage(Rule):
@@ -77,16 +77,8 @@ def gate_searches(calibration: Calibration) -> list[CettSearch]:
     """As those of `cett`, with neurons dropped in the order of the gate's score."""
     if "cett by gate" not in calibration.cache:
         weights = tensor(gate_weights(calibration), calibration.layers[0].device)
-        calibration.cache["cett by gate"] = [
-            CettSearch(inter, layer.down_proj.weight.detach(), gate.abs().float() * weight)
-            for layer, inter, gate, weight in zip(
-                calibration.layers,
-                calibration.inter,
-                calibration.gate_act,
-                weights,
-                strict=True,
-            )
-        ]
+        scores = calibration.scores(calibration.gate_act, weights)
+        calibration.cache["cett by gate"] = searches_of(calibration, scores)
     return calibration.cache["cett by gate"]
 
 

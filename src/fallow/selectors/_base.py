@@ -75,6 +75,14 @@ class Selector(Choice):
         return Cett.knob_for(calibration, sparsity) if cls.options.get("cett") else 1 - sparsity
 
     @classmethod
+    def fit(
+        cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
+    ) -> Self:
+        """As `Choice.fit`. Raises FallowError for a mixture of experts."""
+        calibration.layers[0].one_ffn()
+        return super().fit(calibration, sparsity=sparsity, knob=knob)
+
+    @classmethod
     def fit_knob(cls, calibration: Calibration, knob: float) -> Self:
         return cls(knob, cls.learn(calibration, knob))
 
