@@ -508,7 +508,8 @@ class Engine:
         """Neurons that were not zero in the last pass, (T, L, neurons) bool, if it recorded them.
 
         Of each of its tokens; where it read more than `_core.FEW`, of the last. All of a layer's
-        where none is left out; of a mixture of experts those of the experts that were chosen.
+        where none is left out; of a mixture of experts all those of the experts that were chosen,
+        whatever a rule leaves out inside them.
         """
         layers, neurons = self._core.n_layers, self._core.neurons
         rows = np.frombuffer(self._core.active_neurons(), dtype=np.uint8)
