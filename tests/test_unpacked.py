@@ -307,7 +307,8 @@ def test_every_command(
     found = run("calibrate", own[name], "--rule", "gate_topk", "--sparsity", 0.4, *calibration)
     assert found.code == 0, found.err
     assert run("evaluate", *given, "--plan", plan).code == 0
-    found = run("generate", own[name], "neuron 3", "--plan", plan, "--max-new-tokens", 5)
+    command = ("generate", own[name], "neuron 3", "--plan", plan, "-n", 5)
+    found = run(*command, "--dtype", "auto")
     assert found.code == 0, found.err
     assert found.out.strip() == one_by_one(fallow.load(own[name]), "neuron 3", plan, 5).strip()
     for command in ("pack", "optimize"):

@@ -27,6 +27,7 @@ from fallow.adaptation import students, texts
 from fallow.adaptation.budgets import BUDGETS, allocate, measured_at
 from fallow.adaptation.rounding import ROUNDINGS
 from fallow.calibration.calibrator import Calibrator, check_request
+from fallow.checkpoints.catalog import find_model
 from fallow.checkpoints.text import Text, check_context, load_text, window_bos
 from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_path, check_sums, claim, read_json, write_json
@@ -37,7 +38,7 @@ from fallow.models.devices import as_array, device_named, has_bfloat16
 from fallow.models.taps import Layer, Tap, attach
 from fallow.packing.source import ADAPTED_FILE, Source
 from fallow.plan import Cut, Plan
-from fallow.reference.model import Model, find_model, load
+from fallow.reference.model import Model, load
 from fallow.reference.sparsified import export
 
 BETAS, CLIP = (0.9, 0.95), 1.0

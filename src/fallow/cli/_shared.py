@@ -16,6 +16,7 @@ app = typer.Typer(
     help="Activation sparsity for language models: measure, calibrate, evaluate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 ModelArg = Annotated[
@@ -25,8 +26,15 @@ ModelArg = Annotated[
         "or a hub id such as org/name."
     ),
 ]
-PackedArg = Annotated[Path, typer.Argument(help="A file that fallow pack wrote.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="Default: all processors.")]
+_RUN_HELP = "A packed model, or any other: it is packed once, see fallow cache list."
+RunArg = Annotated[str, typer.Argument(help=_RUN_HELP)]
+QuantOption = Annotated[
+    str | None,
+    typer.Option(help="A Hugging Face folder that is not packed: type of its matrices, q4_k say."),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", "-t", help="Default: all processors.")
+]
 SkipOption = Annotated[
     bool,
     typer.Option(
@@ -66,7 +74,31 @@ JsonOption = Annotated[
     typer.Option("--json", help="End stdout with one JSON document; null: no finite number."),
 ]
 PackedPlanOption = Annotated[Path | None, typer.Option(help="A plan; default: the packed one.")]
-CacheOption = Annotated[int | None, typer.Option(help="Tokens of cache; default: at most 4096.")]
+CacheOption = Annotated[
+    int | None, typer.Option("--context", "-c", help="Tokens of cache; default: at most 4096.")
+]
+# Of commands that answer a prompt; the short ones are llama.cpp's.
+OptionalRunArg = Annotated[str | None, typer.Argument(help=_RUN_HELP)]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="In place of the first argument.")
+]
+PromptArg = Annotated[str | None, typer.Argument(help="The same as --prompt.")]
+PromptOption = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", help="Text; -: standard input, which is also the default."),
+]
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", help="The prompt's file, less one newline."),
+]
+SystemOption = Annotated[str | None, typer.Option(help="A system message.")]
+TopPOption = Annotated[
+    float, typer.Option(help="Sample among the likeliest tokens of this probability.")
+]
+TopKOption = Annotated[int, typer.Option(help="Among that many likeliest tokens; 0: all.")]
+MinPOption = Annotated[
+    float, typer.Option(help="Among tokens this likely, relative to the likeliest.")
+]
 LeakageOption = Annotated[
     bool,
     typer.Option("--allow-leakage", help="Evaluate on the calibration text all the same."),
@@ -86,6 +118,16 @@ def load_model(model: str, dtype: str, device: str = "cpu") -> Any:
 
     console.print(f"loading {model}", highlight=False)
     return load(model, dtype, device)
+
+
+def open_engine(
+    model: str, quant: str | None, plan: Any, threads: int | None, **options: Any
+) -> Any:
+    """An engine for a packed model, or for the packed copy of any other; `options` are its own."""
+    from fallow.engine.engine import Engine
+    from fallow.packing.cache import packed_copy
+
+    return Engine(packed_copy(model, quant), plan, threads, **options)
 
 
 def load_plan(path: Path | None) -> Any:

@@ -109,7 +109,7 @@ def export(
 ) -> None:
     """Write a Hugging Face folder with the plan in it, for transformers: fallow.load_sparse."""
     loaded_plan = load_plan(plan)
-    from fallow.reference.model import find_model
+    from fallow.checkpoints.catalog import find_model
     from fallow.reference.sparsified import export as run
 
     run(load_model(model, dtype), loaded_plan, output, find_model(model))
