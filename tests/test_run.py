@@ -6,15 +6,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 import fallow
 from conftest import TALK, Result, make_folder
 from fallow.checkpoints.weights import read_gguf
-from fallow.common.errors import FallowError
+from fallow.common.errors import FallowError, UsageError
 from fallow.engine.engine import Engine
+from fallow.engine.packed import PACKED_VERSION
 from fallow.packing import cache
 from fallow.packing.packer import pack
+from fallow.packing.quantize import FILE_TYPES, quant_type
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_a_damaged_copy_is_made_anew(
         path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
     assert cache.packed_copy(str(folder)) == path
     assert packed == [str(folder)] * 2
-    assert read_gguf(path).metadata["fallow.version"] == 4
+    assert read_gguf(path).metadata["fallow.version"] == PACKED_VERSION
 
 
 def test_what_is_not_packed_leaves_nothing(
@@ -132,6 +135,26 @@ def test_cache_list_and_clear(run: Any, folder: Path, packed: list[str], kept: P
     assert not path.exists()
     assert run("cache", "clear").code == 0
     assert [p.name for p in kept.iterdir()] == [".being-written.gguf"]
+
+
+def test_file_types_of_llama_cpp(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, kind in FILE_TYPES.items():
+        assert f"MOSTLY_{name}" in gguf.LlamaFileType.__members__
+        assert kind in gguf.GGMLQuantizationType.__members__
+        assert quant_type(name.lower()) == kind
+    with pytest.raises(FallowError, match="rows of 64 weights are not whole blocks of 256 of Q5_K"):
+        pack(folder, tmp_path / "m.gguf", quant="q5_k_m")
+    assert "note: q5_k_m, a mix in llama.cpp, is Q5_K here" in capsys.readouterr().err
+    pack(folder, tmp_path / "m.gguf", quant="Q4_1")
+    assert read_gguf(tmp_path / "m.gguf").tensors["layers.0.gate_proj.weight"].type == "Q4_1"
+    with pytest.raises(UsageError) as refused:
+        pack(folder, tmp_path / "m.gguf", quant="iq2_m")
+    assert str(refused.value) == (
+        "unknown type 'iq2_m'; known: q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, bf16, f16, "
+        "f32, q4_k_s, q4_k_m, q5_k_s, q5_k_m"
+    )
 
 
 # Prompts -----------------------------------------------------------------------------------------

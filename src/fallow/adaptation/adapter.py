@@ -25,7 +25,6 @@ from torch import nn
 
 from fallow.adaptation import students, texts
 from fallow.adaptation.budgets import BUDGETS, allocate, measured_at
-from fallow.adaptation.rounding import ROUNDINGS
 from fallow.calibration.calibrator import Calibrator, check_request
 from fallow.checkpoints.catalog import find_model
 from fallow.checkpoints.text import Text, check_context, load_text, window_bos
@@ -36,6 +35,7 @@ from fallow.common.progress import console, note, progress
 from fallow.models.cuts import cut_taps, weight_of
 from fallow.models.devices import as_array, device_named, has_bfloat16
 from fallow.models.taps import Layer, Tap, attach
+from fallow.packing.quantize import quant_type
 from fallow.packing.source import ADAPTED_FILE, Source
 from fallow.plan import Cut, Plan
 from fallow.reference.model import Model, load
@@ -101,9 +101,8 @@ class Settings:
             raise UsageError(f"unknown --train {self.train!r}; known: {known}")
         if self.budgets is not None and self.budgets not in BUDGETS:
             raise UsageError(f"unknown --budgets {self.budgets!r}; known: {', '.join(BUDGETS)}")
-        if self.quant is not None and self.quant.upper() not in ROUNDINGS:
-            known = ", ".join(k.lower() for k in ROUNDINGS)
-            raise UsageError(f"unknown type {self.quant!r}; known: {known}")
+        if self.quant is not None:
+            quant_type(self.quant)
 
 
 @dataclass
@@ -673,7 +672,7 @@ def _types(model: Model, name: str, quant: str | None) -> dict[str, str]:
         return {}
     source = Source(model, name)
     types = source.stored_types()
-    down = (quant or source.down_types(None, None)[0]).upper()
+    down = quant_type(quant or source.down_types(None, None)[0])
     names = {id(part): f"{name}.weight" for name, part in model.module.named_modules()}
     for layer in model.layers:
         types[names[id(layer.down_proj)]] = down

@@ -41,7 +41,8 @@ def pack(
     quant: Annotated[
         str | None,
         typer.Option(
-            help="Type of all matrices of a Hugging Face folder: q8_0, q4_0, q4_k, bf16 …"
+            help="Type of all matrices of a Hugging Face folder: q8_0, q4_k, bf16 …; "
+            "of llama.cpp's mixes, q4_k_m say, the main type."
         ),
     ] = None,
     down: Annotated[

@@ -92,10 +92,11 @@ class Source:
         return self.gguf is not None
 
     def down_types(self, quant: str | None, down: str | None) -> tuple[str, ...]:
-        for name in (quant, down):
-            if name is not None and name.upper() not in QUANT_TYPES:
-                known = ", ".join(t.lower() for t in QUANT_TYPES)
-                raise UsageError(f"unknown type {name!r}; known: {known}")
+        """Types to try for down_proj_t, in turn; `quant` and `down` are of QUANT_TYPES.
+
+        Raises:
+            UsageError: `quant` is given for a GGUF.
+        """
         if down is not None:
             return (down.upper(),)
         if not self.keeps_bytes:
