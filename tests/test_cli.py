@@ -41,6 +41,7 @@ def plan(folders: dict[str, Path], texts: Texts, tmp_path: Path, run: Any) -> Pa
         path,
     )
     assert result.code == 0
+    assert result.err.endswith(f"\nnext: fallow evaluate {folders['llama']} --plan {path}\n")
     return path
 
 
@@ -91,6 +92,7 @@ def test_packed_model(
     made = run("pack", folders["llama"], "--quant", "f32", "--plan", plan, "-o", packed)
     assert made.code == 0
     assert "self-check against" in made.out
+    assert made.err.endswith(f"\nnext: fallow run {packed}\n")
     prompt = (packed, "neuron 3 rests", "--max-new-tokens", 8)
     answer = run("generate", *prompt, "--json").json
     assert answer["stats"]["new_tokens"] == 8

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -140,6 +141,14 @@ def print_json(value: Any) -> None:
     print(to_json(value), flush=True)
 
 
+def suggest(*words: object) -> None:
+    """Says on stderr which command is the next one to give."""
+    from fallow.common.progress import console
+
+    line = f"next: fallow {shlex.join(map(str, words))}"
+    console.print(line, soft_wrap=True, highlight=False)
+
+
 def check_output(output: Path, *inputs: str | Path | None) -> None:
     """Refuses an output that cannot be written, or that is one of the files to be read.
 
@@ -267,11 +276,12 @@ def report_tradeoff(table: list[dict[str, Any]], output: Path, as_json: bool) ->
     print(f"written: {output}/table.csv, table.json, {names}")
 
 
-def report_plan(plan: Any, output: Path, as_json: bool) -> None:
+def report_plan(plan: Any, model: str, output: Path, as_json: bool) -> None:
     if as_json:
         print_json({**plan.metadata, "path": str(output)})
         return
     print_plan(plan, str(output))
+    suggest("evaluate", model, "--plan", output)
 
 
 def print_plan(plan: Any, path: str) -> None:
@@ -287,5 +297,5 @@ def print_metadata(title: str, metadata: dict[str, Any]) -> None:
     for name, value in metadata.items():
         if name != "cuts" and value is not None and value != "":
             print(
-                f"  {name:22} {value:.6g}" if isinstance(value, float) else f"  {name:22} {value}"
+                f"  {name:22} {value:.4g}" if isinstance(value, float) else f"  {name:22} {value}"
             )

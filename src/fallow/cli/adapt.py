@@ -17,6 +17,7 @@ from fallow.cli._shared import (
     numbers,
     print_json,
     sampled_beside,
+    suggest,
 )
 
 
@@ -96,4 +97,4 @@ def adapt(
         f"{rule} at {sparsity:.0%}: {best.kl:.4f} nats, PPL {best.ppl_change_percent:+.2f} % "
         f"(before: {report.checks[0].ppl_change_percent:+.2f} %)"
     )
-    print(f"next: fallow pack {output} -o adapted.gguf --plan {output}/fallow.plan")
+    suggest("pack", output, "-o", "adapted.gguf", "--plan", output / "fallow.plan")

@@ -26,6 +26,7 @@ from fallow.cli._shared import (
     print_table,
     sampled_beside,
     split_names,
+    suggest,
 )
 from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import check_writable
@@ -81,6 +82,7 @@ def pack(
         return
     print(f"self-check against {model}: {check}")
     print(f"written: {output}, {size:.0f} MB")
+    suggest("run", output)
 
 
 @app.command()
@@ -156,6 +158,7 @@ def optimize(
     )
     print(f"  {result.bytes_per_token / 1e6:.0f} MB/token, {result.bytes_ratio:.0%} of dense")
     print(f"written: {output}, after {result.seconds:.0f} s")
+    suggest("run", output)
 
 
 @app.command()
