@@ -316,10 +316,6 @@ def test_every_command(
         assert (found.code, found.err.strip().count("\n")) == (1, 0), found.err
         assert REFUSED[name] in found.err
         assert "which the engine does not run" in found.err
-    for command in (("bench", own[name]), ("serve", own[name])):
-        found = run(*command)
-        assert (found.code, found.err.strip().count("\n")) == (1, 0), found.err
-        assert "not a packed model" in found.err
 
 
 @pytest.mark.parametrize("name", UNPACKED)

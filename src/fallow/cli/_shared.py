@@ -126,9 +126,25 @@ def open_engine(
 ) -> Any:
     """An engine for a packed model, or for the packed copy of any other; `options` are its own."""
     from fallow.engine.engine import Engine
+
+    path = packed_file(model, quant, threads, options.get("memory"))
+    return Engine(path, plan, threads, **options)
+
+
+def packed_file(model: str, quant: str | None, threads: int | None, memory: str | None) -> Path:
+    """A packed model, or the copy of any other; what else the engine is given is looked at first.
+
+    Raises:
+        UsageError: threads or memory are out of range.
+    """
+    from fallow.engine.engine import thread_count
+    from fallow.engine.memory import parse_size
     from fallow.packing.cache import packed_copy
 
-    return Engine(packed_copy(model, quant), plan, threads, **options)
+    thread_count(threads)
+    if memory is not None:
+        parse_size(memory)
+    return packed_copy(model, quant)
 
 
 def load_plan(path: Path | None) -> Any:

@@ -21,6 +21,7 @@ from fallow.cli._shared import (
     check_output,
     count_of,
     load_plan,
+    packed_file,
     plus_minus,
     print_json,
     print_table,
@@ -190,9 +191,6 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Time prefill and decode, alternating with another engine if asked to."""
-    from fallow.packing.cache import packed_copy
-
-    file = packed_copy(model, quant)
     budgets = split_names(memory or "")
     if len(budgets) > 1:
         if against or source:
@@ -207,11 +205,12 @@ def bench(
             "-p": prompt_tokens,
             "-n": new_tokens,
         }
-        _bench_budgets(file, budgets, given, figure, as_json)
+        _bench_budgets(model, quant, budgets, given, figure, as_json)
         return
     if figure:
         raise UsageError("--figure draws several budgets; give --memory 1GB,800MB say")
     loaded_plan = load_plan(plan)
+    file = packed_file(model, quant, threads, memory)
     from fallow.measure.speed import bench as run
 
     if against is not None and source is None and model.endswith(".gguf") and model != str(file):
@@ -237,7 +236,12 @@ def bench(
 
 
 def _bench_budgets(
-    file: Path, budgets: list[str], given: dict[str, Any], figure: Path | None, as_json: bool
+    model: str,
+    quant: str | None,
+    budgets: list[str],
+    given: dict[str, Any],
+    figure: Path | None,
+    as_json: bool,
 ) -> None:
     from fallow.engine.memory import parse_size
     from fallow.measure.speed import bench_budgets, draw_budgets
@@ -248,6 +252,7 @@ def _bench_budgets(
         if figure.suffix not in (".png", ".svg"):
             raise UsageError(f"--figure {figure} ends in neither .png nor .svg")
         check_writable(figure)
+    file = packed_file(model, quant, given["--threads"], None)
     arguments = []
     for name, value in given.items():
         if value is not None and value is not False:
