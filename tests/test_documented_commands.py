@@ -40,7 +40,7 @@ SKIPPED = {
     "fallow optimize smollm2 --adapt ": "packs only what is faster; test_optimize.py runs it",
     "python llama.cpp/convert_hf_to_gguf.py ": "is llama.cpp's",
     "fallow llama pack my-model.gguf --plan ": "of what that line makes; test_llama_cpp.py runs it",
-    "fallow bench packed.gguf --against ": "needs llama-cpp-python, which no extra brings",
+    "fallow bench my-model.gguf --against ": "needs llama-cpp-python, which no extra brings",
     **{
         f"fallow llama {name} ": "needs llama-cpp-python; make test-llama runs test_llama_cpp.py"
         for name in ("build", "run", "serve", "verify", "bench")

@@ -18,6 +18,7 @@ from fallow.engine.packed import PACKED_VERSION
 from fallow.packing import cache
 from fallow.packing.packer import pack
 from fallow.packing.quantize import FILE_TYPES, quant_type
+from test_models import write_gguf
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,23 @@ def test_a_packed_model_is_run_as_it_is(talking: Path, kept: Path) -> None:
     assert not kept.exists()
     with pytest.raises(FallowError, match="--quant is for models that are not packed"):
         cache.packed_copy(str(talking), "q8_0")
+
+
+def test_another_engine_is_timed_on_the_models_own_gguf(
+    run: Any, folder: Path, packed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = write_gguf("llama", fallow.load(folder), tmp_path / "own.gguf")
+    asked: list[Any] = []
+
+    def time(file: Path, _plan: Any, **options: Any) -> dict[str, Any]:
+        asked.extend((cache._is_whole(file), options["source"]))
+        return {}
+
+    monkeypatch.setattr("fallow.measure.speed.bench", time)
+    for model, source in ((own, own), (folder, None), (cache.packed_copy(str(own)), None)):
+        asked.clear()
+        assert run("bench", model, "--against", "llama.cpp", "--json").code == 0
+        assert asked == [True, source]
 
 
 def test_cache_list_and_clear(run: Any, folder: Path, packed: list[str], kept: Path) -> None:

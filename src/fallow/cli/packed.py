@@ -211,10 +211,12 @@ def bench(
         raise UsageError("--figure draws several budgets; give --memory 1GB,800MB say")
     loaded_plan = load_plan(plan)
     file = packed_file(model, quant, threads, memory)
+    from fallow.checkpoints.catalog import find_model
     from fallow.measure.speed import bench as run
 
-    if against is not None and source is None and model.endswith(".gguf") and model != str(file):
-        source = Path(model)
+    if against is not None and source is None:
+        found = find_model(model)
+        source = found if found.suffix == ".gguf" and found != file else None
     result = run(
         file,
         loaded_plan,
