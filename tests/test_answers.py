@@ -312,5 +312,6 @@ def test_control_tokens_in_a_prompt(parrot: tuple[Path, Path], run: Any) -> None
         assert done.json["text"] == said
         length = len(engine.tokenizer.encode("neuron<s>", parse_special=not option))
         assert done.json["stats"]["prompt_tokens"] == length
-    slow = run("generate", parrot[0], "neuron<s>", "--max-new-tokens", 20, "--no-parse-special")
+    command = ("generate", parrot[0], "neuron<s>", "-n", 20, "--dtype", "auto")
+    slow = run(*command, "--no-parse-special")
     assert slow.out.rstrip("\n") == as_text

@@ -147,10 +147,12 @@ def test_live_figures_begin_with_the_second_token(engine: Engine) -> None:
 def test_the_command(
     talking: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/sing\n\nhi again\n/quit\nnever\n"))
+    typed = io.StringIO("hi\n/sing\n\nhi again\n/quit\nnever\n")
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", typed)
     monkeypatch.setattr(
         "sys.argv",
-        ["fallow", "chat", str(talking), "--max-new-tokens", "4", "--temperature", "0", "--stats"],
+        ["fallow", "run", str(talking), "-n", "4", "--temp", "0", "--stats"],
     )
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -159,7 +161,7 @@ def test_the_command(
     assert "unknown command /sing" in printed.err
     assert printed.err.count("tok/s") == 2
     engine = Engine(talking)
-    assert printed.out.startswith("".join(engine.generate("hi", 4, chat=True)))
+    assert printed.out.startswith("> " + "".join(engine.generate("hi", 4, chat=True)))
 
 
 # Templates ---------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def plan(folders: dict[str, Path], texts: Texts, tmp_path: Path, run: Any) -> Pa
         path,
     )
     assert result.code == 0
+    assert result.err.endswith(f"\nnext: fallow evaluate {folders['llama']} --plan {path}\n")
     return path
 
 
@@ -91,6 +92,7 @@ def test_packed_model(
     made = run("pack", folders["llama"], "--quant", "f32", "--plan", plan, "-o", packed)
     assert made.code == 0
     assert "self-check against" in made.out
+    assert made.err.endswith(f"\nnext: fallow run {packed}\n")
     prompt = (packed, "neuron 3 rests", "--max-new-tokens", 8)
     answer = run("generate", *prompt, "--json").json
     assert answer["stats"]["new_tokens"] == 8
@@ -135,7 +137,6 @@ def test_errors_about_packed_models(run: Any, folders: dict[str, Path], tmp_path
     both = ("--memory", "1GB", "--against", folders["opt"])
     assert "--memory is for one model" in error(run("evaluate", packed, *both), 2)
     assert "the least is" in error(run("evaluate", packed, "--memory", "20MB", "--context", 32), 1)
-    assert "needs a packed model" in error(run("generate", folders["opt"], "x", "--top-k", 3), 2)
     assert "not whole blocks" in error(
         run("pack", folders["opt"], "--quant", "q8_0", "-o", tmp_path / "x.gguf"), 1
     )
@@ -251,7 +252,7 @@ def test_optimize(run: Any, folders: dict[str, Path], texts: Texts, tmp_path: Pa
 
 
 def test_generate(run: Any, folders: dict[str, Path], plan: Path) -> None:
-    command = ("generate", folders["llama"], "neuron 3", "--plan", plan, "--max-new-tokens", 4)
+    command = ("generate", folders["llama"], "neuron 3", "--plan", plan, "--dtype", "auto", "-n", 4)
     answer = run(*command, "--json").json
     assert answer["prompt"] == "neuron 3"
     assert run(*command).out.rstrip("\n") == answer["text"]

@@ -162,6 +162,22 @@ def test_tables_of_the_readme_are_those_of_the_results(
     assert found[1] == benchmarks(script).summary()
 
 
+def test_figures_of_the_first_screen_are_of_one_machine() -> None:
+    """Those of engine.md's section of the model on the processor that the README names."""
+    screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:25])
+    sections = (ROOT / "docs" / "results" / "engine.md").read_text().split("\n## ")
+    processor = "AMD EPYC (family 25, model 17, stepping 1)"
+    assert processor in screen
+    rows = {"SmolLM2": "smollm2", "Gemma": "gemma3", "Qwen2.5": "qwen2.5-1.5b"}
+    for name, model in rows.items():
+        (row,) = re.findall(rf"^\| {name}\S+ (.*)$", screen, re.MULTILINE)
+        (section,) = (s for s in sections if s.startswith(f"{model}, ") and processor in s)
+        figures = re.findall(r"\d+\.\d+", row)
+        assert len(figures) == 15
+        for figure in figures:
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", section), (name, figure)
+
+
 def test_figures_name_the_processor() -> None:
     """A virtual machine's "AMD EPYC" may be any of Zen 1 to 5."""
     unnamed = re.compile(r"AMD EPYC(?!\s+\((?:family \d+, model \d+|model\s+not\s+recorded)).*")

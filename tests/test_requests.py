@@ -15,6 +15,7 @@ import fallow
 from conftest import OTHER_TEXT, TEXT, Result, engine_plan
 from fallow import cli
 from fallow.cli._shared import print_table
+from fallow.common.errors import FallowError
 from fallow.engine.engine import Engine
 from fallow.plan import Cut, Plan
 
@@ -83,14 +84,17 @@ def test_a_plan_that_does_not_fit_is_not_packed(
 
 
 def test_models_that_are_not_packed(run: Any, folders: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "plain.gguf").write_bytes(b"")
+    """Commands pack them, see test_run.py; in Python that is said."""
     for name in ("smollm2", folders["llama"], "HuggingFaceTB/SmolLM2-135M"):
-        for command in ("serve", "chat", "bench"):
-            assert error(run(command, name), 1) == (
-                f"{name} is not a packed model; make one with: fallow pack {name} -o packed.gguf"
-            )
-    assert "No such file" in error(run("chat", tmp_path / "none.gguf"), 1)
-    assert "No such file" in error(run("chat", "none"), 1)
+        with pytest.raises(FallowError) as refused:
+            fallow.Engine(name)
+        assert str(refused.value) == (
+            f"{name} is not a packed model; make one with: fallow pack {name} -o packed.gguf"
+        )
+    for command in (("run", "-m"), ("generate", "-m"), ("serve",), ("bench",)):
+        for name in (tmp_path / "none.gguf", "none"):
+            more = ("-p", "hi") if "-m" in command else ()
+            assert f"model {name} not found: no such file" in error(run(*command, name, *more), 1)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +106,7 @@ def test_models_that_are_not_packed(run: Any, folders: dict[str, Path], tmp_path
         "calibrate {} --rule topk --sparsity 0.5 -o {out}",
         "neurons {} --layer 0 --neuron 0",
         "patterns collect {} -o {out}",
+        "generate {} neuron --dtype auto",
     ],
 )
 def test_models_that_are_packed_already(
@@ -144,16 +149,16 @@ def interrupt_after(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "_read", counted)
 
 
-@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("command", ["generate", "generate --json", "run --stats"])
 def test_ctrl_c_keeps_what_was_said(
-    as_json: bool, run: Any, talking: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, run: Any, talking: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = "".join(Engine(talking, threads=1).generate("neuron 3", 40))
+    is_chat = command.startswith("run")
+    whole = "".join(Engine(talking, threads=1).generate("neuron 3", 40, chat=is_chat))
     interrupt_after(9, monkeypatch)
-    options = ["--max-new-tokens", 40, *(["--json"] if as_json else [])]
-    result = run("generate", talking, "neuron 3", *options)
+    result = run(*command.split(), talking, "neuron 3", "-n", 40, "--temp", 0)
     assert result.code == 130
-    if as_json:
+    if command.endswith("--json"):
         found = strict(result.out)
         text = found["text"]
         assert (found["stats"]["new_tokens"], found["stats"]["finish"]) == (9, "")
@@ -177,7 +182,6 @@ def test_figures_of_one_token_tell_nothing_of_decoding(run: Any, talking: Path) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dtype", "float16"], "--dtype is for models that are not packed"),
         (["--stop", ""], "a stop text is empty"),
         (["--seed", "-1"], "--seed"),
         (["--memory", "200"], "--memory 200 has no unit; give 200MB"),
@@ -187,12 +191,10 @@ def test_options_of_generate(options: list[str], message: str, run: Any, talking
     assert message in error(run("generate", talking, "neuron", *options), 2)
 
 
-def test_options_that_a_model_which_is_not_packed_has_not(
-    run: Any, folders: dict[str, Path]
-) -> None:
-    command = ("generate", folders["llama"], "neuron", "--max-new-tokens", 2)
+def test_options_that_transformers_have_not(run: Any, folders: dict[str, Path]) -> None:
+    command = ("generate", folders["llama"], "neuron", "--max-new-tokens", 2, "--dtype", "auto")
     message = error(run(*command, "--threads", 2, "--top-p", 0.5), 2)
-    assert message.startswith("--top-p, --threads needs a packed model")
+    assert message == "--top-p, --threads is the engine's; leave out --dtype"
     for temperature in ("nan", "inf", "-1"):
         message = error(run(*command, "--temperature", temperature), 2)
         assert message.startswith(f"temperature {temperature} ")
@@ -202,7 +204,7 @@ def test_options_that_a_model_which_is_not_packed_has_not(
 
 
 def test_answers_of_no_token(run: Any, talking: Path) -> None:
-    for command in (("chat", talking), ("generate", talking, "neuron")):
+    for command in (("run", talking, "-p", "neuron"), ("generate", talking, "neuron")):
         message = error(run(*command, "--max-new-tokens", 0), 2)
         assert message == "--max-new-tokens must be at least 1"
 
@@ -384,7 +386,7 @@ def test_an_empty_name_is_not_the_current_folder(
 ) -> None:
     monkeypatch.chdir(folders["llama"])
     assert error(run("generate", "", "x"), 1).startswith("model '' not found")
-    assert run("generate", ".", "neuron", "--max-new-tokens", 1).code == 0
+    assert run("generate", ".", "neuron", "--max-new-tokens", 1, "--dtype", "auto").code == 0
 
 
 def test_settings_that_cannot_work_leave_nothing_behind(

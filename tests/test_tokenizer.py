@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 import fallow
 from conftest import make_sentencepiece
+from fallow.checkpoints.catalog import find_model
 from fallow.checkpoints.tokenizer import (
     _PATTERNS,
     TextStream,
@@ -154,7 +155,7 @@ def test_a_gguf_ends_at_eos_eot_and_eom() -> None:
 
 def test_smollm2_whose_eos_is_another_ends_its_turns(smollm2: fallow.Model) -> None:
     """llama.cpp ends at <|im_end|>, 2, though tokenizer.ggml.eos_token_id says <|endoftext|>, 0."""
-    file = read_gguf(fallow.reference.model.find_model("smollm2"))
+    file = read_gguf(find_model("smollm2"))
     file.metadata["tokenizer.ggml.eos_token_id"] = 0
     tokenizer = tokenizer_from_gguf(file)
     assert tokenizer.eos_ids == (0, 2)

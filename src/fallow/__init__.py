@@ -70,6 +70,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("fallow")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fallow' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

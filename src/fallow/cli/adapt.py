@@ -17,6 +17,7 @@ from fallow.cli._shared import (
     numbers,
     print_json,
     sampled_beside,
+    suggest,
 )
 
 
@@ -111,5 +112,5 @@ def adapt(
         f"PPL {best.ppl_change_percent:+.2f} % (before: "
         f"{report.checks[0].ppl_change_percent:+.2f} %)"
     )
-    more = "--predictor 0.99" if activation else f"--plan {output}/fallow.plan"
-    print(f"next: fallow pack {output} -o adapted.gguf {more}")
+    more = ("--predictor", 0.99) if activation else ("--plan", output / "fallow.plan")
+    suggest("pack", output, "-o", "adapted.gguf", *more)

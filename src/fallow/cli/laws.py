@@ -16,6 +16,7 @@ from fallow.cli._shared import (
     numbers,
     print_json,
     print_table,
+    suggest,
 )
 from fallow.common.errors import UsageError
 
@@ -83,6 +84,7 @@ def law_fit(
             f"the same has p = {joint['p_value']:.2g}"
         )
     print(f"written: {output}/law.json and law.png")
+    suggest("law", "advise", "--params", "1e9", "--tokens", "2e11")
 
 
 @law_app.command("train")
@@ -135,6 +137,7 @@ def law_train(
         f"{report.activation_ratio_se:.4f} at CETT {report.cett:.4f} (CETT-PPL-1 %), "
         f"validation loss {report.validation_loss:.3f}; the curve: {report.curve}"
     )
+    suggest("law", "fit", report.curve, "-o", "law")
 
 
 @law_app.command("sweep")

@@ -16,6 +16,7 @@ from fallow.cli._shared import (
     load_plan,
     print_json,
     print_table,
+    suggest,
 )
 from fallow.common.errors import FallowError, UsageError
 
@@ -63,6 +64,7 @@ def build(
     if llama_cpp is not None and headers is not None:
         raise UsageError("--headers is for the installed llama-cpp-python, not for --llama-cpp")
     print(f"written: {plugin.build(plugin.target_of(llama_cpp), headers)}")
+    suggest("llama", "bench", "model.gguf")
 
 
 @llama_app.command("pack")
@@ -85,6 +87,7 @@ def pack(
 
     pack_ffns(model, output, packed=packed, plan=load_plan(plan), down=down)
     print(f"written: {output}, {output.stat().st_size / 1e6:.0f} MB")
+    suggest("llama", "bench", model, "--plan", output)
 
 
 @llama_app.command("run", context_settings=_FREE)

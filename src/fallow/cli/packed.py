@@ -1,6 +1,5 @@
-"""Commands that write and run packed models."""
+"""Commands that write packed models and time them."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,28 +8,26 @@ import typer
 from fallow.cli._shared import (
     ContextOption,
     DeviceOption,
-    DtypeOption,
     JsonOption,
     KernelsOption,
-    MemoryOption,
     ModelArg,
-    PackedArg,
     PackedPlanOption,
-    SeedOption,
+    QuantOption,
+    RunArg,
     SkipOption,
     TextOption,
     ThreadsOption,
     app,
     check_output,
     count_of,
-    load_model,
     load_plan,
+    packed_file,
     plus_minus,
     print_json,
     print_table,
-    refuse_given,
     sampled_beside,
     split_names,
+    suggest,
 )
 from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import check_writable
@@ -46,7 +43,8 @@ def pack(
     quant: Annotated[
         str | None,
         typer.Option(
-            help="Type of all matrices of a Hugging Face folder: q8_0, q4_0, q4_k, bf16 …"
+            help="Type of all matrices of a Hugging Face folder: q8_0, q4_k, bf16 …; "
+            "of llama.cpp's mixes, q4_k_m say, the main type."
         ),
     ] = None,
     down: Annotated[
@@ -85,6 +83,7 @@ def pack(
         return
     print(f"self-check against {model}: {check}")
     print(f"written: {output}, {size:.0f} MB")
+    suggest("run", output)
 
 
 @app.command()
@@ -160,17 +159,19 @@ def optimize(
     )
     print(f"  {result.bytes_per_token / 1e6:.0f} MB/token, {result.bytes_ratio:.0%} of dense")
     print(f"written: {output}, after {result.seconds:.0f} s")
+    suggest("run", output)
 
 
 @app.command()
 def bench(
-    file: PackedArg,
+    model: RunArg,
     plan: PackedPlanOption = None,
     against: Annotated[
         str | None, typer.Option(help="Also time another engine: llama.cpp or openvino.")
     ] = None,
     source: Annotated[
-        Path | None, typer.Option(help="The GGUF that the other engine reads.")
+        Path | None,
+        typer.Option(help="The GGUF the other engine reads; default: the model."),
     ] = None,
     threads: ThreadsOption = None,
     skip: SkipOption = True,
@@ -178,6 +179,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option("-p", help="Tokens of prefill.")] = 512,
     new_tokens: Annotated[int, typer.Option("-n", help="Tokens of decode.")] = 128,
     runs: Annotated[int, typer.Option(help="Runs; medians are reported.")] = 5,
+    quant: QuantOption = None,
     memory: Annotated[
         str | None,
         typer.Option(help="What the process may take, 800MB say; or several, comma-separated."),
@@ -203,13 +205,18 @@ def bench(
             "-p": prompt_tokens,
             "-n": new_tokens,
         }
-        _bench_budgets(file, budgets, given, figure, as_json)
+        _bench_budgets(model, quant, budgets, given, figure, as_json)
         return
     if figure:
         raise UsageError("--figure draws several budgets; give --memory 1GB,800MB say")
     loaded_plan = load_plan(plan)
+    file = packed_file(model, quant, threads, memory)
+    from fallow.checkpoints.catalog import find_model
     from fallow.measure.speed import bench as run
 
+    if against is not None and source is None:
+        found = find_model(model)
+        source = found if found.suffix == ".gguf" and found != file else None
     result = run(
         file,
         loaded_plan,
@@ -231,7 +238,12 @@ def bench(
 
 
 def _bench_budgets(
-    file: Path, budgets: list[str], given: dict[str, Any], figure: Path | None, as_json: bool
+    model: str,
+    quant: str | None,
+    budgets: list[str],
+    given: dict[str, Any],
+    figure: Path | None,
+    as_json: bool,
 ) -> None:
     from fallow.engine.memory import parse_size
     from fallow.measure.speed import bench_budgets, draw_budgets
@@ -242,6 +254,7 @@ def _bench_budgets(
         if figure.suffix not in (".png", ".svg"):
             raise UsageError(f"--figure {figure} ends in neither .png nor .svg")
         check_writable(figure)
+    file = packed_file(model, quant, given["--threads"], None)
     arguments = []
     for name, value in given.items():
         if value is not None and value is not False:
@@ -297,141 +310,3 @@ def _print_bench(r: dict[str, Any]) -> None:
                 f"  {phase} / {r['baseline']}: {r[f'{phase}_ratio']:.2f} "
                 f"({low:.2f} to {high:.2f}), which did {r[f'baseline_{phase}_tps']:.1f} tok/s"
             )
-
-
-@app.command()
-def generate(
-    model: Annotated[
-        str, typer.Argument(help="A packed model, or any other: then nothing is skipped.")
-    ],
-    prompt: Annotated[
-        str, typer.Argument(help="Text to continue, or to answer with --chat; -: standard input.")
-    ],
-    plan: Annotated[Path | None, typer.Option(help="A plan; without one: the dense model.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0: the most likely token.")] = 0.0,
-    seed: SeedOption = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
-    top_p: Annotated[
-        float, typer.Option(help="Packed models: the likeliest tokens of this probability.")
-    ] = 1.0,
-    top_k: Annotated[
-        int, typer.Option(help="Packed models: that many likeliest tokens; 0: all.")
-    ] = 0,
-    min_p: Annotated[
-        float, typer.Option(help="Packed models: tokens this likely, relative to the likeliest.")
-    ] = 0.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Packed models: end before this text; repeatable.")
-    ] = None,
-    parse_special: Annotated[
-        bool,
-        typer.Option(help="Control tokens in a prompt to continue are tokens, not text."),
-    ] = True,
-    lossless: Annotated[
-        bool,
-        typer.Option(
-            "--lossless", help="Packed models: the dense model's own text, guesses read ahead."
-        ),
-    ] = False,
-    threads: ThreadsOption = None,
-    skip: SkipOption = True,
-    kernels: KernelsOption = None,
-    context: Annotated[
-        int | None, typer.Option(help="Packed models: tokens of cache; default: at most 4096.")
-    ] = None,
-    memory: MemoryOption = None,
-    dtype: DtypeOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Continue a prompt, with the plan's neurons skipped (packed model) or set to zero."""
-    loaded_plan = load_plan(plan)
-    from fallow.engine.engine import Engine
-    from fallow.engine.packed import is_packed
-
-    if prompt == "-":
-        prompt = _read_prompt()
-    if is_packed(model):
-        from fallow.common.progress import console
-
-        refuse_given({"--dtype": dtype != "auto"}, "is for models that are not packed")
-        engine = Engine(
-            model,
-            loaded_plan,
-            threads,
-            context=context,
-            skip_zeros=skip,
-            kernels=kernels or "",
-            memory=memory,
-        )
-        if memory is not None:
-            console.print(engine.describe_memory(), highlight=False)
-        pieces = engine.generate(
-            prompt, max_new_tokens, temperature, top_p, top_k, min_p, seed, stop or (), chat,
-            lossless, parse_special,
-        )  # fmt: skip
-        _print_stream(engine, prompt, pieces, as_json)
-        return
-    given = {"--top-p": top_p != 1, "--top-k": top_k != 0, "--min-p": min_p != 0}
-    given |= {"--stop": bool(stop), "--lossless": lossless, "--threads": threads is not None}
-    given |= {"--kernels": kernels is not None, "--no-skip": not skip}
-    given |= {"--context": context is not None, "--memory": memory is not None}
-    refuse_given(given, "needs a packed model; make one with fallow pack")
-    loaded = load_model(model, dtype)
-    answer = loaded.generate(
-        prompt,
-        loaded_plan,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-        parse_special=parse_special,
-    )
-    if as_json:
-        print_json({"prompt": prompt, "text": answer})
-    else:
-        print(answer)
-
-
-def _read_prompt() -> str:
-    """Standard input, without a newline at its end, as llama.cpp reads a prompt's file.
-
-    Raises:
-        FallowError: it is not UTF-8.
-    """
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise FallowError(
-            f"standard input is not UTF-8 (byte {error.start}); convert it, for example with iconv"
-        ) from error
-
-
-def _print_stream(engine: Any, prompt: str, pieces: Any, as_json: bool) -> None:
-    """The answer as it comes, and its figures; of one that Ctrl-C ends, those of what came."""
-    said: list[str] = []
-    try:
-        for piece in pieces:
-            said.append(piece)
-            if not as_json:
-                print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pieces.close()  # the figures are made
-        _print_end(engine.stats, prompt, "".join(said), as_json)
-        raise
-    except FallowError:
-        if said and not as_json:
-            print(flush=True)
-        raise
-    _print_end(engine.stats, prompt, "".join(said), as_json)
-
-
-def _print_end(stats: Any, prompt: str, text: str, as_json: bool) -> None:
-    if as_json:
-        print_json({"prompt": prompt, "text": text, "stats": stats.to_json()})
-        return
-    from fallow.common.progress import console
-    from fallow.serving.chat import figures
-
-    print(flush=True)
-    console.print(figures(stats), highlight=False)

@@ -24,6 +24,7 @@ from fallow.cli._shared import (
     print_table,
     refuse_given,
     split_names,
+    suggest,
 )
 from fallow.common.errors import UsageError
 
@@ -88,6 +89,7 @@ def patterns_collect(
         print_json({"path": str(output), "rows": store.n_rows} | vars(header))
         return
     print(f"written: {output}: {store.n_rows} tokens, {header.n_layers} layers, {taps}")
+    suggest("patterns", "cluster", output, "-o", "codebooks.safetensors")
 
 
 def _with_plan(
@@ -262,6 +264,7 @@ def patterns_cluster(
         print_json(report.to_json())
     else:
         _print_codebooks(report)
+        suggest("patterns", "predict", store, report.path)
 
 
 def _print_codebooks(report: Any) -> None:

@@ -1,7 +1,7 @@
 """Commands that make plans and look at them."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -63,7 +63,8 @@ def calibrate(
         windows=windows,
         validation_windows=validation_windows,
     )
-    _write_plan(plan, output, as_json)
+    plan.save(output)
+    report_plan(plan, model, output, as_json)
 
 
 @plan_app.command("show")
@@ -96,7 +97,8 @@ def plan_import(
     from fallow.calibration.imported import import_thresholds
 
     plan = import_thresholds(file, loaded, knob)
-    _write_plan(plan, output, as_json)
+    plan.save(output)
+    report_plan(plan, model, output, as_json)
 
 
 @app.command()
@@ -109,7 +111,7 @@ def export(
 ) -> None:
     """Write a Hugging Face folder with the plan in it, for transformers: fallow.load_sparse."""
     loaded_plan = load_plan(plan)
-    from fallow.reference.model import find_model
+    from fallow.checkpoints.catalog import find_model
     from fallow.reference.sparsified import export as run
 
     run(load_model(model, dtype), loaded_plan, output, find_model(model))
@@ -117,8 +119,3 @@ def export(
         print_json({"path": str(output), "rule": loaded_plan.rule})
         return
     print(f"written: {output}; in Python: fallow.load_sparse({str(output)!r})")
-
-
-def _write_plan(plan: Any, output: Path, as_json: bool) -> None:
-    plan.save(output)
-    report_plan(plan, output, as_json)

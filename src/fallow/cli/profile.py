@@ -17,6 +17,7 @@ from fallow.cli._shared import (
     load_model,
     print_json,
     print_table,
+    suggest,
 )
 
 
@@ -48,7 +49,7 @@ def profile(
     s = result.summary
     print_table(
         f"{s['model']} ({s['architecture']}, {s['dtype']}), {s['tokens']} tokens of {s['text']}: "
-        f"natural sparsity of inter {s['natural_sparsity']:.2%}",
+        f"natural sparsity of inter {s['natural_sparsity']:.1%}",
         [
             "layer",
             "inter = 0",
@@ -64,19 +65,20 @@ def profile(
         [
             [
                 str(row["layer"]),
-                f"{row['zeros']['inter']:.2%}",
-                f"{row['inter_at_most']['0.001']:.2%}",
-                f"{row['inter_at_most']['0.01']:.2%}",
-                f"{row['magnitude_quantiles']['gate_act']['0.5']:.4f}",
-                f"{row['magnitude_quantiles']['inter']['0.5']:.4f}",
-                f"{row['magnitude_quantiles']['inter']['0.99']:.4f}",
-                *(f"{_median_weight(row, name):.4f}" for name in ("up_proj", "down_proj")),
+                f"{row['zeros']['inter']:.1%}",
+                f"{row['inter_at_most']['0.001']:.1%}",
+                f"{row['inter_at_most']['0.01']:.1%}",
+                f"{row['magnitude_quantiles']['gate_act']['0.5']:.3g}",
+                f"{row['magnitude_quantiles']['inter']['0.5']:.3g}",
+                f"{row['magnitude_quantiles']['inter']['0.99']:.3g}",
+                *(f"{_median_weight(row, name):.3g}" for name in ("up_proj", "down_proj")),
                 str(row["dead_neurons"]),
             ]
             for row in s["layers"]
         ],
     )
     print(f"written: {output}/profile.json, {output}/profile.npz")
+    suggest("calibrate", model, "--rule", "tail", "--max-ppl-increase", 1, "-o", "tail.plan")
 
 
 def _median_weight(row: dict[str, Any], name: str) -> float:

@@ -27,6 +27,7 @@ from fallow.cli._shared import (
     refuse_given,
     report_tradeoff,
     split_names,
+    suggest,
 )
 from fallow.common.errors import UsageError
 
@@ -156,7 +157,7 @@ def _print_evaluation(r: dict[str, Any]) -> None:
     kl = r["kl_to_dense"]
     print(f"{r['model']} ({r['dtype']}), {what}")
     print(f"{r['tokens']} tokens of {r['text']}, {r['windows']} windows of {r['context']}")
-    print(f"  PPL             {plus_minus(r['ppl'], r['ppl_se'], 3)}")
+    print(f"  PPL             {plus_minus(r['ppl'], r['ppl_se'], 2)}")
     if r["rule"]:
         change = plus_minus(r["ppl_change_percent"], r["ppl_change_se"], 2)
         print(f"  against dense   {change} % (paired)")
@@ -164,19 +165,19 @@ def _print_evaluation(r: dict[str, Any]) -> None:
             f"  KL to dense     {plus_minus(kl['mean'], kl['se'], 4)} nats/token, "
             f"p99 {kl['p99']:.3f}"
         )
-        print(f"  top-1 agreement {r['top1_agreement']:.2%}")
-        print(f"  sparsity achieved {r['achieved_sparsity']:.2%}")
+        print(f"  top-1 agreement {r['top1_agreement']:.1%}")
+        print(f"  sparsity achieved {r['achieved_sparsity']:.1%}")
     rows = []
     for tap, layers in r["sparsity_per_layer"].items():
         mean = [layer["mean"] for layer in layers]
         rows.append(
             [
                 tap,
-                f"{r['sparsity_ratio'][tap]:.2%}",
-                f"{min(mean):.2%}",
-                f"{max(mean):.2%}",
-                f"{min(layer['p5'] for layer in layers):.2%}",
-                f"{max(layer['p95'] for layer in layers):.2%}",
+                f"{r['sparsity_ratio'][tap]:.1%}",
+                f"{min(mean):.1%}",
+                f"{max(mean):.1%}",
+                f"{min(layer['p5'] for layer in layers):.1%}",
+                f"{max(layer['p95'] for layer in layers):.1%}",
             ]
         )
     lowest = f"lowest p5 over {r['spread_over']}"
@@ -242,3 +243,5 @@ def tradeoff(
         allow_leakage=allow_leakage,
     )
     report_tradeoff(table, output, as_json)
+    if not as_json:
+        suggest("optimize", model, "-o", "fast.gguf")

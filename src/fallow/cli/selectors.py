@@ -21,6 +21,7 @@ from fallow.cli._shared import (
     print_metadata,
     report_tradeoff,
     split_names,
+    suggest,
 )
 from fallow.common.errors import UsageError
 
@@ -87,6 +88,8 @@ def select_compare(
         trained=files,
     )
     report_tradeoff(table, output, as_json)
+    if not as_json:
+        suggest("select", "train", model, "-o", "learned.selector")
 
 
 @select_app.command("train")
@@ -134,3 +137,4 @@ def select_train(
         print_json({**trained.metadata, "path": str(output)})
         return
     print_metadata(f"trained selector {output}", trained.metadata)
+    suggest("select", "compare", model, "--trained", output)

@@ -1,4 +1,4 @@
-"""Commands that talk to people and programs."""
+"""Commands that other programs talk to."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +10,13 @@ from fallow.cli._shared import (
     DtypeOption,
     JsonOption,
     MemoryOption,
-    PackedArg,
     PackedPlanOption,
+    QuantOption,
+    RunArg,
     ThreadsOption,
     app,
     load_plan,
+    open_engine,
     plus_minus,
     print_json,
     print_table,
@@ -24,39 +26,14 @@ SERVER_RESERVE = 32_000_000  # bytes of a memory budget for requests and respons
 
 
 @app.command()
-def chat(
-    file: PackedArg,
-    plan: PackedPlanOption = None,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0: the most likely token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="The likeliest tokens of this probability.")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="That many likeliest tokens; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    stats: Annotated[bool, typer.Option("--stats", help="Show sparsity and speed.")] = False,
-    threads: ThreadsOption = None,
-    context: CacheOption = None,
-    memory: MemoryOption = None,
-) -> None:
-    """Talk to a packed model; /help tells the commands."""
-    from fallow.engine.engine import Engine
-    from fallow.engine.sampling import Sampler
-    from fallow.serving.chat import Conversation
-    from fallow.serving.chat import chat as run
-
-    engine = Engine(file, load_plan(plan), threads, context=context, memory=memory)
-    sampler = Sampler(temperature, top_p, top_k, seed=seed)
-    run(Conversation(engine, sampler, max_new_tokens, system), stats)
-
-
-@app.command()
 def serve(
-    file: PackedArg,
+    model: RunArg,
     plan: PackedPlanOption = None,
     host: Annotated[str, typer.Option(help="0.0.0.0: other machines may ask too.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8080,
     name: Annotated[
-        str | None, typer.Option(help="What clients call the model; default: the file's name.")
+        str | None,
+        typer.Option(help="What clients call the model; default: its name."),
     ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 16,
     api_key: Annotated[
@@ -72,21 +49,34 @@ def serve(
     turn: Annotated[
         float, typer.Option(min=1, help="Seconds of an answer, if others wait.")
     ] = 300.0,
+    quant: QuantOption = None,
     threads: ThreadsOption = None,
     context: CacheOption = None,
     memory: MemoryOption = None,
 ) -> None:
-    """Serve a packed model to clients of OpenAI's API."""
+    """Serve a model to clients of OpenAI's API."""
     # Before the engine, which takes what is left of a memory budget.
-    from fallow.engine.engine import Engine
     from fallow.engine.memory import parse_size
+    from fallow.packing.cache import short_name
     from fallow.serving.server import serve as run
 
     largest = parse_size(max_body, "--max-body")
-    engine = Engine(
-        file, load_plan(plan), threads, context=context, memory=memory, reserve=SERVER_RESERVE
+    loaded_plan = load_plan(plan)
+    engine = open_engine(
+        model, quant, loaded_plan, threads, context=context, memory=memory, reserve=SERVER_RESERVE
     )
-    run(engine, name or file.stem, host, port, queue, api_key, largest, grace, cors or (), turn)
+    run(
+        engine,
+        name or short_name(model),
+        host,
+        port,
+        queue,
+        api_key,
+        largest,
+        grace,
+        cors or (),
+        turn,
+    )
 
 
 @app.command()

@@ -22,9 +22,9 @@ from fallow.engine.cuts import Cut as _Cut
 from fallow.models.devices import as_floats
 from fallow.packing.quantize import (
     OUTLIERS,
-    QUANT_TYPES,
     Matrix,
     add_matrix,
+    quant_type,
     quantize,
     without_outliers,
 )
@@ -62,8 +62,7 @@ def pack_ffns(
         UsageError: an unknown type, or one given beside `packed`.
     """
     check_writable(output)
-    if down is not None and down.upper() not in QUANT_TYPES:
-        raise UsageError(f"unknown type {down!r}; known: {', '.join(QUANT_TYPES).lower()}")
+    down = None if down is None else quant_type(down)
     if down is not None and packed is not None:
         raise UsageError("--down is for models without --packed, which has its own type")
     file = read_gguf(model)
@@ -202,7 +201,7 @@ def _write(
     from gguf import GGUFValueType as Kind
 
     d_ff, hidden = layers[0]["up"].shape
-    kind = down.upper() if down else _DEFAULT_DOWN[(hidden % 256 != 0) + (hidden % 32 != 0)]
+    kind = down or _DEFAULT_DOWN[(hidden % 256 != 0) + (hidden % 32 != 0)]
     writer = gguf.GGUFWriter(path, "fallow")
     writer.add_custom_alignment(64)
     for key, value in (

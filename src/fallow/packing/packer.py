@@ -19,6 +19,7 @@ from fallow.engine.engine import Engine
 from fallow.engine.memory import COARSE_HEAD
 from fallow.measure.quality import evaluate_engine
 from fallow.packing.coarse_gate import check_predictable, coarse_gates
+from fallow.packing.quantize import FILE_TYPES, quant_type
 from fallow.packing.selfcheck import LARGEST_KL, LARGEST_PPL_CHANGE, Reference, SelfCheck
 from fallow.packing.source import OUTLIER_WINDOWS, Source
 from fallow.packing.writer import write_packed
@@ -44,7 +45,8 @@ def pack(
 
     Args:
         plan: stored in the file, and used by the engine unless another is given.
-        quant: type of all matrices, for a Hugging Face folder (default Q8_0). A GGUF keeps its own.
+        quant: type of all matrices, for a Hugging Face folder (default Q8_0), or the name of
+            one of llama.cpp's mixes, Q4_K_M for Q4_K. A GGUF keeps its own.
         down: type of down_proj_t; default: for a GGUF the smallest that passes the check on a part
             of the default calibration text, else that of `quant`.
         shortlist: add a coarse copy of the head (2 bits), by which a plan with a `head_margin`
@@ -76,6 +78,14 @@ def pack(
     return packer.write(output, plan, n_threads)
 
 
+def _known_type(name: str) -> str:
+    """As `quant_type`; what llama.cpp mixes is said to be of one type here."""
+    kind = quant_type(name)
+    if name.upper() in FILE_TYPES:
+        note(f"{name}, a mix in llama.cpp, is {kind} here for every matrix; --down says another")
+    return kind
+
+
 PREDICTED_TOKENS = 128  # of each window, by which a predictor's price is told
 
 
@@ -96,6 +106,7 @@ class Packer:
         device: str = "cpu",  # that the source runs on
     ) -> None:
         name = None if isinstance(model, Model) else str(model)
+        quant, down = (given and _known_type(given) for given in (quant, down))
         text = load_text(text, "evaluation")
         loaded = load(model, "float32", device)
         if lora is not None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fallow import _core
 from fallow.checkpoints.weights import StoredTensor
-from fallow.common.errors import FallowError
+from fallow.common.errors import FallowError, UsageError
 from fallow.common.procfs import processors
 
 # Types for down_proj_t from a GGUF source, smallest first; the K types need rows of whole 256s.
@@ -18,6 +18,21 @@ DOWN_TYPES_NARROW = ("Q5_0", "Q5_1", "Q8_0")
 # rows per layer take Q8_0 from 0.0022 to 0.0003 nats, sixteen to 0.0002.
 OUTLIERS = 8
 QUANT_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16", "F16", "F32")
+# llama.cpp's file types that mix matrices of several types, and the type that most of them have.
+FILE_TYPES = {"Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K"}
+
+
+def quant_type(name: str) -> str:
+    """The type that a name stands for, in either case: one of QUANT_TYPES, or of FILE_TYPES.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    kind = FILE_TYPES.get(name.upper(), name.upper())
+    if kind not in QUANT_TYPES:
+        known = ", ".join((*QUANT_TYPES, *FILE_TYPES)).lower()
+        raise UsageError(f"unknown type {name!r}; known: {known}")
+    return kind
 
 
 @dataclass

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fallow import _core
+from fallow.checkpoints.catalog import find_model
 from fallow.checkpoints.text import Text, load_text
 from fallow.checkpoints.weights import read_gguf, read_safetensors
 from fallow.common.errors import FallowError, UsageError
@@ -32,7 +33,7 @@ from fallow.packing.quantize import (
     without_outliers,
 )
 from fallow.packing.selfcheck import CHECK_CONTEXT
-from fallow.reference.model import Model, find_model, in_bfloat16
+from fallow.reference.model import Model, in_bfloat16
 
 OUTLIER_WINDOWS = 2
 # Hidden states say how to round the coarse head: of windows from all over the calibration text and
@@ -91,10 +92,11 @@ class Source:
         return self.gguf is not None
 
     def down_types(self, quant: str | None, down: str | None) -> tuple[str, ...]:
-        for name in (quant, down):
-            if name is not None and name.upper() not in QUANT_TYPES:
-                known = ", ".join(t.lower() for t in QUANT_TYPES)
-                raise UsageError(f"unknown type {name!r}; known: {known}")
+        """Types to try for down_proj_t, in turn; `quant` and `down` are of QUANT_TYPES.
+
+        Raises:
+            UsageError: `quant` is given for a GGUF.
+        """
         if down is not None:
             return (down.upper(),)
         if not self.keeps_bytes:

@@ -5,7 +5,7 @@ import math
 import re
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fallow.checkpoints.catalog import ALIASES, is_hub_id, resolve
+from fallow.checkpoints.catalog import find_model
 from fallow.checkpoints.text import Text, cut_windows
 from fallow.checkpoints.tokenizer import (
     TextTokenizer,
@@ -333,42 +333,6 @@ def load(model: str | Path | Model, dtype: str = "auto", device: str = "cpu") ->
     found = _load_folder(name, path, dtype) if path.is_dir() else _load_gguf(name, path, dtype)
     note_endless(found.tokenizer, name)
     return found if device == "cpu" else found.to(device)
-
-
-def find_model(name: str) -> Path:
-    """The folder or file that a model's name stands for; hub ids are downloaded.
-
-    Raises:
-        FallowError: it is nowhere.
-    """
-    if name in ALIASES:
-        return resolve(ALIASES[name])
-    path = Path(name)
-    with suppress(OSError):  # a name that no file can have
-        if name and path.exists():
-            return path
-    if not is_hub_id(name):
-        raise FallowError(
-            f"model {name or repr(name)} not found: no such file or folder, and no alias "
-            f"({', '.join(ALIASES)}); see: fallow models"
-        )
-    return _download(name)
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    copies = ["consolidated*", "*/*"]  # the same weights in another layout
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=copies))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FallowError(
-            f"cannot download {hub_id} from the hub ({reason}); check the id and the network, "
-            "or give a local folder or .gguf file"
-        ) from error
 
 
 def _torch_dtype(dtype: str, n_weights: int) -> torch.dtype:

@@ -13,6 +13,7 @@ import numpy as np
 
 from fallow.calibration.calibrator import calibrate
 from fallow.calibration.tradeoff import make_rows, tradeoff
+from fallow.checkpoints.catalog import find_model
 from fallow.checkpoints.text import Text, check_no_leakage, load_text
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
@@ -22,7 +23,7 @@ from fallow.patterns.collect import tap_width
 from fallow.patterns.similarity import agreement, jaccard, recording
 from fallow.patterns.store import row_sizes, unpack_bits
 from fallow.plan import Plan
-from fallow.reference.model import Model, find_model, text_tensors
+from fallow.reference.model import Model, text_tensors
 from fallow.reporting.neurons import examine, token_texts
 from fallow.reporting.parts import Parts
 

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: `fallow chat`."""
+"""A conversation in the terminal: `fallow run`."""
 
 import sys
 import time
@@ -124,9 +124,7 @@ def chat(conversation: Conversation, show_stats: bool = False) -> None:
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
+        except (EOFError, KeyboardInterrupt):
             print()
             return
         if line in ("/quit", "/exit"):
