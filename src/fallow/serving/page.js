@@ -192,7 +192,7 @@ async function ask(question) {
     note = answer.note();
     if (!answer.shares.length) answer.below.textContent = "The model ended its answer at once.";
   } catch (error) {
-    if (mine.signal.aborted) answer.below.textContent = `${answer.figures()} · stopped`;
+    if (mine.signal.aborted) answer.below.textContent = [answer.figures(), "stopped"].filter(Boolean).join(" · ");
     else answer.box.append(element("p", "error", error.message));
     if (!answer.text && thisTalk === talk && !$("question").value) $("question").value = question;  // to send it again
   }
