@@ -110,10 +110,10 @@ def test_what_finds_no_place_is_not_encoded(engine: Engine) -> None:
 
         def prompt(self, text: str, **options: Any) -> np.ndarray:
             encoded.append(text)
-            time.sleep(0.3)
+            time.sleep(1)
             return engine.tokenizer.prompt(text, **options)
 
-    with served(Slow(Counting()), queue=2) as address:
+    with served(Slow(Counting()), queue=1) as address:  # and one that runs
         body = {"model": "tiny", "max_tokens": 1}
 
         def ask(text: str) -> None:

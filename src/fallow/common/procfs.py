@@ -9,6 +9,8 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
+    if not hasattr(os, "sched_getaffinity"):  # not Linux
+        return os.cpu_count() or 1
     return len(os.sched_getaffinity(0))
 
 
