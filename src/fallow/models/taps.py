@@ -92,7 +92,7 @@ class Experts:
     def tap(self, name: str, tap: Callable[[torch.Tensor], Any]) -> "_TapHandle":
         """Attaches a tap to neurons until its handle's `remove` is called."""
         self._tapped.taps.append((name, tap))
-        self.module.forward = partial(_forward, self, self._tapped)  # type: ignore[method-assign]
+        self.module.forward = partial(_forward, self, self._tapped)
         return _TapHandle(self.module, self._tapped, (name, tap))
 
     @property
@@ -114,7 +114,7 @@ class Experts:
         """What an expert's activation makes of gate_pre."""
         module: Any = self.module
         if not self.biases:
-            return module.act_fn(gate)  # type: ignore[no-any-return]
+            return module.act_fn(gate)
         gate = gate.clamp(max=module.limit)
         return gate * torch.sigmoid(gate * module.alpha)
 
