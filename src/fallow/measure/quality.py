@@ -130,7 +130,8 @@ class Evaluation:
     ppl_change_se: float | None  # paired
     kl_to_dense: dict[str, float | None]  # nats per token: mean, se, p99
     top1_agreement: float
-    # x, gate_act, up, inter, None if the FFN has none; of a mixture of experts router: experts.
+    # x, gate_act, up, inter, None if the FFN has none; of a mixture of experts router: experts, and
+    # where a plan cuts neurons those of the experts that are used.
     sparsity_ratio: dict[str, float | None]
     tokens: int
     # Per tap and layer: mean, and the 5th and 95th percentile over what `spread_over` says: tokens,
