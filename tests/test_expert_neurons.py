@@ -407,7 +407,7 @@ def test_rules_that_cut_more_than_neurons(rule: str, calibrators: dict[str, Cali
     assert "router, gate_pre, gate_act, up, inter, q_proj" in said
 
 
-@pytest.mark.parametrize("selector", ["oracle", "static", "lowbit", "learned"])
+@pytest.mark.parametrize("selector", ["oracle", "static", "lowbit", "cluster"])
 def test_selectors(selector: str, calibrators: dict[str, Calibrator]) -> None:
     said = fails(FallowError, lambda: calibrators["mixtral"].fit(selector, sparsity=0.5))
     assert "the model is a mixture of experts" in said
