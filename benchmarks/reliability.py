@@ -5,6 +5,7 @@ Some ten minutes of one core each; a stopped step goes on where it was:
     python benchmarks/reliability.py fuzz        # damaged files of every format
     python benchmarks/reliability.py kill        # every command that writes, killed at any moment
     python benchmarks/reliability.py load        # many clients at one server: two minutes
+    python benchmarks/reliability.py hostile     # requests that mean harm: five minutes
     python benchmarks/reliability.py pages       # reports in a browser; makes them first: an hour
     python benchmarks/reliability.py --report    # writes docs/results/reliability.md
 """
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hostile import LINES, MEMORY_MB, SECONDS, SENDERS
 from tradeoff import ROOT, keeper, machine_line
 
 sys.path.append(str(ROOT / "tests"))  # where the short runs of the same are
@@ -27,7 +29,7 @@ KILLS = 15  # of each command
 
 
 def steps() -> dict[str, Callable[[], None]]:
-    return {"fuzz": fuzz, "kill": kill, "load": load, "pages": pages}
+    return {"fuzz": fuzz, "kill": kill, "load": load, "hostile": hostile, "pages": pages}
 
 
 def fuzz() -> None:
@@ -59,6 +61,17 @@ def load() -> None:
     from load import load as run
 
     keep = keeper(RESULTS / "load")
+    with tempfile.TemporaryDirectory() as folder:
+        pack("smollm2", Path(folder) / "model.gguf")
+        keep("smollm2", lambda: run(Path(folder) / "model.gguf"))
+
+
+def hostile() -> None:
+    """Requests that mean harm: see hostile.py."""
+    from fallow.packing.packer import pack
+    from hostile import hostile as run
+
+    keep = keeper(RESULTS / "hostile")
     with tempfile.TemporaryDirectory() as folder:
         pack("smollm2", Path(folder) / "model.gguf")
         keep("smollm2", lambda: run(Path(folder) / "model.gguf"))
@@ -109,6 +122,15 @@ some read them as a stream, some leave in the middle of their own request or of 
 send garbage. Told to come back (429) they do. Every answer must be the engine's own to that prompt,
 and memory must not grow."""
 
+HOSTILE = f"""
+## Hostile requests
+
+Each kind is sent for {SECONDS:g} seconds by {SENDERS} clients at once to a `fallow serve` of
+SmolLM2 with one thread and `--memory {MEMORY_MB}MB`, while a client of another address asks for
+`/health` all the time, each time over a new connection. **/health**: how long that took.
+**Memory**: the most that the process had, mapped pages of the model's file among it. Kinds that
+hold connections open have {LINES} of each client."""
+
 PAGES = """
 ## Reports
 
@@ -119,7 +141,8 @@ desk, until the page has loaded and its first figure is drawn; five times each, 
 def report() -> str:
     lines = [INTRODUCTION]
     for name, table in (
-        ("fuzz", _fuzz_lines), ("kill", _kill_lines), ("load", _load_lines), ("pages", _page_lines)
+        ("fuzz", _fuzz_lines), ("kill", _kill_lines), ("load", _load_lines),
+        ("hostile", _hostile_lines), ("pages", _page_lines)
     ):  # fmt: skip
         path = RESULTS / name / "result.json"
         if path.exists():
@@ -169,6 +192,21 @@ def _load_lines(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"\nMemory besides the model's file: {before:.1f} MB after {first} requests, "
             f"{after:.1f} MB after {last}."
+        )
+    return lines
+
+
+def _hostile_lines(rows: list[dict[str, Any]]) -> list[str]:
+    heads = ("sent", "what became of it", "/health, median ms", "worst", "memory, MB", "CPU, s")
+    lines = [HOSTILE, f"\n| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|"]
+    (found,) = rows
+    for name, r in found.items():
+        became = ", ".join(f"{what}: {count}" for what, count in r["outcomes"].items())
+        broken = [] if r["exit_code"] == 0 else [f"exit code {r['exit_code']}"]
+        broken += ["traceback"] if r["traceback"] else []
+        lines.append(
+            f"| {name} | {'; '.join([became, *broken])} | {r['health_ms']['median']:.0f} | "
+            f"{r['health_ms']['worst']:.0f} | {r['peak_mb']:.0f} | {r['processor_seconds']:.1f} |"
         )
     return lines
 

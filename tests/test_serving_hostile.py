@@ -59,6 +59,7 @@ def watched(address: str) -> Iterator[list[float]]:
         ("completions", {"prompt": "a", "stop": "a" * 257}, "stop", "of 1 to 256 characters"),
         ("completions", {"prompt": "a", "stop": ["a", "a" * 257]}, "stop", "of 1 to 256"),
         ("completions", {"prompt": "a", "user": "a" * 513}, "user", "at most 512 characters"),
+        ("completions", {f"f{i}": i for i in range(101)}, None, "has too many fields; at most 100"),
         ("completions", {"prompt": "a", "cache_salt": "a" * 513}, "cache_salt", "at most 512"),
         ("chat/completions", {"messages": HI * 2049}, "messages", "too many entries; at most 2048"),
         (
@@ -76,7 +77,7 @@ def watched(address: str) -> Iterator[list[float]]:
     ],
 )
 def test_too_much_is_refused_before_it_is_read(
-    engine: Engine, path: str, change: dict[str, Any], param: str, said: str
+    engine: Engine, path: str, change: dict[str, Any], param: str | None, said: str
 ) -> None:
     class Untouched:
         def __getattr__(self, name: str) -> Any:

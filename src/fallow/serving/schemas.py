@@ -21,6 +21,7 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -47,6 +48,7 @@ MOST_CHARACTERS = 1 << 19  # of a text: more than 100,000 tokens
 MOST_IDS = 1 << 17  # of a prompt
 MOST_PROMPTS = 256
 MOST_MESSAGES = 2048  # and parts of a message
+MOST_FIELDS = 100  # of an object
 LONGEST_STOP = 256  # characters
 LONGEST_NAME = 512  # characters of what is no text to read
 
@@ -150,6 +152,14 @@ Harmless = Any  # cannot change the answer, whatever it says
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        """Every unknown one is an error, and pydantic collects them all."""
+        if isinstance(value, dict) and len(value) > MOST_FIELDS:
+            raise _ours(f"has too many fields; at most {MOST_FIELDS} are taken")
+        return value
 
 
 class StreamOptions(_Strict):

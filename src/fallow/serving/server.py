@@ -1,6 +1,7 @@
 """Listens, and shuts down without losing a request."""
 
 import asyncio
+import gc
 import os
 import re
 import signal
@@ -64,6 +65,10 @@ def serve(
     hosts = LOOPBACK if is_local and api_key is None else ()
     app = create_app(worker, name, api_key, max_body, cors, hosts)
     server = _Server(configured(app, host, port, grace, queue), worker, grace)
+    # What is loaded stays: collections, which large bodies cause, need not look through it again (a
+    # body of 100,000 lists kept all others waiting for 101 ms, and so for 46).
+    gc.collect()
+    gc.freeze()
     try:
         server.run()
     except SystemExit as error:  # uvicorn's answer to an address in use
@@ -71,6 +76,7 @@ def serve(
             f"cannot listen on {host}:{port}; it is in use or not allowed, choose another --port"
         ) from error
     finally:
+        gc.unfreeze()
         worker.close(0)
         worker.join(CLOSE_SECONDS)
 
