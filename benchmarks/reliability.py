@@ -208,6 +208,8 @@ def _hostile_lines(rows: list[dict[str, Any]]) -> list[str]:
             f"| {name} | {'; '.join([became, *broken])} | {r['health_ms']['median']:.0f} | "
             f"{r['health_ms']['worst']:.0f} | {r['peak_mb']:.0f} | {r['processor_seconds']:.1f} |"
         )
+    slow = sum(r["health_ms"]["worst"] > 100 for r in found.values())
+    lines.append(f"\n`/health` took more than 100 ms at worst for {slow} of {len(found)} kinds.")
     return lines
 
 
