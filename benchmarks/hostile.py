@@ -9,15 +9,16 @@ import json
 import multiprocessing
 import socket
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from load import attacked, memory_mb
 
 SECONDS, SENDERS, MEMORY_MB = 3.0, 4, 400
 LINES = 300  # connections of the kinds that hold them
@@ -30,7 +31,7 @@ def kinds() -> dict[str, Send]:
     """What is sent, by its name."""
     text = {"model": "model", "max_tokens": 1}
     hi = {"role": "user", "content": "hi"}
-    found = {
+    return {
         "200,000 prompts": _post(COMPLETIONS, text | {"prompt": ["a"] * 200_000}),
         "as many prompts as are taken": _post(COMPLETIONS, text | {"prompt": ["a"] * 256}),
         "200,000 empty prompts": _post(COMPLETIONS, text | {"prompt": [""] * 200_000}),
@@ -88,7 +89,6 @@ def kinds() -> dict[str, Send]:
         "connections, and silence": _held(b""),
         "answers that nobody reads": _held(_streamed()),
     }
-    return found
 
 
 def hostile(packed: Path) -> dict[str, dict[str, Any]]:
@@ -96,28 +96,11 @@ def hostile(packed: Path) -> dict[str, dict[str, Any]]:
 
 
 def _one(packed: Path, send: Send) -> dict[str, Any]:
-    command = [sys.executable, "-m", "fallow", "serve", str(packed), "--port", "0"]
-    command += ["--threads", "1", "--name", "model", "--memory", f"{MEMORY_MB}MB"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        said = ""
-        while "/v1" not in said:
-            said = server.stderr.readline()
-            assert said, "the server does not start"
-        # Whatever it says later must find room in the pipe.
-        told: list[str] = []
-        reader = threading.Thread(target=lambda: told.extend(server.stderr or ()))
-        reader.start()
-        port = int(said.split("/v1")[0].rpartition(":")[2])
-        _post(COMPLETIONS, {"model": "model", "prompt": "a", "max_tokens": 1})(port)
-        found = _attacked(port, server.pid, send)
-        server.terminate()
-        found["exit_code"] = server.wait(60)
-        reader.join()
-    return found | {"traceback": any("Traceback" in line for line in told)}
+    return attacked(packed, partial(_watched, send), "--memory", f"{MEMORY_MB}MB")
 
 
-def _attacked(port: int, pid: int, send: Send) -> dict[str, Any]:
+def _watched(send: Send, port: int, pid: int) -> dict[str, Any]:
+    _post(COMPLETIONS, {"model": "model", "prompt": "a", "max_tokens": 1})(port)
     outcomes: Counter[str] = Counter()
     # In a process of its own: threads that send would keep each other waiting.
     context = multiprocessing.get_context("spawn")
@@ -144,7 +127,7 @@ def _attacked(port: int, pid: int, send: Send) -> dict[str, Any]:
     return {
         "outcomes": dict(outcomes.most_common()),
         "health_ms": {"median": 1e3 * statistics.median(health), "worst": 1e3 * max(health)},
-        "peak_mb": _status(pid, "VmHWM") / 1e3,
+        "peak_mb": memory_mb(pid, "VmHWM"),
         "processor_seconds": used,
     }
 
@@ -172,11 +155,6 @@ def _health(port: int) -> float:
         return float("inf")
     finally:
         connection.close()
-
-
-def _status(pid: int, name: str) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def _processor_seconds(pid: int) -> float:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,38 @@ RUDE = {"vanish": 0.1, "vanish early": 0.05, "garbage": 0.1, "stream": 0.35}  # 
 
 def load(packed: Path) -> dict[str, Any]:
     expected = answers(packed)
+    return attacked(
+        packed, lambda port, pid: _Load(port, pid, expected).all(), "--queue", str(QUEUE)
+    )
+
+
+def attacked(
+    packed: Path, attack: Callable[[int, int], dict[str, Any]], *options: str
+) -> dict[str, Any]:
+    """What an attack on a server, by its port and process, finds, and how the server ends."""
     command = [sys.executable, "-m", "fallow", "serve", str(packed), "--port", "0"]
-    command += ["--threads", "1", "--queue", str(QUEUE), "--name", "model"]
+    command += ["--threads", "1", "--name", "model", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
-        line = server.stderr.readline()
-        port = int(line.split("/v1")[0].rpartition(":")[2])
-        run = _Load(port, server.pid, expected)
-        found = run.all()
+        line = ""
+        while "/v1" not in line:
+            line = server.stderr.readline()
+            assert line, "the server does not start"
+        # Whatever it says later must find room in the pipe.
+        said: list[str] = []
+        reader = threading.Thread(target=said.extend, args=(server.stderr,))
+        reader.start()
+        found = attack(int(line.split("/v1")[0].rpartition(":")[2]), server.pid)
         server.terminate()
         found["exit_code"] = server.wait(60)
-        found["traceback"] = "Traceback" in server.stderr.read()
-    return found
+        reader.join()
+    return found | {"traceback": any("Traceback" in line for line in said)}
+
+
+def memory_mb(pid: int, name: str) -> float:
+    """A process's memory, 1e6 bytes: "RssAnon", no page of a file, or "VmHWM", the most it had."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e6
 
 
 def answers(packed: Path) -> dict[str, set[str]]:
@@ -104,7 +125,7 @@ class _Load:
                     return
                 request = self.left.pop()
                 if len(self.left) % 100 == 0:
-                    self.memory.append((REQUESTS - len(self.left), self.rss_mb()))
+                    self.memory.append((REQUESTS - len(self.left), memory_mb(self.pid, "RssAnon")))
             kind = rng.choices([*RUDE, "plain"], [*RUDE.values(), 1 - sum(RUDE.values())])[0]
             try:
                 outcome = self.ask(kind, rng, request)
@@ -112,11 +133,6 @@ class _Load:
                 outcome = f"LOST: {type(error).__name__}"
             with self.lock:
                 self.outcomes[outcome] += 1
-
-    def rss_mb(self) -> float:
-        """Memory of the server that is no page of the model's file."""
-        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-        return int(next(x for x in lines if x.startswith("RssAnon")).split()[1]) * 1024 / 1e6
 
     def ask(self, kind: str, rng: random.Random, request: int) -> str:
         prompt = rng.choice(list(self.expected))

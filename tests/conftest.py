@@ -528,3 +528,23 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Result(int(stop.value.code or 0), captured.out, captured.err)
 
     return call
+
+
+def find_browser() -> str | None:
+    named = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+    return (
+        named if Path(named).exists() else shutil.which("chromium") or shutil.which("google-chrome")
+    )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium: apt-get install chromium, or name one in CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -1,7 +1,6 @@
 """Reports: made in parts, and looked at in a browser at the width of a phone and of a desk."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -376,25 +375,6 @@ def test_command_errors(
 
 
 # In a browser ------------------------------------------------------------------------------------
-
-
-def find_browser() -> str | None:
-    named = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-    return (
-        named if Path(named).exists() else shutil.which("chromium") or shutil.which("google-chrome")
-    )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = find_browser()
-    if path is None:
-        pytest.skip("no Chromium: apt-get install chromium, or name one in CHROMIUM")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 WIDTHS = {"phone": (390, 844), "desk": (1440, 900)}

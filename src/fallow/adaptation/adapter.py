@@ -32,7 +32,7 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_path, check_sums, claim, read_json, write_json
 from fallow.common.metrics import ppl_change_percent
 from fallow.common.progress import console, note, progress
-from fallow.models._activations import REPLACEMENTS, replace_activation
+from fallow.models import REPLACEMENTS, replace_activation
 from fallow.models.cuts import cut_taps, weight_of
 from fallow.models.devices import as_array, device_named, has_bfloat16
 from fallow.models.taps import Layer, Tap, attach
@@ -253,12 +253,15 @@ class _Run:
         self._say_what_is_read()
         with torch.no_grad():
             windows = [self._ids(window[None]) for window in self.mixture.held_out]
-            self.held_out = [(ids, self._exact(self.teacher, ids)) for ids in windows]
+            layers = self.model.architecture.find_layers(self.teacher)
+            sizes = _Sizes(len(layers))
+            with attach(layers, {"inter": sizes.add}):
+                self.held_out = [(ids, self._exact(self.teacher, ids)) for ids in windows]
+            self.usual = sizes.mean / len(windows)  # |inter| of each layer, (L,)
             losses = [
                 float(nn.functional.nll_loss(self._log_p(wanted), ids[0, 1:]))
                 for ids, wanted in self.held_out
             ]
-            self.usual = self._sizes(self.teacher, {})[0]
         self.teacher_losses = np.array(losses)
         if self.half:  # what `_in_half` would make of these weights again for every part of a step
             for layer in self.model.architecture.find_layers(self.teacher):
@@ -432,6 +435,10 @@ class _Run:
         torch.autograd.backward([hidden, l1], [leaf.grad, None])
         return total
 
+    def _l1_of(self, mean: np.ndarray) -> float:
+        """What the whole l1 adds for layers' mean |inter|, (L,); nats."""
+        return self.settings.l1 * float((mean / self.usual).mean()) if self.settings.l1 else 0.0
+
     def _l1_now(self) -> float:
         anneal = self.settings.anneal
         return self.settings.l1 * (min(1.0, self.share / anneal) if anneal else 1.0)
@@ -475,37 +482,25 @@ class _Run:
         return hidden[0, :-1].float()
 
     @torch.no_grad()
-    def _judge(self, module: Any, taps: dict[str, Tap]) -> tuple[float, np.ndarray]:
-        """KL to the teacher, and losses (n,) of held-out windows; nats per token."""
-        kl, losses = [], []
-        with attach(self.model.architecture.find_layers(module), taps):
+    def _judge(
+        self, taps: dict[str, Tap], sizes: "_Sizes | None" = None
+    ) -> tuple[float, np.ndarray]:
+        """The student's KL to the teacher, and losses (n,) of held-out windows; nats per token."""
+        kl, losses, module = [], [], self.student
+        sized = {"inter": sizes.add} if sizes else {}  # what the taps leave
+        with attach(self.layers, taps), attach(self.layers, sized):
             for ids, wanted in self.held_out:
                 log_q = self._log_p(self._exact(module, ids))
                 kl.append(float(divergence(self._log_p(wanted), log_q).mean()))
                 losses.append(float(nn.functional.nll_loss(log_q, ids[0, 1:])))
         return float(np.mean(kl)), np.array(losses)
 
-    @torch.no_grad()
-    def _sizes(self, module: Any, taps: dict[str, Tap]) -> tuple[np.ndarray, np.ndarray]:
-        """Of `inter`, on the held-out windows: mean |value| and share of zeros, (L,) each."""
-        layers = self.model.architecture.find_layers(module)
-        found = np.zeros((2, len(layers)))
-
-        def add(index: int, value: torch.Tensor) -> None:
-            found[:, index] += float(value.float().abs().mean()), float((value == 0).float().mean())
-
-        with attach(layers, taps), attach(layers, {"inter": add}):
-            for ids, _ in self.held_out:
-                self._exact(module, ids)
-        size, zeros = found / len(self.held_out)
-        return size, zeros
-
     def check(self) -> Check:
         """The student as it is, under the whole rule."""
         self.student.eval()
-        kl, losses = self._judge(self.student, self.taps[-1])
-        _, dense = self._judge(self.student, {})
-        size, zeros = self._sizes(self.student, self.taps[-1])
+        sizes, n = _Sizes(len(self.layers)), len(self.held_out)
+        kl, losses = self._judge(self.taps[-1], sizes)
+        _, dense = self._judge({})
         self.student.train()
         change, error = ppl_change_percent(losses, self.teacher_losses)
         return Check(
@@ -515,8 +510,8 @@ class _Run:
             ppl_change_percent=change,
             ppl_change_se=error,
             dense_ppl_change_percent=ppl_change_percent(dense, self.teacher_losses)[0],
-            sparsity=float(zeros.mean()),
-            l1=self.settings.l1 * float((size / self.usual).mean()) if self.settings.l1 else 0.0,
+            sparsity=float((sizes.zeros / n).mean()),
+            l1=self._l1_of(sizes.mean / n),
         )
 
     def _find_rate(self) -> float:
@@ -686,6 +681,17 @@ class _Run:
         made.replace(folder)
         shutil.rmtree(self.work)
         return report
+
+
+class _Sizes:
+    """Of `inter` of passes, by layer: mean |value| and share of zeros, (L,) each, added up."""
+
+    def __init__(self, n_layers: int) -> None:
+        self.mean, self.zeros = np.zeros(n_layers), np.zeros(n_layers)
+
+    def add(self, index: int, value: torch.Tensor) -> None:
+        self.mean[index] += float(value.float().abs().mean())
+        self.zeros[index] += float((value == 0).float().mean())
 
 
 def report_of(folder: Path) -> AdaptReport:

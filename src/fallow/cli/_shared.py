@@ -93,6 +93,12 @@ FileOption = Annotated[
     typer.Option("--file", "-f", help="The prompt's file, less one newline."),
 ]
 SystemOption = Annotated[str | None, typer.Option(help="A system message.")]
+MaxNewTokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", help="Longest answer, tokens.")
+]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", "--temp", help="0: the most likely token.")
+]
 TopPOption = Annotated[
     float, typer.Option(help="Sample among the likeliest tokens of this probability.")
 ]

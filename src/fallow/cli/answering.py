@@ -11,6 +11,7 @@ from fallow.cli._shared import (
     FileOption,
     JsonOption,
     KernelsOption,
+    MaxNewTokensOption,
     MemoryOption,
     MinPOption,
     ModelOption,
@@ -22,6 +23,7 @@ from fallow.cli._shared import (
     SeedOption,
     SkipOption,
     SystemOption,
+    TemperatureOption,
     ThreadsOption,
     TopKOption,
     TopPOption,
@@ -43,12 +45,8 @@ def run(
     prompt_option: PromptOption = None,
     file: FileOption = None,
     system: SystemOption = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Longest answer, tokens.")
-    ] = 512,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "--temp", help="0: the most likely token.")
-    ] = 0.7,
+    max_new_tokens: MaxNewTokensOption = 512,
+    temperature: TemperatureOption = 0.7,
     top_p: TopPOption = 0.95,
     top_k: TopKOption = 0,
     min_p: MinPOption = 0.0,
@@ -89,12 +87,8 @@ def generate(
     file: FileOption = None,
     system: SystemOption = None,
     plan: PackedPlanOption = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Longest answer, tokens.")
-    ] = 64,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "--temp", help="0: the most likely token.")
-    ] = 0.0,
+    max_new_tokens: MaxNewTokensOption = 64,
+    temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     top_p: TopPOption = 1.0,

@@ -4,7 +4,15 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from fallow.common.errors import FallowError
-from fallow.models._activations import FatRelu, Rectified, activate, told
+from fallow.models._activations import (
+    REPLACEMENTS,
+    FatRelu,
+    Rectified,
+    activate,
+    activation_key,
+    replace_activation,
+    told,
+)
 from fallow.models._base import Architecture
 from fallow.models._by_names import by_names, check_logits, check_names
 from fallow.models._keys import check_config, check_gguf_keys, check_gguf_type, check_wrapper
@@ -57,12 +65,14 @@ def _pick(found: dict[str, Architecture], name: str, where: str) -> Architecture
 
 __all__ = [
     "ARCHITECTURES",
+    "REPLACEMENTS",
     "ROPE_TENSORS",
     "TEXT_NAMES",
     "Architecture",
     "FatRelu",
     "Rectified",
     "activate",
+    "activation_key",
     "architectures",
     "by_gguf_name",
     "by_model_type",
@@ -72,6 +82,7 @@ __all__ = [
     "check_logits",
     "check_names",
     "check_wrapper",
+    "replace_activation",
     "text_config",
     "text_name",
     "told",

@@ -13,7 +13,6 @@ from fallow.common.errors import FallowError
 from fallow.models._base import Architecture
 
 REPLACEMENTS = ("relu", "drelu")
-_NAMES = ("hidden_activation", "hidden_act", "activation_function")  # of one key in configs
 _BUILT_WITH = {"fatrelu": "relu", "drelu": "relu"}  # what transformers is told in their place
 
 
@@ -91,7 +90,7 @@ def replace_activation(architecture: Architecture, module: Any, act: str) -> Non
     Raises:
         FallowError: the FFN has no gate for dReLU, or its activation is no setting of its config.
     """
-    name = next((n for n in _NAMES if getattr(module.config, n, None) is not None), None)
+    name = activation_key(module.config)
     if name is None or "hidden_act" in architecture.settings:
         raise FallowError(
             f"the activation of {architecture.model_type} models is no setting of theirs, so that "
@@ -103,6 +102,12 @@ def replace_activation(architecture: Architecture, module: Any, act: str) -> Non
         block.set_submodule(architecture.act, nn.ReLU())
         if act == "drelu":
             _rectify(architecture, block)
+
+
+def activation_key(config: Any) -> str | None:
+    """What a transformers config calls its activation, if it has one."""
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    return next((n for n in names if getattr(config, n, None) is not None), None)
 
 
 def _rectify(architecture: Architecture, block: Any) -> None:

@@ -18,7 +18,7 @@ from fallow.common.files import fits, read_json
 from fallow.common.progress import note, progress
 from fallow.engine.memory import COARSE_HEAD
 from fallow.measure.evaluation import final_hidden
-from fallow.models import FatRelu
+from fallow.models import FatRelu, activation_key
 from fallow.models.devices import as_array, as_floats
 from fallow.models.taps import Layer, attach
 from fallow.packing.coarse_head import coarse_head
@@ -477,8 +477,9 @@ class Source:
     def activation(self) -> str:
         if hasattr(self.config, "swiglu_limit"):  # beside which hidden_act has no effect
             return "swiglu_oai"
-        names = ("hidden_activation", "hidden_act", "activation_function")
-        name = next(n for n in (getattr(self.config, n, None) for n in names) if n is not None)
+        key = activation_key(self.config)
+        assert key is not None
+        name = getattr(self.config, key)
         if name not in _ACTIVATIONS:
             raise FallowError(
                 f"{self.model.name} has the activation {name}; the engine knows "

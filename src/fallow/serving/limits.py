@@ -11,11 +11,12 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from fallow.serving.page import PATHS
 from fallow.serving.telemetry import Telemetry
 
 BODY_SECONDS = 30.0  # that a request may take to arrive
 BODIES = 32  # of the largest size, that requests in hand may have together
-OPEN_PATHS = ("/health", "/", "/page.css", "/page.js")  # for which no key is asked
+OPEN_PATHS = ("/health", *PATHS)  # for which no key is asked
 NAMES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     429: "rate_limit_error", 500: "server_error", 503: "overloaded_error",

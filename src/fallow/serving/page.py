@@ -9,6 +9,7 @@ from fastapi import FastAPI, Response
 
 _HERE = Path(__file__).parent
 _TYPES = {"page.css": "text/css", "page.js": "text/javascript"}
+PATHS = ("/", *(f"/{name}" for name in _TYPES))
 # Scripts and styles are our own files, requests go here alone, and no other page frames this one.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
