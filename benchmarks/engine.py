@@ -277,9 +277,11 @@ not kept.
 
 **Tiles.** Weights are read into memory of huge pages and laid out anew there, 16 rows side by side,
 in the order in which products meet them (`csrc/engine/tiles.h`): nothing is transposed, and memory
-is read in one stream, which the processor sees coming; hints cost a quarter of the speed. Of Q4_K
-the products then run at 0.9 to 1.0 of plain reading on Zen 4 (above), where rows one by one reached
-0.6 to 0.8; on Zen 3 at 0.7. That takes 0.3 s per GB when a model is loaded, and when a plan takes
+is read in one stream. AVX-512 kernels leave it to the processor, which sees it coming: on Zen 4
+hints cost a quarter of the speed. AVX2 kernels have more to do for each byte, so that too little of
+the stream is under way at once, and ask for it 1 KB ahead (`csrc/kernels/avx2_lanes.h`). Of Q4_K
+the products then run at 0.9 to 1.0 of plain reading, where rows one by one reached 0.6 to 0.8 on
+Zen 4. That takes 0.3 s per GB when a model is loaded, and when a plan takes
 the place of another. Where a file is mapped, or the kernels are NEON's, rows stay rows; results are
 the same to the bit.
 
