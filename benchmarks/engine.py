@@ -59,7 +59,7 @@ def machine(kernels: str = "") -> str:
 
 
 def run(name: str, kernels: str, speed: bool) -> None:
-    """With `speed` times alone: quality stays that of the run before, whose plans these are."""
+    """With `speed` times alone: quality stays that of the run before, if there was one."""
     from fallow import Engine
     from fallow.checkpoints.catalog import ALIASES, resolve
 
@@ -68,7 +68,8 @@ def run(name: str, kernels: str, speed: bool) -> None:
         raise SystemExit(f"{packed} not found; first: python benchmarks/optimize.py {name}")
     folder = RESULTS / name / machine(kernels)
     folder.mkdir(parents=True, exist_ok=True)
-    before = json.loads((folder / "result.json").read_text()) if speed else None
+    path = folder / "result.json"
+    before = json.loads(path.read_text()) if speed and path.exists() else {}
     if not before:
         (folder / "machine.json").unlink(missing_ok=True)  # a run is never continued
     record_machine(folder / "machine.json")
@@ -79,14 +80,14 @@ def run(name: str, kernels: str, speed: bool) -> None:
     result: dict[str, Any] = {"threads": THREADS, "kernels": engine.kernels}
     result["file_mb"], result["source_mb"] = (p.stat().st_size / 1e6 for p in (packed, source))
     result |= in_turn(engine, plans, source, native=kernels != "avx2")
-    if before:
+    if speed:
         result = before | result
     else:
         result["greedy"] = greedy(packed, source, kernels)
         result["quality"] = {name: quality(engine, plan) for name, plan in plans.items()}
         result["prompt_kl"] = prompt_kl(engine)
         result["peak_rss_mb"] = bench(packed, kernels)["peak_rss_mb"]
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def parts(plan: Any) -> dict[str, Any]:
@@ -360,7 +361,7 @@ def fastest_peer(runs: dict[str, Any], key: str = "decode_tps") -> str | None:
 
 def _model(name: str, where: str, r: dict[str, Any], machine: dict[str, Any]) -> str:
     """A model's section."""
-    g, runs = r["greedy"], r["runs"]
+    runs = r["runs"]
     dense = {k: statistics.median(run[k] for run in runs["dense"]) for k in runs["dense"][0]}
     lines = [
         f"## {name}, {where}\n",
@@ -369,15 +370,22 @@ def _model(name: str, where: str, r: dict[str, Any], machine: dict[str, Any]) ->
         *_against_others(r),
         f"\nDecode reads {dense['bytes_per_token'] / 1e6:.0f} MB per token at "
         f"{dense['gbps']:.1f} GB/s; two threads read {r['stream_gbps']:.1f} GB/s here. Outside the "
-        f"products with weights it spends {dense['overhead']:.1%}; peak RSS "
-        f"{r['peak_rss_mb']:.0f} MB. {_energy(runs)}\n",
-        f"Greedy continuations of {len(PROMPTS)} prompts by {CONTINUATION} tokens: the engine "
-        f"chooses {g['agreement']:.1%} of llama.cpp's tokens; the first {g['same']:.0f} on "
-        "average are the same. A prompt is read in products that are "
-        f"{r['prompt_kl']:.4f} nats per token from those of the PPL below.\n",
-        *_of_plans(runs, r["quality"]),
+        f"products with weights it spends {dense['overhead']:.1%}. {_energy(runs)}\n",
+        _answers(r) if "quality" in r else "Its answers and quality were not measured here.\n",
+        *_of_plans(runs, r.get("quality")),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _answers(r: dict[str, Any]) -> str:
+    """What the engine says beside llama.cpp, and how near a prompt's products are to decode's."""
+    return (
+        f"Greedy continuations of {len(PROMPTS)} prompts by {CONTINUATION} tokens: the engine "
+        f"chooses {r['greedy']['agreement']:.1%} of llama.cpp's tokens; the first "
+        f"{r['greedy']['same']:.0f} on average are the same. A prompt is read in products that are "
+        f"{r['prompt_kl']:.4f} nats per token from those of the PPL below. Peak RSS "
+        f"{r['peak_rss_mb']:.0f} MB.\n"
+    )
 
 
 def _energy(runs: dict[str, Any]) -> str:
@@ -413,7 +421,7 @@ def _against_others(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _of_plans(runs: dict[str, Any], quality: dict[str, Any]) -> list[str]:
+def _of_plans(runs: dict[str, Any], quality: dict[str, Any] | None) -> list[str]:
     """Decoding with each plan: what it saves and costs, and where the time goes."""
     lines = [
         "| decode | tok/s | / dense | MB/token | neurons inactive | change %, blocks "
@@ -422,14 +430,18 @@ def _of_plans(runs: dict[str, Any], quality: dict[str, Any]) -> list[str]:
     ]
     medians = {
         name: {k: statistics.median(r[k] for r in runs[name]) for k in runs[name][0]}
-        for name in quality
+        for name in runs
+        if name not in PEERS
     }
     for name, s in medians.items():
-        blocks, decode = quality[name]["blocks"], quality[name]["decode"]
+        costs = "| |"
+        if quality:
+            blocks, decode = quality[name]["blocks"], quality[name]["decode"]
+            kl = blocks["kl_to_dense"]["mean"]
+            costs = f"{change(blocks)} | {change(decode)} | {kl:.4f}"
         lines.append(
             f"| {name} | {s['decode_tps']:.1f} | {ratio(runs, name, 'dense')} | "
-            f"{s['bytes_per_token'] / 1e6:.0f} | {s['sparsity']:.1%} | {change(blocks)} | "
-            f"{change(decode)} | {blocks['kl_to_dense']['mean']:.4f} |"
+            f"{s['bytes_per_token'] / 1e6:.0f} | {s['sparsity']:.1%} | {costs} |"
         )
     kinds = ("attention_proj", "attention", "ffn", "select", "head", "other")
     lines += [f"\n| ms per token | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
