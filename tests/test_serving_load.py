@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 
 from fallow.common.errors import FallowError
-from fallow.engine.answer import Piece
 from fallow.engine.engine import Engine
 from fallow.engine.sampling import Sampler
 from fallow.engine.stats import Stats
@@ -70,7 +68,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
 
 def test_an_engine_that_fails_does_not_end_the_thread(capsys: pytest.CaptureFixture[str]) -> None:
     class Failing(Slow):
-        def answer(self, ids: Any, *_: Any, **options: Any) -> Iterator[Piece]:
+        def begin(self, ids: Any, *_: Any, **options: Any) -> Any:
             raise (FallowError if ids[0] else KeyError)("broken")
 
     worker = Worker(Failing(None), 5)  # type: ignore[arg-type]
