@@ -462,7 +462,9 @@ class Engine:
             rows, active = self._read_together(ids, [a.slot for a in answers], dense, record)
         for i, read in enumerate(reads):
             read.rows = rows[i : i + 1]
-            read.active = active[i : i + 1] if active is not None else None
+            read.active = None
+            if active is not None and read.answer.activity:
+                read.active = active[i : i + 1]
 
     def cached(self, ids: np.ndarray, slot: int = 0) -> int:
         """Of a prompt (T,), all but its last token, how many a slot holds from the first on."""
