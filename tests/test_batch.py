@@ -141,9 +141,13 @@ def test_answers_at_once_are_as_one_by_one(name: str, packed: dict[str, Path]) -
     engine = Engine(packed[name], threads=2, slots=len(PROMPTS))
     engine.use_plan(cutting_plan(engine))
     options = [
-        {"top_logprobs": 2 if i % 2 else None, "activity": i % 3 == 0, "echo": "a" if i == 4 else None}
+        {
+            "top_logprobs": 2 if i % 2 else None,
+            "activity": i % 3 == 0,
+            "echo": "a" if i == 4 else None,
+        }
         for i in range(len(PROMPTS))
-    ]  # fmt: skip
+    ]
 
     def sampler(i: int) -> Sampler:
         return Sampler(temperature=0.8 if i % 4 == 1 else 0, seed=i)

@@ -130,7 +130,10 @@ def test_answers_do_not_depend_on_what_else_is_asked(slotted: Engine) -> None:
     worker = Worker(slotted, 20)
     jobs = [{"ids": ids, "max_tokens": 30, "cache": i} for i, ids in enumerate(prompts)]
     for _ in range(2):
-        assert [text for text, _ in answers_of(worker, *jobs, *jobs[::-1])] == [*alone, *alone[::-1]]
+        assert [text for text, _ in answers_of(worker, *jobs, *jobs[::-1])] == [
+            *alone,
+            *alone[::-1],
+        ]
     worker.close(0)
     worker.join()
 
@@ -138,7 +141,8 @@ def test_answers_do_not_depend_on_what_else_is_asked(slotted: Engine) -> None:
 def test_a_job_goes_where_most_of_its_prompt_is(slotted: Engine) -> None:
     rng = np.random.default_rng(2)
     one, two = rng.integers(2, 300, 20), rng.integers(2, 300, 20)
-    slotted.reset(), slotted.reset(slot=1), slotted.reset(slot=2)
+    for slot in range(3):
+        slotted.reset(slot=slot)
     worker = Worker(slotted, 20)
 
     def cached(*jobs: tuple[np.ndarray, str]) -> list[int]:

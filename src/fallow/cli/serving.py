@@ -53,9 +53,8 @@ def serve(
     slots: Annotated[
         int | None,
         typer.Option(
-            "--slots", "--parallel", "-np",
-            help="Answers made at once, each with --context tokens; default: 4, or as many as take "
-            "a tenth of the memory.",
+            *("--slots", "--parallel", "-np"),
+            help="Answers at once, each of --context tokens; default: 4, fewer in little memory.",
         ),
     ] = None,
     threads: ThreadsOption = None,

@@ -11,7 +11,7 @@ from fallow.engine.stats import Share
 
 @dataclass(eq=False)
 class Said:
-    """What a round gave of an answer; with `ended` it was the last, which an error may have ended."""
+    """What a round gave of an answer; if `ended` it was the last, because of an error or not."""
 
     answer: Answer
     pieces: list[Piece]

@@ -150,7 +150,7 @@ class Engine:
             raise FallowError(str(error)) from error
         # An answer that is dropped may end inside a step of another, in the same thread.
         self._lock, self._process = threading.RLock(), os.getpid()
-        # Of each slot the tokens that its cache holds, and whose they are: a thread's, or an answer's.
+        # Of each slot the tokens that its cache holds, and whose they are: a thread's or answer's.
         self._held: list[list[int]] = [[] for _ in range(self.slots)]
         self._users: list[object] = [None] * self.slots
         self._core.set_skips_zeros(skip_zeros)
@@ -430,9 +430,7 @@ class Engine:
         try:
             for i in range(0, len(tokens), most):
                 part = slice(i, i + most)
-                self._core.forward_together(
-                    tokens[part], places[part], dense, record, logits[part]
-                )
+                self._core.forward_together(tokens[part], places[part], dense, record, logits[part])
                 active += [self.active_neurons()] if record else []
         except _core.DiskError as error:
             raise FallowError(str(error)) from error

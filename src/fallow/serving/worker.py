@@ -93,7 +93,8 @@ class Worker:
         self.engine, self.limit, self.turn = engine, limit, turn
         self._plan = engine.plan
         self._reserved: Counter[str] = Counter()  # places of requests that are no jobs yet
-        self._caches: dict[int, Hashable] = {}  # whose prompt a slot holds; first the longest unused
+        # Whose prompt each slot holds; first the one that was not used for longest.
+        self._caches: dict[int, Hashable] = {}
         self._waiting: dict[str, deque[Job]] = {}  # clients in the order of their turns
         self._changed = threading.Condition()
         self._batch, self._running = Batch(engine), list[_Running]()
