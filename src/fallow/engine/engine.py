@@ -403,7 +403,8 @@ class Engine:
         every pass over the weights.
 
         Args:
-            dense, record: as for `forward`.
+            dense: as for `forward`.
+            record: so, too.
 
         Raises:
             FallowError: an id outside the vocabulary, no ids, or a slot's context is full.
