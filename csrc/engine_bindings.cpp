@@ -27,7 +27,8 @@ class BoundEngine {
  public:
   // The mapping must outlive the engine. With `copy` the weights are read into memory of huge pages, which
   // few of a page cache's are, and laid out in tiles, which takes some tenths of a second per GB.
-  BoundEngine(const Mapping& mapping, const std::string& kernels, int n_threads, uint32_t context, bool copy)
+  BoundEngine(const Mapping& mapping, const std::string& kernels, int n_threads, uint32_t context,
+              size_t slots, bool copy)
       : mapping_(&mapping), image_(copy ? std::make_unique<Pages>(mapping.size() + kSector) : nullptr),
         kernels_(kernels_of(kernels)) {
     if (copy) {
@@ -35,19 +36,19 @@ class BoundEngine {
       fallow::load(mapping.file(), {{0, mapping.size()}}, *image_);
     }
     model_ = read_packed(copy ? image_->data() : mapping.data(), mapping.size());
-    start(n_threads, context);
+    start(n_threads, context, slots);
   }
 
   // The first header_bytes of the file are its header; load() reads the weights.
   BoundEngine(nb::bytes path, uint64_t header_bytes, const std::string& kernels, int n_threads,
-              uint32_t context)
+              uint32_t context, size_t slots)
       : file_(std::make_unique<File>(path.c_str(), true)), image_(std::make_unique<Pages>(file_->size())),
         kernels_(kernels_of(kernels)) {
     if (header_bytes > file_->size()) throw nb::value_error("the header is longer than the file");
     fallow::load(*file_, {{0, header_bytes}}, *image_);
     model_ = read_packed(image_->data(), file_->size());
     image_->forget(0, header_bytes);
-    start(n_threads, context);
+    start(n_threads, context, slots);
   }
 
   // The threads of an engine do not exist in a process that was forked from its own: there nothing
@@ -135,22 +136,37 @@ class BoundEngine {
     engine_->set_experts(cache_.get());
   }
 
-  void forward(Indices tokens, uint32_t position, bool all, bool dense, bool exact, bool record,
-               WritableRows logits) {
+  void forward(Indices tokens, size_t slot, uint32_t position, bool all, bool dense, bool exact,
+               bool record, WritableRows logits) {
     const size_t n = tokens.size();
-    if (position > engine_->held()) throw nb::value_error("the cache does not hold so many tokens");
+    check_place(slot, position);
     if (n == 0 || n > engine_->context() - position)
       throw nb::value_error("no tokens, or more than the context has room for");
-    for (size_t i = 0; i < n; ++i)
-      if (tokens.data()[i] < 0 ||
-          static_cast<uint32_t>(tokens.data()[i]) >= model_.config.vocab_size)
-        throw nb::value_error("a token id is outside the vocabulary");
-    if (logits.shape(0) != (all ? n : 1) || logits.shape(1) != model_.config.vocab_size)
-      throw nb::value_error("logits have the wrong shape");
-    if (process_id() != process_) throw nb::value_error("this engine was made before a fork");
+    check_pass(tokens, logits, all ? n : 1);
     nb::gil_scoped_release release;
     asked_ = std::chrono::steady_clock::now();
-    engine_->forward(tokens.data(), n, position, all, dense, exact, record, logits.data());
+    engine_->forward(tokens.data(), n, slot, position, all, dense, exact, record, logits.data());
+    if (mapping_) mapping_->check();
+  }
+
+  // places: (slot, position) of each token
+  void forward_together(Indices tokens, const std::vector<std::pair<size_t, uint32_t>>& places, bool dense,
+                        bool record, WritableRows logits) {
+    const size_t n = tokens.size();
+    if (n == 0 || n > engine_->most_together() || places.size() != n)
+      throw nb::value_error("no tokens, more than are read together, or not a place for each");
+    std::vector<Place> found;
+    std::set<size_t> slots;
+    for (const auto& [slot, position] : places) {
+      check_place(slot, position);
+      if (position == engine_->context()) throw nb::value_error("the context has no room");
+      if (!slots.insert(slot).second) throw nb::value_error("two tokens of one slot");
+      found.push_back({slot, position});
+    }
+    check_pass(tokens, logits, n);
+    nb::gil_scoped_release release;
+    asked_ = std::chrono::steady_clock::now();
+    engine_->forward_together(tokens.data(), found.data(), n, dense, record, logits.data());
     if (mapping_) mapping_->check();
   }
 
@@ -256,14 +272,30 @@ class BoundEngine {
   const char* kernels() const { return kernels_.name; }
 
  private:
-  void start(int n_threads, uint32_t context) {
+  void check_place(size_t slot, uint32_t position) const {
+    if (slot >= engine_->slots()) throw nb::value_error("the engine has no such slot");
+    if (position > engine_->held(slot)) throw nb::value_error("the cache does not hold so many tokens");
+  }
+
+  void check_pass(const Indices& tokens, const WritableRows& logits, size_t rows) const {
+    for (size_t i = 0; i < tokens.size(); ++i)
+      if (tokens.data()[i] < 0 ||
+          static_cast<uint32_t>(tokens.data()[i]) >= model_.config.vocab_size)
+        throw nb::value_error("a token id is outside the vocabulary");
+    if (logits.shape(0) != rows || logits.shape(1) != model_.config.vocab_size)
+      throw nb::value_error("logits have the wrong shape");
+    if (process_id() != process_) throw nb::value_error("this engine was made before a fork");
+  }
+
+  void start(int n_threads, uint32_t context, size_t slots) {
     if (n_threads < 1 || n_threads > 1024) throw nb::value_error("threads must be 1 to 1024");
     if (context < 1 || context > model_.config.context_length)
       throw nb::value_error("context must be 1 to the model's own");
+    if (slots < 1 || slots > 1024) throw nb::value_error("slots must be 1 to 1024");
     // Of a mixture of experts a block reads nearly all, however small it is.
     const bool is_small = file_ && model_.config.n_experts == 0;
     engine_ = std::make_unique<Engine>(model_, kernels_, n_threads, context,
-                                       is_small ? Engine::kSmallBlock : Engine::kBlock);
+                                       is_small ? Engine::kSmallBlock : Engine::kBlock, slots);
     engine_->set_pause([this] { answer_signals(); });
   }
 
@@ -378,16 +410,18 @@ void bind_engine(nb::module_& m) {
            "Raises DiskError if the file was cut or written to, or could not be read.");
 
   nb::class_<BoundEngine>(m, "Engine")
-      .def(nb::init<const Mapping&, const std::string&, int, uint32_t, bool>(), nb::keep_alive<1, 2>(),
-           "mapping"_a, "kernels"_a, "n_threads"_a, "context"_a, "copy"_a)
-      .def(nb::init<nb::bytes, uint64_t, const std::string&, int, uint32_t>(), "path"_a,
-           "header_bytes"_a, "kernels"_a, "n_threads"_a, "context"_a)
+      .def(nb::init<const Mapping&, const std::string&, int, uint32_t, size_t, bool>(), nb::keep_alive<1, 2>(),
+           "mapping"_a, "kernels"_a, "n_threads"_a, "context"_a, "slots"_a, "copy"_a)
+      .def(nb::init<nb::bytes, uint64_t, const std::string&, int, uint32_t, size_t>(), "path"_a,
+           "header_bytes"_a, "kernels"_a, "n_threads"_a, "context"_a, "slots"_a)
       .def("load", &BoundEngine::load, "parts"_a)
       .def("rows_from_file", &BoundEngine::rows_from_file, "embedding"_a, "head"_a, "offset"_a,
            "room"_a, "range_bytes"_a)
       .def("stream", &BoundEngine::stream, "units"_a, "n_slots"_a)
       .def("cache_experts", &BoundEngine::cache_experts, "n_slots"_a)
-      .def("forward", &BoundEngine::forward, "tokens"_a, "position"_a, "all"_a, "dense"_a, "exact"_a,
+      .def("forward", &BoundEngine::forward, "tokens"_a, "slot"_a, "position"_a, "all"_a, "dense"_a,
+           "exact"_a, "record"_a, "logits"_a)
+      .def("forward_together", &BoundEngine::forward_together, "tokens"_a, "places"_a, "dense"_a,
            "record"_a, "logits"_a)
       .def("set_cuts", &BoundEngine::set_cuts, "cuts"_a)
       .def("set_skips_zeros", [](BoundEngine& e, bool skips) { e.engine().set_skips_zeros(skips); }, "skips"_a)

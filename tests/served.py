@@ -8,8 +8,8 @@ from typing import Any
 
 import uvicorn
 
-from fallow.engine.answer import Piece
-from fallow.engine.stats import Stats
+from fallow.engine.answer import Piece, Read
+from fallow.engine.stats import Share, Stats
 from fallow.serving.app import create_app
 from fallow.serving.server import configured
 from fallow.serving.worker import Worker
@@ -43,24 +43,47 @@ class Slow:
 
     context, vocabulary_size, plan = 10_000, 300, None
 
-    def __init__(self, tokenizer: Any, piece: Piece | Exception | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Any, piece: Piece | Exception | None = None, slots: int = 1
+    ) -> None:
+        self.tokenizer, self.slots = tokenizer, slots
         self.piece = piece or Piece("a")  # what it says all the time
-        self.stats: Any = Stats()
         self.answered: list[int] = []  # first ids of prompts
         self.closed = 0
         self.reused: list[bool] = []  # whether what prompts before had read might be
 
-    def answer(self, ids: Any, max_tokens: int, *_: Any, **options: Any) -> Iterator[Piece]:
+    def begin(self, ids: Any, max_tokens: int, *_: Any, **options: Any) -> Any:
         self.answered.append(int(ids[0]))
         self.reused.append(options["reuse"])
-        self.stats = Stats(prompt_tokens=len(ids), finish="length")
+        return _SlowAnswer(self, len(ids), max_tokens, options["slot"])
+
+    def cached(self, ids: Any, slot: int) -> int:
+        return 0
+
+    def read(self, reads: list[Read]) -> None:
+        time.sleep(0.01)
+
+    def reset_stats(self) -> None:
+        pass
+
+    def core_stats(self) -> dict[str, Any]:
+        return {}
+
+
+class _SlowAnswer:
+    lossless, alone, counters = False, True, Share()
+
+    def __init__(self, engine: Slow, prompt_tokens: int, max_tokens: int, slot: int) -> None:
+        self.engine, self.max_tokens, self.slot = engine, max_tokens, slot
+        self.stats = Stats(prompt_tokens=prompt_tokens, finish="length")
+
+    def steps(self) -> Iterator[Piece | Read]:
         try:
-            for _ in range(max_tokens):
-                time.sleep(0.01)
-                if isinstance(self.piece, Exception):
-                    raise self.piece
-                yield self.piece
+            for _ in range(self.max_tokens):
+                yield Read(self, [0])  # type: ignore[arg-type]
+                if isinstance(self.engine.piece, Exception):
+                    raise self.engine.piece
+                yield self.engine.piece
         except GeneratorExit:
-            self.closed += 1
+            self.engine.closed += 1
             raise

@@ -60,7 +60,7 @@ def test_mutated_headers_never_crash(folders: dict[str, Path], tmp_path: Path) -
             data[at] = rng.choice([0, 1, 127, 128, 255, *rng.integers(0, 256, 3)], len(at))
             try:
                 path.write_bytes(data)
-                _core.Engine(_core.Mapping(bytes(path)), "", 1, 4, False)
+                _core.Engine(_core.Mapping(bytes(path)), "", 1, 4, 1, False)
             except ValueError:
                 outcomes["refused"] += 1
             else:

@@ -242,10 +242,10 @@ def test_a_prompt_that_fails_leaves_nothing_to_share() -> None:
     """The engine refuses it before it forgets what it held, which is still another's."""
 
     class Refusing(Slow):
-        def answer(self, ids: Any, *given: Any, **options: Any) -> Iterator[Piece]:
+        def begin(self, ids: Any, *given: Any, **options: Any) -> Any:
             if ids[0] == 1:
                 raise FallowError("too long")
-            return super().answer(ids, *given, **options)
+            return super().begin(ids, *given, **options)
 
     engine: Any = Refusing(None)
     found: list[Any] = []

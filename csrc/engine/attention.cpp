@@ -15,11 +15,12 @@ constexpr size_t kQueries = 96, kPositions = 128;
 }  // namespace
 
 Attention::Attention(Runtime& run, Products& products, const Packed& model, size_t tokens,
-                     size_t context)
+                     size_t context, size_t slots)
     : run_(run), products_(products), model_(model), config_(model.config),
-      cache_(config_.n_layers, config_.n_kv_heads, config_.head_dim, context),
       mixed_(tokens, size_t{config_.n_heads} * config_.head_dim, run.kernels),
       scratch_(run.n_threads()) {
+  for (size_t slot = 0; slot < slots; ++slot)
+    caches_.emplace_back(config_.n_layers, config_.n_kv_heads, config_.head_dim, context);
   q_.resize(tokens * mixed_.width);
   k_.resize(tokens * config_.n_kv_heads * config_.head_dim);
   v_.resize(k_.size());
@@ -36,8 +37,8 @@ Attention::Attention(Runtime& run, Products& products, const Packed& model, size
   }
 }
 
-void Attention::begin(size_t position) {
-  position_ = position;
+void Attention::begin(const Place* places) {
+  places_ = places;
   turned_ = nullptr;
 }
 
@@ -54,7 +55,7 @@ void Attention::attend(size_t l, const Input& x, size_t n, float* out) {
   rotate(layer, layer.k_norm, config_.n_kv_heads, n, k_.data());
   const size_t kv = size_t{config_.n_kv_heads} * config_.head_dim;
   for (size_t t = 0; t < n; ++t)
-    cache_.store(run_.kernels, l, position_ + t, k_.data() + t * kv, v_.data() + t * kv);
+    caches_[places_[t].slot].store(run_.kernels, l, places_[t].position, k_.data() + t * kv, v_.data() + t * kv);
   mix(l, n);
   clock.mark(timing.attention);
   if (layer.attn_sub_norm.weight)
@@ -75,7 +76,7 @@ void Attention::rotate(const Layer& layer, const Norm& norm, size_t heads, size_
     const float scale = layer.rope_scale ? *layer.rope_scale : config_.rope_scale;
     for (size_t t = 0; t < n; ++t)
       for (size_t i = 0; i < half; ++i) {
-        const float angle = static_cast<float>(position_ + t) * layer.inv_freq[i];
+        const float angle = static_cast<float>(places_[t].position) * layer.inv_freq[i];
         cos_[t * half + i] = std::cos(angle) * scale;
         sin_[t * half + i] = std::sin(angle) * scale;
       }
@@ -109,7 +110,7 @@ void Attention::mix(size_t l, size_t n) {
     float* q = q_.data() + t * mixed_.width;
     float scale = config_.attention_scale;
     if (config_.temperature_scale > 0) {
-      const size_t lengths = (position_ + t) / config_.temperature_length;
+      const size_t lengths = places_[t].position / config_.temperature_length;
       scale *= 1 + config_.temperature_scale * std::log(static_cast<float>(1 + lengths));
     }
     for (size_t i = 0; i < mixed_.width; ++i) q[i] *= scale;
@@ -119,8 +120,7 @@ void Attention::mix(size_t l, size_t n) {
       for (size_t t = 0; t < n; ++t) mix_part(l, t, worker);
     });
     merge_parts(l, n);
-    const size_t positions = position_ + n - first_position(l, 0);
-    return run_.statistics.read(0, positions * kv_heads * config_.head_dim * 2 * sizeof(uint16_t));
+    return run_.statistics.read(0, positions_read(l, n) * kv_heads * config_.head_dim * 2 * sizeof(uint16_t));
   }
   run_.pool.run([&](int worker) {
     const size_t tile = std::max<size_t>(kQueries / per_kv, 1), tiles = pieces(n, tile);
@@ -137,7 +137,7 @@ void Attention::mix_heads(size_t l, Share heads, Share tokens, int worker) {
   const size_t dim = config_.head_dim, count = tokens.end - tokens.begin;
   const size_t begin = first_position(l, tokens.begin) / kPanel * kPanel;
   float* mixed = mixed_.x.data() + tokens.begin * mixed_.width + heads.begin * dim;
-  sum_values(l, heads, tokens, {begin, position_ + tokens.end}, own.largest.data(), own.sums.data(), mixed,
+  sum_values(l, heads, tokens, {begin, end_position(tokens.end - 1)}, own.largest.data(), own.sums.data(), mixed,
              worker);
   const float* sinks = model_.layers[l].sinks;
   for (size_t row = 0; row < (heads.end - heads.begin) * count; ++row) {
@@ -152,7 +152,7 @@ void Attention::mix_heads(size_t l, Share heads, Share tokens, int worker) {
 void Attention::mix_part(size_t l, size_t t, int worker) {
   Scratch& own = scratch_[static_cast<size_t>(worker)];
   const size_t n_heads = config_.n_heads, per_kv = n_heads / config_.n_kv_heads;
-  const size_t first = first_position(l, t) / kPanel, end = position_ + t + 1;
+  const size_t first = first_position(l, t) / kPanel, end = end_position(t);
   const Share panels = share_of(pieces(end, kPanel) - first, worker, run_.pool.size());
   const Share positions{(first + panels.begin) * kPanel, std::min((first + panels.end) * kPanel, end)};
   std::fill_n(&own.sums[t * n_heads], n_heads, 0.0f);
@@ -196,6 +196,7 @@ void Attention::sum_values(size_t l, Share heads, Share tokens, Share positions,
   const size_t count = tokens.end - tokens.begin, n_heads = heads.end - heads.begin;
   const size_t begin = positions.begin, end = positions.end, span = end - begin;
   Scratch& own = scratch_[static_cast<size_t>(worker)];
+  KvCache& cache = caches_[places_[tokens.begin].slot];
   float *scores = own.scores.data(), *panel = own.panel.data();
   // The queries lie dim apart where there is one token, otherwise one product per head is needed.
   const size_t products = count == 1 ? 1 : n_heads;
@@ -213,7 +214,7 @@ void Attention::sum_values(size_t l, Share heads, Share tokens, Share positions,
   };
   const float* queries = q_.data() + tokens.begin * width + heads.begin * dim;
   for (size_t j = begin; j < end; j += kPanel) {
-    const uint16_t* keys = cache_.keys(l, kv_head, j / kPanel);
+    const uint16_t* keys = cache.keys(l, kv_head, j / kPanel);
     decode(keys, dim * kPanel);
     for (size_t h = 0; h < products; ++h)
       multiply(keys, std::min(kPanel, end - j), dim, queries + h * dim, stride, false,
@@ -222,7 +223,7 @@ void Attention::sum_values(size_t l, Share heads, Share tokens, Share positions,
   for (size_t row = 0; row < n_heads * count; ++row) {
     const size_t t = tokens.begin + row % count;
     const size_t low = std::max(first_position(l, t), begin) - begin;
-    const size_t high = std::min(position_ + t + 1, end) - begin;
+    const size_t high = std::min(end_position(t), end) - begin;
     float* score = scores + row * span;
     soft_cap(score + low, high - low, config_.attention_softcap);
     sums[row] = kernels.softmax_numerators(score + low, high - low, largest[row]);
@@ -233,7 +234,7 @@ void Attention::sum_values(size_t l, Share heads, Share tokens, Share positions,
     const size_t columns = std::min(kPanel, dim - i);
     for (size_t j = 0; j < span; j += kPositions) {
       const size_t some = std::min(kPositions, span - j);
-      const uint16_t* values = cache_.values(l, kv_head, i / kPanel) + (begin + j) * kPanel;
+      const uint16_t* values = cache.values(l, kv_head, i / kPanel) + (begin + j) * kPanel;
       decode(values, some * kPanel);
       for (size_t h = 0; h < products; ++h)
         multiply(values, columns, some, scores + h * rows * span + j, span, j > 0, mixed + h * dim + i, stride);
@@ -241,9 +242,20 @@ void Attention::sum_values(size_t l, Share heads, Share tokens, Share positions,
   }
 }
 
+// Of decode, where the tokens of a slot share what they read.
+size_t Attention::positions_read(size_t l, size_t n) const {
+  size_t positions = 0;
+  for (size_t t = 0, first = 0; t < n; ++t) {
+    if (t + 1 < n && places_[t + 1].slot == places_[t].slot) continue;
+    positions += end_position(t) - first_position(l, first);
+    first = t + 1;
+  }
+  return positions;
+}
+
 // The first position that token t of the block attends to.
 size_t Attention::first_position(size_t l, size_t t) const {
-  const size_t window = model_.layers[l].sliding_window, end = position_ + t + 1;
+  const size_t window = model_.layers[l].sliding_window, end = end_position(t);
   return window && end > window ? end - window : 0;
 }
 

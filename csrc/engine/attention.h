@@ -1,6 +1,7 @@
 // Attention with rotary embeddings, grouped queries and sliding windows.
 #pragma once
 
+#include <deque>
 #include <vector>
 
 #include "engine/kv_cache.h"
@@ -9,13 +10,20 @@
 
 namespace fallow {
 
+// Where a token stands: at which position of which slot's sequence.
+struct Place {
+  size_t slot, position;
+};
+
 class Attention {
  public:
-  // `tokens` of a block.
-  Attention(Runtime& run, Products& products, const Packed& model, size_t tokens, size_t context);
+  // `tokens` of a block; `slots` sequences of at most `context` tokens.
+  Attention(Runtime& run, Products& products, const Packed& model, size_t tokens, size_t context,
+            size_t slots);
 
-  // A block of tokens begins at this position.
-  void begin(size_t position);
+  // The next tokens stand there: those of a block in one slot, in a row; those of decode in any, each slot's
+  // in a row. The places are borrowed until the next call.
+  void begin(const Place* places);
   // out (T, hidden) = softmax(q k^T) v W_o^T with q, k, v = x W^T; keeps the tokens' keys and values.
   void attend(size_t layer, const Input& x, size_t n, float* out);
 
@@ -33,14 +41,16 @@ class Attention {
   void merge_parts(size_t layer, size_t n);
   void sum_values(size_t layer, Share heads, Share tokens, Share positions, float* largest, float* sums,
                   float* mixed, int worker);
+  size_t positions_read(size_t layer, size_t n) const;
   size_t first_position(size_t layer, size_t t) const;
+  size_t end_position(size_t t) const { return places_[t].position + 1; }
 
   Runtime& run_;
   Products& products_;
   const Packed& model_;
   const Config& config_;
-  KvCache cache_;
-  size_t position_ = 0;            // of the block's first token
+  std::deque<KvCache> caches_;     // of each slot; they do not move
+  const Place* places_ = nullptr;  // of each token
   std::vector<float> q_, k_, v_;   // (block, heads * head_dim)
   std::vector<float> cos_, sin_;   // (block, rotary_dim / 2)
   const float* turned_ = nullptr;  // the frequencies whose angles cos_ and sin_ hold

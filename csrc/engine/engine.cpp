@@ -14,12 +14,12 @@ size_t widest_input(const Config& c) {
 }  // namespace
 
 Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint32_t context,
-               size_t block)
+               size_t block, size_t slots)
     : model_(model), config_(model.config), context_(context),
-      block_(std::min<size_t>(block, context)), run_(kernels, n_threads, config_.n_layers, config_.n_experts),
+      block_(std::min<size_t>(block, context)), held_(slots), places_(block_), run_(kernels, n_threads, config_.n_layers, config_.n_experts),
       cuts_(run_, std::max<size_t>({widest_input(config_), config_.intermediate_size, config_.n_experts})),
       products_(run_, cuts_, block_, widest_input(config_), config_.widest_ffn()),
-      attention_(run_, products_, model, block_, context), ffn_(run_, cuts_, products_, model, block_),
+      attention_(run_, products_, model, block_, context, slots), ffn_(run_, cuts_, products_, model, block_),
       experts_(run_, cuts_, products_, model, block_),
       head_(run_, products_, model), normed_(block_, config_.hidden_size, kernels),
       residual_(block_ * config_.hidden_size), branch_(residual_.size()),
@@ -30,16 +30,21 @@ void Engine::set_stream(Streamer* streamer, std::vector<StreamedLayer> layers) {
   streamed_ = std::move(layers);
 }
 
-void Engine::forward(const int32_t* tokens, size_t n, uint32_t position, bool all, bool dense,
-                     bool exact, bool record, float* logits) {
+void Engine::begin_pass(bool dense, bool exact) {
   cuts_.leave_aside(dense);
   products_.allow_bytes(!exact);
-  position_ = position;
+}
+
+void Engine::forward(const int32_t* tokens, size_t n, size_t slot, uint32_t position, bool all,
+                     bool dense, bool exact, bool record, float* logits) {
+  begin_pass(dense, exact);
+  held_[slot] = position;
   for (size_t start = 0, size; start < n; start += size) {
     size = std::min(block_, n - start);
+    for (size_t t = 0; t < size; ++t) places_[t] = {slot, position + start + t};
     const size_t recorded = record ? (is_decode(size) ? size : 1) : 0;
     run_.active_neurons.begin(recorded, config_.n_layers, config_.neurons());
-    block(tokens + start, size);
+    block(tokens + start, places_.data(), size);
     if (all) {
       head(size, true, dense, logits + start * config_.vocab_size);
     } else if (start + size == n) {
@@ -49,13 +54,23 @@ void Engine::forward(const int32_t* tokens, size_t n, uint32_t position, bool al
   run_.statistics.tokens += n;
 }
 
+void Engine::forward_together(const int32_t* tokens, const Place* places, size_t n, bool dense,
+                              bool record, float* logits) {
+  begin_pass(dense, false);
+  for (size_t t = 0; t < n; ++t) held_[places[t].slot] = static_cast<uint32_t>(places[t].position);
+  run_.active_neurons.begin(record ? n : 0, config_.n_layers, config_.neurons());
+  block(tokens, places, n);
+  head(n, true, dense, logits);
+  run_.statistics.tokens += n;
+}
+
 // x = embedding; then, layer by layer, x += attention(norm(x)) and x += ffn(norm(x)).
-void Engine::block(const int32_t* tokens, size_t n) {
+void Engine::block(const int32_t* tokens, const Place* places, size_t n) {
   Timing& timing = run_.statistics.timing;
   Clock clock;
   const double disk = timing.disk;
-  attention_.begin(position_);
-  embed(tokens, n);
+  attention_.begin(places);
+  embed(tokens, places, n);
   clock.mark(timing.other);
   timing.other -= timing.disk - disk;
   for (size_t l = 0; l < config_.n_layers; ++l) {
@@ -75,14 +90,14 @@ void Engine::block(const int32_t* tokens, size_t n) {
     clock.mark(timing.other);
     run_.pause();
   }
-  position_ += static_cast<uint32_t>(n);
+  for (size_t t = 0; t < n; ++t) held_[places[t].slot] = static_cast<uint32_t>(places[t].position + 1);
 }
 
-void Engine::embed(const int32_t* tokens, size_t n) {
+void Engine::embed(const int32_t* tokens, const Place* places, size_t n) {
   const size_t hidden = config_.hidden_size;
   const Matrix& table = model_.embed_tokens;
   const uint8_t* data = embedding_rows_ ? embedding_rows_->data() : table.data;
-  if (embedding_rows_) slots_.resize(std::max(slots_.size(), n));
+  if (embedding_rows_) row_slots_.resize(std::max(row_slots_.size(), n));
   for (size_t t = 0, fetched = 0; t < n; ++t) {
     float* x = residual_.data() + t * hidden;
     int32_t row = tokens[t];
@@ -90,11 +105,11 @@ void Engine::embed(const int32_t* tokens, size_t n) {
       if (t == fetched) {
         Clock clock;
         const size_t more = std::min(embedding_rows_->room(), n - t);
-        embedding_rows_->fetch(tokens + t, more, slots_.data() + t);
+        embedding_rows_->fetch(tokens + t, more, row_slots_.data() + t);
         fetched += more;
         clock.mark(run_.statistics.timing.disk);
       }
-      row = slots_[t];
+      row = row_slots_[t];
     }
     const uint8_t* weights = data + static_cast<size_t>(row) * table.row_bytes;
     if (table.layout != Layout::kRows) {
@@ -103,7 +118,7 @@ void Engine::embed(const int32_t* tokens, size_t n) {
     }
     run_.kernels.decode(table.type, weights, hidden, x);
     for (size_t i = 0; i < hidden; ++i) x[i] *= config_.embedding_scale;
-    if (model_.embed_positions) add_to(x, model_.embed_positions + (position_ + t) * hidden, hidden);
+    if (model_.embed_positions) add_to(x, model_.embed_positions + places[t].position * hidden, hidden);
   }
 }
 

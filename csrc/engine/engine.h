@@ -3,6 +3,7 @@
 // owned. The forward pass is a sequence of steps on the objects that it holds; each has its own file.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <utility>
 #include <vector>
@@ -25,9 +26,9 @@ class Engine {
   // buffers, some 40 MB of a 1.5B model, then take a fourth.
   static constexpr size_t kBlock = 256, kSmallBlock = 64;
 
-  // `context` tokens of cache; the model must outlive the engine.
+  // `slots` sequences, each with a cache of `context` tokens; the model must outlive the engine.
   Engine(const Packed& model, const Kernels& kernels, int n_threads, uint32_t context,
-         size_t block = kBlock);
+         size_t block = kBlock, size_t slots = 1);
 
   // Empty: dense. Otherwise one entry per layer.
   void set_cuts(std::vector<LayerCuts> cuts) {
@@ -53,25 +54,33 @@ class Engine {
   // Called between layers, and between parts of a block's head. May throw, which ends the pass.
   void set_pause(std::function<void()> pause) { run_.pause = std::move(pause); }
 
-  // Reads n tokens as those that follow the first `position` that the cache holds, and forgets what it
+  // Reads n tokens as those that follow the first `position` that the slot holds, and forgets what it
   // held after these. logits (n, vocab) if `all`, else those of the last token; `dense`: without cuts
   // and head margin; `exact`: a block's products are as near to those of single tokens as there are, not
   // as fast; `record`: active_neurons() then tells what the last tokens used. The caller checks ids, and
-  // that position <= held() and position + n <= context(). After an exception the cache holds at least
+  // that position <= held(slot) and position + n <= context(). After an exception the slot holds at least
   // `position` tokens.
-  void forward(const int32_t* tokens, size_t n, uint32_t position, bool all, bool dense, bool exact,
-               bool record, float* logits);
+  void forward(const int32_t* tokens, size_t n, size_t slot, uint32_t position, bool all, bool dense,
+               bool exact, bool record, float* logits);
+  // Reads one token of each of n slots, at most most_together(), with the weights read once for all.
+  // places[t] of token t: another slot each, and a position as for forward(). logits (n, vocab): to the bit
+  // those of forward(), token by token.
+  void forward_together(const int32_t* tokens, const Place* places, size_t n, bool dense, bool record,
+                        float* logits);
 
-  uint32_t held() const { return position_; }  // tokens in the cache
+  size_t slots() const { return held_.size(); }
+  uint32_t held(size_t slot) const { return held_[slot]; }  // tokens in its cache
   uint32_t context() const { return context_; }
+  size_t most_together() const { return std::min(kFew, block_); }
   int threads() const { return run_.pool.size(); }
   const Statistics& statistics() const { return run_.statistics; }
   const ActiveNeurons& active_neurons() const { return run_.active_neurons; }
   void reset_stats() { run_.statistics.reset(); }
 
  private:
-  void block(const int32_t* tokens, size_t n);
-  void embed(const int32_t* tokens, size_t n);
+  void begin_pass(bool dense, bool exact);
+  void block(const int32_t* tokens, const Place* places, size_t n);
+  void embed(const int32_t* tokens, const Place* places, size_t n);
   void ffn(size_t layer, size_t n);
   void norm(const Norm& norm, size_t n, Input& input);
   void add_branch(const Norm& post_norm, size_t n);
@@ -79,8 +88,10 @@ class Engine {
 
   const Packed& model_;
   const Config& config_;
-  uint32_t context_, position_ = 0;
+  uint32_t context_;
   size_t block_;  // tokens per block of prefill
+  std::vector<uint32_t> held_;  // tokens in each slot's cache
+  std::vector<Place> places_;   // of a block's tokens
   Runtime run_;
   Cuts cuts_;
   Products products_;
@@ -91,7 +102,7 @@ class Engine {
   Input normed_;                          // (block, hidden), what attention, FFN or head read
   std::vector<float> residual_, branch_;  // (block, hidden)
   FileRows* embedding_rows_ = nullptr;
-  std::vector<int32_t> slots_;            // of rows that come from a file
+  std::vector<int32_t> row_slots_;        // of rows that come from a file
   std::vector<uint8_t> embedding_row_;    // one that was in a tile
   Streamer* streamer_ = nullptr;
   std::vector<StreamedLayer> streamed_;

@@ -68,11 +68,23 @@ class Mapping:
 class Engine:
     @overload
     def __init__(
-        self, mapping: Mapping, kernels: str, n_threads: int, context: int, copy: bool
+        self,
+        mapping: Mapping,
+        kernels: str,
+        n_threads: int,
+        context: int,
+        slots: int,
+        copy: bool,
     ) -> None: ...
     @overload
     def __init__(
-        self, path: bytes, header_bytes: int, kernels: str, n_threads: int, context: int
+        self,
+        path: bytes,
+        header_bytes: int,
+        kernels: str,
+        n_threads: int,
+        context: int,
+        slots: int,
     ) -> None: ...
     def load(self, parts: Sequence[tuple[int, int]]) -> None: ...
     def rows_from_file(
@@ -87,10 +99,19 @@ class Engine:
     def forward(
         self,
         tokens: np.ndarray,
+        slot: int,
         position: int,
         all: bool,
         dense: bool,
         exact: bool,
+        record: bool,
+        logits: np.ndarray,
+    ) -> None: ...
+    def forward_together(
+        self,
+        tokens: np.ndarray,
+        places: Sequence[tuple[int, int]],
+        dense: bool,
         record: bool,
         logits: np.ndarray,
     ) -> None: ...

@@ -50,6 +50,13 @@ def serve(
         float, typer.Option(min=1, help="Seconds of an answer, if others wait.")
     ] = 300.0,
     quant: QuantOption = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            *("--slots", "--parallel", "-np"),
+            help="Answers at once, each of --context tokens; default: 4, fewer in little memory.",
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     context: CacheOption = None,
     memory: MemoryOption = None,
@@ -63,8 +70,9 @@ def serve(
     largest = parse_size(max_body, "--max-body")
     loaded_plan = load_plan(plan)
     engine = open_engine(
-        model, quant, loaded_plan, threads, context=context, memory=memory, reserve=SERVER_RESERVE
-    )
+        model, quant, loaded_plan, threads, context=context, memory=memory,
+        reserve=SERVER_RESERVE, slots=slots,
+    )  # fmt: skip
     run(
         engine,
         name or short_name(model),

@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from fallow.checkpoints.tokenizer import Ids, TextStream, TextTokenizer
 from fallow.engine.drafting import PASS_COST, STREAMED_COST, Lookup
 from fallow.engine.process import peak_rss_mb
 from fallow.engine.sampling import Sampler, TokenChoice, choice_of
-from fallow.engine.stats import Activity, Stats, disk_figures
+from fallow.engine.stats import Activity, Counters, Stats, disk_figures, logits_hash
 
 if TYPE_CHECKING:
     from fallow.engine.engine import Engine
@@ -36,8 +37,24 @@ class Piece:
 
 
 @dataclass(eq=False)
+class Read:
+    """Tokens that an answer needs read before it goes on, which `Engine.read` does.
+
+    Then `rows` are the logits, (T, vocabulary) of `every` token or (1, vocabulary) of the last, and
+    `active` the neurons that were used, (T, L, neurons) bool, if the answer tells its activity.
+    """
+
+    answer: "Answer"
+    ids: Sequence[int] | np.ndarray
+    every: bool = False
+    of_prompt: bool = False
+    rows: np.ndarray = field(init=False)
+    active: np.ndarray | None = field(init=False)
+
+
+@dataclass(eq=False)
 class Answer:
-    """What `Engine.answer` was asked for. It reads as a user of the engine of its own."""
+    """What `Engine.begin` was asked for. It reads as a user of its slot of its own."""
 
     engine: "Engine"
     ids: np.ndarray  # (T,), the prompt
@@ -49,25 +66,43 @@ class Answer:
     top_logprobs: int | None
     echo: str | None
     activity: bool
+    slot: int
+    alone: bool = field(default=True, init=False)  # whether no other answer is being made
+    stats: Stats = field(init=False)
+    counters: Counters = field(init=False)
+    _last: np.ndarray | None = field(default=None, init=False)  # logits (vocabulary,)
     _bytes_told: int = field(default=0, init=False)  # of those read since the prompt
 
+    def __post_init__(self) -> None:
+        self.stats, self.counters = Stats(prompt_tokens=len(self.ids)), self.engine
+
     def pieces(self) -> Iterator[Piece]:
-        """The answer, as it is made."""
+        """The answer, as it is made, where no other is at the same time."""
+        with closing(self.steps()) as steps:
+            for step in steps:
+                if isinstance(step, Read):
+                    self.engine.read([step])
+                else:
+                    yield step
+
+    def steps(self) -> Generator[Piece | Read]:
+        """The answer, as it is made, and between its pieces what must be read first."""
         engine, ids, max_tokens = self.engine, self.ids, self.max_tokens
         echo, top_logprobs = self.echo, self.top_logprobs
         start = time.perf_counter()
         tells = echo is not None and top_logprobs is not None
-        with engine._turn(self, begins=True):
+        with engine._turn(self, self.slot, begins=True):
             # The last token is always read: its logits are needed.
-            read = common(engine._held, ids[:-1].tolist()) if self.reuse and not tells else 0
-            del engine._held[read:]
-            engine.stats = stats = Stats(prompt_tokens=len(ids), cached_tokens=read)
-            engine.reset_stats()
+            read = engine.cached(ids, self.slot) if self.reuse and not tells else 0
+            del engine._held[self.slot][read:]
+            engine.stats = stats = self.stats
+            stats.cached_tokens = read
+            self.counters.reset_stats()
         told = top_logprobs if tells else None
         logits, seen, choices = yield from self._read_prompt(read, told)
         stats.ttft_ms = 1e3 * (time.perf_counter() - start)
         stats.prefill_tps = (len(ids) - stats.cached_tokens) / (stats.ttft_ms / 1e3)
-        engine.reset_stats()
+        self.counters.reset_stats()
         if echo is not None:
             yield Piece(echo, _without_added_bos(choices, echo, engine.tokenizer))
         decode_start, ends = time.perf_counter(), set(engine.tokenizer.eos_ids)
@@ -76,7 +111,11 @@ class Answer:
         text = AnswerText(engine.tokenizer, self.stop, ids)
         stats.finish = "" if max_tokens else "length"
         try:
-            for token, row, seen in tokens if max_tokens else ():
+            for pick in tokens if max_tokens else ():
+                if isinstance(pick, Read):
+                    yield pick
+                    continue
+                token, row, seen = pick
                 if token in ends:
                     stats.finish = "stop"
                     rest = text.rest()
@@ -94,13 +133,13 @@ class Answer:
         finally:
             seconds = time.perf_counter() - decode_start
             with engine._lock:
-                if engine._user is self:  # otherwise the counters are another's
-                    _finish(engine, stats, seconds)
-                    engine._user = threading.get_ident()
+                if engine._users[self.slot] is self:  # otherwise the counters are another's
+                    self._finish(seconds)
+                    engine._users[self.slot] = threading.get_ident()
 
     def _read_prompt(
         self, read: int, top_logprobs: int | None
-    ) -> Generator[Piece, None, tuple[np.ndarray, Activity | None, list[TokenChoice]]]:
+    ) -> Generator[Piece | Read, None, tuple[np.ndarray, Activity | None, list[TokenChoice]]]:
         """Reads on after the first `read` tokens; gives empty pieces where that takes long.
 
         Returns:
@@ -114,9 +153,9 @@ class Answer:
         if every:
             step, choices = ECHO_STEP, [TokenChoice(int(first), None) for first in ids[:1]]
         while True:
-            with engine._turn(self):
-                rows = self._read(ids[read : read + step], every)
-                seen = self._activities(prompt=True)[-1]
+            some = Read(self, ids[read : read + step], every, of_prompt=True)
+            yield some
+            rows, seen = self._result(some), self._activities(some)[-1]
             read += step
             if every:
                 after = ids[len(choices) : read + 1].tolist()  # of the last token nothing
@@ -127,45 +166,51 @@ class Answer:
                 return rows[-1], seen, choices
             yield Piece()
 
-    def _read(self, ids: np.ndarray | list[int], every: bool = False) -> np.ndarray:
-        return self.engine._read(ids, every, self.lossless, record=self.activity)
+    def _result(self, read: Read) -> np.ndarray:
+        self._last = read.rows[-1]
+        return read.rows
 
-    def _activities(self, prompt: bool = False) -> list[Activity | None]:
-        """Of the last pass's tokens, or of a block of the prompt its last; None: not asked for."""
-        if not self.activity:
+    def _activities(self, read: Read) -> list[Activity | None]:
+        """Of the tokens read, or of a block of the prompt its last; None: not asked for."""
+        if read.active is None:
             return [None] * _core.FEW
         first: int | None = None
-        if not prompt:
-            total = self.engine.core_stats()["bytes_read"]
+        if not read.of_prompt:
+            total = round(self.counters.core_stats()["bytes_read"])
             first, self._bytes_told = total - self._bytes_told, total
         return [
-            Activity.of(neurons, 0 if i and not prompt else first)
-            for i, neurons in enumerate(self.engine.active_neurons())
+            Activity.of(neurons, 0 if i and not read.of_prompt else first)
+            for i, neurons in enumerate(read.active)
         ]
 
-    def _picks(self, logits: np.ndarray, seen: Activity | None) -> Iterator[Pick]:
+    def _picks(self, logits: np.ndarray, seen: Activity | None) -> Iterator[Pick | Read]:
         """What the sampler picks of which logits; at first of these, the prompt's."""
         while True:
             token = self.sampler.pick(logits)
             yield token, logits, seen
-            with self.engine._turn(self):
-                logits, seen = self._read([token])[0], self._activities()[0]
+            read = Read(self, [token])
+            yield read
+            logits, seen = self._result(read)[0], self._activities(read)[0]
 
-    def _verified(self, logits: np.ndarray, seen: Activity | None) -> Iterator[Pick]:
-        """As `_picks`, of the dense model if asked to, in passes that also read guesses."""
-        engine, stats = self.engine, self.engine.stats
+    def _verified(self, logits: np.ndarray, seen: Activity | None) -> Iterator[Pick | Read]:
+        """As `_picks`, of the dense model if asked to, in passes that also read guesses.
+
+        While other answers are made there are none: what they read takes their place.
+        """
+        engine, stats = self.engine, self.stats
         lookup = Lookup(self.ids.tolist(), STREAMED_COST if engine.streams else PASS_COST)
         token, row = self.sampler.pick(logits), logits
         while True:
             yield token, row, seen
             lookup.add(token)
-            with engine._turn(self):
-                position = len(engine._held)
-                guesses = lookup.propose(min(_core.FEW, engine.context - position) - 1)
-                start = time.perf_counter()
-                rows = self._read([token, *guesses], every=True)
-                seconds = time.perf_counter() - start
-                activities = self._activities()
+            position, alone = len(engine._held[self.slot]), self.alone
+            most = min(_core.FEW, engine.context - position) - 1
+            guesses = lookup.propose(most) if alone else []
+            start = time.perf_counter()
+            read = Read(self, [token, *guesses], every=True)
+            yield read
+            rows, activities = self._result(read), self._activities(read)
+            seconds = time.perf_counter() - start
             stats.drafted += len(guesses)
             for held, (row, seen) in enumerate(zip(rows, activities, strict=False)):
                 token = self.sampler.pick(row)
@@ -173,26 +218,26 @@ class Answer:
                     break
                 stats.accepted += 1
                 yield token, row, seen
-            lookup.learn(len(guesses), held, seconds)
+            if alone:
+                lookup.learn(len(guesses), held, seconds)
             for guess in guesses[:held]:
                 lookup.add(guess)
-            with engine._turn(self):
-                del engine._held[position + 1 + held :]
+            with engine._turn(self, self.slot):
+                del engine._held[self.slot][position + 1 + held :]
 
-
-def _finish(engine: "Engine", stats: Stats, seconds: float) -> None:
-    figures = engine.core_stats()
-    # Wrong guesses were read too, and count for nothing.
-    decoded = figures["tokens"] - (stats.drafted - stats.accepted)
-    if decoded:
-        stats.decode_tps = decoded / seconds
-        stats.bytes_per_token = figures["bytes_read"] / decoded
-        stats.gbps = figures["bytes_read"] / seconds / 1e9
-        stats.sparsity_per_layer = engine.idle_neurons().tolist()
-        for name, value in disk_figures(figures, decoded).items():
-            setattr(stats, name, value)
-    stats.peak_rss_mb = peak_rss_mb()
-    stats.logits_hash = engine.logits_hash()
+    def _finish(self, seconds: float) -> None:
+        stats, figures = self.stats, self.counters.core_stats()
+        # Wrong guesses were read too, and count for nothing.
+        decoded = figures["tokens"] - (stats.drafted - stats.accepted)
+        if decoded:
+            stats.decode_tps = decoded / seconds
+            stats.bytes_per_token = figures["bytes_read"] / decoded
+            stats.gbps = figures["bytes_read"] / seconds / 1e9
+            stats.sparsity_per_layer = self.engine.idle_neurons(figures).tolist()
+            for name, value in disk_figures(figures, decoded).items():
+                setattr(stats, name, value)
+        stats.peak_rss_mb = peak_rss_mb()
+        stats.logits_hash = logits_hash(self._last)
 
 
 class AnswerText:

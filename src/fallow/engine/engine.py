@@ -1,5 +1,6 @@
 """Runs packed models with the compiled core: no torch, no transformers."""
 
+import math
 import os
 import threading
 import time
@@ -18,7 +19,7 @@ from fallow.checkpoints.weights import StoredTensor, read_gguf
 from fallow.common.errors import FallowError, UsageError, in_one_line
 from fallow.common.procfs import processors
 from fallow.common.progress import note
-from fallow.engine.answer import Answer, Piece
+from fallow.engine.answer import Answer, Piece, Read, common
 from fallow.engine.cuts import core_cuts
 from fallow.engine.memory import (
     EMBEDDING,
@@ -38,12 +39,14 @@ from fallow.engine.memory import (
 from fallow.engine.packed import RUNNING_VERSIONS, packed_tokenizer, refuse_unpacked
 from fallow.engine.process import available_bytes, return_freed_memory, rss_bytes
 from fallow.engine.sampling import Sampler, check_largest
-from fallow.engine.stats import Stats
+from fallow.engine.stats import Stats, logits_hash
 from fallow.plan import Plan
 
 DEFAULT_CONTEXT = 4096
 BUDGET_CONTEXT = 1024  # under a memory budget
-MOST_THREADS = 1024  # as csrc/engine_bindings.cpp has it
+USUAL_SLOTS = 4  # as of llama.cpp's server
+SLOTS_SHARE = 0.1  # of the memory, which their caches may take if nobody says how many
+MOST_THREADS = MOST_SLOTS = 1024  # as csrc/engine_bindings.cpp has them
 
 
 def thread_count(threads: int | None) -> int:
@@ -68,6 +71,8 @@ def thread_count(threads: int | None) -> int:
 class Engine:
     """A packed model, ready to run. See `generate`, `logits`, `score`.
 
+    It holds one text or, in as many slots, several, whose next tokens `forward_together` reads.
+
     Args:
         path: a file that `fallow pack` wrote.
         plan: which neurons may be inactive; default: the plan packed with the model, if any.
@@ -83,11 +88,13 @@ class Engine:
             are read from the file for every pass over the model. Default: all is in memory, in huge
             pages, or mapped where the file is more than half of the memory that is left.
         reserve: bytes of `memory` that are left to the caller, for logits of many tokens say.
+        slots: texts that are held at once, each in a cache of `context` tokens; None: 4, or as many
+            as take a tenth of `memory`, or of what the machine has left.
 
     Raises:
         FallowError: no packed model, damaged, the plan is for another model, or `memory` is less
             than what works here; or the system does not allow so many threads.
-        UsageError: threads, context, kernels or memory out of range.
+        UsageError: threads, context, kernels, memory or slots out of range.
     """
 
     def __init__(
@@ -101,6 +108,7 @@ class Engine:
         kernels: str = "",
         memory: int | str | None = None,
         reserve: int = 0,
+        slots: int | None = 1,
     ) -> None:
         self.path = Path(path)
         self.memory = parse_size(memory) if isinstance(memory, str) else memory
@@ -110,6 +118,8 @@ class Engine:
         self.name = str(self.file.get("fallow.model", self.path.name))
         self.fingerprint = str(self.file.get("fallow.fingerprint", ""))
         self.threads = thread_count(threads)
+        if slots is not None and not 1 <= slots <= MOST_SLOTS:
+            raise UsageError(f"--slots {slots} is outside 1 to {MOST_SLOTS}")
         if kernels and kernels not in _core.KERNELS:
             raise UsageError(
                 f"--kernels {kernels!r} do not run here; known: {', '.join(_core.KERNELS)}"
@@ -124,11 +134,15 @@ class Engine:
         lists = first is not None and first.head_margin > 0
         self._coarse_head = memory is None or lists
         self.residency: Residency | None = None
-        self._reserve = RESERVE + reserve
+        usual = DEFAULT_CONTEXT if self.memory is None else BUDGET_CONTEXT
+        context = context or min(longest, usual)
+        self.slots = self._usual_slots(context) if slots is None else slots
+        # Every answer more has its logits, and those of the pass before.
+        logits = 2 * 4 * (self.slots - 1) * self._count("fallow.vocab_size")
+        self._reserve = RESERVE + reserve + logits
         self.disk_gbps: float | None = None  # at which it was loaded, with `memory`
         try:
-            usual = DEFAULT_CONTEXT if self.memory is None else BUDGET_CONTEXT
-            self._core = self._start(kernels, context or min(longest, usual))
+            self._core = self._start(kernels, context)
         except ValueError as error:
             reason = in_one_line(error)
             raise FallowError(f"packed model {self.path}: {reason}; pack it again") from error
@@ -136,22 +150,30 @@ class Engine:
             raise FallowError(str(error)) from error
         # An answer that is dropped may end inside a step of another, in the same thread.
         self._lock, self._process = threading.RLock(), os.getpid()
-        self._held: list[int] = []  # the tokens that the cache holds
-        self._user: object = None  # whose they are: a thread, or an answer
+        # Of each slot the tokens that its cache holds, and whose they are: a thread's or answer's.
+        self._held: list[list[int]] = [[] for _ in range(self.slots)]
+        self._users: list[object] = [None] * self.slots
         self._core.set_skips_zeros(skip_zeros)
         self.use_plan(first)
         self.stats = Stats()  # of the last answer
         self.last_logits: np.ndarray | None = None
+
+    def _usual_slots(self, context: int) -> int:
+        sizes = [self._count(f"fallow.{key}") for key in ("n_layers", "n_kv_heads", "head_dim")]
+        cache = 2 * 2 * context * math.prod(sizes)  # keys and values, two bytes each
+        room = SLOTS_SHARE * (self.memory if self.memory is not None else available_bytes())
+        return max(1, min(USUAL_SLOTS, int(room / cache)))
 
     def _start(self, kernels: str, context: int) -> Any:
         if self.memory is None:
             (mapping,) = self.file.mappings  # a packed model in parts is refused
             # Twice, since others want memory too.
             copy = 2 * mapping.data.nbytes <= available_bytes()
-            return _core.Engine(mapping, kernels, self.threads, context, copy)
+            return _core.Engine(mapping, kernels, self.threads, context, self.slots, copy)
         _ = self.tokenizer  # reading it takes memory for a moment, in which weights lie afterwards
         header = min(self.file.offsets.values(), default=0)
-        core = _core.Engine(os.fsencode(self.path), header, kernels, self.threads, context)
+        path = os.fsencode(self.path)
+        core = _core.Engine(path, header, kernels, self.threads, context, self.slots)
         self.file.forget_pages()
         return_freed_memory()
         self.residency = found = self._choose_residency(context)
@@ -191,9 +213,10 @@ class Engine:
         found = next((r for r in options if taken + r.memory <= self.memory), None)
         if found is None:
             least = taken + min(r.memory for r in options)
+            slots = f" in each of {self.slots} slots" if self.slots > 1 else ""
             raise FallowError(
                 f"--memory {self.memory / 1e6:.6g} MB is too little for {self.name} with a context "
-                f"of {context} tokens; the least is {np.ceil(least / 1e6):.0f} MB"
+                f"of {context} tokens{slots}; the least is {np.ceil(least / 1e6):.0f} MB"
             )
         return found
 
@@ -287,17 +310,23 @@ class Engine:
         """A matrix, `layers.0.up_proj` say, as it is stored."""
         return self.file.tensors[f"{name}.weight"]
 
-    def reset(self, keep: int = 0) -> None:
-        """Forgets what was read after the first `keep` tokens.
+    def reset(self, keep: int = 0, slot: int = 0) -> None:
+        """Forgets what was read in a slot after the first `keep` tokens.
 
         Raises:
             FallowError: the engine was loaded before a fork.
+            UsageError: there is no such slot.
         """
-        with self._turn(threading.get_ident(), begins=True):
-            del self._held[keep:]
+        self._check_slot(slot)
+        with self._turn(threading.get_ident(), slot, begins=True):
+            del self._held[slot][keep:]
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.slots:
+            raise UsageError(f"slot {slot} is outside 0 to {self.slots - 1}, what this engine has")
 
     @contextmanager
-    def _turn(self, user: object, begins: bool = False) -> Iterator[None]:
+    def _turn(self, user: object, slot: int = 0, begins: bool = False) -> Iterator[None]:
         """One step of a user at a time: a thread, or an answer. What it read must still be there.
 
         Raises:
@@ -309,9 +338,9 @@ class Engine:
                 "load it again here"
             )
         with self._lock:
-            if begins or self._user is None:
-                self._user = user
-            elif self._user != user:
+            if begins or self._users[slot] is None:
+                self._users[slot] = user
+            elif self._users[slot] != user:
                 raise FallowError(
                     "this engine holds another text by now, of another answer or thread; "
                     "begin again, with reset() before forward(), or load an engine for each"
@@ -340,6 +369,7 @@ class Engine:
         dense: bool = False,
         exact: bool = False,
         record: bool = False,
+        slot: int = 0,
     ) -> np.ndarray:
         """Reads more tokens; logits (T, vocabulary) of all of them, or (1, vocabulary) of the last.
 
@@ -350,12 +380,94 @@ class Engine:
             exact: more tokens have logits as near to those as a block of tokens comes, to measure
                 quality; otherwise they are read as a prompt is, which is faster.
             record: `active_neurons` then tells which neurons were used.
+            slot: whose text goes on.
 
         Raises:
             FallowError: an id outside the vocabulary, no ids, or the context is full.
+            UsageError: there is no such slot.
         """
-        with self._turn(threading.get_ident()):
-            return self._read(ids, every, dense, exact, record)
+        self._check_slot(slot)
+        with self._turn(threading.get_ident(), slot):
+            return self._read(ids, every, dense, exact, record, slot)
+
+    def forward_together(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        slots: Sequence[int],
+        dense: bool = False,
+        record: bool = False,
+    ) -> np.ndarray:
+        """Reads one more token in each of several slots; logits (n, vocabulary).
+
+        They are to the bit those of `forward`, token by token, but up to `_core.FEW` tokens share
+        every pass over the weights.
+
+        Args:
+            dense: as for `forward`.
+            record: so, too.
+
+        Raises:
+            FallowError: an id outside the vocabulary, no ids, or a slot's context is full.
+            UsageError: a slot that there is not, one twice, or not one for each token.
+        """
+        for slot in slots:
+            self._check_slot(slot)
+        if len(set(slots)) != len(slots) or len(slots) != len(ids):
+            raise UsageError(f"{len(ids)} tokens need as many different slots")
+        with self._lock:
+            for slot in slots:
+                with self._turn(threading.get_ident(), slot):
+                    self._check_ids(ids[slots.index(slot) :][:1], slot)
+            return self._read_together(ids, slots, dense, record)[0]
+
+    def _read_together(
+        self, ids: Sequence[int] | np.ndarray, slots: Sequence[int], dense: bool, record: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Logits (n, vocabulary) and, if recorded, the active neurons (n, L, neurons)."""
+        tokens = np.ascontiguousarray(ids, dtype=np.int32)
+        logits = np.empty((len(tokens), self._core.vocab_size), dtype=np.float32)
+        places = [(slot, len(self._held[slot])) for slot in slots]
+        most, active = min(_core.FEW, self.context), []
+        try:
+            for i in range(0, len(tokens), most):
+                part = slice(i, i + most)
+                self._core.forward_together(tokens[part], places[part], dense, record, logits[part])
+                active += [self.active_neurons()] if record else []
+        except _core.DiskError as error:
+            raise FallowError(str(error)) from error
+        for slot, token in zip(slots, tokens.tolist(), strict=True):
+            self._held[slot].append(token)
+        self.last_logits = logits[-1]
+        return logits, np.concatenate(active) if record else None
+
+    def read(self, reads: Sequence[Read]) -> None:
+        """Reads what answers ask for: of one answer any tokens, of several one of each.
+
+        Raises:
+            FallowError: another user has read since in an answer's slot, or the disk failed.
+        """
+        answers = [read.answer for read in reads]
+        record, dense = any(a.activity for a in answers), answers[0].lossless
+        with self._lock:
+            for answer in answers:
+                with self._turn(answer, answer.slot):
+                    pass
+            if len(reads) == 1:
+                (read,) = reads
+                read.rows = self._read(read.ids, read.every, dense, False, record, answers[0].slot)
+                read.active = self.active_neurons() if record else None
+                return
+            ids = [int(read.ids[0]) for read in reads]
+            rows, active = self._read_together(ids, [a.slot for a in answers], dense, record)
+        for i, read in enumerate(reads):
+            read.rows = rows[i : i + 1]
+            read.active = None
+            if active is not None and read.answer.activity:
+                read.active = active[i : i + 1]
+
+    def cached(self, ids: np.ndarray, slot: int = 0) -> int:
+        """Of a prompt (T,), all but its last token, how many a slot holds from the first on."""
+        return common(self._held[slot], ids[:-1].tolist())
 
     def _read(
         self,
@@ -364,19 +476,21 @@ class Engine:
         dense: bool = False,
         exact: bool = False,
         record: bool = False,
+        slot: int = 0,
     ) -> np.ndarray:
-        tokens = self._check_ids(ids)
+        tokens = self._check_ids(ids, slot)
+        held = self._held[slot]
         logits = np.empty((len(tokens) if every else 1, self._core.vocab_size), dtype=np.float32)
         try:
-            self._core.forward(tokens, len(self._held), every, dense, exact, record, logits)
+            self._core.forward(tokens, slot, len(held), every, dense, exact, record, logits)
         except _core.DiskError as error:
             raise FallowError(str(error)) from error
         # What the core holds beyond these, after Ctrl-C say, the next pass writes over.
-        self._held += tokens.tolist()
+        held += tokens.tolist()
         self.last_logits = logits[-1]
         return logits
 
-    def _check_ids(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def _check_ids(self, ids: Sequence[int] | np.ndarray, slot: int = 0) -> np.ndarray:
         tokens = np.asarray(ids)
         if tokens.ndim != 1 or len(tokens) == 0:
             raise FallowError("there are no tokens to read; give some text")
@@ -385,9 +499,10 @@ class Engine:
             raise FallowError(
                 f"token id {bad[0]} is outside the vocabulary of {self._core.vocab_size}"
             )
-        if len(tokens) > self.context - len(self._held):
+        held = len(self._held[slot])
+        if len(tokens) > self.context - held:
             raise FallowError(
-                f"{len(tokens)} tokens after {len(self._held)} exceed the context of "
+                f"{len(tokens)} tokens after {held} exceed the context of "
                 f"{self.context}; shorten the prompt or raise --context"
             )
         return np.ascontiguousarray(tokens, dtype=np.int32)
@@ -402,7 +517,7 @@ class Engine:
             FallowError: an id outside the vocabulary, no ids, or more than the context holds.
         """
         with self._turn(threading.get_ident(), begins=True):
-            self._held.clear()
+            self._held[0].clear()
             return self._read(ids, every=True, exact=exact)
 
     def score(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -482,6 +597,31 @@ class Engine:
             FallowError: the prompt is empty or longer than the context.
             UsageError: max_tokens below 1, or with `echo` below 0; or an empty stop text.
         """
+        return self.begin(
+            ids, max_tokens, sampler, stop, lossless=lossless, reuse=reuse,
+            top_logprobs=top_logprobs, echo=echo, activity=activity,
+        ).pieces()  # fmt: skip
+
+    def begin(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        max_tokens: int,
+        sampler: Sampler,
+        stop: Sequence[str] = (),
+        *,
+        slot: int = 0,
+        lossless: bool = False,
+        reuse: bool = False,
+        top_logprobs: int | None = None,
+        echo: str | None = None,
+        activity: bool = False,
+    ) -> Answer:
+        """As `answer`, for a `Batch` of answers in different slots.
+
+        Raises:
+            FallowError, UsageError: as `answer`; or there is no such slot.
+        """
+        self._check_slot(slot)
         if max_tokens < (1 if echo is None else 0):
             raise UsageError("--max-new-tokens must be at least 1")
         if "" in stop:
@@ -494,15 +634,18 @@ class Engine:
             )
         return Answer(
             self, tokens, max_tokens, sampler, tuple(stop), lossless, reuse, top_logprobs, echo,
-            activity,
-        ).pieces()  # fmt: skip
+            activity, slot,
+        )  # fmt: skip
 
     def reset_stats(self) -> None:
         self._core.reset_stats()
 
-    def idle_neurons(self) -> np.ndarray:
-        """Share of neurons per layer, (L,), that were zero in the tokens since `reset_stats`."""
-        return 1 - self._share_of_neurons("active")
+    def idle_neurons(self, figures: dict[str, Any] | None = None) -> np.ndarray:
+        """Share of neurons per layer, (L,), that were zero in the tokens since `reset_stats`.
+
+        `figures`: or in those that these counters are of.
+        """
+        return 1 - self._share_of_neurons("active", figures)
 
     def active_neurons(self) -> np.ndarray:
         """Neurons that were not zero in the last pass, (T, L, neurons) bool, if it recorded them.
@@ -535,8 +678,8 @@ class Engine:
         """
         return self._share_of_neurons("predicted")
 
-    def _share_of_neurons(self, which: str) -> np.ndarray:
-        figures = self.core_stats()
+    def _share_of_neurons(self, which: str, figures: dict[str, Any] | None = None) -> np.ndarray:
+        figures = figures or self.core_stats()
         width = max(1, figures["tokens"]) * self._core.neurons
         return np.array(figures[which]) / width
 
@@ -563,10 +706,4 @@ class Engine:
 
     def logits_hash(self) -> str:
         """16 hex digits of the last token's logits: equal runs have equal hashes."""
-        import hashlib
-
-        return (
-            ""
-            if self.last_logits is None
-            else hashlib.sha256(self.last_logits.tobytes()).hexdigest()[:16]
-        )
+        return logits_hash(self.last_logits)

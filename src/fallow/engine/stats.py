@@ -1,7 +1,8 @@
 """Figures of answers."""
 
+import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -61,6 +62,48 @@ class Stats:
         """All figures; of decoding None where no token was decoded, as an answer's first is not."""
         unknown = () if self.sparsity_per_layer else ("decode_tps", "bytes_per_token", "gbps")
         return dict(vars(self)) | dict.fromkeys(unknown)
+
+
+class Counters(Protocol):
+    """What counts passes: an engine, whose every pass counts, or an answer's `Share`."""
+
+    def reset_stats(self) -> None: ...
+    def core_stats(self) -> dict[str, Any]: ...
+
+
+class Share:
+    """The core's counters for one of several answers: its equal part of every pass it was in."""
+
+    def __init__(self) -> None:
+        self.reset_stats()
+
+    def reset_stats(self) -> None:
+        self._sums: dict[str, Any] = {"tokens": 0, "bytes_read": 0}
+
+    def core_stats(self) -> dict[str, Any]:
+        return self._sums
+
+    def add(self, figures: dict[str, Any], among: int) -> None:
+        """Counts a pass, with the core's counters of it alone, of so many answers."""
+        kept = ("tokens", "bytes_read", "active", "seconds", "disk")
+        parts = {key: figures[key] for key in kept if key in figures}
+        self._sums = _sum(self._sums, parts, among)
+
+
+def _sum(sums: dict[str, Any], figures: dict[str, Any], among: int) -> dict[str, Any]:
+    found = dict(sums)
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            found[key] = _sum(sums.get(key, {}), value, among)
+        else:
+            part = np.array(value) / among if isinstance(value, list) else value / among
+            found[key] = sums.get(key, 0) + part
+    return found
+
+
+def logits_hash(logits: np.ndarray | None) -> str:
+    """16 hex digits of a token's logits: equal runs have equal hashes."""
+    return "" if logits is None else hashlib.sha256(logits.tobytes()).hexdigest()[:16]
 
 
 def disk_figures(figures: dict[str, Any], tokens: int) -> dict[str, float]:

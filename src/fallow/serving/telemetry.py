@@ -50,7 +50,7 @@ class Telemetry:
         waiting = Gauge("fallow_requests_waiting", "Answers in the queue", registry=registry)
         waiting.set_function(lambda: worker.waiting)
         running = Gauge("fallow_requests_running", "Answers being made", registry=registry)
-        running.set_function(lambda: worker.running)
+        running.set_function(lambda: worker.n_running)
 
     def responded(self, path: str, status: int) -> None:
         known = path if path in PATHS else "other"  # clients must not make labels

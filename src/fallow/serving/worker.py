@@ -1,4 +1,4 @@
-"""Answers requests one after another: an engine holds one conversation at a time."""
+"""Answers requests, as many at once as the engine has slots."""
 
 import math
 import threading
@@ -7,15 +7,16 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from fallow.common.errors import FallowError
-from fallow.engine.answer import Piece
+from fallow.engine.answer import Answer, Piece
+from fallow.engine.batch import Batch, Said
 from fallow.engine.engine import Engine
 from fallow.engine.sampling import Sampler
 from fallow.engine.stats import Stats
+from fallow.plan import Plan
 
 FIRST_GUESS = 5.0  # seconds that an answer takes, before one was given
 TURN_SECONDS = 300.0  # that an answer may take while another client waits
@@ -64,24 +65,41 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
+@dataclass(eq=False)
+class _Running:
+    """A job that is being answered."""
+
+    job: Job
+    start: float = field(default_factory=time.monotonic)
+    answer: Answer | None = None
+    said: bool = False
+    ends: float = math.inf  # when another client has waited for a whole turn
+
+
 class Worker:
     """A thread with a bounded queue in front of it.
 
     Clients take turns, each with its oldest request, so that one with many does not keep another
     waiting; nor does one answer, for more than `turn` seconds. Where the queue is full, a client
     gets the place of one that has more.
+
+    A job goes to the free slot that holds most of its prompt, of those that it may share, or to the
+    one that was not used for longest. Answers with and without the plan are not made at once: the
+    weights lie in another order for each. So a job that needs the other waits until none runs, and
+    those behind it with it.
     """
 
     def __init__(self, engine: Engine, limit: int, turn: float = TURN_SECONDS) -> None:
         self.engine, self.limit, self.turn = engine, limit, turn
         self._plan = engine.plan
         self._reserved: Counter[str] = Counter()  # places of requests that are no jobs yet
-        self._cache: Hashable = None  # whose prompt the engine holds
+        # Whose prompt each slot holds; first the one that was not used for longest.
+        self._caches: dict[int, Hashable] = {}
         self._waiting: dict[str, deque[Job]] = {}  # clients in the order of their turns
         self._changed = threading.Condition()
-        self._running: Job | None = None
+        self._batch, self._running = Batch(engine), list[_Running]()
         self._closing = False
-        self._deadline = math.inf  # of the running answer, once closing
+        self._deadline = math.inf  # of running answers, once closing
         self._seconds = FIRST_GUESS  # an answer takes, smoothed
         self._thread = threading.Thread(target=self._run, name="fallow-worker", daemon=True)
         self._thread.start()
@@ -92,7 +110,11 @@ class Worker:
 
     @property
     def running(self) -> bool:
-        return self._running is not None
+        return bool(self._running)
+
+    @property
+    def n_running(self) -> int:
+        return len(self._running)
 
     def reserve(self, client: str, n: int) -> None:
         """Takes n places in the queue, for jobs that are yet to be made.
@@ -104,8 +126,8 @@ class Worker:
         with self._changed:
             if self._closing:
                 raise Closing
-            # Where nothing runs, one of those that wait is about to.
-            while self.waiting + n > self.limit + (self._running is None):
+            # Where slots are free, as many of those that wait are about to run.
+            while self.waiting + n > self.limit + self.engine.slots - len(self._running):
                 if not self._drop_for(client, n):
                     raise self._busy()
             self._reserved[client] += n
@@ -146,7 +168,7 @@ class Worker:
         return True
 
     def _busy(self) -> Busy:
-        ahead = self.waiting + (self._running is not None)
+        ahead = (self.waiting + len(self._running)) / self.engine.slots
         return Busy(self.waiting, max(1, math.ceil(ahead * self._seconds)))
 
     def cancel(self, job: Job) -> None:
@@ -174,65 +196,108 @@ class Worker:
         """Waits until the thread has ended, after `close`."""
         self._thread.join(timeout)
 
-    def _next(self) -> Job | None:
+    def _next(self) -> _Running | None:
+        """The job whose turn it is. None: it has no slot yet, or there is none and will be none."""
         with self._changed:
-            while not self._waiting and not self._closing:
+            while not self._waiting and not self._running and not self._closing:
                 self._changed.wait()
-            if not self._waiting:
+            if not self._waiting or len(self._running) == self.engine.slots:
                 return None
             client, line = next(iter(self._waiting.items()))
-            job = line.popleft()
+            if self._running and self._plan_of(line[0]) is not self.engine.plan:
+                return None
+            running = _Running(line.popleft())
             del self._waiting[client]
             if line:
                 self._waiting[client] = line  # behind the others
-            self._running = job
-            return job
+            self._running.append(running)
+            return running
+
+    def _plan_of(self, job: Job) -> Plan | None:
+        return self._plan if job.with_plan else None
 
     def _run(self) -> None:
-        while (job := self._next()) is not None:
-            start = time.monotonic()
-            try:
-                job.deliver(self._answer(job))
-            except FallowError as error:
-                job.deliver(error)
-            except Exception as error:  # a defect of ours must not end the thread
-                traceback.print_exc()
-                job.deliver(error)
-            seconds = time.monotonic() - start
-            self._seconds += SMOOTHING * (seconds - self._seconds)
-            self._running = None
+        while True:
+            while (running := self._next()) is not None:
+                try:
+                    self._start(running)
+                except Exception as error:
+                    self._end(running, error)
+            if not self._running:
+                return
+            for said in self._batch.round():
+                self._deliver(next(r for r in self._running if r.answer is said.answer), said)
+            self._end_what_must()
 
-    def _answer(self, job: Job) -> Stats:
-        plan = self._plan if job.with_plan else None
-        is_other = self.engine.plan is not plan
-        if is_other:
-            self.engine.use_plan(plan)
-        # What is cached was read with the engine's plan, and tells, by its count and by the time it
-        # saves, what a prompt was.
-        reuse = job.cache == self._cache and not is_other
-        pieces: Any = self.engine.answer(
+    def _start(self, running: _Running) -> None:
+        job, engine = running.job, self.engine
+        if self._plan_of(job) is not engine.plan:
+            engine.use_plan(self._plan_of(job))
+            # What is cached was read with the engine's plan, and tells, by its count and by the
+            # time it saves, what a prompt was.
+            self._caches.clear()
+        slot = self._slot_for(job)
+        running.answer = engine.begin(
             job.ids, job.max_tokens, job.sampler, job.stop,
-            reuse=reuse, top_logprobs=job.top_logprobs, echo=job.echo, activity=job.activity,
+            slot=slot, reuse=slot in self._caches and self._caches[slot] == job.cache,
+            top_logprobs=job.top_logprobs, echo=job.echo, activity=job.activity,
         )  # fmt: skip
-        self._cache = job.cache
-        said, ends = False, math.inf  # when another client has waited for a whole turn
-        for piece in pieces:
-            now = time.monotonic()
-            if job.cancelled.is_set():
-                pieces.close()
-                break
-            if now > self._deadline:
-                pieces.close()
-                raise Closing
-            if piece.text or piece.tokens:
-                job.deliver(piece)
-                said = True
-            others = any(client != job.client for client in list(self._waiting))
-            ends = min(ends, now + self.turn) if others else math.inf
-            if now > ends:
-                pieces.close()
-                if not said:
-                    raise Overlong(self.turn)
-                self.engine.stats.finish = "length"
-                break
-        return self.engine.stats
+        self._caches.pop(slot, None)
+        self._caches[slot] = job.cache
+        self._deliver(running, self._batch.add(running.answer))
+
+    def _slot_for(self, job: Job) -> int:
+        used = {r.answer.slot for r in self._running if r.answer}
+        free = [slot for slot in range(self.engine.slots) if slot not in used]
+        order = list(self._caches)
+
+        def worth(slot: int) -> tuple[int, int]:
+            if slot not in self._caches:
+                return 0, len(order)
+            mine = self._caches[slot] == job.cache
+            return self.engine.cached(job.ids, slot) if mine else 0, -order.index(slot)
+
+        return max(free, key=worth)
+
+    def _deliver(self, running: _Running, said: Said) -> None:
+        if not running.job.cancelled.is_set():
+            for piece in said.pieces:
+                if piece.text or piece.tokens:
+                    running.job.deliver(piece)
+                    running.said = True
+        if said.ended:
+            self._end(running, said.error or said.answer.stats)
+
+    def _end_what_must(self) -> None:
+        """Ends what was cancelled, and what has taken its time."""
+        now, late = time.monotonic(), list[_Running]()
+        waiting = list(self._waiting)
+        for running in list(self._running):
+            others = any(client != running.job.client for client in waiting)
+            running.ends = min(running.ends, now + self.turn) if others else math.inf
+            if running.job.cancelled.is_set():
+                self._break_off(running)
+            elif now > self._deadline:
+                self._break_off(running, Closing())
+            elif now > running.ends:
+                late.append(running)
+        if late:  # one at a time: its slot is enough for whoever has waited
+            has = Counter(running.job.client for running in self._running)
+            longest = max(late, key=lambda running: has[running.job.client])
+            self._break_off(longest, None if longest.said else Overlong(self.turn), "length")
+
+    def _break_off(
+        self, running: _Running, error: Exception | None = None, finish: str = ""
+    ) -> None:
+        assert running.answer is not None
+        self._batch.drop(running.answer)
+        running.answer.stats.finish = finish
+        self._end(running, error or running.answer.stats)
+
+    def _end(self, running: _Running, result: Stats | Exception) -> None:
+        if isinstance(result, Exception) and not isinstance(result, FallowError):
+            traceback.print_exception(result)  # a defect of ours must not end the thread
+        with self._changed:
+            self._running.remove(running)
+        self._seconds += SMOOTHING * (time.monotonic() - running.start - self._seconds)
+        running.job.deliver(result)
