@@ -287,6 +287,29 @@ def test_what_is_impossible_is_a_number_in_json(engine: Engine, path: str, strea
         assert "a defect of the server: KeyError" in said
 
 
+@pytest.mark.parametrize(
+    ("sent", "option"),
+    [
+        ({"presence_penalty": 1.5}, {"presence_penalty": 1.5}),
+        ({"frequency_penalty": 1}, {"frequency_penalty": 1}),
+        ({"repeat_penalty": 1.5}, {"repeat_penalty": 1.5}),
+        ({"repetition_penalty": 1.5, "repeat_penalty": None}, {"repeat_penalty": 1.5}),
+        ({"logit_bias": {"9": 100}}, {"logit_bias": {9: 100}}),
+        ({"logit_bias": {"9": 3.5, "10": -100}}, {"logit_bias": {9: 3.5, 10: -100}}),
+    ],
+)
+def test_penalties_and_biases(
+    address: str, engine: Engine, sent: dict[str, Any], option: dict[str, Any]
+) -> None:
+    body = {"model": "tiny", "temperature": 0, "max_tokens": 12} | sent
+    said = httpx.post(f"{address}/v1/completions", json=body | {"prompt": "neuron 3"}).json()
+    expected = "".join(engine.generate("neuron 3", 12, **option))
+    assert said["choices"][0]["text"] == expected != "".join(engine.generate("neuron 3", 12))
+    said = httpx.post(f"{address}/v1/chat/completions", json=body | {"messages": HI}).json()
+    expected = "".join(engine.generate("hi", 12, chat=True, **option))
+    assert said["choices"][0]["message"]["content"] == expected
+
+
 def test_langchain(address: str, engine: Engine) -> None:
     from langchain_openai import ChatOpenAI, OpenAI
 

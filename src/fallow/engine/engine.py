@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -431,6 +431,11 @@ class Engine:
         chat: bool = False,
         lossless: bool = False,
         parse_special: bool = True,
+        *,
+        repeat_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
     ) -> Iterator[str]:
         """Streams the continuation of a prompt, or with `chat` the answer to it, piece by piece.
 
@@ -438,13 +443,16 @@ class Engine:
         before a `stop` text, or after `max_tokens`. `lossless` gives the dense model's own text,
         whatever the plan, and reads ahead what earlier text lets guess (fallow.engine.drafting).
         `parse_special`: control tokens in a text to continue, <|im_end|> say, are one token each;
-        in a message, with `chat`, they are always text.
+        in a message, with `chat`, they are always text. How the sampling options work, Sampler says.
 
         Raises:
             FallowError: the prompt is empty or longer than the context.
             UsageError: a sampling option out of range.
         """
-        sampler = Sampler(temperature, top_p, top_k, min_p, seed)
+        sampler = Sampler(
+            temperature, top_p, top_k, min_p, seed, repeat_penalty, presence_penalty,
+            frequency_penalty, logit_bias or {},
+        )  # fmt: skip
         if isinstance(prompt, str):
             ids: Ids = self.tokenizer.prompt(prompt, chat, parse_special)
         else:

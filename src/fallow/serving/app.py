@@ -367,6 +367,7 @@ class _Answering:
             Busy, Closing: there are no places.
         """
         client: Client = request.state.client
+        self._check_biases(body.biases)
         self.worker.reserve(client.turn, len(encode))
         try:
             prompts, room, texts = await self._encode(field, encode, echoes)
@@ -382,6 +383,10 @@ class _Answering:
             (body.top_k or 0) if nucleus else 1,  # the likeliest token has a probability above 0
             body.min_p or 0.0,
             seed,
+            body.repeat_penalty or body.repetition_penalty or 1.0,
+            body.presence_penalty or 0.0,
+            body.frequency_penalty or 0.0,
+            body.biases,
         )
         run = _Run(self.worker, request, self.telemetry)
         run.jobs = [
@@ -402,6 +407,14 @@ class _Answering:
         ]
         run.start()
         return run
+
+    def _check_biases(self, biases: dict[int, float]) -> None:
+        size = self.worker.engine.vocabulary_size
+        if biases and max(biases) >= size:
+            raise _BadRequest(
+                f"logit_bias: token id {max(biases)} is outside the vocabulary of {size}",
+                "logit_bias",
+            )
 
     def _room(self, ids: np.ndarray, field: str) -> int:
         """Tokens that an answer may have."""

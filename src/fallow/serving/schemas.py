@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fallow.common.errors import FallowError
+from fallow.engine.sampling import LARGEST_BIAS, LARGEST_PENALTY, REPEAT_PENALTIES
 
 _NO_TEXT = "has half of a surrogate pair, which is no text"
 _OURS = "fallow"  # the type of errors that are sentences of ours
@@ -49,6 +50,7 @@ MOST_IDS = 1 << 17  # of a prompt
 MOST_PROMPTS = 256
 MOST_MESSAGES = 2048  # and parts of a message
 MOST_FIELDS = 100  # of an object
+MOST_BIASES = 1024  # OpenAI's API takes as many
 LONGEST_STOP = 256  # characters
 LONGEST_NAME = 512  # characters of what is no text to read
 
@@ -132,10 +134,27 @@ Count = Annotated[int | None, Field(ge=1), _takes("a whole number of at least 1"
 Flag = Annotated[bool | None, _takes("true or false")]
 # Fields that would change the answer and are not supported are taken with the value that says so.
 One = Annotated[int | None, Field(ge=1, le=1), _takes("1, as a prompt has one answer")]
-NoPenalty = Annotated[float | None, Field(ge=0, le=0), _takes("0, as penalties are not supported")]
-NoFactor = Annotated[float | None, Field(ge=1, le=1), _takes("1, as penalties are not supported")]
+Penalty = Annotated[
+    float | None,
+    Field(ge=-LARGEST_PENALTY, le=LARGEST_PENALTY),
+    _takes(f"a number from -{LARGEST_PENALTY} to {LARGEST_PENALTY}"),
+]
+Factor = Annotated[
+    float | None,
+    Field(ge=REPEAT_PENALTIES[0], le=REPEAT_PENALTIES[1]),
+    _takes("a number from {} to {}".format(*REPEAT_PENALTIES)),
+]
 Nothing = Annotated[dict[str, Any], Field(max_length=0)] | Annotated[list[Any], Field(max_length=0)]
-NoBias = Annotated[Nothing | None, _takes("empty, as biases are not supported")]
+TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]
+Bias = Annotated[float, Field(ge=-LARGEST_BIAS, le=LARGEST_BIAS)]
+Biases = Annotated[
+    dict[TokenId, Bias] | Annotated[list[Any], Field(max_length=0)] | None,
+    Field(max_length=MOST_BIASES),
+    _takes(
+        f"an object of at most {MOST_BIASES} token ids, each with a number from -{LARGEST_BIAS} to "
+        f"{LARGEST_BIAS}"
+    ),
+]
 NoTools = Annotated[Nothing | None, _takes("empty, as tools are not supported")]
 NoToolChoice = Annotated[
     Literal["none", "auto"] | None, _takes('"none" or "auto", as tools are not supported')
@@ -231,11 +250,11 @@ class _Request(_Strict):
         Name | None, _takes(f"text of at most {LONGEST_NAME} characters")
     ] = None
     n: One = 1
-    presence_penalty: NoPenalty = 0.0
-    frequency_penalty: NoPenalty = 0.0
-    repeat_penalty: NoFactor = 1.0  # llama.cpp's name
-    repetition_penalty: NoFactor = 1.0  # vLLM's
-    logit_bias: NoBias = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repeat_penalty: Factor = None  # llama.cpp's name
+    repetition_penalty: Factor = None  # vLLM's
+    logit_bias: Biases = None
     ignore_eos: No = False
     min_tokens: Annotated[
         int | None, Field(ge=0, le=0), _takes("0, as others are not supported")
@@ -250,6 +269,18 @@ class _Request(_Strict):
     prompt_cache_retention: Harmless = None
     cache_prompt: Harmless = None
     fallow_plan: Flag = True  # ours: false leaves the server's plan aside
+
+    @field_validator("repetition_penalty")
+    @classmethod
+    def _one_factor(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("repeat_penalty", value) not in (None, value):
+            raise _ours("differs from repeat_penalty; give one of them")
+        return value
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """Of token ids."""
+        return {int(i): bias for i, bias in dict(self.logit_bias or {}).items()}
 
     @property
     def stops(self) -> tuple[str, ...]:
