@@ -295,7 +295,7 @@ def test_penalties_out_of_range(options: dict[str, Any], said: str) -> None:
 
 
 def test_penalties_of_an_answer(talking: Path) -> None:
-    """Of the prompt and the answer, as transformers has them; and the same where tokens are guessed."""
+    """As transformers has them, of prompt and answer; and the same where tokens are guessed."""
     import torch
     from transformers import AutoModelForCausalLM
 

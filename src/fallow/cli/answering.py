@@ -40,6 +40,9 @@ from fallow.cli._shared import (
     refuse_given,
 )
 from fallow.common.errors import FallowError, UsageError
+from fallow.common.files import read_json
+
+NO_SCHEMA = "give a JSON schema, which is an object"
 
 
 @app.command()
@@ -113,6 +116,10 @@ def generate(
     frequency_penalty: FrequencyPenaltyOption = 0.0,
     logit_bias: LogitBiasOption = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this; repeatable.")] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(help="A file: the answer is a value of this JSON schema, or is cut short."),
+    ] = None,
     parse_special: Annotated[
         bool,
         typer.Option(help="Control tokens in a prompt to continue are tokens, not text."),
@@ -146,6 +153,7 @@ def generate(
         given = {"--system": system is not None, "--top-p": top_p != 1, "--top-k": top_k != 0}
         given |= {"--min-p": min_p != 0, "--stop": bool(stop), "--lossless": lossless}
         given |= {"--repeat-penalty": repeat_penalty != 1, "--logit-bias": bool(logit_bias)}
+        given |= {"--json-schema": json_schema is not None}
         given |= {"--presence-penalty": presence_penalty != 0}
         given |= {"--frequency-penalty": frequency_penalty != 0}
         given |= {"--quant": quant is not None, "--threads": threads is not None}
@@ -170,6 +178,7 @@ def generate(
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed,
         "repeat_penalty": repeat_penalty, "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty, "logit_bias": _biases(logit_bias),
+        "json_schema": None if json_schema is None else read_json(json_schema, NO_SCHEMA),
     }  # fmt: skip
     engine = open_engine(
         name,

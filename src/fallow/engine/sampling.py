@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fallow.common.errors import FallowError, UsageError
+from fallow.engine.grammar import Grammar
 from fallow.engine.stats import Activity
 
 # Ranges of sampling options. Those of penalties and biases are OpenAI's; beyond that of
@@ -32,7 +33,8 @@ class Sampler:
     First the logits are changed: where a token is in the prompt or the answer, its logit l becomes
     l / repeat_penalty, or l * repeat_penalty below 0 (arXiv:1909.05858, as transformers has it),
     and where it is c times in the answer, frequency_penalty * c + presence_penalty is taken off, as
-    OpenAI's API has it; then logit_bias is added. Filters then apply in the order top_k, top_p,
+    OpenAI's API has it; then logit_bias is added, and what the grammar does not allow is left out.
+    Filters then apply in the order top_k, top_p,
     min_p.
     """
 
@@ -45,6 +47,7 @@ class Sampler:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # of token ids
+    grammar: Grammar | None = None  # the form of the answer; this sampler's own
     _changes: "_Changes | None" = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +84,8 @@ class Sampler:
         Raises:
             UsageError: a token of logit_bias is outside the vocabulary.
         """
+        if self.grammar is not None:
+            self.grammar.begin()
         is_neutral = self.repeat_penalty == 1 and not self.presence_penalty
         if is_neutral and not self.frequency_penalty and not self.logit_bias:
             return
@@ -93,11 +98,17 @@ class Sampler:
 
         Raises:
             FallowError: NaN or infinity among them, or nothing but minus infinity.
+            FormError: the grammar cannot be followed.
         """
-        if self._changes is None:
-            return self._drawn(logits)
-        token = self._drawn(self._changes.made(logits))
-        self._changes.add(token)
+        if self._changes is not None:
+            logits = self._changes.made(logits)
+        if self.grammar is not None:
+            logits = self.grammar.masked(logits)
+        token = self._drawn(logits)
+        if self._changes is not None:
+            self._changes.add(token)
+        if self.grammar is not None:
+            self.grammar.add(token)
         return token
 
     def _drawn(self, logits: np.ndarray) -> int:

@@ -23,6 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from fallow.checkpoints.tokenizer import TextTokenizer
 from fallow.common.errors import FallowError
 from fallow.engine.answer import Piece
+from fallow.engine.grammar import FormError, Grammar, Grammars
 from fallow.engine.sampling import Sampler, TokenChoice
 from fallow.engine.stats import Activity, Stats
 from fallow.plan import Plan
@@ -210,6 +211,8 @@ def _fallow_error(request: Request, error: Any) -> JSONResponse:
         )
     if isinstance(error, Closing | Overlong):
         return error_response(503, str(error))
+    if isinstance(error, FormError):
+        return error_response(400, str(error))
     return error_response(500, str(error))
 
 
@@ -231,6 +234,8 @@ class _BadRequest(HTTPException):
 
 # Answers -----------------------------------------------------------------------------------------
 
+_Form = tuple[str, Callable[[], Grammar]]  # the field that asks for it, and what makes its grammar
+
 
 class _Answering:
     """From a request to jobs, and from what they deliver to a response."""
@@ -247,6 +252,10 @@ class _Answering:
     def tokenizer(self) -> TextTokenizer:
         return self.worker.engine.tokenizer
 
+    @property
+    def grammars(self) -> Grammars:
+        return self.worker.engine.grammars
+
     def check_model(self, name: str) -> None:
         if name != self.name:
             raise _BadRequest(
@@ -262,7 +271,8 @@ class _Answering:
         wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
         encode = [partial(self.tokenizer.chat, messages)]
-        run = await self._run(body, request, "messages", encode, wanted, top)
+        form = self._form(body, body.response_format)
+        run = await self._run(body, request, "messages", encode, wanted, top, form=form)
         made: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if body.stream:
             return self._streamed(body, run, made | {"object": "chat.completion.chunk"}, True)
@@ -300,8 +310,9 @@ class _Answering:
             for p in prompts
         ]
         echoes = [partial(self._text_of, p) for p in prompts] if body.echo else None
+        form = self._form(body)
         run = await self._run(
-            body, request, "prompt", encode, body.max_tokens, body.logprobs, echoes
+            body, request, "prompt", encode, body.max_tokens, body.logprobs, echoes, form
         )
         made: dict[str, Any] = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if body.stream:
@@ -324,6 +335,31 @@ class _Answering:
             ],
             usage=_usage(answer.stats),
         )
+
+    def _form(
+        self,
+        body: api.ChatRequest | api.CompletionRequest,
+        response_format: api.ResponseFormat | None = None,
+    ) -> _Form | None:
+        """What makes the grammar of the form that is asked for, with the field that asks."""
+        if body.json_schema is not None:
+            return "json_schema", partial(self.grammars.of_schema, body.json_schema)
+        if body.grammar:
+            return "grammar", partial(self.grammars.of_text, body.grammar)
+        if response_format is None or response_format.type == "text":
+            return None
+        of = response_format.json_schema
+        schema = {"type": "object"} if of is None else of.schema_
+        return "response_format", partial(self.grammars.of_schema, schema)
+
+    async def _grammar(self, form: _Form | None) -> Grammar | None:
+        if form is None:
+            return None
+        field, make = form
+        try:
+            return await to_thread.run_sync(make, limiter=self._one_encodes)
+        except FallowError as error:
+            raise _BadRequest(f"{field}: {error}", field) from error
 
     async def _encode(
         self,
@@ -359,17 +395,20 @@ class _Answering:
         max_tokens: int | None,
         top_logprobs: int | None,
         echoes: Sequence[Callable[[], str]] | None = None,
+        form: _Form | None = None,
     ) -> "_Run":
         """Takes places in the queue, and then encodes.
 
         Raises:
-            HTTPException: 400 for a prompt, in that field, that the model cannot read.
+            HTTPException: 400 for a prompt, in that field, that the model cannot read, or a form
+                that is not taken.
             Busy, Closing: there are no places.
         """
         client: Client = request.state.client
         self._check_biases(body.biases)
         self.worker.reserve(client.turn, len(encode))
         try:
+            grammar = await self._grammar(form)
             prompts, room, texts = await self._encode(field, encode, echoes)
         except BaseException:
             self.worker.release(client.turn, len(encode))
@@ -394,7 +433,7 @@ class _Answering:
                 client.turn,
                 ids,
                 room[i] if max_tokens is None else min(max_tokens, room[i]),
-                sampler(),
+                sampler(grammar=grammar and grammar.copy()),
                 partial(run.deliver, i),
                 body.stops,
                 top_logprobs,

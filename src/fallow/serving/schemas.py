@@ -144,6 +144,7 @@ Factor = Annotated[
     Field(ge=REPEAT_PENALTIES[0], le=REPEAT_PENALTIES[1]),
     _takes("a number from {} to {}".format(*REPEAT_PENALTIES)),
 ]
+Schema = Annotated[dict[str, Any], _takes("a JSON schema, an object")]
 Nothing = Annotated[dict[str, Any], Field(max_length=0)] | Annotated[list[Any], Field(max_length=0)]
 TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]
 Bias = Annotated[float, Field(ge=-LARGEST_BIAS, le=LARGEST_BIAS)]
@@ -222,8 +223,32 @@ class ChatMessage(_Strict):
         return "".join(part.text for part in self.content)
 
 
+class SchemaFormat(_Strict):
+    schema_: Schema = Field(alias="schema")
+    name: Harmless = None
+    description: Harmless = None
+    strict: Flag = None  # an answer always fits
+
+
 class ResponseFormat(_Strict):
-    type: Annotated[Literal["text"], _takes('"text"')]
+    type: Annotated[
+        Literal["text", "json_object", "json_schema"],
+        _takes('"text", "json_object" or "json_schema"'),
+    ]
+    json_schema: SchemaFormat | None = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _of_its_type(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("type") != "json_schema":
+            raise _ours('needs "type": "json_schema"')
+        return value
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise _ours("has no json_schema, which its type needs")
+        return self
 
 
 class _Request(_Strict):
@@ -255,6 +280,9 @@ class _Request(_Strict):
     repeat_penalty: Factor = None  # llama.cpp's name
     repetition_penalty: Factor = None  # vLLM's
     logit_bias: Biases = None
+    # An answer's form, by llama.cpp's names.
+    json_schema: Schema | None = None
+    grammar: Annotated[Str | None, _takes(f"text of at most {MOST_CHARACTERS} characters")] = None
     ignore_eos: No = False
     min_tokens: Annotated[
         int | None, Field(ge=0, le=0), _takes("0, as others are not supported")
@@ -275,6 +303,13 @@ class _Request(_Strict):
     def _one_factor(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and info.data.get("repeat_penalty", value) not in (None, value):
             raise _ours("differs from repeat_penalty; give one of them")
+        return value
+
+    @field_validator("grammar")
+    @classmethod
+    def _one_form(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value and info.data.get("json_schema") is not None:
+            raise _ours("goes without json_schema; give one of them")
         return value
 
     @property
@@ -306,6 +341,14 @@ class ChatRequest(_Request):
     add_generation_prompt: Yes = True
     continue_final_message: No = False
     fallow_activity: Flag = False  # ours: chunks have an Activity of each of their tokens
+
+    @field_validator("response_format")
+    @classmethod
+    def _only_form(cls, value: ResponseFormat | None, info: ValidationInfo) -> Any:
+        given = info.data.get("grammar") or info.data.get("json_schema") is not None
+        if value is not None and value.type != "text" and given:
+            raise _ours("goes without grammar and json_schema; give one of them")
+        return value
 
     @field_validator("max_completion_tokens")
     @classmethod
