@@ -27,6 +27,16 @@ _JSON: Any = {
 }
 
 
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """What stands in a Lark grammar for the values of a JSON schema.
+
+    Raises:
+        FormError: it sets options of llguidance's.
+    """
+    _check_options(schema)
+    return f"%json {json.dumps({**schema, 'x-guidance': _JSON})}"
+
+
 class FormError(FallowError):
     """A schema or grammar that is not understood, or takes too much to follow."""
 
@@ -86,12 +96,8 @@ class Grammars:
         Raises:
             FormError: it is too large or too complex, or has a keyword that llguidance has not.
         """
-        if "x-guidance" in schema:
-            raise FormError("x-guidance sets options of llguidance's; leave it out")
-        try:
-            text = json.dumps(schema)
-        except RecursionError as error:
-            raise FormError("the schema is nested too deeply") from error
+        _check_options(schema)
+        text = json.dumps(schema)
         _check_length(text)
         make = _llguidance().LLMatcher.grammar_from_json_schema
         return self._made(make(text, overrides=_JSON))
@@ -113,7 +119,8 @@ class Grammars:
         return self.of_lark(lark)
 
     def of_lark(self, text: str) -> Grammar:
-        """As `of_text`, of a grammar that we wrote."""
+        """As `of_text`, of one in Lark alone."""
+        _check_length(text)
         return self._made(_llguidance().LLMatcher.grammar_from_lark(text))
 
     def _made(self, grammar: str) -> Grammar:
@@ -160,6 +167,11 @@ def _llguidance() -> Any:
             "answers of a given form need llguidance; install it with: pip install 'fallow[server]'"
         ) from error
     return llguidance
+
+
+def _check_options(schema: Mapping[str, Any]) -> None:
+    if "x-guidance" in schema:
+        raise FormError("x-guidance sets options of llguidance's; leave it out")
 
 
 def _check_length(text: str) -> None:
