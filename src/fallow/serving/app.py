@@ -87,6 +87,7 @@ def create_app(
     _add_health_and_metrics(app, answering, guarded, responses)
     _add_models(app, answering, guarded, responses)
     _add_completions(app, answering, guarded, responses)
+    _add_tokens(app, answering, guarded, responses)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(FallowError, _fallow_error)
@@ -163,6 +164,20 @@ def _add_completions(
     async def completions(body: api.CompletionRequest, request: Request) -> Any:
         """Continues a text, or each of several."""
         return await answering.completions(body, request)
+
+
+def _add_tokens(app: FastAPI, answering: "_Answering", guarded: list[Any], responses: Any) -> None:
+    """Routes of texts and their tokens, as llama.cpp's server has them."""
+
+    @app.post("/tokenize", dependencies=guarded, responses=responses)
+    async def tokenize(body: api.TokenizeRequest) -> api.TokenList:
+        """A text's tokens."""
+        return await answering.tokenize(body)
+
+    @app.post("/detokenize", dependencies=guarded, responses=responses)
+    async def detokenize(body: api.DetokenizeRequest) -> api.Content:
+        """The text of tokens, control tokens by their names."""
+        return await answering.detokenize(body)
 
 
 def _only(responses: dict[Any, Any], code: int) -> dict[Any, Any]:
@@ -341,6 +356,38 @@ class _Answering:
             ],
             usage=_usage(answer.stats, body.n or 1),
         )
+
+    async def tokenize(self, body: api.TokenizeRequest) -> api.TokenList:
+        def found() -> api.TokenList:
+            ids = self.tokenizer.encode(body.content, body.parse_special is not False)
+            if body.add_special:
+                ids = self.tokenizer.with_bos(ids)
+            if not body.with_pieces:
+                return api.TokenList(tokens=ids.tolist())
+            return api.TokenList(tokens=[self._piece(i) for i in ids.tolist()])
+
+        return await to_thread.run_sync(found, limiter=self._one_encodes)
+
+    def _piece(self, token_id: int) -> api.TokenPiece:
+        piece = self.tokenizer.piece(token_id)
+        try:
+            return api.TokenPiece(id=token_id, piece=piece.decode())
+        except UnicodeDecodeError:  # a part of a character
+            return api.TokenPiece(id=token_id, piece=list(piece))
+
+    async def detokenize(self, body: api.DetokenizeRequest) -> api.Content:
+        size = self.worker.engine.vocabulary_size
+        largest = max(body.tokens, default=0)
+        if largest >= size:
+            raise _BadRequest(
+                f"tokens: token id {largest} is outside the vocabulary of {size}", "tokens"
+            )
+
+        def found() -> api.Content:
+            text = b"".join(map(self.tokenizer.piece, body.tokens))
+            return api.Content(content=text.decode("utf-8", "replace"))
+
+        return await to_thread.run_sync(found, limiter=self._one_encodes)
 
     def _readers(self, body: api.ChatRequest) -> list[Reader]:
         """What tells calls from text, for each answer; none where no tools are offered.

@@ -561,6 +561,23 @@ class CompletionRequest(_Request):
         return value
 
 
+class TokenizeRequest(_Strict):
+    """As llama.cpp's server has it."""
+
+    content: Annotated[Str, _takes(f"text of at most {MOST_CHARACTERS} characters")]
+    add_special: Flag = False  # BOS, where the model wants one
+    parse_special: Flag = True  # control tokens in the text are tokens
+    with_pieces: Flag = False
+
+
+class DetokenizeRequest(_Strict):
+    tokens: Annotated[
+        list[Annotated[int, Field(ge=0, lt=1 << 31)]],
+        Field(max_length=MOST_IDS, fail_fast=True),
+        _takes(f"a list of at most {MOST_IDS} token ids"),
+    ]
+
+
 # Responses ---------------------------------------------------------------------------------------
 
 
@@ -672,6 +689,19 @@ class CompletionResponse(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+class TokenPiece(BaseModel):
+    id: int
+    piece: str | list[int]  # bytes, where they are a part of a character
+
+
+class TokenList(BaseModel):
+    tokens: list[int] | list[TokenPiece]
+
+
+class Content(BaseModel):
+    content: str
 
 
 class ModelCard(BaseModel):
