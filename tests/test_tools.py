@@ -31,7 +31,7 @@ Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call>
 
 {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
 LLAMA = """{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}
-{"name": function name, "parameters": {...}} {# <|python_tag|> #}
+{"name": function name, "parameters": {...}} {# Environment: ipython #}
 {% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}
 {% endfor %}assistant:"""
 MISTRAL = """{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}{% endif %}{% for m in messages %}
@@ -90,6 +90,16 @@ def test_templates_are_told_of_tools_as_in_transformers(tmp_path: Path, name: st
     )
     assert tokenizer.render(chat, tools=[WEATHER, CLOCK]) == expected
     assert "Of a city." in expected
+
+
+def test_a_template_that_works_with_tools_alone(talking: Path) -> None:
+    """As NousResearch's Hermes 2 Pro has it."""
+    engine = Engine(talking, threads=1)
+    template = HERMES.replace("{% if tools %}", "").replace("{% endif %}", "", 1)
+    tokenizer = dataclasses.replace(engine.tokenizer, chat_template=template)
+    assert "weather" in tokenizer.backend.decode(tokenizer.chat(HI, [WEATHER]))
+    with pytest.raises(FallowError, match="chat template does not work"):
+        tokenizer.chat(HI)
 
 
 def test_control_tokens_in_tools_are_text(talking: Path) -> None:
@@ -291,7 +301,7 @@ def test_calls_that_are_sent_back(engine: Engine) -> None:
     [
         (None, {}, "tools: the way in which this model's chat template has tools called is none"),
         (
-            "{# <tool_call> #}{{ messages }}",
+            '{# <tool_call> "arguments" #}{{ messages }}',
             {},
             "the model's chat template does not tell the model",
         ),
@@ -359,6 +369,7 @@ def test_refusals(engine: Engine, template: str | None, change: dict[str, Any], 
 
 
 def test_ways_to_call_that_are_not_known() -> None:
-    for template in ("<tool_call><function=a>", "[TOOL_CALLS]a[ARGS]{}", "plain"):
+    xml = "<tool_call><function=a>", "<tool_call>a<arg_key>city</arg_key>"
+    for template in (*xml, "[TOOL_CALLS]a[ARGS]{}", "plain"):
         with pytest.raises(FallowError, match="is none of those known"):
             style_of(template)

@@ -144,15 +144,22 @@ class TextTokenizer:
         if isinstance(conversation, str):
             conversation = [{"role": "user", "content": conversation}]
         marked = self._marks.put(conversation)
-        text = self.render(marked)
-        if tools:
-            without, text = text, self.render(marked, tools=self._marks.put(tools))
-            if text == without:
-                raise FallowError("the model's chat template does not tell the model of tools")
+        text = self.render(marked, tools=self._marks.put(tools or None))
+        if tools and text == self._without_tools(marked):
+            raise FallowError("the model's chat template does not tell the model of tools")
         (first, _), *rest = self._marks.split(text)
         pieces = [self.encode(first, parse_special=True)]
         pieces += [self._encode_within(piece, is_text) for piece, is_text in rest if piece]
         return self.with_bos(np.concatenate(pieces))
+
+    def _without_tools(self, conversation: Sequence[Message]) -> str | None:
+        """What the chat template writes; None where, as Hermes 2 Pro's, it does not work."""
+        try:
+            return self.render(conversation)
+        except template_process.Excessive:
+            raise
+        except FallowError:
+            return None
 
     @cached_property
     def _marks(self) -> Marks:

@@ -77,11 +77,11 @@ def style_of(template: str) -> Style:
     Raises:
         FallowError: in a way that is not known.
     """
-    if _OPEN in template and "<function=" not in template:
+    if _OPEN in template and '"arguments"' in template and "<tool_calls>" not in template:
         return _HERMES
     if _MISTRAL in template and "[ARGS]" not in template:
         return _MISTRALS
-    if '"parameters"' in template and "<|python_tag|>" in template:
+    if '"parameters"' in template and "ipython" in template:
         return _LLAMA
     raise FallowError(
         "the way in which this model's chat template has tools called is none of those known: "
