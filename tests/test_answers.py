@@ -9,7 +9,7 @@ import pytest
 import fallow
 from conftest import PACKED, make_sentencepiece
 from engines import ERROR, IDS
-from fallow.common.errors import FallowError
+from fallow.common.errors import FallowError, UsageError
 from fallow.engine.answer import AnswerText, Piece
 from fallow.engine.drafting import PASS_COST, Lookup
 from fallow.engine.engine import Engine
@@ -241,6 +241,81 @@ def test_a_logit_of_minus_infinity_is_never_picked() -> None:
     expected = np.array([0.1, 0.0]) - np.logaddexp(np.float32(0.1), 0)
     assert [i for i, _ in choice.top] == [2, 1, 0, 3]
     assert [p for _, p in choice.top] == pytest.approx([*expected, -np.inf, -np.inf], abs=1e-6)
+
+
+def test_repeat_penalty_is_that_of_transformers() -> None:
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    random, text = np.random.default_rng(0), [3, 7, 7]
+    for penalty in (1.3, 0.8):
+        expected = RepetitionPenaltyLogitsProcessor(penalty)
+        sampler = Sampler(repeat_penalty=penalty)
+        sampler.begin(text, 20)
+        ids = list(text)
+        for _ in range(60):
+            logits = random.normal(size=20).astype(np.float32)
+            scores = expected(torch.tensor([ids]), torch.tensor(logits[None]))
+            ids.append(sampler.pick(logits))
+            assert ids[-1] == int(scores.argmax())
+        assert len(set(ids)) > 5
+
+
+def test_penalties_and_biases_are_those_of_openai() -> None:
+    """https://platform.openai.com/docs/guides/text-generation: how often a token was sampled."""
+    options: Any = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "logit_bias": {2: 1.5}}
+    random, sampler = np.random.default_rng(1), Sampler(**options)
+    for prompt in ([1, 1, 2], []):  # a prompt does not count, nor does the answer before
+        sampler.begin(prompt, 12)
+        counts = np.zeros(12)
+        for _ in range(60):
+            logits = random.normal(size=12).astype(np.float32)
+            expected = logits - counts * 0.4 - (counts > 0) * 0.7
+            expected[2] += 1.5
+            token = sampler.pick(logits)
+            assert token == int(expected.argmax())
+            counts[token] += 1
+        assert (counts > 0).all()
+    with pytest.raises(UsageError, match="logit_bias: token id 2 is outside the vocabulary of 2"):
+        sampler.begin([], 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"repeat_penalty": 0}, r"repeat_penalty 0 is outside \[0.1, 10\]"),
+        ({"presence_penalty": 2.5}, r"presence_penalty 2.5 is outside \[-2, 2\]"),
+        ({"frequency_penalty": float("nan")}, r"frequency_penalty nan is outside"),
+        ({"logit_bias": {3: 101}}, r"logit_bias 101 of token 3 is outside \[-100, 100\]"),
+    ],
+)
+def test_penalties_out_of_range(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Sampler(**options)
+
+
+def test_penalties_of_an_answer(talking: Path) -> None:
+    """As transformers has them, of prompt and answer; and the same where tokens are guessed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    engine = Engine(talking, threads=1)
+    ids = engine.tokenizer.prompt("neuron 3 neuron 3 neuron")
+    model = AutoModelForCausalLM.from_pretrained(talking.parent / "model", dtype=torch.float32)
+    made = model.generate(
+        torch.tensor(ids[None]), max_new_tokens=24, do_sample=False, repetition_penalty=1.5,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    expected = made[0, len(ids) :].tolist()
+    plain = [t.id for p in engine.answer(ids, 24, Sampler()) for t in p.tokens]
+    assert plain != expected
+    for lossless in (False, True):
+        sampler = Sampler(repeat_penalty=1.5)
+        for _ in range(2):  # the second answer begins anew
+            pieces = list(engine.answer(ids, 24, sampler, lossless=lossless))
+            assert [t.id for p in pieces for t in p.tokens] == expected
+    text = "".join(engine.generate(ids, 24, repeat_penalty=1.5))
+    assert text == "".join(p.text for p in pieces)
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-308, 5e-324])

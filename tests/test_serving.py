@@ -287,6 +287,80 @@ def test_what_is_impossible_is_a_number_in_json(engine: Engine, path: str, strea
         assert "a defect of the server: KeyError" in said
 
 
+@pytest.mark.parametrize(
+    ("sent", "option"),
+    [
+        ({"presence_penalty": 1.5}, {"presence_penalty": 1.5}),
+        ({"frequency_penalty": 1}, {"frequency_penalty": 1}),
+        ({"repeat_penalty": 1.5}, {"repeat_penalty": 1.5}),
+        ({"repetition_penalty": 1.5, "repeat_penalty": None}, {"repeat_penalty": 1.5}),
+        ({"logit_bias": {"9": 100}}, {"logit_bias": {9: 100}}),
+        ({"logit_bias": {"9": 3.5, "10": -100}}, {"logit_bias": {9: 3.5, 10: -100}}),
+    ],
+)
+def test_penalties_and_biases(
+    address: str, engine: Engine, sent: dict[str, Any], option: dict[str, Any]
+) -> None:
+    body = {"model": "tiny", "temperature": 0, "max_tokens": 12} | sent
+    said = httpx.post(f"{address}/v1/completions", json=body | {"prompt": "neuron 3"}).json()
+    expected = "".join(engine.generate("neuron 3", 12, **option))
+    assert said["choices"][0]["text"] == expected != "".join(engine.generate("neuron 3", 12))
+    said = httpx.post(f"{address}/v1/chat/completions", json=body | {"messages": HI}).json()
+    expected = "".join(engine.generate("hi", 12, chat=True, **option))
+    assert said["choices"][0]["message"]["content"] == expected
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_answers(client: openai.OpenAI, engine: Engine, stream: bool) -> None:
+    """Each is what its seed gives; the prompt counts once."""
+    chat: Any = {"model": "tiny", "messages": HI, "max_tokens": 6, "temperature": 1.5, "seed": 4}
+    options: Any = {"stream_options": {"include_usage": True}} if stream else {}
+    each = [client.chat.completions.create(**chat | {"seed": seed}) for seed in (4, 5, 6)]
+    alone = [answer.choices[0].message.content for answer in each]
+    assert len(set(alone)) == 3
+    answer: Any = client.chat.completions.create(**chat, n=3, stream=stream, **options)
+    chunks = list(answer) if stream else [answer]
+    said = [""] * 3
+    for choice in (c for chunk in chunks for c in chunk.choices):
+        said[choice.index] += (choice.delta if stream else choice.message).content or ""
+    assert said == alone
+    usage = chunks[-1].usage
+    assert usage.completion_tokens == sum(a.usage.completion_tokens for a in each if a.usage)
+    assert usage.prompt_tokens == len(engine.tokenizer.chat("hi"))
+    text = client.completions.create(
+        model="tiny", prompt=["neuron 3", "the gate"], n=2, temperature=0, max_tokens=5
+    )
+    expected = ["".join(engine.generate(p, 5)) for p in ("neuron 3", "the gate")]
+    assert [c.text for c in text.choices] == [expected[i] for i in (0, 0, 1, 1)]
+    assert [c.index for c in text.choices] == [0, 1, 2, 3]
+
+
+def test_tokens_of_texts(address: str, engine: Engine, parrot: tuple[Path, Path]) -> None:
+    def ask(address: str, path: str, **body: Any) -> Any:
+        answer = httpx.post(f"{address}/{path}", json=body)
+        assert answer.status_code == 200
+        return answer.json()
+
+    text = "neuron 3</s> 🙂"
+    ids = engine.tokenizer.encode(text, parse_special=True).tolist()
+    assert ask(address, "tokenize", content=text) == {"tokens": ids}
+    assert ask(address, "detokenize", tokens=ids) == {"content": text}
+    plain = ask(address, "tokenize", content=text, parse_special=False)["tokens"]
+    assert plain == engine.tokenizer.encode(text).tolist() != ids
+    assert ask(address, "tokenize", content="") == {"tokens": []}
+    assert ask(address, "detokenize", tokens=[]) == {"content": ""}
+    pieces = ask(address, "tokenize", content=text, with_pieces=True)["tokens"]
+    assert [p["id"] for p in pieces] == ids
+    found = [
+        p["piece"].encode() if isinstance(p["piece"], str) else bytes(p["piece"]) for p in pieces
+    ]
+    assert b"".join(found) == text.encode()
+    assert any(isinstance(p["piece"], list) for p in pieces)
+    with served(Engine(parrot[1])) as other:
+        added = ask(other, "tokenize", content="neuron", add_special=True)["tokens"]
+        assert added == Engine(parrot[1]).tokenizer.prompt("neuron").tolist()
+
+
 def test_langchain(address: str, engine: Engine) -> None:
     from langchain_openai import ChatOpenAI, OpenAI
 

@@ -20,9 +20,15 @@ _BEGIN, _END = "\ufdd0", "\ufdd1"
 
 
 def generate(
-    template: str, conversation: Sequence[Message], special_tokens: Mapping[str, str], answer: bool
+    template: str,
+    conversation: Sequence[Message],
+    special_tokens: Mapping[str, str],
+    answer: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[str]:
     """What a template makes of a conversation, in pieces; `answer`: up to where one begins.
+
+    `tools` are those that the model may call, as OpenAI's API has them.
 
     Raises:
         FallowError: the template refuses the conversation, or does not work.
@@ -32,7 +38,7 @@ def generate(
         yield from _compiled(template).generate(
             **special_tokens,
             messages=[_as_passed(message) for message in conversation],
-            tools=None,
+            tools=tools,
             documents=None,
             add_generation_prompt=answer,
         )
@@ -127,7 +133,11 @@ class Marks:
         if isinstance(value, str):
             return self._put(value)
         if isinstance(value, Mapping):
-            return {key: self.put(each) for key, each in value.items()}
+            # Templates look for names such as "content"; others are of a tool's parameters.
+            return {
+                key if key.isidentifier() else self._put(key): self.put(each)
+                for key, each in value.items()
+            }
         if isinstance(value, list | tuple):
             return [self.put(each) for each in value]
         return value

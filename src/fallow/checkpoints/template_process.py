@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from fallow.checkpoints import chat_template
 from fallow.checkpoints.chat_template import Message
@@ -32,7 +33,11 @@ class Excessive(FallowError):
 
 
 def render(
-    template: str, conversation: Sequence[Message], special_tokens: Mapping[str, str], answer: bool
+    template: str,
+    conversation: Sequence[Message],
+    special_tokens: Mapping[str, str],
+    answer: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """What `chat_template.generate` makes of a conversation, within bounds.
 
@@ -41,7 +46,7 @@ def render(
         FallowError: it refuses the conversation, or does not work, or a message is no JSON.
     """
     try:
-        task = json.dumps([template, list(conversation), dict(special_tokens), answer])
+        task = json.dumps([template, list(conversation), dict(special_tokens), answer, tools])
     except (TypeError, ValueError) as error:
         raise FallowError(f"a message is no text: {in_one_line(error)}") from error
     reply = _PROCESS.ask(task)

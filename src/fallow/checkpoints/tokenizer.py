@@ -127,21 +127,39 @@ class TextTokenizer:
         decoder = self.backend.decoder
         return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
 
-    def chat(self, conversation: str | Sequence[Message]) -> np.ndarray:
+    def chat(
+        self,
+        conversation: str | Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> np.ndarray:
         """Ids of a conversation, or of one user message, ready for the answer.
 
-        Control tokens are those of the template: in messages they are text.
+        Control tokens are those of the template: in messages they are text. `tools` are those that
+        the model may call, as OpenAI's API has them.
 
         Raises:
-            FallowError: the model has no chat template, or it refuses the conversation.
+            FallowError: the model has no chat template, or it refuses the conversation, or does
+                nothing with tools.
         """
         if isinstance(conversation, str):
             conversation = [{"role": "user", "content": conversation}]
-        text = self.render([self._marks.put(message) for message in conversation])
+        marked = self._marks.put(conversation)
+        text = self.render(marked, tools=self._marks.put(tools or None))
+        if tools and text == self._without_tools(marked):
+            raise FallowError("the model's chat template does not tell the model of tools")
         (first, _), *rest = self._marks.split(text)
         pieces = [self.encode(first, parse_special=True)]
         pieces += [self._encode_within(piece, is_text) for piece, is_text in rest if piece]
         return self.with_bos(np.concatenate(pieces))
+
+    def _without_tools(self, conversation: Sequence[Message]) -> str | None:
+        """What the chat template writes; None where, as Hermes 2 Pro's, it does not work."""
+        try:
+            return self.render(conversation)
+        except template_process.Excessive:
+            raise
+        except FallowError:
+            return None
 
     @cached_property
     def _marks(self) -> Marks:
@@ -176,7 +194,12 @@ class TextTokenizer:
         tokens = (token for word, _ in words for token in backend.model.tokenize(word))
         return np.asarray([token.id for token in tokens], dtype=np.int64)
 
-    def render(self, conversation: Sequence[Message], answer: bool = True) -> str:
+    def render(
+        self,
+        conversation: Sequence[Message],
+        answer: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """A conversation as the model's chat template writes it; `answer`: up to where one begins.
 
         Raises:
@@ -185,7 +208,7 @@ class TextTokenizer:
         if self.chat_template is None:
             raise FallowError("this model has no chat template; prompt it with plain text")
         return template_process.render(
-            self.chat_template, conversation, self.special_tokens, answer
+            self.chat_template, conversation, self.special_tokens, answer, tools
         )
 
     def chat_problems(self) -> list[str]:

@@ -60,7 +60,7 @@ EXTRAS = {
     "ray": ("ray",),
     "report": ("plotly",),
     "harness": ("lm_eval",),
-    "server": ("fastapi", "uvicorn", "prometheus_client"),
+    "server": ("fastapi", "uvicorn", "prometheus_client", "llguidance"),
 }
 
 INTERRUPTED = 130  # what Typer makes of Ctrl-C: 128 + SIGINT, as in shells

@@ -106,6 +106,19 @@ TopKOption = Annotated[int, typer.Option(help="Among that many likeliest tokens;
 MinPOption = Annotated[
     float, typer.Option(help="Among tokens this likely, relative to the likeliest.")
 ]
+RepeatPenaltyOption = Annotated[
+    float, typer.Option(help="Tokens of prompt and answer are less likely by this factor; 1: no.")
+]
+PresencePenaltyOption = Annotated[
+    float, typer.Option(help="Taken off the logit of a token that the answer has.")
+]
+FrequencyPenaltyOption = Annotated[
+    float, typer.Option(help="Taken off, for every time that the answer has it.")
+]
+LogitBiasOption = Annotated[
+    list[str] | None,
+    typer.Option("--logit-bias", "-l", help="Added to a token id's logit: 15043+1.5; repeatable."),
+]
 LeakageOption = Annotated[
     bool,
     typer.Option("--allow-leakage", help="Evaluate on the calibration text all the same."),

@@ -1,5 +1,6 @@
 """Commands that answer a prompt: `fallow run`, which also talks, and `fallow generate`."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,17 +10,21 @@ import typer
 from fallow.cli._shared import (
     CacheOption,
     FileOption,
+    FrequencyPenaltyOption,
     JsonOption,
     KernelsOption,
+    LogitBiasOption,
     MaxNewTokensOption,
     MemoryOption,
     MinPOption,
     ModelOption,
     OptionalRunArg,
     PackedPlanOption,
+    PresencePenaltyOption,
     PromptArg,
     PromptOption,
     QuantOption,
+    RepeatPenaltyOption,
     SeedOption,
     SkipOption,
     SystemOption,
@@ -35,6 +40,9 @@ from fallow.cli._shared import (
     refuse_given,
 )
 from fallow.common.errors import FallowError, UsageError
+from fallow.common.files import read_json
+
+NO_SCHEMA = "give a JSON schema, which is an object"
 
 
 @app.command()
@@ -51,6 +59,10 @@ def run(
     top_k: TopKOption = 0,
     min_p: MinPOption = 0.0,
     seed: SeedOption = 0,
+    repeat_penalty: RepeatPenaltyOption = 1.0,
+    presence_penalty: PresencePenaltyOption = 0.0,
+    frequency_penalty: FrequencyPenaltyOption = 0.0,
+    logit_bias: LogitBiasOption = None,
     plan: PackedPlanOption = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show sparsity and speed.")] = False,
     quant: QuantOption = None,
@@ -63,12 +75,17 @@ def run(
     from fallow.serving.chat import Conversation, chat
 
     name, text = _request(model, prompt, model_option, prompt_option, file)
-    sampler = Sampler(temperature, top_p, top_k, min_p, seed)
+    sampling: dict[str, Any] = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed,
+        "repeat_penalty": repeat_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "logit_bias": _biases(logit_bias),
+    }  # fmt: skip
+    sampler = Sampler(**sampling)
     engine = open_engine(name, quant, load_plan(plan), threads, context=context, memory=memory)
     has_template = engine.tokenizer.chat_template is not None
     if text is not None:
         ids = _prompt_ids(engine, text, system, chat=has_template)
-        pieces = engine.generate(ids, max_new_tokens, temperature, top_p, top_k, min_p, seed)
+        pieces = engine.generate(ids, max_new_tokens, **sampling)
         _print_stream(engine, text, pieces, show_figures=stats)
         return
     if not has_template:
@@ -94,7 +111,15 @@ def generate(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     min_p: MinPOption = 0.0,
+    repeat_penalty: RepeatPenaltyOption = 1.0,
+    presence_penalty: PresencePenaltyOption = 0.0,
+    frequency_penalty: FrequencyPenaltyOption = 0.0,
+    logit_bias: LogitBiasOption = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this; repeatable.")] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(help="A file: the answer is a value of this JSON schema, or is cut short."),
+    ] = None,
     parse_special: Annotated[
         bool,
         typer.Option(help="Control tokens in a prompt to continue are tokens, not text."),
@@ -127,6 +152,10 @@ def generate(
     if dtype is not None:
         given = {"--system": system is not None, "--top-p": top_p != 1, "--top-k": top_k != 0}
         given |= {"--min-p": min_p != 0, "--stop": bool(stop), "--lossless": lossless}
+        given |= {"--repeat-penalty": repeat_penalty != 1, "--logit-bias": bool(logit_bias)}
+        given |= {"--json-schema": json_schema is not None}
+        given |= {"--presence-penalty": presence_penalty != 0}
+        given |= {"--frequency-penalty": frequency_penalty != 0}
         given |= {"--quant": quant is not None, "--threads": threads is not None}
         given |= {"--no-skip": not skip, "--kernels": kernels is not None}
         given |= {"--context": context is not None, "--memory": memory is not None}
@@ -145,6 +174,12 @@ def generate(
         else:
             print(answer)
         return
+    sampling: dict[str, Any] = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed,
+        "repeat_penalty": repeat_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "logit_bias": _biases(logit_bias),
+        "json_schema": None if json_schema is None else read_json(json_schema, NO_SCHEMA),
+    }  # fmt: skip
     engine = open_engine(
         name,
         quant,
@@ -160,9 +195,7 @@ def generate(
 
         console.print(engine.describe_memory(), highlight=False)
     ids = _prompt_ids(engine, text, system, chat, parse_special)
-    pieces = engine.generate(
-        ids, max_new_tokens, temperature, top_p, top_k, min_p, seed, stop or (), lossless=lossless
-    )
+    pieces = engine.generate(ids, max_new_tokens, **sampling, stop=stop or (), lossless=lossless)
     _print_stream(engine, text, pieces, as_json)
 
 
@@ -192,6 +225,21 @@ def _request(
     if file is not None or prompts == ["-"] or not (prompts or sys.stdin.isatty()):
         return model_option, _read_prompt(None)
     return model_option, prompts[0] if prompts else None
+
+
+def _biases(given: list[str] | None) -> dict[int, float]:
+    """What is added to logits, of token ids, as llama.cpp's option has it: "15043+1".
+
+    Raises:
+        UsageError: one is written otherwise.
+    """
+    found = {}
+    for each in given or ():
+        parts = re.fullmatch(r"(\d{1,9})([+-]\d+(?:\.\d+)?)", each, re.ASCII)
+        if parts is None:
+            raise UsageError(f"--logit-bias {each} is no token id with a bias such as 15043+1.5")
+        found[int(parts[1])] = float(parts[2])
+    return found
 
 
 def _read_prompt(file: Path | None) -> str:

@@ -103,6 +103,7 @@ class Answer:
         stats.ttft_ms = 1e3 * (time.perf_counter() - start)
         stats.prefill_tps = (len(ids) - stats.cached_tokens) / (stats.ttft_ms / 1e3)
         self.counters.reset_stats()
+        self.sampler.begin(ids, engine.vocabulary_size)
         if echo is not None:
             yield Piece(echo, _without_added_bos(choices, echo, engine.tokenizer))
         decode_start, ends = time.perf_counter(), set(engine.tokenizer.eos_ids)

@@ -4,7 +4,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from fallow.common.procfs import processors
 from fallow.common.progress import note
 from fallow.engine.answer import Answer, Piece, Read, common
 from fallow.engine.cuts import core_cuts
+from fallow.engine.grammar import Grammars
 from fallow.engine.memory import (
     EMBEDDING,
     EMBEDDING_ROWS,
@@ -288,6 +289,10 @@ class Engine:
     def tokenizer(self) -> TextTokenizer:
         return packed_tokenizer(self.file)
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.vocabulary_size)
+
     def use_plan(self, plan: Plan | None) -> None:
         """Switches to another plan, or to none, from the next token on.
 
@@ -546,6 +551,12 @@ class Engine:
         chat: bool = False,
         lossless: bool = False,
         parse_special: bool = True,
+        *,
+        repeat_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        json_schema: Mapping[str, Any] | None = None,
     ) -> Iterator[str]:
         """Streams the continuation of a prompt, or with `chat` the answer to it, piece by piece.
 
@@ -553,13 +564,18 @@ class Engine:
         before a `stop` text, or after `max_tokens`. `lossless` gives the dense model's own text,
         whatever the plan, and reads ahead what earlier text lets guess (fallow.engine.drafting).
         `parse_special`: control tokens in a text to continue, <|im_end|> say, are one token each;
-        in a message, with `chat`, they are always text.
+        in a message, with `chat`, they are always text. Sampler says what sampling options do;
+        `json_schema` lets only tokens come with which the answer is a value of that schema.
 
         Raises:
-            FallowError: the prompt is empty or longer than the context.
+            FallowError: the prompt is empty or longer than the context, or the schema is not taken.
             UsageError: a sampling option out of range.
         """
-        sampler = Sampler(temperature, top_p, top_k, min_p, seed)
+        sampler = Sampler(
+            temperature, top_p, top_k, min_p, seed, repeat_penalty, presence_penalty,
+            frequency_penalty, logit_bias or {},
+            None if json_schema is None else self.grammars.of_schema(json_schema),
+        )  # fmt: skip
         if isinstance(prompt, str):
             ids: Ids = self.tokenizer.prompt(prompt, chat, parse_special)
         else:

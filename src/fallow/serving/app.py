@@ -5,7 +5,7 @@ import json
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from fallow.checkpoints.tokenizer import TextTokenizer
 from fallow.common.errors import FallowError
 from fallow.engine.answer import Piece
+from fallow.engine.grammar import FormError, Grammar, Grammars
 from fallow.engine.sampling import Sampler, TokenChoice
 from fallow.engine.stats import Activity, Stats
 from fallow.plan import Plan
@@ -31,6 +32,7 @@ from fallow.serving.limits import Client, Limits, error_response
 from fallow.serving.logprobs import chat_logprobs, completion_logprobs
 from fallow.serving.page import add_page
 from fallow.serving.telemetry import Telemetry
+from fallow.serving.tools import Reader, Style, check_messages, style_of
 from fallow.serving.worker import Busy, Closing, Job, Overlong, Worker
 
 CLIENT_GONE = 499  # nobody reads it
@@ -85,6 +87,7 @@ def create_app(
     _add_health_and_metrics(app, answering, guarded, responses)
     _add_models(app, answering, guarded, responses)
     _add_completions(app, answering, guarded, responses)
+    _add_tokens(app, answering, guarded, responses)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(FallowError, _fallow_error)
@@ -163,6 +166,20 @@ def _add_completions(
         return await answering.completions(body, request)
 
 
+def _add_tokens(app: FastAPI, answering: "_Answering", guarded: list[Any], responses: Any) -> None:
+    """Routes of texts and their tokens, as llama.cpp's server has them."""
+
+    @app.post("/tokenize", dependencies=guarded, responses=responses)
+    async def tokenize(body: api.TokenizeRequest) -> api.TokenList:
+        """A text's tokens."""
+        return await answering.tokenize(body)
+
+    @app.post("/detokenize", dependencies=guarded, responses=responses)
+    async def detokenize(body: api.DetokenizeRequest) -> api.Content:
+        """The text of tokens, control tokens by their names."""
+        return await answering.detokenize(body)
+
+
 def _only(responses: dict[Any, Any], code: int) -> dict[Any, Any]:
     return {code: responses[code]} if code in responses else {}
 
@@ -210,6 +227,8 @@ def _fallow_error(request: Request, error: Any) -> JSONResponse:
         )
     if isinstance(error, Closing | Overlong):
         return error_response(503, str(error))
+    if isinstance(error, FormError):
+        return error_response(400, str(error))
     return error_response(500, str(error))
 
 
@@ -231,6 +250,8 @@ class _BadRequest(HTTPException):
 
 # Answers -----------------------------------------------------------------------------------------
 
+_Form = tuple[str, Callable[[], Grammar]]  # the field that asks for it, and what makes its grammar
+
 
 class _Answering:
     """From a request to jobs, and from what they deliver to a response."""
@@ -247,6 +268,10 @@ class _Answering:
     def tokenizer(self) -> TextTokenizer:
         return self.worker.engine.tokenizer
 
+    @property
+    def grammars(self) -> Grammars:
+        return self.worker.engine.grammars
+
     def check_model(self, name: str) -> None:
         if name != self.name:
             raise _BadRequest(
@@ -255,30 +280,42 @@ class _Answering:
 
     async def chat(self, body: api.ChatRequest, request: Request) -> Any:
         self.check_model(body.model)
-        messages = [
-            {"role": m.role.replace("developer", "system"), "content": m.text}
-            for m in body.messages
-        ]
+        template = self.tokenizer.chat_template or ""
+        try:
+            check_messages(template, body.messages)
+        except FallowError as error:
+            raise _BadRequest(f"messages: {error}", "messages") from error
+        tools = [tool.model_dump(exclude_unset=True) for tool in body.offered]
+        readers = self._readers(body)
+        messages = [message.passed for message in body.messages]
         wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
-        encode = [partial(self.tokenizer.chat, messages)]
-        run = await self._run(body, request, "messages", encode, wanted, top)
+        encode = [partial(self.tokenizer.chat, messages, tools)]
+        form = self._form(body, body.response_format) or self._form_of_calls(body)
+        run = await self._run(body, request, "messages", encode, wanted, top, form=form)
         made: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if body.stream:
-            return self._streamed(body, run, made | {"object": "chat.completion.chunk"}, True)
+            made["object"] = "chat.completion.chunk"
+            return self._streamed(body, run, made, True, readers)
         answer = await run.collect()
-        return api.ChatResponse(
-            **made,
-            model=self.name,
-            choices=[
+        choices = []
+        for i, text in enumerate(answer.texts):
+            said = [*readers[i].add(text), *readers[i].rest()] if readers else [text]
+            calls = [each for each in said if not isinstance(each, str)]
+            content = "".join(each for each in said if isinstance(each, str))
+            choices.append(
                 api.ChatChoice(
-                    index=0,
-                    message=api.AnswerMessage(content=answer.texts[0]),
-                    logprobs=chat_logprobs(self.tokenizer, answer.tokens[0], top),
-                    finish_reason=answer.stats[0].finish,
+                    index=i,
+                    message=api.AnswerMessage(
+                        content=None if calls and not content else content,
+                        tool_calls=calls or None,
+                    ),
+                    logprobs=chat_logprobs(self.tokenizer, answer.tokens[i], top),
+                    finish_reason=_finish(answer.stats[i].finish, len(calls)),
                 )
-            ],
-            usage=_usage(answer.stats),
+            )
+        return api.ChatResponse(
+            **made, model=self.name, choices=choices, usage=_usage(answer.stats, body.n or 1)
         )
 
     async def completions(self, body: api.CompletionRequest, request: Request) -> Any:
@@ -286,12 +323,6 @@ class _Answering:
         prompts: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         if isinstance(prompts[0], int):
             prompts = [prompts]
-        if len(prompts) > self.worker.limit:  # which is no matter of waiting
-            raise _BadRequest(
-                f"prompt: {len(prompts)} are more than the {self.worker.limit} that may wait; "
-                "send fewer, or serve with a larger --queue",
-                "prompt",
-            )
         parse_special = body.parse_special is not False
         encode = [
             partial(self.tokenizer.prompt, p, parse_special=parse_special)
@@ -300,8 +331,9 @@ class _Answering:
             for p in prompts
         ]
         echoes = [partial(self._text_of, p) for p in prompts] if body.echo else None
+        form = self._form(body)
         run = await self._run(
-            body, request, "prompt", encode, body.max_tokens, body.logprobs, echoes
+            body, request, "prompt", encode, body.max_tokens, body.logprobs, echoes, form
         )
         made: dict[str, Any] = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if body.stream:
@@ -320,10 +352,99 @@ class _Answering:
                     ),
                     finish_reason=answer.stats[i].finish,
                 )
-                for i in range(len(prompts))
+                for i in range(len(texts))
             ],
-            usage=_usage(answer.stats),
+            usage=_usage(answer.stats, body.n or 1),
         )
+
+    async def tokenize(self, body: api.TokenizeRequest) -> api.TokenList:
+        def found() -> api.TokenList:
+            ids = self.tokenizer.encode(body.content, body.parse_special is not False)
+            if body.add_special:
+                ids = self.tokenizer.with_bos(ids)
+            if not body.with_pieces:
+                return api.TokenList(tokens=ids.tolist())
+            return api.TokenList(tokens=[self._piece(i) for i in ids.tolist()])
+
+        return await to_thread.run_sync(found, limiter=self._one_encodes)
+
+    def _piece(self, token_id: int) -> api.TokenPiece:
+        piece = self.tokenizer.piece(token_id)
+        try:
+            return api.TokenPiece(id=token_id, piece=piece.decode())
+        except UnicodeDecodeError:  # a part of a character
+            return api.TokenPiece(id=token_id, piece=list(piece))
+
+    async def detokenize(self, body: api.DetokenizeRequest) -> api.Content:
+        size = self.worker.engine.vocabulary_size
+        largest = max(body.tokens, default=0)
+        if largest >= size:
+            raise _BadRequest(
+                f"tokens: token id {largest} is outside the vocabulary of {size}", "tokens"
+            )
+
+        def found() -> api.Content:
+            text = b"".join(map(self.tokenizer.piece, body.tokens))
+            return api.Content(content=text.decode("utf-8", "replace"))
+
+        return await to_thread.run_sync(found, limiter=self._one_encodes)
+
+    def _readers(self, body: api.ChatRequest) -> list[Reader]:
+        """What tells calls from text, for each answer; none where no tools are offered.
+
+        Raises:
+            HTTPException: 400, the model calls tools in a way that is not known.
+        """
+        if not body.offered or self.tokenizer.chat_template is None:  # which chats need
+            return []
+        names = {tool.function.name for tool in body.callable}
+        style, several = self._style(), body.parallel_tool_calls is not False
+        return [Reader(style, names, several) for _ in range(body.n or 1)]
+
+    def _style(self) -> Style:
+        try:
+            return style_of(self.tokenizer.chat_template or "")
+        except FallowError as error:
+            raise _BadRequest(f"tools: {error}", "tools") from error
+
+    def _form_of_calls(self, body: api.ChatRequest) -> _Form | None:
+        """Of answers that must call tools, or whose calls must fit."""
+        if not body.must_call and not any(tool.function.strict for tool in body.callable):
+            return None
+        several = body.parallel_tool_calls is not False
+
+        def make() -> Grammar:
+            style = self._style()
+            return self.grammars.of_lark(
+                style.grammar(body.callable, body.must_call, several, self.tokenizer)
+            )
+
+        return "tools", make
+
+    def _form(
+        self,
+        body: api.ChatRequest | api.CompletionRequest,
+        response_format: api.ResponseFormat | None = None,
+    ) -> _Form | None:
+        """What makes the grammar of the form that is asked for, with the field that asks."""
+        if body.json_schema is not None:
+            return "json_schema", partial(self.grammars.of_schema, body.json_schema)
+        if body.grammar:
+            return "grammar", partial(self.grammars.of_text, body.grammar)
+        if response_format is None or response_format.type == "text":
+            return None
+        of = response_format.json_schema
+        schema = {"type": "object"} if of is None else of.schema_
+        return "response_format", partial(self.grammars.of_schema, schema)
+
+    async def _grammar(self, form: _Form | None) -> Grammar | None:
+        if form is None:
+            return None
+        field, make = form
+        try:
+            return await to_thread.run_sync(make, limiter=self._one_encodes)
+        except FallowError as error:
+            raise _BadRequest(f"{field}: {error}", field) from error
 
     async def _encode(
         self,
@@ -359,29 +480,45 @@ class _Answering:
         max_tokens: int | None,
         top_logprobs: int | None,
         echoes: Sequence[Callable[[], str]] | None = None,
+        form: _Form | None = None,
     ) -> "_Run":
         """Takes places in the queue, and then encodes.
 
         Raises:
-            HTTPException: 400 for a prompt, in that field, that the model cannot read.
+            HTTPException: 400 for a prompt, in that field, that the model cannot read, or a form
+                that is not taken.
             Busy, Closing: there are no places.
         """
         client: Client = request.state.client
-        self.worker.reserve(client.turn, len(encode))
+        self._check_biases(body.biases)
+        n = body.n or 1
+        places = n * len(encode)
+        if places > self.worker.limit:  # which is no matter of waiting
+            what = "n" if n > 1 else field
+            raise _BadRequest(
+                f"{what}: {places} are more than the {self.worker.limit} that may wait; "
+                "send fewer, or serve with a larger --queue",
+                what,
+            )
+        self.worker.reserve(client.turn, places)
         try:
+            grammar = await self._grammar(form)
             prompts, room, texts = await self._encode(field, encode, echoes)
         except BaseException:
-            self.worker.release(client.turn, len(encode))
+            self.worker.release(client.turn, places)
             raise
         seed = secrets.randbits(63) if body.seed is None else body.seed % (1 << 64)
         nucleus = 1.0 if body.top_p is None else body.top_p
         sampler = partial(
             Sampler,
-            1.0 if body.temperature is None else body.temperature,
-            nucleus or 1.0,
-            (body.top_k or 0) if nucleus else 1,  # the likeliest token has a probability above 0
-            body.min_p or 0.0,
-            seed,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=nucleus or 1.0,
+            top_k=(body.top_k or 0) if nucleus else 1,  # the likeliest has a probability above 0
+            min_p=body.min_p or 0.0,
+            repeat_penalty=body.repeat_penalty or body.repetition_penalty or 1.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias=body.biases,
         )
         run = _Run(self.worker, request, self.telemetry)
         run.jobs = [
@@ -389,8 +526,8 @@ class _Answering:
                 client.turn,
                 ids,
                 room[i] if max_tokens is None else min(max_tokens, room[i]),
-                sampler(),
-                partial(run.deliver, i),
+                sampler(seed=(seed + j) % (1 << 64), grammar=grammar and grammar.copy()),
+                partial(run.deliver, i * n + j),
                 body.stops,
                 top_logprobs,
                 texts[i] if texts else None,
@@ -399,9 +536,18 @@ class _Answering:
                 body.fallow_plan is not False,
             )
             for i, ids in enumerate(prompts)
+            for j in range(n)
         ]
         run.start()
         return run
+
+    def _check_biases(self, biases: dict[int, float]) -> None:
+        size = self.worker.engine.vocabulary_size
+        if biases and max(biases) >= size:
+            raise _BadRequest(
+                f"logit_bias: token id {max(biases)} is outside the vocabulary of {size}",
+                "logit_bias",
+            )
 
     def _room(self, ids: np.ndarray, field: str) -> int:
         """Tokens that an answer may have."""
@@ -428,23 +574,39 @@ class _Answering:
         run: "_Run",
         made: dict[str, Any],
         is_chat: bool,
+        readers: Sequence[Reader] = (),
     ) -> StreamingResponse:
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-        events = self._chunks(run, made, is_chat, wants_usage)
+        asked = (body.n or 1) if wants_usage else None
+        events = self._chunks(run, made, is_chat, asked, readers)
         return StreamingResponse(events, media_type="text/event-stream")
 
     async def _chunks(
-        self, run: "_Run", made: dict[str, Any], is_chat: bool, wants_usage: bool
+        self,
+        run: "_Run",
+        made: dict[str, Any],
+        is_chat: bool,
+        usage_of: int | None,
+        readers: Sequence[Reader],
     ) -> AsyncIterator[str]:
+        """`usage_of`: so many answers to a prompt, whose usage is wanted."""
         made = made | {"model": self.name}
         top = run.jobs[0].top_logprobs
-        offsets, stats = [0] * len(run.jobs), []
+        offsets, stats = [0] * len(run.jobs), [Stats()] * len(run.jobs)
 
-        def chunk(index: int, piece: Piece, finish: str | None, first: bool = False) -> str:
+        def chunk(
+            index: int,
+            piece: Piece,
+            finish: str | None,
+            first: bool = False,
+            calls: Sequence[api.ToolCallMade] = (),
+        ) -> str:
             choice: dict[str, Any] = {"index": index, "finish_reason": finish}
             if is_chat:
                 role = {"role": "assistant"} if first else {}
                 choice["delta"] = role if finish else role | {"content": piece.text}
+                if calls:
+                    choice["delta"] = {"tool_calls": [call.model_dump() for call in calls]}
                 found: Any = chat_logprobs(self.tokenizer, piece.tokens, top)
             else:
                 choice["text"] = piece.text
@@ -458,19 +620,37 @@ class _Answering:
                 event["fallow_activity"] = told
             return _event(event)
 
+        def read(index: int, said: Sequence[Any], tokens: tuple[TokenChoice, ...]) -> Iterator[str]:
+            """Chunks of text and calls; tokens are told with the first."""
+            for each in said or ([""] if tokens else []):
+                if isinstance(each, str):
+                    yield chunk(index, Piece(each, tokens), None)
+                else:
+                    yield chunk(index, Piece("", tokens), None, calls=[each])
+                tokens = ()
+
         try:
-            if is_chat:
-                yield chunk(0, Piece(), None, first=True)
+            for index in range(len(run.jobs) if is_chat else 0):
+                yield chunk(index, Piece(), None, first=True)
             async for index, event in run.events():
                 if event is None:
                     yield ": waiting\n\n"
                 elif isinstance(event, Stats):
-                    stats.append(event)
-                    yield chunk(index, Piece(), event.finish)
+                    stats[index] = event
+                    n_calls = 0
+                    if readers:
+                        for text in read(index, readers[index].rest(), ()):
+                            yield text
+                        n_calls = readers[index].n_calls
+                    yield chunk(index, Piece(), _finish(event.finish, n_calls))
+                elif readers:
+                    for text in read(index, readers[index].add(event.text), event.tokens):
+                        yield text
                 else:
                     yield chunk(index, event, None)
-            if wants_usage:
-                yield _event(made | {"choices": [], "usage": _usage(stats).model_dump()})
+            if usage_of is not None:
+                usage = _usage(stats, usage_of).model_dump()
+                yield _event(made | {"choices": [], "usage": usage})
         except Exception as error:  # the status, 200, was sent already
             said = str(error) if isinstance(error, FallowError) else _defect_said(error)
             yield _event({"error": {"message": said, "type": "server_error"}})
@@ -578,15 +758,22 @@ def _activity(found: Activity) -> dict[str, Any]:
     ).model_dump()
 
 
-def _usage(stats: Sequence[Stats]) -> api.Usage:
-    """Tokens add up; of the figures those of the last answer."""
-    prompt, new = sum(s.prompt_tokens for s in stats), sum(s.new_tokens for s in stats)
+def _finish(finish: str, n_calls: int) -> str:
+    """Why an answer ended, which called so many tools."""
+    return "tool_calls" if n_calls and finish == "stop" else finish
+
+
+def _usage(stats: Sequence[Stats], n: int) -> api.Usage:
+    """Tokens add up, those of a prompt once for its n answers; of the figures those of the last."""
+    prompt, new = sum(s.prompt_tokens for s in stats[::n]), sum(s.new_tokens for s in stats)
     last = stats[-1]
     return api.Usage(
         prompt_tokens=prompt,
         completion_tokens=new,
         total_tokens=prompt + new,
-        prompt_tokens_details=api.CachedTokens(cached_tokens=sum(s.cached_tokens for s in stats)),
+        prompt_tokens_details=api.CachedTokens(
+            cached_tokens=sum(s.cached_tokens for s in stats[::n])
+        ),
         sparsity=api.Sparsity(
             neurons_idle=last.sparsity,
             neurons_idle_per_layer=[round(v, 4) for v in last.sparsity_per_layer],

@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fallow.common.errors import FallowError
+from fallow.engine.sampling import LARGEST_BIAS, LARGEST_PENALTY, REPEAT_PENALTIES
 
 _NO_TEXT = "has half of a surrogate pair, which is no text"
 _OURS = "fallow"  # the type of errors that are sentences of ours
@@ -42,13 +43,18 @@ _SAID = {
     "string_too_long": "is too long",
     "too_long": "has too many entries",
 }
+_NO_CONTENT = "must be text, or a list of parts of type text"
 _LONGEST = 60  # characters of a request that an error repeats
 # What a request may ask for, before any work is done for it.
 MOST_CHARACTERS = 1 << 19  # of a text: more than 100,000 tokens
 MOST_IDS = 1 << 17  # of a prompt
 MOST_PROMPTS = 256
+MOST_ANSWERS = 128  # to a prompt, as OpenAI's API has it; each takes a place in the queue
 MOST_MESSAGES = 2048  # and parts of a message
 MOST_FIELDS = 100  # of an object
+MOST_LEVELS = 64  # of a schema, and of a call's arguments
+MOST_TOOLS = 128  # OpenAI's API takes as many
+MOST_BIASES = 1024  # OpenAI's API takes as many
 LONGEST_STOP = 256  # characters
 LONGEST_NAME = 512  # characters of what is no text to read
 
@@ -114,6 +120,29 @@ def _bool(value: Any) -> Any:
     return value
 
 
+def _shallow(value: Any) -> Any:
+    """What is handled by recursion must not be deeper than that may be."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MOST_LEVELS:
+            raise _ours(f"is nested too deeply; at most {MOST_LEVELS} levels are taken")
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [each for v in inner for each in v if isinstance(each, dict | list)]
+    return value
+
+
+def _arguments(text: str) -> str:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _ours("must be the text of a JSON object") from error
+    if not isinstance(found, dict):
+        raise _ours("must be the text of a JSON object")
+    _shallow(found)
+    return text
+
+
 def _kind(content: Any) -> str | None:
     return _TEXT if isinstance(content, str) else _PARTS if isinstance(content, list) else None
 
@@ -131,14 +160,35 @@ Ids = Annotated[
 Count = Annotated[int | None, Field(ge=1), _takes("a whole number of at least 1")]
 Flag = Annotated[bool | None, _takes("true or false")]
 # Fields that would change the answer and are not supported are taken with the value that says so.
-One = Annotated[int | None, Field(ge=1, le=1), _takes("1, as a prompt has one answer")]
-NoPenalty = Annotated[float | None, Field(ge=0, le=0), _takes("0, as penalties are not supported")]
-NoFactor = Annotated[float | None, Field(ge=1, le=1), _takes("1, as penalties are not supported")]
+One = Annotated[int | None, Field(ge=1, le=1), _takes("1, as no answers are left out")]
+Answers = Annotated[
+    int | None, Field(ge=1, le=MOST_ANSWERS), _takes(f"a whole number from 1 to {MOST_ANSWERS}")
+]
+Penalty = Annotated[
+    float | None,
+    Field(ge=-LARGEST_PENALTY, le=LARGEST_PENALTY),
+    _takes(f"a number from -{LARGEST_PENALTY} to {LARGEST_PENALTY}"),
+]
+Factor = Annotated[
+    float | None,
+    Field(ge=REPEAT_PENALTIES[0], le=REPEAT_PENALTIES[1]),
+    _takes("a number from {} to {}".format(*REPEAT_PENALTIES)),
+]
+Schema = Annotated[dict[str, Any], AfterValidator(_shallow), _takes("a JSON schema, an object")]
 Nothing = Annotated[dict[str, Any], Field(max_length=0)] | Annotated[list[Any], Field(max_length=0)]
-NoBias = Annotated[Nothing | None, _takes("empty, as biases are not supported")]
-NoTools = Annotated[Nothing | None, _takes("empty, as tools are not supported")]
-NoToolChoice = Annotated[
-    Literal["none", "auto"] | None, _takes('"none" or "auto", as tools are not supported')
+TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]
+Bias = Annotated[float, Field(ge=-LARGEST_BIAS, le=LARGEST_BIAS)]
+Biases = Annotated[
+    dict[TokenId, Bias] | Annotated[list[Any], Field(max_length=0)] | None,
+    Field(max_length=MOST_BIASES),
+    _takes(
+        f"an object of at most {MOST_BIASES} token ids, each with a number from -{LARGEST_BIAS} to "
+        f"{LARGEST_BIAS}"
+    ),
+]
+NoFunctions = Annotated[Nothing | None, _takes("empty, as it is tools that are supported")]
+NoFunctionCall = Annotated[
+    Literal["none", "auto"] | None, _takes('"none" or "auto", as it is tools that are supported')
 ]
 No = Annotated[
     Literal[False] | None, BeforeValidator(_bool), _takes("false, as true is not supported")
@@ -172,12 +222,65 @@ class TextPart(_Strict):
     text: Annotated[Str, _takes(f"text of at most {MOST_CHARACTERS} characters")]
 
 
+FunctionName = Annotated[
+    str,
+    Field(pattern="^[a-zA-Z0-9_.-]{1,64}$"),
+    _takes("1 to 64 letters, digits, underscores, dots and hyphens"),
+]
+
+
+class CalledFunction(_Strict):
+    """Which tool is called, and with what, as JSON."""
+
+    name: FunctionName
+    arguments: Annotated[
+        Str, AfterValidator(_arguments), _takes(f"text of at most {MOST_CHARACTERS} characters")
+    ]
+
+
+class ToolCall(_Strict):
+    """A call that an earlier answer made, as the client sends it back."""
+
+    id: Annotated[Name | None, _takes(f"text of at most {LONGEST_NAME} characters")] = None
+    type: Annotated[Literal["function"], _takes('"function"')] = "function"
+    function: CalledFunction
+    index: Harmless = None  # of a stream
+
+
+class Function(_Strict):
+    name: FunctionName
+    description: Annotated[Str | None, _takes("text")] = None
+    parameters: Schema | None = None
+    strict: Flag = None
+
+    @property
+    def schema_(self) -> dict[str, Any]:
+        return {"type": "object"} if self.parameters is None else self.parameters
+
+
+class Tool(_Strict):
+    type: Annotated[Literal["function"], _takes('"function"')]
+    function: Function
+
+
+class NamedFunction(_Strict):
+    name: FunctionName
+
+
+class NamedTool(_Strict):
+    type: Annotated[Literal["function"], _takes('"function"')]
+    function: NamedFunction
+
+
 class ChatMessage(_Strict):
     role: Annotated[
-        Literal["system", "developer", "user", "assistant"],
-        _takes('"system", "developer", "user" or "assistant", as tools are not supported'),
+        Literal["system", "developer", "user", "assistant", "tool"],
+        _takes('"system", "developer", "user", "assistant" or "tool"'),
     ]
-    tool_calls: NoTools = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS)] | None = None
+    tool_call_id: Annotated[Name | None, _takes(f"text of at most {LONGEST_NAME} characters")] = (
+        None
+    )
     # What clients send back of an answer.
     function_call: Null = None
     refusal: Null = None
@@ -185,26 +288,83 @@ class ChatMessage(_Strict):
     annotations: Annotated[
         list[Any] | None, Field(max_length=0), _takes("empty, as the model is not shown it")
     ] = None
-    name: Null = None
-    content: Annotated[
-        Annotated[Str, Tag(_TEXT)]
-        | Annotated[
-            list[TextPart],
-            Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
-            Tag(_PARTS),
-        ],
-        Discriminator(_kind, _OURS, "must be text, or a list of parts of type text"),
-    ]
+    name: Annotated[Name | None, _takes(f"text of at most {LONGEST_NAME} characters")] = None
+    content: (
+        Annotated[
+            Annotated[Str, Tag(_TEXT)]
+            | Annotated[
+                list[TextPart],
+                Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
+                Tag(_PARTS),
+            ],
+            Discriminator(_kind, _OURS, _NO_CONTENT),
+        ]
+        | None
+    ) = Field(default=None, validate_default=True)
+
+    @field_validator("tool_calls", "tool_call_id", "name")
+    @classmethod
+    def _in_its_role(cls, value: Any, info: ValidationInfo) -> Any:
+        role = "assistant" if info.field_name == "tool_calls" else "tool"
+        if value and info.data.get("role") != role:
+            raise _ours(f'must be empty in a message that is not of the role "{role}"')
+        return value
+
+    @field_validator("content")
+    @classmethod
+    def _or_calls(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and not info.data.get("tool_calls"):
+            raise _ours(_NO_CONTENT)
+        return value
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "".join(part.text for part in self.content)
+
+    @property
+    def passed(self) -> dict[str, Any]:
+        """As chat templates take it: with arguments that are no longer text."""
+        found: dict[str, Any] = {
+            "role": self.role.replace("developer", "system"), "content": self.text,
+            "name": self.name, "tool_call_id": self.tool_call_id,
+        }  # fmt: skip
+        if self.tool_calls:
+            found["tool_calls"] = [
+                {"id": c.id, "type": c.type, "function": {"name": c.function.name,
+                 "arguments": json.loads(c.function.arguments)}}
+                for c in self.tool_calls
+            ]  # fmt: skip
+        return {key: value for key, value in found.items() if value is not None}
+
+
+class SchemaFormat(_Strict):
+    schema_: Schema = Field(alias="schema")
+    name: Harmless = None
+    description: Harmless = None
+    strict: Flag = None  # an answer always fits
 
 
 class ResponseFormat(_Strict):
-    type: Annotated[Literal["text"], _takes('"text"')]
+    type: Annotated[
+        Literal["text", "json_object", "json_schema"],
+        _takes('"text", "json_object" or "json_schema"'),
+    ]
+    json_schema: SchemaFormat | None = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _of_its_type(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("type") != "json_schema":
+            raise _ours('needs "type": "json_schema"')
+        return value
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise _ours("has no json_schema, which its type needs")
+        return self
 
 
 class _Request(_Strict):
@@ -230,12 +390,15 @@ class _Request(_Strict):
     cache_salt: Annotated[  # as vLLM has it: prompts are shared in the cache by those of one salt
         Name | None, _takes(f"text of at most {LONGEST_NAME} characters")
     ] = None
-    n: One = 1
-    presence_penalty: NoPenalty = 0.0
-    frequency_penalty: NoPenalty = 0.0
-    repeat_penalty: NoFactor = 1.0  # llama.cpp's name
-    repetition_penalty: NoFactor = 1.0  # vLLM's
-    logit_bias: NoBias = None
+    n: Answers = 1
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repeat_penalty: Factor = None  # llama.cpp's name
+    repetition_penalty: Factor = None  # vLLM's
+    logit_bias: Biases = None
+    # An answer's form, by llama.cpp's names.
+    json_schema: Schema | None = None
+    grammar: Annotated[Str | None, _takes(f"text of at most {MOST_CHARACTERS} characters")] = None
     ignore_eos: No = False
     min_tokens: Annotated[
         int | None, Field(ge=0, le=0), _takes("0, as others are not supported")
@@ -250,6 +413,25 @@ class _Request(_Strict):
     prompt_cache_retention: Harmless = None
     cache_prompt: Harmless = None
     fallow_plan: Flag = True  # ours: false leaves the server's plan aside
+
+    @field_validator("repetition_penalty")
+    @classmethod
+    def _one_factor(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("repeat_penalty", value) not in (None, value):
+            raise _ours("differs from repeat_penalty; give one of them")
+        return value
+
+    @field_validator("grammar")
+    @classmethod
+    def _one_form(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value and info.data.get("json_schema") is not None:
+            raise _ours("goes without json_schema; give one of them")
+        return value
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """Of token ids."""
+        return {int(i): bias for i, bias in dict(self.logit_bias or {}).items()}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -266,15 +448,69 @@ class ChatRequest(_Request):
     top_logprobs: Annotated[
         int | None, Field(ge=0, le=20), _takes("a whole number from 0 to 20")
     ] = None
-    tools: NoTools = None
-    tool_choice: NoToolChoice = None
-    parallel_tool_calls: Harmless = None  # there are no tools
-    functions: NoTools = None
-    function_call: NoToolChoice = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | NamedTool | None,
+        _takes('"none", "auto", "required" or {"type": "function", "function": {"name": ...}}'),
+    ] = None
+    parallel_tool_calls: Flag = None
+    functions: NoFunctions = None
+    function_call: NoFunctionCall = None
     response_format: ResponseFormat | None = None
     add_generation_prompt: Yes = True
     continue_final_message: No = False
     fallow_activity: Flag = False  # ours: chunks have an Activity of each of their tokens
+
+    @field_validator("response_format")
+    @classmethod
+    def _only_form(cls, value: ResponseFormat | None, info: ValidationInfo) -> Any:
+        given = info.data.get("grammar") or info.data.get("json_schema") is not None
+        if value is not None and value.type != "text" and given:
+            raise _ours("goes without grammar and json_schema; give one of them")
+        return value
+
+    @field_validator("tools")
+    @classmethod
+    def _differ(cls, value: list[Tool] | None) -> Any:
+        if value and len({tool.function.name for tool in value}) < len(value):
+            raise _ours("has two of one name")
+        return value
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _offered(cls, value: Any, info: ValidationInfo) -> Any:
+        names = {tool.function.name for tool in info.data.get("tools") or ()}
+        if value == "required" and not names:
+            raise _ours("needs tools")
+        if isinstance(value, NamedTool) and value.function.name not in names:
+            raise _ours("names a tool that is none of tools")
+        return value
+
+    @model_validator(mode="after")
+    def _form_or_tools(self) -> "ChatRequest":
+        wants_form = self.response_format is not None and self.response_format.type != "text"
+        if self.offered and (wants_form or self.grammar or self.json_schema is not None):
+            raise _ours("asks for tools and for a form of the answer; give one of them")
+        return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """Those that the model is told of."""
+        if self.tool_choice == "none" or not self.tools:
+            return []
+        return self.tools
+
+    @property
+    def callable(self) -> list[Tool]:
+        """Those of them that it may, where it was told of all."""
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.offered if tool.function.name == name]
+        return self.offered
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @field_validator("max_completion_tokens")
     @classmethod
@@ -323,6 +559,23 @@ class CompletionRequest(_Request):
         if value == 0 and not info.data.get("echo"):
             raise _ours('must be at least 1, or 0 with "echo": true')
         return value
+
+
+class TokenizeRequest(_Strict):
+    """As llama.cpp's server has it."""
+
+    content: Annotated[Str, _takes(f"text of at most {MOST_CHARACTERS} characters")]
+    add_special: Flag = False  # BOS, where the model wants one
+    parse_special: Flag = True  # control tokens in the text are tokens
+    with_pieces: Flag = False
+
+
+class DetokenizeRequest(_Strict):
+    tokens: Annotated[
+        list[Annotated[int, Field(ge=0, lt=1 << 31)]],
+        Field(max_length=MOST_IDS, fail_fast=True),
+        _takes(f"a list of at most {MOST_IDS} token ids"),
+    ]
 
 
 # Responses ---------------------------------------------------------------------------------------
@@ -381,9 +634,22 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+class FunctionCalled(BaseModel):
+    name: str
+    arguments: str  # an object of JSON
+
+
+class ToolCallMade(BaseModel):
+    index: int  # in the answer
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCalled
+
+
 class AnswerMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    tool_calls: list[ToolCallMade] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -423,6 +689,19 @@ class CompletionResponse(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+class TokenPiece(BaseModel):
+    id: int
+    piece: str | list[int]  # bytes, where they are a part of a character
+
+
+class TokenList(BaseModel):
+    tokens: list[int] | list[TokenPiece]
+
+
+class Content(BaseModel):
+    content: str
 
 
 class ModelCard(BaseModel):
