@@ -125,21 +125,25 @@ def generate(
     refuse_given({"--system": system is not None and not chat}, "goes with --chat")
     loaded_plan = load_plan(plan)
     if dtype is not None:
-        given = {"--system": system is not None, "--top-p": top_p != 1, "--top-k": top_k != 0}
-        given |= {"--min-p": min_p != 0, "--stop": bool(stop), "--lossless": lossless}
+        given = {"--system": system is not None, "--lossless": lossless}
         given |= {"--quant": quant is not None, "--threads": threads is not None}
         given |= {"--no-skip": not skip, "--kernels": kernels is not None}
         given |= {"--context": context is not None, "--memory": memory is not None}
         refuse_given(given, "is the engine's; leave out --dtype")
-        answer = load_model(name, dtype).generate(
+        pieces = load_model(name, dtype).generate(
             text,
-            loaded_plan,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            chat=chat,
+            max_new_tokens,
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            seed,
+            stop or (),
+            chat,
             parse_special=parse_special,
+            plan=loaded_plan,
         )
+        answer = "".join(pieces)
         if as_json:
             print_json({"prompt": text, "text": answer})
         else:
