@@ -303,7 +303,8 @@ class Model:
         text: AnswerText,
         taps: dict[str, Tap],
     ) -> Iterator[str]:
-        given, held = devices.tensor(ids, self.device)[None], {}
+        given = devices.tensor(ids, self.device)[None]
+        held: dict[str, Any] = {}
         for n in range(1, max_tokens + 1):
             # What is attached is so for a step only: between pieces the caller may use the model.
             with torch.inference_mode(), attach(self.layers, taps), enough_memory():
