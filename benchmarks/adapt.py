@@ -110,7 +110,7 @@ def adapt(model: str, folder: Path, settings: Any) -> dict[str, Any]:
 
 
 def compare(name: str, model: str, tokens: int) -> None:
-    from fallow.adaptation.adapter import Settings
+    from fallow.adaptation.adapter import AdaptSettings
 
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def compare(name: str, model: str, tokens: int) -> None:
     for label, changes in variants().items():
         if label in found:
             continue
-        settings = replace(Settings(tokens=tokens), **changes)
+        settings = replace(AdaptSettings(tokens=tokens), **changes)
         found[label] = adapt(model, MODELS / name / "compared", settings)
         path.write_text(json.dumps(found, indent=1) + "\n")
         shutil.rmtree(MODELS / name / "compared")
@@ -129,7 +129,7 @@ def compare(name: str, model: str, tokens: int) -> None:
 def train(
     name: str, model: str, tokens: int, minutes: float | None, rate: float | None, sampled: float
 ) -> None:
-    from fallow.adaptation.adapter import Settings
+    from fallow.adaptation.adapter import AdaptSettings
 
     changes = best_variant(name) | {"sampled": sampled, "budgets": "measured"}
     if rate is not None:
@@ -138,7 +138,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trained-on.json").unlink(missing_ok=True)
     record_machine(folder / "trained-on.json")
-    settings = replace(Settings(tokens=tokens, minutes=minutes), **changes)
+    settings = replace(AdaptSettings(tokens=tokens, minutes=minutes), **changes)
     report = adapt(model, MODELS / name / "trained", settings)
     (folder / "train.json").write_text(json.dumps(report, indent=1) + "\n")
 

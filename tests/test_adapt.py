@@ -13,7 +13,7 @@ import transformers
 
 import fallow
 from fallow.adaptation import adapter, rounding, texts
-from fallow.adaptation.adapter import AdaptReport, Settings, adapt
+from fallow.adaptation.adapter import AdaptReport, AdaptSettings, adapt
 from fallow.adaptation.budgets import allocate, measured_at
 from fallow.adaptation.rounding import ROUNDINGS
 from fallow.adaptation.students import TRAINED, LowRank, finish, prepare, renew_rounding
@@ -23,7 +23,7 @@ from fallow.models.cuts import cut_taps
 from fallow.packing.quantize import QUANT_TYPES, dequantize, quantize
 from fallow.plan import Cut, Plan
 
-SMALL = Settings(tokens=16384, context=32, batch=8, learning_rate=3e-4, budgets="even")
+SMALL = AdaptSettings(tokens=16384, context=32, batch=8, learning_rate=3e-4, budgets="even")
 
 
 @pytest.fixture

@@ -329,18 +329,36 @@ def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
 
 
 def test_the_reference_samples_as_the_engine_does(
-    tiny: dict[str, fallow.Model], monkeypatch: pytest.MonkeyPatch
+    talking: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny["llama"]
-    greedy = model.generate(IDS[:5], max_new_tokens=5)
+    model, engine = fallow.load(talking.parent / "model"), Engine(talking)
+    greedy = list(model.generate(IDS[:5], 5))
     for temperature in (1e-29, 1e-300, 5e-324):
-        assert model.generate(IDS[:5], max_new_tokens=5, temperature=temperature) == greedy
-    head = model.module.lm_head.forward
+        assert list(model.generate(IDS[:5], 5, temperature)) == greedy
+    options: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "min_p": 0.01}
+    for seed in range(4):
+        told = list(engine.generate(IDS[:5], 20, seed=seed, **options))
+        assert list(model.generate(IDS[:5], 20, seed=seed, **options)) == told
+        stop = ["".join(told)[5:7]]
+        cut = "".join(model.generate(IDS[:5], 20, seed=seed, stop=stop, **options))
+        assert cut == "".join(told).partition(stop[0])[0]
+    logits = model.logits
     for bad, message in ((np.nan, "logits are NaN"), (np.inf, "logits are infinite")):
-        monkeypatch.setattr(model.module.lm_head, "forward", lambda x, b=bad: head(x) + b)
+        monkeypatch.setattr(model, "logits", lambda hidden, b=bad: logits(hidden) + b)
         for temperature in (0.0, 1.0):
             with pytest.raises(FallowError, match=message):
-                model.generate(IDS[:5], max_new_tokens=5, temperature=temperature)
+                list(model.generate(IDS[:5], 5, temperature))
+
+
+def test_between_pieces_the_reference_is_as_it_was(
+    tiny: dict[str, fallow.Model], texts: tuple[Path, Path]
+) -> None:
+    model = tiny["llama"]
+    plan = fallow.calibrate(model, "topk", sparsity=0.9, text=texts[0], context=32, windows=4)
+    dense = model.hidden(IDS[None, :5])
+    pieces = model.generate(IDS[:5], 5, plan=plan)
+    next(pieces)
+    assert bool((model.hidden(IDS[None, :5]) == dense).all())
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
@@ -365,7 +383,7 @@ def test_an_answer_keeps_its_first_space(parrot: tuple[Path, Path]) -> None:
     assert engine.stats.finish == "stop"
     assert "".join(engine.generate("neuron", 20, stop=["s🙂"])) == " rest"
     model = fallow.load(parrot[0])
-    assert model.generate("neuron", max_new_tokens=20) == " rests🙂 re"
+    assert list(model.generate("neuron", 20)) == [" rests", "🙂", " re"]
     reference = make_sentencepiece()
     prompt = engine.tokenizer.prompt("neuron").tolist()
     said = [t.id for piece in engine.answer(prompt, 20, Sampler()) for t in piece.tokens]
@@ -377,7 +395,7 @@ def test_control_tokens_in_a_prompt(parrot: tuple[Path, Path], run: Any) -> None
     engine, model = Engine(parrot[1]), fallow.load(parrot[0])
     for answer in (
         "".join(engine.generate("neuron<s>", 20)),
-        model.generate("neuron<s>", max_new_tokens=20),
+        "".join(model.generate("neuron<s>", 20)),
     ):
         assert answer == "."
     as_text = "".join(engine.generate("neuron<s>", 20, parse_special=False))

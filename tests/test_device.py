@@ -237,11 +237,11 @@ def test_losses_generation_and_tasks(
     task.write_text('{"query": "neuron 3", "choices": ["rests", "works"], "gold": 0}\n')
     windows = tiny["llama"].windows(JUDGE, CONTEXT, WINDOWS)
     expected = window_losses(tiny["llama"], windows, None)
-    text = tiny["llama"].generate("neuron 3", max_new_tokens=8)
+    text = list(tiny["llama"].generate("neuron 3", 8))
     scored = evaluate_task(tiny["llama"], None, task)
     model = take("llama")
     np.testing.assert_allclose(window_losses(model, windows, None), expected, rtol=1e-5)
-    assert model.generate("neuron 3", max_new_tokens=8) == text
+    assert list(model.generate("neuron 3", 8)) == text
     assert evaluate_task(model, None, task)["accuracy"] == scored["accuracy"]
 
 

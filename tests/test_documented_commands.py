@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -32,6 +33,7 @@ DOCUMENTS = [
     *(ROOT / "docs" / name for name in ("index.md", "tutorial.md", "python.md")),
     *sorted((ROOT / "docs" / "how-to").glob("*.md")),
 ]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 # Lines that are not run, by how they begin, and why.
 SKIPPED = {
     "make ": "installs the package, or runs these tests",
@@ -257,6 +259,26 @@ def test_commands(document: Path, reader: Reader) -> None:
         reader.run("fallow pack smollm2 -o smollm2.gguf")
         reader.run("fallow calibrate smollm2 --rule tail --sparsity 0.3 -o tail.plan")
     reader.read(document)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks(path: Path, reader: Reader) -> None:
+    """Cells run in their order, in the module that a notebook's names are in."""
+    notebook = json.loads(path.read_text())
+    assert notebook["nbformat"] == 4
+    module = ModuleType("__main__")
+    reader.monkeypatch.setitem(sys.modules, "__main__", module)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec(compile("".join(cell["source"]), path.name, "exec"), vars(module))
+
+
+def test_links_of_notebooks() -> None:
+    for path in NOTEBOOKS:
+        for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+            assert (path.parent / link).exists(), (path, link)
+        assert f"notebooks/{path.name}" in (ROOT / "docs" / "index.md").read_text()
 
 
 def test_little_is_skipped() -> None:

@@ -529,13 +529,24 @@ def test_generation_is_deterministic_and_sees_the_plan(
 ) -> None:
     model = tiny["llama"]
     plan = fallow.calibrate(model, "topk", sparsity=0.9, text=texts[0], context=32, windows=4)
-    dense = model.generate("neuron 4", max_new_tokens=20)
-    assert dense == model.generate("neuron 4", max_new_tokens=20)
-    assert dense != model.generate("neuron 4", plan, max_new_tokens=20)
-    sampled = [
-        model.generate("neuron", temperature=1.0, seed=s, max_new_tokens=9) for s in (1, 1, 2)
-    ]
+    dense = list(model.generate("neuron 4", 20))
+    assert dense == list(model.generate("neuron 4", 20))
+    assert dense != list(model.generate("neuron 4", 20, plan=plan))
+    sampled = [list(model.generate("neuron", 9, 1.0, seed=s)) for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+# Among them those with sliding windows, linear attention and states of convolutions in the cache.
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma3", "gemma3n", "gpt_oss", "qwen3_5"])
+def test_generation_is_that_of_transformers(tiny: dict[str, fallow.Model], name: str) -> None:
+    model = tiny[name]
+    ids = torch.from_numpy(model.tokenizer.prompt("neuron 4 rests"))[None]
+    told = model.module.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+        eos_token_id=list(model.tokenizer.eos_ids) or None, pad_token_id=0,
+    )  # fmt: skip
+    expected = model.tokenizer.decode(told[0, ids.shape[1] :].tolist(), after=ids[0])
+    assert "".join(model.generate(ids[0].numpy(), 12)) == expected
 
 
 def test_generation_errors(tiny: dict[str, fallow.Model]) -> None:
@@ -544,7 +555,7 @@ def test_generation_errors(tiny: dict[str, fallow.Model]) -> None:
     with pytest.raises(FallowError, match="exceed the model's context of 128"):
         tiny["llama"].generate("neuron " * 200)
     with pytest.raises(UsageError, match="--max-new-tokens must be at least 1"):
-        tiny["llama"].generate("neuron", max_new_tokens=0)
+        tiny["llama"].generate("neuron", 0)
     with pytest.raises(FallowError, match="no chat template"):
         tiny["llama"].generate("hello", chat=True)
 

@@ -11,7 +11,7 @@ import pytest
 import fallow
 from conftest import VOCABULARY, engine_plan, make_folder
 from fallow.adaptation import texts as adaptation_texts
-from fallow.adaptation.adapter import Settings
+from fallow.adaptation.adapter import AdaptSettings
 from fallow.checkpoints.text import load_text
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
@@ -249,7 +249,7 @@ def test_a_self_check_allows_for_chance(kl: float, change: float, passes: bool) 
 # What holds, and what pays -----------------------------------------------------------------------
 
 
-TAUGHT = Settings(tokens=2048, context=32, batch=8, learning_rate=3e-4, quant="f32")
+TAUGHT = AdaptSettings(tokens=2048, context=32, batch=8, learning_rate=3e-4, quant="f32")
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def teach_and_pack(
     """`optimize` with an adaptation; what a text of windows so short holds out is less."""
     monkeypatch.setattr(adaptation_texts, "HELD_OUT", 4)
 
-    def run(limit: float = 60.0, settings: Settings = TAUGHT) -> Any:
+    def run(limit: float = 60.0, settings: AdaptSettings = TAUGHT) -> Any:
         return optimize(
             wide, tmp_path / "m.gguf", max_ppl_increase=limit, calibration_text=texts[0],
             text=texts[1], prefer="bytes", adapt=settings, **SIZES,

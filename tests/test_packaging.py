@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 HEAVY = (
@@ -128,6 +129,27 @@ def test_commands_name_extras_that_exist() -> None:
     base = " ".join(project["dependencies"])
     assert not re.search(r"torch|transformers|fastapi|ray\b", base)
     assert any(name.startswith("torch") for name in named)
+
+
+def test_workflows_call_targets_that_exist() -> None:
+    """Workflows and issue forms are YAML; `make` is asked for what the Makefile has."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    asked: set[str] = set()
+    files = sorted((ROOT / ".github").rglob("*.yml"))
+    for path in files:
+        content = yaml.safe_load(path.read_text())
+        if path.parent.name == "ISSUE_TEMPLATE":
+            assert {"name", "description", "body"} <= content.keys()
+            continue
+        for job in content["jobs"].values():
+            for step in job["steps"]:
+                assert ("uses" in step) != ("run" in step), step
+                for words in re.findall(r"^make (.*)", step.get("run", ""), re.MULTILINE):
+                    asked |= {word for word in words.split() if re.fullmatch(r"[\w-]+", word)}
+    assert {"test", "lint", "docs", "cross"} <= asked <= targets
+    shown = re.findall(r"^make ([\w-]+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert set(shown) <= targets
+    assert len(files) >= 5
 
 
 def test_only_files_of_one_instruction_set_ask_for_more_than_the_baseline() -> None:

@@ -1,6 +1,7 @@
 """Reports: made in parts, and looked at in a browser at the width of a phone and of a desk."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -317,7 +318,10 @@ def test_command_on_two_models(
     assert found["bytes"] == len(html.encode()) < 8e6
     assert [m["model"] for m in found["models"]] == [str(folders[n]) for n in ("llama", "opt")]
     assert found["models"][1]["natural_sparsity"] > 0.2
-    assert html.count("<h2") == 2
+    assert html.count("<h2") == 3
+    cells = re.findall(r"<td>([^<]*)</td>", html)
+    assert [cells[0], cells[6]] == [str(folders[n]) for n in ("llama", "opt")]
+    assert cells[8] == f"{found['models'][1]['natural_sparsity']:.1%}"
     assert "Speed and memory" not in html
     assert "--compare &#39;a gate&#39; &#39;the gate&#39;" in html
     text = run(*command, "--compare", "a gate", "the gate")[1]
@@ -446,6 +450,49 @@ def test_it_fits_the_screen(opened: Any) -> None:
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     opened.screenshot(path=SCREENSHOTS / f"report-{opened.kind}.png", full_page=True)
     assert opened.faults == []
+
+
+def test_the_slider_goes_through_the_rows_that_no_other_beats(opened: Any, made: Path) -> None:
+    figure = opened.locator(".figure", has_text="Sparsity against quality")
+    rows = [row for row in parts_of(made)["tradeoff"][1:] if row["where"] == "inter"]
+    best = [
+        a
+        for a in sorted(rows, key=lambda row: row["achieved_sparsity"])
+        if not any(
+            b["achieved_sparsity"] >= a["achieved_sparsity"]
+            and b["ppl_change_percent"] < a["ppl_change_percent"]
+            for b in rows
+        )
+    ]
+    slider, told = figure.locator("input[type=range]"), figure.locator(".detail")
+    figure.locator("select").select_option(index=0)
+    assert slider.get_attribute("max") == str(len(best) - 1)
+    for i, row in enumerate(best):
+        slider.fill(str(i))
+        assert f"{row['achieved_sparsity']:.1%} inactive" in told.inner_text()
+        shapes = figure.locator(".drawing").evaluate("(plot) => plot.layout.shapes")
+        assert shapes[-1]["x0"] == pytest.approx(100 * row["achieved_sparsity"], abs=1e-3)
+    assert opened.locator(".modebar-btn").count() == 0
+    assert opened.faults == []
+
+
+def test_lines_differ_without_colours(made: Path) -> None:
+    shown = made.read_text()
+    assert '"dash":"solid"' in shown
+    assert '"symbol":"circle"' in shown
+
+
+def test_headlines_tell_what_the_data_hold(made: Path) -> None:
+    html = made.read_text()
+    plan = parts_of(made)["plan"]
+    change = f"{plan['ppl_change_percent']:+.2f} ± {plan['ppl_change_se']:.2f} % PPL"
+    assert f"{plan['sparsity']:.0%} inactive at {change}, by rule tail.</p>" in html
+    told = re.findall(r'<p class="headline">(.*)</p>', html)[1:]
+    assert told == [
+        "bench: 20.0 tokens/s, 5.0 MB read per token, against 10.0 of llama.cpp.",
+        "optimize: 30.0 tokens/s.",
+        "budgets, 800 MB: 5.0 tokens/s.",
+    ]
 
 
 def test_a_menu_changes_the_figure(opened: Any) -> None:

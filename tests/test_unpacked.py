@@ -22,7 +22,7 @@ from torch import nn
 
 import fallow
 from conftest import UNPACKED, VOCABULARY, make_folder, make_tokenizer
-from fallow.adaptation.adapter import Settings, adapt
+from fallow.adaptation.adapter import AdaptSettings, adapt
 from fallow.checkpoints.text import cut_windows, load_text
 from fallow.models.taps import attach
 from fallow.plan import Cut, Plan
@@ -323,7 +323,7 @@ def test_adaptation(
     name: str, own: dict[str, Path], texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fallow.adaptation.texts.HELD_OUT", 4)
-    settings = Settings(tokens=16384, context=32, batch=8, learning_rate=3e-4, budgets="even")
+    settings = AdaptSettings(tokens=16384, context=32, batch=8, learning_rate=3e-4, budgets="even")
     report = adapt(own[name], tmp_path / "taught", settings, text=[texts[0]])
     assert report.best.kl < report.checks[0].kl
     taught = fallow.load(tmp_path / "taught")

@@ -4,13 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fallow.adaptation.adapter import AdaptReport, AdaptSettings, adapt
     from fallow.calibration.calibrator import calibrate
-    from fallow.calibration.tradeoff import tradeoff
+    from fallow.calibration.tradeoff import Row, tradeoff
+    from fallow.checkpoints.text import Text
     from fallow.common.errors import FallowError, UsageError
+    from fallow.common.progress import watch
+    from fallow.common.tables import Table
     from fallow.engine.engine import Engine
+    from fallow.engine.stats import Stats
     from fallow.gpu.accelerate import accelerate
     from fallow.measure.evaluation import evaluate
-    from fallow.measure.profiling import profile
+    from fallow.measure.profiling import Profile, profile
     from fallow.measure.quality import Evaluation
     from fallow.optimization.optimizer import Optimized, optimize
     from fallow.packing.packer import pack
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
 
 # Found when first used: importing fallow needs no torch.
 _PUBLIC = {
+    "AdaptReport": "fallow.adaptation.adapter",
+    "AdaptSettings": "fallow.adaptation.adapter",
     "Cut": "fallow.plan",
     "Engine": "fallow.engine.engine",
     "Evaluation": "fallow.measure.quality",
@@ -28,8 +35,14 @@ _PUBLIC = {
     "Model": "fallow.reference.model",
     "Optimized": "fallow.optimization.optimizer",
     "Plan": "fallow.plan",
+    "Profile": "fallow.measure.profiling",
+    "Row": "fallow.calibration.tradeoff",
+    "Stats": "fallow.engine.stats",
+    "Table": "fallow.common.tables",
+    "Text": "fallow.checkpoints.text",
     "UsageError": "fallow.common.errors",
     "accelerate": "fallow.gpu.accelerate",
+    "adapt": "fallow.adaptation.adapter",
     "calibrate": "fallow.calibration.calibrator",
     "densify": "fallow.reference.sparsified",
     "evaluate": "fallow.measure.evaluation",
@@ -42,9 +55,12 @@ _PUBLIC = {
     "save_sparse": "fallow.reference.sparsified",
     "sparsify": "fallow.reference.sparsified",
     "tradeoff": "fallow.calibration.tradeoff",
+    "watch": "fallow.common.progress",
 }
 
 __all__ = [
+    "AdaptReport",
+    "AdaptSettings",
     "Cut",
     "Engine",
     "Evaluation",
@@ -52,8 +68,14 @@ __all__ = [
     "Model",
     "Optimized",
     "Plan",
+    "Profile",
+    "Row",
+    "Stats",
+    "Table",
+    "Text",
     "UsageError",
     "accelerate",
+    "adapt",
     "calibrate",
     "densify",
     "evaluate",
@@ -66,6 +88,7 @@ __all__ = [
     "save_sparse",
     "sparsify",
     "tradeoff",
+    "watch",
 ]
 
 
@@ -75,3 +98,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fallow' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

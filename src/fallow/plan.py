@@ -14,6 +14,7 @@ import numpy as np
 
 from fallow.common import tagged
 from fallow.common.errors import FallowError, in_one_line
+from fallow.common.tables import Table, plus_minus
 
 FORMAT = 2
 _METADATA_KEY = "fallow_plan"
@@ -33,7 +34,7 @@ KINDS = {  # of cuts: their values
 COLUMN_NORM = "column_norm"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Cut:
     """Values v of one tap with |v_i| * weight_i <= threshold are inactive: they become zero.
 
@@ -78,6 +79,14 @@ class Cut:
             if weight.ndim != 2 or not (np.isfinite(weight) & (weight >= 0)).all():
                 raise ValueError(f"the weight of {self.tap} has NaN, infinity or a negative value")
 
+    def __repr__(self) -> str:
+        low, high = self.value.min(), self.value.max()
+        value = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+        weight = "" if self.weight is None else ", weighted"
+        weight = f", times {COLUMN_NORM}" if isinstance(self.weight, str) else weight
+        layers = f" in {self.value.size} layers" if self.value.ndim else ""
+        return f"<Cut of {self.tap} by {self.kind} {value}{layers}{weight}>"
+
     @property
     def leaves_out(self) -> np.ndarray:
         """Of which layers it can leave out values, (L,) bool."""
@@ -116,7 +125,7 @@ def today() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """Which values may be inactive in one model, and how that was found.
 
@@ -129,7 +138,7 @@ class Plan:
     rule: str  # for people: nothing looks it up
     knob: float
     knob_name: str
-    cuts: tuple[Cut, ...] = field(repr=False)
+    cuts: tuple[Cut, ...]
     # Logits that the coarse head of a packed model puts this far below its largest stay coarse, in
     # nats, as do all but its `head_limit` largest; 0: none.
     head_margin: float = 0.0
@@ -145,9 +154,7 @@ class Plan:
     calibration_text: str = ""
     calibration_sha256: str = ""
     # `Text.sketch` of it, (n,) uint64; empty in plans that were made without.
-    calibration_sketch: np.ndarray = field(
-        default_factory=lambda: np.empty(0, dtype=np.uint64), repr=False
-    )
+    calibration_sketch: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
     calibration_tokens: int = 0
     dtype: str = ""
     date: str = field(default_factory=today)
@@ -162,6 +169,34 @@ class Plan:
             raise ValueError(f"{twice} is cut twice")
         for cut in self.cuts:
             cut.of_layers(self.n_layers)
+
+    def __repr__(self) -> str:
+        found = f"<Plan of {self.rule} at {self.knob:.4g} for {self.model}: "
+        found += ", ".join(repr(cut)[1:-1] for cut in self.cuts) or "nothing is cut"
+        if self.head_margin:
+            found += f", shortlist of the head within {self.head_margin:.3g} nats"
+        if self.achieved_sparsity is not None:
+            found += f"; held out: sparsity {self.achieved_sparsity:.3f}"
+        if self.achieved_ppl_increase is not None:
+            change = (self.achieved_ppl_increase, self.achieved_ppl_increase_se)
+            found += f", {plus_minus(*change, sign='+')} % PPL"
+        return f"{found}>"
+
+    @property
+    def layers(self) -> Table:
+        """What is cut in every layer, a row each: "inter.topk" and the like."""
+        cuts = {f"{cut.tap}.{cut.kind}": cut.of_layers(self.n_layers).value for cut in self.cuts}
+        return Table(
+            {"layer": i} | {name: float(value[i]) for name, value in cuts.items()}
+            for i in range(self.n_layers)
+        )
+
+    def to_frame(self) -> Any:
+        """`layers` as a pandas DataFrame. Raises FallowError if pandas is not installed."""
+        return self.layers.to_frame()
+
+    def _repr_html_(self) -> str:
+        return self.layers._repr_html_()
 
     @property
     def n_layers(self) -> int:

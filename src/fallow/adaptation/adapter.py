@@ -31,7 +31,8 @@ from fallow.checkpoints.text import Text, check_context, load_text, window_bos
 from fallow.common.errors import FallowError, UsageError
 from fallow.common.files import atomic_path, check_sums, claim, read_json, write_json
 from fallow.common.metrics import ppl_change_percent
-from fallow.common.progress import console, note, progress
+from fallow.common.progress import console, log, note, progress
+from fallow.common.tables import Table, plus_minus
 from fallow.models import REPLACEMENTS, replace_activation
 from fallow.models.cuts import cut_taps, weight_of
 from fallow.models.devices import as_array, device_named, has_bfloat16
@@ -60,7 +61,7 @@ DENSE_LOSS = 5.0  # percent of dense PPL from where a run says so
 
 
 @dataclass(frozen=True)
-class Settings:
+class AdaptSettings:
     """An adaptation, as `fallow adapt` has it."""
 
     rule: str = "gate_topk"
@@ -137,14 +138,14 @@ class Check:
     ppl_change_se: float | None  # paired
     dense_ppl_change_percent: float  # without the rule, against the teacher
     sparsity: float | None = None  # share of `inter` that is zero under the rule, mean of layers
-    l1: float = 0.0  # what Settings.l1 adds; nats
+    l1: float = 0.0  # what AdaptSettings.l1 adds; nats
 
     @property
     def loss(self) -> float:
         return self.kl + self.l1
 
 
-@dataclass
+@dataclass(repr=False)
 class AdaptReport:
     """What an adaptation gave, and how."""
 
@@ -164,11 +165,29 @@ class AdaptReport:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def to_table(self) -> Table:
+        """The checks, a row each."""
+        return Table(asdict(check) for check in self.checks)
+
+    def to_frame(self) -> Any:
+        """The checks as a pandas DataFrame. Raises FallowError if pandas is not installed."""
+        return self.to_table().to_frame()
+
+    def _repr_html_(self) -> str:
+        return self.to_table()._repr_html_()
+
+    def __repr__(self) -> str:
+        change = plus_minus(self.best.ppl_change_percent, self.best.ppl_change_se, sign="+")
+        return (
+            f"<AdaptReport of {self.model} in {self.path}: {self.settings['rule']} at "
+            f"{self.settings['sparsity']:.0%}, {self.tokens} tokens, {change} % PPL held out>"
+        )
+
 
 def adapt(
     model: str | Path,
     folder: str | Path,
-    settings: Settings,
+    settings: AdaptSettings,
     *,
     text: Sequence[str | Path | Text] = (),
     shares: Sequence[float] = (),
@@ -208,7 +227,7 @@ class _Run:
         model: Model,
         name: str | Path,
         work: Path,
-        settings: Settings,
+        settings: AdaptSettings,
         text: Sequence[str | Path | Text],
         shares: Sequence[float],
         device: str,
@@ -560,6 +579,7 @@ class _Run:
                     f"the KL is {kl} after {self.step * self.settings.step_tokens} tokens; delete "
                     f"{self.work} and give a lower --learning-rate"
                 )
+            log("adapt", self.step, {"kl": kl})
             now = time.monotonic()
             self.seconds += now - started
             if self.share >= next_check or self.share >= 1:
@@ -586,6 +606,7 @@ class _Run:
         if not self.checks or found.loss < min(c.loss for c in self.checks):
             self.best = self._trained()
         self.checks.append(found)
+        log("adapt", self.step, {f"held_out_{name}": v for name, v in asdict(found).items()})
         console.print(
             f"{found.tokens / 1e6:.2f} M tokens, held-out: {found.kl:.4f} nats, PPL "
             f"{found.ppl_change_percent:+.2f} % (dense {found.dense_ppl_change_percent:+.2f} %), "

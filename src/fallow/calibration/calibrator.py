@@ -10,7 +10,7 @@ import numpy as np
 from fallow.checkpoints.text import Text, load_text, split_windows
 from fallow.common.errors import UsageError
 from fallow.common.metrics import ppl_change_percent
-from fallow.common.progress import console, progress
+from fallow.common.progress import console, log, progress
 from fallow.measure.evaluation import run_window, window_losses
 from fallow.models.capture import Calibration
 from fallow.models.devices import enough_memory
@@ -231,7 +231,7 @@ def search_jointly(
     enough = increase * len(calibrators)
     steps = math.ceil(math.log2(high / SEARCH_TOLERANCE))
     with progress(f"search {rule_class.name}", steps) as ticker:
-        for _ in range(steps):
+        for step in range(steps):
             middle = (low + high) / 2
             fitted = fit_all(middle)
             pairs = zip(calibrators, fitted, strict=True)
@@ -241,6 +241,8 @@ def search_jointly(
                 f"{rule_class.name} at {searched} {middle:.4f}: PPL {change:+.2f} ± {error:.2f} %",
                 highlight=False,
             )
+            figures = {searched: middle, "ppl_change_percent": change, "ppl_change_se": error}
+            log(f"calibrate {rule_class.name}", step, figures)
             if change + to_spare * error < increase:
                 low, best = middle, fitted
             else:

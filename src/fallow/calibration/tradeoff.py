@@ -15,7 +15,8 @@ from fallow.checkpoints.text import Text, check_no_leakage, load_text
 from fallow.common.errors import UsageError
 from fallow.common.files import JsonLines, atomic_path, fits, read_json, write_json, write_text
 from fallow.common.metrics import perplexity, ppl_change_percent, window_error
-from fallow.common.progress import console, progress
+from fallow.common.progress import console, log, progress
+from fallow.common.tables import Table
 from fallow.measure.evaluation import run_window
 from fallow.measure.quality import SPARSITY_TAPS, WindowResult
 from fallow.plan import Plan
@@ -121,7 +122,7 @@ def tradeoff(
     validation_windows: int = 4,
     allow_leakage: bool = False,
     trained: Sequence["Trained"] = (),
-) -> list[dict[str, Any]]:
+) -> Table:
     """Calibrates every row on one text and measures all of them on another, in the loop.
 
     Rows of the selectors in `trained`, files of `fallow select train`, take their scores from there
@@ -272,6 +273,10 @@ def _measure(
                         for row, result in zip(group, results, strict=True)
                     ]
                 )
+                for row, result in zip(group, results, strict=True):
+                    figures = {"loss": result.loss, "dense_loss": dense.loss}
+                    figures |= {"kl_to_dense": float(result.kl.mean())}
+                    log(f"tradeoff {row.key}", w, figures)
                 ticker.advance(len(group))
 
 
@@ -331,16 +336,17 @@ def _is_whole(cell: Any) -> bool:
 
 def summarise(
     rows: Sequence[Row], cells: dict[tuple[str, int], dict[str, Any]], n_windows: int
-) -> list[dict[str, Any]]:
+) -> Table:
     """One line per row over those windows that every row has; the dense model first."""
     keys = [row.key for row in rows]
     windows = [w for w in range(n_windows) if all((key, w) in cells for key in keys)]
     if not windows:
-        return []
+        return Table()
     dense_loss = np.array([cells[keys[0], w]["dense_loss"] for w in windows])
     ppl, ppl_se = perplexity(dense_loss)
-    table = [{"rule": "dense", "ppl": ppl, "ppl_se": ppl_se, "windows": len(windows)}]
-    return table + [_summarise_row(row, [cells[row.key, w] for w in windows]) for row in rows]
+    table = Table([{"rule": "dense", "ppl": ppl, "ppl_se": ppl_se, "windows": len(windows)}])
+    table += [_summarise_row(row, [cells[row.key, w] for w in windows]) for row in rows]
+    return table
 
 
 def _summarise_row(row: Row, cells: list[dict[str, Any]]) -> dict[str, Any]:

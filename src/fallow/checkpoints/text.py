@@ -3,14 +3,14 @@
 import hashlib
 import lzma
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
-from fallow.common.errors import FallowError, UsageError
+from fallow.common.errors import FallowError, UsageError, in_one_line
 from fallow.common.progress import note
 
 Half = Literal["calibration", "evaluation"]
@@ -41,7 +41,7 @@ class Text:
     """
 
     name: str
-    content: str
+    content: str = field(repr=False)
 
     @property
     def sha256(self) -> str:
@@ -61,6 +61,8 @@ class Text:
 def load_text(source: str | Path | Text | None, half: Half) -> Text:
     """The text of `source`: a file's path (.xz too), a Text as it is, or None for the default text.
 
+    A str is a path, never the text itself: that is `Text("a name for it", text)`.
+
     The default is the Python language reference which every CPython carries
     (`pydoc_data.topics`); its topics, in alphabetical order, go to the two halves in turn, so that
     calibration and evaluation share a style but not a sentence.
@@ -79,7 +81,12 @@ def load_text(source: str | Path | Text | None, half: Half) -> Text:
     except lzma.LZMAError as error:
         raise FallowError(f"text {path} is no whole xz file ({error}); fetch it again") from error
     except OSError as error:
-        raise FallowError(f"cannot read text {path}: {error.strerror}; check --text") from error
+        named = in_one_line(path)
+        if len(named.split()) > 4:  # more words than a file's name is likely to have
+            raise UsageError(
+                f"there is no file {named}; a text itself is given as fallow.Text(NAME, TEXT)"
+            ) from error
+        raise FallowError(f"cannot read text {named}: {error.strerror}; check --text") from error
     except UnicodeDecodeError as error:
         raise FallowError(
             f"text {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv"

@@ -12,6 +12,7 @@ import typer
 
 from fallow.common.errors import UsageError
 from fallow.common.files import check_writable, to_json
+from fallow.common.tables import plus_minus
 
 app = typer.Typer(
     help="Activation sparsity for language models: measure, calibrate, evaluate.",
@@ -215,11 +216,6 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     # A pipe has no width: give it enough for every column.
     width = None if sys.stdout.isatty() else 160
     Console(width=width, markup=False, emoji=False).print(table)
-
-
-def plus_minus(value: float, error: float | None, digits: int) -> str:
-    spread = "" if error is None else f" ± {error:.{digits}f}"
-    return f"{value:.{digits}f}{spread}"
 
 
 def split_names(text: str) -> list[str]:

@@ -71,10 +71,10 @@ def adapt(
     as_json: JsonOption = False,
 ) -> None:
     """Teach a model to do without its inactive neurons, by its own predictions."""
-    from fallow.adaptation.adapter import Settings
+    from fallow.adaptation.adapter import AdaptSettings
     from fallow.adaptation.adapter import adapt as run
 
-    settings = Settings(
+    settings = AdaptSettings(
         rule=rule or ("relu" if activation else "gate_topk"),
         sparsity=sparsity if sparsity is not None else 0.0 if activation else 0.5,
         activation=activation,

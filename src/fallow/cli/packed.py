@@ -116,12 +116,12 @@ def optimize(
 ) -> None:
     """Pack a model with the plan that skips most at a stated loss; calibrate, search and check."""
     check_output(output, model, text, calibration_text)
-    from fallow.adaptation.adapter import Settings
+    from fallow.adaptation.adapter import AdaptSettings
     from fallow.optimization.optimizer import optimize as run
 
     settings = None
     if adapt is not None:
-        settings = Settings(
+        settings = AdaptSettings(
             tokens=count_of("--adapt", adapt),
             sampled=sampled_beside(calibration_text),
             quant=quant,

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fallow.common.tables import Result
+
 BINS = 64  # ranges of a layer's neurons that `Activity` tells apart, or all if there are fewer
 
 
@@ -28,8 +30,8 @@ class Activity:
         return cls(neurons.mean(axis=1), counts / np.diff(ends, prepend=0), bytes_read)
 
 
-@dataclass
-class Stats:
+@dataclass(repr=False)
+class Stats(Result):
     """One answer's figures. Prefill and decode are never merged."""
 
     prompt_tokens: int = 0
@@ -62,6 +64,13 @@ class Stats:
         """All figures; of decoding None where no token was decoded, as an answer's first is not."""
         unknown = () if self.sparsity_per_layer else ("decode_tps", "bytes_per_token", "gbps")
         return dict(vars(self)) | dict.fromkeys(unknown)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Stats of {self.new_tokens} tokens after {self.prompt_tokens}: "
+            f"{self.decode_tps:.1f} tok/s, {self.bytes_per_token / 1e6:.1f} MB per token, "
+            f"sparsity {self.sparsity:.3f}, first token after {self.ttft_ms:.0f} ms>"
+        )
 
 
 class Counters(Protocol):

@@ -48,7 +48,7 @@ from fallow.common.files import (
     write_text,
 )
 from fallow.common.metrics import ppl_change_percent, window_error
-from fallow.common.progress import console
+from fallow.common.progress import console, log
 from fallow.laws.curves import RATIO, TOKENS
 from fallow.measure.evaluation import run_window, window_losses
 from fallow.measure.profiling import DEAD, profile
@@ -407,6 +407,7 @@ class _Run:
         self.optimiser.step()
         self.step += 1
         self.losses.append(value)
+        log("law train", self.step, {"loss": value})
 
     def _report(self, began: tuple[int, float], now: float) -> None:
         step, start = began
@@ -433,6 +434,7 @@ class _Run:
         for name, value in point.items():
             curve.setdefault(name, []).append(value)
         write_json(self.folder / "curve.json", curve)
+        log("law train", self.step, {f"curve_{name}": value for name, value in point.items()})
         console.print(
             f"{self.tokens} tokens: {OWN_RATIO} {found[OWN_RATIO]:.4f}, zeros "
             f"{found['zero_ratio']:.4f}, validation loss {found['validation_loss']:.3f}",

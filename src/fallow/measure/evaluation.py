@@ -19,6 +19,7 @@ from fallow.measure.quality import (
     Logits,
     WindowResult,
     compare_logits,
+    log_window,
     parts_of_window,
     summarise,
     token_losses,
@@ -318,9 +319,10 @@ def evaluate(
     cut = model.windows(source, context, windows)
     dense, sparse = [], []
     with progress("evaluate", len(cut)) as ticker:
-        for window in cut:
+        for step, window in enumerate(cut):
             d, s = run_window(model, window, [plan])
             dense.append(d)
             sparse.append(s[0])
+            log_window(step, d, s[0])
             ticker.advance()
     return summarise(model, plan, source, cut, dense, sparse)

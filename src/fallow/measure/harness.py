@@ -173,12 +173,15 @@ class HarnessModel(TemplateLM):
         most = int(options.get("max_gen_toks", options.get("max_new_tokens", NEW_TOKENS)))
         warm = float(options.get("temperature", 0.0)) if options.get("do_sample", True) else 0.0
         ids = np.array(self.tok_encode(prompt))[-max(1, self.max_length - most) :]
+        stop = [s for s in stop if s]
+        top_p, top_k = float(options.get("top_p", 1.0)), int(options.get("top_k", 0))
         if isinstance(self.model, Engine):
-            sampler = Sampler(warm, float(options.get("top_p", 1.0)), int(options.get("top_k", 0)))
-            pieces = self.model.answer(ids, most, sampler, [s for s in stop if s], reuse=True)
+            sampler = Sampler(warm, top_p, top_k)
+            pieces = self.model.answer(ids, most, sampler, stop, reuse=True)
             return "".join(piece.text for piece in pieces)
-        text = self.model.generate(ids, self.plan, max_new_tokens=most, temperature=warm)
-        return text[: min((i for s in stop if s and (i := text.find(s)) >= 0), default=len(text))]
+        return "".join(
+            self.model.generate(ids, most, warm, top_p, top_k, stop=stop, plan=self.plan)
+        )
 
 
 def packed_plan(model: Engine | Model) -> Plan | None:

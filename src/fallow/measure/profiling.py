@@ -13,6 +13,7 @@ from fallow.checkpoints.text import Text, load_text
 from fallow.common.files import atomic_path, write_json
 from fallow.common.metrics import bin_edges
 from fallow.common.progress import progress
+from fallow.common.tables import Table
 from fallow.models.capture import Histograms
 from fallow.models.cuts import per_token_topk
 from fallow.models.devices import as_array
@@ -29,7 +30,7 @@ STORED_BINS_PER_OCTAVE = 16
 WINDOWS = 8  # of a text, where none are asked for
 
 
-@dataclass
+@dataclass(repr=False)
 class Profile:
     """Statistics of a dense model on a text; arrays have one row per layer."""
 
@@ -42,6 +43,26 @@ class Profile:
         with atomic_path(folder / "profile.npz") as temporary:
             np.savez_compressed(temporary, **self.arrays)  # type: ignore[arg-type]
         write_json(folder / "profile.json", self.summary)
+
+    @property
+    def layers(self) -> Table:
+        """The summary's rows, one per layer."""
+        return Table(self.summary["layers"])
+
+    def to_frame(self) -> Any:
+        """`layers` as a pandas DataFrame. Raises FallowError if pandas is not installed."""
+        return self.layers.to_frame()
+
+    def __repr__(self) -> str:
+        told = self.summary
+        return (
+            f"<Profile of {told['model']} ({told['dtype']}): {told['natural_sparsity']:.1%} of "
+            f"inter is zero in {len(told['layers'])} layers of {told['intermediate_size']} "
+            f"neurons; {told['tokens']} tokens of {told['text']}>"
+        )
+
+    def _repr_html_(self) -> str:
+        return self.layers._repr_html_()
 
 
 class _Neurons:

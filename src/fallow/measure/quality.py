@@ -14,7 +14,8 @@ import numpy as np
 from fallow.checkpoints.text import Text, check_no_leakage, load_text
 from fallow.common.errors import FallowError
 from fallow.common.metrics import perplexity, ppl_change_percent, window_error
-from fallow.common.progress import progress
+from fallow.common.progress import log, progress
+from fallow.common.tables import Result, Table, flat, plus_minus
 from fallow.engine.engine import Engine
 from fallow.plan import ROUTER, Plan
 
@@ -120,8 +121,8 @@ def _losses(log_q: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return -log_q[np.arange(len(targets)), targets]
 
 
-@dataclass
-class Evaluation:
+@dataclass(repr=False)
+class Evaluation(Result):
     """Quality and sparsity on a text. Errors are standard errors over windows, None for one."""
 
     ppl: float
@@ -152,6 +153,23 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
+
+    @property
+    def layers(self) -> Table:
+        """Sparsity of every layer, a row each: "inter.mean" and the like."""
+        by_layer = zip(*self.sparsity_per_layer.values(), strict=True)
+        rows = (dict(zip(self.sparsity_per_layer, layer, strict=True)) for layer in by_layer)
+        return Table({"layer": i} | flat(row) for i, row in enumerate(rows))
+
+    def __repr__(self) -> str:
+        what = "dense" if self.rule is None else f"under {self.rule} at {self.knob:.3g}"
+        change = plus_minus(self.ppl_change_percent, self.ppl_change_se, sign="+")
+        return (
+            f"<Evaluation of {self.model} ({self.dtype}) {what}: PPL "
+            f"{plus_minus(self.ppl, self.ppl_se)}, {change} % against dense, KL "
+            f"{self.kl_to_dense['mean']:.4f} nats, sparsity {self.achieved_sparsity:.3f}; "
+            f"{self.windows} windows of {self.context} tokens of {self.text}>"
+        )
 
 
 class Measured(Protocol):
@@ -199,7 +217,7 @@ def evaluate_engine(
         progress("evaluate", len(cut)) as ticker,
         tempfile.SpooledTemporaryFile(max_size=1) as kept,  # no file before it is written to
     ):
-        for window in cut:
+        for step, window in enumerate(cut):
             baseline = _baseline(against or engine, window, decode, at_once, kept)
             engine.use_plan(plan)
             engine.reset_stats()
@@ -209,8 +227,19 @@ def evaluate_engine(
             results[0].achieved_sparsity = float([*results[0].sparsity.values()][-1].mean())
             dense.append(d)
             sparse.append(results[0])
+            log_window(step, d, results[0])
             ticker.advance()
     return summarise(engine, plan, source, cut, dense, sparse, "windows")
+
+
+def log_window(step: int, dense: WindowResult, sparse: WindowResult) -> None:
+    """Tells whoever watches of a window."""
+    figures = {
+        "loss": sparse.loss,
+        "dense_loss": dense.loss,
+        "kl_to_dense": float(sparse.kl.mean()),
+    }
+    log("evaluate", step, figures | {"sparsity": sparse.achieved_sparsity})
 
 
 def _sparsity(engine: Engine, plan: Plan | None) -> dict[str, np.ndarray]:

@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fallow.adaptation.adapter import Settings, report_of
+from fallow.adaptation.adapter import AdaptSettings, report_of
 from fallow.adaptation.adapter import adapt as teach
 from fallow.checkpoints.text import Text, check_no_leakage, load_text, split_windows
 from fallow.common.errors import UsageError
 from fallow.common.files import atomic_path, check_writable
 from fallow.common.progress import console
+from fallow.common.tables import Result, plus_minus
 from fallow.engine.engine import Engine
 from fallow.measure.evaluation import final_hidden, logits_of
 from fallow.measure.quality import Evaluation, Logits, evaluate_engine
@@ -52,8 +53,8 @@ PREFERENCES = ("speed", "bytes")
 DECODED_TOKENS = 64
 
 
-@dataclass
-class Optimized:
+@dataclass(repr=False)
+class Optimized(Result):
     """What a plan saves and costs. Quality is against the source model, on held-out text."""
 
     path: str
@@ -87,6 +88,14 @@ class Optimized:
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
 
+    def __repr__(self) -> str:
+        change = plus_minus(self.ppl_change_percent, self.ppl_change_se, sign="+")
+        return (
+            f"<Optimized {self.path} ({self.selector}): {self.decode_tps:.1f} tok/s on "
+            f"{self.threads} threads, {self.decode_ratio_dense:.2f} times dense, "
+            f"{self.bytes_per_token / 1e6:.1f} MB per token, {change} % PPL>"
+        )
+
 
 def optimize(
     model: str | Path | Model,
@@ -103,7 +112,7 @@ def optimize(
     prefer: str = "speed",
     quant: str | None = None,
     down: str | None = None,
-    adapt: Settings | None = None,
+    adapt: AdaptSettings | None = None,
     device: str = "cpu",
 ) -> Optimized:
     """Packs a model with a plan that costs at most `max_ppl_increase` percent of perplexity.
@@ -200,7 +209,12 @@ class _Taught:
     """
 
     def __init__(
-        self, model: str | Path | Model, folder: Path, settings: Settings, text: Text, device: str
+        self,
+        model: str | Path | Model,
+        folder: Path,
+        settings: AdaptSettings,
+        text: Text,
+        device: str,
     ) -> None:
         if isinstance(model, Model):
             raise UsageError(

@@ -11,7 +11,7 @@ import numpy as np
 from fallow.checkpoints.text import load_text
 from fallow.common.errors import FallowError
 from fallow.common.metrics import ppl_change_percent
-from fallow.common.progress import console, progress
+from fallow.common.progress import console, log, progress
 from fallow.engine.engine import Engine
 from fallow.measure.evaluation import window_losses
 from fallow.measure.quality import Evaluation, token_losses
@@ -122,7 +122,7 @@ class Search:
         margin, base = best[0].head_margin, best[1]
         guess = _Guess((aim - base) / self._percent_per_nat)
         with progress("search", MOST_JUDGED) as ticker:
-            for _ in range(MOST_JUDGED):
+            for step in range(MOST_JUDGED):
                 choice, loss = candidates.within(self._costs, guess.loss)
                 if not guess.within < loss < guess.beyond:
                     break
@@ -133,6 +133,8 @@ class Search:
                     f"{shares}: PPL {change:+.2f} ± {error:.2f} % on {seen} windows",
                     highlight=False,
                 )
+                figures = {"ppl_change_percent": change, "ppl_change_se": error}
+                log("optimize", step, figures)
                 ticker.advance()
                 if change + error <= aim:
                     best, self._percent_per_nat = (plan, change), (aim - base) / loss

@@ -4,7 +4,7 @@ import ctypes
 import math
 import re
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,9 @@ from fallow.checkpoints.weights import (
 from fallow.common.errors import FallowError, UsageError, in_one_line
 from fallow.common.files import read_json
 from fallow.common.progress import note
-from fallow.engine.sampling import Sampler, check_largest
+from fallow.engine.answer import AnswerText
+from fallow.engine.grammar import Grammars
+from fallow.engine.sampling import Sampler, TokenChoice
 from fallow.models import (
     ROPE_TENSORS,
     TEXT_NAMES,
@@ -118,11 +120,9 @@ def quieten_transformers() -> None:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # "auto" is float32 up to this many weights (4 GB), bfloat16 beyond.
 AUTO_FLOAT32_WEIGHTS = 1_000_000_000
-# Logits over a smaller one are beyond float32. At this one the most likely token has it all.
-GREEDY = 1e-30
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A loaded model. `module` is transformers' own; nothing in it is patched or copied."""
 
@@ -135,6 +135,14 @@ class Model:
     logit_scale: float = field(init=False, repr=False)  # logits are head(hidden) times this
     logit_softcap: float = field(init=False, repr=False)  # c: and then c tanh(logit / c); 0: none
     changed: set[str] = field(default_factory=set, repr=False)  # parameters, by an adapter
+
+    def __repr__(self) -> str:
+        layer = self.layers[0]
+        mixture = "" if layer.experts is None else f" in each of {layer.experts.count} experts"
+        return (
+            f"<Model {self.name}: {self.architecture.model_type}, {len(self.layers)} layers of "
+            f"{self.intermediate_size} neurons{mixture}, {self.dtype_name} on {self.device.type}>"
+        )
 
     def __post_init__(self) -> None:
         self.module.eval().requires_grad_(False)
@@ -249,64 +257,81 @@ class Model:
 
     def generate(
         self,
-        prompt: str | np.ndarray,
-        plan: Plan | None = None,
-        *,
-        max_new_tokens: int = 64,
+        prompt: str | Sequence[int] | np.ndarray,
+        max_tokens: int = 64,
         temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
         seed: int = 0,
+        stop: Sequence[str] = (),
         chat: bool = False,
+        *,
         parse_special: bool = True,
-    ) -> str:
-        """Continues a prompt (text or ids), or answers it as a chat message, under a plan.
+        repeat_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        plan: Plan | None = None,
+    ) -> Iterator[str]:
+        """As `Engine.generate`, here under `plan`: the same options, and the same sampler.
 
-        A reference: nothing is skipped, masked values are computed and set to zero. Control tokens
-        typed in a text to continue count as one token each, with `parse_special`.
+        A reference: nothing is skipped, masked values are computed and set to zero.
 
         Raises:
-            FallowError: the prompt is empty or longer than the model's context, or logits are NaN
-                or infinite.
+            FallowError: the prompt is empty or longer than the model's context, logits are NaN or
+                infinite, or the schema is not taken.
+            UsageError: an option out of range.
         """
-        ids = (
-            self.tokenizer.prompt(prompt, chat, parse_special)
-            if isinstance(prompt, str)
-            else prompt
-        )
+        width = self.module.config.get_text_config().vocab_size
+        sampler = Sampler(
+            temperature, top_p, top_k, min_p, seed, repeat_penalty, presence_penalty,
+            frequency_penalty, logit_bias or {},
+            None if json_schema is None else Grammars(self.tokenizer, width).of_schema(json_schema),
+        )  # fmt: skip
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.prompt(prompt, chat, parse_special)
+        ids = np.asarray(prompt)
         limit = self.module.config.max_position_embeddings
         if len(ids) == 0:
             raise FallowError("the prompt is empty; give some text")
-        if len(ids) + max_new_tokens > limit:
+        if len(ids) + max_tokens > limit:
             raise FallowError(
-                f"prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's "
+                f"prompt of {len(ids)} tokens and {max_tokens} new ones exceed the model's "
                 f"context of {limit}; shorten the prompt"
             )
-        if max_new_tokens < 1:
+        if max_tokens < 1:
             raise UsageError("--max-new-tokens must be at least 1")
-        Sampler(temperature, seed=seed)  # or it says what is out of range
-        torch.manual_seed(seed)
+        sampler.begin(ids, width)
+        text = AnswerText(self.tokenizer, tuple(stop), ids)
+        return self._continue(ids, max_tokens, sampler, text, self.taps(plan))
+
+    def _continue(
+        self,
+        ids: np.ndarray,
+        max_tokens: int,
+        sampler: Sampler,
+        text: AnswerText,
+        taps: dict[str, Tap],
+    ) -> Iterator[str]:
         given = devices.tensor(ids, self.device)[None]
-        sampling: dict[str, Any] = (
-            {"do_sample": True, "temperature": temperature}
-            if temperature > GREEDY
-            else {"do_sample": False}
-        )
-        with torch.inference_mode(), self.sparse(plan), enough_memory():
-            output = self.module.generate(
-                given,
-                attention_mask=torch.ones_like(given),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(self.tokenizer.eos_ids) or None,
-                pad_token_id=self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else 0,
-                logits_processor=[_checked],
-                **sampling,
-            )
-        return self.tokenizer.decode(output[0, len(ids) :].tolist(), after=ids)
-
-
-def _checked(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Logits (B, vocabulary) as they are. Raises FallowError for NaN and infinite ones."""
-    check_largest(as_floats(logits.amax(dim=-1)))
-    return logits
+        held: dict[str, Any] = {}
+        for n in range(1, max_tokens + 1):
+            # What is attached is so for a step only: between pieces the caller may use the model.
+            with torch.inference_mode(), attach(self.layers, taps), enough_memory():
+                read = self.module.base_model(input_ids=given, use_cache=True, **held)
+                logits = self.logits(read.last_hidden_state[0, -1])
+            name = "cache" if "cache" in read else "past_key_values"  # of older transformers
+            held = {name: read[name]}
+            token = sampler.pick(as_floats(logits))
+            ends = token in self.tokenizer.eos_ids
+            piece = text.rest() if ends else text.add(TokenChoice(token), n == max_tokens)
+            if piece.text:
+                yield piece.text
+            if ends or text.stopped:
+                return
+            given = devices.tensor(np.array([[token]]), self.device)
 
 
 def load(model: str | Path | Model, dtype: str = "auto", device: str = "cpu") -> Model:

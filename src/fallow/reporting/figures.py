@@ -8,7 +8,10 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-DEPTH = ["#2f7fd6", "#e8772e"]  # from the first layer to the last
+from fallow.calibration.tradeoff import target_label
+from fallow.common.tables import plus_minus
+
+DEPTH = ["#2563b0", "#f5b36b"]  # from the first layer to the last: in grey, too
 COLORS = ["#2f7fd6", "#e8772e", "#2e9e6b", "#b05ccc", "#c9a227", "#d64550", "#5f7a8a"]
 GREY = "#888888"  # of lines, on light and dark
 ONE_PERCENT = 1.0
@@ -32,7 +35,7 @@ class Block:
     title: str
     note: str
     command: str
-    kind: str = "plot"  # or card, tokens, neurons
+    kind: str = "plot"  # or card, tokens, neurons, table, choosing
     choice: str = ""
     variants: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     data: Any = None
@@ -72,7 +75,7 @@ def card_section(card: dict[str, Any], dense: dict[str, Any], command: str) -> S
         "FFN share of weights": f"{card['ffn_weights'] / card['weights']:.1%}",
         "stored": f"{card['file_bytes'] / 1e6:.1f} MB",
         "FFN share of stored bytes": f"{card['ffn_bytes'] / card['file_bytes']:.1%}",
-        "dense perplexity": _plus_minus(dense["ppl"], dense["ppl_se"]),
+        "dense perplexity": plus_minus(dense["ppl"], dense["ppl_se"]),
     }
     block = Block("Model", "", command, kind="card", data={k: str(v) for k, v in facts.items()})
     return Section("Model card", "Perplexity with its standard error over windows.", [block])
@@ -177,31 +180,90 @@ def natural_section(profile: dict[str, Any], command: str) -> Section:
 
 
 def tradeoff_section(table: list[dict[str, Any]], command: str) -> Section:
-    rows, variants = table[1:], {}
+    rows, variants, best = table[1:], {}, {}
     kinds = [w for w in _WHERE if any(r["where"] == w for r in rows)]
     for where in kinds:
         own = [row for row in rows if row["where"] == where]
         prefix = f"{_WHERE[where]}: " if len(kinds) > 1 else ""
         for label, key, error, axis in (
-            ("PPL change up to +10 %", "ppl_change_percent", "ppl_change_se", {"range": [-1, 10]}),
-            ("PPL change", "ppl_change_percent", "ppl_change_se", {}),
+            ("PPL change up to +10 %", "ppl_change_percent", "ppl_change_se", _up_to_ten(own)),
+            ("PPL over dense, all of it", "ppl_change_percent", "ppl_change_se", {"type": "log"}),
             ("KL to dense", "kl_to_dense", "kl_se", {"type": "log"}),
         ):
+            ratio = axis.get("type") == "log" and key == "ppl_change_percent"
             traces = [
-                _tradeoff_line([row for row in own if row["rule"] == rule], key, error)
-                for rule in dict.fromkeys(row["rule"] for row in own)
+                _tradeoff_line([row for row in own if row["rule"] == rule], key, error, i, ratio)
+                for i, rule in enumerate(dict.fromkeys(row["rule"] for row in own))
             ]
             title = "KL, nats per token" if key == "kl_to_dense" else "PPL change, %"
+            title = "PPL / dense PPL" if ratio else title
             plot = _plot(traces, f"{_WHERE[where]}, %", title, yaxis=axis, showlegend=True)
+            plot["layout"]["xaxis"] |= {"rangemode": "tozero"}
             if key == "ppl_change_percent":
-                plot["layout"]["shapes"] = [_line_at(ONE_PERCENT)]
+                plot["layout"]["shapes"] = [_line_at(1.01 if ratio else ONE_PERCENT)]
             variants[prefix + label] = [plot]
+            best[prefix + label] = [_told_row(row) for row in front(own)]
     note = (
         f"Against the dense model on {table[0]['windows']} windows, with paired standard errors. "
-        "The dotted line is +1 %."
+        "The dotted line is +1 %. The slider goes through the rows that no other beats in both."
     )
-    block = Block("Sparsity against quality", note, command, choice="show", variants=variants)
+    block = Block("Sparsity against quality", note, command, "choosing", "show", variants, best)
     return Section("Trade-off", "What it costs to leave neurons inactive.", [block])
+
+
+def front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that no other beats in both sparsity and PPL, densest first."""
+    found: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda r: (-r["achieved_sparsity"], r["ppl_change_percent"])):
+        if not found or row["ppl_change_percent"] < found[-1]["ppl_change_percent"]:
+            found.append(row)
+    return found[::-1]
+
+
+def _told_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a row of the trade-off: its place in a figure, and what the slider says of it."""
+    change = plus_minus(row["ppl_change_percent"], row["ppl_change_se"], sign="+")
+    text = (
+        f"{row['rule']} at {target_label(row)}: {row['achieved_sparsity']:.1%} inactive, PPL "
+        f"{change} %, KL {row['kl_to_dense']:.3g} nats"
+    )
+    if "ffn_bytes" in row:
+        text += f", {row['ffn_bytes']:.2f} of the FFN's bytes"
+    x = round(100 * row["achieved_sparsity"], 3)
+    return {"text": text, "x": x, "change": row["ppl_change_percent"]}
+
+
+def side_by_side(
+    found: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]], command: str
+) -> Section:
+    """A table of models, and their fronts in one figure, of main figures and trade-off tables."""
+    traces, rows = [], []
+    for i, (figures, table) in enumerate(found):
+        # One kind of sparsity is no measure of another.
+        best = front([row for row in table[1:] if row["where"] == table[1]["where"]])
+        traces.append(_tradeoff_line(best, "ppl_change_percent", "ppl_change_se", i, False))
+        traces[-1].name = plain(figures["model"])
+        traces[-1].customdata = [f"{row['rule']} at {target_label(row)}" for row in best]
+        traces[-1].hovertemplate = "%{customdata}: %{x} %, PPL %{y} %"
+        rows.append(
+            {
+                "model": figures["model"],
+                "dense PPL": plus_minus(figures["ppl"], figures["ppl_se"]),
+                "zero as it is": f"{figures['natural_sparsity']:.1%}",
+                "plan": figures["rule"],
+                "inactive under it": f"{figures['sparsity']:.1%}",
+                "PPL change, %": plus_minus(
+                    figures["ppl_change_percent"], figures["ppl_change_se"], sign="+"
+                ),
+            }
+        )
+    plot = _plot(traces, "inactive, %", "PPL change, %", showlegend=True)
+    plot["layout"]["yaxis"] |= _up_to_ten([row for _, table in found for row in table[1:]])
+    plot["layout"]["xaxis"] |= {"rangemode": "tozero"}
+    plot["layout"]["shapes"] = [_line_at(ONE_PERCENT)]
+    note = "Of every model the rows of its trade-off that no other beats. The dotted line is +1 %."
+    block = Block("Models", note, command, variants={"": [plot]}, data=rows, kind="table")
+    return Section("Side by side", "", [block])
 
 
 def plan_section(plan: dict[str, Any], command: str) -> Section:
@@ -210,7 +272,7 @@ def plan_section(plan: dict[str, Any], command: str) -> Section:
         for tap, layers in sorted(plan["per_layer"].items(), key=lambda item: item[0] != "inter")
         if tap == "inter" or any(layer["mean"] >= LEAST_ZEROS for layer in layers)
     }
-    change = _plus_minus(plan["ppl_change_percent"], plan["ppl_change_se"])
+    change = plus_minus(plan["ppl_change_percent"], plan["ppl_change_se"])
     origin = (
         "The plan that was given"
         if plan["given"]
@@ -402,15 +464,34 @@ def _quantiles(tensor: dict[str, Any]) -> dict[str, Any]:
     return plot
 
 
-def _tradeoff_line(rows: list[dict[str, Any]], key: str, error: str) -> Any:
+# Lines that are told apart without their colours.
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
+
+
+def _tradeoff_line(
+    rows: list[dict[str, Any]], key: str, error: str, index: int, ratio: bool
+) -> Any:
+    """The line of a rule, the index-th; changes in percent as ratios, if asked for."""
     rows = sorted(rows, key=lambda row: row["achieved_sparsity"])
+    scale, base = (0.01, 1.0) if ratio else (1.0, 0.0)
     return go.Scatter(
         x=_percent(row["achieved_sparsity"] for row in rows),
-        y=[float(f"{row[key]:.4g}") for row in rows],
-        error_y={"type": "data", "array": [float(f"{row[error] or 0:.4g}") for row in rows]},
+        y=[float(f"{base + scale * row[key]:.5g}") for row in rows],
+        error_y={
+            "type": "data",
+            "array": [float(f"{scale * (row[error] or 0):.4g}") for row in rows],
+        },
         mode="lines+markers",
+        line={"dash": _DASHES[index % len(_DASHES)]},
+        marker={"symbol": _MARKERS[index % len(_MARKERS)], "size": 8},
         name=rows[0]["rule"],
     )
+
+
+def _up_to_ten(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The axis of PPL changes that one can think of bearing, in percent."""
+    return {"range": [min(-1.0, *(1.1 * row["ppl_change_percent"] for row in rows)), 10]}
 
 
 def _line_at(y: float) -> dict[str, Any]:
@@ -467,7 +548,10 @@ def _agreement(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     bars = go.Bar(
         x=at,
         y=_percent(sum(column) / len(column) for column in zip(*rows, strict=True)),
-        marker={"color": [COLORS[0] if same else COLORS[1] for same in found["same"]]},
+        marker={
+            "color": [COLORS[0] if same else COLORS[1] for same in found["same"]],
+            "pattern": {"shape": ["" if same else "/" for same in found["same"]]},
+        },
     )
     mean = _plot([bars], "", "agreement, %")
     mean["layout"]["yaxis"]["range"] = [0, 100]
@@ -536,7 +620,3 @@ def _percent(values: Iterable[float]) -> list[float]:
 
 def _log10(value: float) -> float | None:
     return round(math.log10(value), 3) if value > 0 else None
-
-
-def _plus_minus(value: float, error: float | None) -> str:
-    return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"

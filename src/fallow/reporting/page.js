@@ -2,7 +2,8 @@
 // Draws each figure when it comes near the screen, in the page's colours; menus, tokens, downloads.
 (() => {
   const touch = matchMedia("(pointer: coarse)").matches;
-  const config = { responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover" };
+  // No toolbar: one drags to look closer, and a double click shows all again.
+  const config = { responsive: true, displayModeBar: false };
   const drawn = new Set();
 
   const content = (figure) =>
@@ -34,13 +35,34 @@
     }
     const name = figure.querySelector("select")?.value ?? Object.keys(variants)[0];
     const places = figure.querySelectorAll(".drawing");
+    const chosen = figure.classList.contains("choosing") ? choose(figure, data[name]) : undefined;
     variants[name].forEach((plot, i) => {
       if (figure.token !== undefined) {
         plot.data[0].y = data.active[figure.token].map((ratio) => 100 * ratio);
       }
-      Plotly.react(places[i], plot.data, layout(plot.layout), config);
+      const shown = layout(plot.layout);
+      if (chosen) shown.shapes = [...(shown.shapes ?? []), mark(chosen.x)];
+      Plotly.react(places[i], plot.data, shown, config);
     });
     drawn.add(figure);
+  }
+
+  const mark = (x) => ({
+    type: "line", yref: "paper", x0: x, x1: x, y0: 0, y1: 1,
+    line: { color: "rgba(128,128,128,.8)", width: 2 },
+  });
+
+  /** The row that the slider is at: at first the sparsest of at most +1 % PPL. */
+  function choose(figure, rows) {
+    const slider = figure.querySelector("input");
+    slider.max = rows.length - 1;
+    if (!slider.dataset.moved) {
+      slider.value = Math.max(0, rows.findLastIndex((row) => row.change <= 1));
+    }
+    const row = rows[slider.value];
+    figure.querySelector(".detail").textContent = row.text;
+    slider.setAttribute("aria-valuetext", row.text);
+    return row;
   }
 
   function showToken(figure, index) {
@@ -102,6 +124,10 @@
   for (const figure of document.querySelectorAll(".figure")) {
     if (figure.querySelector(".drawing")) near.observe(figure);
     figure.querySelector("select")?.addEventListener("change", () => draw(figure));
+    figure.querySelector(".slider input")?.addEventListener("input", (event) => {
+      event.target.dataset.moved = "yes";
+      draw(figure);
+    });
     if (figure.classList.contains("tokens")) watchTokens(figure);
     const link = figure.querySelector("a.data");
     link.addEventListener("click", () => {

@@ -19,6 +19,7 @@ from fallow.checkpoints.text import load_text
 from fallow.common.errors import UsageError
 from fallow.common.files import check_writable, write_text
 from fallow.common.progress import console
+from fallow.common.tables import plus_minus
 from fallow.plan import Plan
 from fallow.reference.model import load
 from fallow.reporting.figures import (
@@ -31,6 +32,7 @@ from fallow.reporting.figures import (
     plan_section,
     results_section,
     sample_section,
+    side_by_side,
     tradeoff_section,
 )
 from fallow.reporting.measure import (
@@ -42,7 +44,7 @@ from fallow.reporting.measure import (
     load_sample,
     measure,
 )
-from fallow.reporting.results import read_results
+from fallow.reporting.results import read_results, speed_headlines
 
 RULES, SPARSITIES = ("topk", "cats", "tail"), (0.3, 0.5, 0.7)
 _HERE = Path(__file__).parent
@@ -136,18 +138,33 @@ def _write(
     """
     folder = Path(f"{output}.work") if work is None else Path(work)
     chapters: list[Chapter] = []
-    found = []
+    found: list[dict[str, Any]] = []
+    tables: list[list[dict[str, Any]]] = []
     for name in models:
         parts = _measured(name, kind, request, folder)
         used = {"--windows": parts["tradeoff"][0]["windows"]}
         commands = _Commands(name, models, options | used)
         chapters.append(Chapter(name, f"model-{len(chapters)}", _sections(parts, commands)))
         found.append(_main_figures(parts))
+        tables.append(parts["tradeoff"])
+    if len(found) > 1:
+        together = side_by_side([*zip(found, tables, strict=True)], commands.report())
+        chapters.insert(0, Chapter("Models", "models", [together]))
     if bars:
         section = results_section(bars, _Commands(models[0], models, options).report())
         chapters.append(Chapter("Results", "results", [section]))
-    write_text(output, render(chapters, request.text.name))
+    headlines = [*map(_headline, found), *speed_headlines(bars)]
+    write_text(output, render(chapters, request.text.name, headlines))
     return found
+
+
+def _headline(figures: dict[str, Any]) -> str:
+    """What a model's plan comes to, in one sentence."""
+    change = plus_minus(figures["ppl_change_percent"], figures["ppl_change_se"], sign="+")
+    return (
+        f"{figures['model']}: {figures['sparsity']:.0%} inactive at {change} % PPL, by rule "
+        f"{figures['rule']}."
+    )
 
 
 def _measured(name: str, kind: tuple[str, str], request: Request, folder: Path) -> dict[str, Any]:
@@ -163,11 +180,11 @@ def _measured(name: str, kind: tuple[str, str], request: Request, folder: Path) 
 def _sections(parts: dict[str, Any], commands: "_Commands") -> list[Section]:
     profile, layers = parts["profile"], parts["card"]["layers"]
     return [
+        tradeoff_section(parts["tradeoff"], commands.tradeoff()),
+        plan_section(parts["plan"], commands.plan()),
         card_section(parts["card"], parts["tradeoff"][0], commands.evaluate()),
         distribution_section(profile, commands.profile()),
         natural_section(profile, commands.profile()),
-        tradeoff_section(parts["tradeoff"], commands.tradeoff()),
-        plan_section(parts["plan"], commands.plan()),
         sample_section(parts["sample"], layers, commands.report()),
         comparison_section(parts["comparison"], commands.report()),
         neurons_section(parts["neurons"], commands.neurons(parts["neurons"])),
@@ -242,7 +259,7 @@ class _Commands:
 # The page ----------------------------------------------------------------------------------------
 
 
-def render(chapters: Sequence[Chapter], text: str) -> str:
+def render(chapters: Sequence[Chapter], text: str, headlines: Sequence[str]) -> str:
     """The whole HTML file; what comes from texts, models and files is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
@@ -264,6 +281,7 @@ def render(chapters: Sequence[Chapter], text: str) -> str:
     scripts = [get_plotlyjs().replace("\r\n", "\n"), _read("page.js")]
     return environment.get_template("page.html.jinja").render(
         chapters=chapters,
+        headlines=headlines,
         text=text,
         version=version("fallow"),
         policy=_policy(scripts),

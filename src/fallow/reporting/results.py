@@ -46,6 +46,29 @@ def read_results(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]
     return {name: bars for name, bars in found.items() if bars}
 
 
+def speed_headlines(bars: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Of every result one sentence: its speed, what it reads, and what timed beside it did."""
+    by_label = {
+        name: {bar["label"]: bar["value"] for bar in bars.get(METRICS[name][0], [])}
+        for name in ("decode_tps", "bytes_per_token")
+    }
+    speeds, found = by_label["decode_tps"], []
+    for label, speed in speeds.items():
+        beside = {
+            other.removeprefix(f"{label}: "): theirs
+            for other, theirs in speeds.items()
+            if other.startswith(f"{label}: ")
+        }
+        if any(label.startswith(f"{other}: ") for other in speeds):
+            continue  # it is told beside that one
+        read = by_label["bytes_per_token"].get(label)
+        told = f"{label}: {speed:.1f} tokens/s"
+        told += "" if read is None else f", {read:.1f} MB read per token"
+        told += "".join(f", against {theirs:.1f} of {who}" for who, theirs in beside.items())
+        found.append(f"{told}.")
+    return found
+
+
 def _last_line(path: Path) -> str:
     try:
         return (path.read_text(encoding="utf-8").strip().splitlines() or [""])[-1]
