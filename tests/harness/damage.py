@@ -285,7 +285,7 @@ def damage_gguf(rng: Rng, data: bytes) -> bytes:
             fields[i] = (fields[i][0], _odd_field(rng, fields[i][1]))
         else:
             tensors[i] = (tensors[i][0], _odd_tensor(rng, tensors[i][1]))
-    return _write_gguf(data[4:8], fields, tensors, data[start:])
+    return write_gguf_entries(data[4:8], fields, tensors, data[start:])
 
 
 Entry = tuple[bytes, bytes]  # a name, and what follows it in the file
@@ -329,7 +329,7 @@ def read_gguf_entries(data: bytes) -> tuple[list[Entry], list[Entry], int]:
     return fields, tensors, -(-at // alignment) * alignment
 
 
-def _write_gguf(version: bytes, fields: list[Entry], tensors: list[Entry], body: bytes) -> bytes:
+def write_gguf_entries(version: bytes, fields: list[Entry], tensors: list[Entry], body: bytes) -> bytes:
     head = b"GGUF" + version + struct.pack("<QQ", len(tensors), len(fields))
     head += b"".join(len(k).to_bytes(8, "little") + k + v for k, v in [*fields, *tensors])
     alignment = next((v for k, v in fields if k == b"general.alignment"), b"")[4:]
