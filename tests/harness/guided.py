@@ -50,6 +50,7 @@ class Found:
 def write_core_seeds(root: Path, corpus: Path) -> None:
     """Models of every kind of layer, without their tokenizers; and the names in them (words.txt)."""
     from conftest import engine_plan
+    from fallow.common.progress import console
     from fallow.engine.engine import Engine
     from fallow.packing.ffn_file import pack_ffns
     from fallow.plan import Cut
@@ -57,6 +58,7 @@ def write_core_seeds(root: Path, corpus: Path) -> None:
     from harness.seeds import Seeds
     from test_models import write_gguf
 
+    console.quiet = True
     seeds = Seeds(root)
     found = [
         seeds.packed(f"core/{name}", seeds.model(name), quant="f32")
@@ -183,9 +185,7 @@ def run(name: str, seconds: int, seed: int, root: Path, keep: Path, program: Pat
 def table(found: list[Found]) -> str:
     lines = [f"{'target':16}{'seconds':>9}{'executions':>12}{'edges':>9}{'defects':>9}"]
     for f in found:
-        lines.append(
-            f"{f.target:16}{f.seconds:9}{f.executions:12}{f.edges:9}{len(f.defects):9}"
-        )
+        lines.append(f"{f.target:16}{f.seconds:9}{f.executions:12}{f.edges:9}{len(f.defects):9}")
     return "\n".join([*lines, *(defect for f in found for defect in f.defects)])
 
 

@@ -138,11 +138,26 @@ class Disk:
             self.open.pop(int(words[0].split("<")[0]), None)
             return False
         if name == "mmap":
-            if self._inside(_path_of(words[4])) and "MAP_SHARED" in words[3] and "PROT_WRITE" in words[2]:
+            if (
+                self._inside(_path_of(words[4]))
+                and "MAP_SHARED" in words[3]
+                and "PROT_WRITE" in words[2]
+            ):
                 raise NotImplementedError("writes to mapped files are not recorded")
             return False
-        if name in ("rename", "renameat", "renameat2", "unlink", "unlinkat", "mkdir", "mkdirat", "rmdir"):
-            return self._named(name, [self._full(words, i) for i, w in enumerate(words) if w[:1] == '"'])
+        if name in (
+            "rename",
+            "renameat",
+            "renameat2",
+            "unlink",
+            "unlinkat",
+            "mkdir",
+            "mkdirat",
+            "rmdir",
+        ):
+            return self._named(
+                name, [self._full(words, i) for i, w in enumerate(words) if w[:1] == '"']
+            )
         if name == "truncate":
             path = os.fsdecode(_bytes(words[0]))
             if self._inside(path):
@@ -197,6 +212,11 @@ class Disk:
             parts = re.findall(r'iov_base="([^"]*)"', ", ".join(words[1:]))
             found.file.write(at, b"".join(map(_bytes, parts))[: call.result])
             found.at = at + call.result
+        elif name == "sendfile":  # as shutil copies, from a file outside
+            begin = int(words[2].split("]")[0].strip("["))
+            data = Path(_path_of(words[1])).read_bytes()[begin : begin + call.result]
+            found.file.write(found.at, data)
+            found.at += call.result
         elif name == "pwrite64":
             found.file.write(int(words[3]), _bytes(words[1])[: call.result])
         else:
@@ -283,7 +303,7 @@ class PowerLoss(Killer):
         tally = Tally(self.name)
         states = dict(self._states(tally))
         tally.states = len(states)
-        chosen = set(range(0, len(states), max(1, len(states) // again)) if again else ())
+        chosen = {i * len(states) // again for i in range(again)}
         for i, (state, when) in enumerate(states.items()):
             self._write(dict(state))
             problems = list(self._problems(files_of(self.out), usual))
