@@ -1,4 +1,4 @@
-"""Sudden loss of power; `benchmarks/reliability.py power` cuts every command off after every call."""
+"""Sudden loss of power; `benchmarks/reliability.py power` does the same with every command."""
 
 import subprocess
 import sys
@@ -49,7 +49,8 @@ def test_what_is_not_synced_is_lost(tmp_path: Path) -> None:
     script = CARELESS.format(folder=str(folder))
     command = [*STRACE, "-o", str(trace), sys.executable, "-c", script]
     subprocess.run(command, check=True, timeout=120)
-    disk, before_cut = Disk(folder), {}
+    disk = Disk(folder)
+    before_cut: dict[str, bytes | None] = {}
     for call in read_trace(trace):
         if call.name == "truncate":
             before_cut = disk.contents("all")

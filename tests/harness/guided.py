@@ -48,7 +48,7 @@ class Found:
 
 
 def write_core_seeds(root: Path, corpus: Path) -> None:
-    """Models of every kind of layer, without their tokenizers; and the names in them (words.txt)."""
+    """Models of every kind of layer, without tokenizers; and the names in them (words.txt)."""
     from conftest import engine_plan
     from fallow.common.progress import console
     from fallow.engine.engine import Engine
@@ -89,7 +89,7 @@ def write_core_seeds(root: Path, corpus: Path) -> None:
 
 
 def read(name: str, root: Path, corpus: Path, options: list[str]) -> None:
-    """Runs the readers of a target of fuzzing.py, with the paths through fallow's Python recorded."""
+    """Runs the readers of a target of fuzzing.py, its paths through Python recorded."""
     import atheris
 
     with atheris.instrument_imports(include=["fallow.checkpoints", "fallow.plan"]):
@@ -172,7 +172,7 @@ def run(name: str, seconds: int, seed: int, root: Path, keep: Path, program: Pat
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     edges = re.findall(r"cov: (\d+)", done.stderr)
     executions = re.findall(r"number_of_executed_units:\s*(\d+)", done.stderr)
-    if not executions and done.returncode == 0 or not edges:
+    if not edges or (not executions and done.returncode == 0):
         raise RuntimeError(f"{name} did not run: {done.stderr[-2000:]}")
     defects = sorted(str(path) for path in set(keep.iterdir()) - before)
     if done.returncode != 0:

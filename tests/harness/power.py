@@ -1,9 +1,9 @@
 """Sudden loss of power: what a command told the kernel, cut off after every call, and read back.
 
-strace records the calls of a command that change its output folder: C++, Rust and Python alike. After
-each of them the machine could lose power. Four disks are then possible, of which POSIX promises no
-better one: `DISKS`. A state is a defect if a file that has its final name is not whole, or the same
-command, run again, does not end with an undisturbed run's files.
+strace records the calls of a command that change its output folder: C++, Rust and Python alike.
+After each of them the machine could lose power; which four disks are then looked at, `DISKS` says.
+One is a defect if a file that has its final name is not whole, or the same command, run again, does
+not end with an undisturbed run's files.
 """
 
 import os
