@@ -4,6 +4,8 @@ Some ten minutes of one core each; a stopped step goes on where it was:
 
     python benchmarks/reliability.py fuzz        # damaged files of every format
     python benchmarks/reliability.py kill        # every command that writes, killed at any moment
+    python benchmarks/reliability.py power       # the same, and the power fails; needs strace
+    python benchmarks/reliability.py guided      # libFuzzer, atheris: 20 minutes; needs clang
     python benchmarks/reliability.py load        # many clients at one server: two minutes
     python benchmarks/reliability.py hostile     # requests that mean harm: five minutes
     python benchmarks/reliability.py pages       # reports in a browser; makes them first: an hour
@@ -26,10 +28,15 @@ sys.path.append(str(ROOT / "tests"))  # where the short runs of the same are
 RESULTS = ROOT / "benchmarks" / "results" / "reliability"
 CASES, SEED = 100_000, 0
 KILLS = 15  # of each command
+STATES = 6  # after a loss of power, from which the command is run again
+GUIDED_SECONDS = 300  # of each target
 
 
 def steps() -> dict[str, Callable[[], None]]:
-    return {"fuzz": fuzz, "kill": kill, "load": load, "hostile": hostile, "pages": pages}
+    return {
+        "fuzz": fuzz, "guided": guided, "kill": kill, "power": power, "load": load,
+        "hostile": hostile, "pages": pages,
+    }  # fmt: skip
 
 
 def fuzz() -> None:
@@ -52,6 +59,35 @@ def kill() -> None:
     with tempfile.TemporaryDirectory() as root, Server() as server:
         for name in COMMANDS:
             keep(name, lambda n=name: Killer(n, Path(root), server, SEED).run(KILLS).to_json())
+            print(name, flush=True)
+
+
+def guided() -> None:
+    """Fuzzing that looks for new paths: see tests/harness/guided.py."""
+    from harness.guided import TARGETS, build_core, run
+
+    keep, defects = keeper(RESULTS / "guided"), ROOT / "build" / "fuzz-defects"
+    program = build_core(ROOT / "build" / "fuzz")
+    for name in TARGETS:
+        with tempfile.TemporaryDirectory() as root:
+            keep(
+                name,
+                lambda n=name, r=Path(root): run(
+                    n, GUIDED_SECONDS, SEED, r, defects, program
+                ).to_json(),
+            )
+        print(name, flush=True)
+
+
+def power() -> None:
+    """Commands whose machine loses power: see tests/harness/power.py."""
+    from harness.killing import COMMANDS, Server
+    from harness.power import PowerLoss
+
+    keep = keeper(RESULTS / "power")
+    with tempfile.TemporaryDirectory() as root, Server() as server:
+        for name in COMMANDS:
+            keep(name, lambda n=name: PowerLoss(n, Path(root), server).run_states(STATES).to_json())
             print(name, flush=True)
 
 
@@ -114,6 +150,25 @@ file. **Too late**: trials besides, which found the command finished; **writing*
 files; **temporary**: kills that left temporary files, whose names begin with a dot; **continued**:
 kills that left something which the second run goes on from."""
 
+GUIDED = """
+## Paths that were not taken
+
+libFuzzer (the C++ core's readers of packed files and of the plugin's, and a pass with random cuts
+through what they accept, under Address- and UndefinedBehaviorSanitizer) and atheris (the readers of
+GGUF, safetensors and plans in Python) change tiny models and keep what takes a new path. **Edges**:
+those that were taken, of Python in `fallow.checkpoints` and `fallow.plan`. The same things are
+defects as above. `make fuzz` runs it."""
+
+POWER = f"""
+## Lost power
+
+strace records what a command tells the kernel of its output folder, from C++, Rust and Python.
+After every call that changes it the power fails, and four disks are looked at: with everything
+written; with all names, but of files only what was synced; with zeros where data were not synced;
+and of folders only the names that were synced. Whatever has its final name must be whole, as above;
+from {STATES} of a command's disks, evenly spread, the same command must end with the undisturbed
+run's files. **States**: disks that differ."""
+
 LOAD = """
 ## Rude clients
 
@@ -141,8 +196,9 @@ desk, until the page has loaded and its first figure is drawn; five times each, 
 def report() -> str:
     lines = [INTRODUCTION]
     for name, table in (
-        ("fuzz", _fuzz_lines), ("kill", _kill_lines), ("load", _load_lines),
-        ("hostile", _hostile_lines), ("pages", _page_lines)
+        ("fuzz", _fuzz_lines), ("guided", _guided_lines), ("kill", _kill_lines),
+        ("power", _power_lines), ("load", _load_lines), ("hostile", _hostile_lines),
+        ("pages", _page_lines),
     ):  # fmt: skip
         path = RESULTS / name / "result.json"
         if path.exists():
@@ -176,6 +232,27 @@ def _kill_lines(rows: list[dict[str, Any]]) -> list[str]:
     sums = [str(sum(row[name] for row in rows)) for name in names]
     defects = sum(len(row["defects"]) for row in rows)
     lines.append(f"| **all** | | {' | '.join(sums)} | {defects} |")
+    return lines
+
+
+def _guided_lines(rows: list[dict[str, Any]]) -> list[str]:
+    heads = ("target", "seconds", "executions", "edges", "defects")
+    lines = [GUIDED, f"\n| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|"]
+    for r in rows:
+        cells = (r["target"], r["seconds"], r["executions"], r["edges"], len(r["defects"]))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def _power_lines(rows: list[dict[str, Any]]) -> list[str]:
+    names = ("calls", "syncs", "states", "again")
+    heads = ("command", "calls", "syncs among them", "states", "run again", "defects")
+    lines = [POWER, f"\n| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|"]
+    for r in rows:
+        cells = (r["command"], *(r[name] for name in names), len(r["defects"]))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    sums = [*(sum(r[name] for r in rows) for name in names), sum(len(r["defects"]) for r in rows)]
+    lines.append(f"| **all** | {' | '.join(map(str, sums))} |")
     return lines
 
 

@@ -285,51 +285,58 @@ def damage_gguf(rng: Rng, data: bytes) -> bytes:
             fields[i] = (fields[i][0], _odd_field(rng, fields[i][1]))
         else:
             tensors[i] = (tensors[i][0], _odd_tensor(rng, tensors[i][1]))
-    return _write_gguf(data[4:8], fields, tensors, data[start:])
+    return write_gguf_entries(data[4:8], fields, tensors, data[start:])
 
 
 Entry = tuple[bytes, bytes]  # a name, and what follows it in the file
 
 
 def read_gguf_entries(data: bytes) -> tuple[list[Entry], list[Entry], int]:
-    """Metadata, tensors, and where the tensors' data begin, of a whole file."""
+    """Metadata, tensors, and where the tensors' data begin. Raises ValueError if they end early."""
     n_tensors, n_fields = struct.unpack("<QQ", data[8:24])
     at = 24
 
     def name() -> bytes:
         nonlocal at
         size = int.from_bytes(data[at : at + 8], "little")
-        at += 8 + size
+        move(8 + size)
         return data[at - size : at]
 
-    def skip(kind: int) -> None:
+    def move(size: int) -> None:
         nonlocal at
+        at += size
+        if at > len(data):
+            raise ValueError("the header ends early")
+
+    def skip(kind: int) -> None:
         if kind == 8:
             name()
         elif kind == 9:
             item, count = struct.unpack("<IQ", data[at : at + 12])
-            at += 12
+            move(12)
             for _ in range(count):
                 skip(item)
         else:
-            at += _SIZES[kind]
+            move(_SIZES[kind])
 
     fields, tensors, alignment = [], [], 32
     for _ in range(n_fields):
         key, begin = name(), at
-        at += 4
+        move(4)
         skip(int.from_bytes(data[begin : begin + 4], "little"))
         fields.append((key, data[begin:at]))
         if key == b"general.alignment":
             alignment = int.from_bytes(data[begin + 4 : at], "little")
     for _ in range(n_tensors):
         key, begin = name(), at
-        at += 4 + 8 * int.from_bytes(data[begin : begin + 4], "little") + 12
+        move(4 + 8 * int.from_bytes(data[begin : begin + 4], "little") + 12)
         tensors.append((key, data[begin:at]))
     return fields, tensors, -(-at // alignment) * alignment
 
 
-def _write_gguf(version: bytes, fields: list[Entry], tensors: list[Entry], body: bytes) -> bytes:
+def write_gguf_entries(
+    version: bytes, fields: list[Entry], tensors: list[Entry], body: bytes
+) -> bytes:
     head = b"GGUF" + version + struct.pack("<QQ", len(tensors), len(fields))
     head += b"".join(len(k).to_bytes(8, "little") + k + v for k, v in [*fields, *tensors])
     alignment = next((v for k, v in fields if k == b"general.alignment"), b"")[4:]

@@ -293,11 +293,11 @@ for line in sys.stdin:
 class Server:
     """Starts commands as processes of their own, quickly."""
 
-    def __init__(self, **variables: str) -> None:
-        """With these environment variables besides its own."""
+    def __init__(self, before: tuple[str, ...] = (), **variables: str) -> None:
+        """With these environment variables besides its own, and words before the command."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | variables
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], text=True, env=environment,
+            [*before, sys.executable, "-c", SERVER], text=True, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
