@@ -23,7 +23,7 @@ from fallow.calibration.calibrator import Calibrator
 from fallow.engine.engine import Engine
 from fallow.models import ARCHITECTURES
 from fallow.plan import Cut, Plan
-from fallow.rules import RULES
+from fallow.rules import RULES, teal_relative
 from fallow.rules._greedy import Greedy
 
 pytest.register_assert_rewrite("engines", "selecting")
@@ -233,7 +233,10 @@ EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss"
 UNPACKED = ("gemma3n", "gemma4", "qwen3_5")  # which the engine does not run
 PACKED = tuple(name for name in ARCHITECTURES if name not in UNPACKED)
 NEURON_RULES = tuple(rule for rule in RULES if not rule.startswith("expert_"))
-Greedy.options = {"step": 40}  # its default, 5, takes eight times as many runs of a block
+# Steps of greedy allocation: the defaults, 5 % and these by five, take some five to eight times as
+# many runs of a block, most of what a fitted rule costs.
+Greedy.options = {"step": 40}
+teal_relative.ALPHA, teal_relative.LARGEST_STEP = 0.1, 0.5
 DENSE = tuple(name for name in ARCHITECTURES if name not in EXPERTS)
 PACKED_DENSE = tuple(name for name in DENSE if name in PACKED)
 # What transformers has no class of: the config.json says this besides. FATReLU jumps at its limit,
