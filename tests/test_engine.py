@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ import pytest
 import torch
 
 import fallow
-from conftest import EXPERTS, PACKED, SAMPLE, engine_plan, make_folder, thread_count
+from conftest import (
+    EXPERTS,
+    PACKED,
+    SAMPLE,
+    OnDemand,
+    engine_plan,
+    make_folder,
+    thread_count,
+)
 from engines import ERROR, IDS, check_a_few, cutting_plan, fails, make_plan, one_by_one, reference
 from fallow import _core
 from fallow.calibration.calibrator import Calibrator
@@ -63,22 +72,32 @@ def test_a_few_tokens_are_as_one_by_one(name: str, kernels: str, packed: dict[st
     check_a_few(engine)
 
 
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """A tiny llama, packed in each type."""
+    root = tmp_path_factory.mktemp("quantised")
+
+    def make(kind: str) -> Path:
+        width = 256 if kind.endswith("k") else 96
+        folder = make_folder("llama", root / kind, hidden_size=width, num_attention_heads=4)
+        pack(folder, root / f"{kind}.gguf", quant=kind)
+        return root / f"{kind}.gguf"
+
+    return OnDemand(("q4_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"), make)
+
+
 @pytest.mark.parametrize("kernels", _core.KERNELS)
 @pytest.mark.parametrize("kind", ["q4_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"])
-def test_a_few_quantised_tokens(kind: str, kernels: str, tmp_path: Path) -> None:
-    width = 256 if kind.endswith("k") else 96
-    folder = make_folder("llama", tmp_path / "m", hidden_size=width, num_attention_heads=4)
-    pack(folder, tmp_path / "m.gguf", quant=kind)
-    check_a_few(Engine(tmp_path / "m.gguf", kernels=kernels))
+def test_a_few_quantised_tokens(kind: str, kernels: str, quantised: Mapping[str, Path]) -> None:
+    check_a_few(Engine(quantised[kind], kernels=kernels))
 
 
 @pytest.mark.parametrize("kernels", _core.KERNELS)
 @pytest.mark.parametrize("kind", ["q4_0", "q5_1", "q8_0", "q4_k", "q5_k"])
-def test_a_prompt_in_bytes_is_near_the_exact_one(kind: str, kernels: str, tmp_path: Path) -> None:
-    width = 256 if kind.endswith("k") else 96
-    folder = make_folder("llama", tmp_path / "m", hidden_size=width, num_attention_heads=4)
-    pack(folder, tmp_path / "m.gguf", quant=kind)
-    engine = Engine(tmp_path / "m.gguf", kernels=kernels)
+def test_a_prompt_in_bytes_is_near_the_exact_one(
+    kind: str, kernels: str, quantised: Mapping[str, Path]
+) -> None:
+    engine = Engine(quantised[kind], kernels=kernels)
     exact = engine.logits(IDS)
     assert np.abs(engine.logits(IDS, exact=False) - exact).max() < 0.05 * np.ptp(exact)
 
