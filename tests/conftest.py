@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 
@@ -20,32 +21,20 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 import fallow
 from fallow import cli
 from fallow.calibration.calibrator import Calibrator
-from fallow.engine.engine import Engine
+from fallow.engine import engine as engine_module
+from fallow.engine.engine import Engine, thread_count
 from fallow.models import ARCHITECTURES
 from fallow.plan import Cut, Plan
-from fallow.rules import RULES
+from fallow.rules import RULES, teal_relative
 from fallow.rules._greedy import Greedy
 
 pytest.register_assert_rewrite("engines", "selecting")
 
+# Engines have one thread where a test asks for no number. Two that share two cores with other
+# processes wait, spinning, for what does not run: of 100 tokens one by one, 20 ms become 2.5 s.
+engine_module.thread_count = lambda threads: thread_count(1 if threads is None else threads)
+
 DATA = Path(os.environ.get("FALLOW_DATA", Path(__file__).parent.parent / "../shared/data"))
-
-# Files of few tests that take long. Begun last, they keep one process busy and the other idle.
-LONG = (
-    "documented_commands",
-    "surroundings",
-    "laws",
-    "harness",
-    "fuzz",
-    "kill",
-    "report",
-    "optimize",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
-
 
 # A page of real text that every clone has.
 SAMPLE = Path(__file__).parent / "data" / "text.txt"
@@ -233,7 +222,10 @@ EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss"
 UNPACKED = ("gemma3n", "gemma4", "qwen3_5")  # which the engine does not run
 PACKED = tuple(name for name in ARCHITECTURES if name not in UNPACKED)
 NEURON_RULES = tuple(rule for rule in RULES if not rule.startswith("expert_"))
-Greedy.options = {"step": 40}  # its default, 5, takes eight times as many runs of a block
+# Steps of greedy allocation: the defaults, 5 % and these by five, take some five to eight times as
+# many runs of a block, most of what a fitted rule costs.
+Greedy.options = {"step": 40}
+teal_relative.ALPHA, teal_relative.LARGEST_STEP = 0.1, 0.5
 DENSE = tuple(name for name in ARCHITECTURES if name not in EXPERTS)
 PACKED_DENSE = tuple(name for name in DENSE if name in PACKED)
 # What transformers has no class of: the config.json says this besides. FATReLU jumps at its limit,
@@ -371,25 +363,53 @@ def engine_plan(engine: Engine, *cuts: Cut, **others: Any) -> Plan:
     )
 
 
+T = TypeVar("T")
+
 TEXT = " ".join(f"neuron {i} rests while neuron {i * 7 % 31} works." for i in range(200))
 OTHER_TEXT = " ".join(f"the {i * 3 % 17}th gate lets {i} of them through;" for i in range(200))
 
 
+class OnDemand(Mapping[str, T]):
+    """What each of some names stands for, made when it is first asked for."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], T]) -> None:
+        self._names, self._make = tuple(names), make
+        self._made: dict[str, T] = {}
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: make_folder(name, root / name) for name in CONFIGS}
+    return OnDemand(CONFIGS, lambda name: make_folder(name, root / name))
 
 
 @pytest.fixture(scope="session")
-def packed(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def packed(
+    folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Path]:
     """Every tiny model as a packed file of F32 weights."""
     from fallow.packing.packer import pack
 
     root = tmp_path_factory.mktemp("packed")
-    for name in PACKED:
+
+    def make(name: str) -> Path:
         pack(folders[name], root / f"{name}.gguf", quant="f32")
-    return {name: root / f"{name}.gguf" for name in PACKED}
+        return root / f"{name}.gguf"
+
+    return OnDemand(PACKED, make)
 
 
 @pytest.fixture
@@ -399,9 +419,9 @@ def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(folders: dict[str, Path]) -> dict[str, "fallow.Model"]:
+def tiny(folders: Mapping[str, Path]) -> Mapping[str, "fallow.Model"]:
     """Loaded models, by architecture; not to be changed."""
-    return {name: fallow.load(folder) for name, folder in folders.items()}
+    return OnDemand(CONFIGS, lambda name: fallow.load(folders[name]))
 
 
 TALK = """{% for m in messages %}
@@ -475,12 +495,23 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def calibrators(tiny: dict[str, fallow.Model], texts: tuple[Path, Path]) -> dict[str, Calibrator]:
+def calibrators(
+    tiny: Mapping[str, fallow.Model], texts: tuple[Path, Path]
+) -> Mapping[str, Calibrator]:
     """A calibrator of every tiny model."""
-    return {
-        name: Calibrator(model, texts[0], context=32, windows=4, validation_windows=2)
-        for name, model in tiny.items()
-    }
+    return OnDemand(
+        CONFIGS,
+        lambda name: Calibrator(tiny[name], texts[0], context=32, windows=4, validation_windows=2),
+    )
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval does not look through its own ten thousand tasks, which takes it 15 s every time."""
+    from lm_eval import tasks
+
+    ours = partial(tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", ours)
 
 
 @pytest.fixture(scope="session")

@@ -52,8 +52,8 @@ def cutting_plan(engine: Engine) -> Plan:
 
 def make_plan(calibrator: Calibrator, rule: str, sparsity: float) -> Plan:
     if rule == "relu":
-        return calibrator.plan(rule, knob=0.0)
-    return calibrator.plan(rule, sparsity=sparsity)
+        return calibrator.plan(rule, knob=0.0, measure=False)
+    return calibrator.plan(rule, sparsity=sparsity, measure=False)
 
 
 def fails(kind: type[Exception], call: Any) -> str:

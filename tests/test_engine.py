@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ import pytest
 import torch
 
 import fallow
-from conftest import EXPERTS, PACKED, SAMPLE, make_folder
+from conftest import (
+    EXPERTS,
+    PACKED,
+    SAMPLE,
+    OnDemand,
+    engine_plan,
+    make_folder,
+    thread_count,
+)
 from engines import ERROR, IDS, check_a_few, cutting_plan, fails, make_plan, one_by_one, reference
 from fallow import _core
 from fallow.calibration.calibrator import Calibrator
@@ -45,7 +54,7 @@ def test_logits_are_those_of_transformers(
     name: str, kernels: str, tiny: dict[str, fallow.Model], packed: dict[str, Path]
 ) -> None:
     expected = reference(tiny[name])
-    engine = Engine(packed[name], threads=2, kernels=kernels)
+    engine = Engine(packed[name], kernels=kernels)
     assert engine.kernels == kernels
     assert np.abs(engine.logits(IDS) - expected).max() < ERROR
     assert np.abs(one_by_one(engine) - expected).max() < ERROR
@@ -57,28 +66,38 @@ def test_logits_are_those_of_transformers(
 @pytest.mark.parametrize(("name", "kernels"), PAIRS)
 def test_a_few_tokens_are_as_one_by_one(name: str, kernels: str, packed: dict[str, Path]) -> None:
     """Bit by bit: a batch verifies what one token after another would have said."""
-    engine = Engine(packed[name], threads=2, kernels=kernels)
+    engine = Engine(packed[name], kernels=kernels)
     check_a_few(engine)
     engine.use_plan(cutting_plan(engine))
     check_a_few(engine)
 
 
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """A tiny llama, packed in each type."""
+    root = tmp_path_factory.mktemp("quantised")
+
+    def make(kind: str) -> Path:
+        width = 256 if kind.endswith("k") else 96
+        folder = make_folder("llama", root / kind, hidden_size=width, num_attention_heads=4)
+        pack(folder, root / f"{kind}.gguf", quant=kind)
+        return root / f"{kind}.gguf"
+
+    return OnDemand(("q4_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"), make)
+
+
 @pytest.mark.parametrize("kernels", _core.KERNELS)
 @pytest.mark.parametrize("kind", ["q4_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"])
-def test_a_few_quantised_tokens(kind: str, kernels: str, tmp_path: Path) -> None:
-    width = 256 if kind.endswith("k") else 96
-    folder = make_folder("llama", tmp_path / "m", hidden_size=width, num_attention_heads=4)
-    pack(folder, tmp_path / "m.gguf", quant=kind)
-    check_a_few(Engine(tmp_path / "m.gguf", threads=2, kernels=kernels))
+def test_a_few_quantised_tokens(kind: str, kernels: str, quantised: Mapping[str, Path]) -> None:
+    check_a_few(Engine(quantised[kind], kernels=kernels))
 
 
 @pytest.mark.parametrize("kernels", _core.KERNELS)
 @pytest.mark.parametrize("kind", ["q4_0", "q5_1", "q8_0", "q4_k", "q5_k"])
-def test_a_prompt_in_bytes_is_near_the_exact_one(kind: str, kernels: str, tmp_path: Path) -> None:
-    width = 256 if kind.endswith("k") else 96
-    folder = make_folder("llama", tmp_path / "m", hidden_size=width, num_attention_heads=4)
-    pack(folder, tmp_path / "m.gguf", quant=kind)
-    engine = Engine(tmp_path / "m.gguf", threads=2, kernels=kernels)
+def test_a_prompt_in_bytes_is_near_the_exact_one(
+    kind: str, kernels: str, quantised: Mapping[str, Path]
+) -> None:
+    engine = Engine(quantised[kind], kernels=kernels)
     exact = engine.logits(IDS)
     assert np.abs(engine.logits(IDS, exact=False) - exact).max() < 0.05 * np.ptp(exact)
 
@@ -137,6 +156,22 @@ def test_the_type_of_down_proj_is_chosen_on_another_text_than_reported(
     assert check.ppl_change_percent == pytest.approx(found.ppl_change_percent, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_threads_share_the_work(name: str, packed: dict[str, Path]) -> None:
+    """Of a prompt, a few tokens and one, dense and under plans; most tests run a single thread."""
+    one, three = engines = [Engine(packed[name], threads=n) for n in (1, 3)]
+    inter = engine_plan(one, Cut("inter", "topk", 0.4, "column_norm"))
+    for plan in (None, cutting_plan(one), inter):
+        found = []
+        for engine in engines:
+            engine.use_plan(plan)
+            engine.reset()
+            parts = np.split(IDS[:25], [12, 20, 24, 25])[:4]
+            found.append(np.concatenate([engine.forward(p, every=True) for p in parts]))
+        np.testing.assert_allclose(found[1], found[0], atol=1e-4)
+    assert three.threads == 3
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_run_is_deterministic(threads: int, packed: dict[str, Path]) -> None:
     runs = [one_by_one(Engine(packed["llama"], threads=threads)) for _ in range(2)]
@@ -150,7 +185,7 @@ def test_score(packed: dict[str, Path], tiny: dict[str, fallow.Model]) -> None:
 
 
 def test_generation(packed: dict[str, Path], tiny: dict[str, fallow.Model]) -> None:
-    engine = Engine(packed["gemma3"], threads=2)
+    engine = Engine(packed["gemma3"])
     pieces = list(engine.generate("neuron 3 rests", max_tokens=24))
     assert list(pieces) == list(tiny["gemma3"].generate("neuron 3 rests", 24))
     stats = engine.stats
@@ -271,6 +306,7 @@ def test_threads_that_do_not_start_are_one_line(talking: Path, memory: str) -> N
 
 
 def test_as_many_threads_as_may_run(packed: dict[str, Path], monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("fallow.engine.engine.thread_count", thread_count)
     monkeypatch.setattr("fallow.engine.engine.processors", lambda: 3)
     assert Engine(packed["llama"]).threads == 3
     assert capsys.readouterr().err == ""

@@ -33,7 +33,7 @@ SMALL_ERROR = 0.005
 
 @pytest.mark.parametrize("name", PACKED_DENSE)
 def test_a_few_tokens_under_a_plan(name: str, packed: dict[str, Path]) -> None:
-    engine = Engine(packed[name], threads=2)
+    engine = Engine(packed[name])
     gate = ("gate_proj",) if engine.file.get("fallow.gated") else ()
     inputs = ("q_proj", "k_proj", "v_proj", "o_proj", *gate, "up_proj", "down_proj")
     plans = [
@@ -125,7 +125,7 @@ def test_plans_are_those_of_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every token but those after a near-tie, where rounding may decide and later tokens see it."""
-    model, engine = tiny[name], Engine(packed[name], threads=2)
+    model, engine = tiny[name], Engine(packed[name])
 
     def logits() -> np.ndarray:
         with f16_cache():
@@ -158,7 +158,7 @@ def test_the_same_neurons_are_chosen(
     calibrators: dict[str, Calibrator],
 ) -> None:
     plan = make_plan(calibrators["llama"], rule, 0.5)
-    engine = Engine(packed["llama"], plan, threads=2)
+    engine = Engine(packed["llama"], plan)
     one_by_one(engine)
     decoded = engine.idle_neurons()
     engine.reset_stats()
@@ -206,7 +206,7 @@ def test_active_neurons_are_those_of_the_reference(
 def test_sparsity_0_is_dense(
     rule: str, packed: dict[str, Path], calibrators: dict[str, Calibrator]
 ) -> None:
-    engine = Engine(packed["qwen2"], threads=2)
+    engine = Engine(packed["qwen2"])
     dense = one_by_one(engine), engine.logits(IDS)
     plan = make_plan(calibrators["qwen2"], rule, 0.0)
     for other in (plan, dataclasses.replace(plan, cuts=())):  # an empty plan, too

@@ -299,7 +299,7 @@ def test_engine_cuts_as_the_model_does(
 
 
 def check_engine(model: fallow.Model, path: Path, plan: Plan) -> None:
-    engine = Engine(path, plan, threads=2)
+    engine = Engine(path, plan)
     with f16_cache():  # but in GPT-OSS, whose attention is another
         expected = reference(model, plan)
     assert np.abs(expected - reference(model)).max() > 10 * ERROR
@@ -343,7 +343,7 @@ def test_rows_that_are_not_read(quant: str, tmp_path: Path) -> None:
     width = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 48}
     folder = make_folder("qwen3_moe", tmp_path / "m", initializer_range=0.05, **width)
     pack(folder, tmp_path / "m.gguf", quant=quant)
-    dense, engine = Engine(tmp_path / "m.gguf", threads=2), Engine(tmp_path / "m.gguf", threads=2)
+    dense, engine = Engine(tmp_path / "m.gguf"), Engine(tmp_path / "m.gguf")
     engine.use_plan(engine_plan(engine, Cut("gate_act", "topk", 0.25)))
     read = []
     for each in (dense, engine):
@@ -370,10 +370,10 @@ def test_experts_on_the_disk(
     """Logits under a plan do not depend on where experts come from."""
     path = packed["qwen3_moe"]
     plan = calibrators["qwen3_moe"].plan(rule, sparsity=0.5, measure=False)
-    whole = Engine(path, plan, threads=2)
+    whole = Engine(path, plan)
     least = residencies(parts_of(whole.file, False), None, experts_of(whole.file))[-1]
     monkeypatch.setattr("fallow.engine.engine.rss_bytes", lambda: 0)
-    engine = Engine(path, plan, threads=2, memory=RESERVE + least.memory)
+    engine = Engine(path, plan, memory=RESERVE + least.memory)
     np.testing.assert_array_equal(one_by_one(engine), one_by_one(whole))
     np.testing.assert_array_equal(engine.logits(IDS), whole.logits(IDS))
     assert engine.core_stats()["disk"]["missing_experts"] > 0
@@ -382,8 +382,8 @@ def test_experts_on_the_disk(
 def test_zeros_of_a_relu_are_skipped(tmp_path: Path) -> None:
     folder = make_folder("mixtral", tmp_path / "m", hidden_act="relu")
     pack(folder, tmp_path / "m.gguf", quant="f32")
-    engine = Engine(tmp_path / "m.gguf", threads=2)
-    whole = Engine(tmp_path / "m.gguf", threads=2, skip_zeros=False)
+    engine = Engine(tmp_path / "m.gguf")
+    whole = Engine(tmp_path / "m.gguf", skip_zeros=False)
     expected = reference(fallow.load(folder))
     read = []
     for each in (engine, whole):

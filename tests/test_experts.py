@@ -91,7 +91,7 @@ def test_router_rules_are_those_of_the_reference(
     calibrators: dict[str, Calibrator],
 ) -> None:
     model, plan = tiny[name], calibrators[name].plan(rule, knob=ROUTER_RULES[rule])
-    engine = Engine(packed[name], plan, threads=2)
+    engine = Engine(packed[name], plan)
     expected, dense = reference(model, plan), reference(model)
     assert np.abs(expected - dense).max() > 10 * ERROR
     for found in (engine.logits(IDS), one_by_one(engine)):
@@ -112,7 +112,7 @@ def test_router_rules_are_those_of_the_reference(
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_active_neurons_of_experts(name: str, packed: dict[str, Path]) -> None:
-    engine = Engine(packed[name], threads=2)
+    engine = Engine(packed[name])
     width = engine.n_experts * engine._core.intermediate_size  # less that of a shared expert
     for part in np.split(IDS[:40], [1, 7]):
         engine.reset_stats()
@@ -255,7 +255,7 @@ def test_types(kind: str, tmp_path: Path) -> None:
         rounded = torch.from_numpy(dequantize(quantize(rows, kind.upper()))).view(values.shape)
         parameter.copy_(rounded.transpose(1, 2) if name.endswith("experts.down_proj") else rounded)
     model.refresh_head()
-    engine = Engine(tmp_path / "m.gguf", threads=2)
+    engine = Engine(tmp_path / "m.gguf")
     expected = reference(model)
     spread = np.ptp(expected)
     for found in (engine.logits(IDS), one_by_one(engine)):
@@ -348,7 +348,7 @@ def test_evaluation(
 
 
 def test_generation(packed: dict[str, Path]) -> None:
-    engine = Engine(packed["qwen2_moe"], threads=2)
+    engine = Engine(packed["qwen2_moe"])
     list(engine.generate(IDS[:20], 10))
     assert engine.stats.new_tokens > 0
     assert 0.3 < engine.stats.sparsity < 0.6  # of 7 experts 3 are used, and the shared one

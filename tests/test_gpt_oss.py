@@ -46,7 +46,7 @@ def rounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_engine(path: Path, expected: np.ndarray) -> None:
     """Prefill and decode are near these logits, (T, vocabulary)."""
-    engine, spread = Engine(path, threads=2), np.ptp(expected)
+    engine, spread = Engine(path), np.ptp(expected)
     for found in (engine.logits(IDS), one_by_one(engine)):
         assert np.abs(found - expected).max() < SMALL * spread
         assert (found.argmax(axis=1) == expected.argmax(axis=1)).mean() >= 0.995
@@ -147,7 +147,7 @@ def test_mxfp4_folder(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(tensor.dequantize(), rows[e, half::2])
             assert tensors[f"layers.{i}.experts.{e}.down_proj_t.weight"].type == "Q8_0"
     expected, spread = reference(model), np.ptp(reference(model))
-    engine = Engine(tmp_path / "m.gguf", threads=2)
+    engine = Engine(tmp_path / "m.gguf")
     for found in (engine.logits(IDS), one_by_one(engine)):
         # All but gate_proj and up_proj is Q8_0.
         assert np.median(np.abs(found - expected).max(axis=1)) < 0.008 * spread

@@ -87,6 +87,7 @@ def test_likelihoods_are_the_engines(talking: Path) -> None:
     assert adapter.generate_until(ask("generate_until", *prompts)) == [greedy]
 
 
+@pytest.mark.usefixtures("own_tasks_only")
 def test_a_transformers_model_says_the_same(
     talking: Path, folders: dict[str, Path], tasks: Path
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_transformers_model_says_the_same(
     assert all(row["sparse"] is None for row in rows[0])
 
 
+@pytest.mark.usefixtures("own_tasks_only")
 def test_dense_and_sparse_in_one_run(talking: Path, tasks: Path) -> None:
     engine = Engine(talking, threads=1)
     plan = cutting(engine)
@@ -140,6 +142,7 @@ def test_the_harness_has_our_model(talking: Path, tasks: Path, tmp_path: Path) -
     assert "choose" in done.stdout
 
 
+@pytest.mark.usefixtures("own_tasks_only")
 def test_errors(talking: Path, folders: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="lacks path"):
         HarnessModel()

@@ -165,16 +165,30 @@ def test_unknown_form() -> None:
 
 
 @pytest.mark.parametrize("name", ["relu", "silu"])
+def test_intervals_end_where_the_test_rejects(name: str) -> None:
+    """So that what holds of the test, which costs a fiftieth, holds of the interval."""
+    curve = noisy(name, 0)
+    best = fit(FORMS[name], curve.x, curve.ratio)
+    for parameter in TRUE[name]:
+        low, high = profile(best, curve, parameter, 0.0)
+        assert low < best.params[parameter] < high
+        width = high - low
+        for value, inside in ((low, 1), (high, -1)):
+            for step, sign in ((inside * 0.02 * width, -1), (-inside * 0.02 * width, 1)):
+                fixed = fit(FORMS[name], curve.x, curve.ratio, {parameter: value + step})
+                assert sign * rejection(best, fixed, curve, 0.0) > 0, parameter
+
+
+@pytest.mark.parametrize("name", ["relu", "silu"])
 def test_intervals_cover_the_truth(name: str) -> None:
-    """Of 25 curves; benchmarks/laws.py has hundreds."""
+    """Of 25 curves, by the test that intervals come of; benchmarks/laws.py has hundreds."""
     covered = dict.fromkeys(TRUE[name], 0)
     for seed in range(25):
         curve = noisy(name, seed)
         best = fit(FORMS[name], curve.x, curve.ratio)
         for parameter, value in TRUE[name].items():
-            low, high = profile(best, curve, parameter, 0.0)
-            assert low <= best.params[parameter] <= high
-            covered[parameter] += low <= value <= high
+            fixed = fit(FORMS[name], curve.x, curve.ratio, {parameter: value})
+            covered[parameter] += rejection(best, fixed, curve, 0.0) <= 0
     assert all(count >= 21 for count in covered.values()), covered
     assert sum(covered.values()) < 25 * len(covered)  # nor do they cover everything
 
@@ -264,7 +278,8 @@ def test_both_intervals_agree() -> None:
         width = high - low
         assert law.bootstrap[name][0] == pytest.approx(low, abs=0.4 * width)
         assert law.bootstrap[name][1] == pytest.approx(high, abs=0.4 * width)
-    assert fit_law(noisy("silu", 1), draws=200).to_json() == law.to_json()
+    again = [fit_law(noisy("silu", 1), draws=5).to_json() for _ in range(2)]
+    assert again[0] == again[1]
 
 
 def test_correlated_residuals_widen() -> None:

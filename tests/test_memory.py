@@ -105,10 +105,10 @@ def logits(engine: Engine) -> list[np.ndarray]:
 @pytest.mark.usefixtures("no_overhead")
 @pytest.mark.parametrize("name", [*PACKED_DENSE, "q4_k"])
 def test_logits_do_not_depend_on_the_budget(name: str, packed: Packed) -> None:
-    expected = logits(Engine(packed[name], threads=2))
+    expected = logits(Engine(packed[name]))
     streamed = []
     for budget in budgets(packed[name]):
-        engine = Engine(packed[name], threads=2, memory=budget)
+        engine = Engine(packed[name], memory=budget)
         assert engine.residency is not None
         for found, whole in zip(logits(engine), expected, strict=True):
             np.testing.assert_array_equal(found, whole)
@@ -128,12 +128,12 @@ def test_experts_come_from_the_file(name: str, packed: Packed) -> None:
     file = read_gguf(path)
     experts = experts_of(file)
     assert experts is not None
-    expected = logits(Engine(path, threads=2))
+    expected = logits(Engine(path))
     (whole, least) = options(path)
     assert least.experts == experts
     found = []
     for budget in (whole.memory, least.memory + 5 * experts.slot, least.memory):
-        engine = Engine(path, threads=2, memory=RESERVE + budget)
+        engine = Engine(path, memory=RESERVE + budget)
         assert engine.residency is not None
         for _ in range(2):
             for some, all_there in zip(logits(engine), expected, strict=True):
@@ -170,7 +170,7 @@ def test_hot_experts_are_kept(packed: Packed) -> None:
 def test_plans_do_not_depend_on_the_budget(packed: Packed) -> None:
     found = []
     for budget in (None, budgets(packed["q4_k"])[2]):
-        engine = Engine(packed["q4_k"], threads=2, memory=budget)
+        engine = Engine(packed["q4_k"], memory=budget)
         engine.use_plan(plan_for(engine, gate_act=0.1, inter=0.02))
         found.append(logits(engine))
     for mapped, streamed in zip(*found, strict=True):
@@ -199,7 +199,7 @@ def test_rows_of_the_head_come_from_the_file(name: str, packed: Packed) -> None:
         found = []
         for budget in (None, RESERVE + choices[1].memory, RESERVE + choices[-1].memory):
             plan = engine_plan(Engine(path, plan=False), head_margin=margin)
-            engine = Engine(path, plan, threads=2, memory=budget)
+            engine = Engine(path, plan, memory=budget)
             found.append(logits(engine))
             if budget is None:
                 continue
@@ -208,7 +208,7 @@ def test_rows_of_the_head_come_from_the_file(name: str, packed: Packed) -> None:
             engine.use_plan(None)
             found.append(logits(engine))
         plan_mapped, *others = found
-        dense = logits(Engine(path, plan=False, threads=2))
+        dense = logits(Engine(path, plan=False))
         for expected, some in zip((plan_mapped, dense) * 2, others, strict=True):
             for a, b in zip(some, expected, strict=True):
                 np.testing.assert_array_equal(a, b)
@@ -240,7 +240,7 @@ def test_guesses_do_not_change_the_text(
 ) -> None:
     """What comes from the disk is read for several tokens at once, under a plan too."""
     path, prompt = packed["q4_k"], IDS[:24]
-    engine = Engine(path, threads=2)
+    engine = Engine(path)
     plan = plan_for(engine, gate_act=0.1, inter=0.02)
     engine.use_plan(plan)
     sampler = Sampler(temperature=temperature, seed=3)
@@ -254,7 +254,7 @@ def test_guesses_do_not_change_the_text(
     assert engine.stats.drafted == 0
 
     monkeypatch.setattr("fallow.engine.answer.Lookup", Foresight)
-    streamed = Engine(path, threads=2, memory=budgets(path)[-1])
+    streamed = Engine(path, memory=budgets(path)[-1])
     streamed.use_plan(plan)
     assert "".join(streamed.generate(prompt, **options)) == expected
     assert 0 < streamed.stats.accepted < streamed.stats.drafted
@@ -289,7 +289,7 @@ def test_evaluation_does_not_depend_on_the_budget(
     monkeypatch.setattr(quality, "LOGITS_AT_ONCE_IN_BUDGET", 20 * VOCABULARY)
     path, found = packed["q4_k"], []
     for budget in (None, budgets(path)[-1]):
-        engine = Engine(path, threads=2, memory=budget)
+        engine = Engine(path, memory=budget)
         plan = plan_for(engine, gate_act=0.1, inter=0.02)
         windows = packed_windows(path, load_text(texts[1], "evaluation"), 50, 3)
         for decode in (False, True):
@@ -468,7 +468,7 @@ def test_a_file_that_changes_while_it_runs(packed: Packed, tmp_path: Path) -> No
     def start(name: str) -> tuple[Path, Engine]:
         path = tmp_path / name
         path.write_bytes(packed["llama"].read_bytes())
-        return path, Engine(path, threads=2, memory=budgets(path)[-1])
+        return path, Engine(path, memory=budgets(path)[-1])
 
     path, engine = start("replaced.gguf")
     expected = engine.forward(IDS[:8])
@@ -494,7 +494,7 @@ def test_a_file_that_changes_while_it_runs(packed: Packed, tmp_path: Path) -> No
 @pytest.mark.usefixtures("no_overhead")
 def test_two_engines_on_one_file(packed: Packed) -> None:
     path = packed["llama"]
-    engines = [Engine(path, threads=2, memory=budgets(path)[-1]) for _ in range(2)]
+    engines = [Engine(path, memory=budgets(path)[-1]) for _ in range(2)]
     found = [e.forward(IDS[i : i + 1]) for i in range(8) for e in engines]
     for first, second in zip(found[::2], found[1::2], strict=True):
         np.testing.assert_array_equal(first, second)

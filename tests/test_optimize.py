@@ -105,7 +105,7 @@ def margin_plan(path: Path, margin: float, limit: int = 0) -> Plan:
 @pytest.mark.parametrize("together", [1, 5, 64])
 def test_likely_tokens_have_exact_logits(shortlisted: Path, together: int) -> None:
     margin = 1.5
-    engine = Engine(shortlisted, threads=2)
+    engine = Engine(shortlisted)
 
     def logits(plan: Plan | None) -> np.ndarray:
         engine.use_plan(plan)
@@ -133,7 +133,7 @@ def test_likely_tokens_have_exact_logits(shortlisted: Path, together: int) -> No
 @pytest.mark.parametrize("together", [1, 5, 64])
 def test_shortlist_has_a_limit(shortlisted: Path, together: int) -> None:
     """Of the logits within the margin only the largest coarse ones become exact."""
-    engine = Engine(shortlisted, threads=2)
+    engine = Engine(shortlisted)
     found = []
     for limit in (1, 3, 0):
         engine.use_plan(margin_plan(shortlisted, 1.5, limit))

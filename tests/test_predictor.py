@@ -153,7 +153,7 @@ def test_in_blocks_and_without_skipping_nothing_is_predicted(plain: Path, packed
 
 
 def test_a_few_tokens_are_as_one_by_one(packed: Path) -> None:
-    engine = Engine(packed, threads=2)
+    engine = Engine(packed)
     ids = prompt(engine)[:16]
     expected = decoded(engine, ids)
     engine.reset()
@@ -226,13 +226,13 @@ def test_other_activations(
     plain, predictor = tmp_path / "plain.gguf", tmp_path / "predictor.gguf"
     fallow.pack(folders[name], plain, quant="f32")
     fallow.pack(folders[name], predictor, quant="f32", predictor=0.95)
-    without = Engine(plain, threads=2)
+    without = Engine(plain)
     expected, active = decoded(without, IDS), 1 - without.idle_neurons()
-    every = Engine(with_bias(predictor, tmp_path / "all.gguf", np.inf), threads=2)
+    every = Engine(with_bias(predictor, tmp_path / "all.gguf", np.inf))
     np.testing.assert_allclose(decoded(every, IDS), expected, atol=1e-5)
     np.testing.assert_array_equal(every.predicted_neurons(), 1)
     np.testing.assert_array_equal(every.idle_neurons(), 1 - active)
-    engine = Engine(predictor, threads=2)
+    engine = Engine(predictor)
     found = decoded(engine, IDS)
     logits, shares = without_others(engine, tiny[name], IDS)
     np.testing.assert_allclose(engine.predicted_neurons(), shares, atol=0.003)

@@ -18,7 +18,7 @@ from fallow.measure.evaluation import window_losses
 from fallow.models.capture import Calibration, input_histogram
 from fallow.models.taps import Layer, attach
 from fallow.plan import Cut, Plan
-from fallow.rules import find_rule
+from fallow.rules import find_rule, teal_relative
 from fallow.rules.cett import CettSearch
 
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, (3, 32))
@@ -388,10 +388,13 @@ def test_greedy_takes_the_cheapest_step(
 
 
 def test_teal_relative_spares_what_the_block_needs_most(
-    calibrators: dict[str, Calibrator],
+    calibrators: dict[str, Calibrator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The greedy allocation is not uniform, and no step costs more than the uniform one."""
     calibration = calibrators["qwen2"].calibration
+    monkeypatch.setattr(calibration, "cache", {})
+    monkeypatch.setattr(teal_relative, "ALPHA", 0.02)
+    monkeypatch.setattr(teal_relative, "LARGEST_STEP", 0.1)
     find_rule("teal_relative").fit(calibration, sparsity=0.5)
     for path in calibration.cache["teal_relative"]:
         greedy, uniform = path.at(0.5), np.full(len(path.names), 0.5)

@@ -107,7 +107,7 @@ def test_plans_of_drelu_and_of_a_norm_before_down_proj(
     plan = fallow.calibrate(model, rule, sparsity=0.8, text=texts[0], context=32, windows=4)
     with torch.inference_mode(), model.sparse(plan):
         expected = model.module(torch.from_numpy(ids)[None]).logits[0].numpy()
-    for engine in (Engine(packed[name], plan, threads=2), Engine(packed[name], plan)):
+    for engine in (Engine(packed[name], plan), Engine(packed[name], plan)):
         found = np.concatenate([engine.forward([i]) for i in ids])
         near = np.abs(found - expected).max(axis=1) < 0.01 * np.ptp(expected)
         assert near.mean() > 0.9  # the rest: near ties at a threshold, in a cache of float16
@@ -115,7 +115,7 @@ def test_plans_of_drelu_and_of_a_norm_before_down_proj(
 
 
 def test_bitnet_skips_zeros(packed: dict[str, Path]) -> None:
-    engine, dense = (Engine(packed["bitnet"], threads=2, skip_zeros=skip) for skip in (True, False))
+    engine, dense = (Engine(packed["bitnet"], skip_zeros=skip) for skip in (True, False))
     found, expected = (np.concatenate([e.forward([i]) for i in ids]) for e in (engine, dense))
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert (engine.idle_neurons() > 0.3).all()

@@ -55,9 +55,9 @@ def read(engine: Engine) -> list[np.ndarray]:
 def test_tiles_are_rows_to_the_bit(
     kernels: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(path, threads=2, kernels=kernels)
+    engine = Engine(path, kernels=kernels)
     monkeypatch.setattr("fallow.engine.engine.available_bytes", lambda: 0)
-    mapped = Engine(path, threads=2, kernels=kernels)
+    mapped = Engine(path, kernels=kernels)
     half = engine_plan(engine, Cut("gate_act", "topk", 0.5))
     fixed = engine_plan(engine, Cut("gate_act", "threshold", 0.001))
     shortlist = engine_plan(engine, Cut("gate_act", "topk", 0.5), head_margin=1.0)

@@ -224,9 +224,12 @@ def profile(best: Fit, curve: Curve, name: str, rho: float) -> Interval:
         # The exponential of a bound's logarithm may lie just outside.
         fixed = {name: float(np.clip(np.exp(at), *BOUNDS[name])) if positive else at}
         found = fit(best.form, curve.x, curve.ratio, fixed, near)
-        grid = fit(best.form, curve.x, curve.ratio, fixed) if near is not None else found
-        found = min(found, grid, key=lambda each: each.sse)
-        return rejection(best, found, curve, rho), found
+        above = rejection(best, found, curve, rho)
+        if near is not None and above > 0:  # another valley may fit better
+            grid = fit(best.form, curve.x, curve.ratio, fixed)
+            found = min(found, grid, key=lambda each: each.sse)
+            above = rejection(best, found, curve, rho)
+        return above, found
 
     centre = float(np.log(value)) if positive else value
     ends = []
