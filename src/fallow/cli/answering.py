@@ -75,6 +75,107 @@ def run(
     from fallow.serving.chat import Conversation, chat
 
     name, text = _request(model, prompt, model_option, prompt_option, file)
+    sampling: dict[str, Any] = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed,
+        "repeat_penalty": repeat_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "logit_bias": _biases(logit_bias),
+    }  # fmt: skip
+    sampler = Sampler(**sampling)
+    engine = open_engine(name, quant, load_plan(plan), threads, context=context, memory=memory)
+    has_template = engine.tokenizer.chat_template is not None
+    if text is not None:
+        ids = _prompt_ids(engine, text, system, chat=has_template)
+        pieces = engine.generate(ids, max_new_tokens, **sampling)
+        _print_stream(engine, text, pieces, show_figures=stats)
+        return
+    if not has_template:
+        raise FallowError(
+            f"{name} has no chat template: it continues text; give it some with --prompt"
+        )
+    chat(Conversation(engine, sampler, max_new_tokens, system), stats)
+
+
+@app.command()
+def generate(
+    model: OptionalRunArg = None,
+    prompt: PromptArg = None,
+    model_option: ModelOption = None,
+    prompt_option: PromptOption = None,
+    file: FileOption = None,
+    system: SystemOption = None,
+    plan: PackedPlanOption = None,
+    max_new_tokens: MaxNewTokensOption = 64,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    min_p: MinPOption = 0.0,
+    repeat_penalty: RepeatPenaltyOption = 1.0,
+    presence_penalty: PresencePenaltyOption = 0.0,
+    frequency_penalty: FrequencyPenaltyOption = 0.0,
+    logit_bias: LogitBiasOption = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this; repeatable.")] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(help="A file: the answer is a value of this JSON schema, or is cut short."),
+    ] = None,
+    parse_special: Annotated[
+        bool,
+        typer.Option(help="Control tokens in a prompt to continue are tokens, not text."),
+    ] = True,
+    lossless: Annotated[
+        bool,
+        typer.Option("--lossless", help="The dense model's own text, guesses read ahead."),
+    ] = False,
+    quant: QuantOption = None,
+    threads: ThreadsOption = None,
+    skip: SkipOption = True,
+    kernels: KernelsOption = None,
+    context: CacheOption = None,
+    memory: MemoryOption = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Not the engine but transformers, in this type (float32, bfloat16, float16, "
+            "auto): what a plan leaves out is set to zero."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt, with the plan's neurons skipped."""
+    name, text = _request(model, prompt, model_option, prompt_option, file)
+    if text is None:
+        raise UsageError("there is no prompt; give one with --prompt or --file")
+    refuse_given({"--system": system is not None and not chat}, "goes with --chat")
+    loaded_plan = load_plan(plan)
+    sampling: dict[str, Any] = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed,
+        "repeat_penalty": repeat_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "logit_bias": _biases(logit_bias),
+        "json_schema": None if json_schema is None else read_json(json_schema, NO_SCHEMA),
+    }  # fmt: skip
+    if dtype is not None:
+        given = {"--system": system is not None, "--lossless": lossless}
+        given |= {"--quant": quant is not None, "--threads": threads is not None}
+        given |= {"--no-skip": not skip, "--kernels": kernels is not None}
+        given |= {"--context": context is not None, "--memory": memory is not None}
+        refuse_given(given, "is the engine's; leave out --dtype")
+        pieces = load_model(name, dtype).generate(
+            text,
+            max_new_tokens,
+            **sampling,
+            stop=stop or (),
+            chat=chat,
+            parse_special=parse_special,
+            plan=loaded_plan,
+        )
+        answer = "".join(pieces)
+        if as_json:
+            print_json({"prompt": text, "text": answer})
+        else:
+            print(answer)
+        return
     engine = open_engine(
         name,
         quant,
