@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 READERS = {"source": "m.gguf", "weights": "model.safetensors", "plan": "a.plan"}
 TARGETS = ("core", *READERS)
-LONGEST = 1 << 17  # bytes of an input
+LONGEST = 1 << 20  # bytes of an input: libFuzzer cuts longer seeds, which nothing then accepts
 SECONDS = 10  # that one may take
 MEMORY_MB = 2048  # of the process, a sanitizer's own among it
 
@@ -80,6 +80,8 @@ def write_core_seeds(root: Path, corpus: Path) -> None:
         kept = [entry for entry in fields if entry[0].startswith(b"fallow.")]
         words |= {name.decode() for name, _ in (*kept, *tensors)}
         small = write_gguf_entries(data[4:8], kept, tensors, data[start:])
+        if len(small) + len(tails[0]) > LONGEST:
+            raise ValueError(f"the seed {folder.name} has {len(small)} bytes")
         for i, tail in enumerate(tails):
             (corpus / f"{folder.name}.{i}").write_bytes(small + tail)
     (root / "words.txt").write_text("".join(f'"{word}"\n' for word in sorted(words)))
