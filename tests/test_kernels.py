@@ -162,6 +162,18 @@ def test_one_digit_is_enough_unless_values_are_far_apart(table: str) -> None:
     assert not _kernel_tests.has_one_digit(table, np.full(64, np.nan, dtype=np.float32))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("table", "kind", "width"), [c for c in CASES if c[1] not in FLOAT_TYPES])
+def test_what_has_no_digits_is_not_lost(table: str, kind: str, width: int, bad: float) -> None:
+    """NaN in the middle of a group, where the largest value of those around it would hide it."""
+    data, _ = make(kind, SEVERAL_ROWS, width)
+    x = in_one_digit(width)[1]
+    x[5] = bad
+    y = np.zeros(SEVERAL_ROWS, dtype=np.float32)
+    _kernel_tests.gemv_rows(table, kind, data, x, None, y, True)
+    assert np.isnan(y).all()
+
+
 @pytest.mark.parametrize(("table", "kind", "width"), [c for c in CASES if c[1] not in FLOAT_TYPES])
 def test_one_digit_alone_is_that_with_a_lower_one_of_0(table: str, kind: str, width: int) -> None:
     data, values = make(kind, SEVERAL_ROWS, width)

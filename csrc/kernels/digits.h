@@ -1,7 +1,10 @@
 // Whether the upper digits of a vector say enough of it.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "kernels/kernels.h"
 
@@ -14,14 +17,23 @@ namespace fallow {
 constexpr float kDigitError = 0.0095f;
 
 // Kernels::quantize of x (k,); true where one digit is enough, and the lower ones are 0. Rounding to steps s
-// leaves an error of s / sqrt(12) in each value.
+// leaves an error of s / sqrt(12) in each value. Where x has NaN or infinity, which have no digits, every
+// product with it is NaN.
 inline bool quantize_in_digits(const Kernels& kernels, const float* x, size_t k, int8_t* high, int8_t* low,
                                float* d, float* sum, float* sum16) {
+  const float total_squares = kernels.sum_squares(x, k);
+  if (!std::isfinite(total_squares) && !std::all_of(x, x + k, [](float v) { return std::isfinite(v); })) {
+    std::memset(high, 0, k);
+    std::memset(low, 0, k);
+    for (float* scales : {d, sum}) std::fill_n(scales, k / 32, std::numeric_limits<float>::quiet_NaN());
+    std::fill_n(sum16, k / 16, std::numeric_limits<float>::quiet_NaN());
+    return false;
+  }
   kernels.quantize(x, k, high, low, d, sum, sum16);
   float squares = 0;
   for (size_t b = 0; b < k / 32; ++b) squares += d[b] * d[b];
   const float error = squares * (256.0f * 256.0f * 32 / 12);
-  if (!(error <= kDigitError * kDigitError * kernels.sum_squares(x, k))) return false;
+  if (!(error <= kDigitError * kDigitError * total_squares)) return false;
   std::memset(low, 0, k);
   for (size_t h = 0; h < k / 16; ++h) {
     int total = 0;
