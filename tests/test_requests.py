@@ -193,8 +193,8 @@ def test_options_of_generate(options: list[str], message: str, run: Any, talking
 
 def test_options_that_transformers_have_not(run: Any, folders: dict[str, Path]) -> None:
     command = ("generate", folders["llama"], "neuron", "--max-new-tokens", 2, "--dtype", "auto")
-    message = error(run(*command, "--threads", 2, "--top-p", 0.5), 2)
-    assert message == "--top-p, --threads is the engine's; leave out --dtype"
+    message = error(run(*command, "--threads", 2, "--lossless"), 2)
+    assert message == "--lossless, --threads is the engine's; leave out --dtype"
     for temperature in ("nan", "inf", "-1"):
         message = error(run(*command, "--temperature", temperature), 2)
         assert message.startswith(f"temperature {temperature} ")
