@@ -8,6 +8,7 @@ benchmarks/optimize.py, or others:
 
     python benchmarks/parallel.py smollm2 gemma3 qwen2.5-1.5b
     python benchmarks/parallel.py smollm2 --packed smollm2.gguf --streams 4 --runs 1
+    python benchmarks/parallel.py --report    # writes docs/results/parallel.md
 """
 
 import argparse
@@ -26,12 +27,23 @@ from typing import Any
 
 import numpy as np
 
-from engine import OPTIMIZED, TEST, machine
-from tradeoff import ROOT, record_machine
+from engine import OPTIMIZED, TEST, machine, ratio
+from tradeoff import ROOT, machine_line, record_machine
 
 RESULTS = ROOT / "benchmarks" / "results" / "parallel"
 STREAMS, PROMPT, NEW, RUNS = 8, 128, 64, 5
 THREADS = 2
+ONE_BY_ONE = "fallow, one by one"
+
+INTRODUCTION = """# Several answers at once
+
+Streams of other texts, a token of each in one pass over the weights; prompts of 128 tokens were
+read before, but for the servers, whose seconds have them in. Everything in turn, five runs: medians
+of tokens per second of all streams together, of each, and of the ratios, with the lowest and the
+highest. llama.cpp is llama-cpp-python 0.3.36 with as many sequences in one batch, on the GGUF that
+was packed; its server was not timed. `python benchmarks/parallel.py` does it; every run is in
+`benchmarks/results/parallel`, a folder per processor. Compare nothing across processors.
+"""
 
 
 class Fallow:
@@ -171,7 +183,7 @@ def run(packed: Path, source: Path, streams: int, runs: int) -> dict[str, Any]:
     ways: dict[str, Callable[[], dict[str, float]]] = {
         "llama.cpp": fed(lambda: theirs.together(texts), streams),
         "fallow": fed(lambda: ours.together(texts), streams),
-        "fallow, one by one": fed(lambda: ours.one_by_one(texts), 1),
+        ONE_BY_ONE: fed(lambda: ours.one_by_one(texts), 1),
     }
     if ours.plan is not None:
         ways["fallow, plan"] = fed(lambda: ours.together(texts, True), streams)
@@ -189,14 +201,32 @@ def run(packed: Path, source: Path, streams: int, runs: int) -> dict[str, Any]:
     return {"streams": streams, "prompt": PROMPT, "new": NEW, "threads": THREADS, "runs": found}
 
 
+def report() -> str:
+    sections = [INTRODUCTION]
+    for path in sorted(RESULTS.glob("*/*/result.json")):
+        result = json.loads(path.read_text())
+        runs, where = result["runs"], json.loads((path.parent / "machine.json").read_text())
+        sections.append(
+            f"## {path.parent.parent.name}, {path.parent.name}\n\n{machine_line(where)}. "
+            f"{result['streams']} streams, {result['new']} tokens of each.\n\n"
+            "| | tok/s in all | of each | / llama.cpp | / one by one |\n|---|---|---|---|---|"
+        )
+        for way, found in runs.items():
+            in_all, each = (statistics.median(r[k] for r in found) for k in found[0])
+            ratios = " | ".join(ratio(runs, way, o, "tps") for o in ("llama.cpp", ONE_BY_ONE))
+            sections[-1] += f"\n| {way} | {in_all:.1f} | {each:.1f} | {ratios} |"
+    return "\n\n".join(sections).replace("\n\n\n", "\n\n") + "\n"
+
+
 def main() -> None:
     from fallow.checkpoints.catalog import ALIASES, resolve
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="+", choices=sorted(ALIASES))
+    parser.add_argument("models", nargs="*")
     parser.add_argument("--packed", type=Path, help="in place of benchmarks/optimize.py's")
     parser.add_argument("--streams", type=int, default=STREAMS)
     parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     for name in arguments.models:
         packed = arguments.packed or OPTIMIZED / name / machine() / "packed.gguf"
@@ -204,17 +234,15 @@ def main() -> None:
             raise SystemExit(f"{packed} not found; first: python benchmarks/optimize.py {name}")
         result = run(packed, resolve(ALIASES[name]), arguments.streams, arguments.runs)
         for way, runs in result["runs"].items():
-            medians = {key: statistics.median(r[key] for r in runs) for key in runs[0]}
-            result.setdefault("medians", {})[way] = medians
-            print(
-                f"{name}, {way}: {medians['tps']:.1f} tok/s in all, "
-                f"{medians['tps_per_stream']:.1f} of each"
-            )
+            in_all, each = (statistics.median(r[key] for r in runs) for key in runs[0])
+            print(f"{name}, {way}: {in_all:.1f} tok/s in all, {each:.1f} of each")
         if not arguments.packed:
             folder = RESULTS / name / machine()
             folder.mkdir(parents=True, exist_ok=True)
             record_machine(folder / "machine.json")
             (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.report:
+        (ROOT / "docs" / "results" / "parallel.md").write_text(report())
 
 
 if __name__ == "__main__":

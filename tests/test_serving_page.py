@@ -292,14 +292,13 @@ def test_a_key_a_stop_and_no_plan(
         assert view.locator("#note").inner_text().startswith(NO_PLAN)
         assert view.locator("#skipped").inner_text() == "0.0 %"
         view.fill("#longest", "5000")  # to the end of the context
-        answer = engine.answer
+        read = engine.read
 
-        def slowly(*given: Any, **options: Any) -> Iterator[Any]:
-            for piece in answer(*given, **options):
-                time.sleep(0.05)
-                yield piece
+        def slowly(reads: Any) -> None:
+            time.sleep(0.05)
+            read(reads)
 
-        monkeypatch.setattr(engine, "answer", slowly)
+        monkeypatch.setattr(engine, "read", slowly)
         view.fill("#question", "hi")
         view.press("#question", "Control+Enter")
         view.locator(".answer").last.locator("span").nth(20).wait_for()

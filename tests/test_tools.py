@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +62,11 @@ class Scripted(Slow):
         super().__init__(tokenizer)
         self.pieces, self.finish = pieces, finish
 
-    def answer(self, ids: Any, max_tokens: int, *_: Any, **options: Any) -> Iterator[Piece]:
-        self.stats = Stats(prompt_tokens=len(ids), new_tokens=len(self.pieces), finish=self.finish)
-        yield from map(Piece, self.pieces)
+    def begin(self, ids: Any, max_tokens: int, *_: Any, **options: Any) -> Any:
+        answer = super().begin(ids, max_tokens, **options)
+        answer.stats = Stats(len(ids), new_tokens=len(self.pieces), finish=self.finish)
+        answer.steps = lambda: (Piece(text) for text in self.pieces)
+        return answer
 
 
 def with_template(engine: Any, name: str) -> Any:
@@ -280,13 +281,13 @@ def test_calls_that_are_sent_back(engine: Engine) -> None:
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "abcdefghi", "name": "weather", "content": "no rain"},
     ]
-    answer = slow.answer
+    begin = slow.begin
 
     def recorded(ids: Any, *rest: Any, **options: Any) -> Any:
         rendered.append(slow.tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False))
-        return answer(ids, *rest, **options)
+        return begin(ids, *rest, **options)
 
-    slow.answer = recorded
+    slow.begin = recorded
     body = {"model": "tiny", "messages": messages}
     with served(slow) as address:
         said = httpx.post(f"{address}/v1/chat/completions", json=body).json()
