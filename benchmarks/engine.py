@@ -13,6 +13,7 @@ names a native one):
     python benchmarks/engine.py mistral-7b-shape              # random weights: for speed alone
     python benchmarks/engine.py qwen2.5-1.5b --kernels avx2   # as on processors without AVX-512
     python benchmarks/engine.py qwen2.5-1.5b --speed   # times again what was measured before
+    python benchmarks/engine.py qwen2.5-1.5b --speed --dense   # against peers, without rules
     python benchmarks/engine.py --report      # writes docs/results/engine.md, the README's table
 """
 
@@ -58,8 +59,11 @@ def machine(kernels: str = "") -> str:
     return re.sub(r"\W+", "-", f"{processor()} {kernels}").strip("-").lower()
 
 
-def run(name: str, kernels: str, speed: bool) -> None:
-    """With `speed` times alone: quality stays that of the run before, if there was one."""
+def run(name: str, kernels: str, speed: bool, dense: bool) -> None:
+    """With `speed` times alone: quality stays that of the run before, if there was one.
+
+    With `dense` no plans but the packed one: those of rules take half an hour to calibrate.
+    """
     from fallow import Engine
     from fallow.checkpoints.catalog import ALIASES, resolve
 
@@ -76,7 +80,8 @@ def run(name: str, kernels: str, speed: bool) -> None:
     context = max(CONTEXT, PROMPT + NEW)
     engine = Engine(packed, threads=THREADS, context=context, kernels=kernels)
     plans = {"dense": None} | parts(engine.plan)
-    plans |= {rule: make_plan(name, rule, s, folder) for rule, s in RULES.items()}
+    if not dense:
+        plans |= {rule: make_plan(name, rule, s, folder) for rule, s in RULES.items()}
     result: dict[str, Any] = {"threads": THREADS, "kernels": engine.kernels}
     result["file_mb"], result["source_mb"] = (p.stat().st_size / 1e6 for p in (packed, source))
     result |= in_turn(engine, plans, source, native=kernels != "avx2")
@@ -499,13 +504,14 @@ def main() -> None:
     parser.add_argument("models", nargs="*")
     parser.add_argument("--kernels", default="")
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--dense", action="store_true")
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     for name in arguments.models:
         if name == "mistral-7b-shape":
             run_shape(arguments.kernels)
         else:
-            run(name, arguments.kernels, arguments.speed)
+            run(name, arguments.kernels, arguments.speed, arguments.dense)
     if arguments.models and not arguments.speed:
         path = RESULTS / "kernels" / machine(arguments.kernels)
         path.mkdir(parents=True, exist_ok=True)
