@@ -288,8 +288,8 @@ hints cost a quarter of the speed. AVX2 kernels have more to do for each byte, s
 the stream is under way at once, and ask for it 1 KB ahead (`csrc/kernels/avx2_lanes.h`). Of Q4_K
 the products then run at 0.9 to 1.0 of plain reading on Zen 4, where rows one by one reached 0.6 to
 0.8, and at 0.8 to 0.9 on Zen 3. That takes 0.3 s per GB when a model is loaded, and when a plan
-takes the place of another. Where a file is mapped, or the kernels are NEON's, rows stay rows; results are
-the same to the bit.
+takes the place of another. Where a file is mapped, or the kernels are NEON's, rows stay rows;
+results are the same to the bit.
 
 **Rows that a plan leaves out** must be rows, and stay so: up_proj's only in layers whose neurons
 are chosen by their gates, of others it lies in tiles and is read whole. A scattered row is asked
