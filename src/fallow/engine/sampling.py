@@ -34,8 +34,7 @@ class Sampler:
     l / repeat_penalty, or l * repeat_penalty below 0 (arXiv:1909.05858, as transformers has it),
     and where it is c times in the answer, frequency_penalty * c + presence_penalty is taken off, as
     OpenAI's API has it; then logit_bias is added, and what the grammar does not allow is left out.
-    Filters then apply in the order top_k, top_p,
-    min_p.
+    Filters then apply in the order top_k, top_p, min_p.
     """
 
     temperature: float = 0.0  # 0: the most likely token

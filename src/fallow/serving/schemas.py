@@ -6,7 +6,7 @@ A field is honoured, or it cannot change the answer, or it is refused by name.
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -88,8 +88,18 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
+_T = TypeVar("_T")
+
+
 def _ours(said: str) -> PydanticCustomError:
     return PydanticCustomError(_OURS, "{said}", {"said": said})
+
+
+def _unless_differs(value: _T, info: ValidationInfo, other: str) -> _T:
+    """A field that another name stands for, too: both may be there with one value."""
+    if value is not None and info.data.get(other, value) not in (None, value):
+        raise _ours(f"differs from {other}; give one of them")
+    return value
 
 
 def _takes(what: str) -> WrapValidator:
@@ -417,9 +427,7 @@ class _Request(_Strict):
     @field_validator("repetition_penalty")
     @classmethod
     def _one_factor(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value is not None and info.data.get("repeat_penalty", value) not in (None, value):
-            raise _ours("differs from repeat_penalty; give one of them")
-        return value
+        return _unless_differs(value, info, "repeat_penalty")
 
     @field_validator("grammar")
     @classmethod
@@ -515,9 +523,7 @@ class ChatRequest(_Request):
     @field_validator("max_completion_tokens")
     @classmethod
     def _one_limit(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and info.data.get("max_tokens", value) not in (None, value):
-            raise _ours("differs from max_tokens; give one of them")
-        return value
+        return _unless_differs(value, info, "max_tokens")
 
     @field_validator("top_logprobs")
     @classmethod
