@@ -337,9 +337,9 @@ class BoundEngine {
       for (size_t i = begin; i < end; ++i) {
         auto& [w, layout] = wanted[i];
         uint8_t* data = image_->data() + (w->data - image_->data());
-        if (w->layout != Layout::kRows) to_rows(w->layout, data, w->rows, w->row_bytes);
+        if (w->layout != Layout::kRows) to_rows(w->layout, w->type, data, w->rows, w->row_bytes);
         w->layout = Layout::kRows;
-        if (layout != Layout::kRows) to_tiles(layout, data, w->rows, w->row_bytes);
+        if (layout != Layout::kRows) to_tiles(layout, w->type, data, w->rows, w->row_bytes);
         w->layout = layout;
       }
     });

@@ -113,7 +113,7 @@ void Engine::embed(const int32_t* tokens, const Place* places, size_t n) {
     }
     const uint8_t* weights = data + static_cast<size_t>(row) * table.row_bytes;
     if (table.layout != Layout::kRows) {
-      row_of_tiles(data, static_cast<size_t>(row), table.row_bytes, embedding_row_.data());
+      row_of_tiles(table.type, data, static_cast<size_t>(row), table.row_bytes, embedding_row_.data());
       weights = embedding_row_.data();
     }
     run_.kernels.decode(table.type, weights, hidden, x);

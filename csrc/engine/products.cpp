@@ -24,7 +24,7 @@ PlainRows plain_rows(const Matrix& w, size_t row, size_t n, size_t from, size_t 
   const uint8_t* first = w.data + row * w.row_bytes;
   if (w.layout == Layout::kRows) return {first + from, w.row_bytes};
   for (size_t i = 0; i < n; i += kTileRows)
-    rows_of_tile(w.layout, first + i * w.row_bytes, from, bytes, plain.data() + i * bytes);
+    rows_of_tile(w.layout, w.type, first + i * w.row_bytes, from, bytes, plain.data() + i * bytes);
   return {plain.data(), bytes};
 }
 

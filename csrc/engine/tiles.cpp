@@ -1,5 +1,6 @@
 #include "engine/tiles.h"
 
+#include <array>
 #include <cstring>
 #include <type_traits>
 #include <vector>
@@ -46,6 +47,40 @@ void move_bytes(std::conditional_t<to_tile, const uint8_t, uint8_t>* rows, size_
     }
 }
 
+// Blocks of Q6_K are 210 bytes, of which a product needs three places at once. In tiles two of them come
+// together: their d first, then of each its scales and, dword by dword, tops and both low parts that these
+// belong to. In pairs of bytes: where the next one comes from.
+constexpr size_t kPairOf6 = 2 * Q6_K::bytes;
+constexpr auto kOrderOf6 = [] {
+  std::array<uint8_t, kPairOf6 / 2> from{};
+  size_t at = 0;
+  const auto put = [&](size_t byte, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 2) from[at++] = static_cast<uint8_t>((byte + i) / 2);
+  };
+  put(208, 2);
+  put(Q6_K::bytes + 208, 2);
+  for (size_t block = 0; block < kPairOf6; block += Q6_K::bytes) {
+    put(block + 192, 16);
+    for (size_t half = 0; half < 2; ++half)
+      for (size_t i = 0; i < 32; i += 4)
+        for (const size_t byte : {128 + 32 * half, 64 * half, 64 * half + 32}) put(block + byte + i, 4);
+  }
+  return from;
+}();
+
+// A row's blocks in that order, or in their own again.
+template <bool in_order>
+void reorder_6(uint8_t* row, size_t bytes) {
+  for (uint8_t* end = row + bytes; row < end; row += kPairOf6) {
+    std::array<uint8_t, kPairOf6> pair;
+    std::memcpy(pair.data(), row, kPairOf6);
+    for (size_t i = 0; i < kOrderOf6.size(); ++i) {
+      const size_t from = 2 * (in_order ? kOrderOf6[i] : i), to = 2 * (in_order ? i : kOrderOf6[i]);
+      std::memcpy(row + to, pair.data() + from, 2);
+    }
+  }
+}
+
 template <class Lay>
 void in_tiles(uint8_t* rows, size_t n, size_t row_bytes, const Lay& lay) {
   const size_t bytes = kTileRows * row_bytes;
@@ -64,24 +99,29 @@ bool has_tiles(const Kernels& kernels, Layout layout, uint32_t type, size_t rows
   return layout == Layout::kByteTiles && kernels.axpy_tiles[type] && row_bytes % kPiece == 0;
 }
 
-void to_tiles(Layout layout, uint8_t* rows, size_t n, size_t row_bytes) {
+void to_tiles(Layout layout, uint32_t type, uint8_t* rows, size_t n, size_t row_bytes) {
   const auto move = layout == Layout::kByteTiles ? move_bytes<true> : move_dwords<true>;
-  in_tiles(rows, n, row_bytes, [&](const uint8_t* from, uint8_t* to) { move(from, row_bytes, 0, row_bytes, to); });
+  in_tiles(rows, n, row_bytes, [&](uint8_t* from, uint8_t* to) {
+    if (layout == Layout::kDwordTiles && type == kQ6_K) reorder_6<true>(from, kTileRows * row_bytes);
+    move(from, row_bytes, 0, row_bytes, to);
+  });
 }
 
-void to_rows(Layout layout, uint8_t* tiles, size_t n, size_t row_bytes) {
+void to_rows(Layout layout, uint32_t type, uint8_t* tiles, size_t n, size_t row_bytes) {
   in_tiles(tiles, n, row_bytes,
-           [&](const uint8_t* from, uint8_t* to) { rows_of_tile(layout, from, 0, row_bytes, to); });
+           [&](uint8_t* from, uint8_t* to) { rows_of_tile(layout, type, from, 0, row_bytes, to); });
 }
 
-void rows_of_tile(Layout layout, const uint8_t* tile, size_t from, size_t bytes, uint8_t* rows) {
+void rows_of_tile(Layout layout, uint32_t type, const uint8_t* tile, size_t from, size_t bytes, uint8_t* rows) {
   const auto move = layout == Layout::kByteTiles ? move_bytes<false> : move_dwords<false>;
   move(rows, bytes, from, bytes, tile);
+  if (layout == Layout::kDwordTiles && type == kQ6_K) reorder_6<false>(rows, kTileRows * bytes);
 }
 
-void row_of_tiles(const uint8_t* tiles, size_t row, size_t row_bytes, uint8_t* out) {
+void row_of_tiles(uint32_t type, const uint8_t* tiles, size_t row, size_t row_bytes, uint8_t* out) {
   const uint8_t* lane = tiles + row / kTileRows * kTileRows * row_bytes + 4 * (row % kTileRows);
   for (size_t i = 0; i < row_bytes; i += 4) std::memcpy(out + i, lane + kTileRows * i, 4);
+  if (type == kQ6_K) reorder_6<false>(out, row_bytes);
 }
 
 }  // namespace fallow

@@ -12,7 +12,8 @@ namespace fallow {
 
 enum class Layout {
   kRows,
-  kDwordTiles,  // dword i of row r is dword 16 i + r of its tile: for products with a vector
+  kDwordTiles,  // dword i of row r is dword 16 i + r of its tile: for products with a vector. Dwords of Q6_K
+                // are first brought into the order in which products need them
   kByteTiles,   // byte 16 p + j of row 4 f + r is byte 256 p + 64 f + 4 j + r: for sums of rows
 };
 
@@ -26,14 +27,14 @@ inline Share share_of_rows(size_t n, int worker, int workers) {
 }
 
 // Lays out n rows in place, from kRows to another way, and back.
-void to_tiles(Layout layout, uint8_t* rows, size_t n, size_t row_bytes);
-void to_rows(Layout layout, uint8_t* tiles, size_t n, size_t row_bytes);
+void to_tiles(Layout layout, uint32_t type, uint8_t* rows, size_t n, size_t row_bytes);
+void to_rows(Layout layout, uint32_t type, uint8_t* tiles, size_t n, size_t row_bytes);
 
 // Bytes [from, from + bytes) of the rows of a tile, one after the other; both multiples of 16 for
-// kByteTiles, of 4 for kDwordTiles.
-void rows_of_tile(Layout layout, const uint8_t* tile, size_t from, size_t bytes, uint8_t* rows);
+// kByteTiles; for kDwordTiles multiples of 4, of two blocks of Q6_K.
+void rows_of_tile(Layout layout, uint32_t type, const uint8_t* tile, size_t from, size_t bytes, uint8_t* rows);
 
 // One row of a matrix in dword tiles.
-void row_of_tiles(const uint8_t* tiles, size_t row, size_t row_bytes, uint8_t* out);
+void row_of_tiles(uint32_t type, const uint8_t* tiles, size_t row, size_t row_bytes, uint8_t* out);
 
 }  // namespace fallow

@@ -244,7 +244,7 @@ class Model {
     if (weight.is_left && weight.part == kDownProj) return false;
     const uint8_t* from = weight.is_left ? in_file(weight).data : weight.data;
     std::vector<uint8_t> rows(from, from + weight.w.bytes());
-    if (weight.w.layout != Layout::kRows) to_rows(weight.w.layout, rows.data(), weight.w.rows, weight.w.row_bytes);
+    if (weight.w.layout != Layout::kRows) to_rows(weight.w.layout, weight.w.type, rows.data(), weight.w.rows, weight.w.row_bytes);
     std::memcpy(data, rows.data() + offset, size);
     return true;
   }
@@ -319,7 +319,7 @@ class Model {
     run(pool, wanted.size(), [&](size_t i) {
       auto [w, layout] = wanted[i];
       if (!has_tiles(kernels_, layout, w->type, w->rows, w->row_bytes)) return;
-      to_tiles(layout, const_cast<uint8_t*>(w->data), w->rows, w->row_bytes);
+      to_tiles(layout, w->type, const_cast<uint8_t*>(w->data), w->rows, w->row_bytes);
       w->layout = layout;
     });
     is_finished_ = true;

@@ -340,8 +340,6 @@ Kernels make() {
   table.gemv_tiles[kQ8_0] = gemv_tiles<Signed8_0>;
   table.gemv_tiles[kIQ4_NL] = gemv_tiles<LookedUp<IQ4_NL>>;
   table.gemv_tiles[kIQ4_XS] = gemv_tiles<LookedUp<IQ4_XS>>;
-  // Two halves of a tile need more registers than there are: 0.8 of the speed of rows (Zen 3).
-  table.gemv_tiles[kQ6_K] = nullptr;
   table.axpy_rows[kQ8_0] = axpy_rows<Q8_0>;
   table.gemv_rows[kTwoBits] = gemv_two_bits;
   add_float<L32>(table, kF32);

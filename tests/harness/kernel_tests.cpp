@@ -93,9 +93,9 @@ struct InLayout : KernelTest {
     if (!tiled) return;
     if (!has_tiles(kernels, layout, format.type, rows, row_bytes)) throw nb::value_error("no tiles");
     tiles.assign(w.data(), w.data() + w.size());
-    to_tiles(layout, tiles.data(), rows, row_bytes);
+    to_tiles(layout, format.type, tiles.data(), rows, row_bytes);
     std::vector<uint8_t> back = tiles;
-    to_rows(layout, back.data(), rows, row_bytes);
+    to_rows(layout, format.type, back.data(), rows, row_bytes);
     if (!std::equal(back.begin(), back.end(), w.data())) throw nb::value_error("rows do not come back");
   }
   const uint8_t* data() const { return tiles.empty() ? weights.data() : tiles.data(); }
