@@ -244,6 +244,10 @@ struct Lanes32 : F {
     FALLOW_INLINE explicit Scales(const Rows& rows) : s_(rows.half(0)), m_(s_) {
       if constexpr (F::has_min) m_ = _mm256_xor_ps(rows.half(2), _mm256_set1_ps(-0.0f));
     }
+    FALLOW_INLINE void multiply(__m256 c) {
+      s_ = _mm256_mul_ps(s_, c);
+      m_ = _mm256_mul_ps(m_, c);
+    }
     template <int>
     FALLOW_INLINE __m256 scale() const { return s_; }
     template <int>
@@ -268,6 +272,18 @@ struct LanesK : F {
     if constexpr (has_fifth) {
       rows.load(16, t);
       rows.load(32, t + Arranged::registers);
+    }
+  }
+  // Of sums: the first column of piece 2 p + r, where its tops are, and how far to the right.
+  static constexpr size_t column(size_t p, size_t r) { return 64 * p + 16 * r; }
+  static constexpr size_t top(size_t, size_t r) { return r; }
+  static constexpr size_t shift(size_t p) { return 2 * p; }
+  static FALLOW_INLINE void join(__m256i tops, __m256i v, __m256i& low, __m256i& high) {
+    low = low_nibbles(v);
+    high = high_nibbles(v);
+    if constexpr (has_fifth) {
+      low = with_bits<4>(low, tops, 16);
+      high = with_bits<3>(high, tops, 16);
     }
   }
   // Bit g of a byte of `tops` is the fifth one of group g.
@@ -296,6 +312,10 @@ struct LanesK : F {
       s_[1] = with_bits<-2>(low_nibbles(t[3]), t[1], 0x30);
       m_[1] = with_bits<-2>(high_nibbles(t[3]), t[2], 0x30);
     }
+    FALLOW_INLINE void multiply(__m256 c) {
+      d_ = _mm256_mul_ps(d_, c);
+      dmin_ = _mm256_mul_ps(dmin_, c);
+    }
     template <int g>
     FALLOW_INLINE __m256 scale() const { return _mm256_mul_ps(d_, byte<g % 4>(s_[g / 4])); }
     template <int g>
@@ -317,35 +337,32 @@ struct LanesK : F {
 };
 
 struct Lanes6_K : Q6_K {
-  static constexpr int pieces = 8, most = 2;
   static constexpr size_t top_pieces = 4, apart = 64;
   static constexpr size_t at(int i) { return 16 * static_cast<size_t>(i); }
-  static constexpr size_t low(int i) { return static_cast<size_t>(128 * (i / 4) + 16 * (i % 4)); }
 
   template <class Arranged>
   static FALLOW_INLINE void tops(const Arranged& rows, __m256i* t) {
     for (size_t i = 0; i < top_pieces; ++i) rows.load(128 + 16 * i, t + Arranged::registers * i);
   }
   // Two bits each of columns that are 32 apart.
-  template <int i, size_t n>
-  static FALLOW_INLINE void split(const __m256i* tops, size_t q, __m256i v, __m256i& low, __m256i& high) {
-    constexpr int from = i / 2 % 2 * 2;
-    const __m256i top = tops[n * (i / 4 * 2 + i % 2) + q];
-    low = with_bits<4 - from>(low_nibbles(v), top, 0x30);
-    high = with_bits<-from>(high_nibbles(v), top, 0x30);
+  static constexpr size_t column(size_t p, size_t r) { return 128 * (p / 2) + 32 * (p % 2) + 16 * r; }
+  static constexpr size_t top(size_t p, size_t r) { return p / 2 * 2 + r; }
+  static constexpr size_t shift(size_t p) { return 2 * (p % 2); }
+  static FALLOW_INLINE void join(__m256i tops, __m256i v, __m256i& low, __m256i& high) {
+    low = with_bits<4>(low_nibbles(v), tops, 0x30);
+    high = with_bits<0>(high_nibbles(v), tops, 0x30);
   }
 
   class Scales {
    public:
     template <class Rows>
     FALLOW_INLINE explicit Scales(const Rows& rows) : d_(rows.half(208)) { rows.load(192, s_); }
+    FALLOW_INLINE void multiply(__m256 c) { d_ = _mm256_mul_ps(d_, c); }
     template <int g>
     FALLOW_INLINE __m256 scale() const {
       const __m256i s = _mm256_srai_epi32(_mm256_slli_epi32(s_[g / 4], 24 - 8 * (g % 4)), 24);
       return _mm256_mul_ps(d_, _mm256_cvtepi32_ps(s));
     }
-    template <int g>
-    FALLOW_INLINE __m256 minimum() const { return scale<g>(); }
 
    private:
     __m256i s_[4];
@@ -903,13 +920,14 @@ class Rounded {
 // Coefficients of the groups of a block, and what kSummed rows add to its minima, 8 sums for each.
 template <class F, class Rows>
 FALLOW_INLINE void round_block(const Rows& low, const Rows& high, const float* c, Rounded<F>* rounded, float* minima) {
-  const typename F::Scales first(low), second(high);
-  const __m256 c0 = _mm256_loadu_ps(c), c1 = _mm256_loadu_ps(c + 8);
+  typename F::Scales first(low), second(high);
+  first.multiply(_mm256_loadu_ps(c));
+  second.multiply(_mm256_loadu_ps(c + 8));
   constexpr size_t groups = F::block / F::group;
   __m256 a[groups], b[groups];
   unrolled<groups>([&]<int g>() {
-    a[g] = _mm256_mul_ps(first.template scale<g>(), c0);
-    b[g] = _mm256_mul_ps(second.template scale<g>(), c1);
+    a[g] = first.template scale<g>();
+    b[g] = second.template scale<g>();
   });
   const Units<groups> units(a, b, 127);
   unrolled<groups>([&]<int g>() {
@@ -917,13 +935,55 @@ FALLOW_INLINE void round_block(const Rows& low, const Rows& high, const float* c
     rounded[g] = Rounded<F>(q, units.scale[g]);
     if constexpr (F::has_min) {  // w = s (q - centre) - (m - centre s), where only the first s is rounded
       __m256 m = _mm256_loadu_ps(minima + 8 * g);
-      m = _mm256_fmadd_ps(first.template minimum<g>(), c0, m);
-      m = _mm256_fmadd_ps(second.template minimum<g>(), c1, m);
+      m = _mm256_add_ps(m, _mm256_add_ps(first.template minimum<g>(), second.template minimum<g>()));
       const __m256 error = _mm256_fmsub_ps(q.sums(), _mm256_set1_ps(units.scale[g]), _mm256_add_ps(a[g], b[g]));
       m = _mm256_fmadd_ps(error, _mm256_set1_ps(F::centre), m);
       _mm256_storeu_ps(minima + 8 * g, m);
     }
   });
+}
+
+// Steps of two pairs of rows that axpy_block takes.
+FALLOW_INLINE InPairs step_of(const uint8_t* const* rows, size_t s) { return {rows + s / 2 * 8 + s % 2 * 2}; }
+
+// What kSummed rows add to the columns of one piece, which join(s, q, v, low, high) makes weights of.
+template <class F, class Join>
+FALLOW_INLINE void axpy_piece(const uint8_t* const* rows, size_t at, const Rounded<F>& low, const Rounded<F>& high,
+                              const Join& join, float* y) {
+  __m256i sum[4] = {low.start(), low.start(), high.start(), high.start()};
+#pragma GCC unroll 4
+  for (size_t s = 0; s < 4; ++s) {
+    __m256i v[2];
+    step_of(rows, s).load(at, v);
+    const __m256i of_low = low.pair(s), of_high = high.pair(s);
+#pragma GCC unroll 2
+    for (size_t q = 0; q < 2; ++q) {
+      __m256i a, b;
+      join(s, q, v[q], a, b);
+      sum[q] = _mm256_add_epi16(sum[q], _mm256_maddubs_epi16(a, of_low));
+      sum[2 + q] = _mm256_add_epi16(sum[2 + q], _mm256_maddubs_epi16(b, of_high));
+    }
+  }
+  low.add_to(y, sum[0]);
+  low.add_to(y + 8, sum[1]);
+  high.add_to(y + F::apart, sum[2]);
+  high.add_to(y + F::apart + 8, sum[3]);
+}
+
+// Pieces 2 p and 2 p + 1 of a block of 256 columns: a part at a time for the reason that Q6_K's products are.
+template <class F>
+__attribute__((noinline)) void axpy_part(const uint8_t* const* rows, const __m256i (&tops)[4][F::top_pieces * 2 + 1],
+                                         size_t p, const Rounded<F>* rounded, float* y) {
+  const __m128i shift = _mm_cvtsi64_si128(static_cast<int64_t>(F::shift(p)));
+#pragma GCC unroll 2
+  for (size_t r = 0; r < 2; ++r) {
+    const size_t column = F::column(p, r);
+    const auto join = [&](size_t s, size_t q, __m256i v, __m256i& a, __m256i& b) __attribute__((always_inline)) {
+      F::join(F::top_pieces ? _mm256_srl_epi32(tops[s][2 * F::top(p, r) + q], shift) : v, v, a, b);
+    };
+    axpy_piece<F>(rows, F::at(0) + 32 * p + 16 * r, rounded[column / F::group],
+                  rounded[(column + F::apart) / F::group], join, y + column);
+  }
 }
 
 // y (block,) += one block of kSummed rows.
@@ -932,57 +992,41 @@ FALLOW_INLINE void axpy_block(const uint8_t* const* rows, Later<F, kSummed>& lat
                               size_t column, float* y, float* minima) {
   Rounded<F> rounded[F::block / F::group];
   round_block<F>(InLanes{rows}, InLanes{rows + 8}, c, rounded, minima);
-  const auto step = [&](size_t s) { return InPairs{rows + s / 2 * 8 + s % 2 * 2}; };
   __m256i tops[4][F::top_pieces * 2 + 1];
-  for (size_t s = 0; s < 4; ++s) F::tops(step(s), tops[s]);
-  unrolled<F::pieces>([&]<int i>() {
-    later.ask(F::block > 32 ? i : column / 32 % 8);
-    const Rounded<F>& low = rounded[F::low(i) / F::group];
-    const Rounded<F>& high = rounded[(F::low(i) + F::apart) / F::group];
-    __m256i sum[4] = {low.start(), low.start(), high.start(), high.start()};
-#pragma GCC unroll 4
-    for (size_t s = 0; s < 4; ++s) {
-      __m256i v[2];
-      step(s).load(F::at(i), v);
-      const __m256i of_low = low.pair(s), of_high = high.pair(s);
-#pragma GCC unroll 2
-      for (size_t q = 0; q < 2; ++q) {
-        __m256i a, b;
-        F::template split<i, 2>(tops[s], q, v[q], a, b);
-        sum[q] = _mm256_add_epi16(sum[q], _mm256_maddubs_epi16(a, of_low));
-        sum[2 + q] = _mm256_add_epi16(sum[2 + q], _mm256_maddubs_epi16(b, of_high));
-      }
+  for (size_t s = 0; s < 4; ++s) F::tops(step_of(rows, s), tops[s]);
+  if constexpr (F::block == 256) {
+    for (size_t p = 0; p < 4; ++p) {
+      later.ask(2 * p);
+      later.ask(2 * p + 1);
+      axpy_part<F>(rows, tops, p, rounded, y);
     }
-    float* to = y + F::low(i);
-    low.add_to(to, sum[0]);
-    low.add_to(to + 8, sum[1]);
-    high.add_to(to + F::apart, sum[2]);
-    high.add_to(to + F::apart + 8, sum[3]);
-  });
+  } else {
+    later.ask(column / 32 % 8);
+    const auto join = [&](size_t s, size_t q, __m256i v, __m256i& a, __m256i& b) __attribute__((always_inline)) {
+      F::template split<0, 2>(tops[s], q, v, a, b);
+    };
+    axpy_piece<F>(rows, F::at(0), rounded[0], rounded[0], join, y);
+  }
 }
 
 // The same of a tile of bytes: products of two rows each, of which 16 bits hold four.
 template <class F>
-FALLOW_INLINE void axpy_tile_block(const uint8_t* tile, const float* c, float* y, float* minima) {
-  Rounded<F> rounded[F::block / F::group];
-  round_block<F>(InByteTile{tile}, InByteTile{tile + 128}, c, rounded, minima);
-  const Stream<F> stream{tile};
-  unrolled<F::pieces>([&]<int i>() {
-    stream.ask(i);
-    const Rounded<F>& low = rounded[F::low(i) / F::group];
-    const Rounded<F>& high = rounded[(F::low(i) + F::apart) / F::group];
+__attribute__((noinline)) void axpy_tile_part(const uint8_t* tile, size_t p, const Rounded<F>& low,
+                                              const Rounded<F>& high, float* y) {
+  const __m128i shift = _mm_cvtsi64_si128(static_cast<int64_t>(F::shift(p)));
+#pragma GCC unroll 2
+  for (size_t r = 0; r < 2; ++r) {
+    const uint8_t *piece = tile + kTileRows * (F::at(0) + 32 * p + 16 * r), *tops = tile + kTileRows * (16 + 16 * r);
     __m256i sums[2][2];
 #pragma GCC unroll 4
     for (size_t f = 0; f < 4; ++f) {
       const __m256i of_low = low.four(f), of_high = high.four(f);
 #pragma GCC unroll 2
       for (size_t h = 0; h < 2; ++h) {
-        const auto piece = [&](size_t at) {
-          return load256(tile + kTileRows * at + 64 * f + 32 * h);
-        };
-        __m256i a, b, tops[2];
-        if constexpr (F::top_pieces > 0) tops[i % 2] = piece(F::at(0) - 32 + 16 * (i % 2));
-        F::template split<i, 1>(tops, 0, piece(F::at(i)), a, b);
+        const size_t at = 64 * f + 32 * h;
+        const __m256i v = load256(piece + at);
+        __m256i a, b;
+        F::join(F::top_pieces ? _mm256_srl_epi32(load256(tops + at), shift) : v, v, a, b);
         a = _mm256_maddubs_epi16(a, of_low);
         b = _mm256_maddubs_epi16(b, of_high);
         sums[0][h] = now(f == 0 ? a : _mm256_add_epi16(sums[0][h], a));
@@ -993,9 +1037,22 @@ FALLOW_INLINE void axpy_tile_block(const uint8_t* tile, const float* c, float* y
       for (size_t h = 0; h < 2; ++h)
         group.add_whole_to(to + 8 * h, _mm256_madd_epi16(sum[h], _mm256_set1_epi16(1)));
     };
-    add(low, sums[0], y + F::low(i));
-    add(high, sums[1], y + F::low(i) + F::apart);
-  });
+    add(low, sums[0], y + 16 * r);
+    add(high, sums[1], y + 16 * r + F::apart);
+  }
+}
+
+template <class F>
+FALLOW_INLINE void axpy_tile_block(const uint8_t* tile, const float* c, float* y, float* minima) {
+  static_assert(F::block == 256 && F::group == 32);
+  Rounded<F> rounded[F::block / F::group];
+  round_block<F>(InByteTile{tile}, InByteTile{tile + 128}, c, rounded, minima);
+  const Stream<F> stream{tile};
+  for (size_t p = 0; p < 4; ++p) {
+    stream.ask(2 * p);
+    stream.ask(2 * p + 1);
+    axpy_tile_part<F>(tile, p, rounded[2 * p], rounded[2 * p + 1], y + 64 * p);
+  }
 }
 
 // The same of Q8_0, whose weights have no room for a coefficient in 16 bits: both have 16.
