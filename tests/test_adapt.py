@@ -197,6 +197,23 @@ def test_the_engine_runs_it_as_the_reference(
     assert np.median(np.abs(engine.logits(ids) - wanted)) < 2e-3
 
 
+@pytest.mark.parametrize(
+    ("kl", "ends"),
+    [
+        ([0.270, 0.152, 0.156, 0.154, 0.1524], False),  # the rate is near its peak
+        ([0.27, 0.15, 0.18, 0.19, 0.16], False),  # on its way back
+        ([0.27, 0.15, 0.18, 0.19], False),
+        ([0.27, 0.15, 0.18, 0.19, 0.18], True),
+        ([0.27, 0.4, 0.5, 0.6], True),
+        ([0.27, 0.4, 0.5], False),
+        ([], False),
+    ],
+)
+def test_only_a_run_that_gets_much_worse_ends_early(kl: list[float], ends: bool) -> None:
+    checks = [adapter.Check(0, 0.0, value, 0.0, None, 0.0) for value in kl]
+    assert adapter.is_worse(checks) == ends
+
+
 def test_a_stopped_run_goes_on_to_the_same_model(
     folders: dict[str, Path],
     texts: tuple[Path, Path],
