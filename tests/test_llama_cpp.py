@@ -342,7 +342,7 @@ def packed(tiny: Path) -> Path:
 
 
 def test_an_embedding_is_that_of_llama_cpp(tiny: Path, tmp_path: Path) -> None:
-    """With pooling "mean", as its server gives it; both round activations to 8 bits or less."""
+    """With pooling "mean", as its server gives it."""
     code = """
 m = make(embedding=True, pooling_type=1)
 text = "The capital of France is"
@@ -352,8 +352,7 @@ print(json.dumps({"ids": m.tokenize(text.encode()), "of": m.embed(text, normaliz
     fallow.pack(tiny, tmp_path / "packed.gguf", down="f32", text=SAMPLE)
     ours = fallow.Engine(tmp_path / "packed.gguf").embed(found["ids"])
     assert len(found["of"]) == len(ours)
-    assert float(np.dot(found["of"], ours)) > 0.9999
-    np.testing.assert_allclose(ours, found["of"], atol=0.01)
+    np.testing.assert_allclose(ours, found["of"], atol=1e-3)
 
 
 # Token by token, and with a cache in float32: as exact as llama.cpp computes.
