@@ -139,13 +139,22 @@ class BoundEngine {
   void forward(Indices tokens, size_t slot, uint32_t position, bool all, bool dense, bool exact,
                bool record, WritableRows logits) {
     const size_t n = tokens.size();
-    check_place(slot, position);
-    if (n == 0 || n > engine_->context() - position)
-      throw nb::value_error("no tokens, or more than the context has room for");
-    check_pass(tokens, logits, all ? n : 1);
+    check_text(n, slot, position);
+    check_pass(tokens, logits, all ? n : 1, model_.config.vocab_size);
     nb::gil_scoped_release release;
     asked_ = std::chrono::steady_clock::now();
     engine_->forward(tokens.data(), n, slot, position, all, dense, exact, record, logits.data());
+    if (mapping_) mapping_->check();
+  }
+
+  // hidden (n, hidden_size)
+  void hidden_states(Indices tokens, size_t slot, uint32_t position, WritableRows hidden) {
+    const size_t n = tokens.size();
+    check_text(n, slot, position);
+    check_pass(tokens, hidden, n, model_.config.hidden_size);
+    nb::gil_scoped_release release;
+    asked_ = std::chrono::steady_clock::now();
+    engine_->hidden_states(tokens.data(), n, slot, position, hidden.data());
     if (mapping_) mapping_->check();
   }
 
@@ -163,7 +172,7 @@ class BoundEngine {
       if (!slots.insert(slot).second) throw nb::value_error("two tokens of one slot");
       found.push_back({slot, position});
     }
-    check_pass(tokens, logits, n);
+    check_pass(tokens, logits, n, model_.config.vocab_size);
     nb::gil_scoped_release release;
     asked_ = std::chrono::steady_clock::now();
     engine_->forward_together(tokens.data(), found.data(), n, dense, record, logits.data());
@@ -277,13 +286,20 @@ class BoundEngine {
     if (position > engine_->held(slot)) throw nb::value_error("the cache does not hold so many tokens");
   }
 
-  void check_pass(const Indices& tokens, const WritableRows& logits, size_t rows) const {
+  // n more tokens of a slot that holds `position`.
+  void check_text(size_t n, size_t slot, uint32_t position) const {
+    check_place(slot, position);
+    if (n == 0 || n > engine_->context() - position)
+      throw nb::value_error("no tokens, or more than the context has room for");
+  }
+
+  void check_pass(const Indices& tokens, const WritableRows& result, size_t rows, size_t width) const {
     for (size_t i = 0; i < tokens.size(); ++i)
       if (tokens.data()[i] < 0 ||
           static_cast<uint32_t>(tokens.data()[i]) >= model_.config.vocab_size)
         throw nb::value_error("a token id is outside the vocabulary");
-    if (logits.shape(0) != rows || logits.shape(1) != model_.config.vocab_size)
-      throw nb::value_error("logits have the wrong shape");
+    if (result.shape(0) != rows || result.shape(1) != width)
+      throw nb::value_error("logits or hidden states have the wrong shape");
     if (process_id() != process_) throw nb::value_error("this engine was made before a fork");
   }
 
@@ -421,6 +437,7 @@ void bind_engine(nb::module_& m) {
       .def("cache_experts", &BoundEngine::cache_experts, "n_slots"_a)
       .def("forward", &BoundEngine::forward, "tokens"_a, "slot"_a, "position"_a, "all"_a, "dense"_a,
            "exact"_a, "record"_a, "logits"_a)
+      .def("hidden_states", &BoundEngine::hidden_states, "tokens"_a, "slot"_a, "position"_a, "hidden"_a)
       .def("forward_together", &BoundEngine::forward_together, "tokens"_a, "places"_a, "dense"_a,
            "record"_a, "logits"_a)
       .def("set_cuts", &BoundEngine::set_cuts, "cuts"_a)
@@ -434,6 +451,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("kernels", &BoundEngine::kernels)
       .def_prop_ro("n_layers", [](const BoundEngine& e) { return e.model().config.n_layers; })
       .def_prop_ro("vocab_size", [](const BoundEngine& e) { return e.model().config.vocab_size; })
+      .def_prop_ro("hidden_size", [](BoundEngine& e) { return e.model().config.hidden_size; })
       .def_prop_ro("intermediate_size",
                    [](const BoundEngine& e) { return e.model().config.intermediate_size; })
       .def_prop_ro("neurons", &BoundEngine::neurons);

@@ -1,5 +1,6 @@
 """The command line as a user meets it: whole processes, exit codes, the last line of stdout."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import fallow
 from conftest import Result
 from fallow import _core
+from fallow.reporting.results import read_results
 from fallow.rules import RULES
 from fallow.selectors import SELECTORS
 
@@ -112,6 +114,17 @@ def test_packed_model(
     keys = {"prefill_tps", "decode_tps", "bytes_per_token", "gbps", "peak_rss_mb", "mbu"}
     assert keys <= set(result)
     assert result["threads"] == 1
+    # It is of the plan that was packed, which is the file's, to the byte; so the report tells it.
+    digest = hashlib.sha256(plan.read_bytes()).hexdigest()
+    mark = fallow.Plan.load(plan).fingerprint
+    assert (result["fingerprint"], result["plan_sha256"]) == (mark, digest)
+    path = tmp_path / "timed.json"
+    path.write_text(json.dumps(result))
+    told = read_results([path]).told_of(mark, digest)
+    assert told == (
+        f"{result['decode_tps']:.1f} tokens/s, {result['bytes_per_token'] / 1e6:.1f} MB read per "
+        "token (timed)"
+    )
     assert ("joules_per_token" in result) == (result["no_energy"] is None)
     printed = run(*timed).out
     assert "of what 1 threads read" in printed

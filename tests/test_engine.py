@@ -28,8 +28,10 @@ from fallow.calibration.calibrator import Calibrator
 from fallow.checkpoints.text import Half, load_text
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
+from fallow.engine.batch import Batch
 from fallow.engine.engine import Engine
 from fallow.engine.packed import is_packed
+from fallow.engine.sampling import Sampler
 from fallow.measure.evaluation import dense_logits
 from fallow.measure.quality import compare_logits, evaluate_engine
 from fallow.packing import packer, selfcheck
@@ -61,6 +63,60 @@ def test_logits_are_those_of_transformers(
     engine.reset()  # blocks that start in the middle of the sliding window
     parts = [engine.forward(part, every=True) for part in np.split(IDS, [30, 31, 77])]
     assert np.abs(np.concatenate(parts) - expected).max() < ERROR
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_hidden_states_and_embeddings_are_those_of_transformers(
+    name: str, tiny: dict[str, fallow.Model], packed: dict[str, Path], monkeypatch: Any
+) -> None:
+    engine, model = Engine(packed[name]), tiny[name]
+    ids = IDS if name not in EXPERTS else IDS[:40]
+    expected = model.hidden(ids[None])[0].float().numpy()
+    found = engine.hidden(ids)
+    assert np.abs(found - model.logit_scale * expected).max() < 10 * ERROR
+    mean = expected.astype(float).mean(axis=0)
+    np.testing.assert_allclose(engine.embed(ids), mean / np.linalg.norm(mean), atol=10 * ERROR)
+    monkeypatch.setattr("fallow.engine.answer.PREFILL_STEP", 16)  # the last part of one token, too
+    for n in (1, 8, 33):
+        mean = expected[:n].astype(float).mean(axis=0)
+        found = engine.embed(ids[:n])
+        np.testing.assert_allclose(found, mean / np.linalg.norm(mean), atol=10 * ERROR)
+        assert engine.stats.prompt_tokens == n
+    # As after any other text, the thread that asked goes on.
+    assert np.abs(engine.forward([5]) - engine.logits([*ids[:33], 5])[-1]).max() < ERROR
+
+
+def test_an_embedding_depends_on_the_plan_and_on_nothing_else(packed: dict[str, Path]) -> None:
+    engine = Engine(packed["llama"], slots=2)
+    alone = engine.embed(IDS)
+    batch = Batch(engine)
+    answer = engine.begin(IDS[:20], 12, Sampler(), slot=1)
+    said = [batch.add(engine.begin_embedding(IDS[:1])), batch.add(answer)]
+    short = [s for _ in range(3) for s in batch.round()]
+    said += [*short, batch.add(engine.begin_embedding(IDS))]
+    while not (said[-1].ended and said[-1].answer is answer):
+        said += batch.round()
+    pieces = [piece.embedding for s in said for piece in s.pieces if piece.embedding is not None]
+    assert len(pieces) == 2
+    assert np.array_equal(pieces[0], engine.embed(IDS[:1]))
+    assert np.array_equal(pieces[1], alone)
+    text = "".join(piece.text for s in said if s.answer is answer for piece in s.pieces)
+    assert text == "".join(engine.generate(IDS[:20], 12))
+    engine.use_plan(cutting_plan(engine))
+    assert np.abs(engine.embed(IDS) - alone).max() > 1e-3
+    small = Engine(packed["llama"], memory="3GB")  # in smaller blocks
+    np.testing.assert_allclose(small.embed(IDS), alone, atol=10 * ERROR)
+
+
+def test_what_has_no_embedding(packed: dict[str, Path], monkeypatch: Any) -> None:
+    engine = Engine(packed["llama"], context=16)
+    for ids, said in (([], "no tokens"), (IDS[:17], "exceeds the context of 16"), ([300], "300")):
+        assert said in fails(FallowError, partial(engine.embed, ids))
+    nothing = np.zeros((4, engine.hidden_size), dtype=np.float32)
+    for value in (0, np.nan):
+        monkeypatch.setattr(engine, "_read_hidden", lambda *_, value=value: nothing + value)
+        found = fails(FallowError, partial(engine.embed, IDS[:4]))
+        assert "check the file with: fallow evaluate" in found
 
 
 @pytest.mark.parametrize(("name", "kernels"), PAIRS)

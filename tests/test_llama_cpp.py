@@ -341,6 +341,20 @@ def packed(tiny: Path) -> Path:
     return path
 
 
+def test_an_embedding_is_that_of_llama_cpp(tiny: Path, tmp_path: Path) -> None:
+    """With pooling "mean", as its server gives it."""
+    code = """
+m = make(embedding=True, pooling_type=1)
+text = "The capital of France is"
+print(json.dumps({"ids": m.tokenize(text.encode()), "of": m.embed(text, normalize=True)}))
+"""
+    found = run(code, plugin=False, model=tiny)
+    fallow.pack(tiny, tmp_path / "packed.gguf", down="f32", text=SAMPLE)
+    ours = fallow.Engine(tmp_path / "packed.gguf").embed(found["ids"])
+    assert len(found["of"]) == len(ours)
+    np.testing.assert_allclose(ours, found["of"], atol=1e-3)
+
+
 # Token by token, and with a cache in float32: as exact as llama.cpp computes.
 LOGITS = """
 import numpy as np

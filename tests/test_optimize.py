@@ -197,6 +197,8 @@ def test_optimize(
     engine = Engine(output)
     plan = engine.plan
     assert (plan is None) == (result.selector == "dense")
+    assert result.plan_sha256 == (None if plan is None else plan.sha256)
+    assert result.fingerprint == engine.fingerprint
     used = [False, False]
     if plan is not None:
         assert (plan.rule, plan.target_ppl_increase) == ("two_stage", 2.0)

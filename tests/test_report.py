@@ -21,6 +21,7 @@ from fallow.reporting.measure import align, octaves, pick_neurons, ranked, store
 from fallow.reporting.results import read_results
 
 Texts = tuple[Path, Path]
+WIDTHS = {"phone": (390, 844), "desk": (1440, 900)}
 SCREENSHOTS = Path(__file__).parent.parent / "build" / "screenshots"
 HOSTILE = "</script><script>alert(1)</script> <img src=x onerror=alert(2)> {{ 7 * 7 }} é🙂\n"
 COMPARED = ("the <b>old</b> gate rests", "the <i>new</i> gate rests")
@@ -274,6 +275,8 @@ def test_small_things() -> None:
 
 def test_results(setting: Setting, tmp_path: Path) -> None:
     found = read_results(setting.options["results"])
+    assert found.timings == []  # none of them says what it is of
+    found = found.bars
     assert [(bar["label"], bar["value"]) for bar in found["decode, tokens/s"]] == [
         ("bench", 20), ("bench: llama.cpp", 10), ("optimize", 30), ("budgets, 800 MB", 5)
     ]  # fmt: skip
@@ -284,6 +287,9 @@ def test_results(setting: Setting, tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     for text in (
         "", "no json", "[1]", "{}", '{"decode_tps": "fast"}', '{"decode_tps": NaN}', "3",
+        '{"decode_tps": 1, "plan_sha256": "a"}',
+        '{"decode_tps": 1, "plan_sha256": 1, "fingerprint": "a"}',
+        '{"decode_tps": 1, "plan_sha256": "a", "fingerprint": "a", "ppl_change_percent": 1}',
         '{"decode_tps": 1, "all": [1]}', '{"budgets": [1]}', '{"budgets": 1}', "[" * 100_000,
     ):  # fmt: skip
         bad.write_text(text)
@@ -293,6 +299,135 @@ def test_results(setting: Setting, tmp_path: Path) -> None:
     for path in (bad, tmp_path / "none.json"):
         with pytest.raises(FallowError, match=f"cannot read {path}.*check --results"):
             read_results([path])
+
+
+# Several plans, and their speeds ------------------------------------------------------------------
+
+
+@dataclass
+class Planned:
+    """A report on two plans, with speeds of one of them, of a row of the trade-off and others."""
+
+    html: Path
+    plans: list[Path]
+    timings: dict[str, dict[str, Any]]
+    found: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def planned(
+    setting: Setting, tiny: dict[str, fallow.Model], texts: Texts,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Planned:  # fmt: skip
+    root = tmp_path_factory.mktemp("planned")
+    plans = [root / f"{rule}.plan" for rule in ("topk", "cats")]
+    for path in plans:
+        fallow.calibrate(
+            tiny["llama"], path.stem, sparsity=0.4, text=texts[0], context=32, windows=2,
+            validation_windows=1,
+        ).save(path)  # fmt: skip
+    output, changes = root / "report.html", {"plans": plans, "rules": ("topk",), "results": ()}
+    setting.make(output, **changes)  # whose folder has the plans of the trade-off
+    row = fallow.Plan.load(next(root.glob("*.work/*/tradeoff/plans/topk-0.6.plan")))
+    fingerprint = tiny["llama"].fingerprint
+    optimized = {"ppl_change_percent": 0.5, "ppl_change_se": 0.1, "kl_to_dense": 0.01,
+                 "sparsity_ratio": 0.2, "selector": "two_stage", "windows": 8, "text": "novels",
+                 "bytes_per_token": 4e6}  # fmt: skip
+    timings: dict[str, dict[str, Any]] = {
+        "a-plan": {"decode_tps": 21, "plan_sha256": fallow.Plan.load(plans[0]).sha256},
+        "a-row": {"decode_tps": 22, "plan_sha256": row.sha256},
+        "dense": {"decode_tps": 23, "plan_sha256": None},
+        "best": {"decode_tps": 24, "plan_sha256": "of another file"} | optimized,
+        "another-model": {"decode_tps": 25, "plan_sha256": row.sha256, "fingerprint": "x"},
+        "another-plan": {"decode_tps": 26, "plan_sha256": "of no file"},
+    }
+    results = [root / f"{name}.json" for name in timings]
+    for path in results:
+        path.write_text(json.dumps({"fingerprint": fingerprint} | timings[path.stem]))
+    found = setting.make(output, **(changes | {"results": results}))
+    return Planned(output, plans, timings, found)
+
+
+def figure_of(html: Path, title: str) -> dict[str, Any]:
+    """What a report embeds of a figure."""
+    found = re.findall(r'<script type="application/json">(.*?)</script>', html.read_text(), re.S)
+    (one,) = (content for each in found if (content := json.loads(each))["title"] == title)
+    return one
+
+
+def test_plans_stand_side_by_side(
+    planned: Planned, tiny: dict[str, fallow.Model], texts: Texts
+) -> None:
+    plans, layers = figure_of(planned.html, "Plans"), figure_of(planned.html, "Layer by layer")
+    (place,) = plans["variants"]["neuron sparsity"]
+    of_layers = layers["variants"]["inter"][0]["data"]
+    for i, path in enumerate(planned.plans):
+        expected = fallow.evaluate(
+            tiny["llama"], fallow.Plan.load(path), texts[1], context=32, windows=2
+        )
+        row = plans["data"][i]
+        assert (row["plan"], row["rule"]) == (path.name, path.stem)
+        assert row["inactive"] == f"{expected.achieved_sparsity:.1%}"
+        assert row["PPL change, %"].startswith(f"{expected.ppl_change_percent:+.2f} ± ")
+        point = place["data"][i + 1]  # after the trade-off's line
+        assert point["name"] == of_layers[i]["name"] == path.name
+        assert point["x"] == [pytest.approx(100 * expected.achieved_sparsity, abs=1e-3)]
+        assert point["y"] == [pytest.approx(expected.ppl_change_percent, rel=1e-4)]
+        budgets = [100 * layer["mean"] for layer in expected.sparsity_per_layer["inter"]]
+        assert of_layers[i]["y"] == pytest.approx(budgets, rel=1e-3)
+        assert planned.found[i]["plan"] == path.name
+        assert f"by rule {path.stem} of {path.name}.</p>" in planned.html.read_text()
+    assert [row["speed"] for row in plans["data"]] == [
+        "21.0 tokens/s (a-plan)", "no speed was measured"
+    ]  # fmt: skip
+    # In grey: no two lines have the same marker.
+    symbols = [trace["marker"]["symbol"] for trace in place["data"]]
+    assert len(set(symbols)) == len(symbols) == 3
+    assert len({trace["line"]["dash"] for trace in of_layers}) == 2
+
+
+def test_the_slider_tells_measured_speeds_and_invents_none(planned: Planned) -> None:
+    figure = figure_of(planned.html, "Sparsity against quality")
+    rows = figure["data"]["PPL change up to +10 %"]
+    assert [row["x"] for row in rows] == sorted(row["x"] for row in rows)
+    told = {name: [row for row in rows if f"({name})" in row["text"]] for name in planned.timings}
+    for name in ("a-plan", "a-row", "dense", "best"):
+        (row,) = told[name]
+        assert f"; {planned.timings[name]['decode_tps']:.1f} tokens/s" in row["text"]
+    assert told["another-model"] == told["another-plan"] == []
+    assert told["a-row"][0]["text"].startswith("topk at 60%: ")
+    assert told["a-plan"][0]["text"].startswith("topk.plan: ")
+    assert (told["dense"][0]["x"], told["dense"][0]["change"]) == (0, 0)
+    assert told["best"][0]["text"] == (
+        "optimized, two_stage: 20.0% inactive, PPL +0.50 ± 0.10 %, KL 0.01 nats on 8 windows of "
+        "novels; 24.0 tokens/s, 4.0 MB read per token (best)"
+    )
+    rest = [row["text"] for row in rows if not any(row in found for found in told.values())]
+    assert rest
+    assert all(text.endswith("; no speed was measured") for text in rest)
+    assert not any("cats" in text for text in rest)  # a plan that was not timed is no row of these
+    (plot,) = figure["variants"]["PPL change up to +10 %"]
+    stars = next(trace for trace in plot["data"] if trace["name"] == "timed")
+    assert sorted(stars["x"]) == sorted(found[0]["x"] for found in told.values() if found)
+
+
+@pytest.mark.parametrize("kind", ["phone", "desk"])
+def test_plans_fit_the_screen(browser: Any, planned: Planned, kind: str) -> None:
+    width, height = WIDTHS[kind]
+    context = browser.new_context(viewport={"width": width, "height": height})
+    view = context.new_page()
+    view.goto(planned.html.as_uri(), wait_until="load")
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    view.add_style_tag(content="html { filter: grayscale(1) }")
+    for title in ("Sparsity against quality", "Plans", "Layer by layer"):
+        figure = view.locator(".figure", has=view.get_by_role("heading", name=title, exact=True))
+        for place in figure.locator(".drawing").all():
+            place.scroll_into_view_if_needed()
+            place.locator(".main-svg").first.wait_for()
+        name = f"{title.lower().replace(' ', '-')}-{kind}.png"
+        figure.screenshot(path=SCREENSHOTS / name)
+    assert view.evaluate("document.documentElement.scrollWidth") <= width
+    context.close()
 
 
 # The command -------------------------------------------------------------------------------------
@@ -379,9 +514,6 @@ def test_command_errors(
 
 
 # In a browser ------------------------------------------------------------------------------------
-
-
-WIDTHS = {"phone": (390, 844), "desk": (1440, 900)}
 
 
 @pytest.fixture(scope="module", params=[*WIDTHS])

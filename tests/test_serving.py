@@ -361,6 +361,42 @@ def test_tokens_of_texts(address: str, engine: Engine, parrot: tuple[Path, Path]
         assert added == Engine(parrot[1]).tokenizer.prompt("neuron").tolist()
 
 
+def test_embeddings(client: openai.OpenAI, engine: Engine, address: str) -> None:
+    texts = ["neuron 3", "the gate"]
+    expected = [engine.embed(text).tolist() for text in texts]
+    ids = [engine.tokenizer.prompt(text).tolist() for text in texts]
+    before = tokens_counted(address)
+    for given, wanted in (
+        (texts, expected), (ids, expected), (texts[1], expected[1:]), (ids[0], expected[:1]),
+    ):  # fmt: skip
+        for encoding in ({}, {"encoding_format": "float"}):  # without one the client wants base64
+            options: Any = {"dimensions": engine.hidden_size, "user": "a"} | encoding
+            found = client.embeddings.create(model="tiny", input=given, **options)
+            assert [each.index for each in found.data] == list(range(len(wanted)))
+            # Rounding may depend on what else a slot was asked.
+            np.testing.assert_allclose([e.embedding for e in found.data], wanted, atol=1e-6)
+            assert np.linalg.norm(found.data[0].embedding) == pytest.approx(1)
+            n = sum(len(ids[expected.index(each)]) for each in wanted)
+            assert (found.usage.prompt_tokens, found.usage.total_tokens) == (n, n)
+    assert tokens_counted(address) - before == 6 * sum(map(len, ids))
+    metrics = httpx.get(f"{address}/metrics").text
+    assert 'fallow_responses_total{path="/v1/embeddings",status="200"}' in metrics
+
+
+def tokens_counted(address: str) -> float:
+    metrics = httpx.get(f"{address}/metrics").text
+    found = re.search(r'fallow_tokens_total\{kind="prompt"\} (\S+)', metrics)
+    return float(found[1]) if found else 0.0
+
+
+def test_embeddings_take_a_whole_context_and_no_more(client: openai.OpenAI, engine: Engine) -> None:
+    ids = [7] * engine.context
+    found = client.embeddings.create(model="tiny", input=ids).data[0].embedding
+    np.testing.assert_allclose(found, engine.embed(ids), atol=1e-6)
+    with pytest.raises(openai.BadRequestError, match="exceeds the context"):
+        client.embeddings.create(model="tiny", input=[*ids, 7])
+
+
 def test_langchain(address: str, engine: Engine) -> None:
     from langchain_openai import ChatOpenAI, OpenAI
 

@@ -140,8 +140,9 @@ def test_what_finds_no_place_is_not_encoded(engine: Engine) -> None:
 def test_a_prompt_that_cannot_be_read_gives_its_place_back(engine: Engine) -> None:
     with served(engine, queue=1) as address:
         for _ in range(3):
-            body = {"model": "tiny", "prompt": "neuron " * 140}
-            assert httpx.post(f"{address}/v1/completions", json=body).status_code == 400
+            for path, field in (("completions", "prompt"), ("embeddings", "input")):
+                body = {"model": "tiny", field: "neuron " * 140}
+                assert httpx.post(f"{address}/v1/{path}", json=body).status_code == 400
         assert httpx.get(f"{address}/health").json()["waiting"] == 0
 
 

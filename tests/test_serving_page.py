@@ -179,6 +179,14 @@ def test_activity_where_guesses_are_read_along(
         np.testing.assert_array_equal(one.activity.bins, other.activity.bins)
 
 
+def test_an_embedding_without_the_plan(planned: Engine, planned_address: str) -> None:
+    under = planned.embed("neuron 3")
+    for extra, differs in (({}, False), ({"fallow_plan": False}, True)):
+        body = {"model": "tiny", "input": "neuron 3"} | extra
+        found = httpx.post(f"{planned_address}/v1/embeddings", json=body).json()["data"][0]
+        assert (np.abs(under - found["embedding"]).max() > 1e-4) == differs
+
+
 def test_an_answer_without_the_plan(planned: Engine, planned_address: str, talking: Path) -> None:
     """The text of an engine without a plan, whatever the cache holds; then the plan is back."""
     plain = endless(talking)

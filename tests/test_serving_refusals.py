@@ -176,6 +176,35 @@ def test_bad_completions(address: str, change: dict[str, Any], said: str) -> Non
     assert error["param"] == said.partition(": ")[0]
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"input": None}, "input: must be a text of at most 524288 characters, a list of at most"),
+        ({"input": ""}, "input: "),
+        ({"input": []}, "input: "),
+        ({"input": ["a", ""]}, "input: "),
+        ({"input": [[]]}, "input: "),
+        ({"input": [300]}, "input: token id 300 is outside the vocabulary of 300"),
+        ({"input": ["a"] * 17}, "input: 17 are more than the 16 that may wait"),
+        ({"input": "a" * ((1 << 19) + 1)}, "input: must be a text of at most 524288"),
+        ({"input": "neuron " * 140}, "input: the prompt of "),
+        ({"dimensions": 8}, "dimensions: must be 24, which embeddings of this model have"),
+        ({"dimensions": 0}, "dimensions: must be a whole number of at least 1"),
+        ({"encoding_format": "int8"}, 'encoding_format: must be "float" or "base64"'),
+        ({"embd_normalize": 0}, "embd_normalize: is not supported here"),
+        ({"prompt": "a"}, "prompt: is not supported here"),
+        ({"model": None}, "model: "),
+        ({"model": "other"}, "model: "),
+    ],
+)
+def test_bad_embeddings(address: str, change: dict[str, Any], said: str) -> None:
+    answer = httpx.post(f"{address}/v1/embeddings", json={"model": "tiny", "input": "a"} | change)
+    assert answer.status_code == (404 if change == {"model": "other"} else 400)
+    error = answer.json()["error"]
+    assert error["param"] == said.partition(": ")[0]
+    assert said.partition(": ")[2] in error["message"]
+
+
 # What clients send that changes nothing, and what is the same as leaving a field out.
 HARMLESS: dict[str, Any] = {
     "user": "ann", "cache_salt": "s", "metadata": {"a": "b"}, "store": True,

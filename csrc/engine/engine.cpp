@@ -35,9 +35,10 @@ void Engine::begin_pass(bool dense, bool exact) {
   products_.allow_bytes(!exact);
 }
 
-void Engine::forward(const int32_t* tokens, size_t n, size_t slot, uint32_t position, bool all,
-                     bool dense, bool exact, bool record, float* logits) {
-  begin_pass(dense, exact);
+// Reads n tokens of a slot, and calls use(start, size) after each block of them.
+template <class Use>
+void Engine::blocks(const int32_t* tokens, size_t n, size_t slot, uint32_t position, bool record,
+                    const Use& use) {
   held_[slot] = position;
   for (size_t start = 0, size; start < n; start += size) {
     size = std::min(block_, n - start);
@@ -45,13 +46,30 @@ void Engine::forward(const int32_t* tokens, size_t n, size_t slot, uint32_t posi
     const size_t recorded = record ? (is_decode(size) ? size : 1) : 0;
     run_.active_neurons.begin(recorded, config_.n_layers, config_.neurons());
     block(tokens + start, places_.data(), size);
+    use(start, size);
+  }
+  run_.statistics.tokens += n;
+}
+
+void Engine::forward(const int32_t* tokens, size_t n, size_t slot, uint32_t position, bool all,
+                     bool dense, bool exact, bool record, float* logits) {
+  begin_pass(dense, exact);
+  blocks(tokens, n, slot, position, record, [&](size_t start, size_t size) {
     if (all) {
       head(size, true, dense, logits + start * config_.vocab_size);
     } else if (start + size == n) {
       head(size, false, dense, logits);
     }
-  }
-  run_.statistics.tokens += n;
+  });
+}
+
+void Engine::hidden_states(const int32_t* tokens, size_t n, size_t slot, uint32_t position, float* hidden) {
+  begin_pass(false, false);
+  const size_t width = config_.hidden_size;
+  blocks(tokens, n, slot, position, false, [&](size_t start, size_t size) {
+    norm(model_.norm, size, normed_);
+    std::copy_n(normed_.x.begin(), size * width, hidden + start * width);
+  });
 }
 
 void Engine::forward_together(const int32_t* tokens, const Place* places, size_t n, bool dense,

@@ -62,6 +62,9 @@ class Engine {
   // `position` tokens.
   void forward(const int32_t* tokens, size_t n, size_t slot, uint32_t position, bool all, bool dense,
                bool exact, bool record, float* logits);
+  // Reads n tokens as forward() does, and gives what the head reads of each of them, the hidden states after
+  // the last norm: hidden (n, hidden_size).
+  void hidden_states(const int32_t* tokens, size_t n, size_t slot, uint32_t position, float* hidden);
   // Reads one token of each of n slots, at most most_together(), with the weights read once for all.
   // places[t] of token t: another slot each, and a position as for forward(). logits (n, vocab): to the bit
   // those of forward(), token by token.
@@ -79,6 +82,8 @@ class Engine {
 
  private:
   void begin_pass(bool dense, bool exact);
+  template <class Use>
+  void blocks(const int32_t* tokens, size_t n, size_t slot, uint32_t position, bool record, const Use& use);
   void block(const int32_t* tokens, const Place* places, size_t n);
   void embed(const int32_t* tokens, const Place* places, size_t n);
   void ffn(size_t layer, size_t n);

@@ -4,6 +4,7 @@ A plan is numbers alone. It names no code, and whoever runs it needs to know of 
 """
 
 import datetime
+import hashlib
 import shlex
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
@@ -256,6 +257,11 @@ class Plan:
         """The file's content."""
         arrays = self.arrays | {_SKETCH: self.calibration_sketch}
         return tagged.to_bytes(_METADATA_KEY, self.metadata, arrays)
+
+    @property
+    def sha256(self) -> str:
+        """Of the file's content: by it results name the plan that they were measured with."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":

@@ -106,7 +106,12 @@ class Store:
                 )
 
     def plan_path(self, row: Row) -> Path:
-        return self.folder / "plans" / f"{row.key}.plan"
+        return plan_path(self.folder, row)
+
+
+def plan_path(folder: Path, row: Row) -> Path:
+    """Where a run keeps a row's plan; rows of selectors have none."""
+    return folder / "plans" / f"{row.key}.plan"
 
 
 def tradeoff(

@@ -46,7 +46,10 @@ def report(
         "0.3,0.5,0.7"
     ),
     plan: Annotated[
-        Path | None, typer.Option(help="A plan to show; default: tail at +1 % PPL.")
+        list[Path] | None,
+        typer.Option(
+            help="A plan to show, or several side by side; repeatable; default: tail at +1 % PPL."
+        ),
     ] = None,
     sample: Annotated[Path | None, typer.Option(help="Text to show token by token.")] = None,
     compare: Annotated[
@@ -67,7 +70,7 @@ def report(
     """One HTML file of all that can be seen of models: for a phone too, offline; resumable."""
     names = split_names(rules)
     targets = numbers("--sparsities", sparsities)
-    check_output(output, *models, text, calibration_text, plan, sample, *(results or ()))
+    check_output(output, *models, text, calibration_text, sample, *(plan or ()), *(results or ()))
     from fallow.reporting.page import report as run
 
     found = run(
@@ -79,7 +82,7 @@ def report(
         windows=windows,
         rules=names,
         sparsities=targets,
-        plan=plan,
+        plans=plan or (),
         sample=sample,
         compare=compare,
         results=results or (),
@@ -93,8 +96,8 @@ def report(
         return
     for row in found:
         print(
-            f"{row['model']}: PPL {plus_minus(row['ppl'], row['ppl_se'], 2)}; rule {row['rule']} "
-            f"at sparsity {row['sparsity']:.1%} "
+            f"{row['model']}: PPL {plus_minus(row['ppl'], row['ppl_se'], 2)}; rule {row['rule']}"
+            f"{row['plan'] and ' of ' + row['plan']} at sparsity {row['sparsity']:.1%} "
             f"{plus_minus(row['ppl_change_percent'], row['ppl_change_se'], 2)} %"
         )
     print(f"written: {output}, {size / 1e6:.1f} MB")

@@ -12,6 +12,7 @@ import numpy as np
 
 from fallow import _core
 from fallow.checkpoints.tokenizer import Ids, TextStream, TextTokenizer
+from fallow.common.errors import FallowError
 from fallow.engine.drafting import PASS_COST, STREAMED_COST, Lookup
 from fallow.engine.process import peak_rss_mb
 from fallow.engine.sampling import Sampler, TokenChoice, choice_of
@@ -34,20 +35,28 @@ class Piece:
 
     text: str = ""
     tokens: tuple[TokenChoice, ...] = ()
+    embedding: np.ndarray | None = None  # (hidden_size,), of an `Embedding` the last piece's
+
+    @property
+    def says(self) -> bool:
+        """Whether there is anything in it."""
+        return bool(self.text or self.tokens) or self.embedding is not None
 
 
 @dataclass(eq=False)
 class Read:
     """Tokens that an answer needs read before it goes on, which `Engine.read` does.
 
-    Then `rows` are the logits, (T, vocabulary) of `every` token or (1, vocabulary) of the last, and
-    `active` the neurons that were used, (T, L, neurons) bool, if the answer tells its activity.
+    Then `rows` are the logits, (T, vocabulary) of `every` token or (1, vocabulary) of the last, or
+    if they are asked for the `hidden` states, (T, hidden_size), of every token. `active` are the
+    neurons that were used, (T, L, neurons) bool, if the answer tells its activity.
     """
 
     answer: "Answer"
     ids: Sequence[int] | np.ndarray
     every: bool = False
     of_prompt: bool = False
+    hidden: bool = False
     rows: np.ndarray = field(init=False)
     active: np.ndarray | None = field(init=False)
 
@@ -239,6 +248,43 @@ class Answer:
                 setattr(stats, name, value)
         stats.peak_rss_mb = peak_rss_mb()
         stats.logits_hash = logits_hash(self._last)
+
+
+class Embedding(Answer):
+    """An answer that says nothing, but gives the text's embedding as its last piece.
+
+    That is the mean over tokens of the hidden states after the last norm, of Euclidean length 1:
+    llama.cpp's server, with `--embeddings --pooling mean`, and sentence-transformers' "mean" do so.
+    """
+
+    def steps(self) -> Generator[Piece | Read]:
+        """As of any answer. Raises FallowError where the mean is 0, NaN or infinite."""
+        engine, stats, start = self.engine, self.stats, time.perf_counter()
+        with engine._turn(self, self.slot, begins=True):
+            engine._held[self.slot].clear()
+            engine.stats = stats
+            self.counters.reset_stats()
+        total = np.zeros(engine.hidden_size)
+        try:
+            for i in range(0, len(self.ids), PREFILL_STEP):
+                read = Read(self, self.ids[i : i + PREFILL_STEP], of_prompt=True, hidden=True)
+                yield read
+                total += read.rows.sum(axis=0, dtype=np.float64)
+                yield Piece()
+            stats.prefill_tps = len(self.ids) / (time.perf_counter() - start)
+            stats.peak_rss_mb = peak_rss_mb()
+            length = float(np.linalg.norm(total))
+            if not (np.isfinite(length) and length > 0):
+                raise FallowError(
+                    f"the mean of the model's hidden states has the length {length}; check the "
+                    "file with: fallow evaluate"
+                )
+            stats.finish = "stop"
+            yield Piece(embedding=(total / length).astype(np.float32))
+        finally:
+            with engine._lock:
+                if engine._users[self.slot] is self:
+                    engine._users[self.slot] = threading.get_ident()
 
 
 class AnswerText:

@@ -68,12 +68,13 @@ class Batch:
 
     def _passes(self) -> list[list[Read]]:
         """What is read in this round, of several answers at once where each needs one token."""
-        single = [read for read in self._reads.values() if len(read.ids) == 1]
+        reads = self._reads.values()
+        single = [read for read in reads if len(read.ids) == 1 and not read.hidden]
         passes = []
         for lossless in (False, True):
             alike = [read for read in single if read.answer.lossless is lossless]
             passes += [alike[i : i + _core.FEW] for i in range(0, len(alike), _core.FEW)]
-        longer = [read for read in self._reads.values() if len(read.ids) > 1]
+        longer = [read for read in reads if len(read.ids) > 1 or read.hidden]
         prompts = [read for read in longer if read.of_prompt]
         return passes + [[r] for r in longer if not r.of_prompt] + [[r] for r in prompts[:1]]
 

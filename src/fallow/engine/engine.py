@@ -19,7 +19,7 @@ from fallow.checkpoints.weights import StoredTensor, read_gguf
 from fallow.common.errors import FallowError, UsageError, in_one_line
 from fallow.common.procfs import processors
 from fallow.common.progress import note
-from fallow.engine.answer import Answer, Piece, Read, common
+from fallow.engine.answer import Answer, Embedding, Piece, Read, common
 from fallow.engine.cuts import core_cuts
 from fallow.engine.grammar import Grammars
 from fallow.engine.memory import (
@@ -285,6 +285,10 @@ class Engine:
     def vocabulary_size(self) -> int:
         return self._core.vocab_size
 
+    @property
+    def hidden_size(self) -> int:
+        return self._core.hidden_size
+
     @cached_property
     def tokenizer(self) -> TextTokenizer:
         return packed_tokenizer(self.file)
@@ -459,7 +463,11 @@ class Engine:
                     pass
             if len(reads) == 1:
                 (read,) = reads
-                read.rows = self._read(read.ids, read.every, dense, False, record, answers[0].slot)
+                slot = answers[0].slot
+                if read.hidden:
+                    read.rows = self._read_hidden(read.ids, slot)
+                else:
+                    read.rows = self._read(read.ids, read.every, dense, False, record, slot)
                 read.active = self.active_neurons() if record else None
                 return
             ids = [int(read.ids[0]) for read in reads]
@@ -494,6 +502,16 @@ class Engine:
         held += tokens.tolist()
         self.last_logits = logits[-1]
         return logits
+
+    def _read_hidden(self, ids: Sequence[int] | np.ndarray, slot: int) -> np.ndarray:
+        tokens, held = self._check_ids(ids, slot), self._held[slot]
+        hidden = np.empty((len(tokens), self.hidden_size), dtype=np.float32)
+        try:
+            self._core.hidden_states(tokens, slot, len(held), hidden)
+        except _core.DiskError as error:
+            raise FallowError(str(error)) from error
+        held += tokens.tolist()
+        return hidden
 
     def _check_ids(self, ids: Sequence[int] | np.ndarray, slot: int = 0) -> np.ndarray:
         tokens = np.asarray(ids)
@@ -537,6 +555,28 @@ class Engine:
         total = np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64))
         chosen = logits[np.arange(len(logits)), np.asarray(ids)[1:]]
         return chosen.astype(np.float64) - top - total
+
+    def embed(self, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
+        """A text's embedding, (hidden_size,), of Euclidean length 1: see `Embedding`.
+
+        Raises:
+            FallowError: the text is empty or longer than the context, or the model computes NaN.
+        """
+        ids: Ids = self.tokenizer.prompt(text) if isinstance(text, str) else text
+        pieces = self.begin_embedding(ids).pieces()
+        return next(piece.embedding for piece in pieces if piece.embedding is not None)
+
+    def hidden(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Hidden states (T, hidden_size), float32, after the last norm, of a text (T,).
+
+        Where a model multiplies its logits by a factor, as Granite does, so are these.
+
+        Raises:
+            FallowError: an id outside the vocabulary, no ids, or more than the context holds.
+        """
+        with self._turn(threading.get_ident(), begins=True):
+            self._held[0].clear()
+            return self._read_hidden(ids, 0)
 
     def generate(
         self,
@@ -652,6 +692,25 @@ class Engine:
             self, tokens, max_tokens, sampler, tuple(stop), lossless, reuse, top_logprobs, echo,
             activity, slot,
         )  # fmt: skip
+
+    def begin_embedding(self, ids: Sequence[int] | np.ndarray, *, slot: int = 0) -> Embedding:
+        """Of a text (T,), for a `Batch`.
+
+        Raises:
+            FallowError: the text is empty, longer than the context, or has an id outside the
+                vocabulary.
+            UsageError: there is no such slot.
+        """
+        self._check_slot(slot)
+        tokens = np.asarray(ids)
+        if len(tokens) > self.context:
+            raise FallowError(
+                f"a text of {len(tokens)} tokens exceeds the context of {self.context}; shorten "
+                "it or raise --context"
+            )
+        if len(tokens) == 0:
+            raise FallowError("there are no tokens to read; give some text")
+        return Embedding(self, tokens, 0, Sampler(), (), False, False, None, None, False, slot)
 
     def reset_stats(self) -> None:
         self._core.reset_stats()

@@ -66,6 +66,7 @@ def bench(
 
     Returns:
         Medians over the runs, all runs under `all`; with `against` the baseline's and the ratios.
+        `fingerprint` and `plan_sha256` (None: no plan) say what ran.
         `joules_per_token` is missing where `no_energy` says why.
 
     Raises:
@@ -252,6 +253,8 @@ def _summary(
         result["disk_gbps"] = engine.disk_gbps
         result["disk_bytes_per_pass"] = engine.residency.pass_bytes
     result["sparsity_per_layer"] = engine.idle_neurons().tolist()
+    result["fingerprint"] = engine.fingerprint
+    result["plan_sha256"] = None if engine.plan is None else engine.plan.sha256
     result["file_mb"] = engine.path.stat().st_size / 1e6
     result["logits_hash"] = engine.logits_hash()
     result["threads"] = engine.threads

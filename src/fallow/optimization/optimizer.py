@@ -58,6 +58,8 @@ class Optimized(Result):
     """What a plan saves and costs. Quality is against the source model, on held-out text."""
 
     path: str
+    fingerprint: str  # of the source model
+    plan_sha256: str | None  # None: no plan was worth its loss
     selector: str
     # On windows that only checked the plan, read in blocks of tokens; as are the next two.
     ppl_change_percent: float
@@ -190,6 +192,8 @@ def optimize(
     costs_path.unlink(missing_ok=True)
     return Optimized(
         path=str(output),
+        fingerprint=check.source.fingerprint,
+        plan_sha256=None if plan is None else plan.sha256,
         **_quality(quality, differs, texts),
         **_speed(plan, runs),
         validation_ppl_change_percent=judged,
@@ -324,7 +328,7 @@ class _Check:
     """Reads windows that neither plan nor search has seen, against the source in float32."""
 
     def __init__(self, source: Model, engine: Engine, texts: _Texts) -> None:
-        self._source, self._engine, self._text = source, engine, texts.check_text
+        self.source, self._engine, self._text = source, engine, texts.check_text
         self._windows = source.windows(texts.check_text, texts.context, texts.check_windows)
         self._hidden: dict[bytes, torch.Tensor] = {}  # the source's, of windows that were read
 
@@ -337,8 +341,8 @@ class _Check:
     def _dense(self, window: np.ndarray) -> Logits:
         key = window.tobytes()
         if key not in self._hidden:
-            self._hidden[key] = final_hidden(self._source, window)
-        return logits_of(self._source, self._hidden[key])
+            self._hidden[key] = final_hidden(self.source, window)
+        return logits_of(self.source, self._hidden[key])
 
     def decode(self, plan: Plan | None) -> Evaluation:
         """What the windows' beginnings differ token by token from the same plan in blocks."""

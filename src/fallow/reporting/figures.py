@@ -10,11 +10,13 @@ from plotly.colors import sample_colorscale
 
 from fallow.calibration.tradeoff import target_label
 from fallow.common.tables import plus_minus
+from fallow.reporting.results import Results
 
 DEPTH = ["#2563b0", "#f5b36b"]  # from the first layer to the last: in grey, too
 COLORS = ["#2f7fd6", "#e8772e", "#2e9e6b", "#b05ccc", "#c9a227", "#d64550", "#5f7a8a"]
 GREY = "#888888"  # of lines, on light and dark
 ONE_PERCENT = 1.0
+NOT_TIMED = "no speed was measured"
 LEAST_ZEROS = 0.001  # of a tensor besides inter that is worth a figure
 _MARGIN = {"l": 54, "r": 12, "t": 10, "b": 46}
 _WHERE = {
@@ -179,7 +181,10 @@ def natural_section(profile: dict[str, Any], command: str) -> Section:
     )
 
 
-def tradeoff_section(table: list[dict[str, Any]], command: str) -> Section:
+def tradeoff_section(
+    table: list[dict[str, Any]], timed: list[dict[str, Any]], command: str
+) -> Section:
+    """`timed`: of `timed_points`."""
     rows, variants, best = table[1:], {}, {}
     kinds = [w for w in _WHERE if any(r["where"] == w for r in rows)]
     for where in kinds:
@@ -195,6 +200,9 @@ def tradeoff_section(table: list[dict[str, Any]], command: str) -> Section:
                 _tradeoff_line([row for row in own if row["rule"] == rule], key, error, i, ratio)
                 for i, rule in enumerate(dict.fromkeys(row["rule"] for row in own))
             ]
+            points = [row for row in timed if row["where"] == where]
+            if points and key == "ppl_change_percent":
+                traces.append(_timed_marks(points, ratio))
             title = "KL, nats per token" if key == "kl_to_dense" else "PPL change, %"
             title = "PPL / dense PPL" if ratio else title
             plot = _plot(traces, f"{_WHERE[where]}, %", title, yaxis=axis, showlegend=True)
@@ -202,10 +210,17 @@ def tradeoff_section(table: list[dict[str, Any]], command: str) -> Section:
             if key == "ppl_change_percent":
                 plot["layout"]["shapes"] = [_line_at(1.01 if ratio else ONE_PERCENT)]
             variants[prefix + label] = [plot]
-            best[prefix + label] = [_told_row(row) for row in front(own)]
+            told = [row | {"speed": None} for row in front(own) if not _is_in(row, points)]
+            ordered = sorted([*told, *points], key=lambda row: row["achieved_sparsity"])
+            best[prefix + label] = [_told_row(row) for row in ordered]
     note = (
         f"Against the dense model on {table[0]['windows']} windows, with paired standard errors. "
-        "The dotted line is +1 %. The slider goes through the rows that no other beats in both."
+        "The dotted line is +1 %. The slider goes through the rows that no other beats in both"
+    )
+    note += (
+        ", and through what was timed in the engine, the stars."
+        if timed
+        else f"; {NOT_TIMED} for any of them. --results takes what fallow bench and optimize find."
     )
     block = Block("Sparsity against quality", note, command, "choosing", "show", variants, best)
     return Section("Trade-off", "What it costs to leave neurons inactive.", [block])
@@ -223,14 +238,46 @@ def front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _told_row(row: dict[str, Any]) -> dict[str, Any]:
     """Of a row of the trade-off: its place in a figure, and what the slider says of it."""
     change = plus_minus(row["ppl_change_percent"], row["ppl_change_se"], sign="+")
-    text = (
-        f"{row['rule']} at {target_label(row)}: {row['achieved_sparsity']:.1%} inactive, PPL "
-        f"{change} %, KL {row['kl_to_dense']:.3g} nats"
-    )
+    text = f"{_row_name(row)}: {row['achieved_sparsity']:.1%} inactive, PPL {change} %"
+    if "kl_to_dense" in row:
+        text += f", KL {row['kl_to_dense']:.3g} nats"
+    if "of" in row:
+        text += f" on {row['of']}"
     if "ffn_bytes" in row:
         text += f", {row['ffn_bytes']:.2f} of the FFN's bytes"
+    text += f"; {row['speed'] or NOT_TIMED}"
     x = round(100 * row["achieved_sparsity"], 3)
     return {"text": text, "x": x, "change": row["ppl_change_percent"]}
+
+
+def timed_points(
+    fingerprint: str,
+    table: list[dict[str, Any]],
+    plans: Sequence[tuple[str, dict[str, Any]]],
+    results: Results,
+) -> list[dict[str, Any]]:
+    """Like rows of the trade-off, those of which `results` hold a speed, each with its "speed".
+
+    Of the table, of the plans that are shown, of what `fallow optimize` found, and of no plan.
+    """
+    rows = [row for row in table[1:] if row["plan_sha256"] is not None]
+    rows += [_plan_row(name, plan) for name, plan in plans]
+    none = {"rule": "no plan", "where": "inter", "achieved_sparsity": 0.0}
+    rows += [none | {"ppl_change_percent": 0.0, "ppl_change_se": None, "plan_sha256": None}]
+    for timing in results.optimized(fingerprint):
+        rows.append({**(timing.found or {}), "plan_sha256": timing.plan_sha256})
+    told = [row | {"speed": results.told_of(fingerprint, row["plan_sha256"])} for row in rows]
+    return [row for row in told if row["speed"]]
+
+
+def _plan_row(name: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan as a row of the trade-off."""
+    kept = ("where", "ppl_change_percent", "ppl_change_se", "plan_sha256")
+    return {k: plan[k] for k in kept} | {"rule": name, "achieved_sparsity": plan["sparsity"]}
+
+
+def _row_name(row: dict[str, Any]) -> str:
+    return f"{row['rule']} at {target_label(row)}" if "target_sparsity" in row else row["rule"]
 
 
 def side_by_side(
@@ -252,9 +299,7 @@ def side_by_side(
                 "zero as it is": f"{figures['natural_sparsity']:.1%}",
                 "plan": figures["rule"],
                 "inactive under it": f"{figures['sparsity']:.1%}",
-                "PPL change, %": plus_minus(
-                    figures["ppl_change_percent"], figures["ppl_change_se"], sign="+"
-                ),
+                "PPL change, %": _change(figures),
             }
         )
     plot = _plot(traces, "inactive, %", "PPL change, %", showlegend=True)
@@ -266,12 +311,91 @@ def side_by_side(
     return Section("Side by side", "", [block])
 
 
-def plan_section(plan: dict[str, Any], command: str) -> Section:
-    variants = {
-        tap: [_layer_bars(layers)]
-        for tap, layers in sorted(plan["per_layer"].items(), key=lambda item: item[0] != "inter")
-        if tap == "inter" or any(layer["mean"] >= LEAST_ZEROS for layer in layers)
-    }
+def plans_side_by_side(
+    plans: Sequence[tuple[str, dict[str, Any]]],
+    table: list[dict[str, Any]],
+    timed: list[dict[str, Any]],
+    command: str,
+) -> Section:
+    """A table of plans by their names, where they lie in the trade-off, and their layers."""
+    speeds = {row["plan_sha256"]: row["speed"] for row in timed}
+    rows = [
+        {
+            "plan": name,
+            "inactive": f"{plan['sparsity']:.1%}",
+            "PPL change, %": _change(plan),
+            "speed": speeds.get(plan["plan_sha256"], NOT_TIMED),
+            "rule": plan["rule"],
+            "parameter": f"{plan['knob']:.4g}",
+            "cut": _WHERE[plan["where"]],
+        }
+        for name, plan in plans
+    ]
+    places = {}
+    for where in dict.fromkeys(plan["where"] for _, plan in plans):
+        best = [front([row for row in table[1:] if row["where"] == where])]
+        own = [[_plan_row(name, plan)] for name, plan in plans if plan["where"] == where]
+        shown = [*filter(None, best), *own]
+        traces = [
+            _tradeoff_line(each, "ppl_change_percent", "ppl_change_se", i, False)
+            for i, each in enumerate(shown)
+        ]
+        for trace, each in zip(traces, shown, strict=True):
+            trace.name = "best of the trade-off" if each is best[0] else plain(each[0]["rule"])
+            trace.marker.size = 7 if each is best[0] else 13
+        plot = _plot(traces, f"{_WHERE[where]}, %", "PPL change, %", showlegend=True)
+        plot["layout"]["yaxis"] |= _up_to_ten([row for each in shown for row in each])
+        plot["layout"]["xaxis"] |= {"rangemode": "tozero"}
+        plot["layout"]["shapes"] = [_line_at(ONE_PERCENT)]
+        places[_WHERE[where]] = [plot]
+    layers = {}
+    for tap in _shown_taps([plan for _, plan in plans]):
+        traces = [
+            go.Scatter(
+                x=list(range(len(plan["per_layer"][tap]))),
+                y=_percent(layer["mean"] for layer in plan["per_layer"][tap]),
+                name=plain(name),
+                mode="lines+markers",
+                **_in_grey(i),
+            )
+            for i, (name, plan) in enumerate(plans)
+            if tap in plan["per_layer"]
+        ]
+        layers[tap] = [_plot(traces, "layer", "zero, %", showlegend=True)]
+        layers[tap][0]["layout"]["yaxis"] |= {"rangemode": "tozero"}
+    note = "The line is what no other row of the trade-off beats, and the dotted one +1 %."
+    return Section(
+        "Plans side by side",
+        "",
+        [
+            Block("Plans", note, command, "table", "show", places, rows),
+            Block(
+                "Layer by layer",
+                "Share of values that are zero under each plan, mean of tokens.",
+                command,
+                choice="tensor",
+                variants=layers,
+            ),
+        ],
+    )
+
+
+def _change(figures: dict[str, Any]) -> str:
+    return plus_minus(figures["ppl_change_percent"], figures["ppl_change_se"], sign="+")
+
+
+def _shown_taps(plans: Sequence[dict[str, Any]]) -> list[str]:
+    """Tensors that have zeros under one of the plans; `inter`, which comes first, in any case."""
+    zeros = {"inter": 1.0}
+    for tap, layers in ((t, found) for plan in plans for t, found in plan["per_layer"].items()):
+        zeros[tap] = max(zeros.get(tap, 0.0), *(layer["mean"] for layer in layers))
+    shown = [tap for tap, most in zeros.items() if most >= LEAST_ZEROS]
+    return [tap for tap in shown if any(tap in plan["per_layer"] for plan in plans)]
+
+
+def plan_section(name: str, plan: dict[str, Any], command: str) -> Section:
+    """`name`: of one of several plans; "": it is the only one."""
+    variants = {tap: [_layer_bars(plan["per_layer"][tap])] for tap in _shown_taps([plan])}
     change = plus_minus(plan["ppl_change_percent"], plan["ppl_change_se"])
     origin = (
         "The plan that was given"
@@ -289,7 +413,7 @@ def plan_section(plan: dict[str, Any], command: str) -> Section:
         choice="tensor",
         variants=variants,
     )
-    return Section("A plan", note, [block])
+    return Section(f"Plan {name}" if name else "A plan", note, [block])
 
 
 def sample_section(sample: dict[str, Any], layers: int, command: str) -> Section:
@@ -395,7 +519,7 @@ def _plot(
         margin=_MARGIN,
         colorway=COLORS,
         showlegend=several and traces[0].name is not None,
-        legend={"orientation": "h", "y": -0.22},
+        legend={"orientation": "h", "y": -0.3},
         xaxis={"title": {"text": x_title}},
         yaxis={"title": {"text": y_title}},
     )
@@ -483,10 +607,33 @@ def _tradeoff_line(
             "array": [float(f"{scale * (row[error] or 0):.4g}") for row in rows],
         },
         mode="lines+markers",
-        line={"dash": _DASHES[index % len(_DASHES)]},
-        marker={"symbol": _MARKERS[index % len(_MARKERS)], "size": 8},
         name=rows[0]["rule"],
+        **_in_grey(index),
     )
+
+
+def _in_grey(index: int) -> dict[str, Any]:
+    """Dash and marker of the index-th line."""
+    return {
+        "line": {"dash": _DASHES[index % len(_DASHES)]},
+        "marker": {"symbol": _MARKERS[index % len(_MARKERS)], "size": 8},
+    }
+
+
+def _timed_marks(points: list[dict[str, Any]], ratio: bool) -> Any:
+    """Where speeds were measured; changes in percent as ratios, if asked for."""
+    marks = _tradeoff_line(points, "ppl_change_percent", "ppl_change_se", 0, ratio)
+    ordered = sorted(points, key=lambda row: row["achieved_sparsity"])
+    marks.mode, marks.name, marks.cliponaxis = "markers", "timed", False
+    marks.marker = {"symbol": "star", "size": 14, "color": GREY}
+    marks.customdata = [plain(f"{_row_name(row)}: {row['speed']}") for row in ordered]
+    marks.hovertemplate = "%{customdata}<extra></extra>"
+    return marks
+
+
+def _is_in(row: dict[str, Any], points: list[dict[str, Any]]) -> bool:
+    """Whether a row of the trade-off is one of those that were timed."""
+    return row["plan_sha256"] in [p["plan_sha256"] for p in points if p["plan_sha256"]]
 
 
 def _up_to_ten(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

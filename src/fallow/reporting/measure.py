@@ -1,18 +1,17 @@
 """What a report shows of one model, part by part, as JSON values that are small enough to embed."""
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fallow.calibration.calibrator import calibrate
-from fallow.calibration.tradeoff import make_rows, tradeoff
+from fallow.calibration.tradeoff import Row, make_rows, plan_path, tradeoff
 from fallow.checkpoints.catalog import find_model
 from fallow.checkpoints.text import Text, check_no_leakage, load_text
 from fallow.checkpoints.weights import read_gguf
@@ -58,7 +57,7 @@ class Request:
     windows: int | None
     rules: tuple[str, ...]
     sparsities: tuple[float, ...]
-    plan: Plan | None
+    plans: tuple[Plan, ...]  # none: an example is calibrated
     sample: Text
     compare: tuple[str, str]
 
@@ -66,9 +65,9 @@ class Request:
 def check_request(request: Request) -> None:
     """Raises UsageError, or FallowError, for what needs no model to be seen wrong."""
     make_rows(request.rules, request.sparsities)
-    text, plan = request.calibration_text, request.plan
+    text = request.calibration_text
     check_no_leakage(text.sha256, request.text, False, text.sketch)
-    if plan is not None:
+    for plan in request.plans:
         check_no_leakage(plan.calibration_sha256, request.text, False, plan.calibration_sketch)
     if not all(text.strip() for text in request.compare):
         raise UsageError("--compare has an empty text; give two texts")
@@ -86,8 +85,8 @@ def measure(model: Model, request: Request, folder: Path) -> dict[str, Any]:
 
 class _Measurement:
     def __init__(self, model: Model, request: Request, folder: Path) -> None:
-        if request.plan is not None:
-            model.taps(request.plan)
+        for plan in request.plans:
+            model.taps(plan)
         text, context = request.text, request.context
         windows = len(model.windows(text, context, request.windows, at_most=WINDOWS))
         model.windows(request.calibration_text, context, windows)  # as many, for neurons
@@ -119,21 +118,23 @@ class _Measurement:
     def _steps(self) -> Iterator[tuple[str, dict[str, Any], Callable[[], Any]]]:
         """Name, settings besides those of all parts, and function of every part, in order."""
         r = self.request
-        given = None if r.plan is None else hashlib.sha256(r.plan.to_bytes()).hexdigest()
+        given: list[str | None] = [plan.sha256 for plan in r.plans] or [None]
         yield "card", {}, self._card
         yield "profile", {}, self._profile
-        rows = {"rules": list(r.rules), "sparsities": list(r.sparsities), "format": 2}
+        rows = {"rules": list(r.rules), "sparsities": list(r.sparsities), "format": 3}
         yield "tradeoff", rows, self._tradeoff
-        yield "plan", {"plan": given}, self._plan
-        yield "sample", {"plan": given, "sample": r.sample.sha256}, self._sample
-        yield "comparison", {"plan": given, "compare": list(r.compare)}, self._comparison
+        for i, sha256 in enumerate(given):
+            settings = {"plan": sha256, "format": 2}
+            yield f"plan-{i + 1}" if i else "plan", settings, partial(self._plan, i)
+        yield "sample", {"plan": given[0], "sample": r.sample.sha256}, self._sample
+        yield "comparison", {"plan": given[0], "compare": list(r.compare)}, self._comparison
         yield "neurons", {}, self._neurons
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan asked for, or one that is calibrated as an example."""
-        if self.request.plan is not None:
-            return self.request.plan
+        """The first plan asked for, or one that is calibrated as an example."""
+        if self.request.plans:
+            return self.request.plans[0]
         path = self.parts.folder / "example.plan"
         if not path.exists():
             calibrate(
@@ -182,9 +183,10 @@ class _Measurement:
 
     def _tradeoff(self) -> list[dict[str, Any]]:
         r = self.request
-        return tradeoff(
+        rows = make_rows(r.rules, r.sparsities)
+        table = tradeoff(
             self.model,
-            make_rows(r.rules, r.sparsities),
+            rows,
             self.parts.folder / "tradeoff",
             calibration_text=r.calibration_text,
             text=r.text,
@@ -193,13 +195,21 @@ class _Measurement:
             calibration_windows=CALIBRATION_WINDOWS,
             validation_windows=VALIDATION_WINDOWS,
         )
+        return [table[0], *(self._with_plan(*each) for each in zip(table[1:], rows, strict=True))]
 
-    def _plan(self) -> dict[str, Any]:
-        r = self.request
-        result = evaluate(self.model, self.plan, r.text, context=r.context, windows=r.windows)
+    def _with_plan(self, found: dict[str, Any], row: Row) -> dict[str, Any]:
+        """A line of the table, with the plan that it is of; rows of selectors have none."""
+        path = plan_path(self.parts.folder / "tradeoff", row)
+        return found | {"plan_sha256": Plan.load(path).sha256 if path.exists() else None}
+
+    def _plan(self, i: int) -> dict[str, Any]:
+        r, plan = self.request, self.request.plans[i] if i else self.plan
+        result = evaluate(self.model, plan, r.text, context=r.context, windows=r.windows)
         return {
-            **{k: v for k, v in self.plan.metadata.items() if k != "format"},
-            "given": r.plan is not None,
+            **{k: v for k, v in plan.metadata.items() if k != "format"},
+            "given": bool(r.plans),
+            "where": plan.where,
+            "plan_sha256": plan.sha256,
             "ppl_change_percent": result.ppl_change_percent,
             "ppl_change_se": result.ppl_change_se,
             "sparsity": result.achieved_sparsity,

@@ -30,9 +30,11 @@ from fallow.reporting.figures import (
     natural_section,
     neurons_section,
     plan_section,
+    plans_side_by_side,
     results_section,
     sample_section,
     side_by_side,
+    timed_points,
     tradeoff_section,
 )
 from fallow.reporting.measure import (
@@ -44,7 +46,7 @@ from fallow.reporting.measure import (
     load_sample,
     measure,
 )
-from fallow.reporting.results import read_results, speed_headlines
+from fallow.reporting.results import Results, read_results, speed_headlines
 
 RULES, SPARSITIES = ("topk", "cats", "tail"), (0.3, 0.5, 0.7)
 _HERE = Path(__file__).parent
@@ -69,7 +71,7 @@ def report(
     windows: int | None = None,
     rules: Sequence[str] = RULES,
     sparsities: Sequence[float] = SPARSITIES,
-    plan: str | Path | None = None,
+    plans: Sequence[str | Path] = (),
     sample: str | Path | None = None,
     compare: tuple[str, str] | None = None,
     results: Sequence[str | Path] = (),
@@ -87,14 +89,15 @@ def report(
         windows: of `text`, and for neurons of `calibration_text`; None: 8, or all of fewer.
         rules: of the trade-off.
         sparsities: of the trade-off.
-        plan: a plan file for the one model; None: an example is calibrated.
+        plans: plan files for the one model, of which the first is shown token by token; none: an
+            example is calibrated.
         sample: a text file to show token by token.
         compare: two texts whose active neurons are compared.
         device: what models run on: see `load`.
         results: files of what `fallow bench --json` and `fallow optimize --json` printed.
 
     Returns:
-        The main figures of each model.
+        The main figures of each model, or of one under each of several plans.
 
     Raises:
         UsageError: a plan with several models, or the folder's parts have other settings.
@@ -102,25 +105,26 @@ def report(
             computes NaN.
     """
     output, models = Path(output), list(dict.fromkeys(models))
-    if plan is not None and len(models) > 1:
+    plans = list(dict.fromkeys(map(str, plans)))
+    if plans and len(models) > 1:
         raise UsageError("--plan is for one model; give one model, or leave out --plan")
     request = Request(
         text=load_text(text, "evaluation"),
         calibration_text=load_text(calibration_text, "calibration"),
         context=context, windows=windows, rules=tuple(rules), sparsities=tuple(sparsities),
-        plan=None if plan is None else Plan.load(plan),
+        plans=tuple(map(Plan.load, plans)),
         sample=load_sample(sample), compare=compare or COMPARED,
     )  # fmt: skip
     check_request(request)
-    bars = read_results(results)
+    timed = read_results(results)
     check_writable(output)
     options = {
         "--output": output, "--text": text, "--calibration-text": calibration_text,
         "--context": context, "--windows": windows, "--rules": ",".join(rules),
-        "--sparsities": ",".join(f"{s:g}" for s in sparsities), "--plan": plan, "--sample": sample,
+        "--sparsities": ",".join(f"{s:g}" for s in sparsities), "--plan": plans, "--sample": sample,
         "--compare": compare, "--results": results, "--work": work, "--dtype": dtype,
     }  # fmt: skip
-    return _write(output, models, (dtype, device), request, work, options, bars)
+    return _write(output, models, (dtype, device), request, work, options, timed)
 
 
 def _write(
@@ -130,7 +134,7 @@ def _write(
     request: Request,
     work: str | Path | None,
     options: dict[str, Any],
-    bars: dict[str, list[dict[str, Any]]],
+    results: Results,
 ) -> list[dict[str, Any]]:
     """Measures the models, one after the other, and writes the page; their main figures.
 
@@ -144,16 +148,18 @@ def _write(
         parts = _measured(name, kind, request, folder)
         used = {"--windows": parts["tradeoff"][0]["windows"]}
         commands = _Commands(name, models, options | used)
-        chapters.append(Chapter(name, f"model-{len(chapters)}", _sections(parts, commands)))
-        found.append(_main_figures(parts))
+        plans = _named_plans(parts, options["--plan"])
+        sections = _sections(parts, plans, results, commands)
+        chapters.append(Chapter(name, f"model-{len(chapters)}", sections))
+        found += [_main_figures(parts, *plan) for plan in plans]
         tables.append(parts["tradeoff"])
-    if len(found) > 1:
+    if len(models) > 1:
         together = side_by_side([*zip(found, tables, strict=True)], commands.report())
         chapters.insert(0, Chapter("Models", "models", [together]))
-    if bars:
-        section = results_section(bars, _Commands(models[0], models, options).report())
+    if results.bars:
+        section = results_section(results.bars, _Commands(models[0], models, options).report())
         chapters.append(Chapter("Results", "results", [section]))
-    headlines = [*map(_headline, found), *speed_headlines(bars)]
+    headlines = [*map(_headline, found), *speed_headlines(results.bars)]
     write_text(output, render(chapters, request.text.name, headlines))
     return found
 
@@ -163,7 +169,7 @@ def _headline(figures: dict[str, Any]) -> str:
     change = plus_minus(figures["ppl_change_percent"], figures["ppl_change_se"], sign="+")
     return (
         f"{figures['model']}: {figures['sparsity']:.0%} inactive at {change} % PPL, by rule "
-        f"{figures['rule']}."
+        f"{figures['rule']}{figures['plan'] and ' of ' + figures['plan']}."
     )
 
 
@@ -177,22 +183,40 @@ def _measured(name: str, kind: tuple[str, str], request: Request, folder: Path) 
         raise
 
 
-def _sections(parts: dict[str, Any], commands: "_Commands") -> list[Section]:
-    profile, layers = parts["profile"], parts["card"]["layers"]
+def _named_plans(parts: dict[str, Any], paths: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """The parts that are plans, by the names of their files where there are several, or ""."""
+    if len(paths) < 2:
+        return [("", parts["plan"])]
+    names = [Path(path).name for path in paths]
+    names = names if len(set(names)) == len(names) else list(paths)
+    return [(name, parts[f"plan-{i + 1}" if i else "plan"]) for i, name in enumerate(names)]
+
+
+def _sections(
+    parts: dict[str, Any],
+    plans: list[tuple[str, dict[str, Any]]],
+    results: Results,
+    commands: "_Commands",
+) -> list[Section]:
+    card, profile, table = parts["card"], parts["profile"], parts["tradeoff"]
+    shown = [(name or f"the plan, {plan['rule']}", plan) for name, plan in plans]
+    timed = timed_points(card["fingerprint"], table, shown, results)
+    several = [plans_side_by_side(plans, table, timed, commands.report())] if plans[1:] else []
     return [
-        tradeoff_section(parts["tradeoff"], commands.tradeoff()),
-        plan_section(parts["plan"], commands.plan()),
-        card_section(parts["card"], parts["tradeoff"][0], commands.evaluate()),
+        tradeoff_section(table, timed, commands.tradeoff()),
+        *several,
+        *(plan_section(name, plan, commands.plan(i)) for i, (name, plan) in enumerate(plans)),
+        card_section(card, table[0], commands.evaluate()),
         distribution_section(profile, commands.profile()),
         natural_section(profile, commands.profile()),
-        sample_section(parts["sample"], layers, commands.report()),
+        sample_section(parts["sample"], card["layers"], commands.report()),
         comparison_section(parts["comparison"], commands.report()),
         neurons_section(parts["neurons"], commands.neurons(parts["neurons"])),
     ]
 
 
-def _main_figures(parts: dict[str, Any]) -> dict[str, Any]:
-    card, dense, plan = parts["card"], parts["tradeoff"][0], parts["plan"]
+def _main_figures(parts: dict[str, Any], name: str, plan: dict[str, Any]) -> dict[str, Any]:
+    card, dense = parts["card"], parts["tradeoff"][0]
     return {
         "model": card["model"],
         "fingerprint": card["fingerprint"],
@@ -200,6 +224,7 @@ def _main_figures(parts: dict[str, Any]) -> dict[str, Any]:
         "ppl": dense["ppl"],
         "ppl_se": dense["ppl_se"],
         "natural_sparsity": parts["profile"]["natural_sparsity"],
+        "plan": name,
         "rule": plan["rule"],
         "sparsity": plan["sparsity"],
         "ppl_change_percent": plan["ppl_change_percent"],
@@ -217,7 +242,7 @@ class _Commands:
         parts = ["fallow", *map(str, words)]
         for name in options:
             value = self._options[name]
-            if name == "--results":
+            if name in ("--results", "--plan"):
                 parts += [str(word) for path in value for word in (name, path)]
             elif value is not None and (name, value) != ("--dtype", "auto"):
                 values = value if isinstance(value, tuple) else (value,)
@@ -236,10 +261,10 @@ class _Commands:
         own = ("--rules", "--sparsities", "--calibration-text")
         return self._command("tradeoff", self._model, options=(*own, *self._TEXT))
 
-    def plan(self) -> str:
+    def plan(self, i: int) -> str:
         given = self._options["--plan"]
-        if given is not None:
-            return self.evaluate("--plan", given)
+        if given:
+            return self.evaluate("--plan", given[i])
         text = self._options["--calibration-text"]
         words = ["--rule", EXAMPLE_RULE, "--max-ppl-increase", f"{EXAMPLE_PPL_INCREASE:g}"]
         words += ["-o", "example.plan", *([] if text is None else ["--text", text])]

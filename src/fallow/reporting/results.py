@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,37 @@ METRICS = {
 }
 
 
-def read_results(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
-    """Bars by metric: {"label", "value", and of several runs "low" and "high"}.
+@dataclass(frozen=True)
+class Timing:
+    """A measured speed, and what it is of: a model under a plan."""
+
+    fingerprint: str  # of the source model
+    plan_sha256: str | None  # None: no plan
+    told: str
+    found: dict[str, Any] | None  # of `fallow optimize`: what it says of quality
+
+
+@dataclass(frozen=True)
+class Results:
+    """`bars` by metric: {"label", "value", and of several runs "low" and "high"}."""
+
+    bars: dict[str, list[dict[str, Any]]]
+    timings: list[Timing] = field(default_factory=list)
+
+    def told_of(self, fingerprint: str, plan_sha256: str | None) -> str | None:
+        """The speeds of a model under a plan; None: none was measured."""
+        of = (fingerprint, plan_sha256)
+        told = [t.told for t in self.timings if (t.fingerprint, t.plan_sha256) == of]
+        return "; ".join(told) or None
+
+    def optimized(self, fingerprint: str) -> list[Timing]:
+        """What `fallow optimize` made of a model, where it found a plan."""
+        own = [t for t in self.timings if t.fingerprint == fingerprint]
+        return [t for t in own if t.found is not None and t.plan_sha256 is not None]
+
+
+def read_results(paths: Sequence[str | Path]) -> Results:
+    """What files say that `fallow bench --json` and `fallow optimize --json` printed.
 
     A file is what a command printed; its last line counts. A result that also timed another engine,
     or several memory budgets, gives a bar for each.
@@ -30,12 +60,13 @@ def read_results(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]
         FallowError: a file is missing, or its last line is no such result.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in METRICS.values()}
+    timings: list[Timing] = []
     for path in map(Path, paths):
         line = _last_line(path)
         try:
-            bars = [
-                bar for label, result in _results(path.stem, line) for bar in _bars(label, result)
-            ]
+            results = list(_results(path.stem, line))
+            bars = [bar for label, result in results for bar in _bars(label, result)]
+            timings += [_timing(*each) for each in results if "plan_sha256" in each[1]]
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise FallowError(
                 f"the last line of {path} is no result of fallow bench --json or fallow optimize "
@@ -43,7 +74,7 @@ def read_results(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]
             ) from error
         for name, bar in bars:
             found[name].append(bar)
-    return {name: bars for name, bars in found.items() if bars}
+    return Results({name: bars for name, bars in found.items() if bars}, timings)
 
 
 def speed_headlines(bars: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -101,6 +132,29 @@ def _bars(label: str, result: dict[str, Any]) -> Iterator[tuple[str, dict[str, A
                 spread = {"low": min(values), "high": max(values)} if values else {}
                 value = _number(result[prefix + key], unit)
                 yield name, {"label": who, "value": value} | spread
+
+
+def _timing(label: str, result: dict[str, Any]) -> Timing:
+    """The speed that a result holds, and what it says that it is of."""
+    fingerprint, plan = result["fingerprint"], result["plan_sha256"]
+    if not isinstance(fingerprint, str) or not isinstance(plan, str | None):
+        raise TypeError(plan)
+    told = f"{_number(result['decode_tps'], 1):.1f} tokens/s"
+    if "bytes_per_token" in result:
+        told += f", {_number(result['bytes_per_token'], 1e6):.1f} MB read per token"
+    found = None
+    if "ppl_change_percent" in result:
+        error = result["ppl_change_se"]
+        found = {
+            "rule": f"optimized, {result['selector']}",
+            "where": "inter",
+            "achieved_sparsity": _number(result["sparsity_ratio"], 1),
+            "ppl_change_percent": _number(result["ppl_change_percent"], 1),
+            "ppl_change_se": None if error is None else _number(error, 1),
+            "kl_to_dense": _number(result["kl_to_dense"], 1),
+            "of": f"{result['windows']} windows of {result['text']}",
+        }
+    return Timing(fingerprint, plan, f"{told} ({label})", found)
 
 
 def _runs(result: dict[str, Any], of: str) -> list[dict[str, Any]]:

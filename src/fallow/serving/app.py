@@ -1,14 +1,15 @@
 """The routes. Every error has OpenAI's form; a client that goes away frees the engine."""
 
 import asyncio
+import base64
 import json
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from anyio import CapacityLimiter, to_thread
@@ -165,6 +166,16 @@ def _add_completions(
         """Continues a text, or each of several."""
         return await answering.completions(body, request)
 
+    @app.post(
+        "/v1/embeddings",
+        dependencies=guarded,
+        responses=responses | {404: {"model": api.ErrorResponse}},
+        response_model=api.EmbeddingResponse,
+    )
+    async def embeddings(body: api.EmbeddingRequest, request: Request) -> Any:
+        """The mean of a text's hidden states, of length 1, or that of each of several."""
+        return await answering.embeddings(body, request)
+
 
 def _add_tokens(app: FastAPI, answering: "_Answering", guarded: list[Any], responses: Any) -> None:
     """Routes of texts and their tokens, as llama.cpp's server has them."""
@@ -193,7 +204,7 @@ def _openapi(app: FastAPI, name: str) -> dict[str, Any]:
                 operation["responses"].pop("422", None)
         for unused in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(unused, None)
-        for request in ("ChatRequest", "CompletionRequest"):
+        for request in ("ChatRequest", "CompletionRequest", "EmbeddingRequest"):
             schema["components"]["schemas"][request]["properties"]["model"]["enum"] = [name]
         app.openapi_schema = schema
     return app.openapi_schema
@@ -250,6 +261,7 @@ class _BadRequest(HTTPException):
 
 # Answers -----------------------------------------------------------------------------------------
 
+_T = TypeVar("_T")
 _Form = tuple[str, Callable[[], Grammar]]  # the field that asks for it, and what makes its grammar
 
 
@@ -320,16 +332,8 @@ class _Answering:
 
     async def completions(self, body: api.CompletionRequest, request: Request) -> Any:
         self.check_model(body.model)
-        prompts: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-        if isinstance(prompts[0], int):
-            prompts = [prompts]
-        parse_special = body.parse_special is not False
-        encode = [
-            partial(self.tokenizer.prompt, p, parse_special=parse_special)
-            if isinstance(p, str)
-            else partial(np.asarray, p)
-            for p in prompts
-        ]
+        prompts = _listed(body.prompt)
+        encode = self._encoders(prompts, body.parse_special is not False)
         echoes = [partial(self._text_of, p) for p in prompts] if body.echo else None
         form = self._form(body)
         run = await self._run(
@@ -356,6 +360,45 @@ class _Answering:
             ],
             usage=_usage(answer.stats, body.n or 1),
         )
+
+    async def embeddings(self, body: api.EmbeddingRequest, request: Request) -> Response:
+        self.check_model(body.model)
+        size = self.worker.engine.hidden_size
+        if body.dimensions not in (None, size):
+            raise _BadRequest(
+                f"dimensions: must be {size}, which embeddings of this model have, or left out; it "
+                f"is {body.dimensions}",
+                "dimensions",
+            )
+        client: Client = request.state.client
+        encode = self._encoders(_listed(body.input), body.parse_special is not False)
+        prepare = partial(self._encode, "input", encode, None, 0)
+        prompts, _, _ = await self._with_places(client, len(encode), "input", prepare)
+        run = _Run(self.worker, request, self.telemetry)
+        run.jobs = [
+            Job(
+                client.turn, ids, 0, None, partial(run.deliver, i),
+                cache=object(),  # nobody shares what was read for it
+                with_plan=body.fallow_plan is not False,
+            )
+            for i, ids in enumerate(prompts)
+        ]  # fmt: skip
+        run.start()
+        found = await run.collect()
+        made = partial(_embedding_response, body, self.name, found)
+        text = await to_thread.run_sync(made, limiter=self._one_encodes)
+        return Response(text, media_type="application/json")
+
+    def _encoders(
+        self, prompts: Sequence[str | list[int]], parse_special: bool
+    ) -> list[Callable[[], np.ndarray]]:
+        """What makes the ids of each prompt."""
+        return [
+            partial(self.tokenizer.prompt, p, parse_special=parse_special)
+            if isinstance(p, str)
+            else partial(np.asarray, p)
+            for p in prompts
+        ]
 
     async def tokenize(self, body: api.TokenizeRequest) -> api.TokenList:
         def found() -> api.TokenList:
@@ -451,14 +494,18 @@ class _Answering:
         field: str,
         encode: Sequence[Callable[[], np.ndarray]],
         echoes: Sequence[Callable[[], str]] | None,
+        least: int = 1,
     ) -> tuple[list[np.ndarray], list[int], list[str] | None]:
-        """Of each prompt its ids, tokens that an answer may have, and the text that is echoed."""
+        """Of each prompt its ids, tokens that an answer may have, and the text that is echoed.
+
+        There must be room for `least` tokens of an answer.
+        """
 
         def encoded() -> tuple[list[np.ndarray], list[int], list[str] | None]:
             ids, room = [], []
             for each in encode:  # up to the first that is refused
                 ids.append(each())
-                room.append(self._room(ids[-1], field))
+                room.append(self._room(ids[-1], field, least))
             return ids, room, None if echoes is None else [echo() for echo in echoes]
 
         try:
@@ -492,21 +539,13 @@ class _Answering:
         client: Client = request.state.client
         self._check_biases(body.biases)
         n = body.n or 1
-        places = n * len(encode)
-        if places > self.worker.limit:  # which is no matter of waiting
-            what = "n" if n > 1 else field
-            raise _BadRequest(
-                f"{what}: {places} are more than the {self.worker.limit} that may wait; "
-                "send fewer, or serve with a larger --queue",
-                what,
-            )
-        self.worker.reserve(client.turn, places)
-        try:
-            grammar = await self._grammar(form)
-            prompts, room, texts = await self._encode(field, encode, echoes)
-        except BaseException:
-            self.worker.release(client.turn, places)
-            raise
+
+        async def prepare() -> tuple[Grammar | None, Any]:
+            return await self._grammar(form), await self._encode(field, encode, echoes)
+
+        what = "n" if n > 1 else field
+        grammar, encoded = await self._with_places(client, n * len(encode), what, prepare)
+        prompts, room, texts = encoded
         seed = secrets.randbits(63) if body.seed is None else body.seed % (1 << 64)
         nucleus = 1.0 if body.top_p is None else body.top_p
         sampler = partial(
@@ -541,6 +580,28 @@ class _Answering:
         run.start()
         return run
 
+    async def _with_places(
+        self, client: Client, places: int, field: str, prepare: Callable[[], Awaitable[_T]]
+    ) -> _T:
+        """What `prepare` makes, after so many places in the queue are taken, which stay taken.
+
+        Raises:
+            HTTPException: 400, there are not so many, whoever waits.
+            Busy, Closing: there are no places.
+        """
+        if places > self.worker.limit:
+            raise _BadRequest(
+                f"{field}: {places} are more than the {self.worker.limit} that may wait; "
+                "send fewer, or serve with a larger --queue",
+                field,
+            )
+        self.worker.reserve(client.turn, places)
+        try:
+            return await prepare()
+        except BaseException:
+            self.worker.release(client.turn, places)
+            raise
+
     def _check_biases(self, biases: dict[int, float]) -> None:
         size = self.worker.engine.vocabulary_size
         if biases and max(biases) >= size:
@@ -549,15 +610,16 @@ class _Answering:
                 "logit_bias",
             )
 
-    def _room(self, ids: np.ndarray, field: str) -> int:
+    def _room(self, ids: np.ndarray, field: str, least: int) -> int:
         """Tokens that an answer may have."""
         engine = self.worker.engine
         room = engine.context - len(ids)
         if len(ids) == 0:
             raise _BadRequest("there are no tokens to read; give some text", field)
-        if room < 1:
+        if room < least:
+            fills = "fills" if least else "exceeds"
             raise _BadRequest(
-                f"the prompt of {len(ids)} tokens fills the context of {engine.context}; "
+                f"the prompt of {len(ids)} tokens {fills} the context of {engine.context}; "
                 "shorten it, or serve with a larger --context",
                 field,
             )
@@ -662,6 +724,7 @@ class _Collected:
         self.pieces: list[list[str]] = [[] for _ in range(n)]
         self.tokens: list[list[TokenChoice]] = [[] for _ in range(n)]
         self.stats = [Stats()] * n
+        self.embeddings: list[np.ndarray] = [np.empty(0)] * n
 
     @property
     def texts(self) -> list[str]:
@@ -730,11 +793,36 @@ class _Run:
             elif event is not None:
                 found.pieces[index].append(event.text)
                 found.tokens[index] += event.tokens
+                if event.embedding is not None:
+                    found.embeddings[index] = event.embedding
         return found
 
     async def _gone(self) -> None:
         while (await self._request.receive())["type"] != "http.disconnect":
             pass
+
+
+def _listed(prompts: Any) -> list[Any]:
+    """Texts and lists of ids, of a field that may have one of them alone."""
+    if isinstance(prompts, str) or isinstance(prompts[0], int):
+        return [prompts]
+    return list(prompts)
+
+
+def _embedding_response(body: api.EmbeddingRequest, name: str, found: _Collected) -> str:
+    """An `EmbeddingResponse` as JSON, made one by one: others need the interpreter in between."""
+    made = []
+    for i, vector in enumerate(found.embeddings):
+        value: Any = vector.tolist()
+        if body.encoding_format == "base64":
+            value = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        made.append(api.EmbeddingMade(index=i, embedding=value).model_dump_json())
+    tokens = sum(stats.prompt_tokens for stats in found.stats)
+    usage = api.EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+    return (
+        f'{{"object":"list","data":[{",".join(made)}],"model":{json.dumps(name)},'
+        f'"usage":{usage.model_dump_json()}}}'
+    )
 
 
 def _event(value: Any) -> str:

@@ -540,14 +540,17 @@ class ChatRequest(_Request):
         return value
 
 
+Prompts = Annotated[
+    NonEmpty | Texts | Ids | Annotated[list[Ids], Several],
+    _takes(
+        f"a text of at most {MOST_CHARACTERS} characters, a list of at most {MOST_IDS} token "
+        f"ids, or a list of at most {MOST_PROMPTS} of either, without empty ones"
+    ),
+]
+
+
 class CompletionRequest(_Request):
-    prompt: Annotated[
-        NonEmpty | Texts | Ids | Annotated[list[Ids], Several],
-        _takes(
-            f"a text of at most {MOST_CHARACTERS} characters, a list of at most {MOST_IDS} token "
-            f"ids, or a list of at most {MOST_PROMPTS} of either, without empty ones"
-        ),
-    ]
+    prompt: Prompts
     parse_special: Flag = True  # ours: control tokens in a text are tokens; false: text
     echo: Flag = False
     max_tokens: Annotated[
@@ -565,6 +568,18 @@ class CompletionRequest(_Request):
         if value == 0 and not info.data.get("echo"):
             raise _ours('must be at least 1, or 0 with "echo": true')
         return value
+
+
+class EmbeddingRequest(_Strict):
+    model: Annotated[Name, _takes("the model's name")]
+    input: Prompts
+    encoding_format: Annotated[Literal["float", "base64"] | None, _takes('"float" or "base64"')] = (
+        "float"
+    )
+    dimensions: Count = None  # only as many as there are
+    parse_special: Flag = True  # as for completions
+    user: Annotated[Name | None, _takes(f"text of at most {LONGEST_NAME} characters")] = None
+    fallow_plan: Flag = True  # as for completions
 
 
 class TokenizeRequest(_Strict):
@@ -695,6 +710,24 @@ class CompletionResponse(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+class EmbeddingMade(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str  # or base64 of float32, little-endian
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[EmbeddingMade]
+    model: str
+    usage: EmbeddingUsage
 
 
 class TokenPiece(BaseModel):

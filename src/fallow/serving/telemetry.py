@@ -13,7 +13,10 @@ from prometheus_client import (
 from fallow.engine.stats import Stats
 from fallow.serving.worker import Worker
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
+PATHS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/health",
+    "/metrics",
+)  # fmt: skip
 FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds
 SPEED = (1, 2, 5, 10, 20, 50, 100, 200)  # tokens per second
 
@@ -31,7 +34,7 @@ class Telemetry:
         )
         self._tokens = Counter(
             "fallow_tokens",
-            "Tokens of answers: read (prompt), of these cached, and new",
+            "Tokens of answers and embeddings: read (prompt), of these cached, and new",
             ("kind",),
             registry=registry,
         )
@@ -61,7 +64,8 @@ class Telemetry:
         counts = (stats.prompt_tokens, stats.cached_tokens, stats.new_tokens)
         for kind, count in zip(kinds, counts, strict=True):
             self._tokens.labels(kind).inc(count)
-        self._first.observe(stats.ttft_ms / 1e3)
+        if stats.ttft_ms:  # an embedding has no first token
+            self._first.observe(stats.ttft_ms / 1e3)
         if stats.decode_tps:
             self._speed.observe(stats.decode_tps)
             self._idle.set(stats.sparsity)

@@ -54,7 +54,7 @@ class Job:
     client: str  # whoever asks; clients take turns
     ids: np.ndarray  # (T,), the prompt
     max_tokens: int
-    sampler: Sampler
+    sampler: Sampler | None  # None: no answer is wanted, but the embedding of `ids`
     deliver: Callable[[Piece | Stats | Exception], None]
     stop: Sequence[str] = ()
     top_logprobs: int | None = None
@@ -237,11 +237,14 @@ class Worker:
             # time it saves, what a prompt was.
             self._caches.clear()
         slot = self._slot_for(job)
-        running.answer = engine.begin(
-            job.ids, job.max_tokens, job.sampler, job.stop,
-            slot=slot, reuse=slot in self._caches and self._caches[slot] == job.cache,
-            top_logprobs=job.top_logprobs, echo=job.echo, activity=job.activity,
-        )  # fmt: skip
+        if job.sampler is None:
+            running.answer = engine.begin_embedding(job.ids, slot=slot)
+        else:
+            running.answer = engine.begin(
+                job.ids, job.max_tokens, job.sampler, job.stop,
+                slot=slot, reuse=slot in self._caches and self._caches[slot] == job.cache,
+                top_logprobs=job.top_logprobs, echo=job.echo, activity=job.activity,
+            )  # fmt: skip
         self._caches.pop(slot, None)
         self._caches[slot] = job.cache
         self._deliver(running, self._batch.add(running.answer))
@@ -262,7 +265,7 @@ class Worker:
     def _deliver(self, running: _Running, said: Said) -> None:
         if not running.job.cancelled.is_set():
             for piece in said.pieces:
-                if piece.text or piece.tokens:
+                if piece.says:
                     running.job.deliver(piece)
                     running.said = True
         if said.ended:
