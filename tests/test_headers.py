@@ -1,0 +1,166 @@
+"""Headers of GGUF and safetensors: what reading hostile ones takes, and what others say of damaged
+ones: the gguf package's GGUFReader, and safetensors'."""
+
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import safetensors
+from safetensors.numpy import save
+
+from fallow.checkpoints.weights import read_gguf, read_safetensors_file
+from fallow.common.errors import FallowError
+from harness.damage import damage_gguf, damage_safetensors
+from harness.headers import HOSTILE, measure
+
+CASES = 400  # of each format
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, float]]:
+    return measure(8_000_000)
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_header_takes_eight_times_its_bytes_at_most(
+    measured: dict[str, dict[str, float]], kind: str
+) -> None:
+    """The process's resident memory, with the file's own pages, while every value is asked for."""
+    assert measured[kind]["growth"] < 8
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_header_takes_time_by_its_length(
+    measured: dict[str, dict[str, float]], kind: str
+) -> None:
+    """4 were linear, 16 the square."""
+    assert measured[kind]["times"] < 8
+
+
+# What others say ---------------------------------------------------------------------------------
+
+# What we refuse, by our message, and another reader takes: why.
+Reasons = dict[str, str]
+
+
+def whole_gguf(path: Path) -> bytes:
+    """A file with every type of value and tensors of a few types, by the gguf package."""
+    writer = gguf.GGUFWriter(path, "llama")
+    kind = gguf.GGUFValueType
+    for type_ in kind:
+        if type_ not in (kind.ARRAY, kind.STRING):
+            writer.add_key_value(f"one.{type_.name}", 1, type_)
+            writer.add_key_value(f"some.{type_.name}", [1, 0], kind.ARRAY, type_)
+    writer.add_string("text", "größer")
+    writer.add_array("texts", ["a", "", "中"])
+    writer.add_custom_alignment(32)
+    rng = np.random.default_rng(0)
+    for name, shape in (("a", (4, 32)), ("b", (3, 2, 8)), ("c", (5,))):
+        writer.add_tensor(name, rng.standard_normal(shape).astype(np.float32))
+    writer.add_tensor("q", np.zeros((2, 34), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def whole_safetensors(path: Path) -> bytes:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a": rng.standard_normal((4, 8)).astype(np.float32),
+        "b.weight": np.arange(6, dtype=np.int64).reshape(2, 3),
+        "half": np.ones((3, 1, 2), np.float16),
+        "none": np.zeros((0, 4), np.float32),
+        "scalar": np.float64(2.0) * np.ones(()),
+    }
+    return save(arrays, metadata={"format": "pt", "note": '{"a": [1, "b"]}'})
+
+
+def gguf_package(path: Path) -> None:
+    for tensor in gguf.GGUFReader(path).tensors:
+        _ = tensor.data
+
+
+def safetensors_package(path: Path) -> None:
+    with safetensors.safe_open(path, "np") as file:
+        for name in file.keys():  # noqa: SIM118
+            _ = file.get_slice(name).get_shape()
+
+
+def our_gguf(path: Path) -> None:
+    file = read_gguf(path)
+    for values in (file.metadata, file.tensors):
+        for name in values:
+            _ = values[name]
+
+
+def our_safetensors(path: Path) -> None:
+    for _ in read_safetensors_file(path):
+        pass
+
+
+def refusal(read: Callable[[Path], None], path: Path) -> str | None:
+    try:
+        read(path)
+    except Exception as error:  # whatever the packages raise
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+GGUF_STRICTER: Reasons = {}
+GGUF_LOOSER: Reasons = {}
+SAFETENSORS_STRICTER: Reasons = {}
+SAFETENSORS_LOOSER: Reasons = {}
+
+
+@pytest.mark.parametrize(
+    ("whole", "damage", "ours", "theirs", "stricter", "looser"),
+    [
+        (whole_gguf, damage_gguf, our_gguf, gguf_package, GGUF_STRICTER, GGUF_LOOSER),
+        (
+            whole_safetensors,
+            damage_safetensors,
+            our_safetensors,
+            safetensors_package,
+            SAFETENSORS_STRICTER,
+            SAFETENSORS_LOOSER,
+        ),
+    ],
+    ids=["gguf", "safetensors"],
+)
+def test_damaged_headers_are_refused_as_by_others(
+    whole: Callable[[Path], bytes],
+    damage: Callable[[np.random.Generator, bytes], bytes],
+    ours: Callable[[Path], None],
+    theirs: Callable[[Path], None],
+    stricter: Reasons,
+    looser: Reasons,
+    tmp_path: Path,
+) -> None:
+    """Where we refuse a file that another reader takes, or take one that it refuses, there is a reason."""
+    original = whole(tmp_path / "whole")
+    rng = np.random.default_rng(1)
+    outcomes: Counter[str] = Counter()
+    used, unexplained = set(), []
+    for number in range(CASES):
+        path = tmp_path / f"{number}.damaged"
+        path.write_bytes(damage(rng, original) if number else original)
+        we, they = refusal(ours, path), refusal(theirs, path)
+        outcomes[f"{we is None}, {they is None}"] += 1
+        if (we is None) == (they is None):
+            path.unlink()
+            continue
+        reasons, message = (stricter, we) if we else (looser, they)
+        found = next((text for text in reasons if re.search(text, message or "")), None)
+        if found is None:
+            unexplained.append((number, we, they))
+        used.add(found)
+    assert unexplained == []
+    assert used == {*stricter, *looser}, "a reason that nothing needs"
+    assert min(outcomes["True, True"], outcomes["False, False"]) > CASES / 10
