@@ -32,7 +32,7 @@ Header read_header(Bytes data) {
   return {data, parse_gguf(data.data(), data.size())};
 }
 
-nb::str as_str(std::string_view text) { return {text.data(), text.size()}; }
+nb::str as_str(std::string_view text) { return nb::str(text.data(), text.size()); }
 
 nb::object as_array(const GgufField& field) {
   const auto dtype_of = [](uint32_t type) -> nb::dlpack::dtype {

@@ -39,7 +39,7 @@ def test_a_header_takes_time_by_its_length(
     measured: dict[str, dict[str, float]], kind: str
 ) -> None:
     """4 were linear, 16 the square."""
-    assert measured[kind]["times"] < 8
+    assert measured[kind]["times"] < 10
 
 
 # What others say ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError
-from fallow.engine.process import peak_rss_mb, rss_bytes
+from fallow.engine.process import peak_rss_mb, return_freed_memory, rss_bytes
 from harness.damage import write_gguf_entries
 
 _VERSION = struct.pack("<I", 3)
@@ -139,6 +139,7 @@ def _read(path: Path) -> float:
 
 
 def _measure_one(large: Path, small: Path) -> dict[str, float]:
+    return_freed_memory()  # what the files were made in
     before = rss_bytes()
     _read(large)
     growth = (peak_rss_mb() * 1e6 - before) / large.stat().st_size
