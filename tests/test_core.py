@@ -280,7 +280,9 @@ def test_gguf_text_is_utf8(text: bytes) -> None:
 def test_gguf_truth_values_are_0_or_1() -> None:
     """A file with another one, says the format, is invalid."""
     data = small_gguf().replace(b"b" + struct.pack("<IB", 7, 1), b"b" + struct.pack("<IB", 7, 2))
-    with pytest.raises(_core.GgufError, match="metadata b has a truth value that is neither 0 nor 1"):
+    with pytest.raises(
+        _core.GgufError, match="metadata b has a truth value that is neither 0 nor 1"
+    ):
         parse(data)
 
 

@@ -169,7 +169,9 @@ def main() -> None:
         print(json.dumps({kind: _in_a_child(kind, size, root) for kind in HOSTILE}))
         return
     for kind, found in measure(8_000_000).items():
-        print(f"{kind:30} {found['growth']:6.1f} times its bytes {found['times']:5.1f} times as long")
+        print(
+            f"{kind:30} {found['growth']:6.1f} times its bytes {found['times']:5.1f} times as long"
+        )
 
 
 if __name__ == "__main__":

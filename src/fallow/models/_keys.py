@@ -61,7 +61,9 @@ def check_gguf_keys(file: GgufFile) -> None:
             continue
         value = file.metadata[key]
         neutral = _GGUF_NEUTRAL.get(name, (0,))
-        if all(one in neutral for one in (value if isinstance(value, list | np.ndarray) else [value])):
+        if all(
+            one in neutral for one in (value if isinstance(value, list | np.ndarray) else [value])
+        ):
             continue
         if name == "attention.sliding_window" and value >= file.get("{arch}.context_length"):
             continue
