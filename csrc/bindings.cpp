@@ -1,7 +1,6 @@
 // Everything that Python sees of the core. Types, shapes and contiguity are checked by the argument
 // types; arrays are passed without copies and the GIL is released while the core works.
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
@@ -22,26 +21,69 @@ using namespace fallow;
 
 namespace {
 
-nb::dict gguf_header(Bytes data) {
-  GgufHeader header;
-  {
-    nb::gil_scoped_release release;
-    header = parse_gguf(data.data(), data.size());
+// A header, and the file's bytes, of which its names and values are made when they are asked for.
+struct Header {
+  Bytes data;
+  GgufHeader parsed;
+};
+
+Header read_header(Bytes data) {
+  nb::gil_scoped_release release;
+  return {data, parse_gguf(data.data(), data.size())};
+}
+
+nb::str as_str(std::string_view text) { return nb::str(text.data(), text.size()); }
+
+nb::object as_array(const GgufField& field) {
+  const auto dtype_of = [](uint32_t type) -> nb::dlpack::dtype {
+    switch (type) {
+      case kGgufUint8: return nb::dtype<uint8_t>();
+      case kGgufInt8: return nb::dtype<int8_t>();
+      case kGgufUint16: return nb::dtype<uint16_t>();
+      case kGgufInt16: return nb::dtype<int16_t>();
+      case kGgufUint32: return nb::dtype<uint32_t>();
+      case kGgufInt32: return nb::dtype<int32_t>();
+      case kGgufFloat32: return nb::dtype<float>();
+      case kGgufBool: return nb::dtype<bool>();
+      case kGgufUint64: return nb::dtype<uint64_t>();
+      case kGgufInt64: return nb::dtype<int64_t>();
+      default: return nb::dtype<double>();
+    }
+  };
+  const nb::bytes values(field.bytes.data(), field.bytes.size());  // aligned, and the file may change
+  const size_t count = field.count;
+  return nb::cast(nb::ndarray<nb::numpy, nb::ro>(values.c_str(), 1, &count, values, nullptr, dtype_of(field.type)));
+}
+
+nb::object as_object(const GgufField& field) {
+  if (field.is_array && field.type == kGgufString) {
+    nb::list strings;
+    field.each_string([&](std::string_view text) {
+      PyObject* made = as_str(text).release().ptr();
+      if (text.size() <= 2) PyUnicode_InternInPlace(&made);  // 64 bytes each, where the file has 10
+      strings.append(nb::steal(made));
+    });
+    return strings;
   }
-  nb::dict fields;
-  for (auto& field : header.fields)
-    fields[nb::cast(field.name)] =
-        field.is_bytes   ? nb::cast(nb::bytes(field.bytes.data(), field.bytes.size()))
-        : field.is_array ? nb::cast(std::move(field.values))
-                         : nb::cast(std::move(field.values[0]));
-  nb::list tensors;
-  for (const auto& tensor : header.tensors)
-    tensors.append(nb::make_tuple(tensor.name, tensor.shape, find_format(tensor.type)->name,
-                                  tensor.offset, tensor.n_bytes));
-  nb::dict result;
-  result["fields"] = fields;
-  result["tensors"] = tensors;
-  return result;
+  if (field.is_array) return as_array(field);
+  return std::visit(
+      [](auto value) -> nb::object {
+        if constexpr (std::is_same_v<decltype(value), std::string_view>) return as_str(value);
+        else return nb::cast(value);
+      },
+      field.at(0));
+}
+
+template <class Named>
+const Named& or_key_error(const Named* found, const std::string& name) {
+  if (!found) throw nb::key_error(name.c_str());
+  return *found;
+}
+
+nb::tuple tensor_tuple(const GgufTensor& tensor) {
+  const auto shape = tensor.shape();
+  return nb::make_tuple(nb::tuple(nb::cast(std::vector<uint64_t>(shape.begin(), shape.end()))),
+                        find_format(tensor.type)->name, tensor.offset, tensor.n_bytes);
 }
 
 void dequantize_array(const std::string& type, Bytes src, Floats dst, int n_threads) {
@@ -235,9 +277,25 @@ NB_MODULE(_core, m) {
       formats[format.name] = nb::make_tuple(format.block_size, format.block_bytes);
   m.attr("FORMATS") = formats;
 
-  m.def("gguf_header", &gguf_header, "data"_a,
-        "Header of a GGUF file (uint8 array): fields (an array of uint8 as bytes), and tensors as "
-        "tuples (name, shape outermost first, type, byte offset, bytes). Raises GgufError.");
+  nb::class_<Header>(m, "GgufHeader", "Of a GGUF file (uint8 array), whose bytes stay where they are.")
+      .def("__init__", [](Header* self, Bytes data) { new (self) Header(read_header(std::move(data))); },
+           "data"_a, "Raises GgufError.")
+      .def_prop_ro("n_fields", [](const Header& h) { return h.parsed.fields.size(); })
+      .def_prop_ro("n_tensors", [](const Header& h) { return h.parsed.tensors.size(); })
+      .def("field_name", [](const Header& h, size_t i) { return as_str(h.parsed.fields.at(i).name); }, "i"_a)
+      .def("tensor_name", [](const Header& h, size_t i) { return as_str(h.parsed.tensors.at(i).name); }, "i"_a)
+      .def(
+          "value",
+          [](const Header& h, const std::string& name) {
+            return as_object(or_key_error(h.parsed.find_field(name), name));
+          },
+          "name"_a, "A bool, int, float, str, list of str, or an array of numbers. Raises KeyError.")
+      .def(
+          "tensor",
+          [](const Header& h, const std::string& name) {
+            return tensor_tuple(or_key_error(h.parsed.find_tensor(name), name));
+          },
+          "name"_a, "(shape outermost first, type, byte offset, bytes). Raises KeyError.");
   m.def("dequantize", &dequantize_array, "type"_a, "src"_a, "dst"_a, "n_threads"_a = 1,
         "Decodes the blocks in src into dst (float32, flat).");
   m.def("add_magnitudes", &add_magnitudes_array, "values"_a, "bins"_a, "n_threads"_a = 1,

@@ -199,8 +199,8 @@ def test_another_models_file_is_refused_and_it_runs_dense(
 ) -> None:
     damaged = tmp_path / "other.gguf"
     content = bytearray(smollm2.read_bytes())
-    tensor = read_gguf(smollm2).offsets[f"blk.0.ffn_{part}.weight"]
-    content[tensor + 100] ^= 1
+    tensor = read_gguf(smollm2).tensors[f"blk.0.ffn_{part}.weight"]
+    content[tensor.offset + 100] ^= 1
     damaged.write_bytes(content)
     code = "m = make(); t = text(m, 4); print(json.dumps({'of': fallow.llama_cpp.statistics()[0]}))"
     found = run(code, model=damaged, plan=half)

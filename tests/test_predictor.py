@@ -49,7 +49,7 @@ def with_bias(packed: Path, path: Path, value: float) -> Path:
     data, file = bytearray(packed.read_bytes()), read_gguf(packed)
     for name, tensor in file.tensors.items():
         if name.endswith("gate_coarse.bias"):
-            at, size = file.offsets[name], tensor.data.nbytes
+            at, size = tensor.offset, tensor.data.nbytes
             data[at : at + size] = np.full(size // 4, value, dtype=np.float32).tobytes()
     path.write_bytes(data)
     return path

@@ -1,5 +1,6 @@
 """Tokenizers from GGUF metadata; what the real ones give for text with traps."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -156,8 +157,8 @@ def test_a_gguf_ends_at_eos_eot_and_eom() -> None:
 def test_smollm2_whose_eos_is_another_ends_its_turns(smollm2: fallow.Model) -> None:
     """llama.cpp ends at <|im_end|>, 2, though tokenizer.ggml.eos_token_id says <|endoftext|>, 0."""
     file = read_gguf(find_model("smollm2"))
-    file.metadata["tokenizer.ggml.eos_token_id"] = 0
-    tokenizer = tokenizer_from_gguf(file)
+    changed = {**file.metadata, "tokenizer.ggml.eos_token_id": 0}
+    tokenizer = tokenizer_from_gguf(dataclasses.replace(file, metadata=changed))
     assert tokenizer.eos_ids == (0, 2)
     assert tokenizer.endless() is None
 

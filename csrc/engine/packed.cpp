@@ -1,8 +1,8 @@
 #include "engine/packed.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <unordered_map>
 
 #include "formats/dequant.h"
 #include "formats/gguf.h"
@@ -19,10 +19,7 @@ constexpr uint32_t kFfnVersion = 1;
 
 class Reader {
  public:
-  Reader(const uint8_t* data, uint64_t size) : data_(data), header_(parse_gguf(data, size)) {
-    for (const auto& field : header_.fields) fields_.emplace(field.name, &field);
-    for (const auto& tensor : header_.tensors) tensors_.emplace(tensor.name, &tensor);
-  }
+  Reader(const uint8_t* data, uint64_t size) : data_(data), header_(parse_gguf(data, size)) {}
 
   uint32_t count(const std::string& name, uint64_t lowest, uint64_t highest = kLargest) const {
     return in_range(name, scalar(name), lowest, highest);
@@ -31,58 +28,67 @@ class Reader {
   // The same of a key that may be left out.
   uint32_t count_or(uint32_t otherwise, const std::string& name, uint64_t lowest,
                     uint64_t highest = kLargest) const {
-    return fields_.contains(key(name)) ? count(name, lowest, highest) : otherwise;
+    return has_key(name) ? count(name, lowest, highest) : otherwise;
   }
 
   std::vector<uint32_t> counts(const std::string& name, uint64_t n, uint64_t highest) const {
     const GgufField& found = field(name);
-    if (!found.is_array || found.values.size() != n)
+    if (!found.is_array || found.count != n)
       throw PackedError(key(name) + " must be an array of " + std::to_string(n) + " values");
     std::vector<uint32_t> values;
-    for (const auto& value : found.values) values.push_back(in_range(name, value, 0, highest));
+    values.reserve(n);
+    for (uint64_t i = 0; i < n; ++i) values.push_back(in_range(name, item(found, i), 0, highest));
     return values;
   }
+
+  uint64_t length(const std::string& name) const { return field(name).count; }
 
   template <class T>
   std::vector<T> list(const std::string& name) const {
     std::vector<T> values;
-    for (const auto& value : field(name).values) {
-      const T* found = std::get_if<T>(&value);
-      if (!found) throw PackedError(key(name) + " has a value of the wrong type");
-      values.push_back(*found);
+    const GgufField& found = field(name);
+    values.reserve(found.count);
+    for (uint64_t i = 0; i < found.count; ++i) {
+      const GgufScalar value = item(found, i);
+      const T* wanted = std::get_if<T>(&value);
+      if (!wanted) throw PackedError(key(name) + " has a value of the wrong type");
+      values.push_back(*wanted);
     }
     return values;
   }
 
   float number(const std::string& name, float otherwise) const {
-    return fields_.contains(key(name)) ? number(name) : otherwise;
+    return has_key(name) ? number(name) : otherwise;
   }
   float number(const std::string& name) const {
-    const auto* value = std::get_if<double>(&scalar(name));
+    const GgufScalar found = scalar(name);
+    const auto* value = std::get_if<double>(&found);
     if (!value || !std::isfinite(*value) || *value < 0)
       throw PackedError(key(name) + " must be a finite number >= 0");
     return static_cast<float>(*value);
   }
 
   bool flag(const std::string& name) const {
-    const auto* value = std::get_if<bool>(&scalar(name));
+    const GgufScalar found = scalar(name);
+    const auto* value = std::get_if<bool>(&found);
     if (!value) throw PackedError(key(name) + " must be true or false");
     return *value;
   }
 
   std::string text(const std::string& name) const {
-    const auto* value = std::get_if<std::string>(&scalar(name));
+    const GgufScalar found = scalar(name);
+    const auto* value = std::get_if<std::string_view>(&found);
     if (!value) throw PackedError(key(name) + " must be a string");
-    return *value;
+    return std::string(*value);
   }
 
-  bool is_packed() const { return fields_.contains(key("version")); }
-  bool has_key(const std::string& name) const { return fields_.contains(key(name)); }
-  bool has(const std::string& tensor) const { return tensors_.contains(tensor); }
+  bool is_packed() const { return has_key("version"); }
+  bool has_key(const std::string& name) const { return header_.find_field(key(name)) != nullptr; }
+  bool has(const std::string& tensor) const { return header_.find_tensor(tensor) != nullptr; }
   // Whether there is this vector, and it has more than n values.
   bool is_wide(const std::string& name, uint64_t n) const {
-    const auto found = tensors_.find(name);
-    return found != tensors_.end() && found->second->shape.size() == 1 && found->second->shape[0] > n;
+    const GgufTensor* found = header_.find_tensor(name);
+    return found && found->n_dims == 1 && found->dims[0] > n;
   }
 
   // A matrix of a type that the engine computes with.
@@ -129,15 +135,21 @@ class Reader {
   static std::string key(const std::string& name) { return "fallow." + name; }
 
   const GgufField& field(const std::string& name) const {
-    const auto found = fields_.find(key(name));
-    if (found == fields_.end()) throw PackedError("the file has no " + key(name));
-    return *found->second;
+    const GgufField* found = header_.find_field(key(name));
+    if (!found) throw PackedError("the file has no " + key(name));
+    return *found;
   }
 
-  const GgufScalar& scalar(const std::string& name) const {
+  GgufScalar scalar(const std::string& name) const {
     const GgufField& found = field(name);
     if (found.is_array) throw PackedError(key(name) + " must be one value");
-    return found.values[0];
+    return found.at(0);
+  }
+
+  // Of no array of strings, whose items have no fixed places.
+  static GgufScalar item(const GgufField& of, uint64_t i) {
+    if (of.type == kGgufString) throw PackedError(std::string(of.name) + " must not be of strings");
+    return of.at(i);
   }
 
   static uint32_t in_range(const std::string& name, const GgufScalar& value, uint64_t lowest,
@@ -149,19 +161,19 @@ class Reader {
     return static_cast<uint32_t>(*number);
   }
 
-  static std::string shape_text(const std::vector<uint64_t>& shape) {
+  static std::string shape_text(std::span<const uint64_t> shape) {
     std::string text;
     for (auto n : shape) text += (text.empty() ? "(" : ", ") + std::to_string(n);
     return text + ")";
   }
 
   const GgufTensor& tensor(const std::string& name, const std::vector<uint64_t>& shape) const {
-    const auto found = tensors_.find(name);
-    if (found == tensors_.end()) throw PackedError("the file has no tensor " + name);
-    if (found->second->shape != shape)
-      throw PackedError("tensor " + name + " has the shape " + shape_text(found->second->shape) +
+    const GgufTensor* found = header_.find_tensor(name);
+    if (!found) throw PackedError("the file has no tensor " + name);
+    if (!std::ranges::equal(found->shape(), shape))
+      throw PackedError("tensor " + name + " has the shape " + shape_text(found->shape()) +
                         ", expected " + shape_text(shape));
-    return *found->second;
+    return *found;
   }
 
   const uint8_t* bytes(const std::string& name, uint64_t rows, uint64_t cols) const {
@@ -172,17 +184,15 @@ class Reader {
   }
 
   const float* floats(const GgufTensor& tensor) const {
-    if (tensor.type != kF32) throw PackedError("tensor " + tensor.name + " must be F32");
+    if (tensor.type != kF32) throw PackedError("tensor " + std::string(tensor.name) + " must be F32");
     // Offsets are multiples of general.alignment, which may be 1 in a hostile file.
     if (tensor.offset % alignof(float) != 0)
-      throw PackedError("tensor " + tensor.name + " is not aligned");
+      throw PackedError("tensor " + std::string(tensor.name) + " is not aligned");
     return reinterpret_cast<const float*>(data_ + tensor.offset);
   }
 
   const uint8_t* data_;
   GgufHeader header_;
-  std::unordered_map<std::string, const GgufField*> fields_;
-  std::unordered_map<std::string, const GgufTensor*> tensors_;
 };
 
 Act read_act(const std::string& name) {
@@ -379,9 +389,9 @@ FfnFile read_ffn_file(const uint8_t* data, uint64_t size) {
   const std::string own = is_packed ? "" : "ffn.";
   const uint32_t n_layers = in.count(own + "n_layers", 1, 1 << 16), hidden = in.count(own + "hidden_size", 1),
                  d_ff = in.count(own + "intermediate_size", 1);
-  file.fingerprints = in.list<uint64_t>("ffn.fingerprints");
-  if (file.fingerprints.size() != size_t{3} * n_layers)
+  if (in.length("ffn.fingerprints") != size_t{3} * n_layers)
     throw PackedError("fallow.ffn.fingerprints must have three values per layer");
+  file.fingerprints = in.list<uint64_t>("ffn.fingerprints");
   const uint32_t n_outliers = in.count(own + "n_outliers", 0, d_ff);
   const auto outliers = n_outliers > 0 ? in.counts(own + "outliers", uint64_t{n_layers} * n_outliers, d_ff - 1)
                                        : std::vector<uint32_t>{};

@@ -2,151 +2,209 @@
 
 #include <algorithm>
 #include <cstring>
-#include <unordered_set>
 
 #include "formats/dequant.h"
 
 namespace fallow {
 namespace {
 
-enum ValueType : uint32_t {
-  kUint8 = 0, kInt8, kUint16, kInt16, kUint32, kInt32, kFloat32, kBool, kString, kArray,
-  kUint64, kInt64, kFloat64,
-};
+// As Python decodes it: neither longer than need be, nor half of a UTF-16 pair, nor past U+10FFFF.
+// https://www.unicode.org/versions/Unicode16.0.0/core-spec/chapter-3/#G27506 (table 3-7)
+bool is_utf8(std::string_view text) {
+  for (size_t i = 0; i < text.size();) {
+    const auto byte = [&](size_t k) { return static_cast<uint8_t>(i + k < text.size() ? text[i + k] : 0); };
+    const uint8_t first = byte(0);
+    const size_t n = first < 0x80 ? 1 : first < 0xC2 ? 0 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : first < 0xF5 ? 4 : 0;
+    if (n == 0) return false;
+    for (size_t k = 1; k < n; ++k)
+      if ((byte(k) & 0xC0) != 0x80) return false;
+    const uint8_t second = byte(1);
+    if ((first == 0xE0 && second < 0xA0) || (first == 0xED && second > 0x9F) || (first == 0xF0 && second < 0x90) ||
+        (first == 0xF4 && second > 0x8F))
+      return false;
+    i += n;
+  }
+  return true;
+}
 
 // A cursor that refuses to leave the file.
 class Cursor {
  public:
-  Cursor(const uint8_t* data, uint64_t size) : data_(data), size_(size) {}
+  explicit Cursor(std::string_view file) : file_(file) {}
 
   template <class T>
   T read(const char* what) {
-    require(sizeof(T), what);
     T value;
-    std::memcpy(&value, data_ + pos_, sizeof(T));
-    pos_ += sizeof(T);
+    std::memcpy(&value, read_bytes(sizeof value, what).data(), sizeof value);
     return value;
   }
 
-  std::string read_string(const char* what) {
+  std::string_view read_string(const char* what) {
     const auto length = read<uint64_t>(what);
-    return read_bytes(length, what);
-  }
-
-  std::string read_bytes(uint64_t length, const char* what) {
-    require(length, what);
-    std::string text(reinterpret_cast<const char*>(data_ + pos_), length);
-    pos_ += length;
+    const std::string_view text = read_bytes(length, what);
+    if (!is_utf8(text))
+      throw GgufError(std::string(what) + " at byte " + std::to_string(pos_ - length) + " is not UTF-8");
     return text;
   }
 
-  void require(uint64_t n, const char* what) const {
-    if (n > size_ - pos_)
-      throw GgufError(std::string("truncated: ") + what + " at byte " + std::to_string(pos_) +
-                      " needs " + std::to_string(n) + " bytes, the file has " +
-                      std::to_string(size_ - pos_) + " left");
+  std::string_view read_bytes(uint64_t length, const char* what) {
+    require(length, what);
+    pos_ += length;
+    return since(pos_ - length);
   }
 
+  void require(uint64_t n, const char* what) const {
+    if (n > left())
+      throw GgufError(std::string("truncated: ") + what + " at byte " + std::to_string(pos_) +
+                      " needs " + std::to_string(n) + " bytes, the file has " +
+                      std::to_string(left()) + " left");
+  }
+
+  std::string_view since(uint64_t begin) const { return file_.substr(begin, pos_ - begin); }
   uint64_t pos() const { return pos_; }
-  uint64_t left() const { return size_ - pos_; }
+  uint64_t left() const { return file_.size() - pos_; }
 
  private:
-  const uint8_t* data_;
-  uint64_t size_;
+  std::string_view file_;
   uint64_t pos_ = 0;
 };
 
-GgufScalar read_scalar(Cursor& in, uint32_t type) {
+// 0 of what has no fixed size, or is unknown.
+uint64_t size_of(uint32_t type) {
   switch (type) {
-    case kUint8: return uint64_t{in.read<uint8_t>("metadata value")};
-    case kInt8: return int64_t{in.read<int8_t>("metadata value")};
-    case kUint16: return uint64_t{in.read<uint16_t>("metadata value")};
-    case kInt16: return int64_t{in.read<int16_t>("metadata value")};
-    case kUint32: return uint64_t{in.read<uint32_t>("metadata value")};
-    case kInt32: return int64_t{in.read<int32_t>("metadata value")};
-    case kFloat32: return double{in.read<float>("metadata value")};
-    case kBool: return in.read<uint8_t>("metadata value") != 0;
-    case kString: return in.read_string("metadata string");
-    case kUint64: return in.read<uint64_t>("metadata value");
-    case kInt64: return in.read<int64_t>("metadata value");
-    case kFloat64: return in.read<double>("metadata value");
-    default:
-      throw GgufError("unknown metadata type " + std::to_string(type) + " before byte " +
-                      std::to_string(in.pos()));
+    case kGgufUint8: case kGgufInt8: case kGgufBool: return 1;
+    case kGgufUint16: case kGgufInt16: return 2;
+    case kGgufUint32: case kGgufInt32: case kGgufFloat32: return 4;
+    case kGgufUint64: case kGgufInt64: case kGgufFloat64: return 8;
+    default: return 0;
   }
 }
 
 GgufField read_field(Cursor& in) {
   GgufField field;
   field.name = in.read_string("metadata key");
-  const auto type = in.read<uint32_t>("metadata type");
-  if (type != kArray) {
-    field.values.push_back(read_scalar(in, type));
-    return field;
+  field.type = in.read<uint32_t>("metadata type");
+  if (field.type == kGgufArray) {
+    field.is_array = true;
+    field.type = in.read<uint32_t>("array type");
+    field.count = in.read<uint64_t>("array length");
+    if (field.type == kGgufArray)
+      throw GgufError("metadata " + std::string(field.name) + " is an array of arrays, which no model has");
+    // Every item takes at least one byte: a count beyond that is a lie, and its size may overflow.
+    in.require(field.count, "array");
   }
-  field.is_array = true;
-  const auto item_type = in.read<uint32_t>("array type");
-  const auto count = in.read<uint64_t>("array length");
-  // Every item takes at least one byte: a count beyond that is a lie, and is not allocated. The
-  // largest arrays are vocabularies and merges, below a million.
-  in.require(count, "array");
-  if (count > (1u << 24))
-    throw GgufError("metadata " + field.name + " has " + std::to_string(count) + " items");
-  if (item_type == kUint8) {
-    field.is_bytes = true;
-    field.bytes = in.read_bytes(count, "array");
-    return field;
+  const uint64_t begin = in.pos();
+  if (field.type == kGgufString) {
+    for (uint64_t i = 0; i < field.count; ++i) in.read_string("metadata string");
+  } else if (const uint64_t size = size_of(field.type)) {
+    in.read_bytes(field.count * size, "metadata value");
+  } else {
+    throw GgufError("unknown metadata type " + std::to_string(field.type) + " before byte " +
+                    std::to_string(in.pos()));
   }
-  field.values.reserve(count);
-  for (uint64_t i = 0; i < count; ++i) field.values.push_back(read_scalar(in, item_type));
+  field.bytes = in.since(begin);
+  if (field.type == kGgufBool && field.bytes.find_first_not_of(std::string_view("\0\1", 2)) != field.bytes.npos)
+    throw GgufError("metadata " + std::string(field.name) + " has a truth value that is neither 0 nor 1");
   return field;
 }
 
 GgufTensor read_tensor(Cursor& in) {
   GgufTensor tensor;
   tensor.name = in.read_string("tensor name");
-  const auto n_dims = in.read<uint32_t>("tensor dimensions");
-  if (n_dims < 1 || n_dims > 4)
-    throw GgufError("tensor " + tensor.name + " has " + std::to_string(n_dims) +
+  const std::string name(tensor.name);
+  tensor.n_dims = in.read<uint32_t>("tensor dimensions");
+  if (tensor.n_dims < 1 || tensor.n_dims > tensor.dims.size())
+    throw GgufError("tensor " + name + " has " + std::to_string(tensor.n_dims) +
                     " dimensions, expected 1 to 4");
   uint64_t elements = 1;
-  for (uint32_t d = 0; d < n_dims; ++d) {
+  for (uint32_t d = 0; d < tensor.n_dims; ++d) {
     const auto dim = in.read<uint64_t>("tensor shape");
     if (dim == 0 || dim > (uint64_t{1} << 40) / elements)
-      throw GgufError("tensor " + tensor.name + " has an impossible shape (dimension " +
+      throw GgufError("tensor " + name + " has an impossible shape (dimension " +
                       std::to_string(d) + " is " + std::to_string(dim) + ")");
     elements *= dim;
-    tensor.shape.insert(tensor.shape.begin(), dim);
+    tensor.dims[tensor.n_dims - 1 - d] = dim;
   }
   tensor.type = in.read<uint32_t>("tensor type");
   tensor.offset = in.read<uint64_t>("tensor offset");
   const BlockFormat* format = find_format(tensor.type);
   if (!format)
-    throw GgufError("tensor " + tensor.name + " has unknown ggml type " +
-                    std::to_string(tensor.type));
-  if (tensor.shape.back() % format->block_size != 0)
-    throw GgufError("tensor " + tensor.name + ": row length " +
-                    std::to_string(tensor.shape.back()) + " is not a multiple of the block size " +
-                    std::to_string(format->block_size) + " of " + format->name);
+    throw GgufError("tensor " + name + " has unknown ggml type " + std::to_string(tensor.type));
+  const uint64_t row = tensor.shape().back();
+  if (row % format->block_size != 0)
+    throw GgufError("tensor " + name + ": row length " + std::to_string(row) +
+                    " is not a multiple of the block size " + std::to_string(format->block_size) +
+                    " of " + format->name);
   tensor.n_bytes = elements / format->block_size * format->block_bytes;
   return tensor;
 }
 
-uint64_t find_alignment(const std::vector<GgufField>& fields) {
-  for (const auto& field : fields) {
-    if (field.name != "general.alignment" || field.is_array) continue;
-    const auto* value = std::get_if<uint64_t>(&field.values[0]);
-    if (!value || *value == 0 || *value > (1u << 20) || (*value & (*value - 1)) != 0)
-      throw GgufError("general.alignment is not a power of two");
-    return *value;
-  }
-  return 32;  // the format's default
+// Throws GgufError for a name that two of them have.
+template <class Named>
+std::vector<size_t> order_by_name(const std::vector<Named>& all, const char* what) {
+  std::vector<size_t> order(all.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::ranges::sort(order, {}, [&](size_t i) { return all[i].name; });
+  for (size_t i = 1; i < order.size(); ++i)
+    if (all[order[i]].name == all[order[i - 1]].name)
+      throw GgufError(what + std::string(all[order[i]].name) + " appears twice");
+  return order;
+}
+
+template <class Named>
+const Named* find(const std::vector<Named>& all, const std::vector<size_t>& order, std::string_view name) {
+  const auto found = std::ranges::lower_bound(order, name, {}, [&](size_t i) { return all[i].name; });
+  return found != order.end() && all[*found].name == name ? &all[*found] : nullptr;
+}
+
+uint64_t find_alignment(const GgufHeader& header) {
+  const GgufField* field = header.find_field("general.alignment");
+  if (!field) return 32;  // the format's default
+  const GgufScalar found = field->is_array ? GgufScalar{} : field->at(0);
+  const auto* value = std::get_if<uint64_t>(&found);
+  if (!value || *value == 0 || *value > (1u << 20) || (*value & (*value - 1)) != 0)
+    throw GgufError("general.alignment is not a power of two");
+  return *value;
 }
 
 }  // namespace
 
+GgufScalar GgufField::at(uint64_t i) const {
+  const auto read = [&]<class T>(T value) {
+    std::memcpy(&value, bytes.data() + i * sizeof value, sizeof value);
+    return value;
+  };
+  switch (type) {
+    case kGgufUint8: return uint64_t{read(uint8_t{})};
+    case kGgufInt8: return int64_t{read(int8_t{})};
+    case kGgufUint16: return uint64_t{read(uint16_t{})};
+    case kGgufInt16: return int64_t{read(int16_t{})};
+    case kGgufUint32: return uint64_t{read(uint32_t{})};
+    case kGgufInt32: return int64_t{read(int32_t{})};
+    case kGgufFloat32: return double{read(float{})};
+    case kGgufBool: return read(uint8_t{}) != 0;
+    case kGgufUint64: return read(uint64_t{});
+    case kGgufInt64: return read(int64_t{});
+    case kGgufFloat64: return read(double{});
+    default: return bytes.substr(sizeof(uint64_t));
+  }
+}
+
+void GgufField::each_string(const std::function<void(std::string_view)>& use) const {
+  Cursor in(bytes);
+  for (uint64_t i = 0; i < count; ++i) use(in.read_string("metadata string"));
+}
+
+const GgufField* GgufHeader::find_field(std::string_view name) const {
+  return find(fields, fields_by_name, name);
+}
+
+const GgufTensor* GgufHeader::find_tensor(std::string_view name) const {
+  return find(tensors, tensors_by_name, name);
+}
+
 GgufHeader parse_gguf(const uint8_t* data, uint64_t size) {
-  Cursor in(data, size);
+  Cursor in({reinterpret_cast<const char*>(data), size});
   if (in.read<uint32_t>("magic") != 0x46554747u) throw GgufError("wrong magic: not a GGUF file");
   GgufHeader header;
   header.version = in.read<uint32_t>("version");
@@ -163,35 +221,33 @@ GgufHeader parse_gguf(const uint8_t* data, uint64_t size) {
     throw GgufError("truncated: the header announces " + std::to_string(n_fields) +
                     " metadata entries and " + std::to_string(n_tensors) +
                     " tensors, more than the file can hold");
-  std::unordered_set<std::string> names;
-  for (uint64_t i = 0; i < n_fields; ++i) {
-    header.fields.push_back(read_field(in));
-    if (!names.insert(header.fields.back().name).second)
-      throw GgufError("metadata " + header.fields.back().name + " appears twice");
-  }
+  header.fields.reserve(n_fields);
+  for (uint64_t i = 0; i < n_fields; ++i) header.fields.push_back(read_field(in));
+  header.fields_by_name = order_by_name(header.fields, "metadata ");
+  header.tensors.reserve(n_tensors);
   for (uint64_t i = 0; i < n_tensors; ++i) header.tensors.push_back(read_tensor(in));
+  header.tensors_by_name = order_by_name(header.tensors, "tensor ");
 
-  const uint64_t alignment = find_alignment(header.fields);
+  const uint64_t alignment = find_alignment(header);
   const uint64_t data_start = (in.pos() + alignment - 1) / alignment * alignment;
-  names.clear();
   for (auto& tensor : header.tensors) {
-    if (!names.insert(tensor.name).second)
-      throw GgufError("tensor " + tensor.name + " appears twice");
+    const std::string name(tensor.name);
     if (tensor.offset % alignment != 0)
-      throw GgufError("tensor " + tensor.name + " is not aligned to " + std::to_string(alignment));
+      throw GgufError("tensor " + name + " is not aligned to " + std::to_string(alignment));
     if (data_start > size || tensor.offset > size - data_start ||
         tensor.n_bytes > size - data_start - tensor.offset)
-      throw GgufError("truncated: tensor " + tensor.name + " lies outside the file of " +
+      throw GgufError("truncated: tensor " + name + " lies outside the file of " +
                       std::to_string(size) + " bytes");
     tensor.offset += data_start;
   }
   std::vector<const GgufTensor*> in_order;
+  in_order.reserve(header.tensors.size());
   for (const auto& tensor : header.tensors) in_order.push_back(&tensor);
   std::ranges::sort(in_order, {}, &GgufTensor::offset);
   for (size_t i = 1; i < in_order.size(); ++i) {
     const GgufTensor &before = *in_order[i - 1], &after = *in_order[i];
     if (before.offset + before.n_bytes > after.offset)
-      throw GgufError("tensors " + before.name + " and " + after.name + " overlap");
+      throw GgufError("tensors " + std::string(before.name) + " and " + std::string(after.name) + " overlap");
   }
   return header;
 }

@@ -569,6 +569,7 @@ def _from_gguf(file: GgufFile) -> TextTokenizer:
     types = file.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise FallowError(f"GGUF {file.path} has {len(tokens)} tokens but {len(types)} token types")
+    types = np.asarray(types).tolist()
     if kind == "gpt2":
         backend = _byte_level_bpe(file, tokens)
     elif kind == "llama":
@@ -632,10 +633,10 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
 
 
 def _sentencepiece_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
-    scores = file.get("tokenizer.ggml.scores")
+    scores = np.asarray(file.get("tokenizer.ggml.scores")).tolist()
     vocabulary = {token: i for i, token in enumerate(tokens)}
     unknown = file.get("tokenizer.ggml.unknown_token_id", None)
-    types = file.get("tokenizer.ggml.token_type")
+    types = np.asarray(file.get("tokenizer.ggml.token_type")).tolist()
     backend = Tokenizer(
         BPE(
             vocabulary,

@@ -4,7 +4,7 @@ import hashlib
 import math
 import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     type: str  # "F32", "BF16", "Q4_K", ...
     data: np.ndarray = field(repr=False)  # uint8, memory-mapped
+    offset: int = 0  # of `data`, from its file's start
 
     def dequantize(self) -> np.ndarray:
         """The tensor's values, float32 of `shape`."""
@@ -51,12 +52,15 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file's metadata and tensors. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+    """A GGUF file's metadata and tensors. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+    Both are made of the file's bytes when they are asked for, so that a file which announces
+    millions of them takes no more memory than it is long. Arrays of numbers are NumPy's.
+    """
 
     path: Path
-    metadata: dict[str, Any]
-    tensors: dict[str, StoredTensor]
-    offsets: dict[str, int] = field(default_factory=dict)  # of tensors, from the file's start
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
     mappings: tuple[_core.Mapping, ...] = ()  # in which the tensors' bytes lie, one for each part
     _asked: set[str] = field(default_factory=set, repr=False)  # keys, of `get`
 
@@ -79,9 +83,14 @@ class GgufFile:
             raise FallowError(f"GGUF {self.path} has no {key}; is it a language model?")
         return default
 
-    def unasked(self) -> set[str]:
+    def unasked(self) -> Iterator[str]:
         """The metadata's keys that `get` was never asked for."""
-        return set(self.metadata) - self._asked
+        return (key for key in self.metadata if key not in self._asked)
+
+    @property
+    def header_bytes(self) -> int:
+        """Up to the first tensor."""
+        return min((tensor.offset for tensor in self.tensors.values()), default=0)
 
     def forget_pages(self) -> None:
         """Lets go of what was read of the mapped file; it is read again when it is used."""
@@ -155,17 +164,41 @@ def _read_part(path: Path) -> GgufFile:
     mapping = _map_file(path, "GGUF")
     data = mapping.data
     try:
-        header = _core.gguf_header(data)
-    except ValueError as error:  # GgufError, or a name that is not UTF-8
+        header = _core.GgufHeader(data)
+    except _core.GgufError as error:
         raise FallowError(
             f"GGUF {path} is not usable: {in_one_line(error)}; download or convert it again"
         ) from error
-    tensors = {
-        name: StoredTensor(name, tuple(shape), kind, data[offset : offset + n_bytes])
-        for name, shape, kind, offset, n_bytes in header["tensors"]
-    }
-    offsets = {name: offset for name, _, _, offset, _ in header["tensors"]}
-    return GgufFile(path, header["fields"], tensors, offsets, (mapping,))
+    return GgufFile(path, _Metadata(header), _Tensors(header, data), (mapping,))
+
+
+class _Metadata(Mapping[str, Any]):
+    def __init__(self, header: _core.GgufHeader) -> None:
+        self._header = header
+
+    def __getitem__(self, key: str) -> Any:
+        return self._header.value(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self._header.field_name, range(len(self)))
+
+    def __len__(self) -> int:
+        return self._header.n_fields
+
+
+class _Tensors(Mapping[str, StoredTensor]):
+    def __init__(self, header: _core.GgufHeader, data: np.ndarray) -> None:
+        self._header, self._data = header, data
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        shape, kind, offset, n_bytes = self._header.tensor(name)
+        return StoredTensor(name, shape, kind, self._data[offset : offset + n_bytes], offset)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self._header.tensor_name, range(len(self)))
+
+    def __len__(self) -> int:
+        return self._header.n_tensors
 
 
 def _map_file(path: Path, what: str) -> _core.Mapping:
@@ -183,6 +216,7 @@ def _map_file(path: Path, what: str) -> _core.Mapping:
 
 
 # https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs
+_LONGEST_SAFETENSORS_HEADER = 100_000_000
 _SAFETENSORS_BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
     "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -204,9 +238,22 @@ def read_safetensors_file(path: Path) -> Iterator[StoredTensor]:
     """The tensors of one file. Raises FallowError likewise."""
     data = _map_file(path, "safetensors file").data
     header, start = _safetensors_header(path, data)
-    for name, entry in header.items():
-        if name != "__metadata__":
-            yield _safetensors_tensor(path, data, start, name, entry)
+    header.pop("__metadata__", None)
+    tensors = [_safetensors_tensor(path, data, start, *item) for item in header.items()]
+    end = start
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.data.nbytes)):
+        if tensor.offset != end:
+            raise FallowError(
+                f"safetensors file {path}: tensor {tensor.name} begins at byte {tensor.offset}, but "
+                f"the one before it ends at {end}; download it again"
+            )
+        end += tensor.data.nbytes
+    if end != len(data):
+        raise FallowError(
+            f"safetensors file {path} has {len(data) - end} bytes after its tensors; "
+            "download it again"
+        )
+    yield from tensors
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -239,6 +286,11 @@ def _safetensors_header(path: Path, data: np.ndarray) -> tuple[dict[str, Any], i
             f"safetensors file {path} is truncated or no safetensors file: its header needs "
             f"{length} bytes, {len(data) - 8} are there; {remedy}"
         )
+    if length > _LONGEST_SAFETENSORS_HEADER:
+        raise FallowError(
+            f"safetensors file {path} is not usable: its header has {length} bytes, of at "
+            f"most {_LONGEST_SAFETENSORS_HEADER}; {remedy}"
+        )
     try:
         header = dict(parse_json(data[8 : 8 + length].tobytes()))
     except DuplicateKeyError as error:  # which the format forbids
@@ -269,10 +321,11 @@ def _safetensors_tensor(
         raise FallowError(
             f"safetensors file {path}: tensor {name} of shape {shape} does not fill its bytes"
         )
-    return StoredTensor(name, shape, kind, data[start + begin : start + end])
+    begin, end = start + begin, start + end
+    return StoredTensor(name, shape, kind, data[begin:end], begin)
 
 
-def fingerprint(tensors: dict[str, StoredTensor]) -> str:
+def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
     """Identifies a model by its weights: 16 hex digits.
 
     SHA-256 over every tensor's name, shape, type and a sample of its bytes (4 KiB at the start and

@@ -172,7 +172,7 @@ class Engine:
             copy = 2 * mapping.data.nbytes <= available_bytes()
             return _core.Engine(mapping, kernels, self.threads, context, self.slots, copy)
         _ = self.tokenizer  # reading it takes memory for a moment, in which weights lie afterwards
-        header = min(self.file.offsets.values(), default=0)
+        header = self.file.header_bytes
         path = os.fsencode(self.path)
         core = _core.Engine(path, header, kernels, self.threads, context, self.slots)
         self.file.forget_pages()
@@ -188,7 +188,7 @@ class Engine:
             core.rows_from_file(tied, True, found.head.part.offset, found.head.room, RANGE)
         if not tied:
             room = min(EMBEDDING_ROWS, core.vocab_size)
-            core.rows_from_file(True, False, self.file.offsets[EMBEDDING], room, RANGE)
+            core.rows_from_file(True, False, self.file.tensors[EMBEDDING].offset, room, RANGE)
         if found.experts:
             core.cache_experts(found.experts.room)
         if found.streamed:

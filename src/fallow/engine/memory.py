@@ -142,7 +142,7 @@ def parts_of(file: GgufFile, coarse_head: bool) -> list[Part]:
     if HEAD in file.tensors:
         unused.add(EMBEDDING)
     return [
-        Part(name, file.offsets[name], tensor.data.nbytes)
+        Part(name, tensor.offset, tensor.data.nbytes)
         for name, tensor in file.tensors.items()
         if name not in unused and not name.startswith(FOR_PLUGIN)
     ]
@@ -164,7 +164,7 @@ def head_rows(file: GgufFile) -> Rows:
     """The head as a matrix that stays in the file."""
     name = HEAD if HEAD in file.tensors else EMBEDDING
     tensor = file.tensors[name]
-    part = Part(name, file.offsets[name], tensor.data.nbytes)
+    part = Part(name, tensor.offset, tensor.data.nbytes)
     return Rows(part, tensor.shape[0], min(HEAD_ROWS, tensor.shape[0]))
 
 

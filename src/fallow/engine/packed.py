@@ -47,15 +47,13 @@ def refuse_unpacked(path: Path) -> None:
 
 
 def packed_tokenizer(file: GgufFile) -> TextTokenizer:
-    key = "tokenizer.huggingface.json"
     try:
         with usable(f"the tokenizer of packed model {file.path}"):
-            backend = tokenizer_from_json(file.get(key))
-            del file.metadata[key]  # 14 MB of Qwen2.5's
+            backend = tokenizer_from_json(file.get("tokenizer.huggingface.json"))
             found = TextTokenizer(
                 backend,
                 bos_id=file.get("tokenizer.ggml.bos_token_id", None),
-                eos_ids=tuple(file.get("fallow.eos_token_ids", ())),
+                eos_ids=_end_ids(file),
                 add_bos=bool(file.get("tokenizer.ggml.add_bos_token", False)),
                 chat_template=file.get("tokenizer.chat_template", None),
                 special_tokens=_special_tokens(file, backend),
@@ -66,11 +64,15 @@ def packed_tokenizer(file: GgufFile) -> TextTokenizer:
     return found
 
 
+def _end_ids(file: GgufFile) -> tuple[int, ...]:
+    return tuple(np.asarray(file.get("fallow.eos_token_ids", ())).tolist())
+
+
 def _special_tokens(file: GgufFile, backend: Any) -> dict[str, str]:
     key = "fallow.special_tokens"
     if key in file.metadata:
         return dict(parse_json(file.get(key)))
     # What files have that were packed before that key.
     ids = {"bos_token": file.get("tokenizer.ggml.bos_token_id", None)}
-    ids["eos_token"] = next(iter(file.get("fallow.eos_token_ids", ())), None)
+    ids["eos_token"] = next(iter(_end_ids(file)), None)
     return {name: backend.id_to_token(i) or "" for name, i in ids.items() if i is not None}

@@ -1,7 +1,7 @@
 """How one architecture is described: where its FFN is, and how GGUF names its parts."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,7 +243,7 @@ def _experts(get: Callable[[str | None], Any], paths: ExpertPaths) -> Experts:
 KINDS_OF_LAYERS = "full_attention", "sliding_attention"
 
 
-def layer_types(pattern: list[bool] | int, n_layers: int) -> list[str]:
+def layer_types(pattern: Iterable[bool] | int, n_layers: int) -> list[str]:
     """A config's layer_types from a GGUF's sliding_window_pattern.
 
     Of each layer whether it has a window, or every how many layers one sees the whole context.

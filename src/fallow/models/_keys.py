@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from fallow.checkpoints.weights import GgufFile
 from fallow.common.errors import FallowError, in_one_line
 from fallow.models._activations import check_activation
@@ -53,12 +55,15 @@ def check_gguf_keys(file: GgufFile) -> None:
     To be called after `gguf_config`.
     """
     prefix = f"{file.architecture}."
-    for key in sorted(file.unasked()):
-        name, value = key.removeprefix(prefix), file.metadata[key]
-        if name == key or name in _GGUF_NOTES:
+    for key in sorted(key for key in file.unasked() if key.startswith(prefix)):
+        name = key.removeprefix(prefix)
+        if name in _GGUF_NOTES:
             continue
+        value = file.metadata[key]
         neutral = _GGUF_NEUTRAL.get(name, (0,))
-        if all(one in neutral for one in (value if isinstance(value, list) else [value])):
+        if all(
+            one in neutral for one in (value if isinstance(value, list | np.ndarray) else [value])
+        ):
             continue
         if name == "attention.sliding_window" and value >= file.get("{arch}.context_length"):
             continue

@@ -41,7 +41,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
         "layer_types": layer_types(pattern, config["num_hidden_layers"]),
         "sliding_window": file.get("gemma3n.attention.sliding_window"),
         "final_logit_softcapping": file.get("gemma3n.final_logit_softcapping", 30.0),
-        "activation_sparsity_pattern": [NormalDist().cdf(z) for z in quantiles],
+        "activation_sparsity_pattern": [NormalDist().cdf(z) for z in quantiles.tolist()],
         "num_kv_shared_layers": file.get("gemma3n.attention.shared_kv_layers"),
         "hidden_size_per_layer_input": file.get("gemma3n.embedding_length_per_layer_input"),
         "vocab_size_per_layer_input": rows_of(file, "per_layer_token_embd.weight"),

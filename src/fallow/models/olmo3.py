@@ -21,7 +21,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
     # A GGUF without a window is of OLMo 2; without a pattern every fourth layer sees all, as in
     # llama.cpp.
     every = 1 if window is None else 4
-    pattern = file.get("olmo2.attention.sliding_window_pattern", None) or every
+    pattern = file.get("olmo2.attention.sliding_window_pattern", every)
     base = file.get("olmo2.rope.freq_base_swa", rope["rope_theta"])
     local = {"rope_type": "default", "rope_theta": base}
     return config | {

@@ -69,7 +69,7 @@ def _entry_name(model: str, source: Path, quant: str | None) -> str:
         file = read_gguf(source)
         digest.update(fingerprint(file.tensors).encode())
         # Up to the first tensor: the tokenizer, the chat template and all other settings.
-        digest.update(file.mappings[0].data[: min(file.offsets.values(), default=0)].tobytes())
+        digest.update(file.mappings[0].data[: file.header_bytes].tobytes())
     name = re.sub(r"[^\w.-]", "_", short_name(model))
     return f"{name}-{digest.hexdigest()[:12]}"
 
