@@ -86,7 +86,7 @@ lowest: $(VENV)/.uv
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)-all
 	$(AT_LOWEST) $(LOWEST)-all/bin/python $(TORCH) '.[lab,ray,report,server,harness,docs,dev]'
 	OMP_NUM_THREADS=1 $(LOWEST)-all/bin/python -m pytest -q -o filterwarnings=default \
-		tests/test_metrics.py tests/test_plan.py tests/test_answers.py tests/test_serving_refusals.py
+		tests/test_metrics.py tests/test_plan.py tests/test_requests.py
 
 $(VENV)/.uv:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
