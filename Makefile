@@ -1,20 +1,22 @@
-# make demo | test | test-llama | test-sanitize | cross | fuzz | lint | docs | bench; everything is installed into .venv on first use.
+# make demo | test | test-llama | test-sanitize | cross | fuzz | lint | lock | audit | lowest | docs | bench; everything is installed into .venv on first use.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Which torch to install; a CPU build that is already in the virtual environment is kept.
 TORCH ?= torch==2.13.0
 DEMO ?= demo
+# With LOCK=requirements.lock just what it names is installed, by hash; what the build needs is not in it.
+LOCK ?=
 
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: install demo test test-llama test-sanitize cross lint fuzz docs bench clean
+.PHONY: install demo test test-llama test-sanitize cross lint lock audit lowest fuzz docs bench clean
 install: $(INSTALLED) $(SMOLLM2)
 
 $(INSTALLED): pyproject.toml CMakeLists.txt $(shell find csrc src/fallow tests/harness/kernel_tests.cpp -type f ! -name "*.so" ! -name "*.pyc")
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),--require-hashes --no-deps -r $(LOCK),$(TORCH))
 	$(BIN)/python -m pip install --quiet -C cmake.define.FALLOW_TESTS=ON '.[lab,ray,server,harness,docs,dev]'
 	touch $@
 
@@ -61,6 +63,35 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Every package that the extras need, at the newest versions of this day, with its hashes, for all systems.
+lock: $(VENV)/.uv
+	echo '$(TORCH)' | $(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --all-extras \
+		--no-annotate --no-emit-index-url --custom-compile-command 'make lock' pyproject.toml - -o requirements.lock
+
+# Known vulnerabilities in what the lock names, as an advisory service has them: needs the network.
+audit: $(VENV)/.uv
+	$(BIN)/pip-audit --strict --require-hashes --disable-pip -r requirements.lock
+
+# The lowest versions that pyproject.toml allows: of all that is asked for without extras, then with the
+# extras of `make install`, torch aside. Two virtual environments, LOWEST and LOWEST-all.
+LOWEST ?= build/lowest
+AT_LOWEST := $(BIN)/uv pip install --quiet --resolution lowest-direct --python
+lowest: $(VENV)/.uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)
+	$(AT_LOWEST) $(LOWEST)/bin/python --refresh-package fallow .
+	$(LOWEST)/bin/fallow generate --help > /dev/null
+	$(LOWEST)/bin/fallow doctor --folder .
+	$(LOWEST)/bin/python -c 'import fallow; fallow.Engine'
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)-all
+	$(AT_LOWEST) $(LOWEST)-all/bin/python $(TORCH) '.[lab,ray,report,server,harness,docs,dev]'
+	OMP_NUM_THREADS=1 $(LOWEST)-all/bin/python -m pytest -q -o filterwarnings=default \
+		tests/test_metrics.py tests/test_plan.py tests/test_requests.py
+
+$(VENV)/.uv:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet 'uv>=0.9' 'pip-audit>=2.9'
+	touch $@
 
 # The site, in build/site; warnings are errors. tests/test_docs.py builds it too.
 docs: install

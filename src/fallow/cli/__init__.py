@@ -4,6 +4,8 @@ import io
 import os
 import signal
 import sys
+import threading
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +35,7 @@ from fallow.cli import (  # noqa: F401
 
 # isort: on
 from fallow.cli._shared import app
-from fallow.common.errors import FallowError
+from fallow.common.errors import FallowError, exceeded_limit
 
 __all__ = ["EXTRAS", "app", "main"]
 
@@ -75,6 +77,20 @@ def main() -> None:
         sys.stdout.flush()
     except FallowError as error:
         _fail(str(error), error.exit_code)
+    except Exception as error:
+        _quit_for_limit(exceeded_limit(error))
+        _fail_otherwise(error)
+    else:
+        if code == INTERRUPTED:
+            _quit_for_limit(_thread_limit())  # OpenBLAS raises SIGINT when it cannot start threads
+            _fail("interrupted", INTERRUPTED)
+        sys.exit(code or 0)
+
+
+def _fail_otherwise(error: Exception) -> None:
+    """Ends with one line about an error that is none of ours; raises it if that is a defect."""
+    try:
+        raise error
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         extra = next((name for name, has in EXTRAS.items() if package in has), None)
@@ -98,10 +114,25 @@ def main() -> None:
         context = getattr(error, "ctx", None)
         command = "fallow" if context is None else context.command_path
         _fail(f"{message().rstrip('.')}; see: {command} --help", 2)
-    else:
-        if code == INTERRUPTED:
-            _fail("interrupted", INTERRUPTED)
-        sys.exit(code or 0)
+
+
+def _quit_for_limit(limit: str | None) -> None:
+    """Ends with one line if a limit of the machine was reached."""
+    if limit is None:
+        return
+    # What was half-built complains as it is taken down: asyncio of sockets that it never had.
+    sys.unraisablehook = lambda _: None
+    warnings.simplefilter("ignore")
+    _fail(limit, 1)
+
+
+def _thread_limit() -> str | None:
+    """The limit that keeps this process from starting one more thread; None if it can."""
+    try:
+        threading.Thread(target=lambda: None).start()
+    except RuntimeError as error:
+        return exceeded_limit(error)
+    return None
 
 
 def _terminate(number: int, _frame: Any) -> None:
