@@ -142,7 +142,7 @@ GGUF_STRICTER: Reasons = {
 GGUF_LOOSER: Reasons = {}
 SAFETENSORS_STRICTER: Reasons = {}
 SAFETENSORS_LOOSER: Reasons = {
-    "lone leading surrogate": "Python's json takes half a pair, which no name has that is asked for",
+    "lone leading surrogate": "half a pair, which no name has that is asked for",
 }
 
 
