@@ -26,8 +26,8 @@ _VERSION = struct.pack("<I", 3)
 _ALIGNED_TO_1 = (b"general.alignment", struct.pack("<II", 4, 1))
 # Of GGUF's scalar types; 8 is a string, 9 an array.
 NUMBERS = {
-    0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int32", 6: "float32", 7: "bool",
-    10: "uint64", 11: "int64", 12: "float64",
+    0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int32", 6: "float32",
+    7: "bool", 10: "uint64", 11: "int64", 12: "float64",
 }  # fmt: skip
 
 

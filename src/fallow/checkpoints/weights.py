@@ -244,8 +244,8 @@ def read_safetensors_file(path: Path) -> Iterator[StoredTensor]:
     for tensor in sorted(tensors, key=lambda t: (t.offset, t.data.nbytes)):
         if tensor.offset != end:
             raise FallowError(
-                f"safetensors file {path}: tensor {tensor.name} begins at byte {tensor.offset}, but "
-                f"the one before it ends at {end}; download it again"
+                f"safetensors file {path}: tensor {tensor.name} begins at byte {tensor.offset}, "
+                f"but the one before it ends at {end}; download it again"
             )
         end += tensor.data.nbytes
     if end != len(data):

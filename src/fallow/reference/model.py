@@ -378,7 +378,9 @@ def _load_gguf(name: str, path: Path, dtype: str) -> Model:
     architecture = by_gguf_name(file.architecture, where, has_experts)
     assert architecture.gguf_config is not None
     with _refusing(f"{where}: transformers cannot build {architecture.hf_class}"):
-        config = architecture.gguf_config(file)
+        found = architecture.gguf_config(file)
+        # Some are of each layer, for which transformers takes lists.
+        config = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in found.items()}
         check_gguf_keys(file)
         check_config(architecture, config, where)
         _check_size(architecture, config, file.tensors.values(), where)
