@@ -126,7 +126,7 @@ def _from_gguf(model: Model, path: Path) -> tuple[dict[str, StoredTensor], list[
         # Rows are reordered and split as those of the matrix are.
         parts = architecture.from_gguf(changed, whole.b, model.module.config)
         deltas += [whole._replace(name=part, b=b) for part, b in parts.items()]
-    return file.tensors, deltas
+    return dict(file.tensors), deltas
 
 
 def _delta(path: Path, name: str, pair: dict[str, np.ndarray], scale: float) -> _Delta:
