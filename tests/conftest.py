@@ -553,6 +553,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["fallow", *map(str, arguments)])
+        capsys.readouterr()  # what making a model said is not the command's
         with pytest.raises(SystemExit) as stop:
             cli.main()
         captured = capsys.readouterr()

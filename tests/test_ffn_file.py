@@ -88,7 +88,7 @@ def test_a_packed_model_lends_its_rounding_and_its_plan(
     file, lender = read_gguf(tmp_path / "ffn.gguf"), read_gguf(packed)
     for name in ("layers.1.down_proj_t.weight", "layers.1.outliers.weight"):
         np.testing.assert_array_equal(file.tensors[name].data, lender.tensors[name].data)
-    assert file.get("fallow.ffn.outliers") == lender.get("fallow.outliers")
+    np.testing.assert_array_equal(file.get("fallow.ffn.outliers"), lender.get("fallow.outliers"))
     assert list(file.get("fallow.ffn.cuts.value")) == [0.5, 0.5]
 
 
@@ -106,7 +106,9 @@ def test_a_packed_model_has_the_same_as_its_file(source: Path, tmp_path: Path) -
         "note",
         *(f"cuts.{k}" for k in ("layer", "tap", "value")),
     ):
-        assert file.get(f"fallow.ffn.{key}") == other.get(f"fallow.ffn.{key}")
+        np.testing.assert_array_equal(
+            file.get(f"fallow.ffn.{key}"), other.get(f"fallow.ffn.{key}")
+        )
     assert "shortlist is left out" in file.get("fallow.ffn.note")
     for i in range(LAYERS):
         found, expected = (f.tensors[f"cuts.{i}.weight"].dequantize() for f in (file, other))
@@ -209,7 +211,7 @@ def test_damaged_files_are_refused(source: Path, tmp_path: Path, change: dict, s
     file = read_gguf(path)
     writer = gguf.GGUFWriter(damaged, "fallow")
     kinds = gguf.GGUFValueType
-    for key, value in (file.metadata | change).items():
+    for key, value in (dict(file.metadata) | change).items():
         if key.startswith(("GGUF.", "general.")):
             continue
         if isinstance(value, int):

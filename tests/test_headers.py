@@ -117,7 +117,8 @@ def _stop(number: int, frame: Any) -> None:
 def refusal(read: Callable[[Path], None], path: Path) -> str | None:
     """None: it is read. GGUFReader goes through arrays of 2**60 items that are not there."""
     before = signal.signal(signal.SIGALRM, _stop)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    # Again and again: raised while NumPy makes an array, the first may be lost.
+    signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
     try:
         read(path)
     except TooLong:

@@ -378,15 +378,17 @@ def _load_gguf(name: str, path: Path, dtype: str) -> Model:
     architecture = by_gguf_name(file.architecture, where, has_experts)
     assert architecture.gguf_config is not None
     with _refusing(f"{where}: transformers cannot build {architecture.hf_class}"):
-        found = architecture.gguf_config(file)
-        # Some are of each layer, for which transformers takes lists.
-        config = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in found.items()}
-        check_gguf_keys(file)
-        check_config(architecture, config, where)
-        _check_size(architecture, config, file.tensors.values(), where)
-        module = _empty_module(architecture, config)
-        _fill(module, architecture, file, _torch_dtype(dtype, n_weights(file.tensors.values())))
-    file.check_unchanged()
+        try:
+            found = architecture.gguf_config(file)
+            # Some are of each layer, for which transformers takes lists.
+            config = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in found.items()}
+            check_gguf_keys(file)
+            check_config(architecture, config, where)
+            _check_size(architecture, config, file.tensors.values(), where)
+            module = _empty_module(architecture, config)
+            _fill(module, architecture, file, _torch_dtype(dtype, n_weights(file.tensors.values())))
+        finally:  # a file that changed meanwhile says why names are missing
+            file.check_unchanged()
     return Model(name, module, tokenizer_from_gguf(file), architecture, fingerprint(file.tensors))
 
 
