@@ -106,9 +106,7 @@ def test_a_packed_model_has_the_same_as_its_file(source: Path, tmp_path: Path) -
         "note",
         *(f"cuts.{k}" for k in ("layer", "tap", "value")),
     ):
-        np.testing.assert_array_equal(
-            file.get(f"fallow.ffn.{key}"), other.get(f"fallow.ffn.{key}")
-        )
+        np.testing.assert_array_equal(file.get(f"fallow.ffn.{key}"), other.get(f"fallow.ffn.{key}"))
     assert "shortlist is left out" in file.get("fallow.ffn.note")
     for i in range(LAYERS):
         found, expected = (f.tensors[f"cuts.{i}.weight"].dequantize() for f in (file, other))
