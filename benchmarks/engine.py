@@ -287,7 +287,9 @@ is read in one stream. AVX-512 kernels leave it to the processor, which sees it 
 hints cost a quarter of the speed. AVX2 kernels have more to do for each byte, so that too little of
 the stream is under way at once, and ask for it 1 KB ahead (`csrc/kernels/avx2_lanes.h`). Of Q4_K
 the products then run at 0.9 to 1.0 of plain reading on Zen 4, where rows one by one reached 0.6 to
-0.8, and at 0.8 to 0.9 on Zen 3. That takes 0.3 s per GB when a model is loaded, and when a plan
+0.8, and at 0.75 to 0.9 on Zen 3. Long kernels of it go half a block or two pieces at a time: whole
+blocks unrolled are more instructions than a core keeps decoded, and of Q6_K ran at two thirds of the
+speed. Tiles take 0.3 s per GB when a model is loaded, and when a plan
 takes the place of another. Where a file is mapped, or the kernels are NEON's, rows stay rows;
 results are the same to the bit.
 
@@ -295,7 +297,7 @@ results are the same to the bit.
 are chosen by their gates, of others it lies in tiles and is read whole. A scattered row is asked
 for early, into the second cache, and in step with the work: asked for all at once, rows took 1.3
 times as long (Zen 4, one thread). It still costs more than its bytes: half of the rows take 0.39 to
-0.77 of the time of all on Zen 4, 0.50 to 0.85 on Zen 3 (above, each one run). 16 go through the
+0.77 of the time of all on Zen 4, 0.50 to 0.96 on Zen 3 (above, each one run). 16 go through the
 products together, a row per lane of a register or, where they are summed, in integers. Skipping
 gains over the dense engine what it saves in bytes, less what rows cost more than tiles.
 
