@@ -287,9 +287,9 @@ is read in one stream. AVX-512 kernels leave it to the processor, which sees it 
 hints cost a quarter of the speed. AVX2 kernels have more to do for each byte, so that too little of
 the stream is under way at once, and ask for it 1 KB ahead (`csrc/kernels/avx2_lanes.h`). Of Q4_K
 the products then run at 0.9 to 1.0 of plain reading on Zen 4, where rows one by one reached 0.6 to
-0.8, and at 0.75 to 0.9 on Zen 3. Long kernels of it go half a block or two pieces at a time: whole
-blocks unrolled are more instructions than a core keeps decoded, and of Q6_K ran at two thirds of the
-speed. Tiles take 0.3 s per GB when a model is loaded, and when a plan
+0.8, and at 0.75 to 0.9 on Zen 3. Long kernels of it go half a block or two pieces at a time:
+whole blocks unrolled are more instructions than a core keeps decoded, and of Q6_K ran at two thirds
+of the speed. Tiles take 0.3 s per GB when a model is loaded, and when a plan
 takes the place of another. Where a file is mapped, or the kernels are NEON's, rows stay rows;
 results are the same to the bit.
 
