@@ -562,6 +562,19 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
+def make_packed(root: Path) -> Plan:
+    """A model's folder in root/model, and root/packed.gguf, under a plan of top-k, which it is."""
+    from fallow.packing.packer import pack
+
+    model = fallow.load(make_folder("llama", root / "model"))
+    plan = fallow.calibrate(
+        model, "topk", sparsity=0.5, text=fallow.Text("text", TEXT), context=16, windows=2,
+        measure=False,
+    )  # fmt: skip
+    pack(root / "model", root / "packed.gguf", quant="f32", plan=plan)
+    return plan
+
+
 def find_browser() -> str | None:
     named = os.environ.get("CHROMIUM", "/usr/bin/chromium")
     return (

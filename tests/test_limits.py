@@ -13,12 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TEXT, make_folder
-from fallow.calibration.calibrator import calibrate
-from fallow.checkpoints.text import Text
+from conftest import make_packed
 from fallow.common.errors import FallowError, exceeded_limit
-from fallow.packing.packer import pack
-from fallow.reference.model import load
 from harness.killing import files_of
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -31,10 +27,7 @@ QUICK = ("models", "generate", "bench", "serve")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a model, and it packed."""
     root = tmp_path_factory.mktemp("limits")
-    model = load(make_folder("llama", root / "model"))
-    text = Text("text", TEXT)
-    plan = calibrate(model, "topk", sparsity=0.5, text=text, context=16, windows=2, measure=False)
-    pack(root / "model", root / "packed.gguf", quant="f32", plan=plan)
+    make_packed(root)
     return root
 
 

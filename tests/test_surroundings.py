@@ -11,11 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import OTHER_TEXT, TEXT, make_folder
-from fallow.calibration.calibrator import calibrate
-from fallow.checkpoints.text import Text
-from fallow.packing.packer import pack
-from fallow.reference.model import load
+from conftest import OTHER_TEXT, make_packed
 from harness.killing import COMMANDS, Killer, Server, check_whole, files_of
 
 NAMES = ("with spaces", "größe-語", "ö" * 120)  # the last one has 240 bytes
@@ -25,12 +21,8 @@ NAMES = ("with spaces", "größe-語", "ö" * 120)  # the last one has 240 bytes
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a model, it packed, a plan and a text."""
     root = tmp_path_factory.mktemp("things")
-    model = load(make_folder("llama", root / "model"))
-    text = Text("text", TEXT)
-    plan = calibrate(model, "topk", sparsity=0.5, text=text, context=16, windows=2, measure=False)
-    plan.save(root / "topk.plan")
+    make_packed(root).save(root / "topk.plan")
     (root / "text.txt").write_text(OTHER_TEXT)
-    pack(root / "model", root / "packed.gguf", quant="f32", plan=plan)
     return root
 
 

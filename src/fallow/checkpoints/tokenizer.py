@@ -566,10 +566,9 @@ def tokenizer_from_gguf(file: GgufFile) -> TextTokenizer:
 def _from_gguf(file: GgufFile) -> TextTokenizer:
     kind = file.get("tokenizer.ggml.model")
     tokens = file.get("tokenizer.ggml.tokens")
-    types = file.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    types = file.numbers("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise FallowError(f"GGUF {file.path} has {len(tokens)} tokens but {len(types)} token types")
-    types = np.asarray(types).tolist()
     if kind == "gpt2":
         backend = _byte_level_bpe(file, tokens)
     elif kind == "llama":
@@ -633,10 +632,10 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
 
 
 def _sentencepiece_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
-    scores = np.asarray(file.get("tokenizer.ggml.scores")).tolist()
+    scores = file.numbers("tokenizer.ggml.scores")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     unknown = file.get("tokenizer.ggml.unknown_token_id", None)
-    types = np.asarray(file.get("tokenizer.ggml.token_type")).tolist()
+    types = file.numbers("tokenizer.ggml.token_type")
     backend = Tokenizer(
         BPE(
             vocabulary,

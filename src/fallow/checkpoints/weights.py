@@ -83,6 +83,10 @@ class GgufFile:
             raise FallowError(f"GGUF {self.path} has no {key}; is it a language model?")
         return default
 
+    def numbers(self, key: str, default: Any = ...) -> list[Any]:
+        """The same of an array of numbers, as a list of Python's."""
+        return np.asarray(self.get(key, default)).tolist()
+
     def unasked(self) -> Iterator[str]:
         """The metadata's keys that `get` was never asked for."""
         return (key for key in self.metadata if key not in self._asked)

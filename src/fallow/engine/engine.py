@@ -69,6 +69,15 @@ def thread_count(threads: int | None) -> int:
     return threads
 
 
+@contextmanager
+def _told_of_disk() -> Iterator[None]:
+    """Makes one line of what the core says of weights that cannot be read."""
+    try:
+        yield
+    except _core.DiskError as error:
+        raise FallowError(str(error)) from error
+
+
 class Engine:
     """A packed model, ready to run. See `generate`, `logits`, `score`.
 
@@ -437,13 +446,11 @@ class Engine:
         logits = np.empty((len(tokens), self._core.vocab_size), dtype=np.float32)
         places = [(slot, len(self._held[slot])) for slot in slots]
         most, active = min(_core.FEW, self.context), []
-        try:
+        with _told_of_disk():
             for i in range(0, len(tokens), most):
                 part = slice(i, i + most)
                 self._core.forward_together(tokens[part], places[part], dense, record, logits[part])
                 active += [self.active_neurons()] if record else []
-        except _core.DiskError as error:
-            raise FallowError(str(error)) from error
         for slot, token in zip(slots, tokens.tolist(), strict=True):
             self._held[slot].append(token)
         self.last_logits = logits[-1]
@@ -494,10 +501,8 @@ class Engine:
         tokens = self._check_ids(ids, slot)
         held = self._held[slot]
         logits = np.empty((len(tokens) if every else 1, self._core.vocab_size), dtype=np.float32)
-        try:
+        with _told_of_disk():
             self._core.forward(tokens, slot, len(held), every, dense, exact, record, logits)
-        except _core.DiskError as error:
-            raise FallowError(str(error)) from error
         # What the core holds beyond these, after Ctrl-C say, the next pass writes over.
         held += tokens.tolist()
         self.last_logits = logits[-1]
@@ -506,10 +511,8 @@ class Engine:
     def _read_hidden(self, ids: Sequence[int] | np.ndarray, slot: int) -> np.ndarray:
         tokens, held = self._check_ids(ids, slot), self._held[slot]
         hidden = np.empty((len(tokens), self.hidden_size), dtype=np.float32)
-        try:
+        with _told_of_disk():
             self._core.hidden_states(tokens, slot, len(held), hidden)
-        except _core.DiskError as error:
-            raise FallowError(str(error)) from error
         held += tokens.tolist()
         return hidden
 

@@ -53,7 +53,7 @@ def packed_tokenizer(file: GgufFile) -> TextTokenizer:
             found = TextTokenizer(
                 backend,
                 bos_id=file.get("tokenizer.ggml.bos_token_id", None),
-                eos_ids=_end_ids(file),
+                eos_ids=tuple(file.numbers("fallow.eos_token_ids", ())),
                 add_bos=bool(file.get("tokenizer.ggml.add_bos_token", False)),
                 chat_template=file.get("tokenizer.chat_template", None),
                 special_tokens=_special_tokens(file, backend),
@@ -64,15 +64,11 @@ def packed_tokenizer(file: GgufFile) -> TextTokenizer:
     return found
 
 
-def _end_ids(file: GgufFile) -> tuple[int, ...]:
-    return tuple(np.asarray(file.get("fallow.eos_token_ids", ())).tolist())
-
-
 def _special_tokens(file: GgufFile, backend: Any) -> dict[str, str]:
     key = "fallow.special_tokens"
     if key in file.metadata:
         return dict(parse_json(file.get(key)))
     # What files have that were packed before that key.
     ids = {"bos_token": file.get("tokenizer.ggml.bos_token_id", None)}
-    ids["eos_token"] = next(iter(_end_ids(file)), None)
+    ids["eos_token"] = next(iter(file.numbers("fallow.eos_token_ids", ())), None)
     return {name: backend.id_to_token(i) or "" for name, i in ids.items() if i is not None}

@@ -144,7 +144,7 @@ class _Packed:
 
     @property
     def outliers(self) -> list[int]:
-        return list(np.asarray(self.file.get("fallow.outliers", [])).tolist())
+        return self.file.numbers("fallow.outliers", [])
 
     def matrix(self, layer: int, name: str) -> Matrix:
         found = self._tensor(layer, f"{name}.weight")
