@@ -47,6 +47,28 @@ void move_bytes(std::conditional_t<to_tile, const uint8_t, uint8_t>* rows, size_
     }
 }
 
+// Of byte tiles of Q8_0: every block begins with its scales.
+template <bool to_tile>
+void move_blocks_8_0(std::conditional_t<to_tile, const uint8_t, uint8_t>* rows, size_t step, size_t from, size_t bytes,
+                     std::conditional_t<to_tile, uint8_t, const uint8_t>* tile) {
+  constexpr size_t kScale = sizeof(uint16_t);
+  for (size_t b = 0; b < bytes; b += Q8_0::bytes) {
+    for (size_t r = 0; r < kTileRows; ++r) {
+      auto* in_row = rows + r * step + b;
+      auto* in_tile = tile + kTileRows * (from + b) + kScale * r;
+      if constexpr (to_tile) std::memcpy(in_tile, in_row, kScale);
+      else std::memcpy(in_row, in_tile, kScale);
+    }
+    move_bytes<to_tile>(rows + b + kScale, step, from + b + kScale, Q8_0::bytes - kScale, tile);
+  }
+}
+
+template <bool to_tile>
+auto mover_of(Layout layout, uint32_t type) {
+  if (layout == Layout::kDwordTiles) return move_dwords<to_tile>;
+  return type == kQ8_0 ? move_blocks_8_0<to_tile> : move_bytes<to_tile>;
+}
+
 // Blocks of Q6_K are 210 bytes, of which a product needs three places at once. In tiles two of them come
 // together: their d first, then of each its scales and, dword by dword, tops and both low parts that these
 // belong to. In pairs of bytes: where the next one comes from.
@@ -96,11 +118,11 @@ void in_tiles(uint8_t* rows, size_t n, size_t row_bytes, const Lay& lay) {
 bool has_tiles(const Kernels& kernels, Layout layout, uint32_t type, size_t rows, size_t row_bytes) {
   if (rows % kTileRows != 0) return false;
   if (layout == Layout::kDwordTiles) return kernels.gemv_tiles[type] && row_bytes % 4 == 0;
-  return layout == Layout::kByteTiles && kernels.axpy_tiles[type] && row_bytes % kPiece == 0;
+  return layout == Layout::kByteTiles && kernels.axpy_tiles[type] && (type == kQ8_0 || row_bytes % kPiece == 0);
 }
 
 void to_tiles(Layout layout, uint32_t type, uint8_t* rows, size_t n, size_t row_bytes) {
-  const auto move = layout == Layout::kByteTiles ? move_bytes<true> : move_dwords<true>;
+  const auto move = mover_of<true>(layout, type);
   in_tiles(rows, n, row_bytes, [&](uint8_t* from, uint8_t* to) {
     if (layout == Layout::kDwordTiles && type == kQ6_K) reorder_6<true>(from, kTileRows * row_bytes);
     move(from, row_bytes, 0, row_bytes, to);
@@ -113,8 +135,7 @@ void to_rows(Layout layout, uint32_t type, uint8_t* tiles, size_t n, size_t row_
 }
 
 void rows_of_tile(Layout layout, uint32_t type, const uint8_t* tile, size_t from, size_t bytes, uint8_t* rows) {
-  const auto move = layout == Layout::kByteTiles ? move_bytes<false> : move_dwords<false>;
-  move(rows, bytes, from, bytes, tile);
+  mover_of<false>(layout, type)(rows, bytes, from, bytes, tile);
   if (layout == Layout::kDwordTiles && type == kQ6_K) reorder_6<false>(rows, kTileRows * bytes);
 }
 

@@ -14,7 +14,8 @@ enum class Layout {
   kRows,
   kDwordTiles,  // dword i of row r is dword 16 i + r of its tile: for products with a vector. Dwords of Q6_K
                 // are first brought into the order in which products need them
-  kByteTiles,   // byte 16 p + j of row 4 f + r is byte 256 p + 64 f + 4 j + r: for sums of rows
+  kByteTiles,   // byte 16 p + j of row 4 f + r is byte 256 p + 64 f + 4 j + r: for sums of rows. Of Q8_0 it
+                // is so within a block, behind the scales of its rows
 };
 
 // Whether there are products with a matrix that lies so, and whole tiles of it.
@@ -30,8 +31,8 @@ inline Share share_of_rows(size_t n, int worker, int workers) {
 void to_tiles(Layout layout, uint32_t type, uint8_t* rows, size_t n, size_t row_bytes);
 void to_rows(Layout layout, uint32_t type, uint8_t* tiles, size_t n, size_t row_bytes);
 
-// Bytes [from, from + bytes) of the rows of a tile, one after the other; both multiples of 16 for
-// kByteTiles; for kDwordTiles multiples of 4, of two blocks of Q6_K.
+// Bytes [from, from + bytes) of the rows of a tile, one after the other; for kByteTiles both
+// multiples of 16, or blocks of Q8_0; for kDwordTiles multiples of 4, of two blocks of Q6_K.
 void rows_of_tile(Layout layout, uint32_t type, const uint8_t* tile, size_t from, size_t bytes, uint8_t* rows);
 
 // One row of a matrix in dword tiles.

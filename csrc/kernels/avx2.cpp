@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/avx2_lanes.h"
 
@@ -207,23 +208,27 @@ void to_f16(const float* x, size_t n, uint16_t* y) {
 FALLOW_INLINE __m256 load_floats(const float* p) { return _mm256_loadu_ps(p); }
 FALLOW_INLINE __m256 load_floats(const uint16_t* half) { return _mm256_cvtph_ps(load128(half)); }
 
-// Four registers of a panel times `tokens` columns of x.
+// Four registers of a panel times `tokens` columns of x. A panel of the cache comes from memory: a line of
+// it, which is a step, is asked for kAsked bytes before it is needed.
 template <int tokens, class Weight>
 FALLOW_INLINE void gemm_tile(const Weight* panel, size_t n, size_t k, const float* x,
                              size_t x_stride, bool add, float* y, size_t stride) {
+  constexpr size_t kAsked = 1024;
   __m256 sum[tokens][4];
   for (int t = 0; t < tokens; ++t)
     for (int h = 0; h < 4; ++h) sum[t][h] = _mm256_setzero_ps();
   for (size_t j = 0; j < k; ++j) {
-    __m256 weights[4];
-#pragma GCC unroll 4
-    for (size_t h = 0; h < 4; ++h) weights[h] = load_floats(panel + j * kPanel + 8 * h);
+    const Weight* line = panel + j * kPanel;
+    if constexpr (std::is_same_v<Weight, uint16_t>)
+      __builtin_prefetch(reinterpret_cast<const char*>(line) + kAsked);
+    __m256 v[tokens];
 #pragma GCC unroll 3
-    for (int t = 0; t < tokens; ++t) {
-      const __m256 v = _mm256_set1_ps(x[static_cast<size_t>(t) * x_stride + j]);
+    for (int t = 0; t < tokens; ++t) v[t] = _mm256_set1_ps(x[static_cast<size_t>(t) * x_stride + j]);
 #pragma GCC unroll 4
-      for (int h = 0; h < 4; ++h)
-        sum[t][h] = _mm256_fmadd_ps(weights[h], v, sum[t][h]);
+    for (int h = 0; h < 4; ++h) {
+      const __m256 weights = load_floats(line + 8 * h);
+#pragma GCC unroll 3
+      for (int t = 0; t < tokens; ++t) sum[t][h] = _mm256_fmadd_ps(weights, v[t], sum[t][h]);
     }
   }
   for (int t = 0; t < tokens; ++t) {
@@ -341,6 +346,7 @@ Kernels make() {
   table.gemv_tiles[kIQ4_NL] = gemv_tiles<LookedUp<IQ4_NL>>;
   table.gemv_tiles[kIQ4_XS] = gemv_tiles<LookedUp<IQ4_XS>>;
   table.axpy_rows[kQ8_0] = axpy_rows<Q8_0>;
+  table.axpy_tiles[kQ8_0] = axpy_tiles<Q8_0>;
   table.gemv_rows[kTwoBits] = gemv_two_bits;
   add_float<L32>(table, kF32);
   add_float<LF16>(table, kF16);
