@@ -311,7 +311,7 @@ def _safetensors_header(path: Path, data: np.ndarray) -> memoryview:
             f"safetensors file {path} is not usable: its header has {length} bytes, of at "
             f"most {_LONGEST_SAFETENSORS_HEADER}; {remedy}"
         )
-    return memoryview(data)[8 : 8 + length]
+    return data[8 : 8 + length].data
 
 
 def _safetensors_tensors(
