@@ -175,7 +175,6 @@ def _read(path: Path) -> float:
 
 
 def _measure_one(large: Path, small: Path) -> dict[str, float]:
-    return_freed_memory()  # what the files were made in
     before = rss_bytes()
     _read(large)
     growth = (peak_rss_mb() * 1e6 - before) / large.stat().st_size
@@ -188,6 +187,7 @@ def _in_a_child(kind: str, size: int, root: Path) -> dict[str, float]:
     large, small = root / "large", root / "small"
     large.write_bytes(HOSTILE[kind](size))
     small.write_bytes(HOSTILE[kind](size // 4))
+    return_freed_memory()  # what the files were made in: a child's peak would begin with it
     into, out = os.pipe()
     if os.fork() == 0:
         os.write(out, json.dumps(_measure_one(large, small)).encode())
