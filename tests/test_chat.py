@@ -428,6 +428,65 @@ def test_the_messages_of_a_real_model(smollm2: fallow.Model) -> None:
     assert tokenizer.backend.decode(ids).count("<|im_end|>") == 1
 
 
+# Templates of the best-known models' kinds --------------------------------------------------------
+
+KINDS = sorted(path.stem for path in (Path(__file__).parent / "data" / "templates").iterdir())
+OPTIONS = {
+    "type": "object",
+    "properties": {
+        "at": {"type": "string", "enum": ["noon", "night"], "description": "When."},
+        "of": {"type": "array", "items": {"type": "object", "properties": {
+            "name": {"type": "string", "default": "sun"}, "size": {"type": ["number", "null"]}}}},
+        "bright": {"oneOf": [{"type": "boolean"}, {"type": "integer", "default": 3}]},
+    },
+    "required": ["at"],
+}  # fmt: skip
+TOOLS = [
+    {"type": "function",
+     "function": {"name": f"sky_{i}", "description": "Looks up.\nOnce.", "parameters": OPTIONS}}
+    for i in range(32)
+]  # fmt: skip
+
+
+def long_chat(calls: bool) -> list[dict[str, Any]]:
+    """Of some 200,000 characters in 60 exchanges, with thoughts and, if asked for, calls."""
+    chat: list[dict[str, Any]] = [{"role": "system", "content": "Be brief. " * 100}]
+    for i in range(60):
+        chat.append({"role": "user", "content": f"<{i}> 'Ist es spät?' 🙂\n" + "So? " * 400})
+        if calls and i % 3 == 0:
+            call = {"name": f"sky_{i % 32}", "arguments": {"at": "noon", "of": [{"name": "é"}]}}
+            called = [{"id": f"{i:09}", "type": "function", "function": call}]
+            chat.append({"role": "assistant", "tool_calls": called, "reasoning_content": "A call."})
+            chat.append({"role": "tool", "content": '{"blue": true}', "tool_call_id": f"{i:09}"})
+        said = f"<think>\nPerhaps {i}.\n</think>\n\nNo. " + "Yes. " * 300
+        chat.append({"role": "assistant", "content": said})
+    return [*chat, {"role": "user", "content": "Well?"}]
+
+
+@pytest.mark.parametrize("calls", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_templates_of_known_models_keep_well_within_the_limits(
+    named: Path, monkeypatch: pytest.MonkeyPatch, kind: str, calls: bool
+) -> None:
+    """A fifth of the time and a third of the memory, for a chat as long as models read."""
+    template = (Path(__file__).parent / "data" / "templates" / f"{kind}.jinja").read_text()
+    tokenizer = dataclasses.replace(tokenizer_from_folder(named), chat_template=template)
+    assert tokenizer.chat_problems() == []  # what packing asks
+    chat, tools = long_chat(calls), TOOLS if calls else None
+    monkeypatch.setattr(template_process, "SECONDS", template_process.SECONDS / 5)
+    found = tokenizer.render(chat, tools=tools)
+    reference = transformers.AutoTokenizer.from_pretrained(named)
+    reference.chat_template = template
+    assert found == reference.apply_chat_template(
+        chat, tools=tools, tokenize=False, add_generation_prompt=True
+    )
+    process = template_process._PROCESS._running
+    assert process is not None
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    kilobytes = next(int(x.split()[1]) for x in status.splitlines() if x.startswith("VmPeak"))
+    assert kilobytes * 1024 < template_process.MOST_MEMORY / 3
+
+
 # Templates that take too much --------------------------------------------------------------------
 
 EXCESSIVE = {
@@ -453,6 +512,16 @@ def test_a_template_that_takes_too_much(
     assert time.monotonic() - start < 10
     good = dataclasses.replace(tokenizer, chat_template="{{ messages[0].content }}")
     assert good.render([{"role": "user", "content": "so\ud800"}]) == "so\ud800"
+
+
+def test_what_takes_too_much_with_a_system_message_alone(
+    named: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_process, "SECONDS", 1.0)
+    template = "{% if messages[0].role == 'system' %}" + EXCESSIVE["time"] + "{% endif %}"
+    tokenizer = dataclasses.replace(tokenizer_from_folder(named), chat_template=template)
+    with pytest.raises(template_process.Excessive, match="takes more than 1 s"):
+        tokenizer.chat_problems()
 
 
 def test_such_a_template_is_not_packed_and_not_served(

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ GOOD: dict[str, Any] = {
     "disk": {"folder": "/models", "filesystem": "ext4", "gbps": 1.0, "error": None},
     "numpy": {"version": "2.0", "blas": "openblas"},
     "torch": 4,
+    "extras": {"lab": {"torch": "2.13.0"}},
 }
 
 
@@ -87,6 +89,29 @@ def test_needs_no_torch() -> None:
     code = "import fallow.measure.machine, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_without_an_installation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Found by PYTHONPATH alone, as a checkout of the sources may be."""
+    by_name = Distribution.from_name
+
+    def others(name: str) -> Distribution:
+        if name == "fallow":
+            raise PackageNotFoundError(name)
+        return by_name(name)
+
+    monkeypatch.setattr(Distribution, "from_name", others)
+    monkeypatch.setattr(machine, "_DISK_BYTES", 1 << 21)
+    monkeypatch.setattr(sys, "argv", ["fallow", "doctor", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    assert out.startswith("fallow        unknown, Python ")
+    assert "warning: fallow is not installed, so that neither its version" in out
+    assert "[lab]" not in out
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
@@ -224,6 +249,12 @@ def test_nothing_to_warn_of() -> None:
             "numpy was built without a BLAS library: products of matrices are slow",
         ),
         ("torch", 1, "torch takes 1 of 4 cores; see OMP_NUM_THREADS"),
+        (
+            "extras",
+            None,
+            "fallow is not installed, so that neither its version nor its extras are known; in the "
+            "folder of its sources: pip install .",
+        ),
     ],
 )
 def test_warnings(part: str, change: Any, warning: str) -> None:

@@ -110,7 +110,7 @@ def test_an_embedding_depends_on_the_plan_and_on_nothing_else(packed: dict[str, 
 
 def test_what_has_no_embedding(packed: dict[str, Path], monkeypatch: Any) -> None:
     engine = Engine(packed["llama"], context=16)
-    for ids, said in (([], "no tokens"), (IDS[:17], "exceeds the context of 16"), ([300], "300")):
+    for ids, said in (([], "no tokens"), (IDS[:17], "exceed the context of 16"), ([300], "300")):
         assert said in fails(FallowError, partial(engine.embed, ids))
     nothing = np.zeros((4, engine.hidden_size), dtype=np.float32)
     for value in (0, np.nan):
@@ -277,7 +277,9 @@ def test_wrong_use(
         FallowError, lambda: engine.forward([300])
     )
     assert "token id -1" in fails(FallowError, lambda: engine.forward([-1]))
-    assert "no tokens to read" in fails(FallowError, lambda: engine.forward([]))
+    for begin in (engine.forward, engine.begin_embedding, partial(engine.generate, max_tokens=1)):
+        for ids, said in (([], "no tokens to read"), ([300], "token id 300 is outside")):
+            assert said in fails(FallowError, partial(begin, ids))  # before anything is read
     assert "top_p 0 is outside" in fails(UsageError, lambda: engine.generate("neuron", top_p=0))
     other = make_plan(calibrators["qwen2"], "topk", 0.5)
     assert "not for llama" in fails(FallowError, lambda: Engine(path, other))

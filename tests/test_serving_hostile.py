@@ -1,16 +1,19 @@
 """The server beside clients that mean harm: what requests cost, and what neighbours notice."""
 
+import asyncio
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from starlette.requests import Request
 
 from fallow.common.errors import FallowError
 from fallow.engine.answer import Piece
@@ -89,6 +92,108 @@ def test_too_much_is_refused_before_it_is_read(
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
     assert said in answer.json()["error"]["message"]
+
+
+def of_values(n: int) -> list[Any]:
+    """As few lists as hold so many values, commas and brackets in texts aside."""
+    return [["a,[{", 1] * (n // 2)]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([[1]] * (limits.MOST_CONTAINERS - 1), None),
+        ([[1]] * limits.MOST_CONTAINERS, "has more than 16384 lists and objects"),
+        ([{"a": []}] * (limits.MOST_CONTAINERS // 2), "has more than 16384 lists and objects"),
+        (of_values(limits.MOST_VALUES), None),
+        (of_values(limits.MOST_VALUES + 2), "has more than 262144 values"),
+        ("[{," * limits.MOST_VALUES, None),
+        (['\\"[{,\\'] * (limits.MOST_CONTAINERS + 1), None),
+        ([1] * api.MOST_IDS, None),
+    ],
+)
+def test_a_body_is_counted_before_it_is_parsed(value: Any, said: str | None) -> None:
+    assert limits.excess(json.dumps(value).encode()) == said
+
+
+def test_texts_hide_nothing_in_other_encodings() -> None:
+    """In UTF-16 a quotation mark behind a backslash looks like the end of a text."""
+    hidden = ['"'] + [[]] * limits.MOST_CONTAINERS
+    for encoding in ("utf-8", "utf-16", "utf-32"):
+        body = json.dumps(hidden).encode(encoding)
+        assert json.loads(body) == hidden
+        assert "lists and objects" in (limits.excess(body) or "")
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "embeddings"])
+def test_what_has_too_much_is_not_parsed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    parsed: list[bytes] = []
+    parse = Request.json
+
+    async def counting(request: Request) -> Any:
+        parsed.append(await request.body())
+        return await parse(request)
+
+    monkeypatch.setattr(Request, "json", counting)
+    with served(engine) as address:
+        body = json.dumps({"model": "tiny", "prompt": [[1]] * 100_000}).encode()
+        answer = httpx.post(f"{address}/v1/{path}", content=body, headers=JSON, timeout=60)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"] == (
+            f"the body has more than {limits.MOST_CONTAINERS} lists and objects"
+        )
+        assert parsed == []
+        body = json.dumps({"model": "tiny", "prompt": [1, 2], "max_tokens": 1}).encode()
+        httpx.post(f"{address}/v1/{path}", content=body, headers=JSON, timeout=60)
+        assert parsed == [body]
+
+
+def test_small_requests_are_answered_between_large_bodies() -> None:
+    """There are so many rounds of the event loop between two; the next test says what for."""
+
+    async def rounds_between() -> list[int]:
+        gate = limits.Limits(None, 0, None, (), ())  # type: ignore[arg-type]
+        now, found = 0, []
+
+        async def parse() -> None:
+            await gate.wait_to_parse(1 << 20)
+            found.append(now)
+
+        bodies = [asyncio.create_task(parse()) for _ in range(4)]
+        while not all(body.done() for body in bodies):
+            await asyncio.sleep(0)
+            now += 1
+        return found
+
+    found = asyncio.run(rounds_between())
+    assert min(np.diff(found)) >= limits.LAPS
+
+
+def test_health_waits_for_one_body_at_most(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[bytes] = []
+    parse = Request.json
+
+    async def slow(request: Request) -> Any:
+        begun.append(await request.body())
+        time.sleep(0.3)  # as a parser does: it holds the event loop
+        return await parse(request)
+
+    monkeypatch.setattr(Request, "json", slow)
+    with served(engine) as address, httpx.Client(timeout=60) as client:
+        body = json.dumps({"model": "tiny", "user": "a" * limits.LARGE}).encode()
+        post = partial(httpx.post, f"{address}/v1/completions", content=body, headers=JSON)
+        threads = [threading.Thread(target=post) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        while len(begun) < 2:
+            time.sleep(0.01)
+        assert client.get(f"{address}/health").status_code == 200  # over a new connection
+        assert len(begun) <= 3
+        for thread in threads:
+            thread.join()
+    assert len(begun) == 5
 
 
 def test_a_flood_of_prompts_leaves_the_server_quick(address: str) -> None:
@@ -388,12 +493,21 @@ def test_a_client_that_does_not_read_is_left(
 
 def test_connections_have_a_number(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "CONNECTIONS", 3)
+    made: list[int] = []
+
+    class Counted(connections.Connection):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            made.append(1)
+            super().__init__(*given, **named)
+
+    monkeypatch.setattr(connections, "Connection", Counted)
     with served(Slow(engine.tokenizer), queue=1) as address:
         idle = [connect(address) for _ in range(5)]
         time.sleep(0.2)
         answer = httpx.get(f"{address}/health")
         assert answer.status_code == 503
         assert answer.json()["error"]["message"].startswith("there are too many connections")
+        assert len(made) == 5
         for connection in idle:
             connection.close()
         time.sleep(0.2)

@@ -94,7 +94,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return import_module("importlib.metadata").version("fallow")
+        metadata = import_module("importlib.metadata")
+        try:
+            return metadata.version("fallow")
+        except metadata.PackageNotFoundError:  # it runs from its sources, without an installation
+            return "unknown"
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fallow' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

@@ -7,12 +7,12 @@ import datetime
 import hashlib
 import shlex
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import fallow
 from fallow.common import tagged
 from fallow.common.errors import FallowError, in_one_line
 from fallow.common.tables import Table, plus_minus
@@ -159,7 +159,7 @@ class Plan:
     calibration_tokens: int = 0
     dtype: str = ""
     date: str = field(default_factory=today)
-    fallow_version: str = field(default_factory=lambda: version("fallow"))
+    fallow_version: str = field(default_factory=lambda: fallow.__version__)
     format: int = FORMAT
 
     def __post_init__(self) -> None:

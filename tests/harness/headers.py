@@ -1,4 +1,4 @@
-"""GGUF headers that are large and hostile, and what reading one takes.
+"""Headers of GGUF and safetensors that are large and hostile, and what reading one takes.
 
     PYTHONPATH=tests python -m harness.headers    # a line per kind
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fallow.checkpoints.weights import read_gguf
+from fallow.checkpoints.weights import read_gguf, read_safetensors_file
 from fallow.common.errors import FallowError
 from fallow.engine.process import peak_rss_mb, return_freed_memory, rss_bytes
 from harness.damage import write_gguf_entries
@@ -99,6 +99,19 @@ def _promises(n_fields: int, n_tensors: int) -> Callable[[int], bytes]:
     return made
 
 
+def _safetensors(member: Callable[[int], str], n_bytes: int, around: str) -> Callable[[int], bytes]:
+    """A header of members by their number, with so many bytes of data for each.
+
+    Of a quarter of the size, as reading it is Python's work."""
+
+    def made(size: int) -> bytes:
+        count = size // 4 // (len(member(size // 50)) + 1 + n_bytes)
+        header = (around % ",".join(map(member, range(count)))).encode()
+        return struct.pack("<Q", len(header)) + header + bytes(count * n_bytes)
+
+    return made
+
+
 HOSTILE: dict[str, Callable[[int], bytes]] = {
     **{f"an array of {name}": _numbers(type_) for type_, name in NUMBERS.items()},
     **{f"strings of {n} letters": _strings(n) for n in range(4)},
@@ -110,6 +123,23 @@ HOSTILE: dict[str, Callable[[int], bytes]] = {
     "tensors of four dimensions": _tensors(4),
     "promised keys": _promises(13, 0),
     "promised tensors": _promises(0, 32),
+    "safetensors without bytes": _safetensors(
+        lambda i: f'"{i:x}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', 0, "{%s}"
+    ),
+    "safetensors of one byte": _safetensors(
+        lambda i: f'"{i:x}":{{"dtype":"U8","shape":[],"data_offsets":[{i},{i + 1}]}}', 1, "{%s}"
+    ),
+    "safetensors' metadata": _safetensors(lambda i: f'"{i:x}":""', 0, '{"__metadata__":{%s}}'),
+    "safetensors' long text": _safetensors(
+        lambda i: "\\n", 0, '{"__metadata__":{"a":"\U0001f600%s"}}'
+    ),
+    "safetensors' long name": _safetensors(
+        lambda i: "\\u0101", 0, '{"\U0001f600%s":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+    ),
+    "safetensors' long shape": _safetensors(
+        lambda i: "1", 0, '{"a":{"dtype":"U8","shape":[%s],"data_offsets":[0,1]}}'
+    ),
+    "safetensors' lists": _safetensors(lambda i: "[]", 0, '{"a":[%s]}'),
 }
 
 
@@ -127,8 +157,14 @@ def measure(size: int) -> dict[str, dict[str, float]]:
 
 def _read(path: Path) -> float:
     """Opens a file and takes every value and tensor; seconds of the processor."""
+    with path.open("rb") as opened:
+        is_gguf = opened.read(4) == b"GGUF"
     start = time.process_time()
     try:
+        if not is_gguf:
+            for _ in read_safetensors_file(path):
+                pass
+            return time.process_time() - start
         file = read_gguf(path)
         for values in (file.metadata, file.tensors):
             for name in values:
@@ -139,7 +175,6 @@ def _read(path: Path) -> float:
 
 
 def _measure_one(large: Path, small: Path) -> dict[str, float]:
-    return_freed_memory()  # what the files were made in
     before = rss_bytes()
     _read(large)
     growth = (peak_rss_mb() * 1e6 - before) / large.stat().st_size
@@ -149,9 +184,10 @@ def _measure_one(large: Path, small: Path) -> dict[str, float]:
 
 def _in_a_child(kind: str, size: int, root: Path) -> dict[str, float]:
     """A child's peak begins with what it has, whatever its parent had at its own."""
-    large, small = root / "large.gguf", root / "small.gguf"
+    large, small = root / "large", root / "small"
     large.write_bytes(HOSTILE[kind](size))
     small.write_bytes(HOSTILE[kind](size // 4))
+    return_freed_memory()  # what the files were made in: a child's peak would begin with it
     into, out = os.pipe()
     if os.fork() == 0:
         os.write(out, json.dumps(_measure_one(large, small)).encode())

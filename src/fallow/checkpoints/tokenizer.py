@@ -227,6 +227,8 @@ class TextTokenizer:
             return [f"no chat with this model: {error}"]
         try:
             self.render([{"role": "system", "content": "Be brief."}, *_TRIAL])
+        except template_process.Excessive:
+            raise
         except FallowError as error:
             return [f"no system messages in a chat with this model: {error}"]
         return []

@@ -1,9 +1,11 @@
 """Checkpoint files: GGUF and safetensors, read without torch."""
 
 import hashlib
+import itertools
 import math
 import operator
 import os
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fallow import _core
+from fallow.checkpoints.json_members import FLAT, STRING, check_utf8, members
 from fallow.common.errors import FallowError, in_one_line
 from fallow.common.files import DuplicateKeyError, parse_json, read_json
 from fallow.common.procfs import processors
@@ -19,7 +22,7 @@ from fallow.common.procfs import processors
 N_THREADS = processors()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor in a file, still in its stored bytes. `shape` is outermost first: (out, in)."""
 
@@ -221,6 +224,7 @@ def _map_file(path: Path, what: str) -> _core.Mapping:
 
 # https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs
 _LONGEST_SAFETENSORS_HEADER = 100_000_000
+_LONGEST_SAFETENSORS_ENTRY = 4096  # bytes; those of models have some 100
 _SAFETENSORS_BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
     "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -239,25 +243,36 @@ def read_safetensors(folder: str | Path) -> Iterator[StoredTensor]:
 
 
 def read_safetensors_file(path: Path) -> Iterator[StoredTensor]:
-    """The tensors of one file. Raises FallowError likewise."""
+    """The tensors of one file. Raises FallowError likewise, before the first."""
     data = _map_file(path, "safetensors file").data
-    header, start = _safetensors_header(path, data)
-    header.pop("__metadata__", None)
-    tensors = [_safetensors_tensor(path, data, start, *item) for item in header.items()]
-    end = start
-    for tensor in sorted(tensors, key=lambda t: (t.offset, t.data.nbytes)):
-        if tensor.offset != end:
-            raise FallowError(
-                f"safetensors file {path}: tensor {tensor.name} begins at byte {tensor.offset}, "
-                f"but the one before it ends at {end}; download it again"
-            )
-        end += tensor.data.nbytes
-    if end != len(data):
+    header = _safetensors_header(path, data)
+    # Of each tensor only its bytes' place is kept, so that a long header takes little memory.
+    places = array("q")
+    for tensor in _safetensors_tensors(path, data, header):
+        places.extend((tensor.offset, tensor.data.nbytes))
+    _check_places(path, data, header, np.asarray(places, np.int64).reshape(-1, 2))
+    yield from _safetensors_tensors(path, data, header)
+
+
+def _check_places(path: Path, data: np.ndarray, header: memoryview, places: np.ndarray) -> None:
+    """Raises FallowError unless tensors, (n, 2) offsets and bytes, fill what follows the header."""
+    order = np.lexsort((places[:, 1], places[:, 0]))
+    begins = places[order, 0]
+    ends = np.append(8 + len(header), begins + places[order, 1])
+    wrong = np.flatnonzero(begins != ends[:-1])
+    if len(wrong):
+        first = int(wrong[0])
+        tensors = _safetensors_tensors(path, data, header)
+        name = next(itertools.islice(tensors, int(order[first]), None)).name
         raise FallowError(
-            f"safetensors file {path} has {len(data) - end} bytes after its tensors; "
+            f"safetensors file {path}: tensor {name} begins at byte {begins[first]}, "
+            f"but the one before it ends at {ends[first]}; download it again"
+        )
+    if ends[-1] != len(data):
+        raise FallowError(
+            f"safetensors file {path} has {len(data) - ends[-1]} bytes after its tensors; "
             "download it again"
         )
-    yield from tensors
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -280,7 +295,8 @@ def _safetensors_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _safetensors_header(path: Path, data: np.ndarray) -> tuple[dict[str, Any], int]:
+def _safetensors_header(path: Path, data: np.ndarray) -> memoryview:
+    """Its bytes, of JSON, which begin at the ninth of the file."""
     remedy = "download it again"
     if len(data) < 8:
         raise FallowError(f"safetensors file {path} is truncated ({len(data)} bytes); {remedy}")
@@ -295,19 +311,37 @@ def _safetensors_header(path: Path, data: np.ndarray) -> tuple[dict[str, Any], i
             f"safetensors file {path} is not usable: its header has {length} bytes, of at "
             f"most {_LONGEST_SAFETENSORS_HEADER}; {remedy}"
         )
+    return data[8 : 8 + length].data
+
+
+def _safetensors_tensors(
+    path: Path, data: np.ndarray, header: memoryview
+) -> Iterator[StoredTensor]:
+    """What the header says. Raises FallowError where it is damaged."""
+    remedy, start = "download it again", 8 + len(header)
     try:
-        header = dict(parse_json(data[8 : 8 + length].tobytes()))
+        check_utf8(header)
+        for name, value in members(header, FLAT):
+            if name != "__metadata__":
+                yield _safetensors_tensor(path, data, start, name, value)
+            elif value != b"null":
+                for _ in members(value, STRING):
+                    pass
     except DuplicateKeyError as error:  # which the format forbids
         reason = in_one_line(error)
         raise FallowError(f"the header of safetensors file {path}: {reason}; {remedy}") from error
     except (ValueError, TypeError) as error:
         raise FallowError(f"safetensors file {path} has a broken header; {remedy}") from error
-    return header, 8 + length
 
 
 def _safetensors_tensor(
-    path: Path, data: np.ndarray, start: int, name: str, entry: dict[str, Any]
+    path: Path, data: np.ndarray, start: int, name: str, value: memoryview
 ) -> StoredTensor:
+    if len(value) > _LONGEST_SAFETENSORS_ENTRY:
+        raise FallowError(
+            f"safetensors file {path}: tensor {name} has an unsupported entry of {len(value)} bytes"
+        )
+    entry = parse_json(value.tobytes())
     try:
         kind, shape = entry["dtype"], tuple(operator.index(n) for n in entry["shape"])
         begin, end = (operator.index(offset) for offset in entry["data_offsets"])

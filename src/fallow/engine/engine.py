@@ -435,7 +435,7 @@ class Engine:
         with self._lock:
             for slot in slots:
                 with self._turn(threading.get_ident(), slot):
-                    self._check_ids(ids[slots.index(slot) :][:1], slot)
+                    self._check_ids(ids[slots.index(slot) :][:1], len(self._held[slot]))
             return self._read_together(ids, slots, dense, record)[0]
 
     def _read_together(
@@ -498,8 +498,8 @@ class Engine:
         record: bool = False,
         slot: int = 0,
     ) -> np.ndarray:
-        tokens = self._check_ids(ids, slot)
         held = self._held[slot]
+        tokens = self._check_ids(ids, len(held))
         logits = np.empty((len(tokens) if every else 1, self._core.vocab_size), dtype=np.float32)
         with _told_of_disk():
             self._core.forward(tokens, slot, len(held), every, dense, exact, record, logits)
@@ -509,14 +509,18 @@ class Engine:
         return logits
 
     def _read_hidden(self, ids: Sequence[int] | np.ndarray, slot: int) -> np.ndarray:
-        tokens, held = self._check_ids(ids, slot), self._held[slot]
+        held = self._held[slot]
+        tokens = self._check_ids(ids, len(held))
         hidden = np.empty((len(tokens), self.hidden_size), dtype=np.float32)
         with _told_of_disk():
             self._core.hidden_states(tokens, slot, len(held), hidden)
         held += tokens.tolist()
         return hidden
 
-    def _check_ids(self, ids: Sequence[int] | np.ndarray, slot: int = 0) -> np.ndarray:
+    def _check_ids(
+        self, ids: Sequence[int] | np.ndarray, held: int = 0, new: int = 0
+    ) -> np.ndarray:
+        """Ids (T,), int32, for which there is room behind `held` tokens and before `new` ones."""
         tokens = np.asarray(ids)
         if tokens.ndim != 1 or len(tokens) == 0:
             raise FallowError("there are no tokens to read; give some text")
@@ -525,11 +529,12 @@ class Engine:
             raise FallowError(
                 f"token id {bad[0]} is outside the vocabulary of {self._core.vocab_size}"
             )
-        held = len(self._held[slot])
-        if len(tokens) > self.context - held:
+        if held + len(tokens) + new > self.context:
+            after = f" after {held}" if held else ""
+            before = f" and {new} new ones" if new else ""
             raise FallowError(
-                f"{len(tokens)} tokens after {held} exceed the context of "
-                f"{self.context}; shorten the prompt or raise --context"
+                f"{len(tokens)} tokens{after}{before} exceed the context of {self.context}; "
+                "shorten the text or raise --context"
             )
         return np.ascontiguousarray(tokens, dtype=np.int32)
 
@@ -685,12 +690,7 @@ class Engine:
             raise UsageError("--max-new-tokens must be at least 1")
         if "" in stop:
             raise UsageError("a stop text is empty, with which every text begins; leave it out")
-        tokens = np.asarray(ids)
-        if len(tokens) + max_tokens > self.context:
-            raise FallowError(
-                f"prompt of {len(tokens)} tokens and {max_tokens} new ones exceed the context of "
-                f"{self.context}; shorten the prompt or raise --context"
-            )
+        tokens = self._check_ids(ids, new=max_tokens)
         return Answer(
             self, tokens, max_tokens, sampler, tuple(stop), lossless, reuse, top_logprobs, echo,
             activity, slot,
@@ -705,14 +705,7 @@ class Engine:
             UsageError: there is no such slot.
         """
         self._check_slot(slot)
-        tokens = np.asarray(ids)
-        if len(tokens) > self.context:
-            raise FallowError(
-                f"a text of {len(tokens)} tokens exceeds the context of {self.context}; shorten "
-                "it or raise --context"
-            )
-        if len(tokens) == 0:
-            raise FallowError("there are no tokens to read; give some text")
+        tokens = self._check_ids(ids)
         return Embedding(self, tokens, 0, Sampler(), (), False, False, None, None, False, slot)
 
     def reset_stats(self) -> None:

@@ -19,6 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import fallow
 from fallow.checkpoints.catalog import cache_folder
 from fallow.common.errors import FallowError
 from fallow.common.files import atomic_path
@@ -43,7 +44,13 @@ def installed() -> Target:
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         raise FallowError(f"{PACKAGE} is not installed; install it with: pip install {PACKAGE}")
-    version = importlib.metadata.version(PACKAGE)
+    try:
+        version = importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise FallowError(
+            f"the version of llama_cpp in {Path(spec.origin).parent} is not known, as it was not "
+            f"installed; install it with: pip install {PACKAGE}"
+        ) from error
     return Target(f"{PACKAGE} {version}", Path(spec.origin).parent / "lib")
 
 
@@ -66,8 +73,7 @@ def target_of(folder: Path | None) -> Target:
 
 def place(target: Target) -> Path:
     """Where the plugin for it lies, if it was built."""
-    version = importlib.metadata.version("fallow")
-    name = re.sub(r"\W+", "-", f"{target.name} fallow {version}").strip("-")
+    name = re.sub(r"\W+", "-", f"{target.name} fallow {fallow.__version__}").strip("-")
     if target.folder is not None:
         name += "-" + hashlib.sha256(str(target.folder).encode()).hexdigest()[:8]
     return cache_folder() / "llama" / name / LIBRARY

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+import fallow
 from fallow import _core
 from fallow.checkpoints.catalog import ALIASES, find_pieces
 from fallow.common.errors import UsageError
@@ -56,7 +57,7 @@ def examine(folder: str | Path = ".") -> dict[str, Any]:
     if not folder.is_dir():
         raise UsageError(f"--folder {folder} is no folder; give the one that models are in")
     found: dict[str, Any] = {
-        "fallow": version("fallow"),
+        "fallow": fallow.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "processor": processor(),
@@ -181,13 +182,23 @@ def blas() -> str | None:
 
 
 def extras() -> dict[str, dict[str, str | None]]:
-    """Per extra its packages, and which version of them is installed; None: it is not."""
+    """Per extra its packages, and which version of them is installed; None: it is not.
+
+    None at all where fallow itself is not installed: its metadata name them.
+    """
     found: dict[str, dict[str, str | None]] = {}
-    for requirement in metadata("fallow").get_all("Requires-Dist") or ():
+    for requirement in _requirements():
         parts = re.fullmatch(r"([\w.-]+).*;.*extra == [\"']([\w-]+)[\"'].*", requirement)
         if parts:
             found.setdefault(parts[2], {})[parts[1]] = _installed(parts[1])
     return found
+
+
+def _requirements() -> list[str]:
+    try:
+        return metadata("fallow").get_all("Requires-Dist") or []
+    except PackageNotFoundError:
+        return []
 
 
 def _installed(package: str) -> str | None:
@@ -210,6 +221,11 @@ def warnings(found: dict[str, Any]) -> list[str]:
     """What of `examine`'s findings makes fallow slower, or its timings less sure."""
     cpu, count, ram = found["processor"], found["cores"], found["memory"]
     said: list[str] = []
+    if not found["extras"]:
+        said.append(
+            "fallow is not installed, so that neither its version nor its extras are known; in the "
+            "folder of its sources: pip install ."
+        )
     if cpu["kernels"] == "portable":
         lacking = list(cpu["better_kernels_lack"].values())
         why = f"; for better ones it lacks {', '.join(lacking[-1])}" if lacking else ""

@@ -6,7 +6,6 @@ import shlex
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+import fallow
 from fallow.checkpoints.text import load_text
 from fallow.common.errors import UsageError
 from fallow.common.files import check_writable, write_text
@@ -308,7 +308,7 @@ def render(chapters: Sequence[Chapter], text: str, headlines: Sequence[str]) -> 
         chapters=chapters,
         headlines=headlines,
         text=text,
-        version=version("fallow"),
+        version=fallow.__version__,
         policy=_policy(scripts),
         style=Markup(_read("page.css")),
         plotly=Markup(scripts[0]),

@@ -1,7 +1,6 @@
 """A small network of the FFN's input, trained to know which neurons will matter."""
 
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import fallow
 from fallow.common import tagged
 from fallow.common.errors import FallowError, UsageError, in_one_line
 from fallow.models.capture import Calibration
@@ -183,7 +183,7 @@ class Trained:
     calibration_tokens: int = 0
     dtype: str = ""
     date: str = field(default_factory=today)
-    fallow_version: str = field(default_factory=lambda: version("fallow"))
+    fallow_version: str = field(default_factory=lambda: fallow.__version__)
     format: int = FORMAT
 
     @property

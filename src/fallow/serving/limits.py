@@ -1,12 +1,14 @@
-"""Around the application: who may ask, paths, largest and slowest bodies; counts responses."""
+"""Around the application: who may ask, paths, what bodies may be; counts responses."""
 
 import asyncio
 import hmac
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -16,6 +18,10 @@ from fallow.serving.telemetry import Telemetry
 
 BODY_SECONDS = 30.0  # that a request may take to arrive
 BODIES = 32  # of the largest size, that requests in hand may have together
+MOST_VALUES = 1 << 18  # of a body; twice as many as a prompt may have ids
+MOST_CONTAINERS = 1 << 14  # lists and objects of a body, which cost Python most
+LARGE = 1 << 14  # bytes of a body that takes milliseconds
+LAPS = 10  # of the event loop, in which a request such as /health is taken and answered
 OPEN_PATHS = ("/health", *PATHS)  # for which no key is asked
 NAMES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -38,6 +44,7 @@ def error_body(
     return {"error": body | {"code": name}}
 
 
+@lru_cache(maxsize=1024)
 def network_of(address: str) -> str:
     """What one client may have of addresses: one, of IPv6 the 64 bits that a site is given."""
     try:
@@ -73,6 +80,7 @@ class Limits:
         self.app, self.max_body, self.telemetry = app, max_body, telemetry
         self.api_keys, self.hosts = api_keys, hosts
         self._in_hand = 0  # bytes of bodies whose requests are not answered
+        self._one_parsed = asyncio.Lock()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -108,6 +116,15 @@ class Limits:
         self._in_hand += n
         return True
 
+    async def wait_to_parse(self, size: int) -> None:
+        """Waits until a body of so many bytes may be parsed, which keeps all others waiting.
+
+        It is one body at a time, and small requests are answered between two large ones.
+        """
+        async with self._one_parsed:
+            for _ in range(LAPS if size > LARGE else 1):
+                await asyncio.sleep(0)
+
     def _key(self, headers: Headers) -> str | None:
         """Which of the keys a request has, by its number."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -136,8 +153,29 @@ class Limits:
         )
 
 
+def excess(body: bytes) -> str | None:
+    """What a body of JSON has too much of to be parsed, which is told at a small part of the cost.
+
+    It has as many values as commas, and one more.
+    """
+    if body.count(b"[") + body.count(b"{") <= MOST_CONTAINERS and body.count(b",") < MOST_VALUES:
+        return None
+    if b"\0" not in body:  # as in UTF-16, which Python's parser takes too: texts count as well
+        body = _without_texts(body)
+    if body.count(b"[") + body.count(b"{") > MOST_CONTAINERS:
+        return f"has more than {MOST_CONTAINERS} lists and objects"
+    return f"has more than {MOST_VALUES} values" if body.count(b",") >= MOST_VALUES else None
+
+
+def _without_texts(body: bytes) -> bytes:
+    """What of JSON in UTF-8 is outside of quotation marks."""
+    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    letters = np.frombuffer(unescaped, np.uint8)
+    return letters[~np.logical_xor.accumulate(letters == ord('"'))].tobytes()
+
+
 class _Body:
-    """The body of a request, which must not be too large or too slow."""
+    """The body of a request, which must not be too large, too slow or too much to parse."""
 
     def __init__(self, receive: Any, limits: Limits) -> None:
         self._receive, self._limits = receive, limits
@@ -145,9 +183,27 @@ class _Body:
         self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def receive(self) -> Any:
-        """Raises HTTPException, which the application makes a response of."""
+        """All of the body at once, as soon as it may be parsed.
+
+        Raises HTTPException, which the application makes a response of.
+        """
         if self._whole:  # waiting for the client to go away
             return await self._receive()
+        parts: list[bytes] = []
+        while not self._whole:
+            message = await self._next()
+            if message["type"] != "http.request":
+                return message
+            parts.append(message.get("body", b""))
+            self._whole = not message.get("more_body", False)
+        body = b"".join(parts)
+        too_much = excess(body)
+        if too_much is not None:
+            raise HTTPException(400, f"the body {too_much}")
+        await self._limits.wait_to_parse(len(body))
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def _next(self) -> Any:
         try:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
@@ -155,18 +211,16 @@ class _Body:
             raise HTTPException(
                 408, f"the body took more than {BODY_SECONDS:.0f} s", {"Connection": "close"}
             ) from error
-        if message["type"] == "http.request":
-            n, most = len(message.get("body", b"")), self._limits.max_body
-            self._whole = not message.get("more_body", False)
-            if self.size + n > most:
-                raise HTTPException(
-                    413, f"the body has more than {most} bytes", {"Connection": "close"}
-                )
-            if not self._limits.takes(n):
-                raise HTTPException(
-                    503,
-                    "the requests in hand take all the memory there is for them; try again later",
-                    {"Connection": "close", "Retry-After": "1"},
-                )
-            self.size += n
+        n, most = len(message.get("body", b"")), self._limits.max_body
+        if self.size + n > most:
+            raise HTTPException(
+                413, f"the body has more than {most} bytes", {"Connection": "close"}
+            )
+        if not self._limits.takes(n):
+            raise HTTPException(
+                503,
+                "the requests in hand take all the memory there is for them; try again later",
+                {"Connection": "close", "Retry-After": "1"},
+            )
+        self.size += n
         return message

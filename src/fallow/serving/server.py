@@ -17,7 +17,7 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.common.progress import console
 from fallow.engine.engine import Engine
 from fallow.serving.app import create_app
-from fallow.serving.connections import LARGEST_HEADER, Connection, Room
+from fallow.serving.connections import LARGEST_HEADER, Door, Room
 from fallow.serving.worker import TURN_SECONDS, Worker
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -84,7 +84,7 @@ def serve(
 def configured(app: FastAPI, host: str, port: int, grace: float, queue: int) -> uvicorn.Config:
     """How uvicorn serves the application."""
     of_one = CONNECTIONS + 2 * queue  # those that wait, and some to be told that they cannot
-    protocol: Any = partial(Connection, Room(of_one, 4 * of_one))
+    protocol: Any = partial(Door, Room(of_one, 4 * of_one))
     return uvicorn.Config(
         app,
         host=host,
