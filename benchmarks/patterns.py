@@ -474,31 +474,33 @@ def _codebook_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+PUBLISHED_PATTERNS = f"""
+## The published patterns
+
+{PUBLISHED_MODEL}: zeros of three outputs, each cut at the layer's own {SPARSITY:.0%} percentile of
+magnitudes, all in the loop; 0/1 rows of all layers in one codebook per output, from
+{PUBLISHED_WINDOWS["train"]} windows of {CONTEXT} tokens, scored on {PUBLISHED_WINDOWS["test"]} of
+the test text by the nearest centroid of the true row. The paper's "precision" is the **recall**; a
+random mask's recall is its density. static: the layer's own most frequent outputs, as many. Mean of
+layers, one fit each. Not tried: raw values in place of 0/1, and the other initialisation of its
+code.
+
+| output | K | density | recall | precision | static: recall | precision | active |
+|---|---|---|---|---|---|---|---|"""
+
+
 def _published_lines(result: dict[str, Any]) -> list[str]:
     """Recall and precision of the published algorithm on its own kind of patterns."""
-    windows = PUBLISHED_WINDOWS
-    lines = [
-        f"\n## The published patterns\n\n{PUBLISHED_MODEL}: zeros of three outputs, each cut at the "
-        f"layer's own {SPARSITY:.0%} percentile of magnitudes, all in the loop; 0/1 rows of all layers "
-        f"in one codebook per output, from {windows['train']} windows of {CONTEXT} tokens, scored on "
-        f"{windows['test']} of the test text by the nearest centroid of the true row. The paper's "
-        "\"precision\" is the **recall**; a random mask's recall is its density. static: the layer's "
-        "own most frequent outputs, as many. Mean of layers, one fit each. Not tried: raw values in "
-        "place of 0/1, and the other initialisation of its code.\n\n"
-        "| output | K | density | recall | precision | static: recall | precision | active |\n"
-        "|---|---|---|---|---|---|---|---|"
-    ]
+    lines = [PUBLISHED_PATTERNS]
     for r in result.values():
-        means = [r["mean"][who][what] for who in ("cluster", "static") for what in _SCORES]
+        whose = [r["mean"][who] for who in ("cluster", "static")]
+        means = [scores[what] for scores in whose for what in ("recall", "precision")]
         density, active = (np.mean([x[key] for x in r["layers"]]) for key in ("density", "active"))
         lines.append(
             f"| {r['tap']} | {r['n_clusters']} | {density:.2f} | **{means[0]:.4f}** "
             f"| {' | '.join(f'{m:.4f}' for m in means[1:])} | {active:.3f} |"
         )
     return lines
-
-
-_SCORES = ("recall", "precision")
 
 
 def _oracle_lines(result: dict[str, Any]) -> list[str]:
