@@ -85,7 +85,10 @@ occurrence of its longest suffix (at most 4 tokens; prompt lookup). A pass of se
 less than as many passes, but more than one: guesses that do not hold cost that, and sampled text
 can be slower than without. How many are guessed follows from how often such guesses held in this
 text. `benchmarks/lossless.py` does it: {PROMPTS} prompts of {PROMPT} tokens and {NEW} new ones
-each, {THREADS} threads, both modes in turn, once; the ratio's median (quartiles) over prompts.
+each, {THREADS} threads, both modes in turn, once; the ratio's median (quartiles) over prompts. A
+prompt was timed once, so that the spread over prompts is the only one known. The engine's kernels
+have changed since the commit named below, for one token and for several: the ratios may be others
+now, and were not measured again.
 """
 
 

@@ -231,9 +231,10 @@ INTRODUCTION = f"""# Under a memory limit
 
 Decode of the model that `fallow optimize --max-ppl-increase 1` packed with `--memory`, and of
 llama.cpp on the source GGUF, each in a cgroup (v1) that is limited to the budget and 5 %, page
-cache included. `benchmarks/memory.py` does it. Qwen2.5-Coder's file is that of
-[optimize.md](optimize.md). `{seven_billion.NAME}` has random weights (benchmarks/seven_billion.py),
-for speed alone.
+cache included. `benchmarks/memory.py` does it. `{seven_billion.NAME}` has random weights
+(benchmarks/seven_billion.py), for speed alone. All of it is of the commits named at the end. The
+engine's kernels, and how it lays weights out, have changed since, and `fallow optimize` finds other
+plans: nothing here was measured again, so that today's figures may be others.
 
 - **fed**: tokens of the WikiText-2 raw test text one by one, after {PROMPT} of prefill: {FED}, then
   {LATER_FED} in each further round; of llama.cpp {LLAMA_FED}. Of `{seven_billion.NAME}`

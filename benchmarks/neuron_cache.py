@@ -253,8 +253,8 @@ and orders are fitted on the validation text. `benchmarks/neuron_cache.py` does 
 
 - **Hits**: share of the needed neurons that are in memory, for a cache of 25, 50 and 75 % of them.
   What was needed before says little of what is needed next: the best policy is one to three points
-  above a fixed part, the most frequent ones, and LRU is no better than that; one that knows the
-  future would still miss a fifth of them at half. One text, one run each.
+  above a fixed part, the most frequent ones, and LRU is within one point of that; one that knows
+  the future would still miss a fifth of them at half. One text, one run each.
 - **Bundles**: a disk reads few bytes at a time slowly, so that neurons (their rows of `up_proj` and
   `down_proj`) have to be read in bundles. The table gives the share of bundles of which a token
   needs at least one neuron. Ordered by co-activation (spectral bisection) hardly fewer are needed

@@ -112,15 +112,46 @@ def test_every_claim_has_its_answer() -> None:
             assert any(" ".join(command[:n]) in commands for n in (2, 3)), row[2]
 
 
+RESULT_LINK = re.compile(r"results/(\w+)\.md")
+
+
+def missing_figures(text: str, where: str) -> list[str]:
+    """Decimal numbers of a text that another does not have."""
+    figures = re.findall(r"(?<![\w.])\d+\.\d+(?!\w|\.\d)", text)
+    return [f for f in figures if not re.search(rf"(?<![\d.]){re.escape(f)}(?!\d)", where)]
+
+
+def linked_results(text: str) -> str:
+    """All pages of results that a text links to, in one."""
+    names = RESULT_LINK.findall(text)
+    return "".join((ROOT / "docs" / "results" / f"{name}.md").read_text() for name in names)
+
+
 def test_figures_of_claims_are_on_the_pages_they_link_to() -> None:
-    """Those of the last cell too, unless they are the claim's own."""
+    """On those that come next behind them. Those of the last cell too, unless the claim's own."""
+    links = re.compile(r"(?:\[[^]]*\]\(results/\w+\.md\)[^\d.;]{0,25})+")
     for claim, protocol, _, result, agrees, why in claims():
-        links = re.findall(r"\]\((results/\w+\.md)\)", result + why)
-        assert links or agrees == "not tested", claim
-        pages = "".join((ROOT / "docs" / link).read_text() for link in links)
-        for text, where in ((result, pages), (why, pages + claim + protocol)):
-            for figure in re.findall(r"\d+\.\d+", text):
-                assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", where), (claim, figure)
+        assert links.search(result + why) or agrees == "not tested", claim
+        start = 0
+        for group in links.finditer(result):
+            text = result[start : group.start()]
+            assert missing_figures(text, linked_results(group[0])) == [], (claim, group[0])
+            start = group.end()
+        assert missing_figures(result[start:], "") == [], claim
+        assert missing_figures(why, linked_results(result + why) + claim + protocol) == [], claim
+
+
+def test_figures_are_on_the_pages_of_results_that_they_cite() -> None:
+    """In every paragraph, item or row with such a link; code and generated tables are left out."""
+    generated = r"<!-- (\w+) -->.*?<!-- /\1 -->"
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        if path.name == "claims.md" or path.parent.name == "results":
+            continue
+        text = re.sub(rf"```.*?```|`[^`]+`|arXiv:\S+|{generated}", "", path.read_text(), flags=re.S)
+        for paragraph in re.split(r"\n\s*\n|\n(?=[-|] )", text):
+            if RESULT_LINK.search(paragraph):
+                found = missing_figures(paragraph, linked_results(paragraph))
+                assert found == [], (path.name, paragraph[:80])
 
 
 def test_every_public_name_is_described(site: Path) -> None:
