@@ -28,6 +28,7 @@ from fallow.engine.memory import (
     parts_of,
     residencies,
 )
+from fallow.checkpoints.weights import read_gguf
 from fallow.engine.packed import packed_windows
 from fallow.engine.process import rss_bytes
 from fallow.engine.sampling import Sampler
@@ -313,6 +314,21 @@ def test_the_cache_of_keys_and_values_is_there_at_once(tmp_path: Path) -> None:
     sizes = [engine.file.get(f"fallow.{key}") for key in ("n_layers", "n_kv_heads", "head_dim")]
     cache = context * int(np.prod(sizes)) * 2 * 2  # keys and values, two bytes each
     assert rss_bytes() - before > 0.9 * cache
+
+
+@pytest.mark.parametrize("memory", [None, "3GB"])
+def test_inputs_of_layers_stay_in_the_file(memory: str | None, tmp_path: Path) -> None:
+    """A token needs one row of them, so that a model takes no memory for the others."""
+    make_folder("gemma4", tmp_path / "m", hidden_size_per_layer_input=8192)
+    path = tmp_path / "m.gguf"
+    pack(tmp_path / "m", path, quant="f32")
+    rows = read_gguf(path).tensors["embed_tokens_per_layer.weight"]
+    Engine(path, memory=memory).logits(IDS[:20])  # what the first one takes for good
+    before = rss_bytes()
+    engine = Engine(path, memory=memory)
+    engine.forward(IDS[:20])
+    assert rss_bytes() - before < rows.data.nbytes / 2
+    assert rows.data.nbytes == 300 * 4 * 8192 * 4
 
 
 def test_what_the_caller_needs_is_left_to_it(
