@@ -28,7 +28,6 @@ from fallow.engine.memory import (
     parts_of,
     residencies,
 )
-from fallow.checkpoints.weights import read_gguf
 from fallow.engine.packed import packed_windows
 from fallow.engine.process import rss_bytes
 from fallow.engine.sampling import Sampler

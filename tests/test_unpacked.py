@@ -352,7 +352,7 @@ def test_gemma4_in_the_engine(own: dict[str, Path], texts: Texts, tmp_path: Path
     found = run("optimize", own["gemma4"], "--quant", "f32", *optimize)
     assert found.code == 0, found.err
     engine = Engine(packed, plan=False)
-    with pytest.raises(fallow.FallowError, match="cuts k_proj, which some layers of .* do not"):
+    with pytest.raises(fallow.FallowError, match=r"cuts k_proj, which some layers of .* do not"):
         engine.use_plan(engine_plan(engine, Cut("k_proj", "topk", 0.5)))
     weights = np.ones((4, 32), dtype=np.float32)  # as wide as the first layer's heads
     with pytest.raises(
