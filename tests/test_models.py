@@ -220,12 +220,12 @@ def add_gemma3n(writer: Any, config: Any) -> None:
 def add_gemma4(writer: Any, config: Any) -> None:
     """Keys that no other architecture has."""
     is_local = [kind == "sliding_attention" for kind in config.layer_types]
-    dim = config.per_layer_config[is_local.index(False)].head_dim
+    dims = [config.per_layer_config[is_local.index(one)].head_dim for one in (False, True)]
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(dim)
-    writer.add_key_length_swa(config.head_dim)
-    writer.add_value_length_swa(config.head_dim)
-    writer.add_rope_dimension_count_swa(config.head_dim)
+        add(dims[0])
+    writer.add_key_length_swa(dims[1])
+    writer.add_value_length_swa(dims[1])
+    writer.add_rope_dimension_count_swa(dims[1])
     writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
     writer.add_sliding_window(16)
     writer.add_sliding_window_pattern(is_local)

@@ -53,7 +53,6 @@ void Attention::attend(size_t l, const Input& x, size_t n, float* out) {
   Timing& timing = run_.statistics.timing;
   Clock clock;
   mixed_.width = size_t{config_.n_heads} * layer.head_dim;
-  // Of matrices that the layer does not have there are no rows.
   products_.multiply(l, x, n,
                      {{layer.q_proj, layer.q_bias, q_.data(), kQInput},
                       {layer.k_proj, layer.k_bias, k_.data(), kKInput},

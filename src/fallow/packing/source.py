@@ -267,6 +267,7 @@ class Source:
 
     @property
     def kv_heads(self) -> int:
+        """Of a model whose q, k and v are one projection, as head_dim is."""
         return getattr(self.config, "num_key_value_heads", None) or self.heads
 
     @property
@@ -288,12 +289,13 @@ class Source:
     def _attention_metadata(self) -> dict[str, Any]:
         """Heads, of each layer too where layers differ in them."""
         n = len(self.model.layers)
-        heads, dims, are_keys = [self.kv_heads] * n, [self.head_dim] * n, [0] * n
-        if not self._is_fused:
-            for i, kept_by in enumerate(self.kv_layers):
-                dims[i] = self._rows_of(i, "q_proj") // self.heads
-                heads[i] = self._rows_of(kept_by, "k_proj") // dims[i]
-                are_keys[i] = int("v_proj" not in self._qkv(kept_by))
+        if self._is_fused:
+            heads, dims, are_keys = [self.kv_heads] * n, [self.head_dim] * n, [0] * n
+        else:
+            dims = [self._rows_of(i, "q_proj") // self.heads for i in range(n)]
+            kept_by = self.kv_layers
+            heads = [self._rows_of(kept_by[i], "k_proj") // dims[i] for i in range(n)]
+            are_keys = [int("v_proj" not in self._qkv(i)) for i in kept_by]
         rotary = [2 * len(self.ropes[rope][0]) for rope in self.rope_of_layer if self.ropes]
         found: dict[str, Any] = {
             "n_kv_heads": max(heads),
