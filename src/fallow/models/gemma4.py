@@ -19,8 +19,8 @@ from fallow.models._base import (
     Architecture,
     Tensors,
     layer_types,
+    llama_config,
     rows_of,
-    vocabulary_size,
 )
 from fallow.models.gemma3 import GEMMA_NORMS, GEMMA_NORMS_BLOCK
 from fallow.models.gemma3n import PER_LAYER_BLOCK, PER_LAYER_GLOBAL
@@ -30,71 +30,56 @@ def _config(file: GgufFile) -> dict[str, Any]:
     def get(key: str, *default: Any) -> Any:
         return file.get(f"gemma4.{key}", *default)
 
-    n = get("block_count")
+    config = llama_config(file)  # of global layers
+    n, dim, rope = config["num_hidden_layers"], config["head_dim"], config["rope_parameters"]
     kinds = layer_types(get("attention.sliding_window_pattern"), n)
     is_global = [kind == KINDS_OF_LAYERS[0] for kind in kinds]
-    dim, local_dim = get("attention.key_length"), get("attention.key_length_swa")
-    for key, usual in {
-        "attention.value_length": dim,
-        "attention.value_length_swa": local_dim,
-        "rope.dimension_count": dim,
-        "rope.dimension_count_swa": local_dim,
-    }.items():
-        if (value := get(key, usual)) != usual:
+    local_dim = get("attention.key_length_swa")
+    for key in ("attention.value_length_swa", "rope.dimension_count_swa"):
+        if (value := get(key, local_dim)) != local_dim:
             raise FallowError(
-                f"GGUF {file.path}: gemma4.{key} is {value}, not {usual}, which is not supported"
+                f"GGUF {file.path}: gemma4.{key} is {value}, not {local_dim}, which is not supported"
             )
-    kv_heads = np.broadcast_to(get("attention.head_count_kv"), n).tolist()
-    widths = np.broadcast_to(get("feed_forward_length"), n).tolist()
+    kv_heads = np.broadcast_to(config["num_key_value_heads"], n).tolist()
+    widths = np.broadcast_to(config["intermediate_size"], n).tolist()
     width = get("embedding_length_per_layer_input", 0)
-    full = next((i for i in range(n) if is_global[i]), 0)
-    rope = {
+    first_global = is_global.index(True) if any(is_global) else 0
+    proportional = {
         "rope_type": "proportional",
-        "rope_theta": get("rope.freq_base"),
-        "partial_rotary_factor": _turning(file, dim),
+        "rope_theta": rope["rope_theta"],
+        "partial_rotary_factor": _turning(file, rope, dim),
     }
     local = {"rope_type": "default", "rope_theta": get("rope.freq_base_swa", 10000.0)}
-    return {
-        "vocab_size": vocabulary_size(file),
-        "hidden_size": get("embedding_length"),
+    return config | {
         "intermediate_size": min(widths),
         "use_double_wide_mlp": min(widths) != max(widths),
-        "num_hidden_layers": n,
-        "num_attention_heads": get("attention.head_count"),
         "num_key_value_heads": kv_heads[0],
         "head_dim": local_dim,
         "per_layer_config": {
             i: {"head_dim": dim if is_global[i] else local_dim, "num_key_value_heads": kv_heads[i]}
             for i in range(n)
         },
-        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in file.tensors,
+        "attention_k_eq_v": f"blk.{first_global}.attn_v.weight" not in file.tensors,
         "num_kv_shared_layers": get("attention.shared_kv_layers", 0),
         "layer_types": kinds,
         "sliding_window": get("attention.sliding_window"),
-        "rope_parameters": dict(zip(KINDS_OF_LAYERS, (rope, local), strict=True)),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": dict(zip(KINDS_OF_LAYERS, (proportional, local), strict=True)),
         "final_logit_softcapping": get("final_logit_softcapping", 0.0) or None,
         "hidden_size_per_layer_input": width,
         "vocab_size_per_layer_input": rows_of(file, "per_layer_token_embd.weight") if width else 0,
-        "max_position_embeddings": get("context_length"),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "bos_token_id": file.get("tokenizer.ggml.bos_token_id", None),
-        "eos_token_id": file.get("tokenizer.ggml.eos_token_id", None),
-        "pad_token_id": file.get("tokenizer.ggml.padding_token_id", None),
     }
 
 
-def _turning(file: GgufFile, head_dim: int) -> float:
+def _turning(file: GgufFile, rope: dict[str, Any], head_dim: int) -> float:
     """The leading share of a global head's frequencies that turn: others are divided by 1e30."""
-    if "rope_freqs.weight" not in file.tensors:
-        raise FallowError(f"GGUF {file.path} has no rope_freqs.weight; download it again")
-    factors = file.tensors["rope_freqs.weight"].dequantize()
+    factors = np.array(rope.get("short_factor", []), dtype=np.float32)
     turning = int((factors == 1).sum())
     expected = np.where(np.arange(head_dim // 2) < turning, 1, 1e30).astype(np.float32)
-    if not np.array_equal(factors, expected):
+    if not np.array_equal(factors, expected) or rope["attention_factor"] != 1:
         raise FallowError(
-            f"GGUF {file.path} has other factors in rope_freqs.weight than Gemma 4's, which is not "
-            "understood; give the model as a Hugging Face folder"
+            f"GGUF {file.path} has no rope_freqs.weight as Gemma 4's, 1 and then 1e30, or its rotary "
+            "embeddings are scaled, which is not understood; give the model as a Hugging Face "
+            "folder"
         )
     return turning / len(factors)
 
