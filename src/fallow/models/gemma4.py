@@ -38,7 +38,8 @@ def _config(file: GgufFile) -> dict[str, Any]:
     for key in ("attention.value_length_swa", "rope.dimension_count_swa"):
         if (value := get(key, local_dim)) != local_dim:
             raise FallowError(
-                f"GGUF {file.path}: gemma4.{key} is {value}, not {local_dim}, which is not supported"
+                f"GGUF {file.path}: gemma4.{key} is {value}, not {local_dim}, "
+                "which is not supported"
             )
     kv_heads = np.broadcast_to(config["num_key_value_heads"], n).tolist()
     widths = np.broadcast_to(config["intermediate_size"], n).tolist()
@@ -77,9 +78,9 @@ def _turning(file: GgufFile, rope: dict[str, Any], head_dim: int) -> float:
     expected = np.where(np.arange(head_dim // 2) < turning, 1, 1e30).astype(np.float32)
     if not np.array_equal(factors, expected) or rope["attention_factor"] != 1:
         raise FallowError(
-            f"GGUF {file.path} has no rope_freqs.weight as Gemma 4's, 1 and then 1e30, or its rotary "
-            "embeddings are scaled, which is not understood; give the model as a Hugging Face "
-            "folder"
+            f"GGUF {file.path} has no rope_freqs.weight as Gemma 4's, 1 and then 1e30, or its "
+            "rotary embeddings are scaled, which is not understood; give the model as a Hugging "
+            "Face folder"
         )
     return turning / len(factors)
 
