@@ -35,6 +35,8 @@ base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 base.TextModel._set_vocab_sentencepiece = base.TextModel._set_vocab_gpt2
 import conversion.phi as phi
 phi.Phi3MiniModel.set_vocab = base.TextModel._set_vocab_gpt2
+import conversion.gemma as gemma
+gemma.Gemma4Model.set_vocab = base.TextModel._set_vocab_gpt2
 load = base.ModelBase.load_hparams
 def hparams(folder, *rest, **named):
     own = json.loads(pathlib.Path(folder, "config.json").read_text())
@@ -67,6 +69,13 @@ YARN = {
 }
 WINDOW = {"sliding_window": 64}
 KINDS = {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+GEMMA4 = WINDOW | {
+    "vocab_size": 302,
+    "vocab_size_per_layer_input": 302,
+    "hidden_size_per_layer_input": 32,
+    "head_dim": 16,
+    "global_head_dim": 32,
+}
 # Beside each architecture's own, further settings of some.
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama, linear": {"rope_parameters": {**YARN, "rope_type": "linear"}},
@@ -83,6 +92,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemma2": WINDOW | {"head_dim": 16, "query_pre_attn_scalar": 16},
     "gemma3": WINDOW
     | {"vocab_size": 302, "head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": None},
+    "gemma4": GEMMA4 | {"num_kv_shared_layers": 2},
+    "gemma4, values from keys": GEMMA4
+    | {
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+    },
     "olmo3": WINDOW | KINDS,
     "olmo3, yarn": WINDOW | KINDS | {"rope_scaling": YARN},
     "phi": {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 256},

@@ -26,16 +26,22 @@ namespace {
 class BoundEngine {
  public:
   // The mapping must outlive the engine. With `copy` the weights are read into memory of huge pages, which
-  // few of a page cache's are, and laid out in tiles, which takes some tenths of a second per GB.
+  // few of a page cache's are, and laid out in tiles, which takes some tenths of a second per GB. Rows of
+  // embed_tokens_per_layer, of which a token needs one, stay in the file all the same.
   BoundEngine(const Mapping& mapping, const std::string& kernels, int n_threads, uint32_t context,
               size_t slots, bool copy)
       : mapping_(&mapping), image_(copy ? std::make_unique<Pages>(mapping.size() + kSector) : nullptr),
         kernels_(kernels_of(kernels)) {
+    model_ = read_packed(mapping.data(), mapping.size());
     if (copy) {
-      nb::gil_scoped_release release;
-      fallow::load(mapping.file(), {{0, mapping.size()}}, *image_);
+      const Matrix rows = model_.embed_tokens_per_layer;
+      {
+        nb::gil_scoped_release release;
+        fallow::load(mapping.file(), all_but(rows), *image_);
+      }
+      model_ = read_packed(image_->data(), mapping.size());
+      model_.embed_tokens_per_layer = rows;
     }
-    model_ = read_packed(copy ? image_->data() : mapping.data(), mapping.size());
     start(n_threads, context, slots);
   }
 
@@ -87,6 +93,15 @@ class BoundEngine {
     if (embedding) engine_->set_embedding(rows);
     if (head) engine_->set_head(rows);
     is_head_on_disk_ |= head;
+  }
+
+  // The same of embed_tokens_per_layer.
+  void rows_per_layer_from_file(uint64_t offset, size_t room, uint64_t range_bytes) {
+    const Matrix& w = model_.embed_tokens_per_layer;
+    if (room == 0 || room > w.rows) throw nb::value_error("no rows, or no room for them");
+    extent(offset, w.bytes());
+    file_rows_.push_back(std::make_unique<FileRows>(*file_, offset, w.row_bytes, w.rows, room, range_bytes));
+    engine_->set_embedding_per_layer(file_rows_.back().get());
   }
 
   // (layer, [(matrix, offset, bytes)]), layers ascending
@@ -193,7 +208,7 @@ class BoundEngine {
       cut.by = static_cast<Cut::By>(how);
       cut.value = value;
       if (!weight) continue;
-      if (weight->size() != width_of(static_cast<Tap>(tap)))
+      if (weight->size() != width_of(layer, static_cast<Tap>(tap)))
         throw nb::value_error("a cut's weight has the wrong size");
       cut.weight.assign(weight->data(), weight->data() + weight->size());
     }
@@ -327,7 +342,8 @@ class BoundEngine {
     std::vector<Wanted> wanted;
     for (size_t l = 0; l < model_.layers.size(); ++l) {
       Layer& layer = model_.layers[l];
-      for (Matrix* w : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj})
+      for (Matrix* w : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj, &layer.per_layer_input_gate,
+                        &layer.per_layer_projection})
         wanted.push_back({w, Layout::kDwordTiles});
       wanted.push_back({&layer.gate_proj, engine_->predicts(l) ? Layout::kRows : Layout::kDwordTiles});
       const bool dense = !engine_->leaves_out_neurons(l);
@@ -342,6 +358,7 @@ class BoundEngine {
       wanted.push_back({&layer.up_proj, whole_up ? Layout::kDwordTiles : Layout::kRows});
       wanted.push_back({&layer.down_proj_t, dense ? Layout::kByteTiles : Layout::kRows});
     }
+    wanted.push_back({&model_.per_layer_model_projection, Layout::kDwordTiles});
     if (!is_head_on_disk_)
       wanted.push_back({&model_.lm_head, engine_->has_shortlist() ? Layout::kRows : Layout::kDwordTiles});
     std::erase_if(wanted, [&](const Wanted& wish) {
@@ -371,6 +388,17 @@ class BoundEngine {
     if (PyErr_CheckSignals() != 0) throw nb::python_error();
   }
 
+  // The mapped file without the sectors that a matrix fills.
+  std::vector<Extent> all_but(const Matrix& w) const {
+    const uint64_t size = mapping_->size();
+    const auto begin = w.data ? static_cast<uint64_t>(w.data - mapping_->data()) : size;
+    const uint64_t first = (begin + kSector - 1) / kSector * kSector, last = (begin + w.bytes()) / kSector * kSector;
+    if (first >= last) return {{0, size}};
+    std::vector<Extent> parts{{0, first}};
+    if (last < size) parts.push_back({last, size - last});
+    return parts;
+  }
+
   // A part of the file that is not mapped.
   Extent extent(uint64_t offset, uint64_t size) const {
     if (!file_ || offset % kSector != 0 || size == 0 || offset > file_->size() ||
@@ -379,9 +407,9 @@ class BoundEngine {
     return {offset, size};
   }
 
-  size_t width_of(Tap tap) const {
+  size_t width_of(size_t layer, Tap tap) const {
     const Config& c = model_.config;
-    if (tap == kOInput) return size_t{c.n_heads} * c.head_dim;
+    if (tap == kOInput) return size_t{c.n_heads} * model_.layers[layer].head_dim;
     if (tap == kRouter) return c.n_experts;
     if (tap >= kGatePre && tap <= kInter && c.n_experts > 0) return size_t{c.n_experts} * c.intermediate_size;
     return tap < kGatePre || tap == kFfnOut ? c.hidden_size : c.intermediate_size;
@@ -433,6 +461,8 @@ void bind_engine(nb::module_& m) {
       .def("load", &BoundEngine::load, "parts"_a)
       .def("rows_from_file", &BoundEngine::rows_from_file, "embedding"_a, "head"_a, "offset"_a,
            "room"_a, "range_bytes"_a)
+      .def("rows_per_layer_from_file", &BoundEngine::rows_per_layer_from_file, "offset"_a, "room"_a,
+           "range_bytes"_a)
       .def("stream", &BoundEngine::stream, "units"_a, "n_slots"_a)
       .def("cache_experts", &BoundEngine::cache_experts, "n_slots"_a)
       .def("forward", &BoundEngine::forward, "tokens"_a, "slot"_a, "position"_a, "all"_a, "dense"_a,

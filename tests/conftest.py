@@ -219,7 +219,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 assert set(CONFIGS) == set(ARCHITECTURES)
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
-UNPACKED = ("gemma3n", "gemma4", "qwen3_5")  # which the engine does not run
+UNPACKED = ("gemma3n", "qwen3_5")  # which the engine does not run
 PACKED = tuple(name for name in ARCHITECTURES if name not in UNPACKED)
 NEURON_RULES = tuple(rule for rule in RULES if not rule.startswith("expert_"))
 # Steps of greedy allocation: the defaults, 5 % and these by five, take some five to eight times as
@@ -263,6 +263,10 @@ def make_folder(name: str, folder: Path, **changes: object) -> Path:
         for parameter in module.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        stored = module.state_dict()
+        for key, buffer in module.named_buffers():  # Gemma 4's factors of layers
+            if key in stored:
+                buffer.add_(0.1 * torch.randn_like(buffer))
     module.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     if name in OWN_CONFIGS:

@@ -35,7 +35,8 @@ SMALL_ERROR = 0.005
 def test_a_few_tokens_under_a_plan(name: str, packed: dict[str, Path]) -> None:
     engine = Engine(packed[name])
     gate = ("gate_proj",) if engine.file.get("fallow.gated") else ()
-    inputs = ("q_proj", "k_proj", "v_proj", "o_proj", *gate, "up_proj", "down_proj")
+    own_kv = () if "fallow.kv_layer" in engine.file.metadata else ("k_proj", "v_proj")
+    inputs = ("q_proj", *own_kv, "o_proj", *gate, "up_proj", "down_proj")
     plans = [
         cutting_plan(engine),
         engine_plan(engine, Cut("inter", "topk", 0.4, "column_norm")),

@@ -315,6 +315,23 @@ def test_the_cache_of_keys_and_values_is_there_at_once(tmp_path: Path) -> None:
     assert rss_bytes() - before > 0.9 * cache
 
 
+@pytest.mark.parametrize("memory", [None, "3GB"])
+def test_inputs_of_layers_stay_in_the_file(memory: str | None, tmp_path: Path) -> None:
+    """A token needs one row of them, so that a model takes no memory for the others."""
+    make_folder("gemma4", tmp_path / "m", hidden_size_per_layer_input=8192)
+    path = tmp_path / "m.gguf"
+    pack(tmp_path / "m", path, quant="f32")
+    rows = read_gguf(path).tensors["embed_tokens_per_layer.weight"]
+    script = (  # in a process of its own, which holds nothing else
+        "from fallow.engine.engine import Engine; from fallow.engine.process import rss_bytes\n"
+        f"before = rss_bytes(); engine = Engine({str(path)!r}, memory={memory!r}, context=16)\n"
+        "engine.forward(list(range(2, 18))); print(rss_bytes() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert int(done.stdout) < rows.data.nbytes, done.stderr
+    assert rows.data.nbytes == 300 * 4 * 8192 * 4
+
+
 def test_what_the_caller_needs_is_left_to_it(
     packed: Packed, monkeypatch: pytest.MonkeyPatch
 ) -> None:

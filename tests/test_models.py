@@ -134,7 +134,10 @@ def write_gguf(
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    if name != "gpt_neox":
+    if name == "gemma4":
+        layers = range(config.num_hidden_layers)
+        writer.add_head_count_kv([config.per_layer_config[i].num_key_value_heads for i in layers])
+    elif name != "gpt_neox":
         writer.add_head_count_kv(config.num_key_value_heads)
     if name in PARTIAL:
         writer.add_rope_dimension_count(int(8 * config.rope_parameters["partial_rotary_factor"]))
@@ -154,6 +157,8 @@ def write_gguf(
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if name == "gemma3n":
         add_gemma3n(writer, config)
+    if name == "gemma4":
+        add_gemma4(writer, config)
     if name in EXPERTS:
         add_experts(writer, model)
     if name in ("granite", "granitemoe"):
@@ -212,6 +217,23 @@ def add_gemma3n(writer: Any, config: Any) -> None:
     writer.add_activation_sparsity_scale(torch.special.ndtri(shares).tolist())
 
 
+def add_gemma4(writer: Any, config: Any) -> None:
+    """Keys that no other architecture has."""
+    is_local = [kind == "sliding_attention" for kind in config.layer_types]
+    dims = [config.per_layer_config[is_local.index(one)].head_dim for one in (False, True)]
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(dims[0])
+    writer.add_key_length_swa(dims[1])
+    writer.add_value_length_swa(dims[1])
+    writer.add_rope_dimension_count_swa(dims[1])
+    writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    writer.add_sliding_window(16)
+    writer.add_sliding_window_pattern(is_local)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+
+
 def add_experts(writer: Any, model: fallow.Model) -> None:
     """Keys of a mixture of experts."""
     config, experts = model.module.config, model.layers[0].experts
@@ -248,6 +270,9 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
         # Those of the layers that do not read them are in published files all the same.
         own = {k: v for k, v in state.items() if k.startswith("model.layers.1.self_attn.k_")}
         state |= {k.replace(".1.", ".3."): v + 1 for k, v in own.items()}
+    if name == "gemma4":
+        rope = model.module.model.rotary_emb.full_attention_inv_freq
+        found["rope_freqs.weight"] = np.where(rope > 0, 1, 1e30).astype(np.float32)
     if name == "gpt_oss":
         found |= gpt_oss_experts(state)
     for key in [key for key in state if key.endswith("experts.gate_up_proj")]:
@@ -261,6 +286,7 @@ def gguf_tensors(name: str, model: fallow.Model) -> dict[str, np.ndarray]:
             continue
         key = key.replace("moe.router.weight", "moe.router.layer.weight")  # Granite's
         key = key.replace("_output_scale", "_output_scale.weight")  # Gemma 3n's
+        key = key.replace(".layer_scalar", ".layer_scalar.weight")  # Gemma 4's
         if key.endswith("shared_expert_gate.weight"):
             values = values[0]
         if name in PERMUTED and ".q_proj." in key:
@@ -387,9 +413,9 @@ def test_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     assert message(tmp_path / "m.gguf") == (
-        "unknown architecture 'mamba' in GGUF M; known: arcee, gemma2, gemma3, gemma3n, gpt-oss, "
-        "gptneox, granite, granitemoe, llama, mistral3, nemotron, olmo2, olmoe, phi2, phi3, qwen2, "
-        "qwen2moe, qwen3, qwen3moe, smollm3, starcoder2"
+        "unknown architecture 'mamba' in GGUF M; known: arcee, gemma2, gemma3, gemma3n, gemma4, "
+        "gpt-oss, gptneox, granite, granitemoe, llama, mistral3, nemotron, olmo2, olmoe, phi2, "
+        "phi3, qwen2, qwen2moe, qwen3, qwen3moe, smollm3, starcoder2"
     )
 
 

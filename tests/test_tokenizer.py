@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 import fallow
 from conftest import make_sentencepiece
@@ -62,6 +62,32 @@ def test_sentencepiece_merges_by_score() -> None:
     assert tokenizer.encode("A").tolist() == [3]  # a byte
     assert tokenizer.decode([9, 3]) == " abA"
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos) == (1, (2,), True)
+
+
+def test_gemma4_merges_by_rank() -> None:
+    """Its files have the merges of tokenizer.json, and scores that say nothing."""
+    expected = make_sentencepiece().backend_tokenizer
+    expected.normalizer = normalizers.Replace(" ", "▁")  # without one in front
+    model = json.loads(expected.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    kinds = [3, 3, 2, *[6] * 256, *[1] * (len(tokens) - 259)]
+    changes = {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": [*tokens, "<turn|>"],
+        "tokenizer.ggml.scores": [-1000.0] * (len(tokens) + 1),
+        "tokenizer.ggml.token_type": [*kinds, 3],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 2,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    tokenizer = tokenizer_from_gguf(gguf_file(**changes))
+    for text in ("neuron rests", " neuron  neurons\n\nrest", "é🙂 euro"):
+        assert tokenizer.encode(text).tolist() == expected.encode(text).ids
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.add_bos
+    assert tokenizer.eos_ids == (1, len(tokens))  # and the end of a turn
 
 
 def test_json_in_less_memory_is_the_same_tokenizer() -> None:
@@ -389,7 +415,9 @@ def test_pieces_are_the_bytes_of_the_text(
 
 
 def test_unknown_kinds() -> None:
-    with pytest.raises(FallowError, match="a tokenizer of kind 'bert'; known kinds: gpt2, llama"):
+    with pytest.raises(
+        FallowError, match="a tokenizer of kind 'bert'; known kinds: gpt2, llama, gemma4"
+    ):
         tokenizer_from_gguf(gguf_file(**{"tokenizer.ggml.model": "bert"}))
     changes = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "odd"}
     with pytest.raises(FallowError, match="cuts text by the scheme 'odd'; known: default, gpt-2"):

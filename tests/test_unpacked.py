@@ -1,4 +1,4 @@
-"""Models whose blocks the engine does not run: Gemma 3n, Gemma 4 and Qwen3.5, in transformers.
+"""Gemma 3n, Gemma 4 and Qwen3.5 in transformers; of these the engine runs Gemma 4 alone.
 
 What all architectures have in common is tested beside the others, by their names.
 """
@@ -21,22 +21,24 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fallow
-from conftest import UNPACKED, VOCABULARY, make_folder, make_tokenizer
+from conftest import UNPACKED, VOCABULARY, engine_plan, make_folder, make_tokenizer
 from fallow.adaptation.adapter import AdaptSettings, adapt
 from fallow.checkpoints.text import cut_windows, load_text
+from fallow.engine.engine import Engine
 from fallow.models.taps import attach
 from fallow.plan import Cut, Plan
 from test_models import kept_of_gate, message, write_gguf
 
 IDS = np.random.default_rng(3).integers(2, VOCABULARY, (2, 21))
 Texts = tuple[Path, Path]
+NAMES = (*UNPACKED, "gemma4")
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of these models alone, and of a Gemma 3."""
     root = tmp_path_factory.mktemp("unpacked")
-    return {name: make_folder(name, root / name) for name in (*UNPACKED, "gemma3")}
+    return {name: make_folder(name, root / name) for name in (*NAMES, "gemma3")}
 
 
 def by_hand(plan: str, model: fallow.Model, *cuts: Cut) -> Plan:
@@ -58,7 +60,7 @@ def steps(mlp: Any, x: torch.Tensor, share: float = 0.0) -> Iterator[torch.Tenso
 SHARES = {"gemma3n": (0.7, 0.7, 0.0, 0.0)}
 
 
-@pytest.mark.parametrize("name", UNPACKED)
+@pytest.mark.parametrize("name", NAMES)
 def test_taps_are_what_hooks_see(name: str, own: dict[str, Path]) -> None:
     model = fallow.load(own[name])
     taps = ("x", "gate_pre", "gate_act", "up", "inter", "ffn_out")
@@ -101,7 +103,7 @@ def kept_by_hand(model: fallow.Model, name: str, kept: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", UNPACKED)
+@pytest.mark.parametrize("name", NAMES)
 def test_evaluation_is_zeroing_by_hand(name: str, own: dict[str, Path], texts: Texts) -> None:
     model, kept = fallow.load(own[name]), 7
     plan = by_hand("any", model, Cut("gate_act", "topk", [kept / 37] * 4))
@@ -278,7 +280,6 @@ def test_layers_of_two_widths(name: str, changes: dict[str, Any], tmp_path: Path
 
 REFUSED = {
     "gemma3n": "AltUp",
-    "gemma4": "heads of two widths",
     "qwen3_5": "gated delta nets",
 }
 
@@ -318,7 +319,7 @@ def test_every_command(
         assert "which the engine does not run" in found.err
 
 
-@pytest.mark.parametrize("name", UNPACKED)
+@pytest.mark.parametrize("name", NAMES)
 def test_adaptation(
     name: str, own: dict[str, Path], texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,9 +329,36 @@ def test_adaptation(
     assert report.best.kl < report.checks[0].kl
     taught = fallow.load(tmp_path / "taught")
     assert not torch.equal(taught.hidden(IDS), fallow.load(own[name]).hidden(IDS))
+    if name not in REFUSED:
+        return
     settings = replace(settings, quant="f32")
     with pytest.raises(fallow.FallowError, match=REFUSED[name]):
         adapt(own[name], tmp_path / "other", settings, text=[texts[0]])
+
+
+def test_gemma4_in_the_engine(own: dict[str, Path], texts: Texts, tmp_path: Path, run: Any) -> None:
+    """A plan that is made on transformers' model runs in the engine, and says the same."""
+    sizes = ("--context", 24, "--windows", 2)
+    plan, packed = tmp_path / "p.plan", tmp_path / "m.gguf"
+    calibration = ("--text", texts[0], *sizes, "-o", plan)
+    found = run("calibrate", own["gemma4"], "--rule", "wina", "--sparsity", 0.4, *calibration)
+    assert found.code == 0, found.err
+    found = run("pack", own["gemma4"], "--quant", "f32", "--plan", plan, "-o", packed)
+    assert found.code == 0, found.err
+    found = run("generate", packed, "neuron 3", "-n", 5)
+    assert found.code == 0, found.err
+    assert found.out.strip() == one_by_one(fallow.load(own["gemma4"]), "neuron 3", plan, 5).strip()
+    optimize = ("--text", texts[0], "--max-ppl-increase", 5, "-o", tmp_path / "fast.gguf")
+    found = run("optimize", own["gemma4"], "--quant", "f32", *optimize)
+    assert found.code == 0, found.err
+    engine = Engine(packed, plan=False)
+    with pytest.raises(fallow.FallowError, match=r"cuts k_proj, which some layers of .* do not"):
+        engine.use_plan(engine_plan(engine, Cut("k_proj", "topk", 0.5)))
+    weights = np.ones((4, 32), dtype=np.float32)  # as wide as the first layer's heads
+    with pytest.raises(
+        fallow.FallowError, match=r"o_proj has the shape \(4, 32\), .* needs \(4, 48\)"
+    ):
+        engine.use_plan(engine_plan(engine, Cut("o_proj", "topk", 0.5, weights)))
 
 
 def test_gguf_of_gemma3n(own: dict[str, Path], texts: Texts, tmp_path: Path, run: Any) -> None:
@@ -343,7 +371,7 @@ def test_gguf_of_gemma3n(own: dict[str, Path], texts: Texts, tmp_path: Path, run
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("architecture", ["gemma4", "qwen35"])
+@pytest.mark.parametrize("architecture", ["qwen35"])
 def test_ggufs_that_are_not_read(architecture: str, tmp_path: Path, run: Any) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
     writer.add_tensor("token_embd.weight", np.zeros((3, 4), dtype=np.float32))

@@ -552,6 +552,13 @@ def test_folder_that_reads_pictures_and_is_refused(
 
 # Packed models ----------------------------------------------------------------------------------
 
+# As Gemma 4 31B has it: values of global layers are what k_proj puts out.
+WITHOUT_INPUTS = {
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
 PACKED_VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0} | OF_64}),
@@ -568,6 +575,10 @@ PACKED_VARIANTS: list[tuple[str, dict[str, Any]]] = [
         "gemma3",
         {"query_pre_attn_scalar": 3, "layer_types": ["full_attention", "sliding_attention"]},
     ),
+    ("gemma4", WITHOUT_INPUTS),
+    ("gemma4", {"num_kv_shared_layers": 0, "num_global_key_value_heads": 1}),
+    ("gemma4", {"global_head_dim": 8, "attention_bias": True, "hidden_activation": "silu"}),
+    ("gemma4", {"num_kv_shared_layers": 1, "head_dim": 16}),
 ]
 
 

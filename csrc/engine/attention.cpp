@@ -19,14 +19,20 @@ Attention::Attention(Runtime& run, Products& products, const Packed& model, size
     : run_(run), products_(products), model_(model), config_(model.config),
       mixed_(tokens, size_t{config_.n_heads} * config_.head_dim, run.kernels),
       scratch_(run.n_threads()) {
-  for (size_t slot = 0; slot < slots; ++slot)
-    caches_.emplace_back(config_.n_layers, config_.n_kv_heads, config_.head_dim, context);
+  std::vector<KvCache::Heads> kept;
+  size_t kv = 0, queries = kQueries;
+  for (size_t l = 0; l < config_.n_layers; ++l) {
+    const Layer& layer = model.layers[l];
+    kept.push_back({layer.kv_layer == l ? layer.n_kv_heads : 0, layer.head_dim});
+    kv = std::max(kv, size_t{layer.n_kv_heads} * layer.head_dim);
+    queries = std::max<size_t>(queries, config_.n_heads / layer.n_kv_heads);
+  }
+  for (size_t slot = 0; slot < slots; ++slot) caches_.emplace_back(kept, context);
   q_.resize(tokens * mixed_.width);
-  k_.resize(tokens * config_.n_kv_heads * config_.head_dim);
+  k_.resize(tokens * kv);
   v_.resize(k_.size());
   cos_.resize(tokens * config_.rotary_dim / 2);
   sin_.resize(cos_.size());
-  const size_t queries = std::max<size_t>(kQueries, config_.n_heads / config_.n_kv_heads);
   const size_t few = std::min(tokens, kFew), rows = std::max(queries, few * config_.n_heads);
   for (Scratch& own : scratch_) {
     own.scores.resize(queries * context);
@@ -46,16 +52,14 @@ void Attention::attend(size_t l, const Input& x, size_t n, float* out) {
   const Layer& layer = model_.layers[l];
   Timing& timing = run_.statistics.timing;
   Clock clock;
+  mixed_.width = size_t{config_.n_heads} * layer.head_dim;
   products_.multiply(l, x, n,
                      {{layer.q_proj, layer.q_bias, q_.data(), kQInput},
                       {layer.k_proj, layer.k_bias, k_.data(), kKInput},
                       {layer.v_proj, layer.v_bias, v_.data(), kVInput}});
   clock.mark(timing.attention_proj);
   rotate(layer, layer.q_norm, config_.n_heads, n, q_.data());
-  rotate(layer, layer.k_norm, config_.n_kv_heads, n, k_.data());
-  const size_t kv = size_t{config_.n_kv_heads} * config_.head_dim;
-  for (size_t t = 0; t < n; ++t)
-    caches_[places_[t].slot].store(run_.kernels, l, places_[t].position, k_.data() + t * kv, v_.data() + t * kv);
+  if (layer.kv_layer == l) keep(l, n);
   mix(l, n);
   clock.mark(timing.attention);
   if (layer.attn_sub_norm.weight)
@@ -68,10 +72,25 @@ void Attention::attend(size_t l, const Input& x, size_t n, float* out) {
   clock.mark(timing.attention_proj);
 }
 
+// Keys and values of the tokens enter the cache; where there is no v_proj, values are what k_proj puts out.
+void Attention::keep(size_t l, size_t n) {
+  const Layer& layer = model_.layers[l];
+  const size_t dim = layer.head_dim, kv = layer.n_kv_heads * dim;
+  if (!layer.v_proj.data) std::copy_n(k_.data(), n * kv, v_.data());
+  rotate(layer, layer.k_norm, layer.n_kv_heads, n, k_.data());
+  if (layer.v_norm.weight)
+    run_.for_tokens(n, [&](size_t t, int) {
+      for (float *v = v_.data() + t * kv, *end = v + kv; v != end; v += dim)
+        normalize(run_.kernels, config_, layer.v_norm, v, dim, v);
+    });
+  for (size_t t = 0; t < n; ++t)
+    caches_[places_[t].slot].store(run_.kernels, l, places_[t].position, k_.data() + t * kv, v_.data() + t * kv);
+}
+
 // Norm of q or k if the model has one, then rotary embedding of its leading dimensions: dimension i
 // turns with i + rotary_dim / 2.
 void Attention::rotate(const Layer& layer, const Norm& norm, size_t heads, size_t n, float* x) {
-  const size_t dim = config_.head_dim, half = config_.rotary_dim / 2;
+  const size_t dim = layer.head_dim, half = layer.rotary_dim / 2;
   if (half > 0 && turned_ != layer.inv_freq) {
     const float scale = layer.rope_scale ? *layer.rope_scale : config_.rope_scale;
     for (size_t t = 0; t < n; ++t)
@@ -105,7 +124,7 @@ void Attention::rotate(const Layer& layer, const Norm& norm, size_t heads, size_
 // is cut into heads that share keys and values, and tiles of tokens, which threads take in turn, since late
 // ones see more positions.
 void Attention::mix(size_t l, size_t n) {
-  const size_t kv_heads = config_.n_kv_heads, per_kv = config_.n_heads / kv_heads;
+  const size_t kv_heads = model_.layers[l].n_kv_heads, per_kv = config_.n_heads / kv_heads;
   run_.for_tokens(n, [&](size_t t, int) {
     float* q = q_.data() + t * mixed_.width;
     float scale = config_.attention_scale;
@@ -120,7 +139,7 @@ void Attention::mix(size_t l, size_t n) {
       for (size_t t = 0; t < n; ++t) mix_part(l, t, worker);
     });
     merge_parts(l, n);
-    return run_.statistics.read(0, positions_read(l, n) * kv_heads * config_.head_dim * 2 * sizeof(uint16_t));
+    return run_.statistics.read(0, positions_read(l, n) * kv_heads * model_.layers[l].head_dim * 2 * sizeof(uint16_t));
   }
   run_.pool.run([&](int worker) {
     const size_t tile = std::max<size_t>(kQueries / per_kv, 1), tiles = pieces(n, tile);
@@ -134,7 +153,7 @@ void Attention::mix(size_t l, size_t n) {
 // Heads with the same keys, for some tokens of a block.
 void Attention::mix_heads(size_t l, Share heads, Share tokens, int worker) {
   Scratch& own = scratch_[static_cast<size_t>(worker)];
-  const size_t dim = config_.head_dim, count = tokens.end - tokens.begin;
+  const size_t dim = model_.layers[l].head_dim, count = tokens.end - tokens.begin;
   const size_t begin = first_position(l, tokens.begin) / kPanel * kPanel;
   float* mixed = mixed_.x.data() + tokens.begin * mixed_.width + heads.begin * dim;
   sum_values(l, heads, tokens, {begin, end_position(tokens.end - 1)}, own.largest.data(), own.sums.data(), mixed,
@@ -151,7 +170,7 @@ void Attention::mix_heads(size_t l, Share heads, Share tokens, int worker) {
 // All heads of one token over a thread's part of the positions, in whole panels of keys.
 void Attention::mix_part(size_t l, size_t t, int worker) {
   Scratch& own = scratch_[static_cast<size_t>(worker)];
-  const size_t n_heads = config_.n_heads, per_kv = n_heads / config_.n_kv_heads;
+  const size_t n_heads = config_.n_heads, per_kv = n_heads / model_.layers[l].n_kv_heads;
   const size_t first = first_position(l, t) / kPanel, end = end_position(t);
   const Share panels = share_of(pieces(end, kPanel) - first, worker, run_.pool.size());
   const Share positions{(first + panels.begin) * kPanel, std::min((first + panels.end) * kPanel, end)};
@@ -159,14 +178,14 @@ void Attention::mix_part(size_t l, size_t t, int worker) {
   if (positions.begin >= positions.end) return;
   for (size_t h = 0; h < n_heads; h += per_kv) {
     const size_t row = t * n_heads + h;
-    float* mixed = own.mixed.data() + row * config_.head_dim;
+    float* mixed = own.mixed.data() + row * model_.layers[l].head_dim;
     sum_values(l, {h, h + per_kv}, {t, t + 1}, positions, &own.largest[row], &own.sums[row], mixed, worker);
   }
 }
 
 // The threads' parts of a softmax, each relative to its own largest score.
 void Attention::merge_parts(size_t l, size_t n) {
-  const size_t dim = config_.head_dim;
+  const size_t dim = model_.layers[l].head_dim;
   const float* sinks = model_.layers[l].sinks;
   for (size_t row = 0; row < n * config_.n_heads; ++row) {
     float largest = -std::numeric_limits<float>::infinity(), sum = 0;
@@ -191,8 +210,9 @@ void Attention::merge_parts(size_t l, size_t n) {
 void Attention::sum_values(size_t l, Share heads, Share tokens, Share positions, float* largest, float* sums,
                            float* mixed, int worker) {
   const Kernels& kernels = run_.kernels;
-  const size_t dim = config_.head_dim, width = mixed_.width;
-  const size_t kv_head = heads.begin / (config_.n_heads / config_.n_kv_heads);
+  const Layer& layer = model_.layers[l];
+  const size_t dim = layer.head_dim, width = mixed_.width;
+  const size_t kv_head = heads.begin / (config_.n_heads / layer.n_kv_heads);
   const size_t count = tokens.end - tokens.begin, n_heads = heads.end - heads.begin;
   const size_t begin = positions.begin, end = positions.end, span = end - begin;
   Scratch& own = scratch_[static_cast<size_t>(worker)];
@@ -214,7 +234,7 @@ void Attention::sum_values(size_t l, Share heads, Share tokens, Share positions,
   };
   const float* queries = q_.data() + tokens.begin * width + heads.begin * dim;
   for (size_t j = begin; j < end; j += kPanel) {
-    const uint16_t* keys = cache.keys(l, kv_head, j / kPanel);
+    const uint16_t* keys = cache.keys(layer.kv_layer, kv_head, j / kPanel);
     decode(keys, dim * kPanel);
     for (size_t h = 0; h < products; ++h)
       multiply(keys, std::min(kPanel, end - j), dim, queries + h * dim, stride, false,
@@ -234,7 +254,7 @@ void Attention::sum_values(size_t l, Share heads, Share tokens, Share positions,
     const size_t columns = std::min(kPanel, dim - i);
     for (size_t j = 0; j < span; j += kPositions) {
       const size_t some = std::min(kPositions, span - j);
-      const uint16_t* values = cache.values(l, kv_head, i / kPanel) + (begin + j) * kPanel;
+      const uint16_t* values = cache.values(layer.kv_layer, kv_head, i / kPanel) + (begin + j) * kPanel;
       decode(values, some * kPanel);
       for (size_t h = 0; h < products; ++h)
         multiply(values, columns, some, scores + h * rows * span + j, span, j > 0, mixed + h * dim + i, stride);

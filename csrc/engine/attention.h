@@ -34,6 +34,7 @@ class Attention {
     std::vector<float> scores, panel, largest, sums, mixed;
   };
 
+  void keep(size_t layer, size_t n);
   void rotate(const Layer& layer, const Norm& norm, size_t heads, size_t n, float* x);
   void mix(size_t layer, size_t n);
   void mix_heads(size_t layer, Share heads, Share tokens, int worker);
@@ -52,7 +53,7 @@ class Attention {
   std::deque<KvCache> caches_;     // of each slot; they do not move
   const Place* places_ = nullptr;  // of each token
   std::vector<float> q_, k_, v_;   // (block, heads * head_dim)
-  std::vector<float> cos_, sin_;   // (block, rotary_dim / 2)
+  std::vector<float> cos_, sin_;   // (block, rotary_dim / 2), of the layer's
   const float* turned_ = nullptr;  // the frequencies whose angles cos_ and sin_ hold
   Input mixed_;                    // softmax(q k^T) v, (block, heads * head_dim)
   std::vector<Scratch> scratch_;   // of each thread

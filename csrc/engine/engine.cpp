@@ -8,7 +8,7 @@ namespace fallow {
 namespace {
 
 size_t widest_input(const Config& c) {
-  return std::max<size_t>(c.hidden_size, size_t{c.n_heads} * c.head_dim);
+  return std::max<size_t>({c.hidden_size, size_t{c.n_heads} * c.head_dim, c.hidden_size_per_layer_input});
 }
 
 }  // namespace
@@ -20,7 +20,7 @@ Engine::Engine(const Packed& model, const Kernels& kernels, int n_threads, uint3
       cuts_(run_, std::max<size_t>({widest_input(config_), config_.intermediate_size, config_.n_experts})),
       products_(run_, cuts_, block_, widest_input(config_), config_.widest_ffn()),
       attention_(run_, products_, model, block_, context, slots), ffn_(run_, cuts_, products_, model, block_),
-      experts_(run_, cuts_, products_, model, block_),
+      experts_(run_, cuts_, products_, model, block_), per_layer_inputs_(run_, products_, model, block_),
       head_(run_, products_, model), normed_(block_, config_.hidden_size, kernels),
       residual_(block_ * config_.hidden_size), branch_(residual_.size()),
       embedding_row_(model.embed_tokens.row_bytes) {}
@@ -105,6 +105,7 @@ void Engine::block(const int32_t* tokens, const Place* places, size_t n) {
     ffn(l, n);
     clock = Clock();
     add_branch(layer.ffn_post_norm, n);
+    end_layer(l, n);
     clock.mark(timing.other);
     run_.pause();
   }
@@ -113,17 +114,31 @@ void Engine::block(const int32_t* tokens, const Place* places, size_t n) {
 
 void Engine::embed(const int32_t* tokens, const Place* places, size_t n) {
   const size_t hidden = config_.hidden_size;
-  const Matrix& table = model_.embed_tokens;
-  const uint8_t* data = embedding_rows_ ? embedding_rows_->data() : table.data;
-  if (embedding_rows_) row_slots_.resize(std::max(row_slots_.size(), n));
-  for (size_t t = 0, fetched = 0; t < n; ++t) {
+  rows_of(model_.embed_tokens, embedding_rows_, tokens, n, [&](size_t t, const uint8_t* row) {
     float* x = residual_.data() + t * hidden;
+    run_.kernels.decode(model_.embed_tokens.type, row, hidden, x);
+    for (size_t i = 0; i < hidden; ++i) x[i] *= config_.embedding_scale;
+    if (model_.embed_positions) add_to(x, model_.embed_positions + places[t].position * hidden, hidden);
+  });
+  if (config_.hidden_size_per_layer_input == 0) return;
+  norm({}, n, normed_);
+  per_layer_inputs_.begin(normed_, n);
+  rows_of(model_.embed_tokens_per_layer, per_layer_rows_, tokens, n,
+          [&](size_t t, const uint8_t* row) { per_layer_inputs_.add_row(t, row); });
+}
+
+// Calls use(t, row) with the bytes of each token's row of a table, which may come from the disk.
+template <class Use>
+void Engine::rows_of(const Matrix& table, FileRows* rows, const int32_t* tokens, size_t n, const Use& use) {
+  const uint8_t* data = rows ? rows->data() : table.data;
+  if (rows) row_slots_.resize(std::max(row_slots_.size(), n));
+  for (size_t t = 0, fetched = 0; t < n; ++t) {
     int32_t row = tokens[t];
-    if (embedding_rows_) {
+    if (rows) {
       if (t == fetched) {
         Clock clock;
-        const size_t more = std::min(embedding_rows_->room(), n - t);
-        embedding_rows_->fetch(tokens + t, more, row_slots_.data() + t);
+        const size_t more = std::min(rows->room(), n - t);
+        rows->fetch(tokens + t, more, row_slots_.data() + t);
         fetched += more;
         clock.mark(run_.statistics.timing.disk);
       }
@@ -134,9 +149,7 @@ void Engine::embed(const int32_t* tokens, const Place* places, size_t n) {
       row_of_tiles(table.type, data, static_cast<size_t>(row), table.row_bytes, embedding_row_.data());
       weights = embedding_row_.data();
     }
-    run_.kernels.decode(table.type, weights, hidden, x);
-    for (size_t i = 0; i < hidden; ++i) x[i] *= config_.embedding_scale;
-    if (model_.embed_positions) add_to(x, model_.embed_positions + places[t].position * hidden, hidden);
+    use(t, weights);
   }
 }
 
@@ -180,6 +193,18 @@ void Engine::add_branch(const Norm& post_norm, size_t n) {
       for (size_t i = 0; i < hidden; ++i) y[i] *= config_.residual_scale;
     add_to(residual_.data() + t * hidden, y, hidden);
   });
+}
+
+// What some models do behind the FFN: add what the layer makes of its own input, and scale everything.
+void Engine::end_layer(size_t l, size_t n) {
+  const Layer& layer = model_.layers[l];
+  if (config_.hidden_size_per_layer_input > 0) {
+    norm({}, n, normed_);
+    per_layer_inputs_.forward(l, normed_, n, branch_.data());
+    add_branch(layer.post_per_layer_input_norm, n);
+  }
+  if (!layer.layer_scalar) return;
+  for (size_t i = 0; i < n * config_.hidden_size; ++i) residual_[i] *= *layer.layer_scalar;
 }
 
 void Engine::head(size_t n, bool all, bool dense, float* logits) {

@@ -15,6 +15,7 @@
 #include "engine/ffn.h"
 #include "engine/head.h"
 #include "engine/packed.h"
+#include "engine/per_layer_inputs.h"
 #include "engine/products.h"
 #include "engine/runtime.h"
 
@@ -45,9 +46,10 @@ class Engine {
   bool chooses_by_gate(size_t layer) const { return cuts_.chooses_by_gate(layer); }
   void set_shortlist(float nats, size_t most) { head_.set_shortlist(nats, most); }  // see Head
   bool has_shortlist() const { return head_.has_shortlist(); }
-  // From now on rows of embed_tokens, or of lm_head, come from there.
+  // From now on rows of embed_tokens, of lm_head, or of embed_tokens_per_layer come from there.
   void set_embedding(FileRows* rows) { embedding_rows_ = rows; }
   void set_head(FileRows* rows) { head_.set_rows(rows); }
+  void set_embedding_per_layer(FileRows* rows) { per_layer_rows_ = rows; }
   void set_experts(ExpertCache* cache) { experts_.set_cache(cache); }
   // From now on these layers' matrices come from the disk; one entry per layer.
   void set_stream(Streamer* streamer, std::vector<StreamedLayer> layers);
@@ -86,9 +88,12 @@ class Engine {
   void blocks(const int32_t* tokens, size_t n, size_t slot, uint32_t position, bool record, const Use& use);
   void block(const int32_t* tokens, const Place* places, size_t n);
   void embed(const int32_t* tokens, const Place* places, size_t n);
+  template <class Use>
+  void rows_of(const Matrix& table, FileRows* rows, const int32_t* tokens, size_t n, const Use& use);
   void ffn(size_t layer, size_t n);
   void norm(const Norm& norm, size_t n, Input& input);
   void add_branch(const Norm& post_norm, size_t n);
+  void end_layer(size_t layer, size_t n);
   void head(size_t n, bool all, bool dense, float* logits);
 
   const Packed& model_;
@@ -103,10 +108,11 @@ class Engine {
   Attention attention_;
   Ffn ffn_;
   Experts experts_;  // in place of the FFN, where there are any
+  PerLayerInputs per_layer_inputs_;
   Head head_;
   Input normed_;                          // (block, hidden), what attention, FFN or head read
   std::vector<float> residual_, branch_;  // (block, hidden)
-  FileRows* embedding_rows_ = nullptr;
+  FileRows *embedding_rows_ = nullptr, *per_layer_rows_ = nullptr;
   std::vector<int32_t> row_slots_;        // of rows that come from a file
   std::vector<uint8_t> embedding_row_;    // one that was in a tile
   Streamer* streamer_ = nullptr;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "formats/dequant.h"
 #include "formats/gguf.h"
@@ -14,7 +15,7 @@ namespace {
 // A layer more or a token more is no model, and would overflow sizes below.
 constexpr uint64_t kLargest = 1u << 24;
 // Later versions may say more of how to compute, and otherwise are version 2.
-constexpr uint32_t kVersion = 4, kOldest = 2;
+constexpr uint32_t kVersion = 5, kOldest = 2;
 constexpr uint32_t kFfnVersion = 1;
 
 class Reader {
@@ -39,6 +40,11 @@ class Reader {
     values.reserve(n);
     for (uint64_t i = 0; i < n; ++i) values.push_back(in_range(name, item(found, i), 0, highest));
     return values;
+  }
+
+  // The same of a key that may be left out.
+  std::vector<uint32_t> counts_or(std::vector<uint32_t> otherwise, const std::string& name, uint64_t highest) const {
+    return has_key(name) ? counts(name, otherwise.size(), highest) : otherwise;
   }
 
   uint64_t length(const std::string& name) const { return field(name).count; }
@@ -237,6 +243,7 @@ Config read_config(const Reader& in) {
   if (c.n_heads % c.n_kv_heads != 0)
     throw PackedError("fallow.n_heads must be a multiple of fallow.n_kv_heads");
   if (c.rotary_dim % 2 != 0) throw PackedError("fallow.rotary_dim must be even");
+  c.hidden_size_per_layer_input = in.count_or(0, "hidden_size_per_layer_input", 1, 1 << 16);
   c.n_experts = in.count_or(0, "n_experts", 1, 1 << 16);
   if (c.n_experts > 0) {
     c.n_experts_used = in.count("n_experts_used", 1, c.n_experts);
@@ -298,11 +305,44 @@ void read_ffn(const Reader& in, const Config& c, const std::string& p, Layer& l)
   l.down_norm = in.vector(p + "down_norm", d_ff);
 }
 
-Layer read_layer(const Reader& in, const Config& c, uint32_t index) {
+// What of its attention each layer has for itself.
+struct Attentions {
+  std::vector<uint32_t> n_kv_heads, head_dim, rotary_dim, kv_layer, values_are_keys;
+};
+
+Attentions read_attentions(const Reader& in, const Config& c) {
+  std::vector<uint32_t> own(c.n_layers);
+  std::iota(own.begin(), own.end(), 0);
+  const auto same = [&](uint32_t value) { return std::vector<uint32_t>(c.n_layers, value); };
+  Attentions all{
+      in.counts_or(same(c.n_kv_heads), "layer_n_kv_heads", c.n_kv_heads),
+      in.counts_or(same(c.head_dim), "layer_head_dim", c.head_dim),
+      in.counts_or(same(c.rotary_dim), "layer_rotary_dim", c.rotary_dim),
+      in.counts_or(own, "kv_layer", c.n_layers - 1),
+      in.counts_or(same(0), "values_are_keys", 1)};
+  for (uint32_t i = 0; i < c.n_layers; ++i) {
+    const uint32_t from = all.kv_layer[i];
+    if (all.n_kv_heads[i] == 0 || c.n_heads % all.n_kv_heads[i] != 0)
+      throw PackedError("fallow.n_heads must be a multiple of each fallow.layer_n_kv_heads");
+    if (all.head_dim[i] == 0) throw PackedError("fallow.layer_head_dim must not be 0");
+    if (all.rotary_dim[i] > all.head_dim[i] || all.rotary_dim[i] % 2 != 0)
+      throw PackedError("fallow.layer_rotary_dim must be even and at most the layer's head_dim");
+    if (from > i || all.kv_layer[from] != from || all.n_kv_heads[from] != all.n_kv_heads[i] ||
+        all.head_dim[from] != all.head_dim[i])
+      throw PackedError("fallow.kv_layer must name earlier layers with such heads and a cache of their own");
+  }
+  return all;
+}
+
+Layer read_layer(const Reader& in, const Config& c, const Attentions& attentions, uint32_t index) {
   const std::string p = "layers." + std::to_string(index) + ".";
-  const uint64_t hidden = c.hidden_size;
-  const uint64_t q = uint64_t{c.n_heads} * c.head_dim, kv = uint64_t{c.n_kv_heads} * c.head_dim;
   Layer l;
+  l.n_kv_heads = attentions.n_kv_heads[index];
+  l.head_dim = attentions.head_dim[index];
+  l.rotary_dim = attentions.rotary_dim[index];
+  l.kv_layer = attentions.kv_layer[index];
+  const uint64_t hidden = c.hidden_size;
+  const uint64_t q = uint64_t{c.n_heads} * l.head_dim, kv = uint64_t{l.n_kv_heads} * l.head_dim;
   l.attn_post_norm = in.optional_norm(p + "attn_post_norm", hidden);
   l.ffn_post_norm = in.optional_norm(p + "ffn_post_norm", hidden);
   // Each branch is normed before or after; a parallel FFN may read the norm of the attention.
@@ -311,19 +351,30 @@ Layer read_layer(const Reader& in, const Config& c, uint32_t index) {
                                                     : in.norm(p + "ffn_norm", hidden);
   l.attn_sub_norm = in.optional_norm(p + "attn_sub_norm", q);
   l.ffn_sub_norm = in.optional_norm(p + "ffn_sub_norm", c.intermediate_size);
-  l.norms_heads = !in.is_wide(p + "q_norm.weight", c.head_dim);
-  l.q_norm = in.optional_norm(p + "q_norm", l.norms_heads ? c.head_dim : q);
-  l.k_norm = in.optional_norm(p + "k_norm", l.norms_heads ? c.head_dim : kv);
+  l.norms_heads = !in.is_wide(p + "q_norm.weight", l.head_dim);
+  l.q_norm = in.optional_norm(p + "q_norm", l.norms_heads ? l.head_dim : q);
   l.q_proj = in.matrix(p + "q_proj.weight", q, hidden);
-  l.k_proj = in.matrix(p + "k_proj.weight", kv, hidden);
-  l.v_proj = in.matrix(p + "v_proj.weight", kv, hidden);
-  l.o_proj = in.matrix(p + "o_proj.weight", hidden, q);
   l.q_bias = in.optional_vector(p + "q_proj.bias", q);
-  l.k_bias = in.optional_vector(p + "k_proj.bias", kv);
-  l.v_bias = in.optional_vector(p + "v_proj.bias", kv);
+  if (l.kv_layer == index) {
+    l.k_norm = in.optional_norm(p + "k_norm", l.norms_heads ? l.head_dim : kv);
+    l.v_norm = in.optional_norm(p + "v_norm", l.head_dim);
+    l.k_proj = in.matrix(p + "k_proj.weight", kv, hidden);
+    l.k_bias = in.optional_vector(p + "k_proj.bias", kv);
+    if (!attentions.values_are_keys[index]) {
+      l.v_proj = in.matrix(p + "v_proj.weight", kv, hidden);
+      l.v_bias = in.optional_vector(p + "v_proj.bias", kv);
+    }
+  }
+  l.o_proj = in.matrix(p + "o_proj.weight", hidden, q);
   l.o_bias = in.optional_vector(p + "o_proj.bias", hidden);
   l.sinks = in.optional_vector(p + "sinks", c.n_heads);
   c.n_experts > 0 ? read_experts(in, c, p, l) : read_ffn(in, c, p, l);
+  if (const uint32_t width = c.hidden_size_per_layer_input; width > 0) {
+    l.per_layer_input_gate = in.matrix(p + "per_layer_input_gate.weight", width, hidden);
+    l.per_layer_projection = in.matrix(p + "per_layer_projection.weight", hidden, width);
+    l.post_per_layer_input_norm = in.norm(p + "post_per_layer_input_norm", hidden);
+  }
+  l.layer_scalar = in.optional_vector(p + "layer_scalar", 1);
   return l;
 }
 
@@ -345,8 +396,9 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
                             ? in.counts("outliers", uint64_t{c.n_layers} * n_outliers,
                                         c.intermediate_size - 1)
                             : std::vector<uint32_t>{};
+  const Attentions attentions = read_attentions(in, c);
   for (uint32_t i = 0; i < c.n_layers; ++i) {
-    model.layers.push_back(read_layer(in, c, i));
+    model.layers.push_back(read_layer(in, c, attentions, i));
     if (n_outliers > 0) {
       Layer& l = model.layers.back();
       l.outliers = in.matrix("layers." + std::to_string(i) + ".outliers.weight", n_outliers,
@@ -355,11 +407,11 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
       l.outlier_neurons.assign(first, first + n_outliers);
     }
     model.layers.back().sliding_window = windows[i];
-    if (c.rotary_dim > 0) {
+    if (Layer& l = model.layers.back(); l.rotary_dim > 0) {
       const std::string rope = "rope." + std::to_string(ropes[i]);
-      model.layers.back().inv_freq = in.vector(rope + ".inv_freq", c.rotary_dim / 2);
+      l.inv_freq = in.vector(rope + ".inv_freq", l.rotary_dim / 2);
       // Of what is read here, values come later: under a memory budget only the header is there yet.
-      model.layers.back().rope_scale = in.optional_vector(rope + ".scale", 1);
+      l.rope_scale = in.optional_vector(rope + ".scale", 1);
     }
   }
   model.embed_tokens = in.matrix("embed_tokens.weight", c.vocab_size, c.hidden_size);
@@ -373,6 +425,12 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
   if (!model.lm_head_coarse_bias) model.lm_head_coarse_bias = model.lm_head_bias;
   model.embed_positions = in.table("embed_positions", c.context_length, c.hidden_size);
   model.norm = in.norm("norm", c.hidden_size);
+  if (const uint64_t width = c.hidden_size_per_layer_input; width > 0) {
+    model.embed_tokens_per_layer = in.matrix("embed_tokens_per_layer.weight", c.vocab_size, c.n_layers * width);
+    model.per_layer_model_projection =
+        in.matrix("per_layer_model_projection.weight", c.n_layers * width, c.hidden_size);
+    model.per_layer_projection_norm = in.norm("per_layer_projection_norm", width);
+  }
   return model;
 }
 

@@ -23,6 +23,7 @@ struct Config {
   uint32_t hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim, vocab_size;
   uint32_t context_length;
   uint32_t rotary_dim;        // leading dimensions of a head that turn; 0: no rotary embedding
+  // n_kv_heads, head_dim and rotary_dim are the largest of any layer (Layer).
   float attention_scale;      // of q . k
   float rope_scale;
   float embedding_scale;
@@ -45,6 +46,7 @@ struct Config {
   uint32_t n_experts_used;    // by a token
   uint32_t shared_intermediate_size;  // of an expert that every token uses; 0: there is none
   bool norm_experts;          // shares of a token's experts are made to sum to 1
+  uint32_t hidden_size_per_layer_input;  // of inputs that each layer has of its own; 0: there are none
 
   uint32_t widest_ffn() const { return std::max(intermediate_size, shared_intermediate_size); }
   // Of a layer, with all its experts.
@@ -81,10 +83,14 @@ struct Expert {
 struct Layer {
   // Of attn_norm and ffn_norm the weight may be null, where what they read is not normed. Where both are
   // there and the config is parallel, both read what came into the layer.
-  Norm attn_norm, attn_post_norm, ffn_norm, ffn_post_norm, q_norm, k_norm;
+  Norm attn_norm, attn_post_norm, ffn_norm, ffn_post_norm, q_norm, k_norm, v_norm;
   Norm attn_sub_norm, ffn_sub_norm;             // before o_proj and down_proj
   bool norms_heads = true;                      // q_norm and k_norm are of each head, not of all
-  Matrix q_proj, k_proj, v_proj, o_proj;        // (heads * head_dim or hidden, hidden or ...)
+  uint32_t n_kv_heads = 0, head_dim = 0, rotary_dim = 0;
+  uint32_t kv_layer = 0;  // whose keys and values it reads: its own, or those of an earlier layer
+  // (heads * head_dim or hidden, hidden or ...). Where keys and values are another layer's, k_proj and
+  // v_proj are none; where v_proj alone is, values are what k_proj puts out.
+  Matrix q_proj, k_proj, v_proj, o_proj;
   Matrix gate_proj, up_proj, down_proj_t;       // (d_ff, hidden) each
   const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
   const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
@@ -106,6 +112,11 @@ struct Layer {
   const float* sinks = nullptr;                 // (heads,); null: there are none
   const float* inv_freq = nullptr;              // (rotary_dim / 2,)
   const float* rope_scale = nullptr;            // (1,), factor of cos and sin; null: the config's
+  // Of inputs of each layer (per_layer_inputs.h).
+  Matrix per_layer_input_gate;                  // (hidden_size_per_layer_input, hidden)
+  Matrix per_layer_projection;                  // (hidden, hidden_size_per_layer_input)
+  Norm post_per_layer_input_norm;
+  const float* layer_scalar = nullptr;          // (1,), factor of what the layer puts out; null: 1
   uint32_t sliding_window = 0;                  // tokens; 0: all
 };
 
@@ -113,6 +124,10 @@ struct Packed {
   Config config;
   std::vector<Layer> layers;
   Matrix embed_tokens;                  // (vocab, hidden)
+  // Of inputs of each layer, with n = n_layers * hidden_size_per_layer_input.
+  Matrix embed_tokens_per_layer;        // (vocab, n)
+  Matrix per_layer_model_projection;    // (n, hidden)
+  Norm per_layer_projection_norm;
   Matrix lm_head;                       // the same as embed_tokens where the head is tied
   Matrix lm_head_coarse;                // approximates lm_head in two bits; data may be null
   const float* lm_head_coarse_bias = nullptr;  // in place of lm_head_bias

@@ -117,6 +117,7 @@ void Products::multiply(const Input& input, size_t n, const Product& product) {
 void Products::multiply(const Input& input, size_t n, const Product* begin, const Product* end) {
   run_.pool.run([&](int worker) {
     for (const Product* p = begin; p != end; ++p) {
+      if (p->w.rows == 0) continue;  // a matrix that the layer does not have
       if (!input.few) {
         multiply_block(input, n, *p, worker);
         continue;

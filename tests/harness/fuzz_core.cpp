@@ -16,19 +16,21 @@ namespace {
 constexpr size_t kTail = 34, kCuts = 8;
 
 // As a caller of the engine may: a cut of a tap that the model has, with as many weights as it is wide.
-std::vector<LayerCuts> cuts_of(const Config& c, const uint8_t* tail) {
+std::vector<LayerCuts> cuts_of(const Packed& model, const uint8_t* tail) {
+  const Config& c = model.config;
   std::vector<LayerCuts> cuts(c.n_layers);
   for (size_t i = 0; i < kCuts; ++i, tail += 4) {
     const auto tap = static_cast<Tap>(tail[1] % kTaps);
     const bool of_neurons = tap >= kGatePre && tap <= kInter;
     const bool of_ffn = tap >= kGateInput && tap <= kFfnOut;
     if (c.n_experts > 0 ? of_ffn && !of_neurons : tap == kRouter) continue;
-    Cut& cut = cuts[tail[0] % c.n_layers][tap];
+    const size_t layer = tail[0] % c.n_layers;
+    Cut& cut = cuts[layer][tap];
     cut.by = static_cast<Cut::By>(tail[2] % (kLastBy + 1));
     cut.value = (tail[3] & 127) / 127.0;
     if (tail[3] < 128) continue;
     const size_t neurons = size_t{std::max(1u, c.n_experts)} * c.intermediate_size;
-    const size_t width = tap == kOInput                          ? size_t{c.n_heads} * c.head_dim
+    const size_t width = tap == kOInput                          ? size_t{c.n_heads} * model.layers[layer].head_dim
                          : tap == kRouter                        ? c.n_experts
                          : of_neurons                            ? neurons
                          : tap < kGatePre || tap == kFfnOut      ? c.hidden_size
@@ -46,7 +48,7 @@ void pass(const uint8_t* data, size_t size, const uint8_t* tail) {
   const auto kernels = usable_kernels();
   Engine engine(model, *kernels[how % kernels.size()], 1, context, 8);
   engine.set_skips_zeros(how & 64);
-  if (how & 128) engine.set_cuts(cuts_of(model.config, tail));
+  if (how & 128) engine.set_cuts(cuts_of(model, tail));
   if (model.lm_head_coarse.data) engine.set_shortlist(static_cast<float>(how & 3), 8);
   const int32_t ids[] = {0, static_cast<int32_t>(tail[4 * kCuts + 1] % vocab), static_cast<int32_t>(vocab - 1), 0};
   std::vector<float> logits(size_t{context} * vocab);

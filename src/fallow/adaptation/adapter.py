@@ -753,8 +753,14 @@ def _frozen(cut: Cut, layers: list[Layer]) -> Cut:
     """The cut with the norms of the dense model's columns: training must not move them."""
     if not isinstance(cut.weight, str):
         return cut
-    norms = [weight_of(cut, i, layer) for i, layer in enumerate(layers)]
-    return replace(cut, weight=np.stack([as_array(norm) for norm in norms if norm is not None]))
+    found = [weight_of(cut, i, layer) for i, layer in enumerate(layers)]
+    norms = [as_array(norm) for norm in found if norm is not None]
+    if len({norm.shape for norm in norms}) > 1:
+        raise FallowError(
+            f"the rule weighs inputs of {cut.tap}, of which layers of this model have different "
+            "numbers; adapt it with another rule"
+        )
+    return replace(cut, weight=np.stack(norms))
 
 
 def _types(model: Model, name: str, quant: str | None) -> dict[str, str]:

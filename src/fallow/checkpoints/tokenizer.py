@@ -552,11 +552,13 @@ _ENDS = frozenset((
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
     "<end_of_turn>", "<end_of_utterance>", "<｜end▁of▁sentence｜>", "<EOT>", "_<EOT>", "[EOT]",
     "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|return|>", "<|call|>",
+    "<turn|>", "<|tool_response>",
 ))  # fmt: skip
 
 
 def tokenizer_from_gguf(file: GgufFile) -> TextTokenizer:
-    """The tokenizer stored in a GGUF file: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
+    """The tokenizer stored in a GGUF file: byte-level BPE ("gpt2") or SentencePiece BPE ("llama",
+    or "gemma4", which has its merges).
 
     Raises:
         FallowError: another kind of tokenizer, an unknown way to cut text before BPE, or damage.
@@ -573,11 +575,11 @@ def _from_gguf(file: GgufFile) -> TextTokenizer:
         raise FallowError(f"GGUF {file.path} has {len(tokens)} tokens but {len(types)} token types")
     if kind == "gpt2":
         backend = _byte_level_bpe(file, tokens)
-    elif kind == "llama":
+    elif kind in ("llama", "gemma4"):
         backend = _sentencepiece_bpe(file, tokens)
     else:
         raise FallowError(
-            f"GGUF {file.path} has a tokenizer of kind {kind!r}; known kinds: gpt2, llama"
+            f"GGUF {file.path} has a tokenizer of kind {kind!r}; known kinds: gpt2, llama, gemma4"
         )
     kinds = [_CONTROL if t in _ENDS else kind for t, kind in zip(tokens, types, strict=True)]
     for wanted, special in (((_CONTROL, _UNKNOWN), True), ((_USER_DEFINED,), False)):
@@ -621,9 +623,8 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
             f"GGUF {file.path} cuts text by the scheme {scheme!r}; known: {', '.join(_PATTERNS)}; "
             "give the model as a Hugging Face folder instead"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges")]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(BPE(vocabulary, merges, ignore_merges=scheme in _WHOLE_WORDS))
+    backend = Tokenizer(BPE(vocabulary, _merges(file), ignore_merges=scheme in _WHOLE_WORDS))
     if scheme in _NORMALIZED:
         backend.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Split(Regex(p), "isolated") for p in _PATTERNS[scheme]]
@@ -633,15 +634,22 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
     return backend
 
 
+def _merges(file: GgufFile) -> list[tuple[str, ...]]:
+    return [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges")]
+
+
 def _sentencepiece_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
-    scores = file.numbers("tokenizer.ggml.scores")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     unknown = file.get("tokenizer.ggml.unknown_token_id", None)
     types = file.numbers("tokenizer.ggml.token_type")
+    if file.get("tokenizer.ggml.model") == "gemma4":
+        merges = _merges(file)
+    else:
+        merges = _merges_from_scores(tokens, file.numbers("tokenizer.ggml.scores"), types)
     backend = Tokenizer(
         BPE(
             vocabulary,
-            _merges_from_scores(tokens, scores, types),
+            merges,
             unk_token=None if unknown is None else tokens[unknown],
             fuse_unk=True,
             byte_fallback=any(t == _BYTE for t in types),

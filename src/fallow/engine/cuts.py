@@ -50,17 +50,28 @@ def _check_fits(engine: "Engine", cut: PlanCut, parts: tuple[str, ...]) -> None:
         raise FallowError(
             f"the plan cuts {cut.tap}, which {engine.name} does not have; calibrate again"
         )
-    cut.check_layers(engine._core.n_layers, _width(engine, parts[0]), engine.name)
+    for layer in range(engine._core.n_layers):
+        if cut.tap in ("k_proj", "v_proj") and _matrix(layer, cut.tap) not in engine.file.tensors:
+            raise FallowError(
+                f"the plan cuts {cut.tap}, which some layers of {engine.name} do not have; "
+                "calibrate again"
+            )
+        width = _width(engine, layer, parts[0])
+        cut.check_layers(engine._core.n_layers, width, engine.name)
 
 
-def _width(engine: "Engine", tap: str) -> int:
+def _matrix(layer: int, part: str) -> str:
+    return f"layers.{layer}.{part}.weight"
+
+
+def _width(engine: "Engine", layer: int, tap: str) -> int:
     """How many values of a token a tap has; of a mixture's neurons those of all experts."""
     if tap in NEURON_TAPS or tap == "down_proj":
         return engine._core.intermediate_size * max(1, engine.n_experts)
     if tap == ROUTER:
         return engine.n_experts
     reads = "q_proj" if tap == "ffn_out" else tap  # both are as wide as the residual stream
-    return engine.matrix(f"layers.0.{reads}").shape[1]
+    return engine.matrix(f"layers.{layer}.{reads}").shape[1]
 
 
 def _weight(
@@ -79,7 +90,7 @@ def _weight(
                 "have of its experts: an earlier fallow packed it; pack it again"
             )
         return np.asarray(engine._core.down_norm(layer), dtype=np.float32)
-    squares = np.zeros(_width(engine, parts[0]))
+    squares = np.zeros(_width(engine, layer, parts[0]))
     for part in parts:
         values = engine.matrix(f"layers.{layer}.{part}").dequantize()
         squares += np.square(values).sum(axis=0, dtype=np.float64)

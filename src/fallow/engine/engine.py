@@ -1,6 +1,5 @@
 """Runs packed models with the compiled core: no torch, no transformers."""
 
-import math
 import os
 import threading
 import time
@@ -26,10 +25,12 @@ from fallow.engine.memory import (
     EMBEDDING,
     EMBEDDING_ROWS,
     HEAD,
+    PER_LAYER,
     RANGE,
     RESERVE,
     SLOTS,
     Residency,
+    cache_bytes,
     experts_of,
     head_rows,
     in_batches,
@@ -169,16 +170,18 @@ class Engine:
         self.last_logits: np.ndarray | None = None
 
     def _usual_slots(self, context: int) -> int:
-        sizes = [self._count(f"fallow.{key}") for key in ("n_layers", "n_kv_heads", "head_dim")]
-        cache = 2 * 2 * context * math.prod(sizes)  # keys and values, two bytes each
+        for key in ("n_layers", "n_kv_heads", "head_dim"):
+            self._count(f"fallow.{key}")
         room = SLOTS_SHARE * (self.memory if self.memory is not None else available_bytes())
-        return max(1, min(USUAL_SLOTS, int(room / cache)))
+        return max(1, min(USUAL_SLOTS, int(room / max(1, cache_bytes(self.file, context)))))
 
     def _start(self, kernels: str, context: int) -> Any:
         if self.memory is None:
             (mapping,) = self.file.mappings  # a packed model in parts is refused
             # Twice, since others want memory too.
-            copy = 2 * mapping.data.nbytes <= available_bytes()
+            rows = self.file.tensors.get(PER_LAYER)  # are not copied
+            size = mapping.data.nbytes - (0 if rows is None else rows.data.nbytes)
+            copy = 2 * size <= available_bytes()
             return _core.Engine(mapping, kernels, self.threads, context, self.slots, copy)
         _ = self.tokenizer  # reading it takes memory for a moment, in which weights lie afterwards
         header = self.file.header_bytes
@@ -198,6 +201,9 @@ class Engine:
         if not tied:
             room = min(EMBEDDING_ROWS, core.vocab_size)
             core.rows_from_file(True, False, self.file.tensors[EMBEDDING].offset, room, RANGE)
+        if PER_LAYER in self.file.tensors:
+            room = min(EMBEDDING_ROWS, core.vocab_size)
+            core.rows_per_layer_from_file(self.file.tensors[PER_LAYER].offset, room, RANGE)
         if found.experts:
             core.cache_experts(found.experts.room)
         if found.streamed:

@@ -29,6 +29,7 @@ EMBEDDING_ROWS = 64  # of an embedding that is not the head: a block of prefill
 LOADED_AT_ONCE = 32_000_000  # bytes
 RANGE = 4_000_000  # bytes at once where all of such a matrix is read
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+PER_LAYER = "embed_tokens_per_layer.weight"
 COARSE_HEAD = ("lm_head_coarse.codes", "lm_head_coarse.bias")
 FOR_PLUGIN = "cuts."  # tensors that llama.cpp's plugin reads
 _EXPERT = ".experts."
@@ -136,9 +137,10 @@ class Residency:
 def parts_of(file: GgufFile, coarse_head: bool) -> list[Part]:
     """The tensors that the engine computes with, in the file's order.
 
-    An embedding that is not the head too is left out: of it a token needs one row, from the file.
+    An embedding that is not the head too is left out, and one of inputs of each layer: of them a
+    token needs one row, from the file.
     """
-    unused = {"plan"} if coarse_head else {"plan", *COARSE_HEAD}
+    unused = {"plan", PER_LAYER} if coarse_head else {"plan", PER_LAYER, *COARSE_HEAD}
     if HEAD in file.tensors:
         unused.add(EMBEDDING)
     return [
@@ -146,6 +148,16 @@ def parts_of(file: GgufFile, coarse_head: bool) -> list[Part]:
         for name, tensor in file.tensors.items()
         if name not in unused and not name.startswith(FOR_PLUGIN)
     ]
+
+
+def cache_bytes(file: GgufFile, context: int) -> int:
+    """Of the keys and values of a text of `context` tokens, two bytes each."""
+    n = file.get("fallow.n_layers")
+    heads = file.numbers("fallow.layer_n_kv_heads", [file.get("fallow.n_kv_heads")] * n)
+    dims = file.numbers("fallow.layer_head_dim", [file.get("fallow.head_dim")] * n)
+    kept_by = file.numbers("fallow.kv_layer", range(n))
+    layers = enumerate(zip(heads, dims, kept_by, strict=False))
+    return 2 * 2 * context * sum(h * d for i, (h, d, layer) in layers if layer == i)
 
 
 def in_batches(parts: list[Part], size: int = LOADED_AT_ONCE) -> Iterator[list[Part]]:

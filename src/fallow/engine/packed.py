@@ -14,8 +14,8 @@ from fallow.common.errors import FallowError
 from fallow.common.files import parse_json
 from fallow.engine.process import return_freed_memory
 
-PACKED_VERSION = 4  # that pack writes
-RUNNING_VERSIONS = (2, 3, 4)
+PACKED_VERSION = 5  # that pack writes
+RUNNING_VERSIONS = (2, 3, 4, 5)
 
 
 def is_packed(path: str | Path) -> bool:

@@ -13,7 +13,7 @@ from fallow.models._activations import (
     replace_activation,
     told,
 )
-from fallow.models._base import Architecture
+from fallow.models._base import Architecture, has_part
 from fallow.models._by_names import by_names, check_logits, check_names
 from fallow.models._keys import check_config, check_gguf_keys, check_gguf_type, check_wrapper
 from fallow.models._rope import ROPE_TENSORS
@@ -82,6 +82,7 @@ __all__ = [
     "check_logits",
     "check_names",
     "check_wrapper",
+    "has_part",
     "replace_activation",
     "text_config",
     "text_name",

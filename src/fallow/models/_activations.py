@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fallow.common.errors import FallowError
-from fallow.models._base import Architecture
+from fallow.models._base import Architecture, has_part
 
 REPLACEMENTS = ("relu", "drelu")
 _BUILT_WITH = {"fatrelu": "relu", "drelu": "relu"}  # what transformers is told in their place
@@ -100,6 +100,8 @@ def replace_activation(architecture: Architecture, module: Any, act: str) -> Non
     setattr(module.config, name, act)
     for block in module.get_submodule(architecture.layers).children():
         block.set_submodule(architecture.act, nn.ReLU())
+        if has_part(block, "act_fn"):  # of inputs of each layer, which the config's key is for too
+            block.set_submodule("act_fn", nn.ReLU())
         if act == "drelu":
             _rectify(architecture, block)
 

@@ -99,7 +99,8 @@ class Architecture:
     gate_up_proj: str | None = None
     down_proj: str = "mlp.down_proj"
     experts: ExpertPaths | None = None  # in place of the FFN's paths above
-    # Projections that the attention of every layer has; the last one is the output projection.
+    # Projections of the attention, of which some layers may lack some; the last one is the output
+    # projection.
     attention: tuple[str, ...] = LLAMA_ATTENTION
     layers: str = "model.layers"
 
@@ -140,7 +141,9 @@ class Architecture:
         Raises:
             FallowError: layers differ in the number of their neurons, or some have no experts.
         """
-        found = [self._layer(block) for block in module.get_submodule(self.layers).children()]
+        blocks = list(module.get_submodule(self.layers).children())
+        attention = [path for path in self.attention if all(has_part(b, path) for b in blocks)]
+        found = [self._layer(block, attention) for block in blocks]
         widths = sorted({layer.down_proj.in_features for layer in found if layer.ffn is not None})
         if len(widths) > 1:
             raise FallowError(
@@ -150,11 +153,11 @@ class Architecture:
             )
         return found
 
-    def _layer(self, block: nn.Module) -> Layer:
+    def _layer(self, block: nn.Module, attention_paths: Iterable[str]) -> Layer:
         def get(path: str | None) -> Any:
             return None if path is None else block.get_submodule(path)
 
-        attention = {_tap_name(path): get(path) for path in self.attention}
+        attention = {_tap_name(path): get(path) for path in attention_paths}
         if (paths := self.experts) is not None:
             found = _experts(get, paths)
             return Layer(block, attention, None, found)
@@ -203,6 +206,15 @@ class Architecture:
         if prefix == "blk" and index.isdigit() and part in self.gguf_block:
             return f"{self.layers}.{index}.{self.gguf_block[part]}.{kind}"
         return None
+
+
+def has_part(block: nn.Module, path: str) -> bool:
+    """Whether a decoder layer has a module there."""
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _tap_name(path: str) -> str:

@@ -47,7 +47,8 @@ def check_fits(cut: Cut, layers: list[Layer], name: str) -> None:
             f"the plan cuts {cut.tap}, {name} has {', '.join(cut_names(layers[0]))}; "
             "calibrate again"
         )
-    cut.check_layers(len(layers), width_of(cut.tap, layers[0]), name)
+    for layer in layers:  # which may differ in the width of their heads
+        cut.check_layers(len(layers), width_of(cut.tap, layer), name)
 
 
 def width_of(tap: str, layer: Layer) -> int:

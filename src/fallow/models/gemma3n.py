@@ -24,6 +24,17 @@ from fallow.models._base import (
 )
 from fallow.models.gemma3 import GEMMA_NORMS_BLOCK
 
+# GGUF names of what makes and takes inputs of each layer.
+PER_LAYER_BLOCK = {
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+}
+PER_LAYER_GLOBAL = {
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
 _STACKED = {  # matrices that a GGUF has in one tensor
     "altup_proj": "model.altup_projections",
     "altup_unembd_proj": "model.altup_unembed_projections",
@@ -61,8 +72,6 @@ def _from_gguf(name: str, values: np.ndarray, config: Any) -> Tensors:
 ARCHITECTURE = Architecture(
     model_type="gemma3n_text",
     hf_class="Gemma3nForCausalLM",
-    # The last layers take their keys and values from earlier ones.
-    attention=("self_attn.q_proj", "self_attn.o_proj"),
     computes=lambda name, value: name == "final_logit_softcapping",
     check=lambda config: (
         "four residual streams (AltUp), LAuReL, inputs of each layer, and a top-k of gate_proj"
@@ -71,10 +80,8 @@ ARCHITECTURE = Architecture(
     gguf_block=LLAMA_BLOCK
     | QK_NORMS_BLOCK
     | GEMMA_NORMS_BLOCK
+    | PER_LAYER_BLOCK
     | {
-        "inp_gate": "per_layer_input_gate",
-        "proj": "per_layer_projection",
-        "post_norm": "post_per_layer_input_norm",
         "laurel_l": "laurel.linear_left",
         "laurel_r": "laurel.linear_right",
         "laurel_post_norm": "laurel.post_laurel_norm",
@@ -84,13 +91,7 @@ ARCHITECTURE = Architecture(
         "altup_router": "altup.modality_router",
         "altup_router_norm": "altup.router_norm",
     },
-    gguf_global=LLAMA_GLOBAL
-    | _STACKED
-    | {
-        "per_layer_token_embd": "model.embed_tokens_per_layer",
-        "per_layer_model_proj": "model.per_layer_model_projection",
-        "per_layer_proj_norm": "model.per_layer_projection_norm",
-    },
+    gguf_global=LLAMA_GLOBAL | _STACKED | PER_LAYER_GLOBAL,
     gguf_config=_config,
     from_gguf=_from_gguf,
 )

@@ -18,7 +18,7 @@ from fallow.common.files import fits, read_json
 from fallow.common.progress import note, progress
 from fallow.engine.memory import COARSE_HEAD
 from fallow.measure.evaluation import final_hidden
-from fallow.models import FatRelu, activation_key
+from fallow.models import FatRelu, activation_key, has_part
 from fallow.models.devices import as_array, as_floats
 from fallow.models.taps import Layer, attach
 from fallow.packing.coarse_head import coarse_head
@@ -200,18 +200,24 @@ class Source:
         """The engine's matrices, and the parameter or part of its rows that each is."""
         a, c = self.model.architecture, self.config
         yield "embed_tokens.weight", (f"{a.embed_tokens}.weight", None)
+        if self.per_layer_input:
+            for name in ("embed_tokens_per_layer", "per_layer_model_projection"):
+                yield f"{name}.weight", (f"model.{name}.weight", None)
         if self.model.module.get_output_embeddings().weight is not self._embedding.weight:
             yield "lm_head.weight", ("lm_head.weight", None)
         for i in range(len(self.model.layers)):
             here, there = f"layers.{i}", f"{a.layers}.{i}"
-            if len(a.attention) == 2:  # q, k and v are one projection
+            if self._is_fused:  # q, k and v are one projection
                 fused = f"{there}.{a.attention[0]}.weight"
                 for name, rows in zip("qkv", self._fused_rows, strict=True):
                     yield f"{here}.{name}_proj.weight", (fused, rows)
             else:
-                for name, path in zip("qkv", a.attention[:3], strict=True):
-                    yield f"{here}.{name}_proj.weight", (f"{there}.{path}.weight", None)
+                for name, path in self._qkv(i).items():
+                    yield f"{here}.{name}.weight", (f"{there}.{path}.weight", None)
             yield f"{here}.o_proj.weight", (f"{there}.{a.attention[-1]}.weight", None)
+            if self.per_layer_input:
+                for name in ("per_layer_input_gate", "per_layer_projection"):
+                    yield f"{here}.{name}.weight", (f"{there}.{name}.weight", None)
             if a.experts is not None:
                 if (shared := a.experts.shared) is not None:
                     for part in ("gate_proj", "up_proj"):
@@ -225,6 +231,16 @@ class Source:
                 if a.gate_proj is not None:
                     yield f"{here}.gate_proj.weight", (f"{there}.{a.gate_proj}.weight", None)
                 yield f"{here}.up_proj.weight", (f"{there}.{a.up_proj}.weight", None)
+
+    @property
+    def _is_fused(self) -> bool:
+        return len(self.model.architecture.attention) == 2
+
+    def _qkv(self, layer: int) -> dict[str, str]:
+        """Of what is not fused the paths of q_proj, k_proj and v_proj, those that a layer has."""
+        block = self.model.layers[layer].block
+        paths = zip("qkv", self.model.architecture.attention, strict=False)
+        return {f"{name}_proj": path for name, path in paths if has_part(block, path)}
 
     @cached_property
     def _fused_rows(self) -> list[np.ndarray]:
@@ -241,16 +257,60 @@ class Source:
         return self.model.module.get_submodule(self.model.architecture.embed_tokens)
 
     @property
+    def per_layer_input(self) -> int:
+        """Values of an input that each layer has of its own; 0: there is none."""
+        return getattr(self.config, "hidden_size_per_layer_input", None) or 0
+
+    @property
     def heads(self) -> int:
         return self.config.num_attention_heads
 
     @property
     def kv_heads(self) -> int:
+        """Of a model whose q, k and v are one projection, as head_dim is."""
         return getattr(self.config, "num_key_value_heads", None) or self.heads
 
     @property
     def head_dim(self) -> int:
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads
+
+    @cached_property
+    def kv_layers(self) -> list[int]:
+        """Of each layer whose keys and values it reads: its own, or those of the last one of its
+        kind that has some."""
+        n = len(self.model.layers)
+        first = n - (getattr(self.config, "num_kv_shared_layers", None) or 0)
+        kinds = getattr(self.config, "layer_types", None) or [""] * n
+        return [
+            i if i < first else max(j for j in range(first) if kinds[j] == kinds[i])
+            for i in range(n)
+        ]
+
+    def _attention_metadata(self) -> dict[str, Any]:
+        """Heads, of each layer too where layers differ in them."""
+        n = len(self.model.layers)
+        if self._is_fused:
+            heads, dims, are_keys = [self.kv_heads] * n, [self.head_dim] * n, [0] * n
+        else:
+            dims = [self._rows_of(i, "q_proj") // self.heads for i in range(n)]
+            kept_by = self.kv_layers
+            heads = [self._rows_of(kept_by[i], "k_proj") // dims[i] for i in range(n)]
+            are_keys = [int("v_proj" not in self._qkv(i)) for i in kept_by]
+        rotary = [2 * len(self.ropes[rope][0]) for rope in self.rope_of_layer if self.ropes]
+        found: dict[str, Any] = {
+            "n_kv_heads": max(heads),
+            "head_dim": max(dims),
+            "rotary_dim": max(rotary, default=0),
+        }
+        each = {"layer_n_kv_heads": heads, "layer_head_dim": dims, "layer_rotary_dim": rotary}
+        found |= {name: values for name, values in each.items() if len(set(values)) > 1}
+        if self.kv_layers != list(range(n)):
+            found["kv_layer"] = self.kv_layers
+        return found | ({"values_are_keys": are_keys} if any(are_keys) else {})
+
+    def _rows_of(self, layer: int, name: str) -> int:
+        found: Any = self.model.layers[layer].block.get_submodule(self._qkv(layer)[name])
+        return found.out_features
 
     def vectors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Norms, biases and tables, float32, under the engine's names."""
@@ -258,6 +318,9 @@ class Source:
         # A factor of the logits is one of what the head reads.
         for name, values in self._norm("norm", module.get_submodule(a.final_norm)):
             yield name, values * np.float32(self.model.logit_scale)
+        if self.per_layer_input:
+            name = "per_layer_projection_norm"
+            yield from self._norm(name, module.get_submodule(f"model.{name}"))
         head = module.get_output_embeddings()
         if head.bias is not None:
             yield "lm_head.bias", as_floats(head.bias)
@@ -270,7 +333,18 @@ class Source:
             yield f"rope.{i}.scale", np.array([scale], dtype=np.float32)
         for i, layer in enumerate(self.model.layers):
             for name, path in a.norms.items():
+                if name in ("k_norm", "v_norm") and self.kv_layers[i] != i:
+                    continue
+                if name == "v_norm":  # without a weight
+                    size = self._rows_of(i, "q_proj") // self.heads
+                    yield f"layers.{i}.v_norm.weight", np.ones(size, dtype=np.float32)
+                    continue
                 yield from self._norm(f"layers.{i}.{name}", layer.block.get_submodule(path))
+            if self.per_layer_input:
+                name = "post_per_layer_input_norm"
+                yield from self._norm(f"layers.{i}.{name}", layer.block.get_submodule(name))
+            if (scalar := getattr(layer.block, "layer_scalar", None)) is not None:
+                yield f"layers.{i}.layer_scalar", as_floats(scalar)
             yield f"layers.{i}.down_norm", as_floats(layer.down_norm)
             if (experts := layer.experts) is not None:
                 # Who is chosen hangs on small differences.
@@ -284,7 +358,7 @@ class Source:
                         f"layers.{i}.shared_expert_gate.weight",
                         as_floats(experts.shared_gate.weight),
                     )
-            for name, bias in self._biases(layer):
+            for name, bias in self._biases(i, layer):
                 yield f"layers.{i}.{name}.bias", bias
             if a.sinks is not None:
                 yield f"layers.{i}.sinks", as_floats(layer.block.get_parameter(a.sinks))
@@ -403,8 +477,10 @@ class Source:
         if getattr(norm, "bias", None) is not None:
             yield f"{name}.bias", as_floats(norm.bias)
 
-    def _biases(self, layer: Layer) -> Iterator[tuple[str, np.ndarray]]:
-        for name, projection in layer.projections.items():
+    def _biases(self, index: int, layer: Layer) -> Iterator[tuple[str, np.ndarray]]:
+        paths = {} if self._is_fused else self._qkv(index)
+        parts: dict[str, Any] = {n: layer.block.get_submodule(p) for n, p in paths.items()}
+        for name, projection in (parts | layer.projections).items():
             if projection.bias is None:
                 continue
             bias = as_floats(projection.bias)
@@ -515,17 +591,14 @@ class Source:
     def metadata(self) -> dict[str, Any]:
         """What the engine reads, without the prefix `fallow.`."""
         a, c, layer = self.model.architecture, self.config, self.model.layers[0]
-        ropes = self.ropes
         return {
             "hidden_size": c.hidden_size,
             "intermediate_size": self.model.intermediate_size,
             "n_layers": len(self.model.layers),
             "n_heads": self.heads,
-            "n_kv_heads": self.kv_heads,
-            "head_dim": self.head_dim,
+            **self._attention_metadata(),
             "vocab_size": self.model.vocabulary_size,
             "context_length": self.context_length,
-            "rotary_dim": 2 * len(ropes[0][0]) if ropes else 0,
             "attention_scale": self.attention_scale,
             "embedding_scale": self.embedding_scale,
             "residual_scale": float(getattr(c, "residual_multiplier", 1.0)),
@@ -541,6 +614,7 @@ class Source:
             "fused": a.gate_up_proj is not None,
             "sliding_window": self.sliding_windows,
             "rope": self.rope_of_layer,
+            **({"hidden_size_per_layer_input": n} if (n := self.per_layer_input) else {}),
             **self._expert_metadata(),
         }
 

@@ -445,6 +445,9 @@ def _empty_module(architecture: Architecture, config: dict[str, Any]) -> Any:
 
 def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.dtype) -> None:
     expected = {name: p.detach() for name, p in module.named_parameters()}  # without values
+    needed = {*expected} - {"lm_head.weight"}
+    stored = module.state_dict()
+    expected |= {name: b for name, b in module.named_buffers() if name in stored}  # Gemma 4's
     state: dict[str, torch.Tensor] = {}
     halves: set[tuple[str, int]] = set()
     for tensor in file.tensors.values():
@@ -483,7 +486,7 @@ def _fill(module: Any, architecture: Architecture, file: GgufFile, dtype: torch.
         if (name, 1 - half) not in halves:
             raise FallowError(f"GGUF {file.path} has only one of the two halves of {name}")
     unknown = sorted(set(state) - set(expected))
-    missing = sorted(set(expected) - set(state) - {"lm_head.weight"})
+    missing = sorted(needed - set(state))
     if unknown or missing:
         raise FallowError(
             f"GGUF {file.path} does not fit {architecture.model_type}: "
