@@ -204,7 +204,11 @@ void multiply_rows(const PanelGroup* panel, size_t first, size_t n, size_t k, co
   const size_t groups = x.stride / 32;
   const int8_t* q = x.q + token * x.stride;
   const float *d = x.d + token * groups, *minus = x.sum + token * groups;
-  alignas(32) float sums[tokens][2 * kLanes] = {};
+  alignas(32) float sums[tokens][2 * kLanes];  // written below: = {} becomes a `rep stos`, which takes as long
+                                               // as two groups
+  unrolled<static_cast<int>(tokens)>([&]<int t>() {
+    for (size_t h = 0; h < 2 * kLanes; h += kLanes) _mm256_store_ps(sums[t] + h, _mm256_setzero_ps());
+  });
   for (size_t g = 0; g < k / 32; ++g, ++panel, q += 32) {
     __m256i all[tokens][2];
     multiply_group<bits, tokens>(panel->q[0] + 4 * first, q, x.stride, all);
@@ -225,25 +229,33 @@ void multiply_rows(const PanelGroup* panel, size_t first, size_t n, size_t k, co
   }
   for (size_t t = 0; t < tokens; ++t) {
     float* to = y + t * stride;
-    for (size_t r = 0; r < n; ++r) to[r] = add ? to[r] + sums[t][r] : sums[t][r];
+    if (n == 2 * kLanes) {
+      for (size_t h = 0; h < n; h += kLanes) {
+        const __m256 sum = _mm256_load_ps(sums[t] + h);
+        _mm256_storeu_ps(to + h, add ? _mm256_add_ps(_mm256_loadu_ps(to + h), sum) : sum);
+      }
+    } else {
+      for (size_t r = 0; r < n; ++r) to[r] = add ? to[r] + sums[t][r] : sums[t][r];
+    }
   }
 }
 
-// As many groups at a time as the first cache holds beside some tokens.
+// As many groups at a time as the first cache holds beside some tokens, in equal parts.
 template <int bits>
 void multiply(const PanelGroup* panel, size_t n, size_t k, ByteTokens x, size_t tokens, bool add, float* y,
               size_t stride) {
-  constexpr size_t kColumns = 32 * 16;
-  for (size_t at = 0; at < k; at += kColumns, panel += kColumns / 32, add = true) {
-    const size_t columns = k - at < kColumns ? k - at : kColumns;
+  constexpr size_t kMost = 20;
+  const size_t groups = k / 32, parts = (groups + kMost - 1) / kMost, part = (groups + parts - 1) / parts * 32;
+  for (size_t at = 0; at < k; at += part, panel += part / 32, add = true) {
+    const size_t columns = k - at < part ? k - at : part;
     for (size_t first = 0; first < n; first += 2 * kLanes)
       in_groups<4>(tokens, [&]<size_t count>(size_t t) {
         multiply_rows<bits, count>(panel, first, n - first < 2 * kLanes ? n - first : 2 * kLanes, columns, x, t,
                                    add, y + t * stride + first, stride);
       });
-    x.q += kColumns;
-    x.d += kColumns / 32;
-    x.sum += kColumns / 32;
+    x.q += part;
+    x.d += part / 32;
+    x.sum += part / 32;
   }
 }
 
