@@ -40,7 +40,7 @@ def test_an_engine_says_what_it_is(model: fallow.Model, plan: fallow.Plan, tmp_p
     fallow.pack(model, path, quant="bf16")
     engine = fallow.Engine(path, threads=1, context=64)
     assert engine.n_parameters == sum(p.numel() for p in model.module.parameters())
-    begin = f"<Engine of {model.name}: {engine.n_parameters / 1e6:.4g} million parameters in "
+    begin = f"<Engine of {engine.name}: {engine.n_parameters / 1e6:.4g} million parameters in "
     assert repr(engine).startswith(begin)
     assert repr(engine).endswith(" MB (bf16), 1 threads, context of 64 tokens, dense>")
     engine.use_plan(plan)

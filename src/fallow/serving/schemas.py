@@ -656,14 +656,16 @@ InputItem = Annotated[
 ]
 
 
-class FunctionTool(Function):
+class _OfFunction(_Strict):
+    type: Annotated[Literal["function"], _takes('"function"')]
+
+
+class FunctionTool(Function, _OfFunction):
     """A tool as /v1/responses has it: without the level in between."""
 
-    type: Annotated[Literal["function"], _takes('"function"')]
 
-
-class NamedFunctionTool(NamedFunction):
-    type: Annotated[Literal["function"], _takes('"function"')]
+class NamedFunctionTool(NamedFunction, _OfFunction):
+    pass
 
 
 class TextFormat(SchemaFormat):
