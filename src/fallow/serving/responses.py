@@ -21,7 +21,7 @@ class Growing:
 
     def __init__(self, body: api.ResponsesRequest, model: str) -> None:
         form = body.text and body.text.format
-        told = {"exclude_none": True, "by_alias": True}
+        told: dict[str, Any] = {"exclude_none": True, "by_alias": True}
         choice = body.tool_choice
         self.made = api.ResponseMade(
             id=f"resp_{uuid.uuid4().hex}",

@@ -782,7 +782,7 @@ class ResponsesRequest(_Strict):
                     found.append({"role": "assistant", "content": None, "tool_calls": []})
                 found[-1]["tool_calls"].append({"id": item.call_id, "function": function})
             else:
-                result = {"role": "tool", "content": _joined(item.output)}
+                result: dict[str, Any] = {"role": "tool", "content": _joined(item.output)}
                 result |= {"tool_call_id": item.call_id, "name": names.get(item.call_id)}
                 found.append(result)
         return found
