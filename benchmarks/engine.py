@@ -15,6 +15,7 @@ names a native one):
     python benchmarks/engine.py qwen2.5-1.5b --speed   # times again what was measured before
     python benchmarks/engine.py qwen2.5-1.5b --speed --dense   # against peers, without rules
     python benchmarks/engine.py --report      # writes docs/results/engine.md, the README's table
+    python benchmarks/first_screen.py         # and the README's picture
 """
 
 import argparse

@@ -174,7 +174,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
     def load(name: str) -> Any:
-        for script in ("tradeoff", "engine", "optimize"):
+        for script in ("tradeoff", "engine", "optimize", "first_screen"):
             monkeypatch.delitem(sys.modules, script, raising=False)
         return importlib.import_module(name)
 
@@ -182,7 +182,13 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
 
 
 @pytest.mark.parametrize(
-    ("mark", "script"), [("results", "tradeoff"), ("engine", "engine"), ("optimize", "optimize")]
+    ("mark", "script"),
+    [
+        ("results", "tradeoff"),
+        ("engine", "engine"),
+        ("optimize", "optimize"),
+        ("speed", "first_screen"),
+    ],
 )
 def test_tables_of_the_readme_are_those_of_the_results(
     mark: str, script: str, benchmarks: Callable[[str], Any]
@@ -191,6 +197,27 @@ def test_tables_of_the_readme_are_those_of_the_results(
     found = re.search(rf"<!-- {mark} -->\n(.*)\n<!-- /{mark} -->", text, re.DOTALL)
     assert found
     assert found[1] == benchmarks(script).summary()
+
+
+def test_the_first_picture_is_that_of_the_results(
+    benchmarks: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = benchmarks("first_screen")
+    assert script.PICTURE.read_text() == script.picture()
+    for name, result, _ in script.runs():
+        turns = [r["decode_tps"] for r in result["runs"]["dense"]]
+        said = f"{np.median(turns):.1f}"
+        assert f">{said} tok/s<" in script.picture()
+        assert f"{script.MODELS[name]}: " in script.alternative()
+        assert f"fallow dense {said}" in script.alternative()
+    # What was not measured has no bar.
+    found = script.runs()
+    for _, result, _ in found:
+        for key in script.SPARSE:
+            result["runs"].pop(key, None)
+    monkeypatch.setattr(script, "runs", lambda: found)
+    assert 'class="sparse"' not in script.picture()
+    assert script.picture().count(">not measured here<") == len(found) == 3
 
 
 def test_figures_of_the_first_screen_are_of_one_machine() -> None:
@@ -204,7 +231,7 @@ def test_figures_of_the_first_screen_are_of_one_machine() -> None:
         (row,) = re.findall(rf"^\| {name}\S+ (.*)$", screen, re.MULTILINE)
         (section,) = (s for s in sections if s.startswith(f"{model}, ") and processor in s)
         figures = re.findall(r"\d+\.\d+", row)
-        assert len(figures) == 15
+        assert len(figures) == 13 + ("shortlist" in row)
         for figure in figures:
             assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", section), (name, figure)
 

@@ -171,7 +171,8 @@ class Reader:
             return
         assert words[0] == "fallow", f"what is {line!r}?"
         words = shortened(words[1:])
-        if words[0] == "run":  # the process that packs a copy would take it for the alias
+        # The process that packs a copy would take a name for the alias.
+        if words[0] in ("run", "serve"):
             words = [f"./{word}" if word in ("smollm2", "gemma3") else word for word in words]
         if words[0] == "serve":
             self.start_server(words)

@@ -34,6 +34,21 @@ def evaluation(model: fallow.Model, plan: fallow.Plan) -> fallow.Evaluation:
     return fallow.evaluate(model, plan, EVALUATION, **SHORT)
 
 
+def test_an_engine_says_what_it_is(model: fallow.Model, plan: fallow.Plan, tmp_path: Path) -> None:
+    """Its parameters are those of transformers, without what packing adds."""
+    path = tmp_path / "packed.gguf"
+    fallow.pack(model, path, quant="bf16")
+    engine = fallow.Engine(path, threads=1, context=64)
+    assert engine.n_parameters == sum(p.numel() for p in model.module.parameters())
+    begin = f"<Engine of {engine.name}: {engine.n_parameters / 1e6:.4g} million parameters in "
+    assert repr(engine).startswith(begin)
+    assert repr(engine).endswith(" MB (bf16), 1 threads, context of 64 tokens, dense>")
+    engine.use_plan(plan)
+    assert repr(engine).endswith(", plan topk at 0.5>")
+    several = fallow.Engine(path, threads=1, context=64, slots=2, memory="900MB")
+    assert repr(several).endswith(", 2 slots of 64 tokens, within 900 MB, dense>")
+
+
 def test_the_public_api_is_what_dir_lists() -> None:
     assert dir(fallow) == sorted([*fallow.__all__, "__version__"])
     assert all(getattr(fallow, name) is not None for name in dir(fallow))

@@ -265,7 +265,7 @@ JSON_VALUES = st.recursive(
 INTERNALS = re.compile(
     r"(?i:traceback|object at 0x|union|function-|literal|pydantic|instance|input should)"
     r"|(?i:value error)|\bNone\b|NoneType|\b(str|int|dict|bool|float)\b|is not understood"
-    r"|TextPart|ChatMessage|StreamOptions|ResponseFormat|\(text\)|\(parts\)"
+    r"|TextPart|ChatMessage|StreamOptions|ResponseFormat|InputText|\(\w+\)"
 )
 
 
@@ -273,10 +273,13 @@ INTERNALS = re.compile(
 @settings(max_examples=400, deadline=None)
 def test_refusals_are_plain(data: st.DataObject) -> None:
     """Whatever a field is, it is taken or its name and one sentence are said, nothing of Python."""
-    kind = data.draw(st.sampled_from([api.ChatRequest, api.CompletionRequest]))
+    kinds: dict[Any, dict[str, Any]] = {
+        api.ChatRequest: {"messages": HI}, api.CompletionRequest: {"prompt": "a"},
+        api.ResponsesRequest: {"input": "a"},
+    }  # fmt: skip
+    kind = data.draw(st.sampled_from(list(kinds)))
     name = data.draw(st.sampled_from([*kind.model_fields, "strange"]))
-    body: dict[str, Any] = {"model": "tiny", "prompt": "a", "messages": HI}
-    body.pop("prompt" if kind is api.ChatRequest else "messages")
+    body = {"model": "tiny"} | kinds[kind]
     try:
         kind.model_validate(body | {name: data.draw(JSON_VALUES)})
     except ValidationError as error:

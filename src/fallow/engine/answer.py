@@ -141,11 +141,15 @@ class Answer:
                 if stats.finish:
                     break
         finally:
-            seconds = time.perf_counter() - decode_start
-            with engine._lock:
-                if engine._users[self.slot] is self:  # otherwise the counters are another's
-                    self._finish(seconds)
-                    engine._users[self.slot] = threading.get_ident()
+            self._end(time.perf_counter() - decode_start)
+
+    def _end(self, decode_seconds: float | None = None) -> None:
+        """Leaves the slot to this thread, where no other user has it by now."""
+        with self.engine._lock:
+            if self.engine._users[self.slot] is self:  # otherwise the counters are another's
+                if decode_seconds is not None:
+                    self._finish(decode_seconds)
+                self.engine._users[self.slot] = threading.get_ident()
 
     def _read_prompt(
         self, read: int, top_logprobs: int | None
@@ -282,9 +286,7 @@ class Embedding(Answer):
             stats.finish = "stop"
             yield Piece(embedding=(total / length).astype(np.float32))
         finally:
-            with engine._lock:
-                if engine._users[self.slot] is self:
-                    engine._users[self.slot] = threading.get_ident()
+            self._end()
 
 
 class AnswerText:

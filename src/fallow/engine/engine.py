@@ -169,6 +169,17 @@ class Engine:
         self.stats = Stats()  # of the last answer
         self.last_logits: np.ndarray | None = None
 
+    def __repr__(self) -> str:
+        size = sum(tensor.data.nbytes for tensor in self.file.tensors.values())
+        slots = f"{self.slots} slots of " if self.slots > 1 else "context of "
+        budget = "" if self.memory is None else f", within {self.memory / 1e6:.6g} MB"
+        plan = "dense" if self.plan is None else f"plan {self.plan.rule} at {self.plan.knob:.4g}"
+        return (
+            f"<Engine of {self.name}: {self.n_parameters / 1e6:.4g} million parameters in "
+            f"{size / 1e6:.4g} MB ({self.dtype_name}), {self.threads} threads, {slots}"
+            f"{self.context} tokens{budget}, {plan}>"
+        )
+
     def _usual_slots(self, context: int) -> int:
         for key in ("n_layers", "n_kv_heads", "head_dim"):
             self._count(f"fallow.{key}")
@@ -286,6 +297,16 @@ class Engine:
     def _packed_plan(self) -> Plan | None:
         stored = self.file.tensors.get("plan")
         return None if stored is None else Plan.from_bytes(bytes(stored.data), f"in {self.path}")
+
+    @property
+    def n_parameters(self) -> int:
+        """The source's: weights, biases and norms, without what packing adds."""
+        return sum(
+            math.prod(tensor.shape)
+            for name, tensor in self.file.tensors.items()
+            if name.endswith((".weight", ".bias", ".sinks"))
+            and not name.endswith((".outliers.weight", "_coarse.bias"))
+        )
 
     @property
     def context(self) -> int:

@@ -82,7 +82,8 @@ def _is_whole(path: Path) -> bool:
 
 
 def _pack(model: str, path: Path, quant: str | None) -> None:
-    command = [sys.executable, "-m", "fallow", "pack", model, "--output", str(path)]
+    # As JSON it suggests no next command, which is under way.
+    command = [sys.executable, "-m", "fallow", "pack", model, "--output", str(path), "--json"]
     if quant is not None:
         command += ["--quant", quant]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as child:

@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPBearer
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -32,6 +33,7 @@ from fallow.serving import schemas as api
 from fallow.serving.limits import Client, Limits, error_response
 from fallow.serving.logprobs import chat_logprobs, completion_logprobs
 from fallow.serving.page import add_page
+from fallow.serving.responses import Growing
 from fallow.serving.telemetry import Telemetry
 from fallow.serving.tools import Reader, Style, check_messages, style_of
 from fallow.serving.worker import Busy, Closing, Job, Overlong, Worker
@@ -157,6 +159,16 @@ def _add_completions(
         return await answering.chat(body, request)
 
     @app.post(
+        "/v1/responses",
+        dependencies=guarded,
+        responses=answers,
+        response_model=api.ResponseMade,
+    )
+    async def create_response(body: api.ResponsesRequest, request: Request) -> Any:
+        """Answers a text or a conversation; nothing of it is kept."""
+        return await answering.responses(body, request)
+
+    @app.post(
         "/v1/completions",
         dependencies=guarded,
         responses=answers,
@@ -204,7 +216,7 @@ def _openapi(app: FastAPI, name: str) -> dict[str, Any]:
                 operation["responses"].pop("422", None)
         for unused in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(unused, None)
-        for request in ("ChatRequest", "CompletionRequest", "EmbeddingRequest"):
+        for request in ("ChatRequest", "CompletionRequest", "EmbeddingRequest", "ResponsesRequest"):
             schema["components"]["schemas"][request]["properties"]["model"]["enum"] = [name]
         app.openapi_schema = schema
     return app.openapi_schema
@@ -251,6 +263,10 @@ def _defect_said(error: Exception) -> str:
     return f"a defect of the server: {type(error).__name__}; see its log"
 
 
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, FallowError) else _defect_said(error)
+
+
 class _BadRequest(HTTPException):
     """What is wrong with a field of the body."""
 
@@ -292,19 +308,8 @@ class _Answering:
 
     async def chat(self, body: api.ChatRequest, request: Request) -> Any:
         self.check_model(body.model)
-        template = self.tokenizer.chat_template or ""
-        try:
-            check_messages(template, body.messages)
-        except FallowError as error:
-            raise _BadRequest(f"messages: {error}", "messages") from error
-        tools = [tool.model_dump(exclude_unset=True) for tool in body.offered]
-        readers = self._readers(body)
-        messages = [message.passed for message in body.messages]
-        wanted = body.max_completion_tokens or body.max_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
-        encode = [partial(self.tokenizer.chat, messages, tools)]
-        form = self._form(body, body.response_format) or self._form_of_calls(body)
-        run = await self._run(body, request, "messages", encode, wanted, top, form=form)
+        run, readers = await self._run_chat(body, request, "messages", top)
         made: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if body.stream:
             made["object"] = "chat.completion.chunk"
@@ -329,6 +334,58 @@ class _Answering:
         return api.ChatResponse(
             **made, model=self.name, choices=choices, usage=_usage(answer.stats, body.n or 1)
         )
+
+    async def _run_chat(
+        self, body: api.ChatRequest, request: Request, field: str, top_logprobs: int | None
+    ) -> tuple["_Run", list[Reader]]:
+        """The answers to a conversation that came in that field, and what tells calls in them."""
+        template = self.tokenizer.chat_template or ""
+        try:
+            check_messages(template, body.messages)
+        except FallowError as error:
+            raise _BadRequest(f"{field}: {error}", field) from error
+        tools = [tool.model_dump(exclude_unset=True) for tool in body.offered]
+        readers = self._readers(body)
+        messages = [message.passed for message in body.messages]
+        wanted = body.max_completion_tokens or body.max_tokens
+        encode = [partial(self.tokenizer.chat, messages, tools)]
+        form = self._form(body, body.response_format) or self._form_of_calls(body)
+        run = await self._run(body, request, field, encode, wanted, top_logprobs, form=form)
+        return run, readers
+
+    async def responses(self, body: api.ResponsesRequest, request: Request) -> Any:
+        self.check_model(body.model)
+        try:
+            chat = body.chat()
+        except ValidationError as error:
+            first = error.errors()[0]
+            where, message = api.refusal(first["loc"], first)
+            raise _BadRequest(message, where or "tools") from error
+        run, readers = await self._run_chat(chat, request, "input", None)
+        growing = Growing(body, self.name)
+        if body.stream:
+            events = self._response_events(run, readers, growing)
+            return StreamingResponse(events, media_type="text/event-stream")
+        answer = await run.collect()
+        for event in (answer.texts[0], answer.stats[0]):
+            _ = list(_grown(growing, event, readers))
+        return growing.made
+
+    async def _response_events(
+        self, run: "_Run", readers: Sequence[Reader], growing: Growing
+    ) -> AsyncIterator[str]:
+        try:
+            for event in growing.begin():
+                yield _named_event(event)
+            async for _, found in run.events():
+                if found is None:
+                    yield ": waiting\n\n"
+                    continue
+                text = found.text if isinstance(found, Piece) else found
+                for event in _grown(growing, text, readers):
+                    yield _named_event(event)
+        except Exception as error:  # the status, 200, was sent already
+            yield _named_event(growing.fail(_said(error)))
 
     async def completions(self, body: api.CompletionRequest, request: Request) -> Any:
         self.check_model(body.model)
@@ -714,8 +771,7 @@ class _Answering:
                 usage = _usage(stats, usage_of).model_dump()
                 yield _event(made | {"choices": [], "usage": usage})
         except Exception as error:  # the status, 200, was sent already
-            said = str(error) if isinstance(error, FallowError) else _defect_said(error)
-            yield _event({"error": {"message": said, "type": "server_error"}})
+            yield _event({"error": {"message": _said(error), "type": "server_error"}})
         yield "data: [DONE]\n\n"
 
 
@@ -829,6 +885,10 @@ def _event(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
 
 
+def _named_event(value: dict[str, Any]) -> str:
+    return f"event: {value['type']}\n{_event(value)}"
+
+
 def _plan_named(plan: Plan) -> str:
     """The rule, and what was asked of it."""
     if plan.target_sparsity is not None:
@@ -844,6 +904,20 @@ def _activity(found: Activity) -> dict[str, Any]:
         active_bins=found.bins.round(2).tolist(),
         bytes_read=found.bytes_read,
     ).model_dump()
+
+
+def _grown(
+    growing: Growing, found: str | Stats, readers: Sequence[Reader]
+) -> Iterator[dict[str, Any]]:
+    """What a piece of an answer's text, or its end, adds to the response to it."""
+    if isinstance(found, str):
+        said: Sequence[Any] = readers[0].add(found) if readers else [found]
+    else:
+        said = readers[0].rest() if readers else ()
+    for each in said:
+        yield from growing.add(each)
+    if isinstance(found, Stats):
+        yield from growing.end(found.finish, _usage([found], 1))
 
 
 def _finish(finish: str, n_calls: int) -> str:

@@ -149,7 +149,7 @@ class Answer {
     if (this.withPlan) return "The plan leaves out no neurons of this model.";
     if (plan) return "Without its plan every neuron is computed.";
     return "Every neuron is computed: the file has no plan, and its activation makes no zeros. " +
-      "fallow optimize makes a file with a plan.";
+      "fallow calibrate makes a plan, fallow serve --plan serves with it.";
   }
 }
 

@@ -30,7 +30,10 @@ from fallow.engine.sampling import LARGEST_BIAS, LARGEST_PENALTY, REPEAT_PENALTI
 
 _NO_TEXT = "has half of a surrogate pair, which is no text"
 _OURS = "fallow"  # the type of errors that are sentences of ours
-_TEXT, _PARTS = "(text)", "(parts)"  # what pydantic calls the kinds of a message's content
+# What pydantic calls the kinds of a message's content, and those of what goes into a response.
+_TEXT, _PARTS = "(text)", "(parts)"
+_MESSAGE, _CALL, _RESULT = "(message)", "(call)", "(result)"
+_KINDS = (_TEXT, _PARTS, _MESSAGE, _CALL, _RESULT)
 # What pydantic's own errors say, those that a field without `_takes` may have.
 _SAID = {
     "missing": "is missing",
@@ -67,7 +70,7 @@ def refusal(loc: tuple[int | str, ...], error: Mapping[str, Any]) -> tuple[str |
     """
     if error["type"] == "json_invalid":
         return None, f"the body is no JSON: {error['ctx']['error']} at character {loc[0]}"
-    where = ".".join(_cut(str(part)) for part in loc if part not in (_TEXT, _PARTS))
+    where = ".".join(_cut(str(part)) for part in loc if part not in _KINDS)
     # pydantic's own words are about Python; a sentence that is not known is better left unsaid.
     said = error["msg"] if error["type"] == _OURS else _SAID.get(error["type"], "is not understood")
     if error["type"].endswith("too_long"):
@@ -157,6 +160,12 @@ def _kind(content: Any) -> str | None:
     return _TEXT if isinstance(content, str) else _PARTS if isinstance(content, list) else None
 
 
+def _item(value: Any) -> str | None:
+    kinds = {"message": _MESSAGE, "function_call": _CALL, "function_call_output": _RESULT}
+    kind = value.get("type", "message") if isinstance(value, dict) else None
+    return kinds.get(kind) if isinstance(kind, str) else None
+
+
 Str = Annotated[str, Field(max_length=MOST_CHARACTERS), AfterValidator(_utf8)]
 Name = Annotated[str, Field(max_length=LONGEST_NAME), AfterValidator(_utf8)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP), AfterValidator(_utf8)]
@@ -169,6 +178,8 @@ Ids = Annotated[
 ]
 Count = Annotated[int | None, Field(ge=1), _takes("a whole number of at least 1")]
 Flag = Annotated[bool | None, _takes("true or false")]
+Temperature = Annotated[float | None, Field(ge=0, le=2), _takes("a number from 0 to 2")]
+TopP = Annotated[float | None, Field(ge=0, le=1), _takes("a number from 0 to 1")]
 # Fields that would change the answer and are not supported are taken with the value that says so.
 One = Annotated[int | None, Field(ge=1, le=1), _takes("1, as no answers are left out")]
 Answers = Annotated[
@@ -383,8 +394,8 @@ class _Request(_Strict):
     model: Annotated[Name, _takes("the model's name")]
     stream: Flag = False
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float | None, Field(ge=0, le=2), _takes("a number from 0 to 2")] = 1.0
-    top_p: Annotated[float | None, Field(ge=0, le=1), _takes("a number from 0 to 1")] = 1.0
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
     top_k: Annotated[
         int | None, Field(ge=0, le=1 << 31), _takes("a whole number of at least 0")
     ] = 0
@@ -582,6 +593,210 @@ class EmbeddingRequest(_Strict):
     fallow_plan: Flag = True  # as for completions
 
 
+class InputText(_Strict):
+    type: Annotated[
+        Literal["input_text", "output_text"],
+        _takes('"input_text" or "output_text", as images and files are not supported'),
+    ]
+    text: Annotated[Str, _takes(f"text of at most {MOST_CHARACTERS} characters")]
+    annotations: Annotated[
+        list[Any] | None, Field(max_length=0), _takes("empty, as the model is not shown it")
+    ] = None
+    logprobs: Harmless = None
+
+
+InputContent = Annotated[
+    Annotated[Str, Tag(_TEXT)]
+    | Annotated[
+        list[InputText],
+        Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
+        Tag(_PARTS),
+    ],
+    Discriminator(_kind, _OURS, "must be text, or a list of parts of text"),
+]
+
+
+class _Item(_Strict):
+    id: Harmless = None
+    status: Harmless = None
+
+
+class InputMessage(_Item):
+    type: Literal["message"] = "message"
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant"],
+        _takes('"system", "developer", "user" or "assistant"'),
+    ]
+    content: InputContent
+    phase: Harmless = None
+
+
+class InputCall(_Item, CalledFunction):
+    """A call that an earlier response made."""
+
+    type: Literal["function_call"]
+    call_id: Annotated[Name, _takes(f"text of at most {LONGEST_NAME} characters")]
+
+
+class InputResult(_Item):
+    """What a call gave."""
+
+    type: Literal["function_call_output"]
+    call_id: Annotated[Name, _takes(f"text of at most {LONGEST_NAME} characters")]
+    output: InputContent
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag(_MESSAGE)]
+    | Annotated[InputCall, Tag(_CALL)]
+    | Annotated[InputResult, Tag(_RESULT)],
+    Discriminator(
+        _item, _OURS, "must be a message, a function_call or a function_call_output, by its type"
+    ),
+]
+
+
+class _OfFunction(_Strict):
+    type: Annotated[Literal["function"], _takes('"function"')]
+
+
+class FunctionTool(Function, _OfFunction):
+    """A tool as /v1/responses has it: without the level in between."""
+
+
+class NamedFunctionTool(NamedFunction, _OfFunction):
+    pass
+
+
+class TextFormat(SchemaFormat):
+    """A response's form: as ResponseFormat, without the level in between."""
+
+    type: Annotated[
+        Literal["text", "json_object", "json_schema"],
+        _takes('"text", "json_object" or "json_schema"'),
+    ]
+    schema_: Schema | None = Field(default=None, alias="schema")  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _of_its_type(self) -> "TextFormat":
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise _ours('has a schema if its type is "json_schema", and only then')
+        return self
+
+
+class TextConfig(_Strict):
+    format: TextFormat | None = None
+
+
+class ResponseStreamOptions(_Strict):
+    include_obfuscation: Harmless = None  # padding, which is not sent
+
+
+NotKept = Annotated[None, _takes("null, as nothing is kept here: send what was said as input")]
+Unsupported = Annotated[None, _takes("null, as it is not supported here")]
+
+
+class ResponsesRequest(_Strict):
+    model: Annotated[Name, _takes("the model's name")]
+    input: Annotated[
+        Annotated[NonEmpty, Tag(_TEXT)]
+        | Annotated[
+            list[InputItem],
+            Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
+            Tag(_PARTS),
+        ],
+        Discriminator(_kind, _OURS, "must be text, or a list of items"),
+    ]
+    instructions: Annotated[Str | None, _takes(f"text of at most {MOST_CHARACTERS} characters")] = (
+        None
+    )
+    stream: Flag = False
+    stream_options: ResponseStreamOptions | None = None
+    max_output_tokens: Count = None
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    text: TextConfig | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | NamedFunctionTool | None,
+        _takes('"none", "auto", "required" or {"type": "function", "name": ...}'),
+    ] = None
+    parallel_tool_calls: Flag = None
+    fallow_plan: Flag = True  # as for chats
+    # What is supported only as what changes nothing.
+    background: No = False
+    conversation: NotKept = None
+    previous_response_id: NotKept = None
+    prompt: Unsupported = None
+    reasoning: Unsupported = None
+    include: Annotated[
+        list[Any] | None, Field(max_length=0), _takes("empty, as nothing more is told")
+    ] = None
+    truncation: Annotated[
+        Literal["disabled"] | None, _takes('"disabled", as input is never cut')
+    ] = None
+    top_logprobs: Annotated[
+        int | None, Field(ge=0, le=0), _takes("0, as they are told by /v1/chat/completions")
+    ] = None
+    max_tool_calls: Harmless = None  # of tools that OpenAI runs
+    metadata: Harmless = None
+    store: Harmless = None
+    user: Harmless = None
+    safety_identifier: Harmless = None
+    service_tier: Harmless = None
+    prompt_cache_key: Harmless = None
+    prompt_cache_retention: Harmless = None
+
+    def chat(self) -> ChatRequest:
+        """The same for /v1/chat/completions. Raises pydantic's ValidationError."""
+        found: dict[str, Any] = {"model": self.model, "messages": self._messages()}
+        found |= {"max_tokens": self.max_output_tokens, "temperature": self.temperature}
+        found |= {"top_p": self.top_p, "stream": self.stream, "fallow_plan": self.fallow_plan}
+        found["parallel_tool_calls"] = self.parallel_tool_calls
+        if self.tools is not None:
+            found["tools"] = [_nested(tool) for tool in self.tools]
+        choice = self.tool_choice
+        found["tool_choice"] = _nested(choice) if isinstance(choice, BaseModel) else choice
+        form = self.text and self.text.format
+        if form:
+            found["response_format"] = {"type": form.type}
+            if form.schema_ is not None:
+                found["response_format"]["json_schema"] = {"schema": form.schema_}
+        return ChatRequest.model_validate(found)
+
+    def _messages(self) -> list[dict[str, Any]]:
+        """Calls that follow each other are one message, as chat templates have them."""
+        found: list[dict[str, Any]] = []
+        if self.instructions:
+            found.append({"role": "system", "content": self.instructions})
+        if isinstance(self.input, str):
+            return [*found, {"role": "user", "content": self.input}]
+        names: dict[str, str] = {}  # of calls, by their ids
+        for item in self.input:
+            if isinstance(item, InputMessage):
+                found.append({"role": item.role, "content": _joined(item.content)})
+            elif isinstance(item, InputCall):
+                names[item.call_id] = item.name
+                function = {"name": item.name, "arguments": item.arguments}
+                if not found or "tool_calls" not in found[-1]:
+                    found.append({"role": "assistant", "content": None, "tool_calls": []})
+                found[-1]["tool_calls"].append({"id": item.call_id, "function": function})
+            else:
+                result: dict[str, Any] = {"role": "tool", "content": _joined(item.output)}
+                result |= {"tool_call_id": item.call_id, "name": names.get(item.call_id)}
+                found.append(result)
+        return found
+
+
+def _nested(tool: BaseModel) -> dict[str, Any]:
+    """A tool, or its name, as chats have it."""
+    return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
+
+
+def _joined(content: str | list[InputText]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
 class TokenizeRequest(_Strict):
     """As llama.cpp's server has it."""
 
@@ -710,6 +925,77 @@ class CompletionResponse(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+class OutputText(BaseModel):
+    type: Literal["output_text"] = "output_text"
+    text: str = ""
+    annotations: list[Any] = []
+    logprobs: list[Any] = []
+
+
+class OutputMessage(BaseModel):
+    id: str
+    type: Literal["message"] = "message"
+    status: str = "in_progress"
+    role: Literal["assistant"] = "assistant"
+    content: list[OutputText] = []
+
+
+class OutputCall(BaseModel):
+    id: str
+    type: Literal["function_call"] = "function_call"
+    status: str = "in_progress"
+    call_id: str
+    name: str
+    arguments: str = ""
+
+
+class WrittenTokens(CachedTokens):
+    cache_write_tokens: int = 0  # OpenAI's price list has them
+
+
+class ReasoningTokens(BaseModel):
+    reasoning_tokens: int = 0  # those of a model that thinks are output as any other
+
+
+class ResponseUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: WrittenTokens
+    output_tokens: int
+    output_tokens_details: ReasoningTokens = ReasoningTokens()
+    total_tokens: int
+    sparsity: Sparsity
+
+
+class Incomplete(BaseModel):
+    reason: str
+
+
+class ResponseMade(BaseModel):
+    """What /v1/responses answers; what was asked for is told again, as OpenAI does."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    status: str = "in_progress"
+    error: None = None
+    incomplete_details: Incomplete | None = None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, Any]
+    model: str
+    output: list[OutputMessage | OutputCall] = []
+    parallel_tool_calls: bool
+    previous_response_id: None = None
+    store: Literal[False] = False
+    temperature: float
+    text: dict[str, Any]
+    tool_choice: Any
+    tools: list[dict[str, Any]]
+    top_p: float
+    truncation: Literal["disabled"] = "disabled"
+    usage: ResponseUsage | None = None
 
 
 class EmbeddingMade(BaseModel):

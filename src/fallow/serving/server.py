@@ -116,7 +116,8 @@ class _Server(uvicorn.Server):
                     host, port = socket.getsockname()[:2]
                     console.print(
                         f"serving {self._worker.engine.name} on http://{host}:{port}/v1, "
-                        f"a page to look at on http://{host}:{port}/, Ctrl-C ends",
+                        f"a chat in the browser on http://{host}:{port}/, Ctrl-C ends",
+                        soft_wrap=True,
                         highlight=False,
                     )
 

@@ -14,8 +14,8 @@ from fallow.engine.stats import Stats
 from fallow.serving.worker import Worker
 
 PATHS = (
-    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/health",
-    "/metrics",
+    "/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/embeddings", "/v1/models",
+    "/health", "/metrics",
 )  # fmt: skip
 FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds
 SPEED = (1, 2, 5, 10, 20, 50, 100, 200)  # tokens per second
