@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
+import ssl
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,18 +22,36 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 import fallow
 from fallow import cli
 from fallow.calibration.calibrator import Calibrator
+from fallow.checkpoints import text as text_module
 from fallow.engine import engine as engine_module
 from fallow.engine.engine import Engine, thread_count
 from fallow.models import ARCHITECTURES
 from fallow.plan import Cut, Plan
 from fallow.rules import RULES, teal_relative
 from fallow.rules._greedy import Greedy
+from harness.killing import Server
 
 pytest.register_assert_rewrite("engines", "selecting")
 
 # Engines have one thread where a test asks for no number. Two that share two cores with other
 # processes wait, spinning, for what does not run: of 100 tokens one by one, 20 ms become 2.5 s.
 engine_module.thread_count = lambda threads: thread_count(1 if threads is None else threads)
+
+# Of the default text its beginning, unless a test asks for `whole_default_text`: a tokenizer of 300
+# tokens takes half a second for all of it, every time that something is packed.
+whole_default_text = text_module._default_text
+
+
+@cache
+def _beginning(half: text_module.Half) -> text_module.Text:
+    found = whole_default_text(half)
+    return text_module.Text(found.name, found.content[:60_000])
+
+
+text_module._default_text = _beginning
+
+# Every client of HTTP would read 140 certificates, 65 ms, to talk to a server of these tests.
+ssl.create_default_context = cache(ssl.create_default_context)
 
 DATA = Path(os.environ.get("FALLOW_DATA", Path(__file__).parent.parent / "../shared/data"))
 
@@ -564,6 +583,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Result(int(stop.value.code or 0), captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Starts commands as processes of their own; it begins with ten seconds of imports."""
+    with Server() as made:
+        yield made
 
 
 def make_packed(root: Path) -> Plan:

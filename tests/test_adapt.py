@@ -222,7 +222,8 @@ def test_a_stopped_run_goes_on_to_the_same_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def run(name: str) -> AdaptReport:
-        return adapt(folders["llama"], tmp_path / name, SMALL, text=[texts[0]])
+        settings = replace(SMALL, tokens=4096)
+        return adapt(folders["llama"], tmp_path / name, settings, text=[texts[0]])
 
     whole = run("whole")
     step = adapter._Run.train_step

@@ -14,6 +14,7 @@ import pytest
 import fallow
 from conftest import Result
 from fallow import _core
+from fallow.laws import training
 from fallow.reporting.results import read_results
 from fallow.rules import RULES
 from fallow.selectors import SELECTORS
@@ -561,11 +562,15 @@ def test_law_fit(tmp_path: Path, run: Any) -> None:
     assert not (tmp_path / "p" / "law.json").exists()
 
 
-def test_law_train_sweep_and_advise(tmp_path: Path, run: Any) -> None:
+def test_law_train_sweep_and_advise(
+    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FIT_WINDOWS", "SEARCH_WINDOWS", "JUDGE_WINDOWS"):
+        monkeypatch.setattr(training, name, 6)
     text = tmp_path / "t.txt"
-    text.write_text("\n".join(f"the ship number {n} sailed at dawn" for n in range(9000)))
+    text.write_text("\n".join(f"the ship number {n} sailed at dawn" for n in range(3000)))
     small = ["--hidden-size", 64, "--layers", 1, "--intermediate-size", 40, "--vocabulary", 300]
-    small += ["--tokens", "2e4", "--context", 64, "--batch", 8, "--checkpoints", 2]
+    small += ["--tokens", "4e3", "--context", 64, "--batch", 8, "--checkpoints", 2]
     command = ["law", "train", "--text", text, "-o", tmp_path / "m", *small]
     found = run(*command, "--json").json
     assert len(found["sha256"]) == 64
@@ -576,7 +581,7 @@ def test_law_train_sweep_and_advise(tmp_path: Path, run: Any) -> None:
     assert run(*command, "--activation", "x").code == 2
     (tmp_path / "c.toml").write_text(
         f'[base]\ntext = "{text}"\nhidden_size = 64\nlayers = 1\nintermediate_size = 40\n'
-        "vocabulary = 300\ntokens = 2e4\ncontext = 64\nbatch = 8\ncheckpoints = 2\n"
+        "vocabulary = 300\ntokens = 4e3\ncontext = 64\nbatch = 8\ncheckpoints = 2\n"
     )
     swept = run("law", "sweep", tmp_path / "c.toml", "-o", tmp_path / "s", "--json").json
     assert swept["rows"][0]["sha256"] == found["sha256"]

@@ -24,7 +24,11 @@ import pytest
 import fallow
 from conftest import TALK, make_folder
 from fallow import cli
+from fallow.adaptation import texts as adaptation_texts
 from fallow.checkpoints import text
+from fallow.laws import training
+from fallow.packing import cache
+from fallow.packing.packer import pack
 from test_models import write_gguf
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +81,7 @@ SHORTER: dict[str, dict[str, str]] = {
     "patterns similarity": {"--context": "64", "--documents": "2"},
     "law train": {
         "--tokens": "16000", "--hidden-size": "64", "--layers": "1", "--intermediate-size": "48",
-        "--vocabulary": "300", "--context": "32", "--batch": "16",
+        "--vocabulary": "300", "--context": "32", "--batch": "16", "--checkpoints": "8",
     },
     "law fit": {"--draws": "20", "--unit": "1"},  # so few tokens would pass for billions
 }  # fmt: skip
@@ -119,9 +123,8 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("gemma3", "my-model", "HuggingFaceTB/SmolLM2-135M"):
         shutil.copytree(model, folder / name)
     small = fallow.load(make_folder("llama", tmp_path_factory.mktemp("small") / "llama"))
-    plain = write_gguf("llama", small, folder / "plain.gguf")
-    command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", TALK]
-    subprocess.run([*command, plain, folder / "my-model.gguf"], check=True)
+    template = {"tokenizer.chat_template": TALK}
+    write_gguf("llama", small, folder / "my-model.gguf", keys=template)
     halves = [short_text(half).content for half in HALVES]
     (folder / "novels.txt").write_text("\n".join(halves))
     (folder / "my-tasks").mkdir()
@@ -171,9 +174,6 @@ class Reader:
             return
         assert words[0] == "fallow", f"what is {line!r}?"
         words = shortened(words[1:])
-        # The process that packs a copy would take a name for the alias.
-        if words[0] in ("run", "serve"):
-            words = [f"./{word}" if word in ("smollm2", "gemma3") else word for word in words]
         if words[0] == "serve":
             self.start_server(words)
         elif "--memory" in words:  # of a process of its own
@@ -246,6 +246,10 @@ def reader(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     texts = {half: short_text(half) for half in HALVES}
     monkeypatch.setattr(text, "_default_text", texts.__getitem__)
     monkeypatch.setenv("FALLOW_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(cache, "_pack", lambda model, path, quant: pack(model, path, quant=quant))
+    monkeypatch.setattr(adaptation_texts, "HELD_OUT", 4)
+    for name in ("FIT_WINDOWS", "SEARCH_WINDOWS", "JUDGE_WINDOWS"):
+        monkeypatch.setattr(training, name, 6)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
     monkeypatch.setattr(sys, "path", list(sys.path))
     made = Reader(folder, monkeypatch)

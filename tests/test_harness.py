@@ -127,11 +127,20 @@ def test_dense_and_sparse_in_one_run(talking: Path, tasks: Path) -> None:
     assert theirs["change_se"] == pytest.approx(ours["change_se"])
 
 
+# `python -m fallow.measure.harness` with its own tasks only: see `own_tasks_only`.
+RUN = """
+import functools, runpy
+from lm_eval import tasks
+tasks.TaskManager = functools.partial(tasks.TaskManager, include_defaults=False)
+runpy.run_module("fallow.measure.harness", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_the_harness_has_our_model(talking: Path, tasks: Path, tmp_path: Path) -> None:
     cutting(Engine(talking)).save(tmp_path / "m.plan")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "fallow.measure.harness", "run", "--model", "fallow"),
+            *(sys.executable, "-c", RUN, "run", "--model", "fallow"),
             *("--model_args", f"path={talking},plan={tmp_path / 'm.plan'},threads=1"),
             *("--tasks", "choose", "--include_path", str(tasks), "--limit", "5"),
         ],

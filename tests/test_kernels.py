@@ -1,5 +1,7 @@
 """Every kernel table against numpy and the portable twin, every quantisation type."""
 
+from functools import cache
+
 import gguf
 import numpy as np
 import pytest
@@ -26,8 +28,9 @@ def widths(kind: str) -> tuple[int, ...]:
 CASES = [(t, kind, width) for t in TABLES for kind in TYPES for width in widths(kind)]
 
 
+@cache
 def make(kind: str, rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Stored bytes (flat), and the values they stand for, (rows, width)."""
+    """Stored bytes (flat), and the values they stand for, (rows, width); not to be changed."""
     rng = np.random.default_rng([rows, width])
     if kind in LOOKED_UP:
         return make_looked_up(kind, rows, width, rng)

@@ -5,13 +5,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from conftest import EXPERTS, PACKED, PACKED_DENSE, VOCABULARY, engine_plan, make_folder
+from conftest import (
+    EXPERTS,
+    PACKED,
+    PACKED_DENSE,
+    VOCABULARY,
+    OnDemand,
+    engine_plan,
+    make_folder,
+)
 from fallow.checkpoints.text import load_text
 from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
@@ -38,32 +47,30 @@ from fallow.plan import Cut, Plan
 
 IDS = np.random.default_rng(1).integers(2, VOCABULARY, 120)
 LAYERS = 5
-Packed = dict[str, Path]
+Packed = Mapping[str, Path]
 
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     """Every architecture as F32, and a Llama in Q4_K."""
-    root, found = tmp_path_factory.mktemp("memory"), {}
-    for name in PACKED:
-        folder = make_folder(name, root / name, num_hidden_layers=LAYERS)
-        found[name] = root / f"{name}.gguf"
-        pack(folder, found[name], quant="f32")
-    folder = make_folder("llama", root / "wide", num_hidden_layers=LAYERS, hidden_size=256)
-    found["q4_k"] = root / "q4_k.gguf"
-    pack(folder, found["q4_k"], quant="q4_k")
-    changes = {"hidden_size": 256, "moe_intermediate_size": 32, "head_dim": 64}
-    changes |= {"num_experts": 24, "num_experts_per_tok": 2}  # a block has few tokens for each
-    folder = make_folder("qwen3_moe", root / "experts", num_hidden_layers=LAYERS, **changes)
-    found["q4_k_experts"] = root / "q4_k_experts.gguf"
-    pack(folder, found["q4_k_experts"], quant="q4_k")
-    for tied in (False, True):
-        name = "tied" if tied else "untied"
-        changes = {"hidden_size": 32, "tie_word_embeddings": tied}
-        folder = make_folder("llama", root / name, num_hidden_layers=LAYERS, **changes)
-        found[name] = root / f"{name}.gguf"
-        pack(folder, found[name], quant="f32", shortlist=True)
-    return found
+    root = tmp_path_factory.mktemp("memory")
+    experts = {"hidden_size": 256, "moe_intermediate_size": 32, "head_dim": 64}
+    experts |= {"num_experts": 24, "num_experts_per_tok": 2}  # a block has few tokens for each
+    others: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "q4_k": ("llama", "q4_k", {"hidden_size": 256}),
+        "q4_k_experts": ("qwen3_moe", "q4_k", experts),
+        "untied": ("llama", "f32", {"hidden_size": 32}),
+        "tied": ("llama", "f32", {"hidden_size": 32, "tie_word_embeddings": True}),
+    }
+
+    def make(name: str) -> Path:
+        architecture, quant, changes = others.get(name, (name, "f32", {}))
+        folder = make_folder(architecture, root / name, num_hidden_layers=LAYERS, **changes)
+        path = root / f"{name}.gguf"
+        pack(folder, path, quant=quant, shortlist=name in ("untied", "tied"))
+        return path
+
+    return OnDemand((*PACKED, *others), make)
 
 
 def plan_for(engine: Engine, gate_act: float, inter: float) -> Plan:

@@ -17,9 +17,8 @@ def traced() -> None:
 
 
 @pytest.mark.usefixtures("traced")
-def test_whatever_the_disk_kept_is_whole(tmp_path: Path) -> None:
-    with Server() as server:
-        tally = PowerLoss("plan import", tmp_path, server).run_states(again=2)
+def test_whatever_the_disk_kept_is_whole(server: Server, tmp_path: Path) -> None:
+    tally = PowerLoss("plan import", tmp_path, server).run_states(again=2)
     assert tally.defects == []
     assert tally.calls >= 4  # creation, writing, renaming and two syncs
     assert (tally.syncs, tally.again) == (2, 2)

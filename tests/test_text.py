@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import whole_default_text
 from fallow.checkpoints.text import (
     RUN,
     SKETCH,
@@ -30,7 +31,7 @@ class Letters:
 
 
 def test_default_halves_share_no_paragraph() -> None:
-    halves = [load_text(None, half).content for half in ("calibration", "evaluation")]
+    halves = [whole_default_text(half).content for half in ("calibration", "evaluation")]
     paragraphs = [{" ".join(p.split()) for p in h.split("\n\n")} for h in halves]
     assert len(halves[0]) > 100_000
     assert len(halves[1]) > 100_000
@@ -130,7 +131,7 @@ def test_a_changed_copy_is_leakage() -> None:
 
 
 def test_halves_of_the_default_text_are_no_leakage() -> None:
-    calibration, evaluation = (load_text(None, half) for half in ("calibration", "evaluation"))
+    calibration, evaluation = (whole_default_text(half) for half in ("calibration", "evaluation"))
     assert overlap(calibration.sketch, evaluation.codes) < 0.01
     assert message(calibration, evaluation) == message(evaluation, calibration) == ""
 

@@ -1,5 +1,6 @@
 """Runs packed models with the compiled core: no torch, no transformers."""
 
+import math
 import os
 import threading
 import time

@@ -22,7 +22,7 @@ BOUNDS = {
 }  # fmt: skip
 LEAST_LOG_GAIN = -30.0  # ln k of a curve without any fall: k is 0 then, to a part in 1e13
 POINTS = 40  # of the grid, per θ
-STARTS = 3  # of the grid's best that scipy goes on from
+STARTS = 3  # of the grid's best, which scipy goes on from, but for neighbours of a better one
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Form:
         offset, gain: bounds of A0 and of k.
         names: what k and A0 are called in the formula.
         log_gain: the formula has ln k.
+        smooth: g has a derivative in θ everywhere.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Form:
     gain: tuple[float, float] = UNBOUNDED
     names: tuple[str, str] = ("c", "A0")
     log_gain: bool = False
+    smooth: bool = True
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -143,7 +145,9 @@ def fit(
         if name in fixed:
             grid[i] = fixed[name]
     values = inner(grid)[2]
-    best = np.argsort(values)[: STARTS if free else 1]
+    best = np.argsort(values)[: STARTS if free else 1].tolist()
+    if form.smooth and free:
+        best = _apart(best, grid.shape)
     found: Fit | None = None
     for candidate in grid[:, best].T:
         theta = candidate.copy()
@@ -158,13 +162,26 @@ def fit(
             bounds = np.log(limits)
             start = np.clip(np.log(theta[free]), bounds[0] + 1e-6, bounds[1] - 1e-6)
             with np.errstate(over="ignore"):  # in scipy's steps, where the curve says nothing of θ
-                solved = least_squares(residuals, start, bounds=bounds, xtol=1e-10)
+                solved = least_squares(
+                    residuals, start, bounds=bounds, xtol=1e-10, ftol=1e-12, gtol=1e-15
+                )
             theta[free] = np.clip(np.exp(solved.x), *limits)
         k, a, sse = (v.item() for v in inner(theta[:, None]))
         if found is None or sse < found.sse:
             found = Fit(form, theta, k, a, sse)
     assert found is not None
     return found
+
+
+def _apart(best: list[int], shape: tuple[int, ...]) -> list[int]:
+    """Of indices of a grid's points (p, m), the best first, those that no better one is next to.
+
+    From neighbours scipy goes to one minimum of a smooth function.
+    """
+    p, m = shape
+    places = np.stack(np.unravel_index(best, (round(m ** (1 / p)),) * p), axis=1)
+    near = np.abs(places[:, None] - places[None]).max(axis=2) <= 1
+    return [index for n, index in enumerate(best) if not near[n, :n].any()]
 
 
 def _bounds(form: Form, fixed: Mapping[str, float]) -> tuple[tuple[float, float], ...]:
@@ -189,30 +206,41 @@ def _linear(
     Two variables in a box: the minimum lies inside, or on one of the four edges.
     """
     centre, mean = g.mean(axis=1), y.mean()
-    spread = ((g - centre[:, None]) ** 2).sum(axis=1)
-    both = ((g - centre[:, None]) * (y - mean)).sum(axis=1)
-    squares, products = (g**2).sum(axis=1), (g * y).sum(axis=1)
-    n = len(y)
-
-    def gain_for(a: np.ndarray | float) -> np.ndarray:
-        return np.clip((products - a * n * centre) / np.maximum(squares, 1e-300), *gain)
-
-    def offset_for(k: np.ndarray | float) -> np.ndarray:
-        return np.clip(mean - k * centre, *offset)
-
-    inside = both / np.maximum(spread, 1e-300)
-    candidates = [(inside, mean - inside * centre)]
-    candidates += [(np.full(len(g), edge), offset_for(edge)) for edge in gain]
-    candidates += [(gain_for(edge), np.full(len(g), edge)) for edge in offset]
-    k, a = (np.stack(values) for values in zip(*candidates, strict=True))
+    from_centre = g - centre[:, None]
+    spread = (from_centre**2).sum(axis=1)
+    k = (from_centre * (y - mean)).sum(axis=1) / np.maximum(spread, 1e-300)
+    a = mean - k * centre
     with np.errstate(over="ignore", invalid="ignore"):  # of what lies outside
+        errors = ((y - a[:, None] - k[:, None] * g) ** 2).sum(axis=1)
+    inside = (k >= gain[0]) & (k <= gain[1]) & (a >= offset[0]) & (a <= offset[1])
+    inside &= np.isfinite(errors)
+    if not inside.all():
+        rest = ~inside
+        k[rest], a[rest], errors[rest] = _on_an_edge(g[rest], centre[rest], y, gain, offset)
+    return k, a, errors
+
+
+def _on_an_edge(
+    g: np.ndarray,
+    centre: np.ndarray,
+    y: np.ndarray,
+    gain: tuple[float, float],
+    offset: tuple[float, float],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `_linear`, of the box's edges alone; `centre` (m,) is the mean of g."""
+    mean, n = y.mean(), len(y)
+    squares, products = np.maximum((g**2).sum(axis=1), 1e-300), (g * y).sum(axis=1)
+    sides = [(np.full(len(g), edge), np.clip(mean - edge * centre, *offset)) for edge in gain]
+    sides += [
+        (np.clip((products - edge * n * centre) / squares, *gain), np.full(len(g), edge))
+        for edge in offset
+    ]
+    k, a = (np.stack(values) for values in zip(*sides, strict=True))
+    with np.errstate(over="ignore", invalid="ignore"):
         errors = ((y - a[:, :, None] - k[:, :, None] * g) ** 2).sum(axis=2)
-    slack = 1e-12
-    outside = (k < gain[0] - slack) | (k > gain[1] + slack)
-    outside |= (a < offset[0] - slack) | (a > offset[1] + slack)
-    errors = np.where(outside | ~np.isfinite(errors), np.inf, errors)
+    errors = np.where(np.isfinite(errors), errors, np.inf)
     best = errors.argmin(axis=0), np.arange(len(g))
-    return np.clip(k[best], *gain), np.clip(a[best], *offset), errors[best]
+    return k[best], a[best], errors[best]
 
 
 # The forms ---------------------------------------------------------------------------------------
@@ -305,6 +333,7 @@ FORMS = {
             lambda x, theta: np.minimum(x, theta[0]),
             ("x0",),
             lambda x: np.linspace(x[1], x[-1], 4 * POINTS)[None],
+            smooth=False,
         ),
     )
 }
