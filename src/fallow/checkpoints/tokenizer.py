@@ -635,8 +635,8 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
 
 
 def _merges(file: GgufFile) -> list[tuple[str, str]]:
-    pairs = (merge.partition(" ") for merge in file.get("tokenizer.ggml.merges"))
-    return [(left, right) for left, _, right in pairs]
+    pairs = (merge.split(" ", 1) for merge in file.get("tokenizer.ggml.merges"))
+    return [(left, right) for left, right in pairs]
 
 
 def _sentencepiece_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:
