@@ -261,6 +261,8 @@ void check_rows(const Rows& scores, const Floats& thresholds) {
 
 NB_MODULE(_core, m) {
   m.doc() = "Compiled core of fallow.";
+  // What a program still holds when it ends, as the mapping of a model that it loaded, is no news to its user.
+  nb::set_leak_warnings(false);
   nb::exception<GgufError>(m, "GgufError", PyExc_ValueError);
 
   nb::exception<PackedError>(m, "PackedError", PyExc_ValueError);
