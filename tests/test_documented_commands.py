@@ -209,6 +209,8 @@ class Reader:
             words[words.index("--port") + 1] = "0"
         else:
             words += ["--port", "0"]
+        # Its process has aliases, which would go before folders of their names.
+        words = [f"./{w}" if os.sep not in w and Path(w).is_dir() else w for w in words]
         command = [sys.executable, "-m", "fallow", *words]
         server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.servers.append(server)
