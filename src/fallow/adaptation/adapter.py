@@ -374,8 +374,8 @@ class _Run:
             )
         if max(epochs) > MANY_EPOCHS:
             note(
-                f"a text is read {max(epochs):.0f} times; in runs whose results are kept none was read "
-                f"more than {MANY_EPOCHS} times; give more text, or fewer --tokens"
+                f"a text is read {max(epochs):.0f} times; in runs whose results are kept none "
+                f"was read more than {MANY_EPOCHS} times; give more text, or fewer --tokens"
             )
 
     # The student ---------------------------------------------------------------------------------
