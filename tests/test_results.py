@@ -45,8 +45,8 @@ def test_an_engine_says_what_it_is(model: fallow.Model, plan: fallow.Plan, tmp_p
     assert repr(engine).endswith(" MB (bf16), 1 threads, context of 64 tokens, dense>")
     engine.use_plan(plan)
     assert repr(engine).endswith(", plan topk at 0.5>")
-    several = fallow.Engine(path, threads=1, context=64, slots=2, memory="900MB")
-    assert repr(several).endswith(", 2 slots of 64 tokens, within 900 MB, dense>")
+    several = fallow.Engine(path, threads=1, context=64, slots=2, memory="8GB")
+    assert repr(several).endswith(", 2 slots of 64 tokens, within 8000 MB, dense>")
 
 
 def test_the_public_api_is_what_dir_lists() -> None:
