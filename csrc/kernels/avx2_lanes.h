@@ -875,6 +875,11 @@ struct Integers {
   FALLOW_INLINE __m256 sums() const { return _mm256_add_ps(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)); }
 };
 
+// y (8,) += what whole numbers stand for.
+FALLOW_INLINE void add_scaled(__m256i sum, __m256 scale, float* y) {
+  _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, _mm256_loadu_ps(y)));
+}
+
 // kSummed rows' coefficients times their scales in one group, as int8 with one scale. The error is that
 // of int8 activations, but relative to the largest of 16 products instead of 32, and half of it since weights
 // count from the middle of their range: where a format has minima those take what that adds up to, otherwise
@@ -907,9 +912,7 @@ class Rounded {
     add_whole_to(y, _mm256_add_epi32(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(v)),
                                      _mm256_cvtepi16_epi32(_mm256_extracti128_si256(v, 1))));
   }
-  FALLOW_INLINE void add_whole_to(float* y, __m256i sum) const {
-    _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale_, _mm256_loadu_ps(y)));
-  }
+  FALLOW_INLINE void add_whole_to(float* y, __m256i sum) const { add_scaled(sum, scale_, y); }
 
  private:
   __m256i bytes_;  // of rows 0..3 and 8..11, 4..7 and 12..15, twice in each half
@@ -1084,10 +1087,6 @@ struct Rounded8_0 {
     }
   }
 };
-
-FALLOW_INLINE void add_scaled(__m256i sum, __m256 scale, float* y) {
-  _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, _mm256_loadu_ps(y)));
-}
 
 // y (32 blocks,) += some blocks of kSummed rows of Q8_0.
 FALLOW_INLINE void axpy_blocks_8_0(const uint8_t* const* rows, Later<Q8_0, kSummed>& later, const float* c, size_t blocks,

@@ -43,20 +43,8 @@ def members(text: memoryview, values: bytes) -> Iterator[tuple[str, memoryview]]
         ValueError: it is no object of such values, which may show after the last of them.
         DuplicateKeyError: it has a key twice; told after the last.
     """
-    member = re.compile(
-        _SPACE
-        + b"("
-        + STRING
-        + b")"
-        + _SPACE
-        + b":"
-        + _SPACE
-        + b"("
-        + values
-        + b")"
-        + _SPACE
-        + b",?"
-    )
+    parts = (_SPACE, STRING, _SPACE, _SPACE, values, _SPACE)
+    member = re.compile(rb"%s(%s)%s:%s(%s)%s,?" % parts)
     begin = _BEGIN.match(text)
     if begin is None:
         raise ValueError("no object")
