@@ -311,15 +311,15 @@ values once for all heads. They lie in huge pages too: with both, SmolLM2's atte
 takes 0.65 of the time that it took by heads, in small pages (Zen 4). AVX2 kernels keep the sums of
 three queries in registers and ask for the cache 1 KB ahead.
 
-**Prefill** of a prompt multiplies the FFN in bytes where a processor has VNNI or AVX2, and where the
-rest would be floats also what attention does with q_proj, k_proj and o_proj: 1.18 to 1.25 times as fast
-(three models, Zen 3) for 0.0001 to 0.0004 nats. AVX2 adds up products in 16 bits, which hold eight of
-a four-bit weight and one of seven bits: down_proj is rounded to seven there, to eight with VNNI; six bits
-would take prompts of SmolLM2 from 0.0029 to 0.0055 nats. The sums of a block were zeroed by one
-instruction that takes as long as two of its groups; stores and columns cut into equal parts made
-SmolLM2's prefill 1.06 times as fast (Zen 3). Quality (`evaluate`,
-`Engine.logits`) is always measured in floats or bfloat16, which are nearer to decode; how far bytes
-are from them stands with each model.
+**Prefill** of a prompt multiplies the FFN in bytes where a processor has VNNI or AVX2, and where
+the rest would be floats also what attention does with q_proj, k_proj and o_proj: 1.18 to 1.25
+times as fast (three models, Zen 3) for 0.0001 to 0.0004 nats. AVX2 adds up products in 16 bits,
+which hold eight of a four-bit weight and one of seven bits: down_proj is rounded to seven there,
+to eight with VNNI; six bits would take prompts of SmolLM2 from 0.0029 to 0.0055 nats. The sums of
+a block were zeroed by one instruction that takes as long as two of its groups; stores and columns
+cut into equal parts made SmolLM2's prefill 1.06 times as fast (Zen 3). Quality (`evaluate`,
+`Engine.logits`) is always measured in floats or bfloat16, which are nearer to decode; how far
+bytes are from them stands with each model.
 """
 
 

@@ -130,13 +130,14 @@ def test_a_few_tokens_are_as_one_by_one(name: str, kernels: str, packed: dict[st
 
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """A tiny llama, packed in each type. Its scores of attention are spread by 2 to 3, as SmolLM2's are."""
+    """A tiny llama in each type, whose scores of attention are spread by 2 to 3, as SmolLM2's."""
     root = tmp_path_factory.mktemp("quantised")
 
     def make(kind: str) -> Path:
         width = 256 if kind.endswith("k") else 96
-        changes = {"hidden_size": width, "num_attention_heads": 4, "initializer_range": 2 / width**0.5}
-        pack(make_folder("llama", root / kind, **changes), root / f"{kind}.gguf", quant=kind)
+        sizes = {"hidden_size": width, "num_attention_heads": 4}
+        folder = make_folder("llama", root / kind, **sizes, initializer_range=2 / width**0.5)
+        pack(folder, root / f"{kind}.gguf", quant=kind)
         return root / f"{kind}.gguf"
 
     return OnDemand(("q4_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"), make)
