@@ -171,6 +171,8 @@ class Engine:
         self.last_logits: np.ndarray | None = None
 
     def __repr__(self) -> str:
+        if "last_logits" not in vars(self):  # what __init__ sets last
+            return f"<Engine of {vars(self).get('path')}, which was not loaded>"
         size = sum(tensor.data.nbytes for tensor in self.file.tensors.values())
         slots = f"{self.slots} slots of " if self.slots > 1 else "context of "
         budget = "" if self.memory is None else f", within {self.memory / 1e6:.6g} MB"
