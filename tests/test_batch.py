@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import PACKED, VOCABULARY, make_folder
+from conftest import PACKED, VOCABULARY, engine_plan, make_folder
 from engines import cutting_plan, fails
 from fallow import _core
 from fallow.checkpoints.weights import read_gguf
@@ -19,6 +19,7 @@ from fallow.engine.memory import RESERVE, parts_of, residencies
 from fallow.engine.process import rss_bytes
 from fallow.engine.sampling import Sampler
 from fallow.packing.packer import pack
+from fallow.plan import Cut
 
 RNG = np.random.default_rng(11)
 # Prompts end before, at and behind each other's windows and panels of keys.
@@ -104,6 +105,28 @@ def test_neurons_and_bytes_are_told(packed: dict[str, Path]) -> None:
     engine.reset_stats()
     engine.forward_together([5, 6], [0, 1])
     assert one < engine.core_stats()["bytes_read"] < 1.5 * one
+
+
+def test_under_a_plan_all_but_neurons_is_shared(packed: dict[str, Path]) -> None:
+    """Two tokens read together spare all weights; under a plan all but those of the FFN."""
+    engine = Engine(packed["llama"], threads=1, slots=2)
+
+    def read(*tokens: int) -> int:
+        for slot, _ in enumerate(tokens):
+            engine.reset(slot=slot)
+            engine.forward([3, 4], slot=slot)
+        engine.reset_stats()
+        engine.forward_together(tokens, range(len(tokens)))
+        return engine.core_stats()["bytes_read"]
+
+    def spared() -> int:
+        return read(5) + read(6) - read(5, 6)
+
+    dense = spared()
+    ffn = ("gate_proj", "up_proj", "down_proj_t")
+    matrices = [engine.matrix(f"layers.{i}.{name}") for i in range(2) for name in ffn]
+    engine.use_plan(engine_plan(engine, Cut("gate_act", "threshold", 0.0)))
+    assert dense - spared() == sum(matrix.data.nbytes for matrix in matrices)
 
 
 def test_wrong_slots_are_one_line(packed: dict[str, Path]) -> None:

@@ -92,6 +92,7 @@ class Answer {
     this.text = "";
     this.decoded = this.bytes = 0;  // tokens of passes of their own, and what these read
     this.shares = [];  // of neurons that were active, of every token
+    this.told = { speed: "–", bytes: "–", skipped: "–", note: "" };  // beside the picture of its tokens
     $("log").append(this.box);
   }
 
@@ -125,7 +126,7 @@ class Answer {
     this.box.style.setProperty("--low", (deviation > 1e-6 ? middle - spread : middle).toFixed(4));
     this.box.style.setProperty("--high", (middle + spread).toFixed(4));
     token.tabIndex = -1;
-    token.show = () => show({ ...activity, token, text, share });
+    token.show = () => show({ ...activity, answer: this, token, text, share });
     token.show();
     return token;
   }
@@ -133,18 +134,24 @@ class Answer {
   figures(speed = (1000 * this.decoded) / (performance.now() - this.start)) {
     if (!this.shares.length) return "";
     const skipped = percent(1 - mean(this.shares));
-    $("skipped").textContent = skipped;
+    this.told.skipped = skipped;
     const said = [`${this.shares.length} tokens`];
     if (this.decoded) {
       const bytes = (this.bytes / this.decoded / MEGA).toFixed(1);
-      $("speed").textContent = speed.toFixed(1);
-      $("bytes").textContent = bytes;
+      this.told.speed = speed.toFixed(1);
+      this.told.bytes = bytes;
       said.push(`${speed.toFixed(1)} tokens/s`, `${bytes} MB per token`);
     }
     const [least, most] = [1 - Math.max(...this.shares), 1 - Math.min(...this.shares)];
     said.push(`${skipped} of neurons skipped${most - least > 0.001 ? ` (${percent(least)} to ${percent(most)})` : ""}`);
     if (plan) said.push(this.withPlan ? "with the plan" : "without the plan");
     return said.join(" · ");
+  }
+
+  // Its figures beside the picture, where that is of one of its tokens.
+  tell() {
+    if (shown?.answer !== this) return;
+    for (const [id, text] of Object.entries(this.told)) $(id).textContent = text;
   }
 
   // Why neurons were skipped or not, in a sentence.
@@ -177,7 +184,6 @@ async function ask(question) {
   talk.push({ role: "user", content: question });
   const answer = new Answer();
   const [mine, thisTalk] = [new AbortController(), talk];
-  let note = "";
   busy(mine);
   try {
     const response = await request("v1/chat/completions", {
@@ -196,16 +202,17 @@ async function ask(question) {
       answer.add(chunk.choices[0]?.delta?.content ?? "", chunk.fallow_activity ?? []);
       speed = chunk.usage?.sparsity.decode_tps || undefined;
       answer.below.textContent = answer.figures(speed) || "reading";
+      answer.tell();
       if (follows) log.scrollTop = log.scrollHeight;
     }
-    note = answer.note();
+    answer.told.note = answer.note();
+    answer.tell();
     if (!answer.shares.length) answer.below.textContent = "The model ended its answer at once.";
   } catch (error) {
     if (mine.signal.aborted) answer.below.textContent = [answer.figures(), "stopped"].filter(Boolean).join(" · ");
     else answer.box.append(element("p", "error", error.message));
     if (!answer.text && thisTalk === talk && !$("question").value) $("question").value = question;  // to send it again
   }
-  $("note").textContent = note;
   if (answer.text) thisTalk.push({ role: "assistant", content: answer.text });
   else thisTalk.pop();
   const last = answer.paragraph.querySelector("span:last-of-type");
@@ -230,6 +237,7 @@ function show(what) {
   shown?.token.classList.remove("shown");
   shown = what;
   shown.token.classList.add("shown");
+  shown.answer.tell();
   if (waits) return;
   waits = true;
   requestAnimationFrame(() => {
