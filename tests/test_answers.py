@@ -338,7 +338,9 @@ def test_the_reference_samples_as_the_engine_does(
         assert list(model.generate(IDS[:5], 5, temperature)) == greedy
     taken = [inspect.signature(one.generate).parameters for one in (model, engine)]
     assert set(taken[0]) - {"plan"} == set(taken[1]) - {"lossless"}
-    assert all(taken[1][name].default == taken[0][name].default for name in taken[0] if name != "plan")
+    assert all(
+        taken[1][name].default == taken[0][name].default for name in taken[0] if name != "plan"
+    )
     options: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "min_p": 0.01}
     changed = {"repeat_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.7}
     form = {"json_schema": {"type": "array", "items": {"enum": [1, 22]}, "maxItems": 3}}
