@@ -1,6 +1,8 @@
 """Several texts in one engine: what one reads does not depend on the others, to the bit."""
 
 import gc
+import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +304,20 @@ def test_slots_by_themselves_take_little(
     for available, slots in ((39 * cache, 3), (40 * cache, 4), (5 * cache, 1)):
         monkeypatch.setattr("fallow.engine.engine.available_bytes", lambda a=available: a)
         assert Engine(path, slots=None, context=64).slots == slots
+
+
+def test_a_damaged_number_of_layers_takes_no_memory(
+    packed: dict[str, Path], tmp_path: Path
+) -> None:
+    """Where slots are counted by what their caches take, as the server does."""
+    damaged = bytearray(packed["llama"].read_bytes())
+    at = damaged.index(b"fallow.n_layers") + len(b"fallow.n_layers")
+    assert struct.unpack_from("<II", damaged, at) == (4, 2)  # a uint32
+    struct.pack_into("<I", damaged, at + 4, (1 << 32) - 1)
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(damaged)
+    tracemalloc.start()
+    with pytest.raises(FallowError, match=r"n_layers must be .* from 1 to 65536; pack it again"):
+        Engine(path, slots=None)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()

@@ -185,7 +185,7 @@ class Engine:
 
     def _usual_slots(self, context: int) -> int:
         for key in ("n_layers", "n_kv_heads", "head_dim"):
-            self._count(f"fallow.{key}")
+            self._count(f"fallow.{key}")  # cache_bytes relies on them
         room = SLOTS_SHARE * (self.memory if self.memory is not None else available_bytes())
         return max(1, min(USUAL_SLOTS, int(room / max(1, cache_bytes(self.file, context)))))
 
