@@ -616,6 +616,8 @@ def test_lines_differ_without_colours(made: Path) -> None:
     shown = made.read_text()
     assert '"dash":"solid"' in shown
     assert '"symbol":"circle"' in shown
+    for (plot,) in figure_of(made, "Zeros by layer")["variants"].values():
+        assert plot["layout"]["yaxis"]["rangemode"] == "nonnegative"  # of shares and counts
     for title in ("Zeros by layer", "Firing frequency", "Histogram"):
         (plot,) = next(iter(figure_of(made, title)["variants"].values()))
         looks = [

@@ -142,6 +142,8 @@ def natural_section(profile: dict[str, Any], command: str) -> Section:
         "zeros and small values": [_plot(traces, "layer", "share of values, %")],
         "dead neurons": [_plot([dead], "layer", "neurons active on < 0.1 % of tokens")],
     }
+    for (plot,) in by_layer.values():
+        plot["layout"]["yaxis"] |= {"rangemode": "nonnegative"}
     firing = {
         label: [
             _plot(
