@@ -164,8 +164,7 @@ class Answer {
     if (this.withPlan) return "The plan leaves out no neurons of this model.";
     if (plan) return "Without its plan every neuron is computed.";
     return "Every neuron is computed: the file has no plan, and its activation makes no zeros. To skip some: " +
-      `fallow calibrate ${model} --rule topk --sparsity 0.5 -o half.plan, then ` +
-      `fallow serve ${model} --plan half.plan`;
+      "fallow calibrate MODEL --rule topk --sparsity 0.5 -o half.plan, then fallow serve MODEL --plan half.plan";
   }
 }
 
