@@ -616,10 +616,10 @@ def find_browser() -> str | None:
 def browser() -> Iterator[Any]:
     """Chromium without a window."""
     sync_api = pytest.importorskip("playwright.sync_api")
-    path = find_browser()
-    if path is None:
-        pytest.skip("no Chromium: apt-get install chromium, or name one in CHROMIUM")
     with sync_api.sync_playwright() as playwright:
+        path = find_browser() or playwright.chromium.executable_path
+        if not Path(path).exists():
+            pytest.skip("no Chromium: playwright install chromium, or name one in CHROMIUM")
         opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield opened
         opened.close()

@@ -1,5 +1,6 @@
 """Answers of the engine: sampling, what is guessed ahead, stops, text and log probabilities."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -335,7 +336,21 @@ def test_the_reference_samples_as_the_engine_does(
     greedy = list(model.generate(IDS[:5], 5))
     for temperature in (1e-29, 1e-300, 5e-324):
         assert list(model.generate(IDS[:5], 5, temperature)) == greedy
+    taken = [inspect.signature(one.generate).parameters for one in (model, engine)]
+    assert set(taken[0]) - {"plan"} == set(taken[1]) - {"lossless"}
+    assert all(
+        taken[1][name].default == taken[0][name].default for name in taken[0] if name != "plan"
+    )
     options: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "min_p": 0.01}
+    changed = {"repeat_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.7}
+    form = {"json_schema": {"type": "array", "items": {"enum": [1, 22]}, "maxItems": 3}}
+    for others in (changed, {"logit_bias": {3: 2.0, 5: -100}}, form):
+        told = list(engine.generate("hi", 20, seed=1, **options, **others))
+        assert told != list(engine.generate("hi", 20, seed=1, **options))
+        assert list(model.generate("hi", 20, seed=1, **options, **others)) == told
+    for one in (model, engine):
+        with pytest.raises(UsageError, match=r"^repeat_penalty 0 is outside \[0\.1, 10\]$"):
+            one.generate("hi", repeat_penalty=0)
     for seed in range(4):
         told = list(engine.generate(IDS[:5], 20, seed=seed, **options))
         assert list(model.generate(IDS[:5], 20, seed=seed, **options)) == told

@@ -1,13 +1,15 @@
 """Several texts in one engine: what one reads does not depend on the others, to the bit."""
 
 import gc
+import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from conftest import PACKED, VOCABULARY, make_folder
+from conftest import PACKED, VOCABULARY, engine_plan, make_folder
 from engines import cutting_plan, fails
 from fallow import _core
 from fallow.checkpoints.weights import read_gguf
@@ -19,6 +21,7 @@ from fallow.engine.memory import RESERVE, parts_of, residencies
 from fallow.engine.process import rss_bytes
 from fallow.engine.sampling import Sampler
 from fallow.packing.packer import pack
+from fallow.plan import Cut
 
 RNG = np.random.default_rng(11)
 # Prompts end before, at and behind each other's windows and panels of keys.
@@ -104,6 +107,28 @@ def test_neurons_and_bytes_are_told(packed: dict[str, Path]) -> None:
     engine.reset_stats()
     engine.forward_together([5, 6], [0, 1])
     assert one < engine.core_stats()["bytes_read"] < 1.5 * one
+
+
+def test_under_a_plan_all_but_neurons_is_shared(packed: dict[str, Path]) -> None:
+    """Two tokens read together spare all weights; under a plan all but those of the FFN."""
+    engine = Engine(packed["llama"], threads=1, slots=2)
+
+    def read(*tokens: int) -> int:
+        for slot, _ in enumerate(tokens):
+            engine.reset(slot=slot)
+            engine.forward([3, 4], slot=slot)
+        engine.reset_stats()
+        engine.forward_together(tokens, range(len(tokens)))
+        return engine.core_stats()["bytes_read"]
+
+    def spared() -> int:
+        return read(5) + read(6) - read(5, 6)
+
+    dense = spared()
+    ffn = ("gate_proj", "up_proj", "down_proj_t")
+    matrices = [engine.matrix(f"layers.{i}.{name}") for i in range(2) for name in ffn]
+    engine.use_plan(engine_plan(engine, Cut("gate_act", "threshold", 0.0)))
+    assert dense - spared() == sum(matrix.data.nbytes for matrix in matrices)
 
 
 def test_wrong_slots_are_one_line(packed: dict[str, Path]) -> None:
@@ -279,3 +304,20 @@ def test_slots_by_themselves_take_little(
     for available, slots in ((39 * cache, 3), (40 * cache, 4), (5 * cache, 1)):
         monkeypatch.setattr("fallow.engine.engine.available_bytes", lambda a=available: a)
         assert Engine(path, slots=None, context=64).slots == slots
+
+
+def test_a_damaged_number_of_layers_takes_no_memory(
+    packed: dict[str, Path], tmp_path: Path
+) -> None:
+    """Where slots are counted by what their caches take, as the server does."""
+    damaged = bytearray(packed["llama"].read_bytes())
+    at = damaged.index(b"fallow.n_layers") + len(b"fallow.n_layers")
+    assert struct.unpack_from("<II", damaged, at) == (4, 2)  # a uint32
+    struct.pack_into("<I", damaged, at + 4, (1 << 32) - 1)
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(damaged)
+    tracemalloc.start()
+    with pytest.raises(FallowError, match=r"n_layers must be .* from 1 to 65536; pack it again"):
+        Engine(path, slots=None)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()

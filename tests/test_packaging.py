@@ -1,7 +1,9 @@
 """What an installation is like: little is imported, and the shell completes commands."""
 
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 HEAVY = (
@@ -132,9 +135,14 @@ def test_commands_name_extras_that_exist() -> None:
 
 
 def test_workflows_call_targets_that_exist() -> None:
-    """Workflows and issue forms are YAML; `make` is asked for what the Makefile has."""
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    """Workflows and issue forms are YAML; `make` is asked for what the Makefile has, of files that
+    are there, and Python for modules that are.
+    """
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    settings = dict(re.findall(r"^(\w+) \?= ?(.*)", makefile, re.MULTILINE))
     asked: set[str] = set()
+    pythons: set[str] = set()
     files = sorted((ROOT / ".github").rglob("*.yml"))
     for path in files:
         content = yaml.safe_load(path.read_text())
@@ -142,11 +150,28 @@ def test_workflows_call_targets_that_exist() -> None:
             assert {"name", "description", "body"} <= content.keys()
             continue
         for job in content["jobs"].values():
+            pythons |= set(job.get("strategy", {}).get("matrix", {}).get("python", ()))
             for step in job["steps"]:
                 assert ("uses" in step) != ("run" in step), step
-                for words in re.findall(r"^make (.*)", step.get("run", ""), re.MULTILINE):
-                    asked |= {word for word in words.split() if re.fullmatch(r"[\w-]+", word)}
+                pythons.add(step.get("with", {}).get("python-version", ""))
+                for command in re.split(r"&&|\n", step.get("run", "make")):
+                    program, *words = shlex.split(command)
+                    given = dict(word.split("=", 1) for word in words if "=" in word)
+                    if program == "make":
+                        asked |= set(words) - {f"{name}={given[name]}" for name in given}
+                        assert given.keys() <= settings.keys()
+                        assert all((ROOT / name).exists() for name in given.values())
+                    elif program == f"{settings['VENV']}/bin/python":
+                        assert importlib.util.find_spec(words[words.index("-m") + 1])
+                    else:
+                        assert program in ("sudo", "pipx"), command
     assert {"test", "lint", "docs", "cross"} <= asked <= targets
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = SpecifierSet(project["requires-python"])
+    found = {version for version in pythons if re.fullmatch(r"[\d.]+", version)}
+    assert "3.11" in found
+    assert all(version in versions for version in found)
+    assert f"\n{settings['TORCH']} " in (ROOT / "requirements.lock").read_text()
     shown = re.findall(r"^make ([\w-]+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     assert set(shown) <= targets
     assert len(files) >= 5

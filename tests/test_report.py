@@ -19,6 +19,7 @@ from fallow.reporting import measure, page
 from fallow.reporting.figures import plain
 from fallow.reporting.measure import align, octaves, pick_neurons, ranked, stored_bytes
 from fallow.reporting.results import read_results
+from looks import cut_texts, faint, small_controls
 
 Texts = tuple[Path, Path]
 WIDTHS = {"phone": (390, 844), "desk": (1440, 900)}
@@ -571,6 +572,9 @@ def test_it_fits_the_screen(opened: Any) -> None:
             .map((e) => e.outerHTML.slice(0, 99))"""
     )
     assert outside == []
+    assert faint(opened) == cut_texts(opened) == []
+    if opened.kind == "phone":
+        assert small_controls(opened) == []
     # Every menu works and redraws; commands unfold without widening the page.
     for menu in opened.locator("select").all():
         menu.scroll_into_view_if_needed()
@@ -612,6 +616,16 @@ def test_lines_differ_without_colours(made: Path) -> None:
     shown = made.read_text()
     assert '"dash":"solid"' in shown
     assert '"symbol":"circle"' in shown
+    for (plot,) in figure_of(made, "Zeros by layer")["variants"].values():
+        assert plot["layout"]["yaxis"]["rangemode"] == "nonnegative"  # of shares and counts
+    for title in ("Zeros by layer", "Firing frequency", "Histogram"):
+        (plot,) = next(iter(figure_of(made, title)["variants"].values()))
+        looks = [
+            json.dumps([trace["line"].get(key) for key in ("dash", "width")])
+            for trace in plot["data"]
+        ]
+        assert len(looks) > 1
+        assert len(set(looks)) == min(len(looks), 5)
 
 
 def test_headlines_tell_what_the_data_hold(made: Path) -> None:

@@ -49,6 +49,18 @@ def test_an_engine_says_what_it_is(model: fallow.Model, plan: fallow.Plan, tmp_p
     assert repr(several).endswith(", 2 slots of 64 tokens, within 8000 MB, dense>")
 
 
+def test_an_engine_that_was_not_loaded_says_so(model: fallow.Model, tmp_path: Path) -> None:
+    """As debuggers and logs ask for it, of one whose file was refused."""
+    path = tmp_path / "packed.gguf"
+    fallow.pack(model, path, quant="bf16")
+    for arguments in ({"path": tmp_path / "none.gguf"}, {"path": path, "context": 1 << 40}):
+        engine = object.__new__(fallow.Engine)
+        assert repr(engine) == "<Engine of None, which was not loaded>"
+        with pytest.raises(fallow.FallowError):
+            engine.__init__(**arguments)  # type: ignore[misc]
+        assert repr(engine) == f"<Engine of {arguments['path']}, which was not loaded>"
+
+
 def test_the_public_api_is_what_dir_lists() -> None:
     assert dir(fallow) == sorted([*fallow.__all__, "__version__"])
     assert all(getattr(fallow, name) is not None for name in dir(fallow))

@@ -19,6 +19,7 @@ from fallow.engine.engine import Engine
 from fallow.engine.sampling import Sampler
 from fallow.engine.stats import BINS, Activity
 from fallow.plan import Cut
+from looks import cut_texts, faint, small_controls, tab_order
 from served import HI, served
 from test_memory import COMING, Foresight
 
@@ -272,14 +273,56 @@ def test_a_talk(view: Any, planned: Engine, planned_address: str) -> None:
     assert planned.plan is None
     assert "without the plan" in view.locator(".answer small").last.inner_text()
     assert view.locator("#note").inner_text() == "Without its plan every neuron is computed."
+    # Figures and note are those of the answer whose token is shown.
+    assert view.locator("#skipped").inner_text() == "0.0 %"
+    answer.locator("span").first.hover()
+    assert view.locator("#skipped").inner_text() in answer.locator("small").inner_text()
+    assert not view.locator("#note").is_visible()
     page = "document.documentElement"
     assert view.evaluate(f"() => {page}.scrollWidth <= innerWidth")
     assert view.evaluate(f"() => {page}.scrollHeight <= innerHeight")
     assert view.locator("header").bounding_box()["height"] < 110
     assert view.locator("#log").bounding_box()["height"] > 200
+    assert cut_texts(view) == []
+    assert view.locator("#rows").is_visible()
+    assert view.locator("#scale").is_visible()
+    order = tab_order(view, "#with-plan", 8)
+    assert order == ["new", "log", "span", "span", "question", "send", "temperature", "longest"]
     view.click("#new")
     assert view.locator(".answer").count() == 0
+    assert view.locator("#log .hint").is_visible()
     assert view.faults == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_for_fingers_and_eyes(browser: Any, planned_address: str, scheme: str) -> None:
+    size = {"width": 390, "height": 844}
+    context = browser.new_context(viewport=size, color_scheme=scheme, has_touch=True)
+    view = context.new_page()
+    view.goto(planned_address)
+    view.fill("#longest", "9")
+    assert small_controls(view) == faint(view) == cut_texts(view) == []
+    ask(view, "neuron " * 30)
+    assert small_controls(view) == faint(view) == cut_texts(view) == []
+    for field in ("#question", "#temperature", "#longest"):  # or phones zoom in
+        size = view.locator(field).evaluate("e => getComputedStyle(e).fontSize")
+        assert float(size.removesuffix("px")) >= 16
+    for width, height, room in ((390, 450, 150), (844, 390, 150), (320, 568, 100)):
+        view.set_viewport_size({"width": width, "height": height})
+        assert view.locator("#log").bounding_box()["height"] > room
+        assert view.evaluate("document.documentElement.scrollWidth") <= width
+        assert view.locator("#send").bounding_box()["y"] + 44 <= height
+    context.close()
+
+
+def test_a_server_that_is_gone_is_told(browser: Any, engine: Engine) -> None:
+    view = browser.new_page()
+    with served(engine) as address:
+        view.goto(address)
+        view.locator("#about", has_text="tiny").wait_for()
+    answer = ask(view, "hi")
+    assert "is fallow serve still running?" in answer.locator(".error").inner_text()
+    view.close()
 
 
 def test_a_key_a_stop_and_no_plan(

@@ -171,6 +171,8 @@ class Engine:
         self.last_logits: np.ndarray | None = None
 
     def __repr__(self) -> str:
+        if "last_logits" not in vars(self):  # what __init__ sets last
+            return f"<Engine of {vars(self).get('path')}, which was not loaded>"
         size = sum(tensor.data.nbytes for tensor in self.file.tensors.values())
         slots = f"{self.slots} slots of " if self.slots > 1 else "context of "
         budget = "" if self.memory is None else f", within {self.memory / 1e6:.6g} MB"
@@ -183,7 +185,7 @@ class Engine:
 
     def _usual_slots(self, context: int) -> int:
         for key in ("n_layers", "n_kv_heads", "head_dim"):
-            self._count(f"fallow.{key}")
+            self._count(f"fallow.{key}")  # cache_bytes relies on them
         room = SLOTS_SHARE * (self.memory if self.memory is not None else available_bytes())
         return max(1, min(USUAL_SLOTS, int(room / max(1, cache_bytes(self.file, context)))))
 

@@ -152,7 +152,8 @@ def parts_of(file: GgufFile, coarse_head: bool) -> list[Part]:
 
 def cache_bytes(file: GgufFile, context: int) -> int:
     """Of the keys and values of a text of `context` tokens, two bytes each."""
-    n = file.get("fallow.n_layers")
+    # Every layer has tensors: a damaged count, which the core refuses, takes no memory here.
+    n = min(file.get("fallow.n_layers"), len(file.tensors))
     heads = file.numbers("fallow.layer_n_kv_heads", [file.get("fallow.n_kv_heads")] * n)
     dims = file.numbers("fallow.layer_head_dim", [file.get("fallow.head_dim")] * n)
     kept_by = file.numbers("fallow.kv_layer", range(n))

@@ -85,7 +85,7 @@ def built(target: Target) -> Path:
     if not path.is_file():
         option = f" --llama-cpp {target.folder}" if target.folder else ""
         raise FallowError(
-            f"there is no plugin for {target.name} yet; build it, in a minute, with: "
+            f"there is no plugin for {target.name} yet; build it once, with: "
             f"fallow llama build{option}"
         )
     return path

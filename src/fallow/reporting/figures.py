@@ -85,8 +85,8 @@ def card_section(card: dict[str, Any], dense: dict[str, Any], command: str) -> S
 
 def distribution_section(profile: dict[str, Any], command: str) -> Section:
     note = (
-        "Magnitudes of activations on the text, and of weights, in one line per layer, from blue "
-        "(the first) to orange (the last)."
+        "Magnitudes of activations on the text, and of weights, in one line per layer, from thin "
+        "and blue (the first) to thick and orange (the last)."
     )
     histograms, cdfs, quantiles = {}, {}, {}
     for name, tensor in profile["tensors"].items():
@@ -134,14 +134,16 @@ def natural_section(profile: dict[str, Any], command: str) -> Section:
         },
     }
     traces = [
-        go.Scatter(x=index, y=_percent(values), name=name, mode="lines+markers")
-        for name, values in shares.items()
+        go.Scatter(x=index, y=_percent(values), name=name, mode="lines+markers", **_in_grey(i))
+        for i, (name, values) in enumerate(shares.items())
     ]
     dead = go.Bar(x=index, y=[row["dead_neurons"] for row in layers], name="dead neurons")
     by_layer = {
         "zeros and small values": [_plot(traces, "layer", "share of values, %")],
         "dead neurons": [_plot([dead], "layer", "neurons active on < 0.1 % of tokens")],
     }
+    for (plot,) in by_layer.values():
+        plot["layout"]["yaxis"] |= {"rangemode": "nonnegative"}
     firing = {
         label: [
             _plot(
@@ -151,8 +153,9 @@ def natural_section(profile: dict[str, Any], command: str) -> Section:
                         y=_percent(row[key]["value"]),
                         name=f"layer {row['layer']}",
                         mode="lines",
+                        line=_in_grey(i)["line"],
                     )
-                    for row in profile["firing"]
+                    for i, row in enumerate(profile["firing"])
                 ],
                 "neurons by rank, %",
                 "share of tokens, %",
@@ -530,19 +533,19 @@ def _plot(
 
 
 def _by_depth(rows: Sequence[Any], x: list[float], name: str) -> list[Any]:
-    """A line per layer, coloured by its depth."""
-    count = len(rows)
-    colors = sample_colorscale(DEPTH, [i / max(count - 1, 1) for i in range(count)])
+    """A line per layer, whose colour and width tell its depth."""
+    depths = [i / max(len(rows) - 1, 1) for i in range(len(rows))]
+    colors = sample_colorscale(DEPTH, depths)
     return [
         go.Scatter(
             x=x,
             y=_percent(row),
             mode="lines",
-            line={"color": color, "width": 1.2},
+            line={"color": color, "width": 1 + 2 * depth},
             name=f"layer {i}",
             hovertemplate=f"layer {i}: %{{y}} % {name} %{{x}}<extra></extra>",
         )
-        for i, (row, color) in enumerate(zip(rows, colors, strict=True))
+        for i, (row, depth, color) in enumerate(zip(rows, depths, colors, strict=True))
     ]
 
 

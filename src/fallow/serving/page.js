@@ -9,6 +9,7 @@ let model = "", plan = null;
 let talk = [];  // messages so far
 let running = null;  // the AbortController of an answer that is being made
 let shown = null;  // what the picture shows: a token's activity
+const hint = $("log").firstElementChild;
 
 function element(name, className, text = "") {
   const made = document.createElement(name);
@@ -24,7 +25,9 @@ const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.
 
 async function request(path, options = {}) {
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
-  const response = await fetch(path, { ...options, headers });
+  const response = await fetch(path, { ...options, headers }).catch((error) => {
+    throw options.signal?.aborted ? error : new Error("The server does not answer: is fallow serve still running?");
+  });
   if (response.ok) return response;
   if (response.status === 401) askForKey();
   const said = await response.json().catch(() => null);
@@ -89,6 +92,7 @@ class Answer {
     this.text = "";
     this.decoded = this.bytes = 0;  // tokens of passes of their own, and what these read
     this.shares = [];  // of neurons that were active, of every token
+    this.told = { speed: "–", bytes: "–", skipped: "–", note: "" };  // beside the picture of its tokens
     $("log").append(this.box);
   }
 
@@ -101,11 +105,16 @@ class Answer {
       this.decoded += 1;
       this.bytes += bytes;
     }
-    if (text) this.paragraph.append(activities.length ? this.token(text, activities) : text);
+    if (!text) return;
+    if (!activities.length) return this.paragraph.append(text);
+    // A space before a word stays outside of its box, which would else begin at the end of a line.
+    const space = text.trim() ? text.slice(0, text.length - text.trimStart().length) : "";
+    this.paragraph.append(space, this.token(text, space.length, activities));
   }
 
-  token(text, activities) {
-    const token = element("span", "", text);
+  // Of a text, which begins with so many spaces that are on the page already.
+  token(text, spaces, activities) {
+    const token = element("span", "", text.slice(spaces));
     const activity = merged(activities);
     const share = mean(activity.active);
     token.style.setProperty("--share", share.toFixed(4));
@@ -117,7 +126,7 @@ class Answer {
     this.box.style.setProperty("--low", (deviation > 1e-6 ? middle - spread : middle).toFixed(4));
     this.box.style.setProperty("--high", (middle + spread).toFixed(4));
     token.tabIndex = -1;
-    token.show = () => show({ ...activity, token, share });
+    token.show = () => show({ ...activity, answer: this, token, text, share });
     token.show();
     return token;
   }
@@ -125,18 +134,24 @@ class Answer {
   figures(speed = (1000 * this.decoded) / (performance.now() - this.start)) {
     if (!this.shares.length) return "";
     const skipped = percent(1 - mean(this.shares));
-    $("skipped").textContent = skipped;
+    this.told.skipped = skipped;
     const said = [`${this.shares.length} tokens`];
     if (this.decoded) {
       const bytes = (this.bytes / this.decoded / MEGA).toFixed(1);
-      $("speed").textContent = speed.toFixed(1);
-      $("bytes").textContent = bytes;
+      this.told.speed = speed.toFixed(1);
+      this.told.bytes = bytes;
       said.push(`${speed.toFixed(1)} tokens/s`, `${bytes} MB per token`);
     }
     const [least, most] = [1 - Math.max(...this.shares), 1 - Math.min(...this.shares)];
     said.push(`${skipped} of neurons skipped${most - least > 0.001 ? ` (${percent(least)} to ${percent(most)})` : ""}`);
     if (plan) said.push(this.withPlan ? "with the plan" : "without the plan");
     return said.join(" · ");
+  }
+
+  // Its figures beside the picture, where that is of one of its tokens.
+  tell() {
+    if (shown?.answer !== this) return;
+    for (const [id, text] of Object.entries(this.told)) $(id).textContent = text;
   }
 
   // Why neurons were skipped or not, in a sentence.
@@ -148,8 +163,8 @@ class Answer {
     }
     if (this.withPlan) return "The plan leaves out no neurons of this model.";
     if (plan) return "Without its plan every neuron is computed.";
-    return "Every neuron is computed: the file has no plan, and its activation makes no zeros. " +
-      "fallow calibrate makes a plan, fallow serve --plan serves with it.";
+    return "Every neuron is computed: the file has no plan, and its activation makes no zeros. To skip some: " +
+      "fallow calibrate MODEL --rule topk --sparsity 0.5 -o half.plan, then fallow serve MODEL --plan half.plan";
   }
 }
 
@@ -163,12 +178,11 @@ function merged(activities) {
 
 async function ask(question) {
   const log = $("log");
-  log.querySelector(".hint")?.remove();
+  hint.remove();
   log.append(element("p", "asked", question));
   talk.push({ role: "user", content: question });
   const answer = new Answer();
   const [mine, thisTalk] = [new AbortController(), talk];
-  let note = "";
   busy(mine);
   try {
     const response = await request("v1/chat/completions", {
@@ -187,16 +201,17 @@ async function ask(question) {
       answer.add(chunk.choices[0]?.delta?.content ?? "", chunk.fallow_activity ?? []);
       speed = chunk.usage?.sparsity.decode_tps || undefined;
       answer.below.textContent = answer.figures(speed) || "reading";
+      answer.tell();
       if (follows) log.scrollTop = log.scrollHeight;
     }
-    note = answer.note();
+    answer.told.note = answer.note();
+    answer.tell();
     if (!answer.shares.length) answer.below.textContent = "The model ended its answer at once.";
   } catch (error) {
     if (mine.signal.aborted) answer.below.textContent = [answer.figures(), "stopped"].filter(Boolean).join(" · ");
     else answer.box.append(element("p", "error", error.message));
     if (!answer.text && thisTalk === talk && !$("question").value) $("question").value = question;  // to send it again
   }
-  $("note").textContent = note;
   if (answer.text) thisTalk.push({ role: "assistant", content: answer.text });
   else thisTalk.pop();
   const last = answer.paragraph.querySelector("span:last-of-type");
@@ -221,6 +236,7 @@ function show(what) {
   shown?.token.classList.remove("shown");
   shown = what;
   shown.token.classList.add("shown");
+  shown.answer.tell();
   if (waits) return;
   waits = true;
   requestAnimationFrame(() => {
@@ -233,16 +249,16 @@ function show(what) {
 function draw() {
   const canvas = $("layers"), scale = devicePixelRatio;
   canvas.hidden = !shown;
+  $("which").textContent = shown ? `${JSON.stringify(shown.text)}: ${percent(shown.share)} of neurons active` : "";
   const [width, height] = [canvas.clientWidth, canvas.clientHeight];
   canvas.width = width * scale;
   canvas.height = height * scale;
   if (!shown) return;
-  const { token, share, active, bins } = shown;
-  $("which").textContent = `${JSON.stringify(token.textContent)}: ${percent(share)} of neurons active`;
+  const { text, share, active, bins } = shown;
   const layers = active.map(percent).join(", ");
-  canvas.ariaLabel = `Active neurons for ${JSON.stringify(token.textContent)}, by layer: ${layers}`;
+  canvas.ariaLabel = `Active neurons for ${JSON.stringify(text)}, by layer: ${layers}`;
   const style = getComputedStyle(canvas);
-  const [ink, bar, ...triples] = ["--dim", "--hot", "--idle", "--half", "--busy"].map((name) =>
+  const [ink, bar, ...triples] = ["--dim", "--accent", "--idle", "--half", "--busy"].map((name) =>
     style.getPropertyValue(name).trim());
   const colours = triples.map((triple) => triple.split(" ").map(Number));
   const context = canvas.getContext("2d");
@@ -302,8 +318,8 @@ $("new").addEventListener("click", () => {
   talk = [];
   shown = null;
   for (const id of ["speed", "bytes", "skipped"]) $(id).textContent = "–";
-  for (const id of ["which", "note"]) $(id).textContent = "";
-  $("log").replaceChildren();
+  $("note").textContent = "";
+  $("log").replaceChildren(hint);
   draw();
   $("question").focus();
 });

@@ -46,7 +46,7 @@ _SAID = {
     "string_too_long": "is too long",
     "too_long": "has too many entries",
 }
-_NO_CONTENT = "must be text, or a list of parts of type text"
+_NO_CONTENT = "must be text, or a list of parts of text"
 _LONGEST = 60  # characters of a request that an error repeats
 # What a request may ask for, before any work is done for it.
 MOST_CHARACTERS = 1 << 19  # of a text: more than 100,000 tokens
@@ -92,6 +92,7 @@ def _cut(text: str) -> str:
 
 
 _T = TypeVar("_T")
+_P = TypeVar("_P")
 
 
 def _ours(said: str) -> PydanticCustomError:
@@ -170,6 +171,12 @@ Str = Annotated[str, Field(max_length=MOST_CHARACTERS), AfterValidator(_utf8)]
 Name = Annotated[str, Field(max_length=LONGEST_NAME), AfterValidator(_utf8)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP), AfterValidator(_utf8)]
 NonEmpty = Annotated[Str, Field(min_length=1)]
+TextOr = (  # text, or a list
+    Annotated[_T, Tag(_TEXT)]
+    | Annotated[
+        list[_P], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True), Tag(_PARTS)
+    ]
+)
 Several = Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)
 Texts = Annotated[list[NonEmpty], Several]
 Ids = Annotated[
@@ -310,18 +317,9 @@ class ChatMessage(_Strict):
         list[Any] | None, Field(max_length=0), _takes("empty, as the model is not shown it")
     ] = None
     name: Annotated[Name | None, _takes(f"text of at most {LONGEST_NAME} characters")] = None
-    content: (
-        Annotated[
-            Annotated[Str, Tag(_TEXT)]
-            | Annotated[
-                list[TextPart],
-                Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
-                Tag(_PARTS),
-            ],
-            Discriminator(_kind, _OURS, _NO_CONTENT),
-        ]
-        | None
-    ) = Field(default=None, validate_default=True)
+    content: Annotated[TextOr[Str, TextPart], Discriminator(_kind, _OURS, _NO_CONTENT)] | None = (
+        Field(default=None, validate_default=True)
+    )
 
     @field_validator("tool_calls", "tool_call_id", "name")
     @classmethod
@@ -605,15 +603,7 @@ class InputText(_Strict):
     logprobs: Harmless = None
 
 
-InputContent = Annotated[
-    Annotated[Str, Tag(_TEXT)]
-    | Annotated[
-        list[InputText],
-        Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
-        Tag(_PARTS),
-    ],
-    Discriminator(_kind, _OURS, "must be text, or a list of parts of text"),
-]
+InputContent = Annotated[TextOr[Str, InputText], Discriminator(_kind, _OURS, _NO_CONTENT)]
 
 
 class _Item(_Strict):
@@ -699,12 +689,7 @@ Unsupported = Annotated[None, _takes("null, as it is not supported here")]
 class ResponsesRequest(_Strict):
     model: Annotated[Name, _takes("the model's name")]
     input: Annotated[
-        Annotated[NonEmpty, Tag(_TEXT)]
-        | Annotated[
-            list[InputItem],
-            Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
-            Tag(_PARTS),
-        ],
+        TextOr[NonEmpty, InputItem],
         Discriminator(_kind, _OURS, "must be text, or a list of items"),
     ]
     instructions: Annotated[Str | None, _takes(f"text of at most {MOST_CHARACTERS} characters")] = (
