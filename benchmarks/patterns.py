@@ -4,12 +4,14 @@ Steps that are done are kept, and a stopped run continues with the next. Needs a
 scikit-learn for the comparison, 20 GB of disk for `scale`, and for a model half an hour:
 
     python benchmarks/patterns.py scale           # 10.68 M synthetic rows, and the kernel's limit
+    python benchmarks/patterns.py as-published    # the published patterns, of SmolLM2
     python benchmarks/patterns.py qwen2.5-1.5b    # stores, one layer against scikit-learn, recall
     python benchmarks/patterns.py --report        # writes docs/results/patterns.md
 """
 
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from multiprocessing import get_context
@@ -32,6 +34,10 @@ MANY_CLUSTERS = 16384  # in the first, middle and last layer alone
 PUBLISHED = [("published", 2048, 0.5), ("binary", 2048, 0.5)]
 MORE_PUBLISHED = [("published", 512, 0.5), *(("published", 2048, d) for d in (0.6, 0.7, 0.8))]
 ALL_OF_IT = ("smollm2",)  # and codebooks weighted by energy: magnitudes of others are too large
+# The patterns that the published algorithm is for: what `percentile` leaves of three outputs.
+PUBLISHED_MODEL, PUBLISHED_RULE = "smollm2", "percentile"
+PUBLISHED_WINDOWS = {"train": 8, "test": 4}  # 8192 tokens of 30 layers are 245,760 rows
+PUBLISHED_CELLS = ((512, 0.6), (512, 0.8), (2048, 0.6))  # clusters, density
 PREDICTED_CLUSTERS = 512
 FEATURES = (("token",), ("previous",), ("token", "previous"), ("token", "previous", "below"))
 PREDICTED_EPOCHS = 3
@@ -62,6 +68,9 @@ def run(name: str) -> None:
     if name == "scale":
         keep("kernel", kernel)
         keep("pass", published_scale)
+        return
+    if name == "as-published":
+        as_published(folder, keep)
         return
     stores = {part: stored(name, folder, part) for part in ("train", "test")}
     keep("layer", lambda: one_layer(stores["train"]))
@@ -184,6 +193,31 @@ def stored(name: str, folder: Path, part: str) -> Any:
     )  # fmt: skip
 
 
+def as_published(folder: Path, keep: Callable[[str, Callable[[], Any]], None]) -> None:
+    """The published algorithm on zeros of gate, up and FFN output, 50 % of each."""
+    import fallow
+    from fallow.calibration.calibrator import calibrate
+    from fallow.patterns.collect import PUBLISHED_TAPS, collect
+
+    model = fallow.load(PUBLISHED_MODEL)
+    plan = calibrate(model, PUBLISHED_RULE, sparsity=SPARSITY, text=VALIDATION, measure=False)
+    stores = {
+        part: collect(
+            model, plan, folder / f"{part}.store", text, taps=PUBLISHED_TAPS, context=CONTEXT,
+            windows=PUBLISHED_WINDOWS[part],
+        )
+        for part, text in (("train", VALIDATION), ("test", TEST))
+    }  # fmt: skip
+    for k, density in PUBLISHED_CELLS:
+        for tap in PUBLISHED_TAPS:
+            keep(
+                f"{tap} {k} {density:g}",
+                lambda k=k, d=density, tap=tap: clustered(
+                    stores, folder, k, "published", d, tap=tap
+                ),
+            )
+
+
 def clustered(
     stores: dict[str, Any],
     folder: Path,
@@ -191,10 +225,12 @@ def clustered(
     algorithm: str = "lloyd",
     density: float = 0.5,
     layers: list[int] | None = None,
+    tap: str = "inter",
 ) -> dict[str, Any]:
     from fallow.patterns.codebooks import cluster_store
 
-    output = codebooks(folder, algorithm, k, density)
+    name = algorithm if tap == "inter" else f"{algorithm}-{tap}"
+    output = codebooks(folder, name, k, density)
     start = time.perf_counter()
     report = cluster_store(
         stores["train"],
@@ -203,6 +239,7 @@ def clustered(
         density,
         algorithm="lloyd" if algorithm == "energy" else algorithm,
         energy=algorithm == "energy",
+        tap=tap,
         layers=layers,
         test=stores["test"],
         n_threads=THREADS,
@@ -384,7 +421,9 @@ def report() -> str:
         )
     for path in sorted(RESULTS.glob("*/result.json")):
         name, result = path.parent.name, json.loads(path.read_text())
-        if name != "scale":
+        if name == "as-published":
+            lines += _published_lines(result)
+        elif name != "scale":
             lines += _model_lines(name, result)
     lines.append(ANSWER)
     wheres = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*/machine.json"))]
@@ -431,6 +470,35 @@ def _codebook_lines(result: dict[str, Any]) -> list[str]:
             f"| {r['algorithm']}{_only(r)} | {r['n_clusters']} | {density:.2f} | **{means[0]}** "
             f"| {'-' if energy is None else f'{energy:.4f}'} | {' | '.join(means[1:])} "
             f"| {r['codebook_bytes'] / 1e6:.1f} | {r['seconds']:.0f} |"
+        )
+    return lines
+
+
+PUBLISHED_PATTERNS = f"""
+## The published patterns
+
+{PUBLISHED_MODEL}: zeros of three outputs, each cut at the layer's own {SPARSITY:.0%} percentile of
+magnitudes, all in the loop; 0/1 rows of all layers in one codebook per output, from
+{PUBLISHED_WINDOWS["train"]} windows of {CONTEXT} tokens, scored on {PUBLISHED_WINDOWS["test"]} of
+the test text by the nearest centroid of the true row. The paper's "precision" is the **recall**; a
+random mask's recall is its density. static: the layer's own most frequent outputs, as many. Mean of
+layers, one fit each. Not tried: raw values in place of 0/1, and the other initialisation of its
+code.
+
+| output | K | density | recall | precision | static: recall | precision | active |
+|---|---|---|---|---|---|---|---|"""
+
+
+def _published_lines(result: dict[str, Any]) -> list[str]:
+    """Recall and precision of the published algorithm on its own kind of patterns."""
+    lines = [PUBLISHED_PATTERNS]
+    for r in result.values():
+        whose = [r["mean"][who] for who in ("cluster", "static")]
+        means = [scores[what] for scores in whose for what in ("recall", "precision")]
+        density, active = (np.mean([x[key] for x in r["layers"]]) for key in ("density", "active"))
+        lines.append(
+            f"| {r['tap']} | {r['n_clusters']} | {density:.2f} | **{means[0]:.4f}** "
+            f"| {' | '.join(f'{m:.4f}' for m in means[1:])} | {active:.3f} |"
         )
     return lines
 
