@@ -21,8 +21,10 @@ CONTEXT, WINDOWS, FEW = 1024, 8, 2  # thresholds of all windows against those of
 TAPS = ("gate_pre", "up", "ffn_out")  # what rule `percentile` cuts
 TARGET = 0.5
 NEARLY_ZERO = 1e-7
-# Magnitudes of the gate that the paper's Figures 5 to 7 speak of: layer 0, and layers 1 to 3.
+# Magnitudes of the gate that the paper's Figures 6 and 7 speak of: layer 0, and layers 1 to 3.
 FIRST, NEXT = 0.1, 0.2
+# Those of Figure 5, of gate and up together, and the second of Figure 7, of the gate.
+FUSED_FIRST, FUSED_NEXT, GATE_NEXT = 0.05, 0.2, 0.25
 
 
 def run(name: str) -> None:
@@ -32,6 +34,7 @@ def run(name: str) -> None:
     model = fallow.load(name)
     keep("weights", lambda: weights(model))
     keep("activations", lambda: activations(model))
+    keep("fused", lambda: fused(model))
 
 
 def weights(model: Any) -> dict[str, Any]:
@@ -90,6 +93,25 @@ def activations(model: Any) -> dict[str, Any]:
         "pooled_half": gate.pooled_quantile(0.5),
         "pooled_60": gate.pooled_quantile(0.6),
         "few_off": np.abs(few / all_of_them - 1).tolist(),  # (taps, layers)
+    }
+
+
+def fused(model: Any) -> dict[str, Any]:
+    """Gate and up in one distribution, as a model with fused projections has them."""
+    from fallow.checkpoints.text import load_text
+    from fallow.models.capture import Histograms
+    from fallow.models.taps import attach
+
+    both, gate = (Histograms(name, len(model.layers)) for name in ("gate_pre and up", "gate_pre"))
+    taps: list[dict[str, Any]] = [{"gate_pre": both.add, "up": both.add}, {"gate_pre": gate.add}]
+    for window in model.windows(load_text(TEST, "evaluation"), CONTEXT, WINDOWS):
+        with attach(model.layers, taps[0]), attach(model.layers, taps[1]):
+            model.hidden(window[None])
+    return {
+        "first_below": below(both.counts[0], FUSED_FIRST),
+        "next_below": [below(both.counts[i], FUSED_NEXT) for i in (1, 2, 3)],
+        "pooled_half": both.pooled_quantile(0.5),
+        "gate_next_below": [below(gate.counts[i], GATE_NEXT) for i in (1, 2, 3)],
     }
 
 
