@@ -95,10 +95,10 @@ Why they fail, or do not:
   On WikiText both stay behind products that were fitted on WikiText (`lowrank`), and these behind
   as many bits of the weights, which know of any text.
 - `teal_relative`, `wina_uniform` (below, on SmolLM2): inputs of all seven projections set to zero.
-  Of the first's, 10 % cost +0.04 ± 0.06 %, which is no change that 12 windows can tell, but
-  0.0016 ± 0.0001 nats; 20 % cost +1.38 ± 0.25 %. An input is a column of a matrix that lies by
-  rows, one per neuron, but for `down_proj`, whose inputs the selectors already cut; only attention's
-  weights could lie otherwise, and a tenth of these is 1 to 2 % of a model's bytes: not in the engine.
+  Of the first's, 10 % cost +0.04 ± 0.06 %, which is no change that 12 windows can tell, but 0.0016
+  ± 0.0001 nats; 20 % cost +1.38 ± 0.25 %. An input is a column of a matrix that lies by rows, one
+  per neuron, but for `down_proj`, whose inputs the selectors already cut; only attention's weights
+  could lie otherwise, and a tenth of these is 1 to 2 % of a model's bytes: not in the engine.
 - `compensation`: an affine map of the input takes a third to a half off the loss of SmolLM2 and
   Gemma-3-270M where the choice is bad (`gate`): what the dropped neurons would have added is mostly
   not a linear function of the input. Where it is good, it takes off 0.4 ± 0.4 % of PPL on either,
