@@ -545,9 +545,9 @@ code.
 
 FROM_AFAR = f"""
 Which gates are active, predicted from those of layer {FAR_FROM} (counted from 0) by a network with
-one hidden layer of {FAR_HIDDEN}, one per layer, fitted on three quarters of the same training tokens
-with the epoch chosen on the rest: recall of half of the gates, on the test text. static: those that
-are active most often. One fit each.
+one hidden layer of {FAR_HIDDEN}, one per layer, fitted on three quarters of those tokens, the epoch
+chosen on the rest: recall of half of the gates, on the test text. static: those that are active
+most often. One fit each.
 
 | layer | network | static |
 |---|---|---|"""
