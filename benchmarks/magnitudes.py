@@ -4,7 +4,7 @@ How small they are, how many are exactly zero, how the layers differ in scale, a
 thresholds depend on how much text they come from. Of the WikiText-2 raw test text, which is what
 that paper looks at; nothing is fitted here. A minute per model, or some:
 
-    python benchmarks/magnitudes.py smollm2 gemma3 qwen2.5-1.5b
+    python benchmarks/magnitudes.py relu smollm2 gemma3 qwen2.5-1.5b
     python benchmarks/magnitudes.py --report    # writes docs/results/magnitudes.md
 """
 
@@ -17,6 +17,7 @@ from engine import TEST
 from tradeoff import ROOT, keeper, machine_line, run_and_report
 
 RESULTS = ROOT / "benchmarks" / "results" / "magnitudes"
+OWN = {"relu": ROOT / "tests" / "data" / "relu"}  # the model that laws.py trained
 CONTEXT, WINDOWS, FEW = 1024, 8, 2  # thresholds of all windows against those of the first few
 TAPS = ("gate_pre", "up", "ffn_out")  # what rule `percentile` cuts
 TARGET = 0.5
@@ -31,7 +32,7 @@ def run(name: str) -> None:
     import fallow
 
     keep = keeper(RESULTS / name)
-    model = fallow.load(name)
+    model = fallow.load(OWN.get(name, name))
     keep("weights", lambda: weights(model))
     keep("activations", lambda: activations(model))
     keep("fused", lambda: fused(model))
@@ -67,7 +68,7 @@ def activations(model: Any) -> dict[str, Any]:
     from fallow.models.capture import Histograms
     from fallow.models.taps import attach
 
-    cut = model.windows(load_text(TEST, "evaluation"), CONTEXT, WINDOWS)
+    cut = model.windows(load_text(TEST, "evaluation"), context(model), WINDOWS)
     histograms = {tap: Histograms(tap, len(model.layers)) for tap in (*TAPS, "inter")}
     thresholds: list[np.ndarray] = []
     for number, window in enumerate(cut, start=1):
@@ -104,7 +105,7 @@ def fused(model: Any) -> dict[str, Any]:
 
     both, gate = (Histograms(name, len(model.layers)) for name in ("gate_pre and up", "gate_pre"))
     taps: list[dict[str, Any]] = [{"gate_pre": both.add, "up": both.add}, {"gate_pre": gate.add}]
-    for window in model.windows(load_text(TEST, "evaluation"), CONTEXT, WINDOWS):
+    for window in model.windows(load_text(TEST, "evaluation"), context(model), WINDOWS):
         with attach(model.layers, taps[0]), attach(model.layers, taps[1]):
             model.hidden(window[None])
     return {
@@ -113,6 +114,10 @@ def fused(model: Any) -> dict[str, Any]:
         "pooled_half": both.pooled_quantile(0.5),
         "gate_next_below": [below(gate.counts[i], GATE_NEXT) for i in (1, 2, 3)],
     }
+
+
+def context(model: Any) -> int:
+    return min(CONTEXT, model.module.config.max_position_embeddings)
 
 
 def below(counts: np.ndarray, value: float) -> float:
@@ -127,7 +132,8 @@ INTRODUCTION = f"""# Magnitudes
 What arXiv:2412.12178 looks at in unmodified models (III), on ours: `benchmarks/magnitudes.py` does
 it. Weights are those of all projections of the layers, dequantised from the GGUF (4 and more bits),
 so that zeros are also those of its grid. Activations are of {WINDOWS} windows of {CONTEXT} tokens
-of the WikiText-2 raw test text, |gate_pre| unless said; one text, no error.
+of the WikiText-2 raw test text, |gate_pre| unless said; one text, no error. `relu` is the model of
+2 million weights that [laws](laws.md) trained, in bfloat16 and windows of 256.
 
 - **zeros**: exact zeros of `inter`, the layer with the fewest and the one with the most.
 - **half below**, **60 % below**: where one cut for all layers would have to be.

@@ -5,7 +5,7 @@ in windows of 1024 tokens. Hours on two cores, most of them the searches of `tea
 a stopped run continues where it was:
 
     python benchmarks/tradeoff.py smollm2 gemma3 qwen2.5-1.5b
-    python benchmarks/tradeoff.py --others smollm2    # rules without rows there, half an hour
+    python benchmarks/tradeoff.py --others smollm2    # rules without rows there
     python benchmarks/tradeoff.py --report    # writes docs/results and the README's table
 """
 

@@ -99,8 +99,8 @@ def evaluate_task(
     packed model without a plan; torch is not needed.
     """
     items = load_task(path, limit)
-    dense = score_items(model, None, items, path)
-    sparse = dense if plan is None else score_items(model, plan, items, path)
+    dense = _score(model, None, items, path, "dense")
+    sparse = dense if plan is None else _score(model, plan, items, path, "sparse")
     return {
         "task": Path(path).stem,
         "items": len(items),
@@ -129,14 +129,10 @@ Result = tuple[float, bool]
 """A continuation's log-likelihood in nats, and whether greedy decoding gives it."""
 
 
-def score_items(
-    model: "Model | Engine", plan: Plan | None, items: list[Item], path: str | Path
+def _score(
+    model: "Model | Engine", plan: Plan | None, items: list[Item], path: str | Path, how: str
 ) -> np.ndarray:
-    """1.0 for each item answered right, (items,), by the dense model (None) or under a plan.
-
-    `path` is what errors name. Raises FallowError for an item that the context has no room for.
-    """
-    how = "dense" if plan is None else "sparse"
+    """1.0 for each item answered right, (items,)."""
     read: Callable[[list[ScoredIds]], list[Result]]
     at_work: AbstractContextManager[None]
     if isinstance(model, Engine):
