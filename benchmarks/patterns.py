@@ -446,7 +446,10 @@ SmolLM2 68 % at 60 %, where its headline, of a density that is not published, is
 cluster chosen from the truth in both. In the loop that is +546 ± 70 % of PPL, and at 80 % still +74
 ± 2 %, with static at +87 ± 11 %, which 4 windows hardly tell apart. Its centroids freeze at their
 first rows (in its update a one never loses to a zero), and are shared by layers whose neurons have
-nothing in common."""
+nothing in common. On the patterns that it is for, zeros of three outputs, its 2048 centroids cover
+72 % (gate), 67 % (up) and 70 % (FFN output) of what is active, with 55 to 57 % of ones, where the
+most frequent outputs, 60 %, cover 72, 65 and 66 %. That is of 8,192 tokens, a fortieth of the
+published ones, and of new text; one fit each."""
 
 
 def report() -> str:
@@ -535,12 +538,13 @@ PUBLISHED_PATTERNS = f"""
 magnitudes, all in the loop; 0/1 rows of all layers in one codebook per output, from
 {PUBLISHED_WINDOWS["train"]} windows of {CONTEXT} tokens, scored on {PUBLISHED_WINDOWS["test"]} of
 the test text by the nearest centroid of the true row. The paper's "precision" is the **recall**; a
-random mask's recall is its density. static: the layer's own most frequent outputs, as many. Mean of
-layers, one fit each. Not tried: raw values in place of 0/1, and the other initialisation of its
-code.
+random mask's recall is its density. static: the layer's own most frequent outputs, as many as were
+asked for, which is more than the centroids that are chosen have (density). Mean of layers, one fit
+each. Not tried: as many tokens as published (333,842), raw values in place of 0/1, and the other
+initialisation of its code.
 
-| output | K | density | recall | precision | static: recall | precision | active |
-|---|---|---|---|---|---|---|---|"""
+| output | K | asked for | density | recall | precision | static: recall | precision | active |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 FROM_AFAR = f"""
@@ -562,8 +566,8 @@ def _published_lines(result: dict[str, Any]) -> list[str]:
         means = [scores[what] for scores in whose for what in ("recall", "precision")]
         density, active = (np.mean([x[key] for x in r["layers"]]) for key in ("density", "active"))
         lines.append(
-            f"| {r['tap']} | {r['n_clusters']} | {density:.2f} | **{means[0]:.4f}** "
-            f"| {' | '.join(f'{m:.4f}' for m in means[1:])} | {active:.3f} |"
+            f"| {r['tap']} | {r['n_clusters']} | {r['budget']:.2f} | {density:.2f} "
+            f"| **{means[0]:.4f}** | {' | '.join(f'{m:.4f}' for m in means[1:])} | {active:.3f} |"
         )
     lines.append(FROM_AFAR)
     lines += [f"| {i} | **{r['network']:.4f}** | {r['static']:.4f} |" for i, r in far.items()]
