@@ -152,6 +152,11 @@ def report() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     medians = ["| model | 0 | 1 | 2 | 3 | middle | last |", "|---|---|---|---|---|---|---|"]
+    together = [
+        f"| model | below {FUSED_FIRST} in layer 0 | below {FUSED_NEXT} in layers 1, 2, 3 "
+        f"| half below | gate alone, below {GATE_NEXT} in layers 1, 2, 3 |",
+        "|---|---|---|---|---|",
+    ]
     wheres = []
     for path in sorted(RESULTS.glob("*/result.json")):
         name, result = path.parent.name, json.loads(path.read_text())
@@ -171,6 +176,15 @@ def report() -> str:
             f"| {off.mean():.1%}, {off.max():.1%} |"
         )
         some = [gate[i] for i in (0, 1, 2, 3, len(gate) // 2, -1)]
+        if "fused" in result:
+            f = result["fused"]
+            near, gates = (
+                ", ".join(f"{share:.1%}" for share in f[key])
+                for key in ("next_below", "gate_next_below")
+            )
+            together.append(
+                f"| {name} | {f['first_below']:.1%} | {near} | {f['pooled_half']:.3f} | {gates} |"
+            )
         medians.append(f"| {name} | {' | '.join(f'{value:.3f}' for value in some)} |")
     return (
         "\n".join(
@@ -182,6 +196,8 @@ def report() -> str:
                 *rows,
                 "\nMedian of |gate_pre| by layer, the 50 % threshold:\n",
                 *medians,
+                "\nGate and up in one distribution, as models with fused projections have them:\n",
+                *together,
                 f"\n{machine_line(*wheres)}.",
             ]
         )

@@ -569,7 +569,7 @@ def _published_lines(result: dict[str, Any]) -> list[str]:
             f"| {r['tap']} | {r['n_clusters']} | {r['budget']:.2f} | {density:.2f} "
             f"| **{means[0]:.4f}** | {' | '.join(f'{m:.4f}' for m in means[1:])} | {active:.3f} |"
         )
-    lines.append(FROM_AFAR)
+    lines += [FROM_AFAR] if far else []
     lines += [f"| {i} | **{r['network']:.4f}** | {r['static']:.4f} |" for i, r in far.items()]
     return lines
 
