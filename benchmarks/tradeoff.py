@@ -174,7 +174,9 @@ in `benchmarks/results/tradeoff`.
   when `gate_proj` and `up_proj` are computed: they save `down_proj` alone. `cats`, `fat` and
   `act_topk` save `up_proj` and `down_proj`.
 - How `teal`, `wina` and their variants differ from each other and from the papers is in
-  [methods](../methods.md#rules). Rules without rows here were not measured yet.
+  [methods](../methods.md#rules). Rules that have no rows in the first tables have theirs under
+  *other rules*, of few windows and at half alone, with `topk` beside them; rules without rows there
+  (`teal` and `wina`, whose searches are long) were not measured yet.
 
 On SmolLM2 `tail` fails at high sparsity through a few tokens: attention sinks (the first token, and
 some "of", "the" and digits) have a neuron so large that the budget lets all others of their layer
