@@ -4,7 +4,7 @@ How small they are, how many are exactly zero, how the layers differ in scale, a
 thresholds depend on how much text they come from. Of the WikiText-2 raw test text, which is what
 that paper looks at; nothing is fitted here. A minute per model, or some:
 
-    python benchmarks/magnitudes.py smollm2 gemma3 qwen2.5-1.5b
+    python benchmarks/magnitudes.py relu smollm2 gemma3 qwen2.5-1.5b
     python benchmarks/magnitudes.py --report    # writes docs/results/magnitudes.md
 """
 
@@ -17,21 +17,26 @@ from engine import TEST
 from tradeoff import ROOT, keeper, machine_line, run_and_report
 
 RESULTS = ROOT / "benchmarks" / "results" / "magnitudes"
+OWN = {"relu": ROOT / "tests" / "data" / "relu"}  # the model that laws.py trained
+OWN_CONTEXT = 256
 CONTEXT, WINDOWS, FEW = 1024, 8, 2  # thresholds of all windows against those of the first few
 TAPS = ("gate_pre", "up", "ffn_out")  # what rule `percentile` cuts
 TARGET = 0.5
 NEARLY_ZERO = 1e-7
-# Magnitudes of the gate that the paper's Figures 5 to 7 speak of: layer 0, and layers 1 to 3.
+# Magnitudes of the gate that the paper's Figures 6 and 7 speak of: layer 0, and layers 1 to 3.
 FIRST, NEXT = 0.1, 0.2
+# Those of Figure 5, of gate and up together, and the second of Figure 7, of the gate.
+FUSED_FIRST, FUSED_NEXT, GATE_NEXT = 0.05, 0.2, 0.25
 
 
 def run(name: str) -> None:
     import fallow
 
     keep = keeper(RESULTS / name)
-    model = fallow.load(name)
+    model = fallow.load(OWN.get(name, name))
     keep("weights", lambda: weights(model))
     keep("activations", lambda: activations(model))
+    keep("fused", lambda: fused(model))
 
 
 def weights(model: Any) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def activations(model: Any) -> dict[str, Any]:
     from fallow.models.capture import Histograms
     from fallow.models.taps import attach
 
-    cut = model.windows(load_text(TEST, "evaluation"), CONTEXT, WINDOWS)
+    cut = model.windows(load_text(TEST, "evaluation"), context(model), WINDOWS)
     histograms = {tap: Histograms(tap, len(model.layers)) for tap in (*TAPS, "inter")}
     thresholds: list[np.ndarray] = []
     for number, window in enumerate(cut, start=1):
@@ -93,6 +98,30 @@ def activations(model: Any) -> dict[str, Any]:
     }
 
 
+def fused(model: Any) -> dict[str, Any]:
+    """Gate and up in one distribution, as a model with fused projections has them."""
+    from fallow.checkpoints.text import load_text
+    from fallow.models.capture import Histograms
+    from fallow.models.taps import attach
+
+    both, gate = (Histograms(name, len(model.layers)) for name in ("gate_pre and up", "gate_pre"))
+    taps: list[dict[str, Any]] = [{"gate_pre": both.add, "up": both.add}, {"gate_pre": gate.add}]
+    for window in model.windows(load_text(TEST, "evaluation"), context(model), WINDOWS):
+        with attach(model.layers, taps[0]), attach(model.layers, taps[1]):
+            model.hidden(window[None])
+    return {
+        "first_below": below(both.counts[0], FUSED_FIRST),
+        "next_below": [below(both.counts[i], FUSED_NEXT) for i in (1, 2, 3)],
+        "pooled_half": both.pooled_quantile(0.5),
+        "gate_next_below": [below(gate.counts[i], GATE_NEXT) for i in (1, 2, 3)],
+    }
+
+
+def context(model: Any) -> int:
+    """Windows no longer than what a model of our own was trained on."""
+    return OWN_CONTEXT if model.name in map(str, OWN.values()) else CONTEXT
+
+
 def below(counts: np.ndarray, value: float) -> float:
     """The share of magnitudes counted in bins that end at most at `value`."""
     from fallow.common.metrics import bin_edges
@@ -105,7 +134,8 @@ INTRODUCTION = f"""# Magnitudes
 What arXiv:2412.12178 looks at in unmodified models (III), on ours: `benchmarks/magnitudes.py` does
 it. Weights are those of all projections of the layers, dequantised from the GGUF (4 and more bits),
 so that zeros are also those of its grid. Activations are of {WINDOWS} windows of {CONTEXT} tokens
-of the WikiText-2 raw test text, |gate_pre| unless said; one text, no error.
+of the WikiText-2 raw test text, |gate_pre| unless said; one text, no error. `relu` is the model of
+2 million weights that [laws](laws.md) trained, in windows of {OWN_CONTEXT}.
 
 - **zeros**: exact zeros of `inter`, the layer with the fewest and the one with the most.
 - **half below**, **60 % below**: where one cut for all layers would have to be.
@@ -122,6 +152,11 @@ def report() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     medians = ["| model | 0 | 1 | 2 | 3 | middle | last |", "|---|---|---|---|---|---|---|"]
+    together = [
+        f"| model | below {FUSED_FIRST} in layer 0 | below {FUSED_NEXT} in layers 1, 2, 3 "
+        f"| half below | gate alone, below {GATE_NEXT} in layers 1, 2, 3 |",
+        "|---|---|---|---|---|",
+    ]
     wheres = []
     for path in sorted(RESULTS.glob("*/result.json")):
         name, result = path.parent.name, json.loads(path.read_text())
@@ -141,6 +176,15 @@ def report() -> str:
             f"| {off.mean():.1%}, {off.max():.1%} |"
         )
         some = [gate[i] for i in (0, 1, 2, 3, len(gate) // 2, -1)]
+        if "fused" in result:
+            f = result["fused"]
+            near, gates = (
+                ", ".join(f"{share:.1%}" for share in f[key])
+                for key in ("next_below", "gate_next_below")
+            )
+            together.append(
+                f"| {name} | {f['first_below']:.1%} | {near} | {f['pooled_half']:.3f} | {gates} |"
+            )
         medians.append(f"| {name} | {' | '.join(f'{value:.3f}' for value in some)} |")
     return (
         "\n".join(
@@ -152,6 +196,8 @@ def report() -> str:
                 *rows,
                 "\nMedian of |gate_pre| by layer, the 50 % threshold:\n",
                 *medians,
+                "\nGate and up in one distribution, as models with fused projections have them:\n",
+                *together,
                 f"\n{machine_line(*wheres)}.",
             ]
         )

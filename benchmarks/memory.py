@@ -3,8 +3,9 @@
 For each limit: the model that `fallow optimize` packed, with its plan and `--memory`, and
 llama.cpp with its weights mapped, with and without repacking (a copy in anonymous memory), of which
 the faster one counts; alternating, since disks are shared. Page caches are dropped before each. One
-limit leaves half of the FFN in memory. Needs root, cgroup v1, llama-cpp-python==0.3.36, and packed
-models of benchmarks/optimize.py:
+limit leaves half of the FFN in memory. Besides, llama.cpp guessing by prompt lookup where we guess,
+and files of fewer bits that it makes and that fit the limit. Needs root, cgroup v1,
+llama-cpp-python==0.3.36, and packed models of benchmarks/optimize.py:
 
     python benchmarks/memory.py qwen2.5-1.5b        # writes benchmarks/results/memory
     python benchmarks/memory.py mistral-7b-shape    # random weights, 8 GB of disk
@@ -26,6 +27,7 @@ import numpy as np
 
 import optimize
 import seven_billion
+import smaller
 from engine import OPTIMIZED, TEST, THREADS, machine
 from tradeoff import ROOT, machine_line, record_machine
 
@@ -46,6 +48,8 @@ NEW, PROMPTS, ROUNDS, COST_ROUNDS = 96, 3, 3, 5
 QUALITY_WINDOWS = 20
 LONGEST = 300  # seconds, of one child: a copy that does not fit is read again and again
 OURS, LLAMA = "fallow", ("llama.cpp", "llama.cpp without repacking")
+GUESSING = ", guessing"  # of llama.cpp; NEW tokens of it would take longer than LONGEST
+LLAMA_NEW, GUESSED = 32, 2  # tokens guessed at a time: what its authors advise for CPUs
 
 
 def run(name: str) -> None:
@@ -79,8 +83,21 @@ def run(name: str) -> None:
             for kind in LLAMA:
                 if "failed" not in result.get(f"{limit} MB, {kind}, 0", {}):
                     step(f"{limit} MB, {kind}, {i}", kind, source, limit, llama_fed)
-    if not is_random:
-        keep("quality", lambda: optimize.quality(name, packed, TEST, QUALITY_WINDOWS))
+    if is_random:
+        return
+    keep("quality", lambda: optimize.quality(name, packed, TEST, QUALITY_WINDOWS))
+    for limit in limits:
+        first = {kind: result[f"{limit} MB, {kind}, 0"].get("decode_tps", 0.0) for kind in LLAMA}
+        kind = max(first, key=lambda kind: first[kind]) + GUESSING
+        step(f"{limit} MB, {kind}", kind, source, limit, LLAMA_NEW)
+    made = smaller.make(name, source, folder)
+    keep("smaller", lambda: smaller.quality(name, made, QUALITY_WINDOWS))
+    for limit in limits:
+        for bits, file in made.items():
+            for i in range(ROUNDS) if file.stat().st_size < limit * 1e6 else ():
+                for kind in LLAMA:
+                    if "failed" not in result.get(f"{limit} MB, {bits}, {kind}, 0", {}):
+                        step(f"{limit} MB, {bits}, {kind}, {i}", kind, file, limit, later)
 
 
 def files(name: str, folder: Path) -> tuple[Path, Path]:
@@ -122,8 +139,9 @@ def in_cgroup(limit_mb: int, arguments: list[str], script: str = __file__) -> di
 
 def child(kind: str, path: str, *sizes: str) -> dict[str, Any]:
     limit, context, prompt, tokens = map(int, sizes)
-    if kind in LLAMA:
-        return llama(path, kind == LLAMA[0], context, prompt, tokens)
+    if kind.removesuffix(GUESSING) in LLAMA:
+        engine = llama_engine(path, not kind.startswith(LLAMA[1]), context)
+        return (guess if kind.endswith(GUESSING) else feed)(engine, prompt, tokens)
     return cost(path, limit) if kind == "cost" else ours(path, limit, context, prompt, tokens)
 
 
@@ -185,10 +203,6 @@ def cost(path: str, limit: int) -> dict[str, Any]:
     return {"decode_tps": runs}
 
 
-def llama(path: str, repack: bool, context: int, prompt: int, tokens: int) -> dict[str, Any]:
-    return feed(llama_engine(path, repack, context), prompt, tokens)
-
-
 def llama_engine(path: str, repack: bool, context: int) -> Any:
     import llama_cpp
 
@@ -207,9 +221,55 @@ def llama_engine(path: str, repack: bool, context: int) -> Any:
 
 def feed(engine: Any, prompt: int, tokens: int) -> dict[str, Any]:
     """llama.cpp's figures of the text, token by token after a prompt."""
-    text = TEST.read_text(encoding="utf-8")[: 16 * PROMPT].encode()
-    ids = engine.model.tokenize(text, add_bos=False)[: prompt + tokens]
-    return engine.run(ids, prompt)
+    return engine.run(llama_ids(engine, prompt + tokens), prompt)
+
+
+def llama_ids(engine: Any, tokens: int) -> list[int]:
+    text = TEST.read_text(encoding="utf-8")[: 16 * tokens].encode()
+    return engine.model.tokenize(text, add_bos=False)[:tokens]
+
+
+def guess(engine: Any, prompt: int, new: int) -> dict[str, Any]:
+    """llama.cpp's greedy answers to the prompts that ours has, with llama-cpp-python's guesses.
+
+    Guesses are checked in one pass, as its own loop does it, which keeps logits of all tokens of a
+    prompt besides: hundreds of MB, for which there is no room here.
+    """
+    ids = llama_ids(engine, PROMPTS * prompt)
+    prompts = [ids[start : start + prompt] for start in range(0, len(ids), prompt)]
+    return {"answers": [answer(engine.model, part, new) for part in prompts]}
+
+
+def answer(model: Any, prompt: list[int], new: int) -> dict[str, float]:
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    draft = LlamaPromptLookupDecoding(num_pred_tokens=GUESSED)
+    ids, passes = list(prompt), 0
+    model.reset()
+    model.eval(ids[:-1])
+    start = time.perf_counter()
+    while len(ids) < len(prompt) + new:
+        read = [ids[-1], *draft(np.array(ids, dtype=np.intc)).tolist()]
+        chosen = likeliest(model, read)
+        held = [a == b for a, b in zip(read[1:], chosen, strict=False)]
+        right = held.index(False) if False in held else len(held)
+        model.n_tokens += right + 1
+        ids += chosen[: right + 1]
+        passes += 1
+    made = len(ids) - len(prompt)
+    return {
+        "decode_tps": made / (time.perf_counter() - start), "new_tokens": made, "passes": passes,
+    }  # fmt: skip
+
+
+def likeliest(model: Any, tokens: list[int]) -> list[int]:
+    """The token that is likeliest behind each of some, which are read where the model stands."""
+    model._ctx.kv_cache_seq_rm(-1, model.n_tokens, -1)
+    model._batch.set_batch(batch=tokens, n_past=model.n_tokens, logits_all=True)
+    model._ctx.decode(model._batch)
+    shape = (len(tokens) * model.n_vocab(),)
+    logits = np.ctypeslib.as_array(model._ctx.get_logits(), shape=shape)
+    return logits.reshape(len(tokens), -1).argmax(axis=1).tolist()
 
 
 def main() -> None:
@@ -246,8 +306,7 @@ plans: nothing here was measured again, so that today's figures may be others.
   `{seven_billion.NAME}` 60 % of 4 GB do not fit, and are read for every token. What is compared is
   a sparse plan here with the dense model there, and longer runs here than there.
 - **answers**: median over {PROMPTS} greedy answers of {NEW} tokens, in which several tokens are
-  guessed from earlier text and checked in one pass; the same text to the bit. llama.cpp was not
-  asked to guess, so that there is nothing to compare these with.
+  guessed from earlier text and checked in one pass; the same text to the bit.
 - **peak**: VmHWM of the whole process, MB of 1e6 bytes. **half** is the budget that leaves half of
   the FFN's bytes in memory.
 - **hits**: of the bytes that a token needs the share that was in memory.
@@ -276,8 +335,72 @@ tokens of the WikiText-2 raw test text.
 |---|---|---|"""
 
 
+NOT_COMPARED = """
+Not measured yet: llama.cpp with guesses of its own, which **answers** would have to be compared
+with, and files of fewer bits that fit a budget whole, which may be faster in it, at a loss of their
+own.
+"""
+GUESSES = f"""
+## Guesses
+
+Answers to the same {PROMPTS} prompts, {NEW} tokens of ours and {LLAMA_NEW} of llama.cpp's, one run
+each; llama.cpp with llama-cpp-python's prompt lookup, {GUESSED} tokens at a time. Its text is not
+checked against its own without guesses. Medians over prompts.
+
+| model | budget MB | ours, tok/s | llama.cpp, tok/s | its tokens per pass | ratio |
+|---|---|---|---|---|---|"""
+
+SMALLER = f"""
+## Smaller files
+
+What llama.cpp makes of the same GGUF in fewer bits, with an importance matrix of
+{smaller.IMPORTANCE_WINDOWS} windows of the validation text, and what it decodes of them in the
+budgets that they fit: the median of {ROUNDS} rounds, the faster of with and without repacking.
+PPL is of their weights in float32 against the source GGUF, on the windows of the quality above.
+They are made of a file of 4 and more bits: of the original weights they may be better.
+
+| model | file | MB | PPL change % | budget MB | llama.cpp of it, tok/s | ours fed, tok/s |
+|---|---|---|---|---|---|---|"""
+
+
+def guess_rows(name: str, result: dict[str, Any], limits: list[int]) -> list[str]:
+    rows = []
+    for limit in limits:
+        found = [result.get(f"{limit} MB, {kind}{GUESSING}") for kind in LLAMA]
+        for theirs in found:
+            if theirs and "answers" in theirs:
+                ours = median(a["decode_tps"] for a in result[f"{limit} MB, {OURS}, 0"]["answers"])
+                tps = median(a["decode_tps"] for a in theirs["answers"])
+                made = median(a["new_tokens"] / a["passes"] for a in theirs["answers"])
+                rows.append(
+                    f"| {name} | {limit} | {ours:.2f} | {tps:.2f} | {made:.2f} "
+                    f"| **{ours / tps:.1f}** |"
+                )
+    return rows
+
+
+def smaller_rows(name: str, result: dict[str, Any], limits: list[int]) -> list[str]:
+    rows = []
+    for bits, file in result.get("smaller", {}).items():
+        start = f"| {name} | {bits} | {file['mb']:.0f} | {optimize.change(file)} "
+        timed = []
+        for limit in limits:
+            rounds = [
+                [result.get(f"{limit} MB, {bits}, {kind}, {i}", {}) for kind in LLAMA]
+                for i in range(ROUNDS)
+            ]
+            best = [max(r.get("decode_tps", 0.0) for r in each) for each in rounds]
+            if all(best):
+                ours = [result[f"{limit} MB, {OURS}, {i}"]["fed"] for i in range(ROUNDS)]
+                tps = median(r["decode_tps"] for r in ours)
+                timed.append(f"{start}| {limit} | {median(best):.2f} | {tps:.2f} |")
+        rows += timed or [f"{start}| fits none | - | - |"]
+    return rows
+
+
 def report() -> str:
     lines, costs, quality = [INTRODUCTION], [COST.format(rounds=COST_ROUNDS)], [QUALITY]
+    guesses, files = [GUESSES], [SMALLER]
     wheres = []
     for path in sorted(RESULTS.glob("*/result.json")):
         name, result = path.parent.name, json.loads(path.read_text())
@@ -290,12 +413,17 @@ def report() -> str:
             costs.append(f"| {name} | {median(ratios):.3f} | {spread} |")
         begun = [n for n in limits if n is None or f"{n} MB, {LLAMA[-1]}, 0" in result]
         lines += [_row(name, result, limit) for limit in begun]
+        measured = [n for n in limits if n is not None]
+        guesses += guess_rows(name, result, measured)
+        files += smaller_rows(name, result, measured)
         if "quality" in result:
             q = result["quality"]
             quality.append(f"| {name} | {optimize.change(q)} | {q['kl_to_dense']['mean']:.4f} |")
     lines += costs
-    if len(quality) > 1:
-        lines += quality
+    for part in (quality, guesses, files):
+        lines += part if len(part) > 1 else []
+    if len(guesses) == len(files) == 1:
+        lines.append(NOT_COMPARED.rstrip())
     lines.append(f"\n{machine_line(*wheres)}.")
     return "\n".join(lines) + "\n"
 

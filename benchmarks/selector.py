@@ -88,15 +88,15 @@ Why they fail, or do not:
   which it misses a quarter, it was not tried.
 - `blend`: the last token's magnitudes and the static prior take about a third off the loss of a
   product of low rank on Qwen2.5-Coder and Gemma-3-270M, little on SmolLM2; once the gate is exact,
-  0.6 % of PPL on Qwen2.5-Coder and nothing on the others.
+  0.62 ± 0.05 % of PPL on Qwen2.5-Coder (4 windows) and nothing on the others.
 - `learned`: networks of rank 64 start from the product of low rank and learn the choice from
   300,000 tokens of C4; one training each, on SmolLM2. Its own figures, which are not kept: from
   +155 % to +43 % of PPL on held-out C4, with the exact gate to +15 %, where training stops early.
   On WikiText both stay behind products that were fitted on WikiText (`lowrank`), and these behind
   as many bits of the weights, which know of any text.
 - `teal_relative`, `wina_uniform` (below, on SmolLM2): inputs of all seven projections set to zero.
-  Of the first's, 10 % cost +0.04 ± 0.06 %, which is no change that 12 windows can tell, but
-  0.0016 ± 0.0001 nats; 20 % cost +1.4 %. An input is a column of a matrix that lies by rows, one
+  Of the first's, 10 % cost +0.04 ± 0.06 %, which is no change that 12 windows can tell, but 0.0016
+  ± 0.0001 nats; 20 % cost +1.38 ± 0.25 %. An input is a column of a matrix that lies by rows, one
   per neuron, but for `down_proj`, whose inputs the selectors already cut; only attention's weights
   could lie otherwise, and a tenth of these is 1 to 2 % of a model's bytes: not in the engine.
 - `compensation`: an affine map of the input takes a third to a half off the loss of SmolLM2 and
@@ -108,7 +108,7 @@ Why they fail, or do not:
   three quarters of the third bit, and costs more bytes than that; on Qwen2.5-Coder it is worth
   little.
 - `cett=1`: on Qwen2.5-Coder budgets that differ by layer and token halve what selection costs (40
-  windows). On the other two a shared threshold costs more than k per token: attention sinks.
+  windows). On the other two a shared threshold costs more than k per token; why was not measured.
 """
 
 

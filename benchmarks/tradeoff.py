@@ -5,6 +5,7 @@ in windows of 1024 tokens. Hours on two cores, most of them the searches of `tea
 a stopped run continues where it was:
 
     python benchmarks/tradeoff.py smollm2 gemma3 qwen2.5-1.5b
+    python benchmarks/tradeoff.py --others smollm2    # rules without rows there
     python benchmarks/tradeoff.py --report    # writes docs/results and the README's table
 """
 
@@ -31,6 +32,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gemma3": {"sparsities": (0.3, 0.4, 0.5, 0.6, 0.7), "ppl": (), "windows": 40},
     "qwen2.5-1.5b": {"sparsities": (0.3, 0.5, 0.7), "ppl": (1.0,), "windows": 12},
 }
+# On few windows, so that they take minutes; those that are long to fit have theirs last.
+OTHERS = ("topk", "act_topk", "topp", "scap", "teal_uniform")
+LONG = ("teal:step=20", "wina:step=20")
+OTHER_SPARSITIES, OTHER_WINDOWS = (0.5,), 4
+
+
+def run_others(name: str) -> None:
+    for rules in (OTHERS, (*OTHERS, *LONG)):
+        measure(name, RESULTS / "others", rules, OTHER_SPARSITIES, (), OTHER_WINDOWS)
 
 
 def run(name: str) -> None:
@@ -164,7 +174,9 @@ in `benchmarks/results/tradeoff`.
   when `gate_proj` and `up_proj` are computed: they save `down_proj` alone. `cats`, `fat` and
   `act_topk` save `up_proj` and `down_proj`.
 - How `teal`, `wina` and their variants differ from each other and from the papers is in
-  [methods](../methods.md#rules). Rules without rows here were not measured yet.
+  [methods](../methods.md#rules). Rules that have no rows in the first tables have theirs under
+  *other rules*, of few windows and at half alone, with `topk` beside them; rules without rows there
+  (`teal` and `wina`, whose searches are long) were not measured yet.
 
 On SmolLM2 `tail` fails at high sparsity through a few tokens: attention sinks (the first token, and
 some "of", "the" and digits) have a neuron so large that the budget lets all others of their layer
@@ -190,21 +202,27 @@ def report() -> str:
     """The document, from the results on disk."""
     parts = [INTRODUCTION]
     for name in SETTINGS:
-        folder = RESULTS / name
-        if not (folder / "table.json").exists():
-            continue
-        table = json.loads((folder / "table.json").read_text())
-        run_settings = json.loads((folder / "run.json").read_text())
-        where = json.loads((folder / "machine.json").read_text())
-        dense = table[0]
-        parts.append(
-            f"## {name}\n\nDense PPL {dense['ppl']:.2f} ± {dense['ppl_se']:.2f}, "
-            f"{dense['windows']} windows of {run_settings['context']} tokens, "
-            f"{run_settings['dtype']}; torch {where['torch']}, {machine_line(where)}.\n\n"
-            f"![PPL and KL against sparsity](../../benchmarks/results/tradeoff/{name}/"
-            f"tradeoff.svg)\n\n{markdown(table[1:])}\n"
-        )
+        parts += _section(RESULTS / name, name)
+    for name in SETTINGS:
+        parts += _section(RESULTS / "others" / name, f"{name}, other rules")
     return "\n".join(parts)
+
+
+def _section(folder: Path, title: str) -> list[str]:
+    """A run's part of the document; nothing if it has no table."""
+    if not (folder / "table.json").exists():
+        return []
+    table = json.loads((folder / "table.json").read_text())
+    run_settings = json.loads((folder / "run.json").read_text())
+    where = json.loads((folder / "machine.json").read_text())
+    dense = table[0]
+    return [
+        f"## {title}\n\nDense PPL {dense['ppl']:.2f} ± {dense['ppl_se']:.2f}, "
+        f"{dense['windows']} windows of {run_settings['context']} tokens, "
+        f"{run_settings['dtype']}; torch {where['torch']}, {machine_line(where)}.\n\n"
+        f"![PPL and KL against sparsity](../../{folder.relative_to(ROOT)}/tradeoff.svg)\n\n"
+        f"{markdown(table[1:])}\n"
+    ]
 
 
 def summary() -> str:
@@ -281,6 +299,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", choices=[*SETTINGS, []])
+    parser.add_argument("--others", action="store_true", help="the rules of OTHERS and LONG")
     parser.add_argument(
         "--report",
         action="store_true",
@@ -288,7 +307,7 @@ if __name__ == "__main__":
     )
     arguments = parser.parse_args()
     for model_name in arguments.models:
-        run(model_name)
+        (run_others if arguments.others else run)(model_name)
     if arguments.report:
         (ROOT / "docs" / "results" / "tradeoff.md").write_text(report())
         update_readme("results", summary())

@@ -50,7 +50,7 @@ def test_every_document_is_a_page(site: Path) -> None:
 
 def test_figures_are_there(site: Path) -> None:
     figures = re.findall(r'<img [^>]*src="([^"]+)"', (site / "results/tradeoff.html").read_text())
-    assert len(figures) == 3
+    assert len(figures) == 4
     for figure in figures:
         assert (site / "results" / figure).resolve().is_file()
 
