@@ -566,7 +566,7 @@ def test_law_train_sweep_and_advise(
     tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("FIT_WINDOWS", "SEARCH_WINDOWS", "JUDGE_WINDOWS"):
-        monkeypatch.setattr(training, name, 6)
+        monkeypatch.setattr(training, name, 2)
     text = tmp_path / "t.txt"
     text.write_text("\n".join(f"the ship number {n} sailed at dawn" for n in range(3000)))
     small = ["--hidden-size", 64, "--layers", 1, "--intermediate-size", 40, "--vocabulary", 300]
