@@ -251,7 +251,7 @@ def reader(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(cache, "_pack", lambda model, path, quant: pack(model, path, quant=quant))
     monkeypatch.setattr(adaptation_texts, "HELD_OUT", 4)
     for name in ("FIT_WINDOWS", "SEARCH_WINDOWS", "JUDGE_WINDOWS"):
-        monkeypatch.setattr(training, name, 2)
+        monkeypatch.setattr(training, name, 6)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
     monkeypatch.setattr(sys, "path", list(sys.path))
     made = Reader(folder, monkeypatch)
