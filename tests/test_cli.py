@@ -530,7 +530,7 @@ def test_law_fit(tmp_path: Path, run: Any) -> None:
         ratios = [limit - 0.1 * (n + 1) ** -0.7 + noise[n] for n in range(12)]
         curves.append(tmp_path / f"{i}.json")
         curves[-1].write_text(json.dumps({"token_passed": tokens, "activation_ratio": ratios}))
-    options = ["--draws", 5, "--at", "1e11", "--tokens-for", "0.38,0.9"]
+    options = ["--draws", 20, "--at", "1e11", "--tokens-for", "0.38,0.9"]
     text = run("law", "fit", *curves, "-o", tmp_path / "o", *options).out
     for part in ("one limit A0 for all", "A = 0.9: never", "at 100 × 1e9 tokens: A = 0.3", "AICc"):
         assert part in text
@@ -548,7 +548,7 @@ def test_law_fit(tmp_path: Path, run: Any) -> None:
     falling = 0.1 - 0.005 * np.log(tokens / 1e9) + 2e-5 * np.random.default_rng(3).normal(size=30)
     lists = {"token_passed": tokens.tolist(), "activation_ratio": falling.tolist()}
     (tmp_path / "log.json").write_text(json.dumps(lists))
-    table = run("law", "fit", tmp_path / "log.json", "-o", tmp_path / "l", "--draws", 5).out
+    table = run("law", "fit", tmp_path / "log.json", "-o", tmp_path / "l", "--draws", 20).out
     (line,) = [line for line in table.splitlines() if "A = c ln D + d" in line]
     assert "better by both" in line
     (tmp_path / "bad.json").write_text('{"token_passed": [1e9, 2e9], "activation_ratio": [0.1]}')
