@@ -41,7 +41,7 @@ def test_no_defect_is_overlooked(tmp_path: Path) -> None:
 
 
 def test_mutated_headers_never_crash(folders: dict[str, Path], tmp_path: Path) -> None:
-    """20,000 files with random changes in their headers load or raise, and nothing else."""
+    """6,000 files with random changes in their headers load or raise, and nothing else."""
     rng = np.random.default_rng(0)
     outcomes = {"loaded": 0, "refused": 0}
     for name in ("llama", "opt"):
@@ -54,7 +54,7 @@ def test_mutated_headers_never_crash(folders: dict[str, Path], tmp_path: Path) -
         # The tokenizer's text is most of the header, and of no interest here.
         tail = bytes(original[:header]).rindex(b"tokenizer.huggingface.json")
         interesting = np.r_[0:tail, tail + 27 : tail + 47, _tensor_table(original, header)]
-        for _ in range(10_000):
+        for _ in range(3_000):
             data = original.copy()
             at = rng.choice(interesting, rng.integers(1, 4))
             data[at] = rng.choice([0, 1, 127, 128, 255, *rng.integers(0, 256, 3)], len(at))
@@ -65,8 +65,8 @@ def test_mutated_headers_never_crash(folders: dict[str, Path], tmp_path: Path) -
                 outcomes["refused"] += 1
             else:
                 outcomes["loaded"] += 1
-    assert outcomes["refused"] > 5000
-    assert outcomes["loaded"] > 1000  # most changes hit names that nobody reads
+    assert outcomes["refused"] > 1500
+    assert outcomes["loaded"] > 300  # most changes hit names that nobody reads
 
 
 def _map_start(file: Any) -> int:

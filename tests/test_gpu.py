@@ -1,5 +1,6 @@
 """Sparse decoding on CUDA: kernels in Triton's interpreter, on the CPU, and models with them."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -26,7 +27,7 @@ D, WIDTH = 24, 37
 BATCHES = (1, 3, 8)
 # The interpreter takes products of several bfloat16 tokens for those of their bits as integers.
 KINDS = [(b, k) for b in BATCHES for k in ("float32", "float16", "bfloat16")]
-KINDS = [(b, k) for b, k in KINDS if b == 1 or k != "bfloat16"]
+KINDS = [(b, k) for b, k in KINDS if b == 1 or (b, k) in ((3, "float16"), (b, "float32"))]
 ERROR = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}  # rounding of terms, and of the sum
 
 
@@ -63,7 +64,7 @@ def active_of(values: torch.Tensor, weight: torch.Tensor | None, k: int) -> torc
     return score > score.sort(1, descending=True).values[:, k : k + 1]
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", [1, 3])  # each token of 8 has a program of its own, as of 3
 @pytest.mark.parametrize("k", [0, 1, 18, WIDTH - 1, WIDTH])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("counted", [False, True])
@@ -172,21 +173,21 @@ def test_sums_of_inputs(batch: int, kind: str, gated: bool, weighted: bool) -> N
 IDS = torch.from_numpy(np.random.default_rng(1).integers(2, VOCABULARY, (8, 5)))
 
 
-def both(folder: Path, plan: Plan) -> list[torch.Tensor]:
-    """Logits of some tokens and of a step's, sparsified and accelerated, for three batches."""
+def both(folder: Path, plan: Plan, batches: tuple[int, ...]) -> list[torch.Tensor]:
+    """Logits of some tokens and of a step's, sparsified and accelerated, for each batch."""
     found = []
     for apply in (fallow.sparsify, fallow.accelerate):
         module = apply(plain(folder, dtype=torch.float32), plan)
-        for batch in BATCHES:
+        for batch in batches:
             with torch.inference_mode():
                 logits = [module(ids).logits for ids in (IDS[:batch], IDS[:batch, 1:2])]
             found.append(torch.cat(logits, 1))
     return found
 
 
-def compare(folder: Path, plan: Plan) -> None:
-    found = both(folder, plan)
-    for expected, accelerated in zip(found[:3], found[3:], strict=True):
+def compare(folder: Path, plan: Plan, batches: tuple[int, ...] = (1, 3)) -> None:
+    found, n = both(folder, plan, batches), len(batches)
+    for expected, accelerated in zip(found[:n], found[n:], strict=True):
         assert torch.allclose(accelerated, expected, atol=2e-4)
 
 
@@ -203,7 +204,8 @@ def test_models_are_as_sparsified(
     name: str, rule: str, folders: dict[str, Path], calibrators: dict[str, Calibrator]
 ) -> None:
     sparsity = 0.0 if rule == "relu" else 0.5
-    compare(folders[name], calibrators[name].plan(rule, sparsity=sparsity))
+    batches = BATCHES if rule == "gate_topk" else (1, 3)
+    compare(folders[name], calibrators[name].plan(rule, sparsity=sparsity, measure=False), batches)
 
 
 @pytest.mark.parametrize("name", [n for n in WITH_RELU if n not in ("bitnet", *OWN_CONFIGS)])
@@ -231,7 +233,7 @@ def test_ffns_that_no_kernel_has(name: str, missing: str, folders: dict[str, Pat
 def test_a_layer_without_a_cut_stays_dense(
     folders: dict[str, Path], calibrators: dict[str, Calibrator]
 ) -> None:
-    plan = calibrators["llama"].plan("teal", sparsity=0.5)
+    plan = calibrators["llama"].plan("teal", sparsity=0.5, measure=False)
     cuts = []
     for cut in plan.cuts:
         value = cut.value.copy()
@@ -243,7 +245,7 @@ def test_a_layer_without_a_cut_stays_dense(
 
 
 def test_generate(folders: dict[str, Path], calibrators: dict[str, Calibrator]) -> None:
-    plan = calibrators["llama"].plan("gate_topk", sparsity=0.5)
+    plan = calibrators["llama"].plan("gate_topk", sparsity=0.5, measure=False)
     texts = []
     for apply in (fallow.sparsify, fallow.accelerate):
         module = apply(plain(folders["llama"], dtype=torch.float32), plan)
@@ -252,7 +254,7 @@ def test_generate(folders: dict[str, Path], calibrators: dict[str, Calibrator]) 
 
 
 def test_errors(folders: dict[str, Path], calibrators: dict[str, Calibrator]) -> None:
-    plan = calibrators["llama"].plan("gate_topk", sparsity=0.5)
+    plan = calibrators["llama"].plan("gate_topk", sparsity=0.5, measure=False)
     with pytest.raises(UsageError, match="Linear is no transformers model"):
         fallow.accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(FallowError, match="not for"):
@@ -286,19 +288,20 @@ def test_a_model_elsewhere_is_refused(
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 
 
-def test_the_benchmark(tmp_path: Path) -> None:
+def test_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its whole path, at tiny sizes in the interpreter."""
-    code = "import interpreted, gpu; gpu.main()"
-    folders = (BENCHMARK.parent, Path(__file__).parent, Path(fallow.__file__).parent.parent)
-    path = os.pathsep.join([*map(str, folders), *filter(None, sys.path)])
-    options = ("--tiny", "--rows", "gate", "teal 50", "relu", "--out", tmp_path)
-    for arguments in (("--tiny", "--check"), ("8b", "2.4b", *options)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-    file = json.loads(done.stdout.splitlines()[-1])["file"]
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    benchmark = importlib.import_module(BENCHMARK.stem)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--check"])
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main()
+    assert not stop.value.code, capsys.readouterr().out
+    options = ("--tiny", "--rows", "gate", "teal 50", "relu", "--out", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "8b", "2.4b", *options])
+    benchmark.main()
+    file = json.loads(capsys.readouterr().out.splitlines()[-1])["file"]
     rows = json.loads(Path(file).read_text())["shapes"]["8b"]["rows"]
     assert rows["gate_topk 50"]["active_neurons"] == 0.5
     assert 0.3 < rows["teal 50"]["active_inputs"] < 0.7

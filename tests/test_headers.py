@@ -24,7 +24,7 @@ CASES = 400  # of each format
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, float]]:
-    return measure(12_000_000)
+    return measure(6_000_000)
 
 
 @pytest.mark.parametrize("kind", HOSTILE)

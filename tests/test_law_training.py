@@ -36,8 +36,12 @@ def novel() -> Text:
 
 @pytest.fixture(autouse=True)
 def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_on(2, monkeypatch)
+
+
+def measure_on(windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FIT_WINDOWS", "SEARCH_WINDOWS", "JUDGE_WINDOWS"):
-        monkeypatch.setattr(training, name, 6)
+        monkeypatch.setattr(training, name, windows)
 
 
 def test_trained_model_and_its_curve(novel: Text, tmp_path: Path) -> None:
@@ -98,8 +102,9 @@ def rise_and_ratio(
 
 
 def test_one_cett_is_searched_on_the_last_five_checkpoints_and_judged_elsewhere(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    measure_on(6, monkeypatch)
     # A word mostly follows from the one before: what the FFN has to know.
     rng = np.random.default_rng(0)
     told = [0]

@@ -185,7 +185,7 @@ def test_long_commands_without_a_home(things: Path, tmp_path: Path) -> None:
 def test_closed_streams(things: Path) -> None:
     generate = ("generate", things / "packed.gguf", "neuron", "--max-new-tokens", 2)
     for redirection in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
-        for words in (("models",), ("rules",), generate):
+        for words in (("models",), generate):
             assert in_shell(redirection, *words).returncode == 0
     assert in_shell("2>&-", "generate", "nowhere.gguf", "a").stdout == b""
     assert one_line(in_shell(">&-", "generate", "nowhere.gguf", "a"))
@@ -195,7 +195,7 @@ def test_closed_streams(things: Path) -> None:
 
 
 def test_broken_pipe(things: Path) -> None:
-    for words in (("models",), ("rules",), ("plan", "show", things / "topk.plan")):
+    for words in (("models",), ("plan", "show", things / "topk.plan")):
         reader, writer = os.pipe()
         os.close(reader)
         found = fallow(*words, stdout=writer)
@@ -210,9 +210,7 @@ def test_full_stdout(things: Path) -> None:
     sizes = ("--text", things / "text.txt", "--context", 16, "--windows", 2)
     for words in (
         ("models",),
-        ("rules",),
         ("rules", "--json"),
-        ("plan", "show", things / "topk.plan"),
         ("generate", things / "packed.gguf", "a", "--max-new-tokens", 2),
         ("evaluate", things / "packed.gguf", *sizes),
     ):

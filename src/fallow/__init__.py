@@ -96,9 +96,11 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         metadata = import_module("importlib.metadata")
         try:
-            return metadata.version("fallow")
+            version = metadata.version("fallow")
         except metadata.PackageNotFoundError:  # it runs from its sources, without an installation
-            return "unknown"
+            version = "unknown"
+        globals()[name] = version  # every plan has it
+        return version
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fallow' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

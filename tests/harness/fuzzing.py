@@ -257,7 +257,8 @@ class Fuzzer:
 
     def _cases(self, left: dict[str, range], known: set[tuple[str, str]]) -> Iterator[Case]:
         """The cases of one process, up to the one that it dies of."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", __name__])
         ours, theirs = context.Pipe()
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             scratch = Path(folder)

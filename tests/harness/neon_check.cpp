@@ -182,6 +182,7 @@ void check_weights(const Kernels& neon) {
     for (size_t k : {1, 7, 31, 32, 33, 96, 256, 576, 1536, 4352}) {  // the last is two slabs
       if (k % format.block != 0) continue;
       for (size_t rows : {1, 7, 8, 31, 32, 33}) {
+        if (k > 256 && rows != 7 && rows != 33) continue;  // groups of rows are those of a short k
         const std::string where =
             std::string(format.name) + " " + std::to_string(rows) + " x " + std::to_string(k);
         const Matrix m = random_matrix(format, rows, k);

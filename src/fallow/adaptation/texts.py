@@ -197,6 +197,8 @@ class _Room(DynamicLayer):
     transformers' own cache is copied whole for every token: 24 GB for 2048 windows of SmolLM2.
     """
 
+    is_initialized: bool
+
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length

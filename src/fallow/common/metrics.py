@@ -30,10 +30,10 @@ def histogram_quantile(counts: np.ndarray, q: float) -> float:
     within 2^-10 of the exact quantile, relatively. The quantile 0 is 0, not the smallest
     magnitude: a threshold at sparsity 0 leaves every non-zero value.
     """
-    total = int(counts.sum())
+    cumulative = np.cumsum(counts)
+    total = int(cumulative[-1])
     if total == 0 or q <= 0:
         return 0.0
-    cumulative = np.cumsum(counts)
     rank = q * (total - 1)
     below, above = (_value_at(counts, cumulative, r) for r in (math.floor(rank), math.ceil(rank)))
     return below + (above - below) * (rank - math.floor(rank))
@@ -41,7 +41,8 @@ def histogram_quantile(counts: np.ndarray, q: float) -> float:
 
 def _value_at(counts: np.ndarray, cumulative: np.ndarray, rank: int) -> float:
     """The value of a rank (0 is the smallest): values lie evenly in their bin."""
-    index = int(np.searchsorted(cumulative, rank, side="right"))
+    # Of another type than the counts' a rank would be looked for in a copy of them, as float64.
+    index = int(np.searchsorted(cumulative, cumulative.dtype.type(rank), side="right"))
     before = int(cumulative[index]) - int(counts[index])
     low, high = bin_edges()[index : index + 2]
     return float(low + (high - low) * (rank - before + 0.5) / int(counts[index]))

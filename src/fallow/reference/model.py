@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,12 +75,18 @@ def use_fastest_float32() -> None:
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if matmul is None:  # an older torch
         return
+    matmul.fp32_precision = "bf16"
+    if _largest_error() > FLOAT32_ERROR:
+        matmul.fp32_precision = "ieee"
+
+
+@cache
+def _largest_error() -> float:
+    """Of a product in float32; asked once, as it takes as long as a small model's loading."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
-    matmul.fp32_precision = "bf16"
-    if float((nn.functional.linear(a, b.T) - exact).abs().max()) > FLOAT32_ERROR:
-        matmul.fp32_precision = "ieee"
+    return float((nn.functional.linear(a, b.T) - exact).abs().max())
 
 
 @contextmanager

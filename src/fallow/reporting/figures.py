@@ -516,20 +516,20 @@ def _plot(
 ) -> dict[str, Any]:
     """Traces and axes as Plotly's JSON; colours of text and grid are the page's."""
     several = len(traces) > 1
-    figure = go.Figure(list(traces))
-    figure.update_layout(
-        height=height,
-        margin=_MARGIN,
-        colorway=COLORS,
-        showlegend=several and traces[0].name is not None,
-        legend={"orientation": "h", "y": -0.3},
-        xaxis={"title": {"text": x_title}},
-        yaxis={"title": {"text": y_title}},
-    )
-    figure.update_layout(**layout)
-    plot = figure.to_plotly_json()
-    del plot["layout"]["template"]
-    return plot
+    shown = {
+        "height": height,
+        "margin": _MARGIN,
+        "colorway": COLORS,
+        "showlegend": several and traces[0].name is not None,
+        "legend": {"orientation": "h", "y": -0.3},
+        "xaxis": {"title": {"text": x_title}},
+    }
+    shown |= layout | {"yaxis": {"title": {"text": y_title}} | layout.get("yaxis", {})}
+    # A Figure would check the default template, too: nine tenths of its time.
+    return {
+        "data": [trace.to_plotly_json() for trace in traces],
+        "layout": go.Layout(shown).to_plotly_json(),
+    }
 
 
 def _by_depth(rows: Sequence[Any], x: list[float], name: str) -> list[Any]:
