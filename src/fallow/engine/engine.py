@@ -285,8 +285,8 @@ class Engine:
         if not isinstance(version, int) or version not in RUNNING_VERSIONS:
             known = ", ".join(map(str, RUNNING_VERSIONS))
             raise FallowError(
-                f"{self.path} was packed in format {in_one_line(version)}, this fallow runs {known}; "
-                "pack it again"
+                f"{self.path} was packed in format {in_one_line(version)}, "
+                f"this fallow runs {known}; pack it again"
             )
 
     def _count(self, key: str) -> int:
