@@ -11,7 +11,8 @@ import uvicorn
 from fallow.engine.answer import Piece, Read
 from fallow.engine.stats import Share, Stats
 from fallow.serving.app import create_app
-from fallow.serving.server import configured
+from fallow.serving.connections import listen
+from fallow.serving.server import configured, room_for, run
 from fallow.serving.worker import Worker
 
 JSON = {"Content-Type": "application/json"}
@@ -23,8 +24,10 @@ def served(engine: Any, queue: int = 16, **options: Any) -> Iterator[str]:
     """The server in a thread; its address."""
     worker = Worker(engine, queue)
     app = create_app(worker, "tiny", **options)
-    server = uvicorn.Server(configured(app, "127.0.0.1", 0, 0, queue))
-    thread = threading.Thread(target=server.run)
+    room = room_for(queue)
+    sockets = listen("127.0.0.1", 0, room)
+    server = uvicorn.Server(configured(app, room, 0))
+    thread = threading.Thread(target=run, args=(server, sockets))
     thread.start()
     while not server.started:
         time.sleep(0.01)

@@ -475,6 +475,21 @@ def test_ctrl_c(
     assert (tmp_path / "t" / "plans" / "topk-0.5.plan").exists()
 
 
+def test_a_refusal_for_a_limit_tells_the_limit(
+    run: Any, folders: dict[str, Path], texts: Texts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What transformers raises while it loads a model is taken for the model's fault."""
+    import transformers
+
+    def limited(*_: Any, **__: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", limited)
+    message = error(run("profile", folders["llama"], "--text", texts[0]), 1)
+    assert message.startswith(f"transformers cannot load {folders['llama']}: can't start")
+    assert "ulimit -u" in message
+
+
 def process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "fallow", *map(str, arguments)],

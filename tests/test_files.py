@@ -31,6 +31,7 @@ from fallow.common.files import (
     to_json,
     write_json,
 )
+from fallow.engine.engine import Engine
 from fallow.engine.packed import is_packed
 from fallow.packing.packer import pack
 from fallow.reference import model as reference
@@ -289,6 +290,17 @@ def test_packed_model_in_parts(folders: dict[str, Path], tmp_path: Path) -> None
     first = min(tmp_path.glob("p-*.gguf"))
     with pytest.raises(FallowError, match=r"is part 1 of \d of a packed model; pack it again"):
         is_packed(first)
+
+
+def test_a_version_that_is_no_number(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "p.gguf", "fallow")
+    writer.add_array("fallow.version", [5] * 100)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(FallowError, match=r"was packed in format \[5 5 .*pack it again") as caught:
+        Engine(tmp_path / "p.gguf")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("cut", [True, False])

@@ -500,8 +500,8 @@ def test_connections_have_a_number(engine: Engine, monkeypatch: pytest.MonkeyPat
             made.append(1)
             super().__init__(*given, **named)
 
-    monkeypatch.setattr(connections, "Connection", Counted)
-    with served(Slow(engine.tokenizer), queue=1) as address:
+    monkeypatch.setattr(server, "Connection", Counted)
+    with served(Slow(engine.tokenizer), queue=1) as address:  # 3, and 2 for its place
         idle = [connect(address) for _ in range(5)]
         time.sleep(0.2)
         answer = httpx.get(f"{address}/health")

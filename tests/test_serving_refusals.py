@@ -436,7 +436,7 @@ def test_who_may_ask(
 ) -> None:
     made: list[Any] = []
     monkeypatch.setattr(server, "create_app", lambda *given: made.append(given))
-    monkeypatch.setattr(server._Server, "run", lambda self: None)
+    monkeypatch.setattr(server, "run", lambda _, sockets: [s.close() for s in sockets])
     serve(engine, "tiny", port=0, **options)
     assert made[0][-1] == hosts
     assert ("give it an --api-key" in capsys.readouterr().err) == warns

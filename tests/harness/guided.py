@@ -62,7 +62,7 @@ def write_core_seeds(root: Path, corpus: Path) -> None:
     seeds = Seeds(root)
     found = [
         seeds.packed(f"core/{name}", seeds.model(name), quant="f32")
-        for name in ("llama", "gemma3", "phi", "opt", "olmo2", "qwen3_moe", "gpt_oss")
+        for name in ("llama", "gemma3", "gemma4", "phi", "opt", "olmo2", "qwen3_moe", "gpt_oss")
     ]
     wide = seeds.model("llama", hidden_size=64, intermediate_size=64)
     found.append(seeds.packed("core/coarse", wide, quant="q4_0", shortlist=True))

@@ -44,6 +44,7 @@ def _packed_seeds(seeds: Seeds) -> list[Path]:
         seeds.packed("talking", talks, quant="f32", plan=seeds.plan("cats")),
         seeds.packed("opt", seeds.model("opt"), quant="bf16"),
         seeds.packed("shortlist", wide, quant="q4_0", shortlist=True),
+        seeds.packed("gemma4", seeds.model("gemma4"), quant="f32"),  # per-layer inputs, shared k, v
     ]
 
 

@@ -76,7 +76,8 @@ def main() -> None:
         code = app(prog_name="fallow", standalone_mode=False)
         sys.stdout.flush()
     except FallowError as error:
-        _fail(str(error), error.exit_code)
+        limit = exceeded_limit(error)
+        _fail(str(error) if limit is None else f"{error}: {limit}", error.exit_code)
     except Exception as error:
         _quit_for_limit(exceeded_limit(error))
         _fail_otherwise(error)

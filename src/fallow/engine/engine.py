@@ -284,11 +284,11 @@ class Engine:
                 f"{self.path} is a GGUF file but not a packed model; make one with: "
                 f"fallow pack {self.path} -o packed.gguf"
             )
-        if version not in RUNNING_VERSIONS:
+        if not isinstance(version, int) or version not in RUNNING_VERSIONS:
             known = ", ".join(map(str, RUNNING_VERSIONS))
             raise FallowError(
-                f"{self.path} was packed in format {version}, this fallow runs {known}; "
-                "pack it again"
+                f"{self.path} was packed in format {in_one_line(version)}, "
+                f"this fallow runs {known}; pack it again"
             )
 
     def _count(self, key: str) -> int:

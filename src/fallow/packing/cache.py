@@ -77,7 +77,8 @@ def _entry_name(model: str, source: Path, quant: str | None) -> str:
 def _is_whole(path: Path) -> bool:
     """Whether it is there, can be read, and has the format that is written now."""
     with suppress(FallowError):
-        return path.is_file() and read_gguf(path).metadata.get("fallow.version") == PACKED_VERSION
+        found = read_gguf(path).metadata.get("fallow.version") if path.is_file() else None
+        return isinstance(found, int) and found == PACKED_VERSION
     return False
 
 

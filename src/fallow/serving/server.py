@@ -5,6 +5,7 @@ import gc
 import os
 import re
 import signal
+import socket
 from collections.abc import Sequence
 from functools import partial
 from types import FrameType
@@ -17,7 +18,7 @@ from fallow.common.errors import FallowError, UsageError
 from fallow.common.progress import console
 from fallow.engine.engine import Engine
 from fallow.serving.app import create_app
-from fallow.serving.connections import LARGEST_HEADER, Door, Room
+from fallow.serving.connections import BACKLOG, LARGEST_HEADER, Connection, Room, listen
 from fallow.serving.worker import TURN_SECONDS, Worker
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -54,6 +55,13 @@ def serve(
             raise UsageError(
                 f"--cors {origin} is no origin; give one such as http://localhost:3000, or '*'"
             )
+    room = room_for(queue)
+    try:
+        sockets = listen(host, port, room)
+    except OSError as error:
+        raise FallowError(
+            f"cannot listen on {host}:{port}; it is in use or not allowed, choose another --port"
+        ) from error
     _ = engine.tokenizer  # read now, not while the first request keeps all others waiting
     worker = Worker(engine, queue, turn)
     is_local = host.strip("[]") in (name.strip("[]") for name in LOOPBACK)
@@ -64,33 +72,33 @@ def serve(
         )
     hosts = LOOPBACK if is_local and api_key is None else ()
     app = create_app(worker, name, api_key, max_body, cors, hosts)
-    server = _Server(configured(app, host, port, grace, queue), worker, grace)
+    server = _Server(configured(app, room, grace), worker, grace)
     # What is loaded stays: collections, which large bodies cause, need not look through it again (a
     # body of 100,000 lists kept all others waiting for 101 ms, and so for 46).
     gc.collect()
     gc.freeze()
     try:
-        server.run()
-    except SystemExit as error:  # uvicorn's answer to an address in use
-        raise FallowError(
-            f"cannot listen on {host}:{port}; it is in use or not allowed, choose another --port"
-        ) from error
+        run(server, sockets)
     finally:
         gc.unfreeze()
         worker.close(0)
         worker.join(CLOSE_SECONDS)
 
 
-def configured(app: FastAPI, host: str, port: int, grace: float, queue: int) -> uvicorn.Config:
-    """How uvicorn serves the application."""
+def room_for(queue: int) -> Room:
+    """Room for the connections of a server where so many requests may wait."""
     of_one = CONNECTIONS + 2 * queue  # those that wait, and some to be told that they cannot
-    protocol: Any = partial(Door, Room(of_one, 4 * of_one))
+    return Room(of_one, 4 * of_one)
+
+
+def configured(app: FastAPI, room: Room, grace: float) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    protocol: Any = partial(Connection, room)
     return uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=protocol,
         ws="none",
+        backlog=BACKLOG,
         log_level="warning",
         access_log=False,
         # Whom uvicorn believes is told by this variable. By itself it would believe this machine,
@@ -99,6 +107,12 @@ def configured(app: FastAPI, host: str, port: int, grace: float, queue: int) -> 
         timeout_graceful_shutdown=int(grace + CLOSE_SECONDS),
         h11_max_incomplete_event_size=LARGEST_HEADER,
     )
+
+
+def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+    """Serves in the loop that calls accept of the sockets, as uvloop and Windows' own do not."""
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        runner.run(server.serve(sockets))
 
 
 class _Server(uvicorn.Server):
@@ -112,8 +126,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             for server in self.servers:
-                for socket in server.sockets:
-                    host, port = socket.getsockname()[:2]
+                for listening in server.sockets:
+                    host, port = listening.getsockname()[:2]
                     console.print(
                         f"serving {self._worker.engine.name} on http://{host}:{port}/v1, "
                         f"a chat in the browser on http://{host}:{port}/, Ctrl-C ends",
