@@ -23,9 +23,7 @@ class Activity:
     bytes_read: int | None
 
     @classmethod
-    def of(
-        cls, neurons: np.ndarray, widths: Sequence[int], bytes_read: int | None
-    ) -> "Activity":
+    def of(cls, neurons: np.ndarray, widths: Sequence[int], bytes_read: int | None) -> "Activity":
         """From the active neurons of a token, (L, widest) bool, of layers with so many neurons."""
         n, bins = np.array(widths)[:, None], min(BINS, *widths)
         ends = np.arange(1, bins + 1) * n // bins

@@ -58,7 +58,8 @@ class Profile:
         return (
             f"<Profile of {told['model']} ({told['dtype']}): {told['natural_sparsity']:.1%} of "
             f"inter is zero in {len(told['layers'])} layers of "
-            f"{in_words(row['neurons'] for row in told['layers'])} neurons; {told['tokens']} tokens of {told['text']}>"
+            f"{in_words(row['neurons'] for row in told['layers'])} neurons; "
+            f"{told['tokens']} tokens of {told['text']}>"
         )
 
     def _repr_html_(self) -> str:

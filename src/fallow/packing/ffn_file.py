@@ -300,9 +300,7 @@ def _energy(tensors: dict[str, StoredTensor]) -> np.ndarray:
     return np.prod(squares, axis=0)
 
 
-def _cuts(
-    plan: Plan, down_norms: list[np.ndarray], hidden: int, gated: bool
-) -> Iterator[_Cut]:
+def _cuts(plan: Plan, down_norms: list[np.ndarray], hidden: int, gated: bool) -> Iterator[_Cut]:
     """A plan's cuts. `down_norms`, (d_ff,) per layer: ||W_down[:, i]||."""
     for cut in plan.cuts:
         parts = ("gate_proj", "up_proj") if cut.tap == "gate_up_proj" else (cut.tap,)

@@ -141,7 +141,8 @@ class Model:
         mixture = "" if layer.experts is None else f" in each of {layer.experts.count} experts"
         return (
             f"<Model {self.name}: {self.architecture.model_type}, {len(self.layers)} layers of "
-            f"{in_words(self.intermediate_sizes)} neurons{mixture}, {self.dtype_name} on {self.device.type}>"
+            f"{in_words(self.intermediate_sizes)} neurons{mixture}, {self.dtype_name} on "
+            f"{self.device.type}>"
         )
 
     def __post_init__(self) -> None:

@@ -65,9 +65,7 @@ class TwoStage(Rule):
         return [(a.threshold(early), b.threshold(knob)) for a, b in zip(first, second, strict=True)]
 
 
-def two_stage_cuts(
-    first: np.ndarray, second: np.ndarray, weights: list[np.ndarray]
-) -> list[Cut]:
+def two_stage_cuts(first: np.ndarray, second: np.ndarray, weights: list[np.ndarray]) -> list[Cut]:
     """Thresholds (L,) of both stages, and `gate_weights` for the first."""
     return [
         Cut("gate_act", "threshold", first, weights),
