@@ -43,8 +43,8 @@ class Rectified(nn.Linear):
 def told(architecture: Architecture, config: dict[str, Any]) -> dict[str, Any]:
     """What transformers' class of a model is told in place of what a config says."""
     found = architecture.settings | architecture.translate(config)
-    act = _activation(architecture, config)
-    return found | {activation_key(architecture): _BUILT_WITH[act]} if act in _BUILT_WITH else found
+    key, act = activation_key(architecture), _activation(architecture, config)
+    return found | {key: _BUILT_WITH[act]} if key and act in _BUILT_WITH else found
 
 
 def check_activation(architecture: Architecture, config: dict[str, Any], where: str) -> None:
@@ -137,4 +137,5 @@ def _rectify(architecture: Architecture, block: Any) -> None:
 
 
 def _activation(architecture: Architecture, config: dict[str, Any]) -> Any:
-    return (config | architecture.settings).get(activation_key(architecture))
+    key = activation_key(architecture)
+    return None if key is None else (config | architecture.settings).get(key)
