@@ -98,6 +98,11 @@ def test_rounded_with_outlier_neurons(tmp_path: Path) -> None:
     expected = reference(model)
     assert_close(engine.logits(IDS), expected)
     assert_close(one_by_one(engine), expected)
+    content, key = (tmp_path / "packed.gguf").read_bytes(), b"fallow.outliers"
+    at = content.index(key) + len(key) + 16  # behind the array's types and length
+    (tmp_path / "m.gguf").write_bytes(content[:at] + bytes([150, 0, 0, 0]) + content[at + 4 :])
+    said = fails(FallowError, lambda: Engine(tmp_path / "m.gguf"))
+    assert "fallow.outliers names neurons that layer 0 does not have" in said
 
 
 def test_a_plan_by_gates(model: fallow.Model, packed: Path, texts: Texts) -> None:
