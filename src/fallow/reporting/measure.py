@@ -251,6 +251,7 @@ class _Measurement:
                 [_groups(layer, width) for layer, width in zip(rows, widths, strict=True)]
                 for rows in patterns
             ],
+            "neurons": in_words(widths),
             "pairs": pairs.tolist(),
             "same": (ids[0][pairs[:, 0]] == ids[1][pairs[:, 1]]).tolist(),
             "agreement": [
