@@ -93,6 +93,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemma3": WINDOW
     | {"vocab_size": 302, "head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": None},
     "gemma4": GEMMA4 | {"num_kv_shared_layers": 2},
+    "gemma4, two widths": GEMMA4 | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True},
     "gemma4, values from keys": GEMMA4
     | {
         "num_kv_shared_layers": 0,

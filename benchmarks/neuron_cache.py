@@ -208,7 +208,7 @@ def run(name: str) -> None:
     model = fallow.load(name)
     fitted = traces(model, DATA / "wikitext2" / "wiki.valid.detok.txt", 4)
     seen = traces(model, DATA / "wikitext2" / "wiki.test.raw", 1)
-    d_ff, neuron = model.intermediate_size, _neuron_bytes(model)
+    d_ff, neuron = model.layers[0].d_ff, _neuron_bytes(model)
     hits: dict[str, list[list[float]]] = {name: [] for name in POLICIES}
     shares: dict[str, list[list[float]]] = {"natural": [], "frequency": [], "co-activation": []}
     for layer, trace in seen.items():

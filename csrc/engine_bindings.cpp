@@ -208,7 +208,7 @@ class BoundEngine {
       cut.by = static_cast<Cut::By>(how);
       cut.value = value;
       if (!weight) continue;
-      if (weight->size() != width_of(layer, static_cast<Tap>(tap)))
+      if (weight->size() != model_.width_of(layer, static_cast<Tap>(tap)))
         throw nb::value_error("a cut's weight has the wrong size");
       cut.weight.assign(weight->data(), weight->data() + weight->size());
     }
@@ -280,12 +280,22 @@ class BoundEngine {
   std::vector<float> down_norm(size_t layer) const {
     const float* values = model_.layers.at(layer).down_norm;
     if (!values) throw nb::value_error("the file has no norms of down_proj");
-    return {values, values + std::max<size_t>(1, model_.config.n_experts) * model_.config.intermediate_size};
+    return {values, values + model_.width_of(layer, kInter)};
   }
 
-  uint64_t neurons() const { return model_.config.neurons(); }
+  // Of each layer, with all its experts.
+  std::vector<uint64_t> neurons() const {
+    std::vector<uint64_t> found;
+    for (const Layer& layer : model_.layers) found.push_back(model_.config.neurons(layer.intermediate_size));
+    return found;
+  }
 
-  // (tokens, layers, neurons / 8 rounded up)
+  size_t width_of(size_t layer, size_t tap) const {
+    if (layer >= model_.layers.size() || tap >= kTaps) throw nb::value_error("no such layer or tap");
+    return model_.width_of(layer, static_cast<Tap>(tap));
+  }
+
+  // (tokens, layers, neurons of the widest layer / 8 rounded up)
   nb::bytes active_neurons() const {
     const std::vector<uint8_t>& bits = engine_->active_neurons().bits();
     return nb::bytes(bits.data(), bits.size());
@@ -407,14 +417,6 @@ class BoundEngine {
     return {offset, size};
   }
 
-  size_t width_of(size_t layer, Tap tap) const {
-    const Config& c = model_.config;
-    if (tap == kOInput) return size_t{c.n_heads} * model_.layers[layer].head_dim;
-    if (tap == kRouter) return c.n_experts;
-    if (tap >= kGatePre && tap <= kInter && c.n_experts > 0) return size_t{c.n_experts} * c.intermediate_size;
-    return tap < kGatePre || tap == kFfnOut ? c.hidden_size : c.intermediate_size;
-  }
-
   const int64_t process_ = process_id();
   std::chrono::steady_clock::time_point asked_;  // Python for its signals
   // The mapped file, perhaps with its copy, or, in this order since later ones read from earlier ones, these.
@@ -482,8 +484,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("n_layers", [](const BoundEngine& e) { return e.model().config.n_layers; })
       .def_prop_ro("vocab_size", [](const BoundEngine& e) { return e.model().config.vocab_size; })
       .def_prop_ro("hidden_size", [](BoundEngine& e) { return e.model().config.hidden_size; })
-      .def_prop_ro("intermediate_size",
-                   [](const BoundEngine& e) { return e.model().config.intermediate_size; })
+      .def("width_of", &BoundEngine::width_of, "layer"_a, "tap"_a)
       .def_prop_ro("neurons", &BoundEngine::neurons);
 }
 

@@ -46,7 +46,8 @@ def check_a_few(engine: Engine) -> None:
 def cutting_plan(engine: Engine) -> Plan:
     if engine.n_experts:
         return engine_plan(engine, Cut("router", "topk", 1 / engine.n_experts))
-    weights = np.ones((engine._core.n_layers, engine._core.intermediate_size), dtype=np.float32)
+    width = engine.file.get("fallow.intermediate_size")
+    weights = np.ones((engine._core.n_layers, width), dtype=np.float32)
     return engine_plan(engine, Cut("gate_act", "threshold", 0.1, weights))
 
 

@@ -113,7 +113,9 @@ def test_router_rules_are_those_of_the_reference(
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_active_neurons_of_experts(name: str, packed: dict[str, Path]) -> None:
     engine = Engine(packed[name])
-    width = engine.n_experts * engine._core.intermediate_size  # less that of a shared expert
+    width = engine.n_experts * engine.file.get(
+        "fallow.intermediate_size"
+    )  # less that of a shared expert
     for part in np.split(IDS[:40], [1, 7]):
         engine.reset_stats()
         engine.forward(part, record=True)

@@ -61,6 +61,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
         "q4_k_experts": ("qwen3_moe", "q4_k", experts),
         "untied": ("llama", "f32", {"hidden_size": 32}),
         "tied": ("llama", "f32", {"hidden_size": 32, "tie_word_embeddings": True}),
+        "two_widths": ("gemma4", "f32", {"use_double_wide_mlp": True}),
     }
 
     def make(name: str) -> Path:
@@ -110,7 +111,7 @@ def logits(engine: Engine) -> list[np.ndarray]:
 
 
 @pytest.mark.usefixtures("no_overhead")
-@pytest.mark.parametrize("name", [*PACKED_DENSE, "q4_k"])
+@pytest.mark.parametrize("name", [*PACKED_DENSE, "q4_k", "two_widths"])
 def test_logits_do_not_depend_on_the_budget(name: str, packed: Packed) -> None:
     expected = logits(Engine(packed[name]))
     streamed = []

@@ -119,12 +119,13 @@ def write_gguf(
     part: int = 0,
     add: dict[str, np.ndarray] | None = None,
     quant: str = "",
+    widths: list[int] | None = None,
     **changes: Any,
 ) -> Path:
     """A GGUF file of a tiny model, as llama.cpp's converter would write it.
 
     `keys`: more metadata; `part`: split into parts of so many tensors; `add`: more tensors;
-    `changes`: other ones, of which bytes are of the type `quant`.
+    `changes`: other ones, of which bytes are of the type `quant`; `widths`: other FFN widths.
     """
     arch, config = model.architecture, model.module.config
     assert arch.gguf_name is not None
@@ -132,7 +133,10 @@ def write_gguf(
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(128)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    if name == "gemma4":
+        writer.add_feed_forward_length(widths or one_or_all(model.intermediate_sizes))
+    else:
+        writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     if name == "gemma4":
         layers = range(config.num_hidden_layers)
@@ -201,6 +205,10 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def one_or_all(values: list[int]) -> int | list[int]:
+    return values if len({*values}) > 1 else values[0]
 
 
 def add_gemma3n(writer: Any, config: Any) -> None:

@@ -112,11 +112,12 @@ def test_nothing_is_recorded_unasked(planned: Engine) -> None:
 
 def test_bins_are_shares_of_equal_ranges() -> None:
     neurons = np.random.default_rng(0).random((3, 1000)) < 0.4
-    found = Activity.of(neurons, 7)
+    found = Activity.of(neurons, [1000] * 3, 7)
     parts = [neurons[:, b * 1000 // BINS : (b + 1) * 1000 // BINS] for b in range(BINS)]
     np.testing.assert_allclose(found.bins, np.stack([p.mean(axis=1) for p in parts], axis=1))
     np.testing.assert_allclose(found.active, neurons.mean(axis=1))
-    np.testing.assert_array_equal(Activity.of(neurons[:, :37], 0).bins, neurons[:, :37])
+    found = Activity.of(neurons[:, :37], [37] * 3, 0)
+    np.testing.assert_array_equal(found.bins, neurons[:, :37])
 
 
 def test_activities_add_up_to_the_figures(planned: Engine) -> None:

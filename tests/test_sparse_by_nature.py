@@ -194,3 +194,30 @@ def test_drelu_and_fatrelu_of_other_models(tmp_path: Path, folders: dict[str, Pa
         engine.reset()
         for found in (block, np.concatenate([engine.forward([i]) for i in ids])):
             assert np.abs(found - expected).max() < 0.01 * np.ptp(expected)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma4"])
+@pytest.mark.parametrize("act", ["drelu", "fatrelu"])
+def test_gemma_reads_another_key(
+    act: str, name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Their class has its activation from hidden_activation, inputs of Gemma 4's layers too."""
+    folder = Path(shutil.copytree(folders[name], tmp_path / name))
+    change_config(folder, {"hidden_act": act, "hidden_act_param": 0.1})
+    assert f"hidden_act is {act}, but {name}" in (said := message(folder))
+    assert "have their activation from hidden_activation; say it there" in said
+    other = fallow.load(folders[name])
+    limit = 0.1 if act == "fatrelu" else 0.0
+    for block in other.module.model.layers:
+        for module in (block.mlp, *([block] if hasattr(block, "act_fn") else [])):
+            module.act_fn = torch.nn.Threshold(limit, 0.0)
+        if act == "drelu":
+            block.mlp.up_proj.register_forward_hook(lambda _module, _args, out: out.relu())
+    change_config(folder, {"hidden_act": "gelu", "hidden_activation": act})
+    model = fallow.load(folder)
+    assert model.module.config.hidden_activation == act
+    expected = other.module(torch.from_numpy(IDS)).logits
+    assert torch.equal(model.module(torch.from_numpy(IDS)).logits, expected)
+    pack(folder, tmp_path / "packed.gguf", quant="f32")
+    found, expected = Engine(tmp_path / "packed.gguf").logits(IDS[0]), expected[0].detach().numpy()
+    assert np.abs(found - expected).max() < 0.01 * np.ptp(expected)

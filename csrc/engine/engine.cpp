@@ -44,7 +44,7 @@ void Engine::blocks(const int32_t* tokens, size_t n, size_t slot, uint32_t posit
     size = std::min(block_, n - start);
     for (size_t t = 0; t < size; ++t) places_[t] = {slot, position + start + t};
     const size_t recorded = record ? (is_decode(size) ? size : 1) : 0;
-    run_.active_neurons.begin(recorded, config_.n_layers, config_.neurons());
+    run_.active_neurons.begin(recorded, config_.n_layers, config_.neurons(config_.intermediate_size));
     block(tokens + start, places_.data(), size);
     use(start, size);
   }
@@ -76,7 +76,7 @@ void Engine::forward_together(const int32_t* tokens, const Place* places, size_t
                               bool record, float* logits) {
   begin_pass(dense, false);
   for (size_t t = 0; t < n; ++t) held_[places[t].slot] = static_cast<uint32_t>(places[t].position);
-  run_.active_neurons.begin(record ? n : 0, config_.n_layers, config_.neurons());
+  run_.active_neurons.begin(record ? n : 0, config_.n_layers, config_.neurons(config_.intermediate_size));
   block(tokens, places, n);
   head(n, true, dense, logits);
   run_.statistics.tokens += n;

@@ -24,6 +24,7 @@ Ffn::Ffn(Runtime& run, Cuts& cuts, Products& products, const Packed& model, size
 
 void Ffn::forward(size_t l, const Input& x, size_t n, float* out) {
   const Layer& layer = model_.layers[l];
+  d_ff_ = layer.intermediate_size;
   if (!is_decode(n)) {
     block(l, x, n, out);
   } else if (!cuts_.leaves_out_neurons(l)) {

@@ -64,8 +64,9 @@ class Ffn {
   Products& products_;
   const Packed& model_;
   const Config& config_;
-  const size_t hidden_, d_ff_;
-  std::vector<float> inter_;    // (block, d_ff): gate_pre, then gate_act, then inter, in place
+  const size_t hidden_;
+  size_t d_ff_;                 // of the layer that is computed
+  std::vector<float> inter_;    // (block, d_ff), with room for the widest layer: gate_pre, then gate_act, then inter
   std::vector<float> up_;       // (block, d_ff), or the values of listed neurons side by side
   std::vector<float> partial_;  // (threads, kFew, hidden): threads' sums of down_proj_t rows
   std::vector<int32_t> active_;  // neurons that are not zero, ascending, as they become known

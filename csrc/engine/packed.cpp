@@ -287,7 +287,7 @@ void read_experts(const Reader& in, const Config& c, const std::string& p, Layer
 }
 
 void read_ffn(const Reader& in, const Config& c, const std::string& p, Layer& l) {
-  const uint64_t hidden = c.hidden_size, d_ff = c.intermediate_size;
+  const uint64_t hidden = c.hidden_size, d_ff = l.intermediate_size;
   if (c.gated) {
     l.gate_proj = in.matrix(p + "gate_proj.weight", d_ff, hidden);
     l.gate_bias = in.optional_vector(p + "gate_proj.bias", d_ff);
@@ -305,16 +305,17 @@ void read_ffn(const Reader& in, const Config& c, const std::string& p, Layer& l)
   l.down_norm = in.vector(p + "down_norm", d_ff);
 }
 
-// What of its attention each layer has for itself.
-struct Attentions {
-  std::vector<uint32_t> n_kv_heads, head_dim, rotary_dim, kv_layer, values_are_keys;
+// What each layer has for itself.
+struct Sizes {
+  std::vector<uint32_t> intermediate_size, n_kv_heads, head_dim, rotary_dim, kv_layer, values_are_keys;
 };
 
-Attentions read_attentions(const Reader& in, const Config& c) {
+Sizes read_sizes(const Reader& in, const Config& c) {
   std::vector<uint32_t> own(c.n_layers);
   std::iota(own.begin(), own.end(), 0);
   const auto same = [&](uint32_t value) { return std::vector<uint32_t>(c.n_layers, value); };
-  Attentions all{
+  Sizes all{
+      in.counts_or(same(c.intermediate_size), "layer_intermediate_size", c.intermediate_size),
       in.counts_or(same(c.n_kv_heads), "layer_n_kv_heads", c.n_kv_heads),
       in.counts_or(same(c.head_dim), "layer_head_dim", c.head_dim),
       in.counts_or(same(c.rotary_dim), "layer_rotary_dim", c.rotary_dim),
@@ -322,6 +323,9 @@ Attentions read_attentions(const Reader& in, const Config& c) {
       in.counts_or(same(0), "values_are_keys", 1)};
   for (uint32_t i = 0; i < c.n_layers; ++i) {
     const uint32_t from = all.kv_layer[i];
+    if (all.intermediate_size[i] == 0) throw PackedError("fallow.layer_intermediate_size must not be 0");
+    if (c.n_experts > 0 && all.intermediate_size[i] != c.intermediate_size)
+      throw PackedError("fallow.layer_intermediate_size is not for a mixture of experts");
     if (all.n_kv_heads[i] == 0 || c.n_heads % all.n_kv_heads[i] != 0)
       throw PackedError("fallow.n_heads must be a multiple of each fallow.layer_n_kv_heads");
     if (all.head_dim[i] == 0) throw PackedError("fallow.layer_head_dim must not be 0");
@@ -334,13 +338,14 @@ Attentions read_attentions(const Reader& in, const Config& c) {
   return all;
 }
 
-Layer read_layer(const Reader& in, const Config& c, const Attentions& attentions, uint32_t index) {
+Layer read_layer(const Reader& in, const Config& c, const Sizes& sizes, uint32_t index) {
   const std::string p = "layers." + std::to_string(index) + ".";
   Layer l;
-  l.n_kv_heads = attentions.n_kv_heads[index];
-  l.head_dim = attentions.head_dim[index];
-  l.rotary_dim = attentions.rotary_dim[index];
-  l.kv_layer = attentions.kv_layer[index];
+  l.intermediate_size = sizes.intermediate_size[index];
+  l.n_kv_heads = sizes.n_kv_heads[index];
+  l.head_dim = sizes.head_dim[index];
+  l.rotary_dim = sizes.rotary_dim[index];
+  l.kv_layer = sizes.kv_layer[index];
   const uint64_t hidden = c.hidden_size;
   const uint64_t q = uint64_t{c.n_heads} * l.head_dim, kv = uint64_t{l.n_kv_heads} * l.head_dim;
   l.attn_post_norm = in.optional_norm(p + "attn_post_norm", hidden);
@@ -350,7 +355,7 @@ Layer read_layer(const Reader& in, const Config& c, const Attentions& attentions
   l.ffn_norm = c.parallel || l.ffn_post_norm.weight ? in.optional_norm(p + "ffn_norm", hidden)
                                                     : in.norm(p + "ffn_norm", hidden);
   l.attn_sub_norm = in.optional_norm(p + "attn_sub_norm", q);
-  l.ffn_sub_norm = in.optional_norm(p + "ffn_sub_norm", c.intermediate_size);
+  l.ffn_sub_norm = in.optional_norm(p + "ffn_sub_norm", l.intermediate_size);
   l.norms_heads = !in.is_wide(p + "q_norm.weight", l.head_dim);
   l.q_norm = in.optional_norm(p + "q_norm", l.norms_heads ? l.head_dim : q);
   l.q_proj = in.matrix(p + "q_proj.weight", q, hidden);
@@ -360,7 +365,7 @@ Layer read_layer(const Reader& in, const Config& c, const Attentions& attentions
     l.v_norm = in.optional_norm(p + "v_norm", l.head_dim);
     l.k_proj = in.matrix(p + "k_proj.weight", kv, hidden);
     l.k_bias = in.optional_vector(p + "k_proj.bias", kv);
-    if (!attentions.values_are_keys[index]) {
+    if (!sizes.values_are_keys[index]) {
       l.v_proj = in.matrix(p + "v_proj.weight", kv, hidden);
       l.v_bias = in.optional_vector(p + "v_proj.bias", kv);
     }
@@ -396,15 +401,17 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
                             ? in.counts("outliers", uint64_t{c.n_layers} * n_outliers,
                                         c.intermediate_size - 1)
                             : std::vector<uint32_t>{};
-  const Attentions attentions = read_attentions(in, c);
+  const Sizes sizes = read_sizes(in, c);
   for (uint32_t i = 0; i < c.n_layers; ++i) {
-    model.layers.push_back(read_layer(in, c, attentions, i));
+    model.layers.push_back(read_layer(in, c, sizes, i));
     if (n_outliers > 0) {
       Layer& l = model.layers.back();
       l.outliers = in.matrix("layers." + std::to_string(i) + ".outliers.weight", n_outliers,
                              c.hidden_size);
       const auto first = outliers.begin() + static_cast<std::ptrdiff_t>(i) * n_outliers;
       l.outlier_neurons.assign(first, first + n_outliers);
+      if (*std::max_element(first, first + n_outliers) >= l.intermediate_size)
+        throw PackedError("fallow.outliers names neurons that layer " + std::to_string(i) + " does not have");
     }
     model.layers.back().sliding_window = windows[i];
     if (Layer& l = model.layers.back(); l.rotary_dim > 0) {
@@ -432,6 +439,15 @@ Packed read_packed(const uint8_t* data, uint64_t size) {
     model.per_layer_projection_norm = in.norm("per_layer_projection_norm", width);
   }
   return model;
+}
+
+size_t Packed::width_of(size_t layer, Tap tap) const {
+  const Config& c = config;
+  const Layer& l = layers[layer];
+  if (tap == kOInput) return size_t{c.n_heads} * l.head_dim;
+  if (tap == kRouter) return c.n_experts;
+  if (tap >= kGatePre && tap <= kInter) return size_t{std::max(1u, c.n_experts)} * l.intermediate_size;
+  return tap == kDownInput ? l.intermediate_size : c.hidden_size;
 }
 
 FfnFile read_ffn_file(const uint8_t* data, uint64_t size) {

@@ -23,7 +23,7 @@ struct Config {
   uint32_t hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim, vocab_size;
   uint32_t context_length;
   uint32_t rotary_dim;        // leading dimensions of a head that turn; 0: no rotary embedding
-  // n_kv_heads, head_dim and rotary_dim are the largest of any layer (Layer).
+  // intermediate_size, n_kv_heads, head_dim and rotary_dim are the largest of any layer (Layer).
   float attention_scale;      // of q . k
   float rope_scale;
   float embedding_scale;
@@ -49,9 +49,9 @@ struct Config {
   uint32_t hidden_size_per_layer_input;  // of inputs that each layer has of its own; 0: there are none
 
   uint32_t widest_ffn() const { return std::max(intermediate_size, shared_intermediate_size); }
-  // Of a layer, with all its experts.
-  uint64_t neurons() const {
-    return uint64_t{std::max(1u, n_experts)} * intermediate_size + shared_intermediate_size;
+  // Of a layer of such a width, with all its experts.
+  uint64_t neurons(uint32_t width) const {
+    return uint64_t{std::max(1u, n_experts)} * width + shared_intermediate_size;
   }
   // Whether the activation makes neurons exactly zero.
   bool has_zeros() const { return act == Act::kRelu || act == Act::kRelu2 || act == Act::kFatRelu; }
@@ -86,6 +86,7 @@ struct Layer {
   Norm attn_norm, attn_post_norm, ffn_norm, ffn_post_norm, q_norm, k_norm, v_norm;
   Norm attn_sub_norm, ffn_sub_norm;             // before o_proj and down_proj
   bool norms_heads = true;                      // q_norm and k_norm are of each head, not of all
+  uint32_t intermediate_size = 0;               // d_ff; of a mixture that of an expert
   uint32_t n_kv_heads = 0, head_dim = 0, rotary_dim = 0;
   uint32_t kv_layer = 0;  // whose keys and values it reads: its own, or those of an earlier layer
   // (heads * head_dim or hidden, hidden or ...). Where keys and values are another layer's, k_proj and
@@ -134,6 +135,9 @@ struct Packed {
   const float* embed_positions = nullptr;  // (context, hidden)
   const float* lm_head_bias = nullptr;
   Norm norm;
+
+  // Of the values of a token at a tap; of a mixture's neurons those of all experts.
+  size_t width_of(size_t layer, Tap tap) const;
 };
 
 // Reads the header of a packed model in data[0, size), which must outlive the result. Throws

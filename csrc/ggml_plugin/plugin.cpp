@@ -616,6 +616,7 @@ class Machine {
       packed_.layers.push_back(model_->by_neuron(l).value_or(Layer{}));
       const Matrix& gate = packed_.layers.back().gate_proj;
       if (!gate.data) continue;
+      packed_.layers.back().intermediate_size = static_cast<uint32_t>(gate.rows);
       uint32_t &hidden = packed_.config.hidden_size, &d_ff = packed_.config.intermediate_size;
       if (d_ff == 0) hidden = static_cast<uint32_t>(gate.cols), d_ff = static_cast<uint32_t>(gate.rows);
       if (hidden != gate.cols || d_ff != gate.rows) packed_.layers.back() = Layer{};

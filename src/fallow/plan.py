@@ -6,6 +6,7 @@ A plan is numbers alone. It names no code, and whoever runs it needs to know of 
 import datetime
 import hashlib
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ class Cut:
         value: (L,), or one number for all layers.
         weight: (L, width), or "column_norm": of the projection W that reads the tap (down_proj,
             for values of the FFN) ||W[:, i]||. None: 1. Of a mixture's neurons the width is
-            n_experts * d_ff, expert after expert, though each expert is cut by itself.
+            n_experts * d_ff, expert after expert, though each expert is cut by itself. Where
+            layers differ in their width it is that of the widest, and the others' rows end in
+            zeros; a list of rows, each as wide as its layer, becomes that.
 
     Raises:
         ValueError: not such a cut.
@@ -58,7 +61,7 @@ class Cut:
     tap: str
     kind: str
     value: Any  # np.ndarray from here on
-    weight: np.ndarray | str | None = None
+    weight: np.ndarray | list[np.ndarray] | str | None = None  # no list from here on
 
     def __post_init__(self) -> None:
         if self.tap not in (*FFN_TAPS, *PROJECTIONS, ROUTER):
@@ -75,7 +78,8 @@ class Cut:
             if self.weight != COLUMN_NORM or self.tap in ("ffn_out", ROUTER):
                 raise ValueError(f"{in_one_line(self.weight)} is no weight of {self.tap}")
         elif self.weight is not None:
-            weight = np.asarray(self.weight, dtype=np.float32)
+            weight = self.weight
+            weight = padded(weight) if isinstance(weight, list) else np.asarray(weight, np.float32)
             object.__setattr__(self, "weight", weight)
             if weight.ndim != 2 or not (np.isfinite(weight) & (weight >= 0)).all():
                 raise ValueError(f"the weight of {self.tap} has NaN, infinity or a negative value")
@@ -107,8 +111,9 @@ class Cut:
             raise ValueError(f"the weight of {self.tap} has {len(self.weight)} layers, not {n}")
         return Cut(self.tap, self.kind, np.broadcast_to(self.value, n), self.weight)
 
-    def check_layers(self, n: int, width: int, name: str) -> None:
-        """Raises FallowError unless it is for n layers of this width, as the model `name` has."""
+    def check_layers(self, widths: Sequence[int], name: str) -> None:
+        """Raises FallowError unless it is for layers of these widths, as the model `name` has."""
+        n, width = len(widths), max(widths)
         if len(self.value) != n:
             raise FallowError(
                 f"the plan's {self.kind} of {self.tap} is for {len(self.value)} layers, {name} has "
@@ -119,6 +124,14 @@ class Cut:
                 f"the plan's weight of {self.tap} has the shape {self.weight.shape}, {name} needs "
                 f"{(n, width)}; calibrate again"
             )
+
+
+def padded(rows: Sequence[np.ndarray], fill: float = 0) -> np.ndarray:
+    """Rows of layers, (width,) each, as (L, widest) float32; narrower ones end in `fill`."""
+    found = np.full((len(rows), max(map(len, rows), default=0)), fill, dtype=np.float32)
+    for into, row in zip(found, rows, strict=True):
+        into[: len(row)] = row
+    return found
 
 
 def today() -> str:

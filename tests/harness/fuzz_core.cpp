@@ -29,13 +29,7 @@ std::vector<LayerCuts> cuts_of(const Packed& model, const uint8_t* tail) {
     cut.by = static_cast<Cut::By>(tail[2] % (kLastBy + 1));
     cut.value = (tail[3] & 127) / 127.0;
     if (tail[3] < 128) continue;
-    const size_t neurons = size_t{std::max(1u, c.n_experts)} * c.intermediate_size;
-    const size_t width = tap == kOInput                          ? size_t{c.n_heads} * model.layers[layer].head_dim
-                         : tap == kRouter                        ? c.n_experts
-                         : of_neurons                            ? neurons
-                         : tap < kGatePre || tap == kFfnOut      ? c.hidden_size
-                                                                 : c.intermediate_size;
-    cut.weight.assign(width, 0.5f);
+    cut.weight.assign(model.width_of(layer, tap), 0.5f);
   }
   return cuts;
 }

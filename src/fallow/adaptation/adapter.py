@@ -754,13 +754,7 @@ def _frozen(cut: Cut, layers: list[Layer]) -> Cut:
     if not isinstance(cut.weight, str):
         return cut
     found = [weight_of(cut, i, layer) for i, layer in enumerate(layers)]
-    norms = [as_array(norm) for norm in found if norm is not None]
-    if len({norm.shape for norm in norms}) > 1:
-        raise FallowError(
-            f"the rule weighs inputs of {cut.tap}, of which layers of this model have different "
-            "numbers; adapt it with another rule"
-        )
-    return replace(cut, weight=np.stack(norms))
+    return replace(cut, weight=[as_array(norm).ravel() for norm in found if norm is not None])
 
 
 def _types(model: Model, name: str, quant: str | None) -> dict[str, str]:

@@ -193,7 +193,7 @@ class Answer:
             total = round(self.counters.core_stats()["bytes_read"])
             first, self._bytes_told = total - self._bytes_told, total
         return [
-            Activity.of(neurons, 0 if i and not read.of_prompt else first)
+            Activity.of(neurons, self.engine.neurons, 0 if i and not read.of_prompt else first)
             for i, neurons in enumerate(read.active)
         ]
 

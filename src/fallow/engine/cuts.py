@@ -6,7 +6,7 @@ import numpy as np
 
 from fallow import _core
 from fallow.common.errors import FallowError
-from fallow.plan import COLUMN_NORM, FFN_TAPS, NEURON_TAPS, ROUTER, Plan
+from fallow.plan import COLUMN_NORM, FFN_TAPS, ROUTER, Plan
 from fallow.plan import Cut as PlanCut
 
 if TYPE_CHECKING:
@@ -50,28 +50,19 @@ def _check_fits(engine: "Engine", cut: PlanCut, parts: tuple[str, ...]) -> None:
         raise FallowError(
             f"the plan cuts {cut.tap}, which {engine.name} does not have; calibrate again"
         )
-    for layer in range(engine._core.n_layers):
-        if cut.tap in ("k_proj", "v_proj") and _matrix(layer, cut.tap) not in engine.file.tensors:
-            raise FallowError(
-                f"the plan cuts {cut.tap}, which some layers of {engine.name} do not have; "
-                "calibrate again"
-            )
-        width = _width(engine, layer, parts[0])
-        cut.check_layers(engine._core.n_layers, width, engine.name)
-
-
-def _matrix(layer: int, part: str) -> str:
-    return f"layers.{layer}.{part}.weight"
+    layers = range(engine._core.n_layers)
+    names = [f"layers.{layer}.{cut.tap}.weight" for layer in layers]
+    if cut.tap in ("k_proj", "v_proj") and not engine.file.tensors.keys() >= {*names}:
+        raise FallowError(
+            f"the plan cuts {cut.tap}, which some layers of {engine.name} do not have; "
+            "calibrate again"
+        )
+    cut.check_layers([_width(engine, layer, parts[0]) for layer in layers], engine.name)
 
 
 def _width(engine: "Engine", layer: int, tap: str) -> int:
     """How many values of a token a tap has; of a mixture's neurons those of all experts."""
-    if tap in NEURON_TAPS or tap == "down_proj":
-        return engine._core.intermediate_size * max(1, engine.n_experts)
-    if tap == ROUTER:
-        return engine.n_experts
-    reads = "q_proj" if tap == "ffn_out" else tap  # both are as wide as the residual stream
-    return engine.matrix(f"layers.{layer}.{reads}").shape[1]
+    return engine._core.width_of(layer, _core.TAPS.index(tap))
 
 
 def _weight(
@@ -79,7 +70,7 @@ def _weight(
 ) -> np.ndarray | None:
     """What multiplies magnitudes before they are compared, (width,); None: nothing."""
     if isinstance(cut.weight, np.ndarray):
-        return np.ascontiguousarray(cut.weight[layer])
+        return np.ascontiguousarray(cut.weight[layer, : _width(engine, layer, parts[0])])
     if cut.weight != COLUMN_NORM:
         return None
     if cut.tap in FFN_TAPS or cut.tap == "down_proj":

@@ -748,14 +748,19 @@ class Engine:
         """
         return 1 - self._share_of_neurons("active", figures)
 
+    @property
+    def neurons(self) -> list[int]:
+        """How many each layer has; of a mixture those of all its experts."""
+        return self._core.neurons
+
     def active_neurons(self) -> np.ndarray:
         """Neurons that were not zero in the last pass, (T, L, neurons) bool, if it recorded them.
 
         Of each of its tokens; where it read more than `_core.FEW`, of the last. All of a layer's
         where none is left out; of a mixture of experts all those of the experts that were chosen,
-        whatever a rule leaves out inside them.
+        whatever a rule leaves out inside them. Rows of narrower layers end in False.
         """
-        layers, neurons = self._core.n_layers, self._core.neurons
+        layers, neurons = self._core.n_layers, max(self.neurons)
         rows = np.frombuffer(self._core.active_neurons(), dtype=np.uint8)
         bits = np.unpackbits(rows.reshape(-1, layers, -(-neurons // 8)), axis=2, bitorder="little")
         return bits[..., :neurons].astype(bool)
@@ -766,7 +771,7 @@ class Engine:
         Per layer, (L,) each, since `reset_stats`, without an expert that all tokens share.
         """
         uses, figures = self.expert_uses().sum(axis=1), self.core_stats()
-        d_ff, tokens = self._core.intermediate_size, max(1, figures["tokens"])
+        d_ff, tokens = self.file.get("fallow.intermediate_size"), max(1, figures["tokens"])
         shared = tokens * self.file.get("fallow.shared_intermediate_size", 0)
         active = np.array(figures["active"]) - shared
         return 1 - uses / (tokens * self.n_experts), 1 - active / np.maximum(uses * d_ff, 1)
@@ -781,7 +786,7 @@ class Engine:
 
     def _share_of_neurons(self, which: str, figures: dict[str, Any] | None = None) -> np.ndarray:
         figures = figures or self.core_stats()
-        width = max(1, figures["tokens"]) * self._core.neurons
+        width = max(1, figures["tokens"]) * np.array(self.neurons)
         return np.array(figures[which]) / width
 
     def expert_uses(self) -> np.ndarray:

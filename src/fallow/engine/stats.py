@@ -1,6 +1,7 @@
 """Figures of answers."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,12 +23,13 @@ class Activity:
     bytes_read: int | None
 
     @classmethod
-    def of(cls, neurons: np.ndarray, bytes_read: int | None) -> "Activity":
-        """From the active neurons of a token, (L, neurons) bool."""
-        n = neurons.shape[1]
-        ends = np.arange(1, min(BINS, n) + 1) * n // min(BINS, n)
-        counts = np.diff(neurons.cumsum(axis=1)[:, ends - 1], prepend=0)
-        return cls(neurons.mean(axis=1), counts / np.diff(ends, prepend=0), bytes_read)
+    def of(cls, neurons: np.ndarray, widths: Sequence[int], bytes_read: int | None) -> "Activity":
+        """From the active neurons of a token, (L, widest) bool, of layers with so many neurons."""
+        n, bins = np.array(widths)[:, None], min(BINS, *widths)
+        ends = np.arange(1, bins + 1) * n // bins
+        counts = np.diff(np.take_along_axis(neurons.cumsum(axis=1), ends - 1, axis=1), prepend=0)
+        active = neurons.sum(axis=1) / widths
+        return cls(active, counts / np.diff(ends, prepend=0), bytes_read)
 
 
 @dataclass(repr=False)

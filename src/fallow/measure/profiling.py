@@ -19,7 +19,7 @@ from fallow.models.cuts import per_token_topk
 from fallow.models.devices import as_array
 from fallow.models.taps import Layer, attach, tap_names
 from fallow.plan import ROUTER
-from fallow.reference.model import Model
+from fallow.reference.model import Model, in_words
 
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 SMALL = (1e-6, 1e-4, 1e-3, 1e-2)  # |inter| <= these is reported beside exact zeros
@@ -57,8 +57,9 @@ class Profile:
         told = self.summary
         return (
             f"<Profile of {told['model']} ({told['dtype']}): {told['natural_sparsity']:.1%} of "
-            f"inter is zero in {len(told['layers'])} layers of {told['intermediate_size']} "
-            f"neurons; {told['tokens']} tokens of {told['text']}>"
+            f"inter is zero in {len(told['layers'])} layers of "
+            f"{in_words(row['neurons'] for row in told['layers'])} neurons; "
+            f"{told['tokens']} tokens of {told['text']}>"
         )
 
     def _repr_html_(self) -> str:
@@ -71,8 +72,9 @@ class _Neurons:
     def __init__(self, model: Model) -> None:
         mixture = model.layers[0].experts
         # Of a mixture each expert has neurons of its own, and tokens.
-        shape = (len(model.layers), mixture.count if mixture else 1, model.intermediate_size)
-        self.model = model
+        self.model, sizes = model, model.intermediate_sizes
+        shape = (len(sizes), mixture.count if mixture else 1, max(sizes))
+        self.is_there = np.arange(max(sizes)) < np.array(sizes)[:, None, None]
         self.tokens = np.zeros(shape[:2], dtype=np.int64)
         self.small = np.zeros((shape[0], len(SMALL)), dtype=np.int64)
         self.zero_out_norm = np.zeros(shape[0], dtype=np.int64)
@@ -89,16 +91,17 @@ class _Neurons:
         for i, epsilon in enumerate(SMALL):
             self.small[index, i] += int((magnitude <= epsilon).sum())
         self.zero_out_norm[index] += int((~fires).sum())
-        self.fired[place] += as_array(fires.sum(dim=0))
+        self.fired[place][: layer.d_ff] += as_array(fires.sum(dim=0))
         top = out_norm > per_token_topk(out_norm, TOP)
-        self.in_top[place] += as_array(top.sum(dim=0))
+        self.in_top[place][: layer.d_ff] += as_array(top.sum(dim=0))
 
     def share_of_tokens(self, counts: np.ndarray) -> np.ndarray:
         """Counts of neurons over the tokens that reach each, (L, d_ff); 0 if none does.
 
-        Of a mixture (L, n_experts * d_ff).
+        Of a mixture (L, n_experts * d_ff). Rows of layers with fewer neurons end in NaN.
         """
         shares = counts / np.maximum(self.tokens, 1)[:, :, None]
+        shares = np.where(self.is_there, shares, np.nan)
         return np.asarray(shares.reshape(len(shares), -1))
 
 
@@ -162,7 +165,7 @@ def _summarise(
     weights: dict[str, Histograms],
     neurons: _Neurons,
 ) -> Profile:
-    values = neurons.tokens.sum(axis=1) * model.intermediate_size  # (L,) values of inter
+    values = neurons.tokens.sum(axis=1) * model.intermediate_sizes  # (L,) values of inter
     fired = neurons.share_of_tokens(neurons.fired)
     in_top = neurons.share_of_tokens(neurons.in_top)
     mixture, unused = model.layers[0].experts, (neurons.tokens == 0).sum(axis=1).tolist()
@@ -171,6 +174,7 @@ def _summarise(
         layers.append(
             {
                 "layer": i,
+                "neurons": model.layers[i].d_ff,  # of a mixture those of one expert
                 "zeros": {
                     name: int(magnitudes[name].zeros[i]) / int(magnitudes[name].counts[i].sum())
                     for name in ("gate_act", "inter")
@@ -196,7 +200,6 @@ def _summarise(
         "text_sha256": text.sha256,
         "tokens": int(windows.size),
         "context": int(windows.shape[1]),
-        "intermediate_size": model.intermediate_size,
         "natural_sparsity": float(np.mean([row["zeros"]["inter"] for row in layers])),
         "layers": layers,
     }

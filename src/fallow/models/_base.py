@@ -136,22 +136,10 @@ class Architecture:
     from_gguf: Callable[[str, np.ndarray, Any], Tensors] = keep
 
     def find_layers(self, module: nn.Module) -> list[Layer]:
-        """The decoder layers of a loaded model.
-
-        Raises:
-            FallowError: layers differ in the number of their neurons, or some have no experts.
-        """
+        """The decoder layers of a loaded model. Raises FallowError if some have no experts."""
         blocks = list(module.get_submodule(self.layers).children())
         attention = [path for path in self.attention if all(has_part(b, path) for b in blocks)]
-        found = [self._layer(block, attention) for block in blocks]
-        widths = sorted({layer.down_proj.in_features for layer in found if layer.ffn is not None})
-        if len(widths) > 1:
-            raise FallowError(
-                f"the model's layers have {' and '.join(map(str, widths))} neurons "
-                "(use_double_wide_mlp, or a list as intermediate_size); give a model whose layers "
-                "have as many"
-            )
-        return found
+        return [self._layer(block, attention) for block in blocks]
 
     def _layer(self, block: nn.Module, attention_paths: Iterable[str]) -> Layer:
         def get(path: str | None) -> Any:

@@ -173,10 +173,10 @@ class Calibration:
         return found
 
     @cached_property
-    def mean_up(self) -> np.ndarray:
-        """E|up_i| of every neuron, (L, d_ff) float32; ones for an FFN without a gate.
+    def mean_up(self) -> list[np.ndarray]:
+        """E|up_i| of every neuron, per layer (d_ff,) float32; ones for an FFN without a gate.
 
-        Of a mixture (L, n_experts * d_ff), each expert's over the tokens that use it; of one that
+        Of a mixture (n_experts * d_ff,), each expert's over the tokens that use it; of one that
         none uses, the mean of the layer's neurons.
         """
         mean = _MeanUp(self)
@@ -307,34 +307,28 @@ class _MeanUp:
     def __init__(self, calibration: Calibration) -> None:
         self._layers = layers = calibration.layers
         self.gated = layers[0].gated
-        if (mixture := layers[0].experts) is not None:
-            shape = len(layers), mixture.count, mixture.d_ff
-        else:
-            shape = len(layers), 1, layers[0].down_proj.in_features
-        self._total = np.zeros(shape)
-        self._n_tokens = np.zeros(shape[:2], dtype=np.int64)
+        experts = [1 if layer.experts is None else layer.experts.count for layer in layers]
+        self._total = [np.zeros((n, at.d_ff)) for n, at in zip(experts, layers, strict=True)]
+        self._n_tokens = [np.zeros((n, 1), dtype=np.int64) for n in experts]
 
     def add(self, layer: int, value: torch.Tensor) -> None:
         mixture = self._layers[layer].experts
         expert = 0 if mixture is None else mixture.current
-        self._total[layer, expert] += devices.as_array(value.abs().float().sum(dim=0))
-        self._n_tokens[layer, expert] += len(value)
+        self._total[layer][expert] += devices.as_array(value.abs().float().sum(dim=0))
+        self._n_tokens[layer][expert] += len(value)
 
     @property
-    def found(self) -> np.ndarray:
-        """(L, d_ff) float32; ones for an FFN without a gate. Of a mixture (L, n_experts * d_ff)."""
-        n_layers = len(self._total)
-        if not self.gated:
-            return np.ones((n_layers, self._total[0].size), dtype=np.float32)
-        if not np.isfinite(self._total).all():
-            layer = int(np.argmax(~np.isfinite(self._total).all(axis=(1, 2))))
-            raise non_finite_error("up", layer, int((~np.isfinite(self._total[layer])).sum()))
-        uses = self._n_tokens[:, :, None]
-        mean = self._total / np.maximum(uses, 1)
-        # Nothing is known of an expert that no token used. Zeros would drop all of its neurons.
-        of_used = self._total.sum(axis=1) / self._n_tokens.sum(axis=1, keepdims=True)
-        usual = of_used.mean(axis=1)[:, None, None]
-        return np.where(uses > 0, mean, usual).astype(np.float32).reshape(n_layers, -1)
+    def found(self) -> list[np.ndarray]:
+        """Per layer (d_ff,) float32; ones for an FFN without a gate. Or (n_experts * d_ff,)."""
+        found = []
+        for layer, (total, uses) in enumerate(zip(self._total, self._n_tokens, strict=True)):
+            if not np.isfinite(total).all():
+                raise non_finite_error("up", layer, int((~np.isfinite(total)).sum()))
+            # Nothing is known of an expert that no token used. Zeros would drop all of its neurons.
+            usual = (total.sum(axis=0) / max(1, uses.sum())).mean()
+            mean = np.where(uses > 0, total / np.maximum(uses, 1), usual)
+            found.append((mean if self.gated else np.ones_like(total)).astype(np.float32).ravel())
+        return found
 
 
 def input_histogram(layer: Layer, projection: str) -> str:

@@ -47,8 +47,7 @@ def check_fits(cut: Cut, layers: list[Layer], name: str) -> None:
             f"the plan cuts {cut.tap}, {name} has {', '.join(cut_names(layers[0]))}; "
             "calibrate again"
         )
-    for layer in layers:  # which may differ in the width of their heads
-        cut.check_layers(len(layers), width_of(cut.tap, layer), name)
+    cut.check_layers([width_of(cut.tap, layer) for layer in layers], name)
 
 
 def width_of(tap: str, layer: Layer) -> int:
@@ -66,7 +65,7 @@ def weight_of(cut: Cut, index: int, layer: Layer) -> torch.Tensor | None:
     Of a mixture's neurons of all experts.
     """
     if isinstance(cut.weight, np.ndarray):
-        return devices.tensor(cut.weight[index], layer.device)
+        return devices.tensor(cut.weight[index, : width_of(cut.tap, layer)], layer.device)
     if cut.weight is None:
         return None
     return layer.input_norms[cut.tap] if cut.tap in layer.projections else layer.down_norm

@@ -1,7 +1,7 @@
 """Gemma 4 (text). GeGLU, heads of another width in global layers, inputs of each layer.
 
-The last layers may have the keys and values of earlier ones, values of global layers may be what
-k_proj puts out, and values are normed.
+The last layers may have the keys and values of earlier ones, and then twice the neurons. Values of
+global layers may be what k_proj puts out, and values are normed.
 """
 
 from typing import Any
@@ -42,7 +42,14 @@ def _config(file: GgufFile) -> dict[str, Any]:
                 "which is not supported"
             )
     kv_heads = np.broadcast_to(config["num_key_value_heads"], n).tolist()
-    widths = np.broadcast_to(config["intermediate_size"], n).tolist()
+    shared = get("attention.shared_kv_layers", 0)
+    widths = np.ravel(config["intermediate_size"]).tolist()
+    is_wide = widths[-1] != widths[0]
+    if len(widths) > 1 and widths != [widths[0] << (is_wide and i >= n - shared) for i in range(n)]:
+        raise FallowError(
+            f"GGUF {file.path}: gemma4.feed_forward_length is {widths}; the layers that have keys "
+            "and values of others may have twice the neurons, and all others have as many"
+        )
     width = get("embedding_length_per_layer_input", 0)
     first_global = is_global.index(True) if any(is_global) else 0
     proportional = {
@@ -52,8 +59,8 @@ def _config(file: GgufFile) -> dict[str, Any]:
     }
     local = {"rope_type": "default", "rope_theta": get("rope.freq_base_swa", 10000.0)}
     return config | {
-        "intermediate_size": min(widths),
-        "use_double_wide_mlp": min(widths) != max(widths),
+        "intermediate_size": widths[0],
+        "use_double_wide_mlp": is_wide,
         "num_key_value_heads": kv_heads[0],
         "head_dim": local_dim,
         "per_layer_config": {
@@ -61,7 +68,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
             for i in range(n)
         },
         "attention_k_eq_v": f"blk.{first_global}.attn_v.weight" not in file.tensors,
-        "num_kv_shared_layers": get("attention.shared_kv_layers", 0),
+        "num_kv_shared_layers": shared,
         "layer_types": kinds,
         "sliding_window": get("attention.sliding_window"),
         "rope_parameters": dict(zip(KINDS_OF_LAYERS, (proportional, local), strict=True)),

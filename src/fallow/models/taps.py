@@ -213,6 +213,11 @@ class Layer:
         return self.one_ffn().gate_up_proj
 
     @property
+    def d_ff(self) -> int:
+        """Neurons; of a mixture those of one expert."""
+        return self.down_proj.in_features if self.experts is None else self.experts.d_ff
+
+    @property
     def device(self) -> torch.device:
         if self.experts is not None:
             return self.experts.down_proj.device
@@ -270,6 +275,17 @@ class Layer:
     def input_norms(self) -> dict[str, torch.Tensor]:
         """||W[:, j]||_2 of every projection, (in,) float32."""
         return {name: column_norm(module.weight) for name, module in self.projections.items()}
+
+
+def one_width(layers: list[Layer]) -> int:
+    """Neurons of every layer. Raises FallowError if layers differ in them."""
+    widths = sorted({layer.d_ff for layer in layers})
+    if len(widths) > 1:
+        raise FallowError(
+            f"the model's layers have {' and '.join(map(str, widths))} neurons, and patterns and "
+            "selectors are for models whose layers have as many; the rules of calibrate take any"
+        )
+    return widths[0]
 
 
 def column_norm(weight: torch.Tensor) -> torch.Tensor:

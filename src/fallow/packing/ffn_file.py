@@ -67,9 +67,7 @@ def pack_ffns(
         raise UsageError("--down is for models without --packed, which has its own type")
     file = read_gguf(model)
     layers = [_ffn_of(file, i) for i in range(_count_layers(file))]
-    d_ff, hidden = layers[0]["up"].shape
-    if any(t["up"].shape != (d_ff, hidden) for t in layers):
-        raise FallowError(f"{model} has FFNs of several sizes, which the plugin runs dense")
+    _check_sizes(layers, str(model))
     source = _Packed(read_gguf(packed), layers) if packed is not None else None
     if plan is None and source is not None:
         plan = source.plan
@@ -97,10 +95,11 @@ def add_to_packed(
         return
     try:
         layers = [_ffn_of(source.gguf, i) for i in range(_count_layers(source.gguf))]
+        _check_sizes(layers, source.model.name)
         hidden = layers[0]["up"].shape[1]
         cuts: list[_Cut] = []
         if plan is not None:
-            norms = np.stack([as_floats(layer.down_norm) for layer in source.model.layers])
+            norms = [as_floats(layer.down_norm) for layer in source.model.layers]
             cuts = list(_cuts(plan, norms, hidden, "gate" in layers[0]))
     except FallowError:
         return
@@ -116,6 +115,11 @@ def add_to_packed(
     if any(".gate_coarse." in name for name in matrices):
         left_out.append("the predictor before the gates is left out: gates are read whole")
     _add_notes(writer, left_out)
+
+
+def _check_sizes(layers: list[dict[str, StoredTensor]], name: str) -> None:
+    if len({tensors["up"].shape for tensors in layers}) > 1:
+        raise FallowError(f"{name} has FFNs of several sizes, which the plugin runs dense")
 
 
 class _Packed:
@@ -237,7 +241,7 @@ def _write(
     if outliers:
         writer.add_key_value("fallow.ffn.outliers", outliers, Kind.ARRAY, Kind.UINT32)
     if plan is not None:
-        _add_cuts(writer, list(_cuts(plan, np.array(norms), hidden, "gate" in layers[0])))
+        _add_cuts(writer, list(_cuts(plan, norms, hidden, "gate" in layers[0])))
         _add_notes(writer, list(_left_out(plan)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -296,8 +300,8 @@ def _energy(tensors: dict[str, StoredTensor]) -> np.ndarray:
     return np.prod(squares, axis=0)
 
 
-def _cuts(plan: Plan, down_norms: np.ndarray, hidden: int, gated: bool) -> Iterator[_Cut]:
-    """A plan's cuts. `down_norms` (L, d_ff): ||W_down[:, i]||."""
+def _cuts(plan: Plan, down_norms: list[np.ndarray], hidden: int, gated: bool) -> Iterator[_Cut]:
+    """A plan's cuts. `down_norms`, (d_ff,) per layer: ||W_down[:, i]||."""
     for cut in plan.cuts:
         parts = ("gate_proj", "up_proj") if cut.tap == "gate_up_proj" else (cut.tap,)
         if cut.tap not in FFN_TAPS and parts[0] not in _INPUTS:
@@ -305,8 +309,8 @@ def _cuts(plan: Plan, down_norms: np.ndarray, hidden: int, gated: bool) -> Itera
         if not gated:
             raise FallowError("the FFNs have no gate: the plugin leaves out only what a ReLU does")
         of_neurons = cut.tap in FFN_TAPS[:-1] or cut.tap == "down_proj"
-        width = down_norms.shape[1] if of_neurons else hidden
-        cut.check_layers(len(down_norms), width, "this model")
+        width = len(down_norms[0]) if of_neurons else hidden
+        cut.check_layers([width] * len(down_norms), "this model")
         for layer in np.flatnonzero(cut.leaves_out).tolist():
             weight = _weight(cut, layer, down_norms)
             for part in parts:
@@ -314,7 +318,7 @@ def _cuts(plan: Plan, down_norms: np.ndarray, hidden: int, gated: bool) -> Itera
                 yield layer, tap, BY[cut.kind], float(cut.value[layer]), weight
 
 
-def _weight(cut: Cut, layer: int, down_norms: np.ndarray) -> np.ndarray | None:
+def _weight(cut: Cut, layer: int, down_norms: list[np.ndarray]) -> np.ndarray | None:
     if isinstance(cut.weight, np.ndarray):
         return cut.weight[layer]
     if cut.weight != COLUMN_NORM:

@@ -138,7 +138,7 @@ class Source:
         self, stored: dict[str, Matrix], quant: str | None
     ) -> Iterator[tuple[str, Matrix]]:
         """gate_proj and up_proj of all experts but shared ones, under the engine's names."""
-        a, d_ff = self.model.architecture, self.model.intermediate_size
+        a, d_ff = self.model.architecture, self.model.layers[0].d_ff
         for i, layer in enumerate(self.model.layers):
             if layer.experts is None or a.experts is None:
                 continue
@@ -416,10 +416,10 @@ class Source:
         return self.model.windows(load_text(None, "calibration"), context, at_most=limit)
 
     @cached_property
-    def energy(self) -> np.ndarray:
-        """Sum of inter² over some tokens of the calibration text, (L, d_ff)."""
+    def energy(self) -> list[np.ndarray]:
+        """Sum of inter² over some tokens of the calibration text, per layer (d_ff,)."""
         model = self.model
-        total = torch.zeros(len(model.layers), model.intermediate_size, device=model.device)
+        total = [torch.zeros(n, device=model.device) for n in model.intermediate_sizes]
 
         def add(layer: int, value: torch.Tensor) -> None:
             total[layer] += value.float().square().sum(dim=0)
@@ -432,7 +432,7 @@ class Source:
             for window in windows:
                 model.hidden(window[None])
                 ticker.advance()
-        return as_array(total)
+        return [as_array(of_layer) for of_layer in total]
 
     def down_proj_ts(self, layer: int, kind: str) -> list[RoundedDown]:
         """down_proj_t of each FFN of a layer."""
@@ -467,7 +467,7 @@ class Source:
     def n_outliers(self, kind: str) -> int:
         if kind in ("F32", "F16", "BF16") or self.model.layers[0].experts is not None:
             return 0
-        return min(OUTLIERS, self.model.intermediate_size)
+        return min(OUTLIERS, *self.model.intermediate_sizes)
 
     def _norm(self, name: str, norm: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield (
@@ -553,7 +553,7 @@ class Source:
     def activation(self) -> str:
         if hasattr(self.config, "swiglu_limit"):  # beside which hidden_act has no effect
             return "swiglu_oai"
-        key = activation_key(self.config)
+        key = activation_key(self.model.architecture)
         assert key is not None
         name = getattr(self.config, key)
         if name not in _ACTIVATIONS:
@@ -593,7 +593,8 @@ class Source:
         a, c, layer = self.model.architecture, self.config, self.model.layers[0]
         return {
             "hidden_size": c.hidden_size,
-            "intermediate_size": self.model.intermediate_size,
+            "intermediate_size": max(sizes := self.model.intermediate_sizes),
+            **({"layer_intermediate_size": sizes} if len({*sizes}) > 1 else {}),
             "n_layers": len(self.model.layers),
             "n_heads": self.heads,
             **self._attention_metadata(),

@@ -13,7 +13,7 @@ from fallow.common.progress import progress
 from fallow.common.workers import results
 from fallow.models.capture import non_finite_error
 from fallow.models.devices import as_array, as_floats
-from fallow.models.taps import Tap, attach
+from fallow.models.taps import Tap, attach, one_width
 from fallow.patterns.store import Header, PatternStore, StoreWriter, chunks, write_window
 from fallow.plan import Plan
 from fallow.reference.model import Model, load
@@ -96,9 +96,14 @@ def check_taps(model: Model, taps: Sequence[str]) -> None:
 
 
 def tap_width(model: Model, tap: str) -> int:
-    """Values per token of one of FFN_TAPS."""
-    down = model.layers[0].down_proj
-    return down.out_features if tap == "ffn_out" else down.in_features
+    """Values per token of one of FFN_TAPS.
+
+    Raises:
+        FallowError: layers differ in it.
+    """
+    if tap == "ffn_out":
+        return model.layers[0].down_proj.out_features
+    return one_width(model.layers)
 
 
 def _collect_part(

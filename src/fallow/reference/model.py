@@ -4,7 +4,7 @@ import ctypes
 import math
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -148,7 +148,8 @@ class Model:
         mixture = "" if layer.experts is None else f" in each of {layer.experts.count} experts"
         return (
             f"<Model {self.name}: {self.architecture.model_type}, {len(self.layers)} layers of "
-            f"{self.intermediate_size} neurons{mixture}, {self.dtype_name} on {self.device.type}>"
+            f"{in_words(self.intermediate_sizes)} neurons{mixture}, {self.dtype_name} on "
+            f"{self.device.type}>"
         )
 
     def __post_init__(self) -> None:
@@ -192,11 +193,9 @@ class Model:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def intermediate_size(self) -> int:
-        layer = self.layers[0]
-        if layer.experts is not None:  # of one of them
-            return layer.experts.d_ff
-        return layer.down_proj.in_features
+    def intermediate_sizes(self) -> list[int]:
+        """Neurons of each layer; of a mixture those of one expert."""
+        return [layer.d_ff for layer in self.layers]
 
     @property
     def vocabulary_size(self) -> int:
@@ -339,6 +338,11 @@ class Model:
             if ends or text.stopped:
                 return
             given = devices.tensor(np.array([[token]]), self.device)
+
+
+def in_words(sizes: Iterable[int]) -> str:
+    """Sizes of layers: "6144", or "6144 or 12288" where they differ."""
+    return " or ".join(map(str, sorted({*sizes})))
 
 
 def load(model: str | Path | Model, dtype: str = "auto", device: str = "cpu") -> Model:

@@ -18,11 +18,10 @@ from fallow.checkpoints.weights import read_gguf
 from fallow.common.errors import FallowError, UsageError
 from fallow.measure.evaluation import evaluate
 from fallow.measure.profiling import STORED_BINS_PER_OCTAVE, WINDOWS, Profile, profile
-from fallow.patterns.collect import tap_width
 from fallow.patterns.similarity import agreement, jaccard, recording
 from fallow.patterns.store import row_sizes, unpack_bits
 from fallow.plan import Plan
-from fallow.reference.model import Model, text_tensors
+from fallow.reference.model import Model, in_words, text_tensors
 from fallow.reporting.neurons import examine, token_texts
 from fallow.reporting.parts import Parts
 
@@ -166,7 +165,7 @@ class _Measurement:
             "dtype": model.dtype_name,
             "layers": len(model.layers),
             "hidden_size": config.hidden_size,
-            "intermediate_size": model.intermediate_size,
+            "intermediate_size": in_words(model.intermediate_sizes),
             "attention_heads": config.num_attention_heads,
             "vocabulary": model.vocabulary_size,
             "longest_context": config.max_position_embeddings,
@@ -224,7 +223,9 @@ class _Measurement:
         whole = self._ids(self.request.sample.content)
         ids = whole[: min(SAMPLE_TOKENS, self.request.context)]
         rows = self._patterns(ids)[0]
-        active = np.stack([row_sizes(of_layer) / self.model.intermediate_size for of_layer in rows])
+        active = np.stack(
+            [row_sizes(r) / n for r, n in zip(rows, self.model.intermediate_sizes, strict=True)]
+        )
         return {
             "text": self.request.sample.name,
             "all_tokens": len(whole),
@@ -237,28 +238,31 @@ class _Measurement:
         limit = min(COMPARED_TOKENS, self.request.context)
         ids = [self._ids(text)[:limit] for text in self.request.compare]
         patterns = self._patterns(*ids)
-        width = tap_width(self.model, "inter")
+        widths = self.model.intermediate_sizes
         pairs = align(*ids)
         if len(pairs) == 0:
             raise FallowError("--compare: the texts have no tokens that could be compared")
         others = np.argwhere(np.eye(len(ids[0]), len(ids[1])) == 0)
-        both = list(zip(*patterns, strict=True))
+        both = list(zip(*patterns, widths, strict=True))
         return {
             "texts": list(self.request.compare),
             "tokens": [token_texts(self.model.tokenizer, some) for some in ids],
-            "groups": [[_groups(layer, width) for layer in rows] for rows in patterns],
-            "neurons": width,
+            "groups": [
+                [_groups(layer, width) for layer, width in zip(rows, widths, strict=True)]
+                for rows in patterns
+            ],
+            "neurons": in_words(widths),
             "pairs": pairs.tolist(),
             "same": (ids[0][pairs[:, 0]] == ids[1][pairs[:, 1]]).tolist(),
             "agreement": [
-                _rounded(agreement(a[pairs[:, 0]], b[pairs[:, 1]], width), 4) for a, b in both
+                _rounded(agreement(a[pairs[:, 0]], b[pairs[:, 1]], n), 4) for a, b, n in both
             ],
-            "jaccard": [_rounded(jaccard(a[pairs[:, 0]], b[pairs[:, 1]]), 4) for a, b in both],
+            "jaccard": [_rounded(jaccard(a[pairs[:, 0]], b[pairs[:, 1]]), 4) for a, b, _ in both],
             # The agreement of tokens at different places of the two texts, which have little to do
             # with each other: what agreement is worth is what it is above this.
             "unrelated": [
-                _rounded(agreement(a[others[:, 0]], b[others[:, 1]], width).mean(), 4)
-                for a, b in both
+                _rounded(agreement(a[others[:, 0]], b[others[:, 1]], n).mean(), 4)
+                for a, b, n in both
                 if len(others)
             ],
         }
@@ -317,7 +321,10 @@ def summarise_profile(found: Profile) -> dict[str, Any]:
                 ],
             }
     kept = ("layer", "zeros", "inter_at_most", "out_norm_below_1e-7", "dead_neurons")
-    top_half = arrays["top_half_frequency"]
+    top_half, natural = (  # a narrower layer's row ends in NaN
+        [row[~np.isnan(row)] for row in arrays[f"{name}_frequency"]]
+        for name in ("top_half", "firing")
+    )
     shown = shown_layers(len(top_half))
     return {
         "tokens": summary["tokens"],
@@ -328,7 +335,7 @@ def summarise_profile(found: Profile) -> dict[str, Any]:
             {
                 "layer": i,
                 "top_half": ranked(top_half[i]),
-                "natural": ranked(arrays["firing_frequency"][i]),
+                "natural": ranked(natural[i]),
             }
             for i in shown
         ],

@@ -136,12 +136,13 @@ def examine(
 
 def check_place(model: Model, layer: int, neuron: int) -> None:
     """Raises UsageError if the model has no such layer or neuron."""
-    for option, value, count in (
-        ("--layer", layer, len(model.layers)),
-        ("--neuron", neuron, model.intermediate_size),
-    ):
-        if not 0 <= value < count:
-            raise UsageError(f"{option} {value} is outside 0..{count - 1} of {model.name}")
+    _check_number("--layer", layer, len(model.layers), model)
+    _check_number("--neuron", neuron, model.layers[layer].d_ff, model)
+
+
+def _check_number(option: str, value: int, count: int, model: Model) -> None:
+    if not 0 <= value < count:
+        raise UsageError(f"{option} {value} is outside 0..{count - 1} of {model.name}")
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from fallow.models.devices import as_array
 GATE_KNOWN = "after gate: saves up_proj and down_proj"
 
 
-def gate_weights(calibration: Calibration) -> np.ndarray:
-    """E|up_i| ||down_proj[:, i]|| per layer, (L, d_ff) float32; of a mixture (L, n_experts * d_ff).
+def gate_weights(calibration: Calibration) -> list[np.ndarray]:
+    """E|up_i| ||down_proj[:, i]|| per layer, (d_ff,) float32; of a mixture (n_experts * d_ff,).
 
     E|up_i| is the calibration mean, so that |gate_act_i| times this is the norm to expect of a
     neuron's output when its gate is known.
     """
-    norms = np.stack([as_array(layer.down_norm) for layer in calibration.layers])
-    return calibration.mean_up * norms.reshape(len(norms), -1)
+    return [
+        mean * as_array(layer.down_norm).ravel()
+        for mean, layer in zip(calibration.mean_up, calibration.layers, strict=True)
+    ]

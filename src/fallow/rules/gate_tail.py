@@ -18,7 +18,8 @@ class GateTail(Tail):
 
     @classmethod
     def scores(cls, calibration: Calibration) -> list[torch.Tensor]:
-        weights = tensor(gate_weights(calibration), calibration.layers[0].device)
+        device = calibration.layers[0].device
+        weights = [tensor(weight, device) for weight in gate_weights(calibration)]
         return calibration.scores(calibration.gate_act, weights, step=4)
 
     @classmethod

@@ -65,7 +65,7 @@ class TwoStage(Rule):
         return [(a.threshold(early), b.threshold(knob)) for a, b in zip(first, second, strict=True)]
 
 
-def two_stage_cuts(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> list[Cut]:
+def two_stage_cuts(first: np.ndarray, second: np.ndarray, weights: list[np.ndarray]) -> list[Cut]:
     """Thresholds (L,) of both stages, and `gate_weights` for the first."""
     return [
         Cut("gate_act", "threshold", first, weights),
@@ -76,7 +76,8 @@ def two_stage_cuts(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -
 def gate_searches(calibration: Calibration) -> list[CettSearch]:
     """As those of `cett`, with neurons dropped in the order of the gate's score."""
     if "cett by gate" not in calibration.cache:
-        weights = tensor(gate_weights(calibration), calibration.layers[0].device)
+        device = calibration.layers[0].device
+        weights = [tensor(weight, device) for weight in gate_weights(calibration)]
         scores = calibration.scores(calibration.gate_act, weights)
         calibration.cache["cett by gate"] = searches_of(calibration, scores)
     return calibration.cache["cett by gate"]

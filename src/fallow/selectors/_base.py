@@ -11,7 +11,7 @@ from torch import nn
 from fallow.models import devices
 from fallow.models.capture import Calibration
 from fallow.models.cuts import per_token_topk, zero_where
-from fallow.models.taps import Layer, Tap
+from fallow.models.taps import Layer, Tap, one_width
 from fallow.rules import Choice
 from fallow.rules.cett import Cett
 
@@ -78,8 +78,13 @@ class Selector(Choice):
     def fit(
         cls, calibration: Calibration, *, sparsity: float | None = None, knob: float | None = None
     ) -> Self:
-        """As `Choice.fit`. Raises FallowError for a mixture of experts."""
+        """As `Choice.fit`.
+
+        Raises:
+            FallowError: a mixture of experts, or layers that differ in the number of their neurons.
+        """
         calibration.layers[0].one_ffn()
+        one_width(calibration.layers)
         return super().fit(calibration, sparsity=sparsity, knob=knob)
 
     @classmethod

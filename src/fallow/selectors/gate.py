@@ -1,5 +1,6 @@
 """The exact gate and what usually follows it: up's mean magnitude."""
 
+import numpy as np
 import torch
 
 from fallow.models.capture import Calibration
@@ -23,7 +24,7 @@ class Gate(Selector):
 
     @classmethod
     def learn_scores(cls, calibration: Calibration) -> Arrays:
-        return {"weight": gate_weights(calibration)}
+        return {"weight": np.stack(gate_weights(calibration))}
 
     def score(self, index: int, layer: Layer, seen: Seen) -> torch.Tensor:
         return seen.gate_act.abs().float() * self.tensor("weight", index, seen.gate_act)
