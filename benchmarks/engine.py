@@ -61,7 +61,7 @@ def machine(kernels: str = "") -> str:
 
 
 def run(name: str, kernels: str, speed: bool, dense: bool) -> None:
-    """With `speed` times alone: quality stays that of the run before, if there was one.
+    """With `speed` times, and a prompt's products: quality stays that of a run before, if any.
 
     With `dense` no plans but the packed one: those of rules take half an hour to calibrate.
     """
@@ -86,12 +86,12 @@ def run(name: str, kernels: str, speed: bool, dense: bool) -> None:
     result: dict[str, Any] = {"threads": THREADS, "kernels": engine.kernels}
     result["file_mb"], result["source_mb"] = (p.stat().st_size / 1e6 for p in (packed, source))
     result |= in_turn(engine, plans, source, native=kernels != "avx2")
+    result["prompt_kl"] = prompt_kl(engine)
     if speed:
         result = before | result
     else:
         result["greedy"] = greedy(packed, source, kernels)
         result["quality"] = {name: quality(engine, plan) for name, plan in plans.items()}
-        result["prompt_kl"] = prompt_kl(engine)
         result["peak_rss_mb"] = bench(packed, kernels)["peak_rss_mb"]
     path.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -388,7 +388,7 @@ def _model(name: str, where: str, r: dict[str, Any], machine: dict[str, Any]) ->
         f"\nDecode reads {dense['bytes_per_token'] / 1e6:.0f} MB per token at "
         f"{dense['gbps']:.1f} GB/s; two threads read {r['stream_gbps']:.1f} GB/s here. Outside the "
         f"products with weights it spends {dense['overhead']:.1%}. {_energy(runs)}\n",
-        _answers(r) if "quality" in r else "Its answers and quality were not measured here.\n",
+        _answers(r),
         *_of_plans(runs, r.get("quality")),
     ]
     return "\n".join(lines) + "\n"
@@ -396,13 +396,20 @@ def _model(name: str, where: str, r: dict[str, Any], machine: dict[str, Any]) ->
 
 def _answers(r: dict[str, Any]) -> str:
     """What the engine says beside llama.cpp, and how near a prompt's products are to decode's."""
-    return (
-        f"Greedy continuations of {len(PROMPTS)} prompts by {CONTINUATION} tokens: the engine "
-        f"chooses {r['greedy']['agreement']:.1%} of llama.cpp's tokens; the first "
-        f"{r['greedy']['same']:.0f} on average are the same. A prompt is read in products that are "
-        f"{r['prompt_kl']:.4f} nats per token from those of the PPL below. Peak RSS "
-        f"{r['peak_rss_mb']:.0f} MB.\n"
-    )
+    found = ["Its answers and quality were not measured here."]
+    if "quality" in r:
+        found = [
+            f"Greedy continuations of {len(PROMPTS)} prompts by {CONTINUATION} tokens: the engine "
+            f"chooses {r['greedy']['agreement']:.1%} of llama.cpp's tokens; the first "
+            f"{r['greedy']['same']:.0f} on average are the same.",
+            f"Peak RSS {r['peak_rss_mb']:.0f} MB.",
+        ]
+    if "prompt_kl" in r:
+        found.append(
+            f"A prompt is read in products that are {r['prompt_kl']:.4f} nats per token from those "
+            "that quality is measured in."
+        )
+    return " ".join(found) + "\n"
 
 
 def _energy(runs: dict[str, Any]) -> str:
