@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fallow
 from fallow import _core, cli
 from fallow.common.errors import UsageError
 from fallow.common.procfs import processors
@@ -96,6 +97,7 @@ def test_without_an_installation(
 ) -> None:
     """Found by PYTHONPATH alone, as a checkout of the sources may be."""
     by_name = Distribution.from_name
+    monkeypatch.delattr(fallow, "__version__")  # which is looked up once
 
     def others(name: str) -> Distribution:
         if name == "fallow":
