@@ -306,6 +306,11 @@ times as long (Zen 4, one thread). It still costs more than its bytes: half of t
 products together, a row per lane of a register or, where they are summed, in integers. Skipping
 gains over the dense engine what it saves in bytes, less what rows cost more than tiles.
 
+**The most active neurons** are found by bisection over the bits of their scores, which leaves
+behind what lies outside the bounds. With AVX2 that and the list of those neurons took 0.67 ms of a
+token of SmolLM2 under `topk`, as for any processor, and so take 0.19: 1.1 times as fast in all
+(Zen 3, one run).
+
 **Attention** of a token is cut into positions, a part for each thread, which reads its keys and
 values once for all heads. They lie in huge pages too: with both, SmolLM2's attention at 800 tokens
 takes 0.65 of the time that it took by heads, in small pages (Zen 4). AVX2 kernels keep the sums of

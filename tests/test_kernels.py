@@ -381,6 +381,23 @@ def test_our_quantisers_are_close(kind: str) -> None:
     assert error < limit
 
 
+@pytest.mark.parametrize("kernels", _core.KERNELS)
+@pytest.mark.parametrize("width", [1, 7, 8, 33, 100, 8960, 40_001])
+def test_what_is_kept(kernels: str, width: int) -> None:
+    random = np.random.default_rng(width)
+    normal = np.abs(random.standard_normal(width)).astype(np.float32)
+    steps = random.integers(0, max(2, width // 3), width).astype(np.float32)  # with zeros and ties
+    for values in (normal, steps, np.full(width, 0.5, np.float32)):
+        for k in {0, width // 10, width // 2, width - 1}:
+            expected = np.sort(values)[width - k - 1]
+            assert _kernel_tests.topk_threshold(kernels, values, k) == expected
+        assert _kernel_tests.topk_threshold(kernels, values, width) == 0
+        above = np.where(values > np.median(values), values, np.float32(-0.0))
+        for begin in {0, width // 3}:
+            kept = begin + np.flatnonzero(above[begin:])
+            assert _kernel_tests.list_nonzero(kernels, above, begin) == kept.tolist()
+
+
 def test_topk_thresholds_leave_k() -> None:
     scores = np.abs(np.random.default_rng(6).standard_normal((5, 101))).astype(np.float32)
     for k in (0, 1, 50, 100, 101):

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <type_traits>
 
@@ -276,6 +277,100 @@ struct V {
 float softmax_numerators(float* x, size_t n, float& largest) {
   return softmax_numerators_of<V>(x, n, largest);
 }
+
+// Of every mask of eight lanes, which those are, ascending, in a byte each.
+constexpr auto kLanesOf = [] {
+  std::array<uint64_t, 256> all{};
+  for (size_t mask = 0; mask < all.size(); ++mask)
+    for (uint64_t lane = 0, n = 0; lane < kLanes; ++lane)
+      if (mask >> lane & 1) all[mask] |= lane << 8 * n++;
+  return all;
+}();
+
+// The lanes of a mask in front, as they follow each other.
+FALLOW_INLINE __m256i in_front(__m256i v, size_t mask) {
+  const auto lanes = static_cast<long long>(kLanesOf[mask]);
+  return _mm256_permutevar8x32_epi32(v, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(lanes)));
+}
+
+FALLOW_INLINE __m256i first_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+
+// See the portable twin. As the bounds of the threshold come nearer to each other, values outside them
+// are left behind.
+float topk_threshold(const float* magnitudes, size_t n, size_t k) {
+  if (k >= n) return 0.0f;
+  constexpr size_t kSome = 4096;
+  alignas(32) uint32_t some[kSome + kLanes];
+  const void* from = magnitudes;
+  // Bits of magnitudes, and -1, which is below them all, past the end.
+  const auto load = [&](size_t i) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
+    const int* at = static_cast<const int*>(from) + i;
+    if (n - i >= kLanes) return _mm256_and_si256(load256(at), magnitude);
+    const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n - i)), first_numbers());
+    return _mm256_blendv_epi8(_mm256_set1_epi32(-1), _mm256_and_si256(_mm256_maskload_epi32(at, there), magnitude),
+                              there);
+  };
+  // Of n: those above `high`, and those not below `low`; how many of the former `from` lacks.
+  size_t above_high = 0, from_low = n, left_out = 0;
+  int low = 0, high = 0x7FFFFFFF;
+  while (low < high) {
+    const int middle = low + (high - low) / 2;
+    const __m256i limit = _mm256_set1_epi32(middle);
+    __m256i counts[4] = {};
+    const auto count = [&](__m256i& sum, size_t i) {
+      sum = _mm256_sub_epi32(sum, _mm256_cmpgt_epi32(load(i), limit));
+    };
+    const size_t whole = n / (4 * kLanes) * (4 * kLanes);
+    for (size_t i = 0; i < whole; i += 4 * kLanes)
+      for (size_t j = 0; j < 4; ++j) count(counts[j], i + kLanes * j);
+    for (size_t i = whole; i < n; i += kLanes) count(counts[0], i);
+    const __m256i sum =
+        _mm256_add_epi32(_mm256_add_epi32(counts[0], counts[1]), _mm256_add_epi32(counts[2], counts[3]));
+    const auto above = left_out + static_cast<size_t>(sum_lanes(sum));
+    if (above <= k) {
+      high = middle;
+      above_high = above;
+    } else {
+      low = middle + 1;
+      from_low = above;
+    }
+    const size_t between = from_low - above_high;
+    if (between > kSome || between > n / 2) continue;
+    size_t kept = 0;
+    for (size_t i = 0; i < n; i += kLanes) {
+      const __m256i bits = load(i);
+      const __m256i outside = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(low), bits),
+                                              _mm256_cmpgt_epi32(bits, _mm256_set1_epi32(high)));
+      const auto inside = static_cast<unsigned>(~_mm256_movemask_ps(_mm256_castsi256_ps(outside)) & 255);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(some + kept), in_front(bits, inside));
+      kept += static_cast<size_t>(__builtin_popcount(inside));
+    }
+    from = some;
+    n = kept;
+    left_out = above_high;
+  }
+  float threshold;
+  std::memcpy(&threshold, &low, sizeof threshold);
+  return threshold;
+}
+
+size_t list_nonzero(const float* values, size_t begin, size_t end, int32_t* list) {
+  size_t n = 0, i = begin;
+  __m256i index = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(begin)), first_numbers());
+  for (; i + kLanes <= end; i += kLanes, index = _mm256_add_epi32(index, _mm256_set1_epi32(kLanes))) {
+    const __m256 zero = _mm256_cmp_ps(_mm256_loadu_ps(values + i), _mm256_setzero_ps(), _CMP_EQ_OQ);
+    const auto there = static_cast<unsigned>(~_mm256_movemask_ps(zero) & 255);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(list + n), in_front(index, there));
+    n += static_cast<size_t>(__builtin_popcount(there));
+  }
+  for (; i < end; ++i) {
+    list[n] = static_cast<int32_t>(i);
+    n += values[i] != 0;
+  }
+  return n;
+}
+
 void silu(float* x, size_t n) { in_place<V>(x, n, silu_of<V>); }
 void gelu_tanh(float* x, size_t n) { in_place<V>(x, n, gelu_tanh_of<V>); }
 
@@ -359,6 +454,8 @@ Kernels make() {
   table.to_f16 = to_f16;
   table.sum_squares = sum_squares;
   table.softmax_numerators = softmax_numerators;
+  table.topk_threshold = topk_threshold;
+  table.list_nonzero = list_nonzero;
   table.and_tile = and_tile;
   table.silu = silu;
   table.gelu_tanh = gelu_tanh;

@@ -224,6 +224,12 @@ void activation(const std::string& table, const std::string& name, Floats x) {
   throw nb::value_error("unknown function");
 }
 
+std::vector<int32_t> list_nonzero(const std::string& table, ConstFloats x, size_t begin) {
+  std::vector<int32_t> list(x.size() - begin);
+  list.resize(kernels_of(table).list_nonzero(x.data(), begin, x.size(), list.data()));
+  return list;
+}
+
 }  // namespace
 
 NB_MODULE(_kernel_tests, m) {
@@ -242,4 +248,8 @@ NB_MODULE(_kernel_tests, m) {
   m.def("gemm", &gemm, "kernels"_a, "type"_a, "weights"_a, "x"_a, "y"_a, "panels"_a);
   m.def("sum_rows_bytes", &sum_rows_bytes, "kernels"_a, "weights"_a, "x"_a, "y"_a);
   m.def("activation", &activation, "kernels"_a, "name"_a, "x"_a);
+  m.def("topk_threshold", [](const std::string& table, ConstFloats x, size_t k) {
+    return kernels_of(table).topk_threshold(x.data(), x.size(), k);
+  }, "kernels"_a, "magnitudes"_a, "k"_a);
+  m.def("list_nonzero", &list_nonzero, "kernels"_a, "values"_a, "begin"_a);
 }
