@@ -295,64 +295,44 @@ FALLOW_INLINE __m256i in_front(__m256i v, size_t mask) {
 
 FALLOW_INLINE __m256i first_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 
-// See the portable twin. As the bounds of the threshold come nearer to each other, values outside them
-// are left behind.
-float topk_threshold(const float* magnitudes, size_t n, size_t k) {
-  if (k >= n) return 0.0f;
-  constexpr size_t kSome = 4096;
-  alignas(32) uint32_t some[kSome + kLanes];
-  const void* from = magnitudes;
-  // Bits of magnitudes, and -1, which is below them all, past the end.
-  const auto load = [&](size_t i) {
-    const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
-    const int* at = static_cast<const int*>(from) + i;
-    if (n - i >= kLanes) return _mm256_and_si256(load256(at), magnitude);
-    const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n - i)), first_numbers());
-    return _mm256_blendv_epi8(_mm256_set1_epi32(-1), _mm256_and_si256(_mm256_maskload_epi32(at, there), magnitude),
-                              there);
+// Bits of magnitudes [i, n), and -1, which is below them all, past the end.
+FALLOW_INLINE __m256i magnitude_bits(const uint32_t* from, size_t i, size_t n) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
+  if (n - i >= kLanes) return _mm256_and_si256(load256(from + i), magnitude);
+  const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n - i)), first_numbers());
+  const __m256i bits = _mm256_maskload_epi32(reinterpret_cast<const int*>(from + i), there);
+  return _mm256_blendv_epi8(_mm256_set1_epi32(-1), _mm256_and_si256(bits, magnitude), there);
+}
+
+size_t count_above(const uint32_t* from, size_t n, uint32_t limit) {
+  const __m256i most = _mm256_set1_epi32(static_cast<int>(limit));
+  __m256i counts[4] = {};
+  const auto count = [&](__m256i& sum, size_t i) {
+    sum = _mm256_sub_epi32(sum, _mm256_cmpgt_epi32(magnitude_bits(from, i, n), most));
   };
-  // Of n: those above `high`, and those not below `low`; how many of the former `from` lacks.
-  size_t above_high = 0, from_low = n, left_out = 0;
-  int low = 0, high = 0x7FFFFFFF;
-  while (low < high) {
-    const int middle = low + (high - low) / 2;
-    const __m256i limit = _mm256_set1_epi32(middle);
-    __m256i counts[4] = {};
-    const auto count = [&](__m256i& sum, size_t i) {
-      sum = _mm256_sub_epi32(sum, _mm256_cmpgt_epi32(load(i), limit));
-    };
-    const size_t whole = n / (4 * kLanes) * (4 * kLanes);
-    for (size_t i = 0; i < whole; i += 4 * kLanes)
-      for (size_t j = 0; j < 4; ++j) count(counts[j], i + kLanes * j);
-    for (size_t i = whole; i < n; i += kLanes) count(counts[0], i);
-    const __m256i sum =
-        _mm256_add_epi32(_mm256_add_epi32(counts[0], counts[1]), _mm256_add_epi32(counts[2], counts[3]));
-    const auto above = left_out + static_cast<size_t>(sum_lanes(sum));
-    if (above <= k) {
-      high = middle;
-      above_high = above;
-    } else {
-      low = middle + 1;
-      from_low = above;
-    }
-    const size_t between = from_low - above_high;
-    if (between > kSome || between > n / 2) continue;
-    size_t kept = 0;
-    for (size_t i = 0; i < n; i += kLanes) {
-      const __m256i bits = load(i);
-      const __m256i outside = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(low), bits),
-                                              _mm256_cmpgt_epi32(bits, _mm256_set1_epi32(high)));
-      const auto inside = static_cast<unsigned>(~_mm256_movemask_ps(_mm256_castsi256_ps(outside)) & 255);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(some + kept), in_front(bits, inside));
-      kept += static_cast<size_t>(__builtin_popcount(inside));
-    }
-    from = some;
-    n = kept;
-    left_out = above_high;
+  const size_t whole = n / (4 * kLanes) * (4 * kLanes);
+  for (size_t i = 0; i < whole; i += 4 * kLanes)
+    for (size_t j = 0; j < 4; ++j) count(counts[j], i + kLanes * j);
+  for (size_t i = whole; i < n; i += kLanes) count(counts[0], i);
+  return static_cast<size_t>(sum_lanes(
+      _mm256_add_epi32(_mm256_add_epi32(counts[0], counts[1]), _mm256_add_epi32(counts[2], counts[3]))));
+}
+
+size_t keep_between(const uint32_t* from, size_t n, uint32_t low, uint32_t high, uint32_t* to) {
+  const __m256i least = _mm256_set1_epi32(static_cast<int>(low)), most = _mm256_set1_epi32(static_cast<int>(high));
+  size_t kept = 0;
+  for (size_t i = 0; i < n; i += kLanes) {
+    const __m256i bits = magnitude_bits(from, i, n);
+    const __m256i outside = _mm256_or_si256(_mm256_cmpgt_epi32(least, bits), _mm256_cmpgt_epi32(bits, most));
+    const auto inside = static_cast<unsigned>(~_mm256_movemask_ps(_mm256_castsi256_ps(outside)) & 255);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kept), in_front(bits, inside));
+    kept += static_cast<size_t>(__builtin_popcount(inside));
   }
-  float threshold;
-  std::memcpy(&threshold, &low, sizeof threshold);
-  return threshold;
+  return kept;
+}
+
+float topk_threshold(const float* magnitudes, size_t n, size_t k) {
+  return topk_threshold_of(magnitudes, n, k, count_above, keep_between);
 }
 
 size_t list_nonzero(const float* values, size_t begin, size_t end, int32_t* list) {

@@ -936,58 +936,40 @@ float softmax_numerators(float* x, size_t n, float& largest) {
   return _mm512_reduce_add_ps(sum);
 }
 
-// See the portable twin. As the bounds of the threshold come nearer to each other, values outside them
-// are left behind.
-float topk_threshold(const float* magnitudes, size_t n, size_t k) {
-  if (k >= n) return 0.0f;
-  constexpr size_t kSome = 4096;
-  alignas(64) uint32_t some[kSome + 16];
-  const auto* from = reinterpret_cast<const uint32_t*>(magnitudes);
-  // Of n: those above `high`, and those not below `low`; how many of the former `from` lacks.
-  size_t above_high = 0, from_low = n, left_out = 0;
-  uint32_t low = 0, high = 0x7FFFFFFF;
-  const auto magnitude = [&](__m512i bits) { return _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF)); };
-  while (low < high) {
-    const uint32_t middle = low + (high - low) / 2;
-    const __m512i limit = _mm512_set1_epi32(static_cast<int>(middle));
-    __m512i counts[4] = {};
-    const auto count = [&](__m512i& sum, __mmask16 lanes, size_t i) {
-      const __m512i bits = magnitude(_mm512_maskz_loadu_epi32(lanes, from + i));
-      const __mmask16 larger = _mm512_cmpgt_epu32_mask(bits, limit);
-      sum = _mm512_mask_add_epi32(sum, larger, sum, _mm512_set1_epi32(1));
-    };
-    const size_t whole = n / 64 * 64;
-    for (size_t i = 0; i < whole; i += 64)
-      for (size_t j = 0; j < 4; ++j) count(counts[j], 0xFFFF, i + 16 * j);
-    for (size_t i = whole; i < n; i += 16) count(counts[0], first_lanes(n - i), i);
-    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(counts[0], counts[1]),
-                                         _mm512_add_epi32(counts[2], counts[3]));
-    const auto above = left_out + static_cast<size_t>(_mm512_reduce_add_epi32(sum));
-    if (above <= k) {
-      high = middle;
-      above_high = above;
-    } else {
-      low = middle + 1;
-      from_low = above;
-    }
-    const size_t between = from_low - above_high;
-    if (between > kSome || between > n / 2) continue;
-    size_t kept = 0;
-    for (size_t i = 0; i < n; i += 16) {
-      const __m512i bits = magnitude(_mm512_maskz_loadu_epi32(first_lanes(n - i), from + i));
-      const __mmask16 inside = _mm512_mask_cmple_epu32_mask(
-          _mm512_mask_cmpge_epu32_mask(first_lanes(n - i), bits, _mm512_set1_epi32(static_cast<int>(low))), bits,
-          _mm512_set1_epi32(static_cast<int>(high)));
-      _mm512_storeu_si512(some + kept, _mm512_maskz_compress_epi32(inside, bits));
-      kept += static_cast<size_t>(__builtin_popcount(inside));
-    }
-    from = some;
-    n = kept;
-    left_out = above_high;
+FALLOW_INLINE __m512i magnitude_bits(const uint32_t* from, __mmask16 lanes) {
+  return _mm512_and_si512(_mm512_maskz_loadu_epi32(lanes, from), _mm512_set1_epi32(0x7FFFFFFF));
+}
+
+size_t count_above(const uint32_t* from, size_t n, uint32_t limit) {
+  const __m512i most = _mm512_set1_epi32(static_cast<int>(limit));
+  __m512i counts[4] = {};
+  const auto count = [&](__m512i& sum, __mmask16 lanes, size_t i) {
+    const __mmask16 larger = _mm512_cmpgt_epu32_mask(magnitude_bits(from + i, lanes), most);
+    sum = _mm512_mask_add_epi32(sum, larger, sum, _mm512_set1_epi32(1));
+  };
+  const size_t whole = n / 64 * 64;
+  for (size_t i = 0; i < whole; i += 64)
+    for (size_t j = 0; j < 4; ++j) count(counts[j], 0xFFFF, i + 16 * j);
+  for (size_t i = whole; i < n; i += 16) count(counts[0], first_lanes(n - i), i);
+  return static_cast<size_t>(_mm512_reduce_add_epi32(
+      _mm512_add_epi32(_mm512_add_epi32(counts[0], counts[1]), _mm512_add_epi32(counts[2], counts[3]))));
+}
+
+size_t keep_between(const uint32_t* from, size_t n, uint32_t low, uint32_t high, uint32_t* to) {
+  const __m512i least = _mm512_set1_epi32(static_cast<int>(low)), most = _mm512_set1_epi32(static_cast<int>(high));
+  size_t kept = 0;
+  for (size_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = first_lanes(n - i);
+    const __m512i bits = magnitude_bits(from + i, lanes);
+    const __mmask16 inside = _mm512_mask_cmple_epu32_mask(_mm512_mask_cmpge_epu32_mask(lanes, bits, least), bits, most);
+    _mm512_storeu_si512(to + kept, _mm512_maskz_compress_epi32(inside, bits));
+    kept += static_cast<size_t>(__builtin_popcount(inside));
   }
-  float threshold;
-  std::memcpy(&threshold, &low, sizeof threshold);
-  return threshold;
+  return kept;
+}
+
+float topk_threshold(const float* magnitudes, size_t n, size_t k) {
+  return topk_threshold_of(magnitudes, n, k, count_above, keep_between);
 }
 
 size_t list_nonzero(const float* values, size_t begin, size_t end, int32_t* list) {

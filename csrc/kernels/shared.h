@@ -123,5 +123,38 @@ FALLOW_INLINE float softmax_numerators_of(float* x, size_t n, float& largest) {
   return sum;
 }
 
+// See the portable twin. As the bounds of the threshold come nearer to each other, values outside them
+// are left behind. Of the bits of n magnitudes count_above(from, n, limit) are above a limit, and
+// keep_between(from, n, low, high, to) packs those of these bounds, returns how many, and may write up to 16
+// past them.
+template <class CountAbove, class KeepBetween>
+FALLOW_INLINE float topk_threshold_of(const float* magnitudes, size_t n, size_t k, const CountAbove& count_above,
+                                      const KeepBetween& keep_between) {
+  if (k >= n) return 0.0f;
+  constexpr size_t kSome = 4096;
+  alignas(64) uint32_t some[kSome + 16];
+  const auto* from = reinterpret_cast<const uint32_t*>(magnitudes);
+  // Of n: those above `high`, and those not below `low`; how many of the former `from` lacks.
+  size_t above_high = 0, from_low = n, left_out = 0;
+  uint32_t low = 0, high = 0x7FFFFFFF;
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    const size_t above = left_out + count_above(from, n, middle);
+    if (above <= k) {
+      high = middle;
+      above_high = above;
+    } else {
+      low = middle + 1;
+      from_low = above;
+    }
+    const size_t between = from_low - above_high;
+    if (between > kSome || between > n / 2) continue;
+    n = keep_between(from, n, low, high, some);
+    from = some;
+    left_out = above_high;
+  }
+  return std::bit_cast<float>(low);
+}
+
 }  // namespace
 }  // namespace fallow
